@@ -1,0 +1,213 @@
+"""Evaluation: accuracy with its interval, and what it cost in tokens, latent steps, forward positions and seconds.
+
+One row of the table is one model under one prompt. Latents count as tokens, as in the paper: tokens = text tokens +
+latent steps, both counted while decoding, never read off the text.
+
+Left out, and why: (1) no pass@k or majority vote: the paper reports mean reward over samples. (2) The paper samples at
+temperature 0.7, top-p 0.8, top-k 20; the default here is the distribution that RL trained (temperature 1, nothing cut),
+since cutting hides the base's slips. The flags give the paper's. (3) Length penalties: score what the task scores.
+
+    python eval.py --model tiny --task tiny                         # the base with the tag prompt (2 min on 2 cores)
+    python eval.py --model tiny:plain tiny out/rl --task tiny       # one table: explicit reasoning, tags, a trained run
+    python eval.py --model out/rl --task tiny --show 3              # three answers, latents with their nearest words
+"""
+import argparse
+import importlib
+import json
+import math
+import os
+import time
+
+import torch
+from tqdm import tqdm
+
+from litereason import LATENT, UserError, generate, load, run_script
+
+
+def load_task(name):
+    """The task module data.<name>; a folder under data/ (or a module in it, as in tiny.next_chapter) is a task."""
+    try:
+        task = importlib.import_module(f"data.{name}")
+        assert all(hasattr(task, f) for f in ("examples", "prompt", "reward"))
+        return task
+    except (ImportError, AssertionError) as e:
+        if isinstance(e, ModuleNotFoundError) and e.name not in (f"data.{name}", f"data.{name.split('.')[0]}"):
+            raise
+        here = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data")
+        known = [d for d in sorted(os.listdir(here)) if os.path.exists(os.path.join(here, d, "__init__.py"))]
+        raise UserError(f"no task {name!r}; there are {', '.join(known)} (a task is a folder under data/ with examples, "
+                        f"prompt and reward; tiny.next_chapter is the tiny world's second)") from e
+
+
+def score(task, examples, completions):
+    """Rewards of completions; a task may offer `rewards`, the same for many at once (a scorer model wants batches)."""
+    if hasattr(task, "rewards"):
+        return task.rewards(examples, completions)
+    return [float(task.reward(e, c)) for e, c in zip(examples, completions)]
+
+
+def evaluate(model, tokenizer, task, examples, latent_prompt=True, samples=1, seed=0, batch=64, progress=None, **sampling):
+    """Samples answers and scores them -> a dict of means. `sampling` goes to generate (max_new_tokens, latent, ..).
+
+    accuracy_ci95: over examples (the mean of an example's samples is one observation), normal approximation.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    start, stats, means, rollouts = time.time(), {}, [], []
+    bar = tqdm(total=len(examples), desc=progress, leave=False, disable=progress is None)
+    for i in range(0, len(examples), batch):
+        part = examples[i : i + batch]
+        prompts = [task.prompt(e, latent_prompt) for e in part]
+        got = generate(model, tokenizer, prompts, samples, generator=generator, stats=stats, **sampling)
+        rewards = score(task, [part[r.prompt] for r in got], [r.text for r in got])
+        means += torch.tensor(rewards).view(len(part), samples).mean(1).tolist()
+        rollouts += got
+        bar.update(len(part))
+    bar.close()
+    n, accuracy = len(means), sum(means) / len(means)
+    half = 1.96 * math.sqrt(sum((m - accuracy) ** 2 for m in means) / max(1, n - 1) / n)
+    mean = lambda f: sum(map(f, rollouts)) / len(rollouts)
+    text, latents = mean(lambda r: r.n_tokens), mean(lambda r: r.n_latents)
+    return {"accuracy": accuracy, "accuracy_ci95": [accuracy - half, accuracy + half], "tokens": text + latents,
+            "text_tokens": text, "latent_steps": latents, "tags": mean(lambda r: r.n_tags),
+            "truncated": mean(lambda r: not r.finished), "forward_positions": stats["forwards"] / len(rollouts),
+            "n_examples": n, "samples": samples, "seconds": time.time() - start}, rollouts
+
+
+def table(rows):
+    """rows: [(name, result of evaluate)] -> the lines of a plain-text table that is Markdown as well."""
+    out = ["| model | accuracy | 95 % interval | tokens | text | latent | tags | cut off | positions | seconds |",
+           "|---|---|---|---|---|---|---|---|---|---|"]
+    width = max(len(name) for name, _ in rows)
+    for name, r in rows:
+        lo, hi = r["accuracy_ci95"]
+        out.append(f"| {name:{width}} | {r['accuracy']:.3f} | {lo:.3f} to {hi:.3f} | {r['tokens']:.1f} | {r['text_tokens']:.1f} | "
+                   f"{r['latent_steps']:.1f} | {r['tags']:.2f} | {r['truncated']:.3f} | {r['forward_positions']:.1f} | {r['seconds']:.1f} |")
+    return "\n".join(out)
+
+
+def readable(tokenizer, rollout):
+    """A rollout's text with its latent blocks shown as such: .. </implicit_thought>[3 latents] .."""
+    text, ids, i = "", [], 0
+    while i < len(rollout.slots):
+        if rollout.slots[i] == LATENT:
+            j = i
+            while j < len(rollout.slots) and rollout.slots[j] == LATENT:
+                j += 1
+            text += tokenizer.decode(ids) + f"[{j - i} latent{'s' * (j - i > 1)}] "
+            ids, i = [], j
+        else:
+            ids.append(rollout.slots[i])
+            i += 1
+    return text + tokenizer.decode(ids) + ("" if rollout.finished else " [cut off]")
+
+
+@torch.no_grad()
+def nearest_words(model, tokenizer, latents, k=3):
+    """For each latent (n, D): the k vocabulary words whose embeddings point its way, with the cosine, and its length
+    against the mean length of an embedding."""
+    table = model.get_input_embeddings().weight.float()  # (V, D)
+    z = latents.to(table.device).float()
+    cos = torch.nn.functional.normalize(z, dim=-1) @ torch.nn.functional.normalize(table, dim=-1).T  # (n, V)
+    top = cos.topk(k)
+    return [(", ".join(f"{tokenizer.decode([i])!r} {c:.2f}" for i, c in zip(ids, cs)), float(norm))
+            for ids, cs, norm in zip(top.indices.tolist(), top.values.tolist(), z.norm(dim=-1) / table.norm(dim=-1).mean())]
+
+
+def run_method(path):
+    """The --method that a run directory was trained with, or None."""
+    try:
+        with open(os.path.join(path, "config.json")) as f:
+            return json.load(f).get("method")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    g = ap.add_argument_group("what")
+    g.add_argument("--model", nargs="+", default=["tiny"], metavar="NAME", help="models or run directories; NAME:plain uses "
+                   "the prompt without the tag (the default for runs of --method grpo)")
+    g.add_argument("--task", default="tiny", help="a folder under data/, or tiny.next_chapter")
+    g.add_argument("--split", default="test", help="train, val or test")
+    g.add_argument("--n", type=int, default=None, help="examples, from the split's first (default all)")
+    g.add_argument("--samples", type=int, default=1, help="answers per example")
+    g = ap.add_argument_group("decoding")
+    g.add_argument("--max-new-tokens", type=int, default=96, help="slots per answer, latents included")
+    g.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (the paper: 0.7)")
+    g.add_argument("--top-p", type=float, default=1.0, help="0 to 1 (the paper: 0.8)")
+    g.add_argument("--top-k", type=int, default=0, help="0 is off (the paper: 20)")
+    g.add_argument("--latent", default="projector", choices=["projector", "zeros", "none"],
+                   help="what a tag runs: the projector, all-zero vectors, or nothing")
+    g = ap.add_argument_group("run")
+    g.add_argument("--seed", type=int, default=0)
+    g.add_argument("--device", default=None, help="cpu or cuda (default: cuda if there is one)")
+    g.add_argument("--json", default=None, metavar="FILE", help="write the numbers there (a list if several models)")
+    g.add_argument("--out", default=None, metavar="DIR", help="write config.json and results.json there")
+    g.add_argument("--show", type=int, default=0, metavar="N", help="print N answers with their latents")
+    args = ap.parse_args()
+    check_arguments(args)
+
+    task = load_task(args.task)
+    try:
+        examples = task.examples(args.split)[: args.n]
+    except ValueError as e:
+        raise UserError(str(e)) from e
+    rows = []
+    for name in args.model:
+        path, _, suffix = name.partition(":")
+        model, tokenizer = load(path, args.device)
+        latent_prompt = suffix != "plain" and run_method(path) != "grpo"
+        result, rollouts = evaluate(
+            model, tokenizer, task, examples, latent_prompt, args.samples, args.seed, progress=name, latent=args.latent,
+            max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k)
+        rows.append((name, {"model": name, "task": args.task, "prompt": "tag" if latent_prompt else "plain", **result}))
+        for r in rollouts[:: args.samples][: args.show]:
+            example = examples[[tuple(tokenizer.encode(task.prompt(e, latent_prompt))) for e in examples].index(tuple(r.prompt_ids))]
+            print(f"\n--- {name}, reward {score(task, [example], [r.text])[0]:.2f}\n{tokenizer.decode(r.prompt_ids)}\n>>> {readable(tokenizer, r)}")
+            for i, (words, norm) in enumerate(nearest_words(model, tokenizer, r.latents)):
+                print(f"    latent {i + 1}: nearest {words}; length {norm:.2f} of an embedding's")
+    print(table(rows))
+    results = [r for _, r in rows]
+    for file in [args.json] + ([os.path.join(args.out, "results.json")] if args.out else []):
+        if file:
+            write_json(file, results[0] if len(results) == 1 else results)
+    if args.out:
+        write_json(os.path.join(args.out, "config.json"), vars(args))
+
+
+def check_arguments(args):
+    """Bounds that all scripts share; a wrong value ends in one line."""
+    for name in ("n", "steps", "samples", "max_new_tokens", "prompts", "group", "micro_batch"):
+        value = getattr(args, name, None)
+        if value is not None and value < (0 if name == "steps" else 1):
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {0 if name == 'steps' else 1}")
+    if getattr(args, "temperature", 1) < 0 or not 0 < getattr(args, "top_p", 1) <= 1 or getattr(args, "top_k", 0) < 0:
+        raise UserError("--temperature must be 0 or more, --top-p in (0, 1], --top-k 0 or more")
+    if args.device is not None and not (args.device == "cpu" or args.device.startswith("cuda")):
+        raise UserError(f"--device is {args.device!r}; it must be cpu or cuda")
+    if (args.device or "").startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no CUDA device that torch can use; leave the flag out or say cpu")
+    if args.out:
+        make_directory(args.out)
+
+
+def make_directory(path):
+    try:
+        os.makedirs(path, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(13, "Permission denied")
+    except OSError as e:
+        raise UserError(f"cannot write to the output directory {path!r}: {e.strerror}") from e
+
+
+def write_json(path, value):
+    try:
+        with open(path + ".tmp", "w") as f:
+            json.dump(value, f, indent=1)
+        os.replace(path + ".tmp", path)
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror}") from e
+
+
+if __name__ == "__main__":
+    run_script(main)

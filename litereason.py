@@ -1,0 +1,880 @@
+"""LiteReason (arXiv 2512.02240): everything the paper defines, in one file.
+
+A policy LM may write <implicit_thought>N</implicit_thought>. The next N positions are then not sampled: the Reasoning
+Projector P maps the last hidden state to the next input embedding, N times, and sampling goes on (paper Sec. 3):
+
+    h_0 = LM(context)[-1]                  the state that the LM head reads, at the last token of the closing tag
+    z_1 = P(h_0),  z_{k+1} = P(h_k)        h_k = LM(context, z_1 .. z_k)[-1]
+    next token ~ softmax(W_head h_N)       z_N is read by the model; the token after the block is predicted there
+
+One representation, one rule. A trajectory is a prompt and a list of SLOTS, each a token id or LATENT, plus the latent
+vectors. The output at slot t is scored iff slot t+1 is a token that the policy sampled:
+
+    slots        a    <..>   3   </..>  LATENT LATENT LATENT   b    .   EOS
+    fed as      E[a]  E[..] E[3] E[..]   z_1    z_2    z_3    E[b] E[.]
+    predicted   by the prompt's last output, then each token by the output of the slot before it; `b` by that of z_3.
+                Nothing predicts a LATENT: the outputs at </..>, z_1 and z_2 go to the projector, not to the LM head.
+
+Letters in the shape comments:
+    P prompts   B rows (rollouts)   G rows of one prompt   L prompt length   S own slots of a row   T = L + S
+    D hidden size   V vocabulary   H heads   K key/value heads   R = H / K   d head size   M scored positions
+
+Read in this order: the tag, the projector, load and save, the cache, generate, logprobs, unroll, GRPO, traces, rewards.
+"""
+import dataclasses
+import json
+import math
+import os
+import re
+import shutil
+import sys
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from safetensors import SafetensorError, safe_open
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+LATENT = -1  # the slot value of a latent position
+CAP = 5  # a tag's N is clamped to this; a checkpoint carries its own (config.litereason_max_reasoning_steps)
+PROJECTOR_LAYERS = 3
+
+
+class UserError(Exception):
+    """Something the person at the keyboard can put right; scripts print it in one line and exit with code 2."""
+
+
+# ============================================================================ the tag (paper Sec. 3.1)
+# Plain text, no new vocabulary. N is written in ASCII digits, with ASCII spaces around it if the model likes, and is at
+# least 1. Anything else between the tags is ordinary text, and so is a tag opened right inside another.
+OPEN, CLOSE = "<implicit_thought>", "</implicit_thought>"
+TAG = re.compile(rf"((?:{OPEN}\s*(?:[0-9]+\s*)?)*){OPEN}\s*([0-9]+)\s*{CLOSE}", re.ASCII)
+SPACE, DIGITS = " \t\n\r\f\v", "0123456789"
+
+
+def parse_tags(text, cap=CAP):
+    """The valid tags of a text: [(start, end, n)] in characters, n in 1..cap. For text; decoding uses TagWatcher."""
+    found = []
+    for m in TAG.finditer(text):
+        digits = m.group(2).lstrip("0")
+        if digits and not m.group(1):  # N >= 1, and not nested in an open tag
+            n = cap if len(digits) > 9 else min(int(digits), cap)  # int() refuses numbers of thousands of digits
+            found.append((m.start(), m.end(), n))
+    return found
+
+
+def _read_char(state, char, cap):
+    """One step of the automaton that `TAG` describes: (state, char) -> (state, N if a tag has just ended, else 0).
+
+    States: ("open", j, nested)  j characters of OPEN have been read, inside an open tag or not
+            ("number", n, part)  inside the tags; n = -1 for a nested one, part 0/1/2 = before/in/after the digits
+            ("close", n, j)      j characters of CLOSE have been read
+    """
+    kind, a, b = state
+    if kind == "open" and char == OPEN[a]:
+        return (("open", a + 1, b), 0) if a + 1 < len(OPEN) else (("number", -1 if b else 0, 0), 0)
+    if kind == "number":
+        if char in DIGITS and b < 2:
+            return ("number", a if a < 0 else min(10 * a + int(char), cap), 1), 0
+        if char in SPACE:
+            return ("number", a, 0 if b == 0 else 2), 0
+        if char == "<":
+            return ("close", a, 1), 0
+    if kind == "close":
+        if char == CLOSE[b]:
+            return (("close", a, b + 1), 0) if b + 1 < len(CLOSE) else (("open", 0, False), max(a, 0))
+        if b == 1 and char == OPEN[1]:
+            return ("open", 2, True), 0
+    return ("open", int(char == "<"), False), 0  # a mismatch; "<" stands only at the start of a tag, so no other fallback
+
+
+class TagWatcher:
+    """Reads sampled token ids row by row and says when a tag has ended, without decoding anything.
+
+    The automaton above is run over the text of every vocabulary entry once, from every state: a table then turns
+    (state, token) into (next state, N). BPE may merge neighbours into the tag's ends (`.<`, `>\\n`): the merged token
+    ends the tag. Only what is passed to `step` is seen, so a tag in the prompt (a story, say) never fires.
+
+    Most tokens send every state back to the start; tokens that act alike share a class:
+    classes (V,), next_state and fires (classes, states). Real Qwen2 vocabulary, cap 5: about 1 s, once per tokenizer.
+    """
+
+    def __init__(self, tokenizer, cap, vocab_size, device):
+        # 1. every state that some text can reach, as small integers; 0 is the start
+        start, alphabet = ("open", 0, False), sorted(set(OPEN + CLOSE + SPACE + DIGITS)) + ["\0"]
+        states, queue = {start: 0}, [start]
+        for s in queue:
+            for c in alphabet:
+                nxt, _ = _read_char(s, c, cap)
+                if nxt not in states:
+                    states[nxt] = len(states)
+                    queue.append(nxt)
+        step = {c: [_read_char(s, c, cap) for s in queue] for c in alphabet}
+        move = {c: np.array([states[nxt] for nxt, _ in row]) for c, row in step.items()}
+        fire = {c: np.array([n for _, n in row]) for c, row in step.items()}
+        # 2. the same for every token of the vocabulary, read character by character
+        reset = np.zeros(len(queue), dtype=np.int64)
+        columns, classes = {(reset.tobytes(), reset.tobytes()): 0}, np.zeros(vocab_size, dtype=np.int64)
+        plain = re.compile("[^" + re.escape("".join(alphabet[:-1])) + "][^<>]*")  # such a text only resets
+        for token, text in enumerate(token_texts(tokenizer)[:vocab_size]):
+            if plain.fullmatch(text):
+                continue
+            at, n = np.arange(len(queue)), reset
+            for c in text:
+                c = c if c in move else "\0"
+                n = np.where(fire[c][at] > 0, fire[c][at], n)
+                at = move[c][at]
+            classes[token] = self._column(columns, at, n)
+        table = np.array([[np.frombuffer(a, dtype=np.int64), np.frombuffer(b, dtype=np.int64)] for a, b in columns])
+        self.classes = torch.from_numpy(classes).to(device)  # (V,)
+        self.next_state, self.fires = torch.from_numpy(table).to(device).unbind(1)  # (classes, states) each
+        self.as_lists = classes.tolist(), table[:, 0].tolist(), table[:, 1].tolist()  # for one row, on the host
+
+    @staticmethod
+    def _column(columns, at, n):
+        return columns.setdefault((at.tobytes(), n.tobytes()), len(columns))
+
+    def step(self, state, token):
+        """state (B,), sampled token (B,) -> (state (B,), n (B,)): n > 0 where this token ends a tag."""
+        kind = self.classes[token]  # (B,)
+        return self.next_state[kind, state], self.fires[kind, state]
+
+
+def token_texts(tokenizer):
+    """The text of every vocabulary entry as it reads inside a text (leading spaces kept): a list of V strings."""
+    anchor = (tokenizer.encode("a", add_special_tokens=False) or [0])[-1:]
+    before = tokenizer.decode(anchor, clean_up_tokenization_spaces=False)
+    pairs = [anchor + [i] for i in range(len(tokenizer))]
+    texts = tokenizer.batch_decode(pairs, clean_up_tokenization_spaces=False)
+    return [t[len(before):] if t.startswith(before) else t for t in texts]
+
+
+def watcher(model, tokenizer):
+    """The model's TagWatcher, built once per tokenizer, cap and device."""
+    key = (model.config.litereason_max_reasoning_steps, model.config.vocab_size, str(model.device))
+    made = tokenizer.__dict__.setdefault("_litereason_watchers", {})
+    if key not in made:
+        made[key] = TagWatcher(tokenizer, *key)
+    return made[key]
+
+
+def insert_latents(model, tokenizer, ids):
+    """Token ids of a finished trace -> slots: after each tag its LATENTs, where decoding would have put them."""
+    classes, next_state, fires = watcher(model, tokenizer).as_lists
+    state, slots = 0, []
+    for i in ids:
+        n = fires[classes[i]][state]
+        state = next_state[classes[i]][state]
+        slots += [i] + [LATENT] * n
+    return slots
+
+
+# ============================================================================ the Reasoning Projector (paper Sec. 3.2)
+class ReasoningProjector(torch.nn.ModuleList):
+    """P(h) = MLP_3(MLP_2(MLP_1(h))): last hidden state (.., D) -> next input embedding (.., D).
+
+    No residual and no norm between the layers; its output is inserted raw as an input embedding. Kept in fp32 whatever
+    the base's dtype (ours: the released code trains it in bf16, where steps of 1e-4 round away).
+    """
+
+    @classmethod
+    def warm_start(cls, model, layers=PROJECTOR_LAYERS):
+        """`layers` independent copies of the last block's MLP (the paper's start)."""
+        import copy
+        mlp = model.model.layers[-1].mlp
+        dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
+        return cls(copy.deepcopy(mlp) for _ in range(layers)).to(model.device, dtype)
+
+    def forward(self, h):
+        z = h.to(next(self.parameters()).dtype)
+        for mlp in self:
+            z = mlp(z)
+        return z.to(h.dtype)
+
+
+def latent_step(model, h, latent="projector"):
+    """The next input embedding (.., D) from the last hidden state h (.., D).
+
+    latent: "projector" (the method), "zeros" (a control), or any function h -> z.
+    """
+    if callable(latent):
+        return latent(h)
+    return model.reasoning_projector(h) if latent == "projector" else torch.zeros_like(h)
+
+
+# ============================================================================ load and save
+TINY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "tiny", "base")
+
+
+def load(name_or_path, device=None, dtype=None):
+    """A causal LM with one more submodule, `reasoning_projector`, and its tokenizer.
+
+    name_or_path: "tiny" (shipped), a directory, a hub id, or a short name (Qwen2.5-1.5B -> Qwen/Qwen2.5-1.5B).
+    device: default cuda if there is one, else cpu. dtype: default float32 (master weights; scripts autocast on cuda).
+    A checkpoint without projector weights gets the warm start and the default cap.
+    Raises UserError, in one line, if there is no such model or it cannot be fetched.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    path = TINY if name_or_path == "tiny" else str(name_or_path)
+    if os.path.exists(os.path.join(path, "model", "config.json")):
+        path = os.path.join(path, "model")  # a run's output directory
+    if not os.path.isdir(path):
+        if os.path.exists(path) or path.startswith((".", "/", "~")) or path.count("/") > 1:
+            raise UserError(f"no model directory at {path!r} (a directory with config.json and *.safetensors)")
+        path = f"Qwen/{path}" if "/" not in path and path.startswith("Qwen") else path
+    elif not os.path.exists(os.path.join(path, "config.json")):
+        raise UserError(f"{path!r} has no config.json: it is not a saved model")
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()  # the projector's keys are "unexpected" to transformers; we read them below
+    try:
+        tokenizer = _load_tokenizer(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or torch.float32, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as e:
+        why = str(e).strip().splitlines()[0][:160] if str(e).strip() else type(e).__name__
+        if os.path.isdir(path):
+            raise UserError(f"cannot load the model in {path!r}: {why}") from e
+        raise UserError(f"cannot fetch {path!r} from the hub ({why}). Without a network these work: 'tiny', or a directory; "
+                        f"where there is one: `hf download {path} --local-dir DIR`, then pass DIR") from e
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    return attach(model.to(device), _projector_weights(path)), tokenizer
+
+
+def _load_tokenizer(path):
+    """AutoTokenizer, but a Qwen2 checkpoint that says it brings its own tokenizer.json (the tiny world's words) gets that
+    one: transformers 5 would replace it by Qwen's own class, whatever the checkpoint says."""
+    try:
+        with open(os.path.join(path, "tokenizer_config.json")) as f:
+            own = json.load(f).get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
+    except (OSError, ValueError):
+        own = False
+    return (transformers.PreTrainedTokenizerFast if own else AutoTokenizer).from_pretrained(path)
+
+
+def attach(model, weights=None):
+    """Adds the projector (from `weights`, else the warm start), its config entries and our attention to a causal LM."""
+    config = model.config
+    cap = getattr(config, "litereason_max_reasoning_steps", CAP)
+    if not isinstance(cap, int) or isinstance(cap, bool) or not 1 <= cap <= 64:
+        raise UserError(f"config.json: litereason_max_reasoning_steps is {cap!r}, expected a whole number from 1 to 64")
+    layers = getattr(config, "litereason_num_reasoning_layers", PROJECTOR_LAYERS)
+    if not isinstance(layers, int) or not 1 <= layers <= 64:
+        raise UserError(f"config.json: litereason_num_reasoning_layers is {layers!r}, expected a whole number from 1 to 64")
+    model.reasoning_projector = ReasoningProjector.warm_start(model, layers)
+    if weights:
+        try:
+            model.reasoning_projector.load_state_dict(weights)
+        except RuntimeError as e:
+            raise UserError(f"the checkpoint's reasoning_projector does not fit: {str(e).splitlines()[1].strip()}") from e
+    config.is_litereason_model = True  # the released code reads and writes the same three entries
+    config.litereason_num_reasoning_layers, config.litereason_max_reasoning_steps = layers, cap
+    model.generation_config = transformers.GenerationConfig(eos_token_id=_stop_ids(model), pad_token_id=model.config.pad_token_id)
+    model.set_attn_implementation("litereason")  # see SharedCache; anything else still goes through sdpa
+    return model.eval()  # no dropout anywhere: sampling and scoring must see the same network
+
+
+def _projector_weights(path):
+    """{"i.gate_proj.weight": tensor} from a checkpoint's safetensors files; {} if it has none."""
+    weights, prefix = {}, "reasoning_projector."
+    try:
+        index = transformers.utils.cached_file(path, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
+        names = sorted(set(json.load(open(index))["weight_map"].values())) if index else ["model.safetensors"]
+        files = [transformers.utils.cached_file(path, n) for n in names]
+        for file in files:
+            with safe_open(file, "pt") as f:
+                weights.update({k[len(prefix):]: f.get_tensor(k) for k in f.keys() if k.startswith(prefix)})
+    except (OSError, ValueError, SafetensorError) as e:
+        raise UserError(f"cannot read the weights of {path!r}: {str(e).splitlines()[0]}") from e
+    return weights
+
+
+def save(model, tokenizer, path):
+    """An ordinary checkpoint directory (safetensors); complete or absent, since it is renamed into place at the end."""
+    path = os.path.abspath(path)
+    new, old = f"{path}.writing-{os.getpid()}", f"{path}.replaced-{os.getpid()}"
+    shutil.rmtree(new, ignore_errors=True)
+    if os.path.isfile(path):
+        raise UserError(f"cannot write {path}: it is a file, not a directory")
+    try:
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        if os.path.exists(path):
+            os.rename(path, old)
+        os.rename(new, path)
+    except OSError as e:
+        shutil.rmtree(new, ignore_errors=True)
+        raise UserError(f"cannot write {path}: {e.strerror or e}") from e
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# ============================================================================ the cache: who attends to whom
+class SharedCache:
+    """Keys and values of a batch in which many rows share few prompts.
+
+                      the prompt, once per group           own slots, per row
+        row 0  -----> [ p0  p1  p2  p3  pad ]  <-- mask    [ s0  s1  s2 ]      slot i sees all of its prompt
+        row 1  -----/                                      [ s0  s1  s2 ]      and its own slots 0..i,
+        row 2  -----> [ q0  q1  pad pad pad ]              [ s0  s1  s2 ]      never another row's
+
+    Given to transformers as `past_key_values`: each layer calls `update` with its new keys and values, then our attention
+    function, which calls `attend`. Positions restart after the prompt, so a group's rows give the same numbers as if each
+    had been run alone on prompt + slots. With gradients the tensors keep their graph (nothing is detached or copied in
+    place); without, own slots are written into memory that was allocated once.
+    """
+
+    def __init__(self, layers):
+        self.prompt = [None] * layers  # (keys, values), (P, K, L, d) each
+        self.own = [None] * layers  # (keys, values), (B, K, S, d) each; preallocated if `room` is set
+        self.lengths = None  # (P,) prompt lengths
+        self.owner = None  # (B,) which prompt a row belongs to; None while the prompts themselves are read
+        self.room, self.filled, self.mask = 0, 0, None
+
+    def assign(self, owner, room=0):
+        """After the prompts: rows owner (B,) begin, ordered by prompt. room > 0 preallocates that many own slots."""
+        self.owner, self.room = owner, room
+        counts = torch.bincount(owner, minlength=len(self.lengths)).tolist()  # rows per prompt
+        self.group = max(counts)  # G
+        if min(counts) == self.group:
+            self.grid = None  # equal groups: (B, ..) is (P, G, ..) as it stands
+        else:  # ragged groups are padded to the largest; `grid` (P, G) names a row for each place, `back` (B,) undoes it
+            rank = torch.cat([torch.arange(c) for c in counts]).to(owner.device)  # (B,) a row's number in its group
+            self.back = owner * self.group + rank
+            self.grid = torch.zeros(len(counts) * self.group, dtype=torch.long, device=owner.device)
+            self.grid[self.back] = torch.arange(len(owner), device=owner.device)
+        L = self.prompt[0][0].shape[2]
+        pad = torch.arange(L, device=owner.device) >= self.lengths[:, None]  # (P, L)
+        self.pad = pad[:, None, None] if pad.any() else None  # (P, 1, 1, L)
+
+    def begin(self, valid):
+        """Before a forward pass of new slots: valid (B, S) says which are real (rows are padded on the right)."""
+        B, S = valid.shape
+        seen = valid if self.mask is None else torch.cat([self.valid, valid], 1)  # (B, past + S)
+        self.valid = seen
+        later = torch.ones(S, S, dtype=torch.bool, device=valid.device).triu(1)  # (S, S) slot j comes after slot i
+        hide = ~seen[:, None].expand(B, S, seen.shape[1]).clone()  # (B, S, past + S)
+        hide[:, :, -S:] |= later
+        self.mask = hide[:, None, None]  # (B, 1, 1, S, past + S)
+
+    def update(self, k, v, layer, *_, **__):
+        """Called by every attention layer with its new keys and values, (rows, K, S, d) each, rotary already applied."""
+        if self.owner is None:
+            self.prompt[layer] = (k, v)
+        elif self.room:  # decoding: one slot per row, written in place
+            if self.own[layer] is None:
+                self.own[layer] = tuple(t.new_empty(t.shape[0], t.shape[1], self.room, t.shape[3]) for t in (k, v))
+            for memory, new in zip(self.own[layer], (k, v)):
+                memory[:, :, self.filled] = new[:, :, 0]
+        else:
+            old = self.own[layer]
+            self.own[layer] = (k, v) if old is None else tuple(torch.cat([o, n], 2) for o, n in zip(old, (k, v)))
+        return self, layer
+
+    def attend(self, layer, q, scale):
+        """q (rows, H, S, d) -> (rows, S, H, d): softmax over the prompt's keys and the row's own together."""
+        if self.owner is None:  # the prompts: plain causal attention; padding stands to the right of all it could disturb
+            k, v = self.prompt[layer]
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2)
+        (B, H, S, d), (pk, pv), (ok, ov) = q.shape, self.prompt[layer], self.own[layer]
+        if self.room:
+            ok, ov = ok[:, :, : self.filled + 1], ov[:, :, : self.filled + 1]
+        P, K, L, R, n = pk.shape[0], pk.shape[1], pk.shape[2], H // pk.shape[1], ok.shape[2]
+        q = (q * scale).view(B, K, R, S, d)
+        # All rows of a group against their one copy of the prompt: a single matrix product per prompt and head.
+        on_prompt = self._grouped(q).transpose(1, 2).reshape(P, K, -1, d) @ pk.transpose(2, 3)  # (P, K, G*R*S, L)
+        if self.pad is not None:
+            on_prompt = on_prompt.masked_fill(self.pad, -torch.inf)
+        on_prompt = self._ungrouped(on_prompt.view(P, K, self.group, R, S, L).transpose(1, 2))  # (B, K, R, S, L)
+        on_own = (q.reshape(B, K, R * S, d) @ ok.transpose(2, 3)).view(B, K, R, S, n)  # (B, K, R, S, n)
+        if self.mask is not None:
+            on_own = on_own.masked_fill(self.mask, -torch.inf)
+        w = torch.cat([on_prompt, on_own], -1).softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+        w_prompt, w_own = w.split([L, n], -1)
+        out = (w_own.reshape(B, K, R * S, n) @ ov).view(B, K, R, S, d)
+        from_prompt = self._grouped(w_prompt).transpose(1, 2).reshape(P, K, -1, L) @ pv  # (P, K, G*R*S, d)
+        out = out + self._ungrouped(from_prompt.view(P, K, self.group, R, S, d).transpose(1, 2))
+        return out.permute(0, 3, 1, 2, 4).reshape(B, S, H, d)
+
+    def _grouped(self, t):  # (B, ..) -> (P, G, ..)
+        return (t if self.grid is None else t[self.grid]).unflatten(0, (-1, self.group))
+
+    def _ungrouped(self, t):  # (P, G, ..) -> (B, ..)
+        t = t.flatten(0, 1)
+        return t if self.grid is None else t[self.back]
+
+    def keep(self, rows):
+        """Decoding only: drops all rows but `rows` (n,), and the prompts that no row needs any more."""
+        self.own = [tuple(t[rows] for t in kv) for kv in self.own]
+        prompts, owner = self.owner[rows].unique(return_inverse=True)
+        if len(prompts) < len(self.lengths):
+            self.prompt = [tuple(t[prompts] for t in kv) for kv in self.prompt]
+            self.lengths = self.lengths[prompts]
+        self.assign(owner, self.room)
+
+
+def _attention(module, query, key, value, attention_mask, scaling, **kwargs):
+    """What transformers calls in every layer; with any other cache (its own generate, say) this is plain sdpa."""
+    if isinstance(key, SharedCache):
+        if kwargs.get("sliding_window"):
+            raise UserError("this model uses sliding-window attention, which LiteReason does not support")
+        return key.attend(value, query, scaling), None
+    return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+
+AttentionInterface.register("litereason", _attention)
+AttentionMaskInterface.register("litereason", sdpa_mask)
+
+
+def forward(model, x, positions, cache):
+    """Embeddings x (rows, S, D) at positions (rows, S) -> states after the final norm (rows, S, D), what the head reads."""
+    dummy = x.new_empty(1, 1, 1, 1)  # a 4-D mask is passed through unread: the cache knows who attends to whom
+    return model.model(inputs_embeds=x, position_ids=positions, attention_mask=dummy, past_key_values=cache,
+                       use_cache=True).last_hidden_state
+
+
+def prefill(model, prompts):
+    """Reads each prompt (a list of token ids) once -> (cache, last states (P, D))."""
+    lengths = torch.tensor([len(p) for p in prompts], device=model.device)  # (P,)
+    ids = torch.zeros(len(prompts), max(len(p) for p in prompts), dtype=torch.long)  # (P, L), padded on the right
+    for row, p in zip(ids, prompts):
+        row[: len(p)] = torch.tensor(p)
+    ids = ids.to(model.device)
+    cache = SharedCache(model.config.num_hidden_layers)
+    cache.lengths = lengths
+    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)  # (P, L)
+    h = forward(model, model.get_input_embeddings()(ids), positions, cache)  # (P, L, D)
+    return cache, h[torch.arange(len(prompts), device=ids.device), lengths - 1]
+
+
+# ============================================================================ the mixed decoding loop (paper Sec. 3.1)
+@dataclasses.dataclass
+class Rollout:
+    """One trajectory. Everything later (scoring, masks, loss) is derived from these records, never from token values."""
+
+    prompt_ids: list  # token ids
+    slots: list  # token ids and LATENTs, in order, the stop token included
+    latents: torch.Tensor  # (n, D), one per LATENT slot, as fed
+    logprobs: torch.Tensor = None  # (len(slots),), of the sampled tokens under the untruncated distribution; 0 at latents
+    text: str = ""  # what the policy wrote, without the stop token
+    finished: bool = True  # it ended by itself, not by the length limit
+    prompt: int = 0  # which of generate's prompts
+
+    @property
+    def n_latents(self):
+        return sum(s == LATENT for s in self.slots)
+
+    @property
+    def n_tokens(self):
+        return len(self.slots) - self.n_latents
+
+    @property
+    def n_tags(self):
+        """Tags that ran: blocks of LATENTs."""
+        return sum(s == LATENT and (i == 0 or self.slots[i - 1] != LATENT) for i, s in enumerate(self.slots))
+
+
+def stop_tokens(model, tokenizer):
+    """Every id that ends a turn: the tokenizer's and the checkpoint's (Qwen has two)."""
+    return sorted({tokenizer.eos_token_id, *_stop_ids(model)} - {None})
+
+
+def _stop_ids(model):
+    ids = [model.config.eos_token_id, getattr(model.generation_config, "eos_token_id", None)]
+    return sorted({i for x in ids if x is not None for i in (x if isinstance(x, list) else [x])})
+
+
+def sample(logits, u, temperature, top_k, top_p):
+    """One token per row by inverting the cumulative distribution at u: a row's draw does not depend on the other rows.
+
+    logits (B, V), u (B,) uniform in [0, 1) -> tokens (B,), log-probs (B,) under softmax(logits / temperature). top-k and
+    top-p cut the distribution that is drawn from, not the log-prob: train with them off, or the two differ.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / (temperature or 1.0)  # (B, V)
+    logp = logits.log_softmax(-1)
+    if temperature == 0:
+        token = logits.argmax(-1)
+    else:
+        p = logp.exp()
+        if 0 < top_k < p.shape[-1]:
+            p = p.masked_fill(p < p.topk(top_k).values[:, -1:], 0)
+        if top_p < 1:
+            ranked, order = p.sort(descending=True)
+            ranked = ranked / ranked.sum(-1, keepdim=True)
+            beyond = ranked.cumsum(-1) - ranked >= top_p  # the mass before this token already suffices
+            p = p.masked_fill(beyond.scatter(-1, order, beyond), 0)
+        cdf = p.cumsum(-1)  # (B, V)
+        u = u.to(cdf.dtype).clamp(max=1 - torch.finfo(cdf.dtype).eps / 2)  # rounding must not make a 1 of it
+        token = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0]  # never one with p = 0
+        token = token.clamp(max=cdf.shape[-1] - 1)  # only non-finite logits get here
+    return token, logp.gather(-1, token[:, None])[:, 0]
+
+
+@torch.no_grad()
+def generate(model, tokenizer, prompts, samples=1, max_new_tokens=256, temperature=1.0, top_p=1.0, top_k=0,
+             latent="projector", generator=None, rows=512, stats=None):
+    """The mixed decoding loop: every row either samples a token or runs a latent step, all in one batch.
+
+    prompts: texts or lists of token ids. samples: rollouts per prompt; they come back grouped by prompt, in order.
+    max_new_tokens: slots per rollout, latents included. temperature 0 is greedy. Nothing is read from a generation_config
+    but the stop ids. latent: see latent_step; "none" leaves tags as plain text. generator: a CPU torch.Generator.
+    rows: most rows decoded at once (but at least one whole group). stats: a dict that receives `forwards`, the number of positions computed.
+    Raises UserError for an empty prompt or one that does not fit the model's positions.
+    """
+    if samples < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
+        raise UserError("generate needs samples and max_new_tokens of 1 or more, temperature and top_k of 0 or more, 0 < top_p <= 1")
+    ids = [tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
+    limit = model.config.max_position_embeddings
+    for i, p in enumerate(ids):
+        if not p or len(p) + max_new_tokens > limit:
+            raise UserError(f"prompt {i} has {len(p)} tokens; with {max_new_tokens} new ones it must be 1 to {limit}"
+                            if p else f"prompt {i} is empty")
+    # One uniform number per row and step, drawn up front: a rollout's text depends on its seed and its own prompt only,
+    # not on which rows share its batch or when they end.
+    draws = torch.rand(len(ids) * samples, max_new_tokens, generator=generator, dtype=torch.float64)
+    out, per_batch = [], max(1, rows // samples)
+    for i in range(0, len(ids), per_batch):
+        part = ids[i : i + per_batch]
+        u = draws[i * samples : (i + len(part)) * samples].to(model.device)
+        for r in _decode(model, tokenizer, part, samples, max_new_tokens, (temperature, top_k, top_p), latent, u, stats):
+            r.prompt += i
+            out.append(r)
+    return out
+
+
+def _decode(model, tokenizer, prompts, samples, steps, sampling, latent, u, stats):
+    """generate for one batch of P prompts x `samples` rows; u (B, steps)."""
+    device, B, embed = model.device, len(prompts) * samples, model.get_input_embeddings()
+    stop = torch.tensor(stop_tokens(model, tokenizer), device=device)
+    watch = watcher(model, tokenizer)
+    cache, h = prefill(model, prompts)  # the prompt of a group is read once
+    cache.assign(torch.arange(len(prompts), device=device).repeat_interleave(samples), room=steps)
+    h = h.repeat_interleave(samples, 0)  # (B, D): the output at each row's last slot
+    positions = cache.lengths[cache.owner]  # (B,) of the slot that comes next
+
+    # Records, one line per row of the whole batch; `row` maps the rows still decoding to them.
+    row = torch.arange(B, device=device)
+    slots = torch.full((B, steps), LATENT, device=device)
+    logps = torch.zeros(B, steps, dtype=torch.promote_types(h.dtype, torch.float32), device=device)
+    length = torch.full((B,), steps, device=device)  # slots of each row; the limit unless it stops before
+    vectors = torch.empty(B, 0, h.shape[1], dtype=h.dtype, device=device)  # (B, latents, D), grows as needed
+
+    state = torch.zeros(B, dtype=torch.long, device=device)  # where each row's tag watcher stands
+    left = torch.zeros(B, dtype=torch.long, device=device)  # latent steps still to run: > 0 means inside a block
+    taken = torch.zeros(B, dtype=torch.long, device=device)  # latent steps run so far
+    live = torch.ones(B, dtype=torch.bool, device=device)
+    for t in range(steps):
+        latent_now = left > 0  # (B,) each row in its own mode
+        if t % 4 == 0:  # every few steps, the one look at the device from outside
+            need = int(taken.max()) + 4  # vectors that could be written before the next look
+            if vectors.shape[1] < need + 1:  # + 1: a last column that takes the writes of rows which are sampling
+                vectors = torch.cat([vectors[:, :-1], vectors.new_zeros(B, need + 8, h.shape[1])], 1)
+            n_live = int(live.sum())
+            if n_live == 0:
+                break
+            if n_live <= 0.75 * len(row):  # rows that have ended leave the batch
+                keep = live.nonzero()[:, 0]
+                cache.keep(keep)
+                row, h, positions, u, state = row[keep], h[keep], positions[keep], u[keep], state[keep]
+                left, taken, live, latent_now = left[keep], taken[keep], live[keep], latent_now[keep]
+        # (a) A token for every row, and an embedding from the projector for the rows inside a block. On the CPU both
+        #     run on just the rows that need them; on CUDA choosing rows would wait for the device, so both run on all.
+        token, logp = torch.full_like(left, LATENT), torch.zeros_like(logps[:, 0])[row]
+        x = torch.empty_like(h)
+        if device.type == "cpu":
+            s, l = (~latent_now).nonzero()[:, 0], latent_now.nonzero()[:, 0]
+            if len(s):
+                token[s], logp[s] = sample(model.lm_head(h[s]), u[s, t], *sampling)
+                x[s] = embed(token[s])
+            if len(l):
+                x[l] = latent_step(model, h[l], latent)
+        else:
+            drawn, drawn_logp = sample(model.lm_head(h), u[:, t], *sampling)
+            token, logp = torch.where(latent_now, LATENT, drawn), torch.where(latent_now, 0.0, drawn_logp)
+            x = torch.where(latent_now[:, None], latent_step(model, h, latent), embed(drawn))
+        # (b) Write it down: the slot, its log-prob, the vector if it is a latent.
+        slots[row, t], logps[row, t] = token, logp.to(logps.dtype)
+        vectors[row, torch.where(latent_now, taken, vectors.shape[1] - 1)] = x
+        taken += latent_now
+        # (c) The watcher reads the sampled tokens: a tag that ends here opens a block of n latent steps.
+        new_state, n = watch.step(state, token.clamp(min=0))
+        state = torch.where(latent_now, state, new_state)
+        left = torch.where(latent_now, left - 1, n if latent != "none" else 0)
+        # (d) A stop token ends a row (it is its last slot); so does the length limit, inside a block too.
+        ended = live & ~latent_now & torch.isin(token, stop)
+        length[row] = torch.where(ended, t + 1, length[row])
+        live = live & ~ended
+        if t + 1 == steps:
+            break
+        # (e) One forward of one slot for all rows.
+        h = forward(model, x[:, None], positions[:, None], cache)[:, 0]  # (B, D)
+        cache.filled += 1
+        positions = positions + 1
+        if stats is not None:
+            stats["forwards"] = stats.get("forwards", 0) + len(row)
+    if stats is not None:
+        stats["forwards"] = stats.get("forwards", 0) + sum(len(p) for p in prompts)
+
+    slots, length, logps, vectors, stop = slots.cpu(), length.tolist(), logps.cpu(), vectors.cpu(), set(stop.tolist())
+    rollouts = []
+    for i in range(B):
+        own = slots[i, : length[i]].tolist()
+        finished = bool(own) and own[-1] in stop
+        words = [s for s in own if s != LATENT][: -1 if finished else None]
+        rollouts.append(Rollout(prompts[i // samples], own, vectors[i, : own.count(LATENT)].clone(), logps[i, : len(own)].clone(),
+                                tokenizer.decode(words, clean_up_tokenization_spaces=False), finished, i // samples))
+    return rollouts
+
+
+# ============================================================================ scoring (paper Sec. 3.4)
+def _layout(rollouts):
+    """Rollouts, each prompt once: (prompts, owner (B,), order), `order` listing the rollouts by prompt."""
+    number, owner = {}, []
+    for r in rollouts:
+        owner.append(number.setdefault(tuple(r.prompt_ids), len(number)))
+    order = sorted(range(len(rollouts)), key=owner.__getitem__)
+    return [list(p) for p in number], torch.tensor(sorted(owner)), order
+
+
+def _slot_table(rollouts, device):
+    """slots (B, S) padded with LATENT, valid (B, S), scored (B, S): valid and sampled by the policy."""
+    S = max(len(r.slots) for r in rollouts)
+    slots = torch.tensor([r.slots + [LATENT] * (S - len(r.slots)) for r in rollouts], device=device)
+    valid = torch.arange(S, device=device) < torch.tensor([[len(r.slots)] for r in rollouts], device=device)
+    return slots, valid, valid & (slots != LATENT)
+
+
+def token_logprobs(model, h, targets, temperature=1.0, chunk=512):
+    """log p(target) for states h (M, D), targets (M,) -> (M,). The (chunk, V) logits exist one chunk at a time; in the
+    backward pass they are computed again instead of being kept."""
+
+    def score(h, y):
+        logits = model.lm_head(h)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature  # (chunk, V)
+        return logits.gather(-1, y[:, None])[:, 0] - logits.logsumexp(-1)
+
+    parts = [(h[i : i + chunk], targets[i : i + chunk]) for i in range(0, len(h), chunk)]
+    keep = not torch.is_grad_enabled() or len(parts) <= 1
+    return torch.cat([score(*p) if keep else checkpoint(score, *p, use_reentrant=False) for p in parts] or [h[:, 0]])
+
+
+def logprobs(model, rollouts, temperature=1.0):
+    """The same slots, teacher-forced in one batched forward, latents as given constants (paper Sec. 3.4).
+
+    -> (logp (B, S), scored (B, S)): log-probs of the sampled tokens, 0 where nothing was sampled. Gradients reach the
+    base, also through its attention over the latents' keys and values; never the projector. Use the temperature that
+    the rollouts were sampled with. Differs from the released code: that one has no gradient into the input embeddings.
+    """
+    prompts, owner, order = _layout(rollouts)
+    rows, device = [rollouts[i] for i in order], model.device
+    slots, valid, scored = _slot_table(rows, device)
+    cache, h_prompt = prefill(model, prompts)  # each prompt once, with its graph: the rows' gradients meet in it
+    cache.assign(owner.to(device))
+    x = model.get_input_embeddings()(slots.clamp(min=0))  # (B, S, D)
+    latents = torch.cat([r.latents.detach() for r in rows]).to(device, x.dtype)  # (all latents, D), row by row
+    x = x.masked_scatter(((slots == LATENT) & valid)[..., None], latents)
+    cache.begin(valid)
+    h = forward(model, x, cache.lengths[cache.owner, None] + torch.arange(slots.shape[1], device=device), cache)
+    h = torch.cat([h_prompt[cache.owner, None], h[:, :-1]], 1)  # (B, S, D): h[:, s] is the output that predicts slot s
+    logp = torch.zeros(slots.shape, dtype=torch.promote_types(h.dtype, torch.float32), device=device)
+    logp = logp.masked_scatter(scored, token_logprobs(model, h[scored], slots[scored], temperature).to(logp.dtype))
+    back = torch.tensor(sorted(range(len(order)), key=order.__getitem__), device=device)
+    return logp[back], scored[back]
+
+
+# ============================================================================ the latent roll-out with gradient (Sec. 3.3)
+def unroll(model, rollouts, latent="projector"):
+    """Runs the latent steps of given slots anew: full back-propagation through all steps of all tags, cached and exact.
+
+    Rows have their tags at different places, so the batch advances in rounds: every row's text up to its next block in
+    one forward, then the block's latent steps one position at a time (rows with fewer are padded and masked). A latent
+    costs one position, not one prefix as in the released code, and gradients run through the cache: nothing is detached.
+
+    -> (h (B, S, D), latents, a list of (n, D) per row): h[b, s] is the output that predicts slot s. With the base frozen
+    the prompts' part carries no graph. Call under torch.no_grad() to only recompute the latents.
+    """
+    prompts, owner, order = _layout(rollouts)
+    rows, device = [rollouts[i] for i in order], model.device
+    slots, valid, _ = _slot_table(rows, device)
+    B, S = slots.shape
+    cache, h_prompt = prefill(model, prompts)
+    cache.assign(owner.to(device))
+    embeddings = model.get_input_embeddings()(slots.clamp(min=0))  # (B, S, D)
+    base = cache.lengths[cache.owner, None]  # (B, 1)
+    h_last = h_prompt[cache.owner]  # (B, D): the output at each row's last slot so far
+    at = [0] * B  # next slot of each row
+    outputs, where = [h_last[:, None]], torch.zeros(B, S, dtype=torch.long)  # where[b, s]: column of the output for slot s
+    columns, made = 1, []
+
+    def piece(x, starts, counts):
+        """Feeds x (B, n, D): counts[b] slots of row b from slot starts[b]; the rest of the row is padding."""
+        nonlocal h_last, columns
+        n = x.shape[1]
+        steps = torch.arange(n, device=device)
+        real = steps < torch.tensor(counts, device=device)[:, None]  # (B, n)
+        cache.begin(real)
+        h = forward(model, x, base + torch.tensor(starts, device=device)[:, None] + steps, cache)  # (B, n, D)
+        for b, (s, c) in enumerate(zip(starts, counts)):
+            where[b, s + 1 : s + c + 1] = torch.arange(columns, columns + c)[: max(0, S - s - 1)]
+        outputs.append(h)
+        columns += n
+        last = h[torch.arange(B, device=device), (real.sum(1) - 1).clamp(min=0)]
+        h_last = torch.where(real.any(1)[:, None], last, h_last)
+
+    while any(a < len(r.slots) for a, r in zip(at, rows)):
+        # the text up to the next block
+        counts = []
+        for a, r in zip(at, rows):
+            end = next((i for i in range(a, len(r.slots)) if r.slots[i] == LATENT), len(r.slots))
+            counts.append(end - a)
+        if max(counts):
+            index = torch.tensor(at, device=device)[:, None] + torch.arange(max(counts), device=device)
+            index = index.clamp(max=S - 1)[..., None].expand(-1, -1, embeddings.shape[2])
+            piece(embeddings.gather(1, index), at, counts)
+            at = [a + c for a, c in zip(at, counts)]
+        # the block
+        blocks = []
+        for a, r in zip(at, rows):
+            end = next((i for i in range(a, len(r.slots)) if r.slots[i] != LATENT), len(r.slots))
+            blocks.append(end - a)
+        for k in range(max(blocks)):
+            z = latent_step(model, h_last, latent)  # z_{k+1} = P(h_k)
+            inside = [int(k < n) for n in blocks]
+            made.append((z, inside))
+            piece(z[:, None], at, inside)
+            at = [a + i for a, i in zip(at, inside)]
+    h = torch.cat(outputs, 1)  # (B, columns, D)
+    h = h.gather(1, where.to(device)[..., None].expand(-1, -1, h.shape[2]))  # (B, S, D)
+    latents = [[z[b] for z, inside in made if inside[b]] for b in range(B)]
+    latents = [torch.stack(zs) if zs else h.new_zeros(0, h.shape[2]) for zs in latents]
+    back = sorted(range(B), key=order.__getitem__)
+    return h[torch.tensor(back, device=device)], [latents[i] for i in back]
+
+
+@torch.no_grad()
+def recompute_latents(model, rollouts):
+    """The rollouts with their latents made by the current weights (the released code does this before every scoring)."""
+    return [dataclasses.replace(r, latents=z) for r, z in zip(rollouts, unroll(model, rollouts)[1])]
+
+
+def projector_loss(model, traces, latent="projector"):
+    """Paper Sec. 3.3: cross-entropy on the text after the FIRST tag, later tags, answer and stop token included.
+
+    traces: Rollouts whose latents are made here. -> (sum of the losses, number of scored tokens); their quotient over
+    several calls does not depend on how traces are batched. latent="none" scores the same tokens with no latents at all.
+    """
+    start = [r.slots.index(LATENT) if LATENT in r.slots else len(r.slots) for r in traces]
+    if latent == "none":
+        plain = [dataclasses.replace(r, slots=[s for s in r.slots if s != LATENT], latents=r.latents[:0]) for r in traces]
+        logp, scored = logprobs(model, plain)
+    else:
+        h, _ = unroll(model, traces, latent)
+        slots, _, scored = _slot_table(traces, model.device)
+    after = torch.arange(scored.shape[1], device=model.device) >= torch.tensor(start, device=model.device)[:, None]
+    scored = scored & after
+    logp = logp[scored] if latent == "none" else token_logprobs(model, h[scored], slots[scored])
+    return -logp.sum(), int(scored.sum())
+
+
+# ============================================================================ GRPO (paper Sec. 3.4; DeepSeekMath)
+def group_advantages(rewards, eps=1e-4):
+    """rewards (P, G) -> (r - mean) / (std + eps) within each group, (P, G); 0 where a group's rewards are all equal.
+
+    eps: ours; the released 1e-9 turns rounding noise between equal real-valued rewards into full-size advantages.
+    """
+    mean = rewards.mean(1, keepdim=True)
+    std = ((rewards - mean).square().sum(1, keepdim=True) / max(1, rewards.shape[1] - 1)).sqrt()
+    return torch.where(rewards.amax(1, keepdim=True) > rewards.amin(1, keepdim=True), (rewards - mean) / (std + eps), 0.0)
+
+
+def policy_loss(logp, old_logp, advantages, scored, n_rollouts, clip=0.2):
+    """DeepSeekMath Eq. 3 without KL: mean over rollouts of the mean over their sampled tokens of the clipped objective.
+
+    logp, old_logp, scored (B, S), advantages (B,). n_rollouts: of the whole update, not of this micro-batch; each
+    rollout is divided by its own token count. Both are known before the first micro-batch, so gradients summed over
+    micro-batches of any size are the same. -> (loss, ratio (B, S), 1 where nothing was sampled).
+    """
+    ratio = torch.where(scored, logp - old_logp, 0.0).exp()  # (B, S)
+    a = advantages[:, None]
+    gain = torch.minimum(ratio * a, ratio.clamp(1 - clip, 1 + clip) * a)  # (B, S)
+    per_rollout = (gain * scored).sum(1) / scored.sum(1).clamp(min=1)  # (B,)
+    return -per_rollout.sum() / n_rollouts, ratio
+
+
+# ============================================================================ stage 1: traces with tags (Sec. 3.3)
+def split_answer(text, marker="\\boxed{"):
+    """(reasoning, answer): the answer begins at the last marker; ("", "") if there is none."""
+    at = text.rfind(marker)
+    return (text[:at], text[at:]) if at >= 0 else ("", "")
+
+
+def mask_sentences(rng, tokenizer, reasoning, ratio, cap=CAP):
+    """Replaces max(1, int(ratio * n)) random sentences by tags, N = clamp(int(0.2 * tokens of the sentence), 1, cap).
+
+    The sentence is deleted: there is no target for the latents themselves. Tags already there are kept and never
+    replaced. One space on each side of a tag (Sec. 4 of method.md). rng: random.Random. None if there is no sentence.
+    Ours: sentences end at [.!?] or a newline; the released code uses spaCy in stage 1, another splitter in stage 3.
+    """
+    pieces, start = [], 0  # [text, is a sentence]
+    for a, b, _ in parse_tags(reasoning, cap) + [(len(reasoning), len(reasoning), 0)]:
+        pieces += [[s, bool(s.strip())] for s in re.findall(r"\s*[^\n]*?(?:[.!?]+[\"')\]]*(?=\s)|\n|$)", reasoning[start:a]) if s]
+        pieces.append([reasoning[a:b], False])
+        start = b
+    sentences = [i for i, (_, is_sentence) in enumerate(pieces) if is_sentence]
+    if not sentences:
+        return None
+    for i in rng.sample(sentences, max(1, int(ratio * len(sentences)))):
+        n = max(1, min(cap, int(0.2 * len(tokenizer.encode(pieces[i][0].strip(), add_special_tokens=False)))))
+        pieces[i][0] = f" {OPEN}{n}{CLOSE} "
+    text = "".join(p for p, _ in pieces)
+    return re.sub(rf"\s*({OPEN}[0-9 ]*{CLOSE})\s*", r" \1 ", text).replace(f"{CLOSE}  {OPEN}", f"{CLOSE} {OPEN}").strip()
+
+
+# ============================================================================ rewards the paper's tasks share (Sec. 4)
+def boxed(text):
+    """The content of the last \\boxed{..}, braces balanced, \\text{..} unwrapped; None if there is none or it is cut."""
+    at = text.rfind("\\boxed{")
+    if at < 0:
+        return None
+    depth, start = 0, at + len("\\boxed")
+    for i in range(start, len(text)):
+        depth += (text[i] == "{") - (text[i] == "}")
+        if depth == 0:
+            return re.sub(r"\\(?:text|textbf|mathrm)\{([^{}]*)\}", r"\1", text[start + 1 : i]).strip()
+    return None
+
+
+@torch.no_grad()
+def perplexity(model, tokenizer, contexts, continuations, rows=64):
+    """Per-token perplexity of each continuation after its context, both texts -> list of floats. No tag fires here."""
+    out = []
+    for i in range(0, len(contexts), rows):
+        pairs = zip(contexts[i : i + rows], continuations[i : i + rows])
+        none = torch.zeros(0, model.config.hidden_size)
+        batch = [Rollout(tokenizer.encode(c), tokenizer.encode(y, add_special_tokens=False), none) for c, y in pairs]
+        if not all(r.prompt_ids and r.slots for r in batch):
+            raise UserError("a perplexity needs a context and a continuation of at least one token each")
+        logp, scored = logprobs(model, batch)
+        out += torch.exp(-logp.sum(1) / scored.sum(1)).tolist()
+    return out
+
+
+def improvement(before, after):
+    """VR-CLI (arXiv 2503.22828): by how many percent a plan lowers the perplexity of a text."""
+    return 100.0 * (before - after) / before
+
+
+# ============================================================================ what all scripts do at their ends
+def run_script(main):
+    """Runs a script's main: what the user can put right ends in one line and exit code 2, never in a traceback."""
+    try:
+        main()
+    except UserError as e:
+        print(f"{os.path.basename(sys.argv[0])}: error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped by the keyboard; what was written so far is kept", file=sys.stderr)
+        sys.exit(130)

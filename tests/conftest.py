@@ -1,0 +1,173 @@
+"""What the tests share: a small tokenizer, a tiny random Qwen2 in float64, a scripted policy, and the naive reference.
+
+Read test_tag.py, test_decode.py, test_train.py, test_data.py in this order: together they say what litereason.py must do.
+Everything here runs on a CPU without a network. Numbers are float64, so "equal" means equal up to rounding, 1e-10.
+"""
+import os
+import sys
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+
+import litereason
+from litereason import CLOSE, LATENT, OPEN
+
+torch.set_num_threads(1)
+REAL_TOKENIZER = os.path.join(ROOT, "..", "shared", "qwen2-tokenizer")
+
+
+def tag(n):
+    return f"{OPEN}{n}{CLOSE}"
+
+
+def close(a, b, tol=1e-10):
+    """Equal up to rounding: within tol of the largest entry (or of 1)."""
+    a, b = a.detach(), b.detach()
+    assert a.shape == b.shape, (a.shape, b.shape)
+    if a.numel():
+        assert (a - b).abs().max() <= tol * max(1.0, float(b.abs().max())), f"off by {(a - b).abs().max():.3g}"
+
+
+# ---------------------------------------------------------------- tokenizers
+MERGED = [".<", ">\n", "><", "</", "implicit_", "thought"]  # the rest is one token per character; tag(3) has 9 tokens
+
+
+@pytest.fixture(scope="session")
+def tok(tmp_path_factory):
+    chars = [chr(c) for c in range(32, 127)] + ["\n", "\t", "é", "٣", "²"]
+    vocab = {w: i for i, w in enumerate(["<eos>", "<unk>"] + MERGED + chars)}
+    t = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    pattern = "|".join(m.replace(".", r"\.") for m in MERGED) + r"|[\s\S]"
+    t.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
+    t.decoder = decoders.Fuse()
+    path = tmp_path_factory.mktemp("tokenizer")
+    PreTrainedTokenizerFast(tokenizer_object=t, eos_token="<eos>", pad_token="<eos>", unk_token="<unk>").save_pretrained(path)
+    return AutoTokenizer.from_pretrained(path)
+
+
+@pytest.fixture(scope="session")
+def real_tok():
+    if not os.path.isdir(REAL_TOKENIZER):
+        pytest.skip(f"the real Qwen2 tokenizer is not at {os.path.normpath(REAL_TOKENIZER)}")
+    return AutoTokenizer.from_pretrained(REAL_TOKENIZER)
+
+
+# ---------------------------------------------------------------- models
+def exact_norm(self, x):
+    return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+
+Qwen2RMSNorm.forward = exact_norm  # transformers' own rounds to float32 inside a float64 model: gradients would agree to 1e-7 only
+
+
+def random_qwen2(vocab_size, eos, **config):
+    """A Qwen2 of 2 layers, all of it random, norms and biases too; no projector yet."""
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=None, eos_token_id=eos, pad_token_id=eos, **config))
+    model = model.double()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.normal_(1.0 if "norm" in name else 0.0, 0.15, generator=generator)
+    return model
+
+
+def with_projector(model):
+    """Attached, and the layers made different, at a size where latents matter (TEXTS has a test of that) without chaos:
+    a random projector that is much larger multiplies rounding errors by ten per latent."""
+    model = litereason.attach(model)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.reasoning_projector.parameters():
+            p.normal_(0.0, 0.17, generator=generator)
+    return model
+
+
+@pytest.fixture
+def model(tok):
+    return with_projector(random_qwen2(len(tok) + 3, tok.eos_token_id))  # + 3: as in Qwen, ids that no text has
+
+
+@pytest.fixture(scope="session")
+def real_model(real_tok):
+    return with_projector(random_qwen2(151936, real_tok.eos_token_id, tie_word_embeddings=True))
+
+
+# ---------------------------------------------------------------- a policy that writes what a test wants
+def write(model, tok, prompts, texts, limit=40, samples=1, seed=0, **settings):
+    """generate(), but row i samples the tokens of texts[i] one after the other (then "x"), with their true log-probs.
+
+    generate draws one random number per row and step up front, so the number that `sample` gets tells whose turn it is.
+    """
+    draws = torch.rand(len(texts), limit, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    row_of = {u: row for row, line in enumerate(draws.tolist()) for u in line}
+    scripts, after = [iter(tok.encode(t)) for t in texts], tok.encode("x")[0]
+
+    def sample(logits, u, temperature, top_k, top_p):
+        token = torch.tensor([next(scripts[row_of[x]], after) for x in u.tolist()])
+        return token, (logits / temperature).log_softmax(-1).gather(-1, token[:, None])[:, 0]
+
+    original, litereason.sample = litereason.sample, sample
+    try:
+        return litereason.generate(model, tok, prompts, samples=samples, max_new_tokens=limit,
+                                   generator=torch.Generator().manual_seed(seed), **settings)
+    finally:
+        litereason.sample = original
+
+
+LIMIT = 40
+PROMPTS = ["the story of Karl", "abc", f"a tag in a story: {tag(3)} is text", "x y"]
+TEXTS = [
+    f"ab{tag(3)}cd{tag(2)}.<eos>",             # two tags
+    f"a long way to the first tag{tag(1)}q",   # one later than the others'; cut by the limit
+    f"b.{tag(4)}{tag(5)}\n{tag(1)}<eos>",      # three in a row, with merged ends; a tag is the last text
+    "no tag.<eos>",                            # ends early, without one
+    "z" * (LIMIT - 11) + tag(5),               # the limit cuts the block after 2 latents
+    "z" * (LIMIT - 9) + tag(5),                # the limit is at the tag's last token: no latent
+    f"{tag(99)}ok<eos>",                       # above the cap; ends early
+    f"{tag(0)}<implicit_thought>ab{tag(2)}c",  # only the last one is a tag
+]  # two for each prompt
+LATENTS = [5, 1, 10, 0, 2, 0, 5, 2]
+TAGS = [2, 1, 3, 0, 1, 0, 1, 1]
+
+
+@pytest.fixture
+def rollouts(model, tok):
+    return write(model, tok, PROMPTS, TEXTS, LIMIT, samples=2)
+
+
+# ---------------------------------------------------------------- the definition, as slowly and plainly as possible
+def project(model, h):
+    for mlp in model.reasoning_projector:
+        h = mlp.down_proj(torch.nn.functional.silu(mlp.gate_proj(h)) * mlp.up_proj(h))
+    return h
+
+
+def naive(model, prompt_ids, slots):
+    """No cache, no batch: the whole prefix is run again for every slot. Differentiable.
+
+    -> (h (S, D), latents (n, D), log-probs (S,), 0 at latents); h[s] is the state that predicts slot s.
+    """
+    embed = model.get_input_embeddings()
+    x = [embed.weight[i] for i in prompt_ids]
+    hs, latents, logps = [], [torch.zeros(0, len(x[0])).double()], []
+    for slot in slots:
+        h = model.model(inputs_embeds=torch.stack(x)[None], use_cache=False).last_hidden_state[0, -1]
+        hs.append(h)
+        if slot == LATENT:
+            x.append(project(model, h))
+            latents.append(x[-1][None])
+            logps.append(h.new_zeros(()))
+        else:
+            x.append(embed.weight[slot])
+            logps.append(model.lm_head(h).log_softmax(-1)[slot])
+    return torch.stack(hs), torch.cat(latents), torch.stack(logps)

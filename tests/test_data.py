@@ -1,0 +1,275 @@
+"""Traces with tags (method.md, section 4), the box that rewards read, checkpoints, and the shipped tasks."""
+import importlib
+import json
+import os
+import random
+import shutil
+
+import pytest
+import torch
+from conftest import PROMPTS, close, tag, with_projector, random_qwen2
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+from litereason import CAP, UserError, attach, boxed, generate, load, mask_sentences, parse_tags, run_script, save, split_answer
+
+STORY = "One fine day it rained. Was it cold? It was!\nNobody \"knew.\" It was 3.5 degrees. The end came late"
+SENTENCES = ["One fine day it rained.", "Was it cold?", "It was!", "Nobody \"knew.\"", "It was 3.5 degrees.", "The end came late"]
+
+
+def mask(tok, text, ratio, seed=0, cap=CAP):
+    return mask_sentences(random.Random(seed), tok, text, ratio, cap)
+
+
+def numbers(text):
+    return [n for _, _, n in parse_tags(text)]
+
+
+# ---------------------------------------------------------------- sentences become tags
+@pytest.mark.parametrize("ratio, expected", [(0.0, 1), (0.1, 1), (0.25, 1), (0.34, 2), (0.5, 3), (0.99, 5), (1.0, 6)])
+def test_a_share_of_the_sentences_is_replaced_but_at_least_one(tok, ratio, expected):
+    masked = mask(tok, STORY, ratio)
+    assert len(numbers(masked)) == expected
+    assert sum(s in masked for s in SENTENCES) == len(SENTENCES) - expected  # whole sentences, and no others
+
+
+@pytest.mark.parametrize("length, n", [(2, 1), (9, 1), (10, 2), (14, 2), (15, 3), (25, 5), (100, 5)])
+def test_n_is_a_fifth_of_the_sentences_tokens_within_1_and_the_cap(tok, length, n):
+    sentence = "a" * (length - 1) + "."
+    assert len(tok.encode(sentence)) == length
+    assert mask(tok, sentence, 1.0) == tag(n)
+    assert mask(tok, f"  {sentence}\n", 1.0) == tag(n)  # the space around a sentence is not counted
+
+
+def test_n_follows_another_cap(tok):
+    assert mask(tok, "a" * 99 + ".", 1.0, cap=9) == tag(9)
+
+
+def test_the_seed_decides_which_sentences(tok):
+    masked = [mask(tok, STORY, 0.34, seed) for seed in range(20)]
+    assert masked == [mask(tok, STORY, 0.34, seed) for seed in range(20)]
+    assert len(set(masked)) > 5
+
+
+def test_there_is_one_space_on_each_side_of_a_tag(tok):
+    for seed in range(20):
+        masked = mask(tok, STORY, 0.5, seed)
+        for a, b, _ in parse_tags(masked):
+            assert a == 0 or masked[a - 1] == " " and masked[a - 2] not in " \n"
+            assert b == len(masked) or masked[b] == " " and masked[b + 1] not in " \n"
+
+
+def test_adjacent_tags_have_one_space_between_them(tok):
+    assert mask(tok, "It was. It is.", 1.0) == f"{tag(1)} {tag(1)}"
+
+
+def test_tags_that_are_there_are_kept_and_never_replaced(tok):
+    text = f"First this one. {tag(4)} Then that one. {tag(5)}"  # sentences of 15 and 14 tokens
+    assert {mask(tok, text, 0.5, seed) for seed in range(10)} == {
+        f"{tag(3)} {tag(4)} Then that one. {tag(5)}", f"First this one. {tag(4)} {tag(2)} {tag(5)}"}
+    assert mask(tok, text, 1.0) == f"{tag(3)} {tag(4)} {tag(2)} {tag(5)}"
+
+
+def test_of_two_equal_sentences_one_can_be_replaced_alone(tok):
+    results = {mask(tok, "He ran. It ended. He ran.", 0.34, seed) for seed in range(30)}
+    assert f"{tag(1)} It ended. He ran." in results and f"He ran. It ended. {tag(1)}" in results
+    assert all(len(numbers(r)) == 1 for r in results)
+
+
+@pytest.mark.parametrize("text", ["", " ", "\n\n", tag(3), f" {tag(3)}\n{tag(1)} "])
+def test_without_a_sentence_there_is_nothing_to_mask(tok, text):
+    assert mask(tok, text, 0.5) is None
+
+
+def test_the_answer_begins_at_the_last_marker():
+    assert split_answer("So \\boxed{No} or, no: \\boxed{Yes}.") == ("So \\boxed{No} or, no: ", "\\boxed{Yes}.")
+    assert split_answer("Hm. In summary: go.", "In summary:") == ("Hm. ", "In summary: go.")
+    assert split_answer("no answer at all") == ("", "")
+
+
+@pytest.mark.parametrize("text, content", [
+    ("\\boxed{Yes}", "Yes"), ("so \\boxed{ No }.", "No"), ("\\boxed{\\text{Yes}}", "Yes"), ("\\boxed{\\textbf{No}}", "No"),
+    ("\\boxed{a{b}{c{d}}e} }", "a{b}{c{d}}e"), ("\\boxed{}", ""),
+    ("\\boxed{Yes} then \\boxed{No}", "No"),            # the last one counts
+    ("\\boxed{Yes} then \\boxed{N", None),              # also when it is cut
+    ("\\boxed{a{b}", None), ("\\boxed", None), ("boxed{Yes}", None), ("Yes", None), ("", None),
+])
+def test_the_box(text, content):
+    assert boxed(text) == content
+
+
+# ---------------------------------------------------------------- checkpoints
+def load64(path):
+    return load(str(path), device="cpu", dtype=torch.float64)
+
+
+def test_save_and_load_give_the_same_model(model, tok, tmp_path):
+    model.config.litereason_max_reasoning_steps = 7
+    reference = generate(model, tok, PROMPTS, max_new_tokens=10, temperature=0)
+    for _ in range(2):  # the second time over the first
+        save(model, tok, tmp_path / "out")
+    assert os.listdir(tmp_path) == ["out"]  # nothing temporary is left
+    again, again_tok = load64(tmp_path / "out")
+    weights = model.state_dict()
+    assert weights.keys() == again.state_dict().keys()
+    assert all(torch.equal(weights[k], v) for k, v in again.state_dict().items())
+    assert again.config.litereason_max_reasoning_steps == 7 and not again.training
+    assert again_tok.get_vocab() == tok.get_vocab()
+    for a, b in zip(generate(again, again_tok, PROMPTS, max_new_tokens=10, temperature=0), reference):
+        assert a.slots == b.slots and torch.equal(a.logprobs, b.logprobs)
+
+
+def test_the_checkpoint_has_the_names_of_the_released_code(model, tok, tmp_path):
+    save(model, tok, tmp_path / "out")
+    config = json.load(open(tmp_path / "out" / "config.json"))
+    assert config["is_litereason_model"] is True
+    assert config["litereason_num_reasoning_layers"] == 3 and config["litereason_max_reasoning_steps"] == 5
+    assert config["architectures"] == ["Qwen2ForCausalLM"] and config["model_type"] == "qwen2"
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as f:
+        names = {k for k in f.keys() if k.startswith("reasoning_projector")}
+    assert names == {f"reasoning_projector.{i}.{part}_proj.weight" for i in range(3) for part in ("gate", "up", "down")}
+
+
+def test_the_checkpoint_is_still_an_ordinary_model_for_transformers(model, tok, tmp_path):
+    save(model, tok, tmp_path / "out")
+    plain, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float64), torch.tensor([tok.encode("abc")])
+    close(plain(ids).logits, model(ids).logits)
+
+
+def test_a_model_without_a_projector_starts_from_three_copies_of_its_last_mlp(tok, tmp_path):
+    base = random_qwen2(len(tok), tok.eos_token_id)
+    base.save_pretrained(tmp_path / "base")
+    tok.save_pretrained(tmp_path / "base")
+    model, _ = load64(tmp_path / "base")
+    last = model.model.layers[-1].mlp.state_dict()
+    assert len(model.reasoning_projector) == 3 and model.config.litereason_max_reasoning_steps == CAP
+    storage = {p.data_ptr() for p in model.parameters()}
+    assert len(storage) == len(list(model.parameters()))  # independent: no two share memory
+    for mlp in model.reasoning_projector:
+        assert all(torch.equal(last[k], v) for k, v in mlp.state_dict().items())
+    h = torch.randn(4, 32).double()
+    mlp = model.model.layers[-1].mlp
+    close(model.reasoning_projector(h), mlp(mlp(mlp(h))))  # no residual, no norm
+
+
+def test_the_projector_stays_in_float32_in_a_bfloat16_model(model, tok, tmp_path):
+    save(model, tok, tmp_path / "out")
+    half, half_tok = load(str(tmp_path / "out"), device="cpu", dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16 and {p.dtype for p in half.reasoning_projector.parameters()} == {torch.float32}
+    assert generate(half, half_tok, PROMPTS, max_new_tokens=5)[0].slots
+
+
+def test_the_number_of_projector_layers_comes_from_the_checkpoint(tok, tmp_path):
+    base = random_qwen2(len(tok), tok.eos_token_id)
+    base.config.litereason_num_reasoning_layers = 2
+    save(with_projector(base), tok, tmp_path / "out")
+    assert len(load64(tmp_path / "out")[0].reasoning_projector) == 2
+
+
+def one_line(action, message):
+    with pytest.raises(UserError, match=message) as e:
+        action()
+    assert str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_bad_path_is_refused_in_one_line(tmp_path):
+    one_line(lambda: load(str(tmp_path / "nothing")), "no model directory")
+    one_line(lambda: load("./nothing"), "no model directory")
+    one_line(lambda: load(str(tmp_path)), "no config.json")
+    (tmp_path / "file").write_text("x")
+    one_line(lambda: load(str(tmp_path / "file")), "no model directory")
+    (tmp_path / "config.json").write_text("{")
+    one_line(lambda: load(str(tmp_path)), "cannot load")
+    one_line(lambda: load("nobody/nothing"), "cannot fetch 'nobody/nothing' from the hub")
+    one_line(lambda: load("Qwen9-1B"), "cannot fetch 'Qwen/Qwen9-1B' from the hub")
+
+
+@pytest.mark.parametrize("cap", [0, -1, 65, 2.5, "5", None])
+def test_a_bad_cap_is_refused_in_one_line(tok, cap):
+    base = random_qwen2(len(tok), tok.eos_token_id)
+    base.config.litereason_max_reasoning_steps = cap
+    one_line(lambda: attach(base), "litereason_max_reasoning_steps")
+
+
+def test_a_damaged_checkpoint_is_refused_in_one_line(model, tok, tmp_path):
+    save(model, tok, tmp_path / "good")
+
+    def damaged(name):
+        return shutil.copytree(tmp_path / "good", tmp_path / name)
+
+    os.remove(damaged("no_weights") / "model.safetensors")
+    one_line(lambda: load64(tmp_path / "no_weights"), "cannot load")
+    file = damaged("cut") / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+    one_line(lambda: load64(tmp_path / "cut"), "cut")
+    config = json.load(open(tmp_path / "good" / "config.json"))
+    config["litereason_num_reasoning_layers"] = 4
+    (damaged("layers") / "config.json").write_text(json.dumps(config))
+    one_line(lambda: load64(tmp_path / "layers"), "does not fit")
+
+
+def test_a_place_that_cannot_be_written_is_named_in_one_line(model, tok, tmp_path):
+    (tmp_path / "file").write_text("x")
+    one_line(lambda: save(model, tok, tmp_path / "file" / "out"), "cannot write")
+
+
+def test_a_script_ends_with_one_line_and_exit_code_2(capsys):
+    def main():
+        raise UserError("no such thing")
+    with pytest.raises(SystemExit) as e:
+        run_script(main)
+    assert e.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.endswith("error: no such thing\n") and err.count("\n") == 1
+
+
+# ---------------------------------------------------------------- the shipped tasks: examples, prompt, reward
+@pytest.fixture(params=["data.tiny", "data.tiny.next_chapter"])
+def task(request):
+    return importlib.import_module(request.param)
+
+
+def test_the_splits_are_disjoint_and_the_same_every_time(task):
+    splits = {s: task.examples(s) for s in ("train", "val", "test")}
+    assert all(rows and rows == task.examples(s) for s, rows in splits.items())
+    stories = [row["story"] for rows in splits.values() for row in rows]
+    assert len(set(stories)) == len(stories)
+
+
+def test_prompts_offer_the_tag_only_where_latents_are_wanted_and_it_is_not_a_valid_one(task):
+    for row in task.examples("val")[:20]:
+        with_tag, without = task.prompt(row, True), task.prompt(row, False)
+        assert "implicit_thought" in with_tag and "implicit_thought" not in without
+        assert row["story"] in with_tag and row["story"] in without
+        assert not parse_tags(with_tag)
+
+
+def test_an_unknown_split_is_refused(task):
+    with pytest.raises(ValueError, match="not 'trian'"):
+        task.examples("trian")
+
+
+def test_half_of_the_plot_hole_stories_have_a_hole():
+    task = importlib.import_module("data.tiny")
+    for split in ("train", "val", "test"):
+        labels = [bool(row["label"]) for row in task.examples(split)]
+        assert 2 * sum(labels) == len(labels)
+
+
+def test_the_plot_hole_reward_reads_the_gold_answer_and_the_last_box_alone():
+    task = importlib.import_module("data.tiny")
+    yes, no = (next(r for r in task.examples("val") if bool(r["label"]) == label) for label in (True, False))
+    for row, other in ((yes, no), (no, yes)):
+        right, wrong = task.answer(row), task.answer(other)
+        assert right != wrong and boxed(right)
+        assert task.reward(row, right) == task.reward(row, f"{PROMPTS[0]}. {right}") == task.reward(row, f"{wrong} {right}") == 1
+        assert task.reward(row, f"{right} {wrong}") == task.reward(row, wrong) == 0
+        both = right.replace(boxed(right), "Yes No")
+        for text in ("", "Yes No", boxed(right), right[:-1], both, f"{right} \\boxed{{", right.replace(boxed(right), "")):
+            assert task.reward(row, text) == 0
+
+
+def test_the_chapter_of_another_story_is_another_chapter():
+    task = importlib.import_module("data.tiny.next_chapter")
+    for row in task.examples("val"):
+        assert row["other"] != row["chapter"]

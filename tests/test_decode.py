@@ -1,0 +1,256 @@
+"""The mixed decoding loop, and the scorer that must agree with it to rounding (method.md, sections 2, 3 and 6).
+
+The rows that are decoded are in conftest.py (TEXTS): several tags, adjacent tags, tags cut by the limit, early ends.
+"""
+import pytest
+import torch
+from conftest import LATENTS, LIMIT, PROMPTS, TAGS, TEXTS, close, naive, tag, write
+
+import litereason
+from litereason import LATENT, UserError, generate, improvement, insert_latents, logprobs, perplexity, sample
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def same(a, b):
+    """Two rollouts are the same: slots, latents, log-probs and all."""
+    assert (a.prompt_ids, a.slots, a.text, a.finished) == (b.prompt_ids, b.slots, b.text, b.finished)
+    close(a.latents, b.latents)
+    close(a.logprobs, b.logprobs)
+
+
+# ---------------------------------------------------------------- what is decoded
+def test_every_row_holds_its_text_with_n_latents_after_each_tag(model, tok, rollouts):
+    for r, text in zip(rollouts, TEXTS):
+        ids = tok.encode(text)
+        if not text.endswith("<eos>"):
+            ids += tok.encode("x") * LIMIT
+        assert r.slots == insert_latents(model, tok, ids)[:LIMIT]
+        assert r.finished == text.endswith("<eos>")
+        assert r.text == tok.decode([s for s in r.slots if s not in (LATENT, tok.eos_token_id)])
+
+
+def test_latents_count_toward_the_limit_and_are_counted_as_run(rollouts):
+    assert [r.n_latents for r in rollouts] == LATENTS == [len(r.latents) for r in rollouts]
+    assert [r.n_tags for r in rollouts] == TAGS
+    assert all(len(r.slots) == r.n_tokens + r.n_latents == len(r.logprobs) <= LIMIT for r in rollouts)
+    assert [len(r.slots) == LIMIT for r in rollouts] == [not r.finished for r in rollouts]
+    assert all((r.logprobs[i] == 0) == (s == LATENT) for r in rollouts for i, s in enumerate(r.slots))
+
+
+def test_the_latents_and_log_probs_are_those_of_the_naive_definition(model, rollouts):
+    for r in rollouts:
+        with torch.no_grad():
+            _, latents, logps = naive(model, r.prompt_ids, r.slots)
+        close(r.latents, latents)
+        close(r.logprobs, logps)
+
+
+def test_the_latents_matter(model, tok, rollouts):
+    """If they did not, most of this file would prove nothing."""
+    zeros = write(model, tok, PROMPTS, TEXTS, LIMIT, samples=2, latent="zeros")
+    assert (zeros[0].logprobs[-2:] - rollouts[0].logprobs[-2:]).abs().min() > 1e-3
+    assert (rollouts[0].latents[0] - rollouts[0].latents[1]).abs().max() > 1e-2
+
+
+# ---------------------------------------------------------------- decoding = scoring
+def test_scoring_gives_the_log_probs_of_sampling(model, rollouts):
+    logp, scored = logprobs(model, rollouts)
+    for row, mask, r in zip(logp, scored, rollouts):
+        close(row[: len(r.slots)], r.logprobs)
+        assert mask.tolist() == [s != LATENT for s in r.slots] + [False] * (len(mask) - len(r.slots))
+        assert not row[~mask].any()
+
+
+@pytest.mark.parametrize("choice", [[0], [5, 0], [1, 2, 3], [7, 3, 3, 0, 6], [4, 2, 7, 1, 0]])
+def test_scoring_does_not_depend_on_the_batch_or_its_order(model, rollouts, choice):
+    logp, scored = logprobs(model, [rollouts[i] for i in choice])
+    for row, mask, i in zip(logp, scored, choice):
+        close(row[mask], rollouts[i].logprobs[rollouts[i].logprobs != 0])
+
+
+def test_scoring_uses_the_temperature_of_sampling(model, tok):
+    rows = generate(model, tok, PROMPTS, samples=2, max_new_tokens=20, temperature=0.7, generator=seeded(0))
+    rows += write(model, tok, PROMPTS, TEXTS, LIMIT, samples=2, temperature=0.7)
+    for row, mask, r in zip(*logprobs(model, rows, temperature=0.7), rows):
+        close(row[mask], r.logprobs[r.logprobs != 0])
+    assert (logprobs(model, rows)[0][0, :5] - rows[0].logprobs[:5]).abs().max() > 1e-3
+
+
+def test_perplexity_is_that_of_the_plain_model_and_no_tag_fires(model, tok):
+    texts = ["a chapter", f"with a {tag(3)} in it", "z"]
+    for rows in (1, 2, 64):
+        for context, text, found in zip(PROMPTS[:3], texts, perplexity(model, tok, PROMPTS[:3], texts, rows), strict=True):
+            a, b = tok.encode(context), tok.encode(text)
+            logp = model(torch.tensor([a + b])).logits[0, len(a) - 1 : -1].log_softmax(-1)
+            expected = (-logp[torch.arange(len(b)), b].mean()).exp()
+            assert abs(found / expected - 1) < 1e-6
+    assert improvement(8.0, 6.0) == 25.0
+
+
+# ---------------------------------------------------------------- a row never depends on other rows
+def test_a_row_alone_equals_the_row_in_a_mixed_batch(model, tok, rollouts):
+    for i, r in enumerate(rollouts):
+        same(write(model, tok, [PROMPTS[i // 2]], [TEXTS[i]], LIMIT)[0], r)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 512])
+def test_the_seed_alone_decides_what_is_sampled_not_the_batch_size(model, tok, rows):
+    settings = dict(samples=2, max_new_tokens=25, temperature=0.9, top_p=0.9, top_k=20)
+    reference = generate(model, tok, PROMPTS, generator=seeded(3), **settings)
+    again = generate(model, tok, PROMPTS, generator=seeded(3), rows=rows, **settings)
+    for a, b in zip(again, reference, strict=True):
+        same(a, b)
+        assert a.prompt == b.prompt
+    assert len({tuple(r.slots) for r in reference}) == len(reference)
+    other = generate(model, tok, PROMPTS, generator=seeded(4), **settings)
+    assert all(a.slots != b.slots for a, b in zip(other, reference))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4])
+def test_the_scripted_rows_do_not_depend_on_the_batch_size_either(model, tok, rollouts, rows):
+    for a, b in zip(write(model, tok, PROMPTS, TEXTS, LIMIT, samples=2, rows=rows), rollouts, strict=True):
+        same(a, b)
+
+
+def test_rollouts_come_back_grouped_by_prompt_in_order(tok, rollouts):
+    assert [r.prompt for r in rollouts] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [tok.decode(r.prompt_ids) for r in rollouts] == [p for p in PROMPTS for _ in range(2)]
+
+
+# ---------------------------------------------------------------- what does not fire
+def test_without_tags_greedy_decoding_is_that_of_transformers(model, tok):
+    ours = generate(model, tok, PROMPTS, max_new_tokens=25, temperature=0)
+    for prompt, r in zip(PROMPTS, ours, strict=True):
+        ids = torch.tensor([tok.encode(prompt)])
+        theirs = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=25, pad_token_id=0)
+        assert r.slots == theirs[0, ids.shape[1]:].tolist()
+
+
+def test_a_tag_in_the_prompt_is_text(model, tok):
+    r, = write(model, tok, [f"a {tag(3)}"], ["b<eos>"])
+    assert r.slots == tok.encode("b<eos>")
+    r, = write(model, tok, [f"a {tag(3)[:-2]}"], ["t>b<eos>"])  # nor does one that begins in the prompt
+    assert r.n_latents == 0
+
+
+def test_latent_none_leaves_tags_as_text_and_never_runs_the_projector(model, tok, monkeypatch):
+    monkeypatch.setattr(model.reasoning_projector, "forward", lambda h: pytest.fail("the projector ran"))
+    for r, text in zip(write(model, tok, PROMPTS, TEXTS, LIMIT, samples=2, latent="none"), TEXTS):
+        ids = tok.encode(text)[:LIMIT]
+        assert r.slots[: len(ids)] == ids and r.n_latents == r.n_tags == 0
+        logits = model(torch.tensor([r.prompt_ids + r.slots])).logits[0, len(r.prompt_ids) - 1 : -1]  # the plain base model
+        close(r.logprobs, logits.log_softmax(-1).gather(-1, torch.tensor(r.slots)[:, None])[:, 0].detach())
+
+
+def test_a_latent_can_be_zeros_or_any_function(model, tok):
+    r, = write(model, tok, ["abc"], TEXTS[:1], latent="zeros")
+    assert r.latents.shape == (5, 32) and not r.latents.any()
+    r, = write(model, tok, ["abc"], TEXTS[:1], latent=lambda h: h + 1)
+    close(logprobs(model, [r])[0][0], r.logprobs)
+    assert r.n_latents == 5 and r.latents.any()
+
+
+def test_the_checkpoints_own_cap_is_used(model, tok):
+    model.config.litereason_max_reasoning_steps = 7
+    r, = write(model, tok, ["abc"], [f"{tag(6)}a{tag(8)}<eos>"])
+    assert r.n_latents == 6 + 7
+
+
+def test_nothing_leaks_from_the_generation_config_but_the_stop_ids(model, tok):
+    settings = dict(samples=4, max_new_tokens=20)
+    before = generate(model, tok, PROMPTS, generator=seeded(0), **settings)
+    for name, value in dict(temperature=0.01, top_k=1, top_p=0.1, do_sample=False, repetition_penalty=9.0, max_new_tokens=2,
+                            no_repeat_ngram_size=1, min_new_tokens=15, suppress_tokens=[5, 6, 7]).items():
+        setattr(model.generation_config, name, value)
+    for a, b in zip(generate(model, tok, PROMPTS, generator=seeded(0), **settings), before):
+        same(a, b)
+    model.generation_config.eos_token_id = [tok.encode("q")[0], tok.eos_token_id]
+    r, = write(model, tok, ["abc"], ["abqcd"])
+    assert (r.slots, r.finished, r.text) == (tok.encode("abq"), True, "ab")
+
+
+# ---------------------------------------------------------------- cost
+def test_the_prompt_of_a_group_is_read_once_and_a_slot_costs_one_position(model, tok, monkeypatch):
+    shapes, forward, stats = [], litereason.forward, {}
+    monkeypatch.setattr(litereason, "forward", lambda m, x, *rest: shapes.append(tuple(x.shape[:2])) or forward(m, x, *rest))
+    rows = write(model, tok, PROMPTS, TEXTS, LIMIT, samples=2, stats=stats)
+    assert shapes[0] == (4, max(len(r.prompt_ids) for r in rows)) and {s for _, s in shapes[1:]} == {1}
+    prompts = sum(len(r.prompt_ids) for r in rows[::2])
+    assert stats["forwards"] == prompts + sum(n for n, _ in shapes[1:])
+    needed = sum(len(r.slots) - 1 for r in rows)  # nothing is predicted from a row's last slot
+    assert needed <= stats["forwards"] - prompts <= needed + 0.25 * LIMIT * len(rows)  # rows that ended leave the batch soon
+
+    shapes.clear()
+    logprobs(model, rows)
+    assert shapes == [(4, max(len(r.prompt_ids) for r in rows)), (8, LIMIT)]
+
+
+# ---------------------------------------------------------------- sampling
+LOGITS = torch.tensor([0.3, 2.0, -1.0, 1.1, 0.9, -3.0, 1.9, 0.0, 0.5, -0.2])
+
+
+def wanted(temperature, top_k, top_p):
+    """The distribution by hand: the most probable first, cut after top_k of them or once top_p is reached."""
+    p = (LOGITS.double() / temperature).softmax(-1).tolist()
+    ranked = sorted(range(len(p)), key=lambda i: -p[i])[: top_k or None]
+    total, mass, kept = sum(p[i] for i in ranked), 0.0, []
+    for i in ranked:
+        if mass < top_p * total:
+            kept.append(i)
+        mass += p[i]
+    total = sum(p[i] for i in kept)
+    return [p[i] / total if i in kept else 0.0 for i in range(len(p))]
+
+
+@pytest.mark.parametrize("temperature, top_k, top_p", [(1, 0, 1), (0.6, 0, 1), (1, 4, 1), (1, 0, 0.7), (1.5, 6, 0.8), (1, 1, 1), (1, 0, 0.01)])
+def test_sampling_follows_temperature_top_k_and_top_p(temperature, top_k, top_p):
+    n, p = 20000, wanted(temperature, top_k, top_p)
+    token, logp = sample(LOGITS.repeat(n, 1), torch.rand(n, generator=seeded(0), dtype=torch.float64), temperature, top_k, top_p)
+    count = torch.bincount(token, minlength=len(p)).tolist()
+    assert all(c == 0 for c, q in zip(count, p) if q == 0), "a token outside the cut"
+    chi_square = sum((c - n * q) ** 2 / (n * q) for c, q in zip(count, p) if q)
+    assert chi_square < 28  # 9 degrees of freedom: exceeded once in a thousand seeds
+    close(logp, (LOGITS / temperature).log_softmax(-1)[token], 1e-6)  # of the uncut distribution
+
+
+def test_temperature_zero_is_greedy():
+    token, logp = sample(LOGITS.repeat(3, 1), torch.tensor([0.0, 0.5, 0.999]), 0, 0, 1.0)
+    assert token.tolist() == [1, 1, 1]
+    close(logp, LOGITS.log_softmax(-1)[token], 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_no_draw_however_close_to_0_or_1_gives_a_token_outside_the_cut(dtype):
+    logits = torch.cat([torch.tensor([-40.0]), LOGITS, torch.tensor([-torch.inf])]).to(dtype)
+    u = torch.tensor([0.0, 1e-300, 1 - 2**-24, 1 - 2**-30, 1 - 2**-53], dtype=torch.float64)
+    for top_k, top_p, allowed in ((3, 1.0, {2, 7, 4}), (0, 0.5, {2, 7, 4}), (0, 1.0, set(range(11)))):
+        token, logp = sample(logits.repeat(len(u), 1), u, 1.0, top_k, top_p)
+        assert set(token.tolist()) <= allowed and logp.isfinite().all()
+
+
+# ---------------------------------------------------------------- the edges
+@pytest.mark.parametrize("prompts, message", [([""], "prompt 0 is empty"), (["abc", []], "prompt 1 is empty"), (["ab", "z" * 490], "prompt 1 has 490 tokens")])
+def test_a_prompt_that_is_empty_or_too_long_is_refused_in_one_line(model, tok, prompts, message):
+    with pytest.raises(UserError, match=message) as e:
+        generate(model, tok, prompts, max_new_tokens=40)
+    assert "\n" not in str(e.value)
+
+
+def test_a_prompt_that_just_fits_is_read_to_the_last_position(model, tok):
+    r, = generate(model, tok, ["z" * 508], max_new_tokens=4, temperature=0)
+    assert len(r.slots) == 4
+
+
+def test_prompts_can_be_texts_or_token_ids(model, tok):
+    same(generate(model, tok, ["abc"], max_new_tokens=5, temperature=0)[0],
+         generate(model, tok, [tok.encode("abc")], max_new_tokens=5, temperature=0)[0])
+
+
+@pytest.mark.parametrize("writes", ["Then." + tag(3) + "\n\nSo", f"{tag(2)}{tag(1)} is it.<|endoftext|>"])
+def test_the_real_vocabulary_decodes_tags_that_are_merged_with_their_neighbours(real_model, real_tok, writes):
+    r, = write(real_model, real_tok, ["A story."], [writes], limit=32)
+    assert r.n_latents == 3 and r.text.startswith(writes.removesuffix("<|endoftext|>"))
+    close(logprobs(real_model, [r])[0][0].detach(), r.logprobs)

@@ -1,0 +1,250 @@
+"""Both kinds of gradient: back through the latents into the projector (stage 2), and GRPO into the base (stage 3)."""
+import dataclasses
+
+import pytest
+import torch
+from conftest import LIMIT, PROMPTS, TAGS, TEXTS, close, naive, project, tag, write
+
+from litereason import (LATENT, group_advantages, insert_latents, logprobs, policy_loss, projector_loss, recompute_latents, Rollout,
+                        token_logprobs, unroll)
+
+
+def gradients(model, loss, part=""):
+    """{name: gradient} of the weights whose name has `part`; those that the loss does not reach are left out."""
+    named = [(n, p) for n, p in model.named_parameters() if part in n]
+    found = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
+    return {n: g for (n, _), g in zip(named, found) if g is not None}
+
+
+def close_gradients(a, b, tol=1e-10):
+    assert a.keys() == b.keys() and a
+    for name in a:
+        close(a[name], b[name], tol)
+
+
+def some_number(h, latents, seed=0):
+    """A fixed random weighting of all outputs, so that an error in any entry, or in its gradient, shows."""
+    g = torch.Generator().manual_seed(seed)
+    return sum((x * torch.randn(x.shape, generator=g, dtype=x.dtype)).sum() for x in (h, latents))
+
+
+def traces(tok, model, texts=TEXTS):
+    """Finished texts as stage 2 has them: tags written, latents still to be made."""
+    none = torch.zeros(0, 32).double()
+    return [Rollout(tok.encode(PROMPTS[i // 2]), insert_latents(model, tok, tok.encode(t)), none) for i, t in enumerate(texts)]
+
+
+# ---------------------------------------------------------------- the roll-out with gradient
+def test_cached_equals_uncached_in_states_latents_and_all_gradients(model, rollouts):
+    h, latents = unroll(model, rollouts)
+    for i, r in enumerate(rollouts):
+        slow_h, slow_latents, _ = naive(model, r.prompt_ids, r.slots)
+        close(h[i, : len(r.slots)], slow_h)
+        close(latents[i], slow_latents)
+    fast, slow = 0, 0
+    for i in (0, 2, 7):  # two tags; three in a row; one late
+        n = len(rollouts[i].slots)
+        fast = fast + some_number(h[i, :n], latents[i], i)
+        slow = slow + some_number(*naive(model, rollouts[i].prompt_ids, rollouts[i].slots)[:2], i)
+    close_gradients(gradients(model, fast), gradients(model, slow))
+
+
+@pytest.mark.parametrize("choice", [[0, 2], [2, 5, 7, 0], [7, 1, 6, 2, 2, 3]])
+def test_a_row_alone_equals_the_row_in_a_mixed_batch_with_gradients(model, rollouts, choice):
+    rows = [rollouts[i] for i in choice]
+    h, latents = unroll(model, rows)
+    together = sum(some_number(h[k, : len(r.slots)], latents[k], k) for k, r in enumerate(rows))
+    alone = 0
+    for k, r in enumerate(rows):
+        h1, latents1 = unroll(model, [r])
+        close(h[k, : len(r.slots)], h1[0])
+        close(latents[k], latents1[0])
+        alone = alone + some_number(h1[0], latents1[0], k)
+    close_gradients(gradients(model, together), gradients(model, alone))
+
+
+def test_a_latent_depends_on_all_latents_before_it_also_on_those_of_earlier_tags(model, tok):
+    made = []
+    unroll(model, traces(tok, model, [f"ab{tag(2)}cd{tag(1)}.{tag(1)}e<eos>"]), latent=lambda h: made.append(project(model, h)) or made[-1])
+    assert len(made) == 4
+    for later in range(1, 4):
+        for g in torch.autograd.grad(made[later].sum(), made[:later], retain_graph=True):
+            assert g.abs().max() > 1e-6
+        after = torch.autograd.grad(made[later - 1].sum(), made[later:], retain_graph=True, allow_unused=True)
+        assert after == (None,) * len(after)
+
+
+def test_fresh_rollouts_keep_their_latents_when_they_are_made_again(model, rollouts):
+    for r, again in zip(rollouts, recompute_latents(model, rollouts)):
+        close(again.latents, r.latents, 1e-12)
+        assert again.slots == r.slots and not again.latents.requires_grad
+    with torch.no_grad():
+        model.reasoning_projector[0].up_proj.weight.mul_(1.1)
+    again = recompute_latents(model, rollouts)
+    assert [(a.latents - r.latents).abs().max() > 1e-3 for a, r in zip(again, rollouts) if r.n_latents] == [True] * sum(n > 0 for n in TAGS)
+
+
+# ---------------------------------------------------------------- stage 2: the projector's loss
+def test_the_loss_is_the_cross_entropy_of_the_text_after_the_first_tag(model, tok):
+    rows, total, count = traces(tok, model), 0.0, 0
+    for r, text in zip(rows, TEXTS):
+        h, _, _ = naive(model, r.prompt_ids, r.slots)
+        logp = model.lm_head(h).log_softmax(-1)
+        if LATENT in r.slots:
+            for s in range(r.slots.index(LATENT), len(r.slots)):
+                if r.slots[s] != LATENT:
+                    total, count = total - logp[s, r.slots[s]], count + 1
+    loss, n = projector_loss(model, rows)
+    assert n == count
+    close(loss, total)
+    close_gradients(gradients(model, loss, "projector"), gradients(model, total, "projector"))
+
+
+def test_the_stop_token_is_scored_though_it_is_the_padding_token_too(model, tok):
+    assert tok.pad_token_id == tok.eos_token_id
+    short, long = traces(tok, model, [f"a{tag(1)}bc<eos>", f"a{tag(1)}bcdefghi<eos>"])
+    cut = dataclasses.replace(short, slots=short.slots[:-1])
+    assert [projector_loss(model, [r])[1] for r in (short, cut, long)] == [3, 2, 9]
+    assert projector_loss(model, [long, cut, short])[1] == 14
+    assert projector_loss(model, [short])[0] > projector_loss(model, [cut])[0]
+
+
+def test_a_tag_at_the_very_end_or_no_tag_at_all_scores_nothing(model, tok):
+    rows = traces(tok, model, [f"abc{tag(3)}", "abc<eos>"])
+    loss, n = projector_loss(model, rows)
+    assert n == 0 and loss == 0
+
+
+def test_the_sum_does_not_depend_on_how_traces_are_batched(model, tok):
+    rows = traces(tok, model)
+    loss, n = projector_loss(model, rows)
+    parts = [projector_loss(model, rows[i : i + 3]) for i in range(0, len(rows), 3)]
+    assert n == sum(k for _, k in parts)
+    close(loss, sum(x for x, _ in parts))
+    close_gradients(gradients(model, loss, "projector"), gradients(model, sum(x for x, _ in parts), "projector"))
+
+
+def test_only_the_projector_gets_a_gradient_when_the_base_is_frozen(model, tok):
+    model.requires_grad_(False)
+    model.reasoning_projector.requires_grad_(True)
+    projector_loss(model, traces(tok, model))[0].backward()
+    for name, p in model.named_parameters():
+        if name.startswith("reasoning_projector."):
+            assert p.grad.isfinite().all() and p.grad.abs().max() > 0, name
+        else:
+            assert p.grad is None, name
+
+
+def test_without_latents_the_same_tokens_are_scored_by_the_plain_model(model, tok):
+    rows = traces(tok, model)
+    loss, n = projector_loss(model, rows, latent="none")
+    assert n == projector_loss(model, rows)[1]
+    total = 0.0
+    for r in rows:
+        ids, start = [s for s in r.slots if s != LATENT], (r.slots + [LATENT]).index(LATENT)
+        logp = model(torch.tensor([r.prompt_ids + ids])).logits[0].log_softmax(-1)
+        total -= sum(logp[len(r.prompt_ids) + s - 1, ids[s]] for s in range(start, len(ids)))
+    close(loss, total)
+
+
+# ---------------------------------------------------------------- scoring
+@pytest.mark.parametrize("chunk", [1, 4, 7, 512])
+def test_log_probs_in_chunks_equal_those_in_one_piece_with_gradients(model, chunk):
+    h = torch.randn(10, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    y, weight = torch.arange(10), torch.linspace(-1, 2, 10, dtype=torch.float64)
+    plain = (model.lm_head(h) / 0.7).log_softmax(-1)[torch.arange(10), y]
+    chunked = token_logprobs(model, h, y, temperature=0.7, chunk=chunk)
+    close(chunked, plain)
+    inputs = [h, model.lm_head.weight]
+    for a, b in zip(torch.autograd.grad((chunked * weight).sum(), inputs), torch.autograd.grad((plain * weight).sum(), inputs)):
+        close(a, b)
+
+
+def test_the_bases_gradient_treats_latents_as_constants_but_flows_through_attention_over_them(model, rollouts):
+    rows = rollouts[:3]
+    logp, scored = logprobs(model, rows)
+    slow = 0
+    for r in rows:  # naive, but with the stored vectors instead of the projector
+        latents, x = iter(r.latents), []
+        for s in r.slots:
+            x.append(next(latents) if s == LATENT else model.get_input_embeddings().weight[s])
+        x = torch.cat([model.get_input_embeddings().weight[r.prompt_ids], torch.stack(x)])
+        out = model.lm_head(model.model(inputs_embeds=x[None], use_cache=False).last_hidden_state[0]).log_softmax(-1)
+        slow = slow + sum(out[len(r.prompt_ids) + i - 1, s] * (i + 1) for i, s in enumerate(r.slots) if s != LATENT)
+    weight = torch.arange(1, logp.shape[1] + 1, dtype=torch.float64)
+    close_gradients(gradients(model, (logp * weight).sum()), gradients(model, slow))
+
+
+# ---------------------------------------------------------------- stage 3: GRPO
+def old_logprobs(rows):
+    width = max(len(r.slots) for r in rows)
+    return torch.stack([torch.nn.functional.pad(r.logprobs, (0, width - len(r.slots))) for r in rows])
+
+
+def loss_of(model, rows, advantages, n_rollouts):
+    logp, scored = logprobs(model, rows)
+    return policy_loss(logp, old_logprobs(rows), advantages, scored, n_rollouts)
+
+
+def test_on_the_first_update_every_ratio_is_one(model, rollouts):
+    for rows in (rollouts, recompute_latents(model, rollouts), rollouts[2:5]):
+        loss, ratio = loss_of(model, rows, torch.ones(len(rows)).double(), len(rows))
+        assert (ratio - 1).abs().max() < 1e-12
+        assert abs(loss + 1) < 1e-12  # every rollout counts the same, however long
+
+
+def test_equal_rewards_give_no_gradient_and_unequal_ones_do(model, rollouts):
+    for rewards, moves in ((torch.ones(4, 2), False), (torch.tensor([[1.0, 0.0]] * 4), True)):
+        loss, _ = loss_of(model, rollouts, group_advantages(rewards).flatten().double(), 8)
+        assert any(g.any() for g in gradients(model, loss).values()) == moves
+
+
+def test_the_policy_gradient_reaches_the_base_and_never_the_projector(model, rollouts):
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    loss, _ = loss_of(model, rollouts, torch.tensor([1.0, -1.0] * 4).double(), 8)
+    assert not rollouts[0].latents.requires_grad
+    loss.backward()
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) == name.startswith("reasoning_projector."), name
+
+
+def test_not_even_latents_with_a_graph_carry_the_policy_gradient_into_the_projector(model, rollouts):
+    rows = [dataclasses.replace(r, latents=z) for r, z in zip(rollouts, unroll(model, rollouts)[1])]
+    loss, _ = loss_of(model, rows, torch.tensor([1.0, -1.0] * 4).double(), 8)
+    assert gradients(model, loss, "projector") == {}
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_the_gradient_does_not_depend_on_the_micro_batch(model, rollouts, size):
+    a = torch.tensor([1.0, -1.0, 0.5, -0.5, 2.0, 0.0, -1.0, 0.3]).double()
+    whole = gradients(model, loss_of(model, rollouts, a, 8)[0])
+    parts = [gradients(model, loss_of(model, rollouts[i : i + size], a[i : i + size], 8)[0]) for i in range(0, 8, size)]
+    close_gradients({n: sum(p[n] for p in parts) for n in whole}, whole, 1e-10)
+
+
+def test_clipping_on_a_worked_example():
+    ratio = torch.tensor([[1.5, 1.1, 0.5, 9.0], [1.5, 0.5, 9.0, 9.0]]).double()
+    logp = ratio.log().requires_grad_()
+    scored = torch.tensor([[True, True, True, False], [True, True, False, False]])
+    loss, seen = policy_loss(logp, torch.zeros(2, 4).double(), torch.tensor([1.0, -2.0]).double(), scored, n_rollouts=2, clip=0.2)
+    # gains, a = 1: min(1.5, 1.2), 1.1, min(0.5, 0.8); a = -2: min(-3, -2.4), min(-1, -1.6)
+    assert abs(loss + ((1.2 + 1.1 + 0.5) / 3 + (-3.0 - 1.6) / 2) / 2) < 1e-6
+    close(seen, torch.where(scored, ratio, 1.0))
+    loss.backward()
+    # a clipped gain has no slope; elsewhere d gain / d logp = ratio * a
+    close(logp.grad.float(), -torch.tensor([[0, 1.1 / 3, 0.5 / 3, 0], [-3.0 / 2, 0, 0, 0]]) / 2, 1e-6)
+
+
+def test_advantages_are_normalised_within_a_group():
+    a = group_advantages(torch.tensor([[1.0, 0, 0, 0], [3.0, 5, 7, 9], [2.0, 2, 2, 2]]), eps=0.0)
+    close(a[0], torch.tensor([1.5, -0.5, -0.5, -0.5]), 1e-6)      # mean 1/4, standard deviation (n - 1) 1/2
+    close(a[1], torch.tensor([-3.0, -1, 1, 3]) / (20 / 3) ** 0.5, 1e-6)
+    assert a[2].tolist() == [0, 0, 0, 0]
+
+
+def test_rounding_noise_between_equal_rewards_is_not_blown_up():
+    a = group_advantages(torch.tensor([[0.7, 0.7 + 1e-7, 0.7, 0.7]]))
+    assert a.abs().max() < 1e-2
+    assert group_advantages(torch.tensor([[0.1] * 3])).tolist() == [[0, 0, 0]]  # whose mean is not exactly 0.1
+    assert group_advantages(torch.tensor([[1.0]])).tolist() == [[0]]            # a group of one

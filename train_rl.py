@@ -1,0 +1,224 @@
+"""Stage 3 of the paper (Sec. 3.4): GRPO on a model that may think in latents; runs stages 1 and 2 first if it must.
+
+The policy is the LM; its actions are the tokens it samples, the tags and their numbers included. Latent vectors are
+constants in the policy-gradient pass. The projector learns only by imitation: in stage 2, and anew after each epoch from
+that epoch's own rewarded rollouts. The loop below has seven numbered steps; the README has the same seven.
+
+Left out, and why: (1) no KL term and no reference model: the released runs set the coefficient to 0. (2) No second pass
+for the old log-probs: the sampler's own are exact (tests/test_decode.py). (3) One optimiser step per rollout batch by
+default, where the released script takes 16: the ratio is then 1 and the clip idle; --minibatches 16 is theirs.
+(4) Latents are replayed as they were sampled; --recompute-latents makes them anew with the current weights, as released.
+
+    python train_rl.py                                  # the tiny model, all stages, the table: < 10 minutes on 2 cores
+    python train_rl.py --method grpo --out out/grpo     # the same RL without latents, for comparison
+    python train_rl.py --model Qwen2.5-1.5B --task tiny --group 16 --prompts 48 --steps 200     # one GPU
+"""
+import os
+
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # sampling and training take turns in memory
+
+import argparse
+import json
+import random
+import resource
+import time
+
+import torch
+
+from eval import check_arguments, evaluate, load_task, readable, score, table, write_json
+from litereason import (LATENT, Rollout, UserError, generate, group_advantages, load, logprobs, policy_loss, recompute_latents,
+                        run_script, save)
+from train_projector import RATIOS, fit_projector, is_small, masked_trace, run as run_stages_1_and_2
+
+# ---------------------------------------------------------------- settings that depend on the model's size
+RELEASED = {"lr": 5e-7, "group": 16, "prompts": 48, "steps": 180, "max_new_tokens": 2048, "refresh_lr": 1e-4, "refresh_share": 0.1}
+SMALL = {"lr": 3e-4, "group": 16, "prompts": 16, "steps": 90, "max_new_tokens": 96, "refresh_lr": 3e-4, "refresh_share": 0.1}
+
+
+def parse_arguments():
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    g = ap.add_argument_group("what")
+    g.add_argument("--model", default="tiny", help="tiny, a directory (a run of train_projector.py too), or a hub name")
+    g.add_argument("--task", default="tiny", help="a folder under data/, or tiny.next_chapter")
+    g.add_argument("--out", default="out/rl", metavar="DIR", help="settings, metrics.jsonl, the model and the table go there")
+    g.add_argument("--method", default="litereason", choices=["litereason", "grpo"],
+                   help="grpo: the same RL with the plain prompt, no tags and no latents")
+    g = ap.add_argument_group("rollouts (default: set by the model's size, see RELEASED and SMALL)")
+    g.add_argument("--steps", type=int, default=None, help="optimiser steps")
+    g.add_argument("--prompts", type=int, default=None, help="prompts per rollout batch")
+    g.add_argument("--group", type=int, default=None, help="rollouts per prompt, 2 or more")
+    g.add_argument("--max-new-tokens", type=int, default=None, help="slots per rollout, latents included")
+    g.add_argument("--overlong-buffer", type=int, default=0, help="soft length penalty (DAPO): from 0 at max-new-tokens minus "
+                   "this many slots down to -1 at max-new-tokens; 0 is off")
+    g = ap.add_argument_group("update")
+    g.add_argument("--lr", type=float, default=None, help="learning rate of AdamW, constant")
+    g.add_argument("--clip", type=float, default=0.2, help="of the probability ratio")
+    g.add_argument("--minibatches", type=int, default=1, help="optimiser steps per rollout batch")
+    g.add_argument("--micro-batch", type=int, default=64, help="rollouts per forward pass: the memory dial; changes no result")
+    g.add_argument("--recompute-latents", action="store_true", help="score with latents made by the current weights")
+    g = ap.add_argument_group("projector")
+    g.add_argument("--projector-steps", type=int, default=None, help="optimiser steps of stage 2, if it is run")
+    g.add_argument("--no-refresh", action="store_true", help="leave the projector as stage 2 made it")
+    g = ap.add_argument_group("run")
+    g.add_argument("--n", type=int, default=500, help="test stories for the final table; 0 leaves it out")
+    g.add_argument("--show-every", type=int, default=20, help="print two rollouts every so many steps; 0 never")
+    g.add_argument("--seed", type=int, default=0)
+    g.add_argument("--device", default=None, help="cpu or cuda (default: cuda if there is one)")
+    return ap.parse_args()
+
+
+def main():
+    args = parse_arguments()
+    if args.n == 0:
+        args.n = None
+        final_table = False
+    else:
+        final_table = True
+    check_arguments(args)
+    if args.group is not None and args.group < 2:
+        raise UserError("--group must be 2 or more: an advantage compares the rollouts of one prompt")
+    task = load_task(args.task)
+    model, tokenizer = load(args.model, args.device)
+    small = is_small(model)
+    for key, value in (SMALL if small else RELEASED).items():
+        if getattr(args, key, None) is None:
+            setattr(args, key, value)
+    latent = args.method == "litereason"
+    examples = task.examples("train")
+    write_json(os.path.join(args.out, "config.json"), {"script": "train_rl.py", **vars(args)})
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{args.method} on {args.task}: {args.model}, {parameters / 1e6:.1f} M parameters, {model.device}, fp32 weights; "
+          f"{args.steps} steps of {args.prompts} prompts x {args.group} rollouts, {len(examples)} train prompts, lr {args.lr:g}")
+
+    # ------------------------------------------------------------ the starting point: table rows, stages 1 and 2
+    rows, tests, start = [], task.examples("test")[: args.n], time.time()
+    measure = dict(samples=1, seed=args.seed, max_new_tokens=args.max_new_tokens)
+    note = lambda name, latent_prompt: rows.append((name, evaluate(model, tokenizer, task, tests, latent_prompt, progress=name, **measure)[0]))
+    if final_table:
+        note("base, explicit reasoning", False)
+        if latent:
+            note("base, tag prompt (no latents)" if False else "base, tag prompt", True)
+    stage2_done = os.path.exists(os.path.join(args.model, "traces.jsonl"))
+    if latent and not stage2_done:
+        run_stages_1_and_2(model, tokenizer, task, args.out, args.max_new_tokens, args.seed, steps=args.projector_steps,
+                           n=min(200, args.n or 200))
+    if latent and final_table:
+        note("LiteReason before RL", True)
+
+    # ------------------------------------------------------------ stage 3
+    base = [p for n, p in model.named_parameters() if not n.startswith("reasoning_projector.")]
+    optimizer = torch.optim.AdamW(base, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    per_epoch = -(-len(examples) // args.prompts)  # rollout batches in one pass over the prompts
+    batch, epoch_rollouts = None, []
+    log = open(os.path.join(args.out, "metrics.jsonl"), "w")
+    for step in range(args.steps):
+        number, part = divmod(step, args.minibatches)  # rollout batch, and which minibatch of it
+        epoch, seconds, clock = number // per_epoch, {}, time.time()
+        if model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
+        def lap(phase):
+            nonlocal clock
+            if model.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[phase], clock = time.time() - clock, time.time()
+
+        if part == 0:
+            # (1) Sample a group of rollouts for each prompt. Data order and draws are functions of (seed, step) alone.
+            order = random.Random(f"{args.seed} {epoch}").sample(range(len(examples)), len(examples))
+            index = order[number % per_epoch * args.prompts :][: args.prompts]
+            prompts = [task.prompt(examples[i], latent) for i in index]
+            generator = torch.Generator().manual_seed(args.seed * 1_000_003 + number)
+            rollouts = generate(model, tokenizer, prompts, args.group, args.max_new_tokens, generator=generator,
+                                latent="projector" if latent else "none")
+            lap("sample")
+            # (2) Reward what the policy wrote; the optional length penalty comes on top.
+            earned = torch.tensor(score(task, [examples[index[r.prompt]] for r in rollouts], [r.text for r in rollouts]))  # (B,)
+            rewards = earned.clone()
+            if args.overlong_buffer:
+                length = torch.tensor([len(r.slots) for r in rollouts])  # (B,) latents count
+                rewards += ((args.max_new_tokens - args.overlong_buffer - length) / args.overlong_buffer).clamp(-1, 0)
+            # (3) Advantages: each rollout against the other rollouts of its prompt.
+            groups = rewards.view(len(index), args.group)  # (P, G)
+            advantages = group_advantages(groups).flatten()  # (B,)
+            lap("reward")
+            # (4) The old log-probs are those that the sampler stored: no extra pass.
+            shuffled = random.Random(f"{args.seed} {number} minibatches").sample(range(len(index)), len(index))
+
+        # (5) The clipped loss, in micro-batches. Groups without a winner or loser have no gradient and are not run;
+        #     they count in the denominator, which is fixed here.
+        chosen = shuffled[part :: args.minibatches]  # prompts of this minibatch, whole groups
+        batch = [b for p in sorted(chosen) for b in range(p * args.group, (p + 1) * args.group) if advantages[b] != 0]
+        n_rollouts, optimizer_lr, max_dlogp = len(chosen) * args.group, args.lr, 0.0
+        for i in range(0, len(batch), args.micro_batch):
+            micro = batch[i : i + args.micro_batch]
+            some = [rollouts[b] for b in micro]
+            if args.recompute_latents and latent:
+                some = recompute_latents(model, some)
+            logp, scored = logprobs(model, some)  # (b, S)
+            old = torch.nn.utils.rnn.pad_sequence([r.logprobs for r in some], batch_first=True).to(logp)
+            loss, ratio = policy_loss(logp, old, advantages[micro].to(logp), scored, n_rollouts, args.clip)
+            loss.backward()
+            max_dlogp = max(max_dlogp, float((logp.detach() - old)[scored].abs().max()))
+        lap("update")
+        # (6) One optimiser step on the base; the projector is not in the optimiser and gets no gradient.
+        norm = float(torch.nn.utils.clip_grad_norm_(base, 1.0))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        lap("step")
+        # (7) At the end of each epoch the projector is refreshed on the epoch's own rewarded rollouts.
+        if latent and not args.no_refresh and part == 0:
+            epoch_rollouts += [(examples[index[r.prompt]], r) for r, e in zip(rollouts, earned.tolist()) if e > 0]
+        refreshed = None
+        if (step + 1) % (per_epoch * args.minibatches) == 0:
+            if epoch_rollouts:
+                refreshed = refresh(model, tokenizer, task, epoch_rollouts, args, epoch)
+            epoch_rollouts = []
+            lap("refresh")
+
+        mean = lambda f: sum(map(f, rollouts)) / len(rollouts)
+        m = {"step": step + 1, "epoch": epoch, "reward": float(rewards.mean()), "accuracy": float(earned.mean()),
+             "text_tokens": mean(lambda r: r.n_tokens), "latent_steps": mean(lambda r: r.n_latents),
+             "tags": mean(lambda r: r.n_tags), "tag_share": mean(lambda r: r.n_tags > 0),
+             "zero_variance": float((groups.amax(1) == groups.amin(1)).float().mean()),
+             "truncated": mean(lambda r: not r.finished), "max_dlogp": max_dlogp, "grad_norm": norm,
+             "refresh_loss": refreshed, "seconds": {k: round(v, 3) for k, v in seconds.items()},
+             "peak_memory_gib": (torch.cuda.max_memory_allocated() if model.device.type == "cuda"
+                                 else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2**30}
+        log.write(json.dumps(m) + "\n")
+        log.flush()
+        print(f"step {step + 1:4d}/{args.steps} | reward {m['reward']:6.3f} | text {m['text_tokens']:6.1f} | latent {m['latent_steps']:5.1f} | "
+              f"tags {m['tags']:4.2f} | zero-var {m['zero_variance']:4.2f} | cut {m['truncated']:4.2f} | gnorm {norm:6.3f} | "
+              f"dlogp {max_dlogp:.0e} | {sum(seconds.values()):5.1f}s (sample {seconds.get('sample', 0):.1f}) | "
+              f"{m['peak_memory_gib']:.2f} GiB" + (f" | refresh loss {refreshed:.3f}" if refreshed is not None else ""), flush=True)
+        if args.show_every and (step % args.show_every == 0):
+            for r, e in list(zip(rollouts, earned.tolist()))[: 2 * args.group : args.group]:
+                print(f"    [{e:g}] {readable(tokenizer, r)}", flush=True)
+    log.close()
+    save(model, tokenizer, os.path.join(args.out, "model"))
+    print(f"saved {args.out}/model")
+
+    # ------------------------------------------------------------ the table
+    if final_table:
+        note("LiteReason" if latent else "RL without latents", latent)
+        write_json(os.path.join(args.out, "results.json"), [{"model": name, **r} for name, r in rows])
+        print(f"\n{table(rows)}\n\n{len(tests)} test stories, seed {args.seed}, {time.time() - start:.0f}s for everything; "
+              f"numbers in {args.out}/results.json")
+
+
+def refresh(model, tokenizer, task, rollouts, args, epoch):
+    """Step (7), paper Sec. 3.4: a random share of the rewarded rollouts, each once per ratio; tags already there stay and
+    are never replaced; the target ends in the gold answer in exactly the format that the reward parses."""
+    rng, traces = random.Random(f"{args.seed} {epoch} refresh"), []
+    marker = getattr(task, "ANSWER", "\\boxed{")
+    for example, r in rng.sample(rollouts, max(1, int(args.refresh_share * len(rollouts)))):
+        gold = task.answer(example) if hasattr(task, "answer") else None
+        traces += [masked_trace(model, tokenizer, rng, r.prompt_ids, r.text, gold, marker, ratio) for ratio in RATIOS]
+    traces = [t for t in traces if t is not None]
+    if not traces:
+        return None
+    return fit_projector(model, traces, args.refresh_lr, batch=16, schedule=False, seed=epoch)
+
+
+if __name__ == "__main__":
+    run_script(main)
