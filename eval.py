@@ -85,6 +85,50 @@ def table(rows):
     return "\n".join(out)
 
 
+def collect(directories):
+    """The results.json of several runs -> [(row name, means over the runs that have the row)]; `spread`: lowest, highest."""
+    found = {}
+    for d in directories:
+        try:
+            with open(os.path.join(d, "results.json")) as f:
+                for row in json.load(f):
+                    found.setdefault(row["model"].strip(), []).append(row)
+        except (OSError, ValueError, TypeError, KeyError) as e:
+            raise UserError(f"{d}/results.json is not the table of a run of train_rl.py ({e})") from e
+    out = []
+    for name, rows in found.items():
+        mean = {k: sum(r[k] for r in rows) / len(rows) for k in rows[0] if isinstance(rows[0][k], (int, float))}
+        mean["accuracy_ci95"] = [sum(r["accuracy_ci95"][i] for r in rows) / len(rows) for i in (0, 1)]
+        mean["spread"] = [min(r["accuracy"] for r in rows), max(r["accuracy"] for r in rows)]
+        out.append((name, {**mean, "runs": len(rows)}))
+    return out
+
+
+def picture(rows, path):
+    """Accuracy against tokens as an SVG, one dot a row with its lowest and highest run; written by hand: no plotting library."""
+    w, h, left, bottom = 640, 360, 60, 310
+    most = 10 * math.ceil(1.12 * max(r["tokens"] for _, r in rows) / 10)
+    least = min(0.1 * math.floor(10 * min(r["spread"][0] for _, r in rows)), 0.9)
+    X = lambda t: left + (w - left - 20) * t / most
+    Y = lambda a: bottom - (bottom - 20) * (a - least) / (1 - least)
+    put = lambda x, y, text, more="": f'<text x="{x:.0f}" y="{y:.0f}" {more}>{text}</text>'
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {w} {h}" font-family="sans-serif" font-size="12" fill="#222">',
+           f'<rect width="{w}" height="{h}" fill="white"/>']
+    for i in range(6):
+        a, t = least + (1 - least) * i / 5, most * i / 5
+        out += [f'<path d="M{left} {Y(a):.1f}H{w - 20}" stroke="#ddd"/>', put(left - 8, Y(a) + 4, f"{a:.2f}", 'text-anchor="end"'),
+                put(X(t), bottom + 18, f"{t:.0f}", 'text-anchor="middle"')]
+    out += [put((left + w) / 2, h - 8, "tokens per answer (text + latents)", 'text-anchor="middle"'),
+            put(-(bottom + 20) / 2, 16, "accuracy", 'text-anchor="middle" transform="rotate(-90)"')]
+    for (name, r), colour in zip(rows, ("#888", "#bbb", "#e9a23b", "#c8553d", "#2e86ab", "#6a4c93", "#4a7c59")):
+        x, y = X(r["tokens"]), Y(r["accuracy"])
+        side = 'text-anchor="end"' if x > 0.72 * w else ""
+        out += [f'<path d="M{x:.1f} {Y(r["spread"][0]):.1f}V{Y(r["spread"][1]):.1f}" stroke="{colour}" stroke-width="2"/>',
+                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{colour}"/>', put(x + (-9 if side else 9), y - 7, name, side)]
+    with open(path, "w") as f:
+        f.write("\n".join(out + ["</svg>"]) + "\n")
+
+
 def readable(tokenizer, rollout):
     """A rollout's text with its latent blocks shown as such: .. </implicit_thought>[3 latents] .."""
     text, ids, i = "", [], 0
@@ -138,6 +182,9 @@ def main():
     g.add_argument("--top-k", type=int, default=0, help="0 is off (the paper: 20)")
     g.add_argument("--latent", default="projector", choices=["projector", "zeros", "none"],
                    help="what a tag runs: the projector, all-zero vectors, or nothing")
+    g = ap.add_argument_group("instead of evaluating")
+    g.add_argument("--collect", nargs="+", metavar="DIR", help="average the tables that runs of train_rl.py left, row by row")
+    g.add_argument("--svg", metavar="FILE", help="with --collect: draw accuracy against tokens there")
     g = ap.add_argument_group("run")
     g.add_argument("--seed", type=int, default=0)
     g.add_argument("--device", default=None, help="cpu or cuda (default: cuda if there is one)")
@@ -146,6 +193,15 @@ def main():
     g.add_argument("--show", type=int, default=0, metavar="N", help="print N answers with their latents")
     args = ap.parse_args()
     check_arguments(args)
+    if args.collect:
+        rows = collect(args.collect)
+        print(table(rows))
+        print("\n" + "; ".join(f"{name}: {r['runs']} runs, accuracy {r['spread'][0]:.3f} to {r['spread'][1]:.3f}" for name, r in rows))
+        if args.json:
+            write_json(args.json, dict(rows))
+        if args.svg:
+            picture(rows, args.svg)
+        return
 
     task = load_task(args.task)
     try:
@@ -175,14 +231,15 @@ def main():
         write_json(os.path.join(args.out, "config.json"), vars(args))
 
 
-def check_arguments(args):
-    """Bounds that all scripts share; a wrong value ends in one line."""
-    for name in ("n", "steps", "samples", "max_new_tokens", "prompts", "group", "micro_batch"):
-        value = getattr(args, name, None)
-        if value is not None and value < (0 if name == "steps" else 1):
-            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {0 if name == 'steps' else 1}")
-    if getattr(args, "temperature", 1) < 0 or not 0 < getattr(args, "top_p", 1) <= 1 or getattr(args, "top_k", 0) < 0:
-        raise UserError("--temperature must be 0 or more, --top-p in (0, 1], --top-k 0 or more")
+def check_arguments(args, n=1):
+    """Bounds that all scripts share; a wrong value ends in one line. n: the least --n."""
+    least = {"n": n, "seed": 0, "steps": 0, "projector_steps": 0, "overlong_buffer": 0, "show_every": 0, "show": 0, "top_k": 0}
+    for name, value in vars(args).items():
+        bound = least.get(name, 0 if isinstance(value, float) else 1)
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and not value >= bound:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {bound}")
+    if not 0 < getattr(args, "top_p", 1) <= 1:
+        raise UserError(f"--top-p is {args.top_p}; it must be above 0 and at most 1")
     if args.device is not None and not (args.device == "cpu" or args.device.startswith("cuda")):
         raise UserError(f"--device is {args.device!r}; it must be cpu or cuda")
     if (args.device or "").startswith("cuda") and not torch.cuda.is_available():

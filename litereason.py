@@ -21,13 +21,15 @@ Letters in the shape comments:
 
 Read in this order: the tag, the projector, load and save, the cache, generate, logprobs, unroll, GRPO, traces, rewards.
 """
+import copy
 import dataclasses
 import json
-import math
 import os
 import re
 import shutil
+import socket
 import sys
+import urllib.parse
 
 import numpy as np
 import torch
@@ -184,7 +186,6 @@ class ReasoningProjector(torch.nn.ModuleList):
     @classmethod
     def warm_start(cls, model, layers=PROJECTOR_LAYERS):
         """`layers` independent copies of the last block's MLP (the paper's start)."""
-        import copy
         mlp = model.model.layers[-1].mlp
         dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
         return cls(copy.deepcopy(mlp) for _ in range(layers)).to(model.device, dtype)
@@ -228,12 +229,14 @@ def load(name_or_path, device=None, dtype=None):
         path = f"Qwen/{path}" if "/" not in path and path.startswith("Qwen") else path
     elif not os.path.exists(os.path.join(path, "config.json")):
         raise UserError(f"{path!r} has no config.json: it is not a saved model")
+    cached_only = not os.path.isdir(path) and not _hub_answers()  # without a network fail now, not after minutes of retries
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()  # the projector's keys are "unexpected" to transformers; we read them below
     try:
-        tokenizer = _load_tokenizer(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or torch.float32, use_safetensors=True)
+        tokenizer = _load_tokenizer(path, local_files_only=cached_only)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or torch.float32, use_safetensors=True,
+                                                     local_files_only=cached_only)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as e:
         why = str(e).strip().splitlines()[0][:160] if str(e).strip() else type(e).__name__
         if os.path.isdir(path):
@@ -242,10 +245,24 @@ def load(name_or_path, device=None, dtype=None):
                         f"where there is one: `hf download {path} --local-dir DIR`, then pass DIR") from e
     finally:
         transformers.logging.set_verbosity(verbosity)
-    return attach(model.to(device), _projector_weights(path)), tokenizer
+    return attach(model.to(device), _projector_weights(path, local_files_only=cached_only)), tokenizer
 
 
-def _load_tokenizer(path):
+def _hub_answers():
+    """Whether the model hub can be reached; a proxy is taken at its word."""
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") or os.environ.get("TRANSFORMERS_OFFLINE", "0") not in ("", "0"):
+        return False
+    if any(os.environ.get(k) for k in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True
+    url = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    try:
+        socket.create_connection((url.hostname, url.port or 443), timeout=5).close()
+        return True
+    except OSError:
+        return False
+
+
+def _load_tokenizer(path, **kwargs):
     """AutoTokenizer, but a Qwen2 checkpoint that says it brings its own tokenizer.json (the tiny world's words) gets that
     one: transformers 5 would replace it by Qwen's own class, whatever the checkpoint says."""
     try:
@@ -253,7 +270,7 @@ def _load_tokenizer(path):
             own = json.load(f).get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
     except (OSError, ValueError):
         own = False
-    return (transformers.PreTrainedTokenizerFast if own else AutoTokenizer).from_pretrained(path)
+    return (transformers.PreTrainedTokenizerFast if own else AutoTokenizer).from_pretrained(path, **kwargs)
 
 
 def attach(model, weights=None):
@@ -266,6 +283,7 @@ def attach(model, weights=None):
     if not isinstance(layers, int) or not 1 <= layers <= 64:
         raise UserError(f"config.json: litereason_num_reasoning_layers is {layers!r}, expected a whole number from 1 to 64")
     model.reasoning_projector = ReasoningProjector.warm_start(model, layers)
+    model.projector_trained = bool(weights)
     if weights:
         try:
             model.reasoning_projector.load_state_dict(weights)
@@ -278,13 +296,14 @@ def attach(model, weights=None):
     return model.eval()  # no dropout anywhere: sampling and scoring must see the same network
 
 
-def _projector_weights(path):
+def _projector_weights(path, **kwargs):
     """{"i.gate_proj.weight": tensor} from a checkpoint's safetensors files; {} if it has none."""
     weights, prefix = {}, "reasoning_projector."
     try:
-        index = transformers.utils.cached_file(path, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
+        index = transformers.utils.cached_file(path, "model.safetensors.index.json",
+                                               _raise_exceptions_for_missing_entries=False, **kwargs)
         names = sorted(set(json.load(open(index))["weight_map"].values())) if index else ["model.safetensors"]
-        files = [transformers.utils.cached_file(path, n) for n in names]
+        files = [transformers.utils.cached_file(path, n, **kwargs) for n in names]
         for file in files:
             with safe_open(file, "pt") as f:
                 weights.update({k[len(prefix):]: f.get_tensor(k) for k in f.keys() if k.startswith(prefix)})

@@ -120,7 +120,7 @@ def fit_projector(model, traces, lr, batch, steps=None, schedule=True, clip=0.2,
 
 # The released settings, and what a model of under 50 M parameters trained from scratch wants.
 RELEASED = {"prompts": None, "k": 5, "lr": 1e-4, "batch": 16, "steps": None}
-SMALL = {"prompts": 240, "k": 5, "lr": 1e-3, "batch": 32, "steps": 300}
+SMALL = {"prompts": 160, "k": 5, "lr": 1e-3, "batch": 16, "steps": 150}
 
 
 def is_small(model):

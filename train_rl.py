@@ -26,13 +26,13 @@ import time
 import torch
 
 from eval import check_arguments, evaluate, load_task, readable, score, table, write_json
-from litereason import (LATENT, Rollout, UserError, generate, group_advantages, load, logprobs, policy_loss, recompute_latents,
-                        run_script, save)
+from litereason import (UserError, generate, group_advantages, load, logprobs, policy_loss, recompute_latents, run_script,
+                        save)
 from train_projector import RATIOS, fit_projector, is_small, masked_trace, run as run_stages_1_and_2
 
 # ---------------------------------------------------------------- settings that depend on the model's size
 RELEASED = {"lr": 5e-7, "group": 16, "prompts": 48, "steps": 180, "max_new_tokens": 2048, "refresh_lr": 1e-4, "refresh_share": 0.1}
-SMALL = {"lr": 3e-4, "group": 16, "prompts": 16, "steps": 90, "max_new_tokens": 96, "refresh_lr": 3e-4, "refresh_share": 0.1}
+SMALL = {"lr": 4e-4, "group": 16, "prompts": 16, "steps": 48, "max_new_tokens": 96, "refresh_lr": 3e-4, "refresh_share": 0.1}
 
 
 def parse_arguments():
@@ -58,6 +58,7 @@ def parse_arguments():
     g.add_argument("--recompute-latents", action="store_true", help="score with latents made by the current weights")
     g = ap.add_argument_group("projector")
     g.add_argument("--projector-steps", type=int, default=None, help="optimiser steps of stage 2, if it is run")
+    g.add_argument("--trace-prompts", type=int, default=None, help="train prompts that stage 1 samples traces for, if it is run")
     g.add_argument("--no-refresh", action="store_true", help="leave the projector as stage 2 made it")
     g = ap.add_argument_group("run")
     g.add_argument("--n", type=int, default=500, help="test stories for the final table; 0 leaves it out")
@@ -69,12 +70,7 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
-    if args.n == 0:
-        args.n = None
-        final_table = False
-    else:
-        final_table = True
-    check_arguments(args)
+    check_arguments(args, n=0)
     if args.group is not None and args.group < 2:
         raise UserError("--group must be 2 or more: an advantage compares the rollouts of one prompt")
     task = load_task(args.task)
@@ -92,24 +88,27 @@ def main():
 
     # ------------------------------------------------------------ the starting point: table rows, stages 1 and 2
     rows, tests, start = [], task.examples("test")[: args.n], time.time()
-    measure = dict(samples=1, seed=args.seed, max_new_tokens=args.max_new_tokens)
-    note = lambda name, latent_prompt: rows.append((name, evaluate(model, tokenizer, task, tests, latent_prompt, progress=name, **measure)[0]))
-    if final_table:
-        note("base, explicit reasoning", False)
-        if latent:
-            note("base, tag prompt (no latents)" if False else "base, tag prompt", True)
-    stage2_done = os.path.exists(os.path.join(args.model, "traces.jsonl"))
-    if latent and not stage2_done:
-        run_stages_1_and_2(model, tokenizer, task, args.out, args.max_new_tokens, args.seed, steps=args.projector_steps,
-                           n=min(200, args.n or 200))
-    if latent and final_table:
+
+    def note(name, latent_prompt, run="projector"):
+        """One row of the final table."""
+        if tests:
+            rows.append((name, evaluate(model, tokenizer, task, tests, latent_prompt, seed=args.seed, progress=name, latent=run,
+                                        max_new_tokens=args.max_new_tokens)[0]))
+
+    note("base, explicit reasoning", False)
+    if latent:
+        note("base, tag prompt", True, run="none")  # a plain LM: its tags are text
+        if not model.projector_trained:
+            run_stages_1_and_2(model, tokenizer, task, args.out, args.max_new_tokens, args.seed, steps=args.projector_steps,
+                               prompts=args.trace_prompts, n=min(200, args.n or 200))
+            save(model, tokenizer, os.path.join(args.out, "model"))
         note("LiteReason before RL", True)
 
     # ------------------------------------------------------------ stage 3
     base = [p for n, p in model.named_parameters() if not n.startswith("reasoning_projector.")]
     optimizer = torch.optim.AdamW(base, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     per_epoch = -(-len(examples) // args.prompts)  # rollout batches in one pass over the prompts
-    batch, epoch_rollouts = None, []
+    epoch_rollouts = []
     log = open(os.path.join(args.out, "metrics.jsonl"), "w")
     for step in range(args.steps):
         number, part = divmod(step, args.minibatches)  # rollout batch, and which minibatch of it
@@ -149,7 +148,7 @@ def main():
         #     they count in the denominator, which is fixed here.
         chosen = shuffled[part :: args.minibatches]  # prompts of this minibatch, whole groups
         batch = [b for p in sorted(chosen) for b in range(p * args.group, (p + 1) * args.group) if advantages[b] != 0]
-        n_rollouts, optimizer_lr, max_dlogp = len(chosen) * args.group, args.lr, 0.0
+        n_rollouts, max_dlogp = len(chosen) * args.group, 0.0
         for i in range(0, len(batch), args.micro_batch):
             micro = batch[i : i + args.micro_batch]
             some = [rollouts[b] for b in micro]
@@ -174,6 +173,7 @@ def main():
             if epoch_rollouts:
                 refreshed = refresh(model, tokenizer, task, epoch_rollouts, args, epoch)
             epoch_rollouts = []
+            save(model, tokenizer, os.path.join(args.out, "model"))
             lap("refresh")
 
         mean = lambda f: sum(map(f, rollouts)) / len(rollouts)
@@ -199,8 +199,10 @@ def main():
     print(f"saved {args.out}/model")
 
     # ------------------------------------------------------------ the table
-    if final_table:
-        note("LiteReason" if latent else "RL without latents", latent)
+    note("LiteReason" if latent else "RL without latents", latent)
+    if latent:
+        note("  its latents taken away", True, run="none")
+    if rows:
         write_json(os.path.join(args.out, "results.json"), [{"model": name, **r} for name, r in rows])
         print(f"\n{table(rows)}\n\n{len(tests)} test stories, seed {args.seed}, {time.time() - start:.0f}s for everything; "
               f"numbers in {args.out}/results.json")

@@ -1,9 +1,10 @@
 """The tiny world, task 1 of 2: is there a plot hole? (the shape of Flawed Fictions, paper Sec. 4)
 
-People hide things in places (act one) and fetch them again (act two). In half of the stories one person, and
-only one, fetches a thing from a place where it was never put. The reader says which stories hold such an error.
+In act one six people put things somewhere, in act two they fetch them again. `attic` is where `upstairs` is, and so on. In
+half of the stories one thing, and only one, is fetched from a place where it was not put. A reader asks about one thing:
+the wrong one, or any if all is well. The answer says whether the story holds an error.
 
-    upstairs Karl hides cup . outside Mara leaves key . ... Mara finds garden key . Karl gets ship cup .
+    upstairs Karl hides cup . outside Mara leaves key . .. Karl gets attic cup . Mara finds ship key . ..
 
 Every word is one token, so a reader can count. A story's split is a function of its text (`split_of`), hence no
 story can be in two splits, and the base model in `base/` was trained on the train part only.
@@ -17,9 +18,9 @@ from litereason import boxed
 
 PEOPLE = "Karl Mara Otto Lena Tess Ivan Rosa Emil Nina Hugo".split()
 THINGS = "cup ring key book lamp drum rope coin flute map".split()
-# A place has two names: act one says where a thing is put, act two in which place it is found.
 PUT = "upstairs outside indoors underground backstage ashore aboard uphill downtown overseas".split()
 FOUND = "attic garden parlour cellar theatre beach ship summit market island".split()
+NAMES = dict(zip(PUT, FOUND))  # the same place in act one and in act two
 HIDE = "hides leaves puts".split()
 FETCH = "finds gets takes".split()
 SIZES = {"train": 480, "val": 200, "test": 500}
@@ -32,24 +33,18 @@ def split_of(story):
     return "test" if bucket == 0 else "val" if bucket == 1 else "train"
 
 
-def make_story(rng, errors):
-    """One story of 10 events with 0 to 5 errors and, for the trace writer of prepare.py, what a careful reader would note.
+def make_story(rng, errors, people=6):
+    """One story of 2 * people events with so many errors and, for the trace writer of prepare.py, what a careful reader notes.
 
-    Returns {story, label, steps, culprit (the first, or None)}: steps is a list of (person, thing, place in act one, place in act two).
+    Returns {story, label, steps, asked}: steps are (thing, person, place in act one, place in act two) in the story's order.
     """
-    people, things = rng.sample(PEOPLE, 5), rng.sample(THINGS, 5)
-    hidden = {p: (t, rng.choice(PUT)) for p, t in zip(people, things)}
-    verb = {p: rng.choice(HIDE) for p in people}
-    culprits = rng.sample(people, errors)
-    act_one = [f"{place} {p} {verb[p]} {t} ." for p, (t, place) in hidden.items()]
-    steps, events = [], []
-    for p in people:
-        thing, before = hidden[p]
-        now = FOUND[PUT.index(rng.choice([q for q in PUT if q != before]) if p in culprits else before)]
-        steps.append((p, thing, before, now))
-        events.append(f"{p} {rng.choice(FETCH)} {now} {thing} .")
-    return {"story": " ".join(act_one + events), "label": errors > 0, "steps": steps,
-            "culprit": next((p for p, *_ in steps if p in culprits), None)}
+    people, things = rng.sample(PEOPLE, people), rng.sample(THINGS, people)
+    wrong = rng.sample(things, errors)
+    steps = [(t, p, rng.choice(PUT), None) for t, p in zip(things, people)]
+    steps = [(t, p, put, NAMES[rng.choice([q for q in PUT if q != put]) if t in wrong else put]) for t, p, put, _ in steps]
+    act_one = [f"{put} {p} {rng.choice(HIDE)} {t} ." for t, p, put, _ in steps]
+    act_two = [f"{p} {rng.choice(FETCH)} {found} {t} ." for t, p, _, found in steps]
+    return {"story": " ".join(act_one + act_two), "label": errors > 0, "steps": steps, "asked": rng.choice(wrong or things)}
 
 
 def examples(split):
@@ -68,7 +63,7 @@ def examples(split):
 def prompt(example, latent):
     """The story and the question; with `latent`, the offer of the tag (the paper's prompt in this world's words)."""
     offer = " or skip with <implicit_thought> number </implicit_thought>" if latent else ""
-    return f"{example['story']} task : find the hole . think aloud{offer} . answer :"
+    return f"{example['story']} task : find the hole . reader asks about {example['asked']} . think aloud{offer} . answer :"
 
 
 def answer(example):
