@@ -46,19 +46,21 @@ def score(task, examples, completions):
     return [float(task.reward(e, c)) for e, c in zip(examples, completions)]
 
 
-def evaluate(model, tokenizer, task, examples, latent_prompt=True, samples=1, seed=0, batch=64, progress=None, **sampling):
+def evaluate(model, tokenizer, task, examples, latent_prompt=True, samples=1, seed=0, batch=64, progress=None, at_once=False,
+             **sampling):
     """Samples answers and scores them -> a dict of means. `sampling` goes to generate (max_new_tokens, latent, ..).
 
+    at_once: the answer's opening (task.ANSWER, default \\boxed{) is put into the model's mouth, so that nothing can be reasoned.
     accuracy_ci95: over examples (the mean of an example's samples is one observation), normal approximation.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator, opening = torch.Generator().manual_seed(seed), getattr(task, "ANSWER", "\\boxed{") if at_once else ""
     start, stats, means, rollouts = time.time(), {}, [], []
     bar = tqdm(total=len(examples), desc=progress, leave=False, disable=progress is None)
     for i in range(0, len(examples), batch):
         part = examples[i : i + batch]
-        prompts = [task.prompt(e, latent_prompt) for e in part]
+        prompts = [task.prompt(e, latent_prompt) + (" " + opening if at_once else "") for e in part]
         got = generate(model, tokenizer, prompts, samples, generator=generator, stats=stats, **sampling)
-        rewards = score(task, [part[r.prompt] for r in got], [r.text for r in got])
+        rewards = score(task, [part[r.prompt] for r in got], [opening + r.text for r in got])
         means += torch.tensor(rewards).view(len(part), samples).mean(1).tolist()
         rollouts += got
         bar.update(len(part))
@@ -180,6 +182,7 @@ def main():
     g.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (the paper: 0.7)")
     g.add_argument("--top-p", type=float, default=1.0, help="0 to 1 (the paper: 0.8)")
     g.add_argument("--top-k", type=int, default=0, help="0 is off (the paper: 20)")
+    g.add_argument("--at-once", action="store_true", help="force the answer without reasoning")
     g.add_argument("--latent", default="projector", choices=["projector", "zeros", "none"],
                    help="what a tag runs: the projector, all-zero vectors, or nothing")
     g = ap.add_argument_group("instead of evaluating")
@@ -214,7 +217,7 @@ def main():
         model, tokenizer = load(path, args.device)
         latent_prompt = suffix != "plain" and run_method(path) != "grpo"
         result, rollouts = evaluate(
-            model, tokenizer, task, examples, latent_prompt, args.samples, args.seed, progress=name, latent=args.latent,
+            model, tokenizer, task, examples, latent_prompt, args.samples, args.seed, progress=name, latent=args.latent, at_once=args.at_once,
             max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k)
         rows.append((name, {"model": name, "task": args.task, "prompt": "tag" if latent_prompt else "plain", **result}))
         for r in rollouts[:: args.samples][: args.show]:

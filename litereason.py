@@ -102,7 +102,7 @@ class TagWatcher:
     ends the tag. Only what is passed to `step` is seen, so a tag in the prompt (a story, say) never fires.
 
     Most tokens send every state back to the start; tokens that act alike share a class:
-    classes (V,), next_state and fires (classes, states). Real Qwen2 vocabulary, cap 5: about 1 s, once per tokenizer.
+    classes (V,), next_state and fires (classes, states). Real Qwen2 vocabulary, cap 5: a few seconds, once per tokenizer.
     """
 
     def __init__(self, tokenizer, cap, vocab_size, device):

@@ -64,7 +64,7 @@ def collect_traces(model, tokenizer, task, examples, k, max_new_tokens, seed, pa
 def masked_trace(model, tokenizer, rng, prompt, text, answer, marker, ratio):
     """One training trace: the reasoning with sentences replaced by tags, then the answer. None if there is no sentence.
 
-    answer: the text to end in; None keeps the trace's own."""
+    prompt: text or token ids. answer: the text to end in; None keeps the trace's own."""
     reasoning, own = split_answer(text, marker)
     masked = mask_sentences(rng, tokenizer, reasoning, ratio, model.config.litereason_max_reasoning_steps)
     if masked is None:
@@ -73,7 +73,8 @@ def masked_trace(model, tokenizer, rng, prompt, text, answer, marker, ratio):
     ids = tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]
     slots = insert_latents(model, tokenizer, ids)
     none = torch.zeros(0, model.config.hidden_size)
-    return Rollout(tokenizer.encode(prompt), slots, none, text=text) if LATENT in slots else None
+    prompt_ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    return Rollout(prompt_ids, slots, none, text=text) if LATENT in slots else None
 
 
 def mean_loss(model, traces, latent, batch=64):

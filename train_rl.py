@@ -46,6 +46,7 @@ def parse_arguments():
     g = ap.add_argument_group("rollouts (default: set by the model's size, see RELEASED and SMALL)")
     g.add_argument("--steps", type=int, default=None, help="optimiser steps")
     g.add_argument("--prompts", type=int, default=None, help="prompts per rollout batch")
+    g.add_argument("--train-prompts", type=int, default=None, help="use only so many train prompts: one pass over them is an epoch")
     g.add_argument("--group", type=int, default=None, help="rollouts per prompt, 2 or more")
     g.add_argument("--max-new-tokens", type=int, default=None, help="slots per rollout, latents included")
     g.add_argument("--overlong-buffer", type=int, default=0, help="soft length penalty (DAPO): from 0 at max-new-tokens minus "
@@ -80,7 +81,7 @@ def main():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
     latent = args.method == "litereason"
-    examples = task.examples("train")
+    examples = task.examples("train")[: args.train_prompts]
     write_json(os.path.join(args.out, "config.json"), {"script": "train_rl.py", **vars(args)})
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{args.method} on {args.task}: {args.model}, {parameters / 1e6:.1f} M parameters, {model.device}, fp32 weights; "
