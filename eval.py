@@ -122,11 +122,16 @@ def picture(rows, path):
                 put(X(t), bottom + 18, f"{t:.0f}", 'text-anchor="middle"')]
     out += [put((left + w) / 2, h - 8, "tokens per answer (text + latents)", 'text-anchor="middle"'),
             put(-(bottom + 20) / 2, 16, "accuracy", 'text-anchor="middle" transform="rotate(-90)"')]
+    labels = []
     for (name, r), colour in zip(rows, ("#888", "#bbb", "#e9a23b", "#c8553d", "#2e86ab", "#6a4c93", "#4a7c59")):
         x, y = X(r["tokens"]), Y(r["accuracy"])
-        side = 'text-anchor="end"' if x > 0.72 * w else ""
+        side = 'text-anchor="end"' if x > 0.6 * w else ""
+        at = y - 7
+        while any(abs(at - other) < 13 for other in labels):  # names do not cover each other
+            at += 13
+        labels.append(at)
         out += [f'<path d="M{x:.1f} {Y(r["spread"][0]):.1f}V{Y(r["spread"][1]):.1f}" stroke="{colour}" stroke-width="2"/>',
-                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{colour}"/>', put(x + (-9 if side else 9), y - 7, name, side)]
+                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{colour}"/>', put(x + (-9 if side else 9), at, name, side)]
     with open(path, "w") as f:
         f.write("\n".join(out + ["</svg>"]) + "\n")
 

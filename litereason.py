@@ -215,7 +215,7 @@ def load(name_or_path, device=None, dtype=None):
     """A causal LM with one more submodule, `reasoning_projector`, and its tokenizer.
 
     name_or_path: "tiny" (shipped), a directory, a hub id, or a short name (Qwen2.5-1.5B -> Qwen/Qwen2.5-1.5B).
-    device: default cuda if there is one, else cpu. dtype: default float32 (master weights; scripts autocast on cuda).
+    device: default cuda if there is one, else cpu. dtype: default float32, for weights and compute.
     A checkpoint without projector weights gets the warm start and the default cap.
     Raises UserError, in one line, if there is no such model or it cannot be fetched.
     """

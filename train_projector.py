@@ -137,14 +137,15 @@ def run(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, **changes):
     marker = getattr(task, "ANSWER", "\\boxed{")
     examples = task.examples("train")[: cfg["prompts"]]
     traces = collect_traces(model, tokenizer, task, examples, cfg["k"], max_new_tokens, seed, os.path.join(out, "traces.jsonl"))
-    stories = sorted({t["example"] for t in traces})
-    held_out = set(stories[-max(1, len(stories) // 10):])  # a tenth of the stories is kept for validation
-    train, held = [], []
+    masked = []  # (story, trace)
     for t in traces:
         for ratio in RATIOS * VERSIONS:
             row = masked_trace(model, tokenizer, rng, t["prompt"], t["text"], None, marker, ratio)
             if row is not None:
-                (held if t["example"] in held_out else train).append(row)
+                masked.append((t["example"], row))
+    stories = sorted({story for story, _ in masked})
+    held_out = set(stories[len(stories) - max(1, len(stories) // 10):])  # a tenth of the stories is kept for validation
+    train, held = [row for i, row in masked if i not in held_out], [row for i, row in masked if i in held_out]
     if not train or not held:
         raise UserError(f"stage 1 kept {len(traces)} traces, too few with a sentence to mask: this model earns too little reward "
                         f"on this task with the tag prompt (give more --prompts, or a stronger --model)")

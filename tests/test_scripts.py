@@ -71,7 +71,7 @@ def test_stages_1_and_2_keep_their_traces_for_a_second_run(tmp_path):
 
 
 def test_the_second_task_of_the_tiny_world_runs_too(tmp_path):
-    got = script("train_rl.py", "--task", "tiny.next_chapter", "--steps", 2, "--projector-steps", 2, "--trace-prompts", 16, "--n", 4, "--prompts", 2,
+    got = script("train_rl.py", "--task", "tiny.next_chapter", "--steps", 2, "--projector-steps", 2, "--trace-prompts", 40, "--n", 4, "--prompts", 2,
                  "--group", 4, "--out", tmp_path / "n")
     assert got.returncode == 0, got.stderr
 

@@ -1,6 +1,6 @@
 """Makes the tiny world's base model: `python data/tiny/prepare.py` (needs no download, no GPU).
 
-The base stands for the pretrained LM that the paper starts from. It is a Qwen2 of 0.8 M parameters, trained from random
+The base stands for the pretrained LM that the paper starts from. It is a Qwen2 of 0.6 M parameters, trained from random
 weights on text of the tiny world: what readers of different care wrote after the two kinds of prompt. Like a pretrained
 LM it has seen good and bad reasoning, and samples both; RL can then select. What each reader writes is below, and
 readme.md states what that makes the base able to do, and what follows for the claims.
@@ -18,7 +18,7 @@ import time
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from data import tiny
@@ -129,8 +129,6 @@ def make_tokenizer():
     tok = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     # Words are what stands between spaces; tags and boxes are found without spaces too.
     tok.pre_tokenizer = pre_tokenizers.Split(Regex(r"</?implicit_thought>|\\boxed\{|[.,:}]|[^\s<>{}.,:\\]+"), "removed", invert=True)
-    tok.decoder = decoders.Fuse()  # replaced below: words are joined by one space
-    tok.decoder = None
     return PreTrainedTokenizerFast(tokenizer_object=tok, eos_token=EOS, pad_token=EOS, unk_token="<unk>", clean_up_tokenization_spaces=False)
 
 
