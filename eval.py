@@ -225,8 +225,7 @@ def main():
             model, tokenizer, task, examples, latent_prompt, args.samples, args.seed, progress=name, latent=args.latent, at_once=args.at_once,
             max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k)
         rows.append((name, {"model": name, "task": args.task, "prompt": "tag" if latent_prompt else "plain", **result}))
-        for r in rollouts[:: args.samples][: args.show]:
-            example = examples[[tuple(tokenizer.encode(task.prompt(e, latent_prompt))) for e in examples].index(tuple(r.prompt_ids))]
+        for example, r in list(zip(examples, rollouts[:: args.samples]))[: args.show]:  # each example's first answer
             print(f"\n--- {name}, reward {score(task, [example], [r.text])[0]:.2f}\n{tokenizer.decode(r.prompt_ids)}\n>>> {readable(tokenizer, r)}")
             for i, (words, norm) in enumerate(nearest_words(model, tokenizer, r.latents)):
                 print(f"    latent {i + 1}: nearest {words}; length {norm:.2f} of an embedding's")

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from eval import check_arguments, evaluate, load_task, score, write_json
 from litereason import (LATENT, Rollout, UserError, generate, insert_latents, load, mask_sentences, projector_loss,
-                        run_script, save, split_answer, stop_tokens)
+                        run_script, save, split_answer)
 
 RATIOS, VERSIONS = (0.10, 0.25), 5  # of the sentences; versions per trace and ratio (method.md section 4)
 

@@ -76,8 +76,7 @@ def main():
         raise UserError("--group must be 2 or more: an advantage compares the rollouts of one prompt")
     task = load_task(args.task)
     model, tokenizer = load(args.model, args.device)
-    small = is_small(model)
-    for key, value in (SMALL if small else RELEASED).items():
+    for key, value in (SMALL if is_small(model) else RELEASED).items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
     latent = args.method == "litereason"

@@ -9,7 +9,6 @@ readme.md states what that makes the base able to do, and what follows for the c
     python data/tiny/prepare.py --steps 20 --out /tmp/base      # a smoke run
 """
 import argparse
-import json
 import os
 import random
 import sys
@@ -23,6 +22,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from data import tiny
 from data.tiny import next_chapter
+from litereason import CLOSE, OPEN
 
 # ---------------------------------------------------------------- how readers write
 MISREAD = 0.06  # chance that a step looks up a wrong place
@@ -34,7 +34,6 @@ KINDS, PARTS = ("hole", "plan", "chapter"), (72, 14, 14)  # what is read, in par
 # learned, so the training begins with stories of 0 to 5.
 RICH, PLAIN = (0, 1, 2, 3, 4, 5), (0, 0, 0, 0, 0, 1, 1, 1, 1, 2)
 
-OPEN, CLOSE = "<implicit_thought>", "</implicit_thought>"
 EOS = "<|endoftext|>"
 
 
@@ -89,17 +88,17 @@ def hole_trace(rng, row, latent, careful=False):
     return " ".join(sentences + [conclusion(next((seen[s] for s in sentences if s in seen), None))])
 
 
-def plan_trace(rng, row, latent, careful=False):
+def plan_trace(rng, row, latent):
     """One reader's answer to the next-chapter prompt: look-ups, then the plan."""
     sentences, plan = [], []
     for person, thing, where in row["wants"]:
-        if not careful and rng.random() < 2 * MISREAD:
+        if rng.random() < 2 * MISREAD:
             where = rng.choice(tiny.FOUND)
         sentences.append(f"{thing} tempts {person} , {thing} {where} .")
         plan.append(f"{person} {where}")
     if latent:
         sentences = skip_some(rng, sentences)
-    elif not careful and rng.random() < HASTY:
+    elif rng.random() < HASTY:
         sentences, plan = [], [f"{p} {rng.choice(tiny.FOUND)}" for p, _, _ in row["wants"]]
     return " ".join(sentences + [next_chapter.ANSWER, " , ".join(plan), "."])
 
@@ -175,7 +174,6 @@ def main():
     probe_rng = random.Random(10**6)
     probe = [r for r in (tiny.make_story(probe_rng, i % 2) for i in range(2000)) if tiny.split_of(r["story"]) == "val"]
     plans = [r for r in (next_chapter.make_story(probe_rng) for i in range(2000)) if tiny.split_of(r["story"]) == "val"]
-    bt = lambda rows, fn, latent: [(fn[0](r, latent), fn[1](r)) for r in rows]
 
     @torch.no_grad()
     def check():
