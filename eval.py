@@ -183,7 +183,7 @@ def main():
     g.add_argument("--n", type=int, default=None, help="examples, from the split's first (default all)")
     g.add_argument("--samples", type=int, default=1, help="answers per example")
     g = ap.add_argument_group("decoding")
-    g.add_argument("--max-new-tokens", type=int, default=96, help="slots per answer, latents included")
+    g.add_argument("--max-new-tokens", type=int, default=160, help="slots per answer, latents included")
     g.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (the paper: 0.7)")
     g.add_argument("--top-p", type=float, default=1.0, help="0 to 1 (the paper: 0.8)")
     g.add_argument("--top-k", type=int, default=0, help="0 is off (the paper: 20)")

@@ -23,6 +23,7 @@ Read in this order: the tag, the projector, load and save, the cache, generate, 
 """
 import copy
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -191,9 +192,10 @@ class ReasoningProjector(torch.nn.ModuleList):
         return cls(copy.deepcopy(mlp) for _ in range(layers)).to(model.device, dtype)
 
     def forward(self, h):
-        z = h.to(next(self.parameters()).dtype)
-        for mlp in self:
-            z = mlp(z)
+        with torch.autocast(h.device.type, enabled=False):
+            z = h.to(next(self.parameters()).dtype)
+            for mlp in self:
+                z = mlp(z)
         return z.to(h.dtype)
 
 
@@ -284,6 +286,7 @@ def attach(model, weights=None):
         raise UserError(f"config.json: litereason_num_reasoning_layers is {layers!r}, expected a whole number from 1 to 64")
     model.reasoning_projector = ReasoningProjector.warm_start(model, layers)
     model.projector_trained = bool(weights)
+    model.bf16 = model.device.type == "cuda" and model.dtype == torch.float32  # see compute()
     if weights:
         try:
             model.reasoning_projector.load_state_dict(weights)
@@ -381,6 +384,7 @@ class SharedCache:
 
     def update(self, k, v, layer, *_, **__):
         """Called by every attention layer with its new keys and values, (rows, K, S, d) each, rotary already applied."""
+        k = k.to(v.dtype)  # with bf16 compute the rotary leaves it in fp32
         if self.owner is None:
             self.prompt[layer] = (k, v)
         elif self.room:  # decoding: one slot per row, written in place
@@ -395,6 +399,7 @@ class SharedCache:
 
     def attend(self, layer, q, scale):
         """q (rows, H, S, d) -> (rows, S, H, d): softmax over the prompt's keys and the row's own together."""
+        q = q.to(self.prompt[layer][1].dtype)
         if self.owner is None:  # the prompts: plain causal attention; padding stands to the right of all it could disturb
             k, v = self.prompt[layer]
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2)
@@ -448,11 +453,55 @@ AttentionInterface.register("litereason", _attention)
 AttentionMaskInterface.register("litereason", sdpa_mask)
 
 
+def compute(model):
+    """The context in which the base computes: bf16 matrix products on CUDA from fp32 weights (`model.bf16`; False on a CPU).
+
+    fp32 master weights: an RL step of 5e-7 is far below bf16's spacing and would round away."""
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=model.bf16)
+
+
+def computes(function):
+    """Runs function(model, ..) in that context: within one call each weight is cast once, however many forwards there are."""
+
+    @functools.wraps(function)
+    def run(model, *args, **kwargs):
+        with compute(model):
+            return function(model, *args, **kwargs)
+
+    return run
+
+
 def forward(model, x, positions, cache):
     """Embeddings x (rows, S, D) at positions (rows, S) -> states after the final norm (rows, S, D), what the head reads."""
     dummy = x.new_empty(1, 1, 1, 1)  # a 4-D mask is passed through unread: the cache knows who attends to whom
     return model.model(inputs_embeds=x, position_ids=positions, attention_mask=dummy, past_key_values=cache,
                        use_cache=True).last_hidden_state
+
+
+def checkpoint_layers(model):
+    """From now on a layer's activations are not kept for the backward pass but computed again: far less memory, a third more time.
+
+    transformers' own switch turns the cache off; ours hands each layer the cache as it stood, so running it twice is harmless."""
+    for i, layer in enumerate(model.model.layers):
+        layer.forward = functools.partial(_recomputed, layer.forward, i)
+
+
+def _recomputed(layer, i, x, past_key_values=None, **kwargs):
+    cache = past_key_values
+    if not torch.is_grad_enabled() or not isinstance(cache, SharedCache):
+        return layer(x, past_key_values=cache, **kwargs)
+    field = "prompt" if cache.owner is None else "own"
+    before = copy.copy(cache)
+    before.prompt, before.own = list(cache.prompt), list(cache.own)
+
+    def run(x):
+        view = copy.copy(before)
+        view.prompt, view.own = list(before.prompt), list(before.own)
+        return layer(x, past_key_values=view, **kwargs), *getattr(view, field)[i]
+
+    out, k, v = checkpoint(run, x, use_reentrant=False)
+    getattr(cache, field)[i] = (k, v)
+    return out
 
 
 def prefill(model, prompts):
@@ -564,6 +613,7 @@ def generate(model, tokenizer, prompts, samples=1, max_new_tokens=256, temperatu
     return out
 
 
+@computes
 def _decode(model, tokenizer, prompts, samples, steps, sampling, latent, u, stats):
     """generate for one batch of P prompts x `samples` rows; u (B, steps)."""
     device, B, embed = model.device, len(prompts) * samples, model.get_input_embeddings()
@@ -666,6 +716,21 @@ def _slot_table(rollouts, device):
     return slots, valid, valid & (slots != LATENT)
 
 
+def pack(rollouts, budget):
+    """Splits rollouts into runs of neighbours -> lists of indices; one forward pass over a run computes at most `budget`
+    positions, each prompt once and padding included (or it is a single rollout). Budgets change memory and time, no result."""
+    parts, prompts, L, S = [[]], set(), 0, 0
+    for i, r in enumerate(rollouts):
+        key = tuple(r.prompt_ids)
+        prompts, L, S = prompts | {key}, max(L, len(key)), max(S, len(r.slots))
+        if parts[-1] and len(prompts) * L + (len(parts[-1]) + 1) * S > budget:
+            parts.append([])
+            prompts, L, S = {key}, len(key), len(r.slots)
+        parts[-1].append(i)
+    return [p for p in parts if p]
+
+
+@computes
 def token_logprobs(model, h, targets, temperature=1.0, chunk=512):
     """log p(target) for states h (M, D), targets (M,) -> (M,). The (chunk, V) logits exist one chunk at a time; in the
     backward pass they are computed again instead of being kept."""
@@ -680,6 +745,7 @@ def token_logprobs(model, h, targets, temperature=1.0, chunk=512):
     return torch.cat([score(*p) if keep else checkpoint(score, *p, use_reentrant=False) for p in parts] or [h[:, 0]])
 
 
+@computes
 def logprobs(model, rollouts, temperature=1.0):
     """The same slots, teacher-forced in one batched forward, latents as given constants (paper Sec. 3.4).
 
@@ -705,6 +771,7 @@ def logprobs(model, rollouts, temperature=1.0):
 
 
 # ============================================================================ the latent roll-out with gradient (Sec. 3.3)
+@computes
 def unroll(model, rollouts, latent="projector"):
     """Runs the latent steps of given slots anew: full back-propagation through all steps of all tags, cached and exact.
 
@@ -787,15 +854,11 @@ def projector_loss(model, traces, latent="projector"):
     """
     start = [r.slots.index(LATENT) if LATENT in r.slots else len(r.slots) for r in traces]
     if latent == "none":
-        plain = [dataclasses.replace(r, slots=[s for s in r.slots if s != LATENT], latents=r.latents[:0]) for r in traces]
-        logp, scored = logprobs(model, plain)
-    else:
-        h, _ = unroll(model, traces, latent)
-        slots, _, scored = _slot_table(traces, model.device)
-    after = torch.arange(scored.shape[1], device=model.device) >= torch.tensor(start, device=model.device)[:, None]
-    scored = scored & after
-    logp = logp[scored] if latent == "none" else token_logprobs(model, h[scored], slots[scored])
-    return -logp.sum(), int(scored.sum())
+        traces = [dataclasses.replace(r, slots=[s for s in r.slots if s != LATENT]) for r in traces]
+    h, _ = unroll(model, traces, latent)
+    slots, _, scored = _slot_table(traces, model.device)
+    scored &= torch.arange(slots.shape[1], device=model.device) >= torch.tensor(start, device=model.device)[:, None]
+    return -token_logprobs(model, h[scored], slots[scored]).sum(), int(scored.sum())
 
 
 # ============================================================================ GRPO (paper Sec. 3.4; DeepSeekMath)

@@ -23,8 +23,8 @@ import torch
 from tqdm import tqdm
 
 from eval import check_arguments, evaluate, load_task, score, write_json
-from litereason import (LATENT, Rollout, UserError, generate, insert_latents, load, mask_sentences, projector_loss,
-                        run_script, save, split_answer)
+from litereason import (LATENT, Rollout, UserError, generate, insert_latents, load, mask_sentences, pack,
+                        projector_loss, run_script, save, split_answer)
 
 RATIOS, VERSIONS = (0.10, 0.25), 5  # of the sentences; versions per trace and ratio (method.md section 4)
 
@@ -84,7 +84,7 @@ def mean_loss(model, traces, latent, batch=64):
     return float(sum(l for l, _ in parts)) / max(1, sum(n for _, n in parts))
 
 
-def fit_projector(model, traces, lr, batch, steps=None, schedule=True, clip=0.2, seed=0, micro=16, progress=None):
+def fit_projector(model, traces, lr, batch, steps=None, schedule=True, clip=0.2, seed=0, budget=12_000, progress=None):
     """Trains the projector and nothing else on traces, one epoch or `steps` steps; -> the last steps' mean loss.
 
     Used by stage 2 (cosine to 10 %, warm-up 10 %) and by the refresh of stage 3 (constant rate, as released)."""
@@ -106,8 +106,8 @@ def fit_projector(model, traces, lr, batch, steps=None, schedule=True, clip=0.2,
         # The denominator is known before the first micro-batch: text tokens after the first tag, over the whole batch.
         tokens = sum(s != LATENT for r in rows for s in r.slots[r.slots.index(LATENT):])
         total = 0.0
-        for i in range(0, len(rows), micro):
-            loss = projector_loss(model, rows[i : i + micro])[0] / tokens
+        for part in pack(rows, budget):
+            loss = projector_loss(model, [rows[i] for i in part])[0] / tokens
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(parameters, clip)
@@ -173,7 +173,7 @@ def main():
     g = ap.add_argument_group("stage 1 (default: set by the model's size, see RELEASED and SMALL)")
     g.add_argument("--prompts", type=int, default=None, help="train prompts to sample traces for")
     g.add_argument("--samples", type=int, default=None, help="traces per prompt")
-    g.add_argument("--max-new-tokens", type=int, default=96, help="slots per trace, latents included")
+    g.add_argument("--max-new-tokens", type=int, default=160, help="slots per trace, latents included")
     g = ap.add_argument_group("stage 2")
     g.add_argument("--steps", type=int, default=None, help="optimiser steps")
     g.add_argument("--batch", type=int, default=None, help="traces per optimiser step")

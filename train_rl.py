@@ -26,13 +26,15 @@ import time
 import torch
 
 from eval import check_arguments, evaluate, load_task, readable, score, table, write_json
-from litereason import (UserError, generate, group_advantages, load, logprobs, policy_loss, recompute_latents, run_script,
-                        save)
+from litereason import (UserError, checkpoint_layers, generate, group_advantages, load, logprobs, pack, policy_loss, recompute_latents,
+                        run_script, save)
 from train_projector import RATIOS, fit_projector, is_small, masked_trace, run as run_stages_1_and_2
 
 # ---------------------------------------------------------------- settings that depend on the model's size
-RELEASED = {"lr": 5e-7, "group": 16, "prompts": 48, "steps": 180, "max_new_tokens": 2048, "refresh_lr": 1e-4, "refresh_share": 0.1}
-SMALL = {"lr": 4e-4, "group": 16, "prompts": 16, "steps": 48, "max_new_tokens": 96, "refresh_lr": 3e-4, "refresh_share": 0.1}
+RELEASED = {"lr": 5e-7, "group": 16, "prompts": 48, "steps": 180, "max_new_tokens": 2048, "refresh_lr": 1e-4, "refresh_share": 0.1,
+            "tokens_per_forward": 16_384}
+SMALL = {"lr": 4e-4, "group": 16, "prompts": 16, "steps": 48, "max_new_tokens": 160, "refresh_lr": 3e-4, "refresh_share": 0.1,
+         "tokens_per_forward": 12_000}
 
 
 def parse_arguments():
@@ -55,7 +57,9 @@ def parse_arguments():
     g.add_argument("--lr", type=float, default=None, help="learning rate of AdamW, constant")
     g.add_argument("--clip", type=float, default=0.2, help="of the probability ratio")
     g.add_argument("--minibatches", type=int, default=1, help="optimiser steps per rollout batch")
-    g.add_argument("--micro-batch", type=int, default=64, help="rollouts per forward pass: the memory dial; changes no result")
+    g.add_argument("--tokens-per-forward", type=int, default=None, help="positions per forward pass, a group's prompt counted once: the "
+                   "memory dial; changes no result")
+    g.add_argument("--checkpoint-layers", action="store_true", help="keep no activations inside layers: less memory, a third more time")
     g.add_argument("--recompute-latents", action="store_true", help="score with latents made by the current weights")
     g = ap.add_argument_group("projector")
     g.add_argument("--projector-steps", type=int, default=None, help="optimiser steps of stage 2, if it is run")
@@ -79,6 +83,8 @@ def main():
     for key, value in (SMALL if is_small(model) else RELEASED).items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
+    if args.checkpoint_layers:
+        checkpoint_layers(model)
     latent = args.method == "litereason"
     examples = task.examples("train")[: args.train_prompts]
     write_json(os.path.join(args.out, "config.json"), {"script": "train_rl.py", **vars(args)})
@@ -149,8 +155,8 @@ def main():
         chosen = shuffled[part :: args.minibatches]  # prompts of this minibatch, whole groups
         batch = [b for p in sorted(chosen) for b in range(p * args.group, (p + 1) * args.group) if advantages[b] != 0]
         n_rollouts, max_dlogp = len(chosen) * args.group, 0.0
-        for i in range(0, len(batch), args.micro_batch):
-            micro = batch[i : i + args.micro_batch]
+        for indices in pack([rollouts[b] for b in batch], args.tokens_per_forward):
+            micro = [batch[i] for i in indices]
             some = [rollouts[b] for b in micro]
             if args.recompute_latents and latent:
                 some = recompute_latents(model, some)
@@ -219,7 +225,7 @@ def refresh(model, tokenizer, task, rollouts, args, epoch):
     traces = [t for t in traces if t is not None]
     if not traces:
         return None
-    return fit_projector(model, traces, args.refresh_lr, batch=16, schedule=False, seed=epoch)
+    return fit_projector(model, traces, args.refresh_lr, batch=16, schedule=False, seed=epoch, budget=args.tokens_per_forward)
 
 
 if __name__ == "__main__":

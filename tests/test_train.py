@@ -5,8 +5,8 @@ import pytest
 import torch
 from conftest import LIMIT, PROMPTS, TAGS, TEXTS, close, naive, project, tag, write
 
-from litereason import (LATENT, group_advantages, insert_latents, logprobs, policy_loss, projector_loss, recompute_latents, Rollout,
-                        token_logprobs, unroll)
+from litereason import (LATENT, checkpoint_layers, generate, group_advantages, insert_latents, logprobs, pack, policy_loss, projector_loss,
+                        recompute_latents, Rollout, token_logprobs, unroll)
 
 
 def gradients(model, loss, part=""):
@@ -221,6 +221,50 @@ def test_the_gradient_does_not_depend_on_the_micro_batch(model, rollouts, size):
     whole = gradients(model, loss_of(model, rollouts, a, 8)[0])
     parts = [gradients(model, loss_of(model, rollouts[i : i + size], a[i : i + size], 8)[0]) for i in range(0, 8, size)]
     close_gradients({n: sum(p[n] for p in parts) for n in whole}, whole, 1e-10)
+
+
+@pytest.mark.parametrize("budget", [1, 150, 250, 10**6])
+def test_a_token_budget_splits_into_neighbours_within_it_and_changes_no_gradient(model, rollouts, budget):
+    parts = pack(rollouts, budget)
+    assert [i for part in parts for i in part] == list(range(8))
+    for part in parts:
+        rows = [rollouts[i] for i in part]
+        prompts = {tuple(r.prompt_ids) for r in rows}
+        assert len(part) == 1 or len(prompts) * max(map(len, prompts)) + len(rows) * max(len(r.slots) for r in rows) <= budget
+    assert len(parts) == {1: 8, 10**6: 1}.get(budget, len(parts))
+    a = torch.tensor([1.0, -1.0, 0.5, -0.5, 2.0, 0.0, -1.0, 0.3]).double()
+    whole = gradients(model, loss_of(model, rollouts, a, 8)[0])
+    some = [gradients(model, loss_of(model, [rollouts[i] for i in part], a[part], 8)[0]) for part in parts]
+    close_gradients({n: sum(g[n] for g in some) for n in whole}, whole)
+
+
+def test_checkpointed_layers_change_no_value_and_no_gradient(model, rollouts):
+    def run():
+        h, latents = unroll(model, rollouts)
+        loss = logprobs(model, rollouts)[0].sum() + some_number(h, torch.cat(latents))
+        return loss, gradients(model, loss)
+
+    plain = run()
+    checkpoint_layers(model)
+    again = run()
+    close(again[0], plain[0])
+    close_gradients(again[1], plain[1])
+
+
+def test_bf16_compute_keeps_fp32_weights_gradients_and_projector_and_scores_what_it_sampled(model, tok):
+    model = model.float()
+    exact, _ = logprobs(model, generate(model, tok, PROMPTS, 2, 20, generator=torch.Generator().manual_seed(0)))
+    model.bf16 = True  # on CUDA attach() sets it
+    rows = generate(model, tok, PROMPTS, 2, 20, generator=torch.Generator().manual_seed(0))
+    logp, scored = logprobs(model, rows)
+    assert logp.dtype == torch.float32 and exact.dtype == torch.float32
+    old = torch.nn.utils.rnn.pad_sequence([r.logprobs for r in rows], batch_first=True)
+    assert 0 < (logp - old)[scored].abs().max() < 0.1  # bf16 has 8 bits; the order of sums differs
+    assert all(g.dtype == torch.float32 for g in gradients(model, logp.sum()).values())
+    seen = []
+    model.reasoning_projector[0].register_forward_hook(lambda module, x, z: seen.append(z.dtype))
+    unroll(model, [Rollout(tok.encode("abc"), insert_latents(model, tok, tok.encode(tag(2) + "a")), torch.zeros(0, 32))])
+    assert set(seen) == {torch.float32}
 
 
 def test_clipping_on_a_worked_example():

@@ -1,10 +1,10 @@
 """The tiny world, task 1 of 2: is there a plot hole? (the shape of Flawed Fictions, paper Sec. 4)
 
-In act one six people put things somewhere, in act two they fetch them again. `attic` is where `upstairs` is, and so on. In
-half of the stories one thing, and only one, is fetched from a place where it was not put. A reader asks about one thing:
-the wrong one, or any if all is well. The answer says whether the story holds an error.
+In act one eight people put things somewhere, in act two, in another order, they fetch them again. `attic` is where
+`upstairs` is, and so on. In half of the stories one thing, and only one, is fetched from a place where it was not put. A
+reader asks about one thing: the wrong one, or any if all is well. The answer says whether the story holds an error.
 
-    upstairs Karl hides cup . outside Mara leaves key . .. Karl gets attic cup . Mara finds ship key . ..
+    Karl hides upstairs cup . Mara leaves outside key . .. Mara finds ship key . .. Karl gets attic cup . ..
 
 Every word is one token, so a reader can count. A story's split is a function of its text (`split_of`), hence no
 story can be in two splits, and the base model in `base/` was trained on the train part only.
@@ -18,8 +18,8 @@ from litereason import boxed
 
 PEOPLE = "Karl Mara Otto Lena Tess Ivan Rosa Emil Nina Hugo".split()
 THINGS = "cup ring key book lamp drum rope coin flute map".split()
-PUT = "upstairs outside indoors underground backstage ashore aboard uphill downtown overseas".split()
-FOUND = "attic garden parlour cellar theatre beach ship summit market island".split()
+PUT = "upstairs outside indoors underground backstage ashore aboard uphill".split()
+FOUND = "attic garden parlour cellar theatre beach ship summit".split()
 NAMES = dict(zip(PUT, FOUND))  # the same place in act one and in act two
 HIDE = "hides leaves puts".split()
 FETCH = "finds gets takes".split()
@@ -33,18 +33,20 @@ def split_of(story):
     return "test" if bucket == 0 else "val" if bucket == 1 else "train"
 
 
-def make_story(rng, errors, people=6):
-    """One story of 2 * people events with so many errors and, for the trace writer of prepare.py, what a careful reader notes.
+def make_story(rng, errors, things=8):
+    """One story of 2 * things events with so many errors and, for the trace writer of prepare.py, what a careful reader notes.
 
-    Returns {story, label, steps, asked}: steps are (thing, person, place in act one, place in act two) in the story's order.
+    Returns {story, label, steps, asked}: steps are (thing, place in act one, place in act two).
     """
-    people, things = rng.sample(PEOPLE, people), rng.sample(THINGS, people)
+    people, things = rng.sample(PEOPLE, things), rng.sample(THINGS, things)
     wrong = rng.sample(things, errors)
-    steps = [(t, p, rng.choice(PUT), None) for t, p in zip(things, people)]
-    steps = [(t, p, put, NAMES[rng.choice([q for q in PUT if q != put]) if t in wrong else put]) for t, p, put, _ in steps]
-    act_one = [f"{put} {p} {rng.choice(HIDE)} {t} ." for t, p, put, _ in steps]
-    act_two = [f"{p} {rng.choice(FETCH)} {found} {t} ." for t, p, _, found in steps]
-    return {"story": " ".join(act_one + act_two), "label": errors > 0, "steps": steps, "asked": rng.choice(wrong or things)}
+    put = {t: rng.choice(PUT) for t in things}
+    found = {t: NAMES[rng.choice([p for p in PUT if p != put[t]]) if t in wrong else put[t]] for t in things}
+    cast = list(zip(people, things))
+    act_one = [f"{p} {rng.choice(HIDE)} {put[t]} {t} ." for p, t in cast]
+    act_two = [f"{p} {rng.choice(FETCH)} {found[t]} {t} ." for p, t in rng.sample(cast, len(cast))]
+    return {"story": " ".join(act_one + act_two), "label": errors > 0, "steps": [(t, put[t], found[t]) for t in things],
+            "asked": rng.choice(wrong or things)}
 
 
 def examples(split):
