@@ -33,7 +33,7 @@ from train_projector import RATIOS, fit_projector, is_small, masked_trace, run a
 # ---------------------------------------------------------------- settings that depend on the model's size
 RELEASED = {"lr": 5e-7, "group": 16, "prompts": 48, "steps": 180, "max_new_tokens": 2048, "refresh_lr": 1e-4, "refresh_share": 0.1,
             "tokens_per_forward": 16_384}
-SMALL = {"lr": 4e-4, "group": 16, "prompts": 16, "steps": 48, "max_new_tokens": 160, "refresh_lr": 3e-4, "refresh_share": 0.1,
+SMALL = {"lr": 1.5e-4, "group": 16, "prompts": 16, "steps": 48, "max_new_tokens": 160, "refresh_lr": 3e-4, "refresh_share": 0.1,
          "tokens_per_forward": 12_000}
 
 
@@ -61,6 +61,7 @@ def parse_arguments():
                    "memory dial; changes no result")
     g.add_argument("--checkpoint-layers", action="store_true", help="keep no activations inside layers: less memory, a third more time")
     g.add_argument("--recompute-latents", action="store_true", help="score with latents made by the current weights")
+    g.add_argument("--offload", action="store_true", help="bf16 weights on the card, fp32 masters and AdamW's moments on the host")
     g = ap.add_argument_group("projector")
     g.add_argument("--projector-steps", type=int, default=None, help="optimiser steps of stage 2, if it is run")
     g.add_argument("--trace-prompts", type=int, default=None, help="train prompts that stage 1 samples traces for, if it is run")
@@ -112,7 +113,12 @@ def main():
 
     # ------------------------------------------------------------ stage 3
     base = [p for n, p in model.named_parameters() if not n.startswith("reasoning_projector.")]
-    optimizer = torch.optim.AdamW(base, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    masters = base
+    if args.offload:  # bf16 weights and gradients on the card; what needs fp32, the masters and their moments, on the host
+        masters = [p.detach().to("cpu", torch.float32, copy=True).requires_grad_() for p in base]
+        for p in base:
+            p.data = p.data.to(torch.bfloat16)
+    optimizer = torch.optim.AdamW(masters, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     per_epoch = -(-len(examples) // args.prompts)  # rollout batches in one pass over the prompts
     epoch_rollouts = []
     log = open(os.path.join(args.out, "metrics.jsonl"), "w")
@@ -167,9 +173,15 @@ def main():
             max_dlogp = max(max_dlogp, float((logp.detach() - old)[scored].abs().max()))
         lap("update")
         # (6) One optimiser step on the base; the projector is not in the optimiser and gets no gradient.
-        norm = float(torch.nn.utils.clip_grad_norm_(base, 1.0))
+        if args.offload:
+            for p, master in zip(base, masters):
+                master.grad, p.grad = None if p.grad is None else p.grad.to("cpu", torch.float32), None
+        norm = float(torch.nn.utils.clip_grad_norm_(masters, 1.0))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if args.offload:
+            for p, master in zip(base, masters):
+                p.data.copy_(master.data)
         lap("step")
         # (7) At the end of each epoch the projector is refreshed on the epoch's own rewarded rollouts.
         if latent and not args.no_refresh and part == 0:

@@ -14,6 +14,7 @@ growth tables show what a path costs as one dimension grows. Same weights, same 
 (e) a GRPO step on the tiny task: sample, score, back-propagate, update           against generate and padded scoring
 """
 import argparse
+import copy
 import json
 import os
 import platform
@@ -44,10 +45,9 @@ def models(kind, device):
         theirs = Qwen2ForCausalLM(Qwen2Config(vocab_size=151_936, hidden_size=512, intermediate_size=1408, num_hidden_layers=8,
                                               num_attention_heads=8, num_key_value_heads=2, max_position_embeddings=16_384,
                                               tie_word_embeddings=True, attn_implementation="sdpa")).to(device).eval()
-        ours = Qwen2ForCausalLM(theirs.config).to(device)
+        ours = Qwen2ForCausalLM(copy.deepcopy(theirs.config)).to(device)
         ours.load_state_dict(theirs.state_dict())
         ours = attach(ours)
-        theirs.set_attn_implementation("sdpa")
     return ours, theirs, tokenizer
 
 

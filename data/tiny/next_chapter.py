@@ -1,13 +1,13 @@
 """The tiny world, task 2 of 2: plan the next chapter (the shape of the paper's NCP task, Sec. 4).
 
 The story tells who hid which thing where and who wants which thing. The next chapter is then a matter of course:
-everybody goes where the wanted thing is. The policy writes a plan after "In summary :"; a frozen copy of the base
+everybody goes where the wanted thing is, under the place's other name (`attic` is where `upstairs` is). The policy writes a plan after "In summary :"; a frozen copy of the base
 model reads the TRUE next chapter with and without it, and the reward is how much easier the plan made the reading.
 """
 import functools
 import random
 
-from data.tiny import HIDE, PEOPLE, FOUND, SEEDS, THINGS, split_of
+from data.tiny import HIDE, NAMES, PEOPLE, PUT, SEEDS, THINGS, split_of
 from litereason import improvement, load, parse_tags, perplexity
 
 SIZES = {"train": 480, "val": 100, "test": 200}
@@ -17,12 +17,15 @@ ANSWER = "In summary :"  # what follows is the plan, the only part that the scor
 def make_story(rng):
     """8 events: five things hidden, three wanted. Returns {story, wants: [(person, thing, place)], chapter}."""
     hiders, things = rng.sample(PEOPLE, 5), rng.sample(THINGS, 5)
-    place = {t: rng.choice(FOUND) for t in things}
+    place = {t: rng.choice(PUT) for t in things}
     act_one = [f"{p} {rng.choice(HIDE)} {place[t]} {t} ." for p, t in zip(hiders, things)]
     wants = [(p, t, place[t]) for p, t in zip(rng.sample(hiders, 3), rng.sample(things, 3))]
     act_two = [f"{t} tempts {p} ." for p, t, _ in wants]
-    chapter = " ".join(f"{p} goes {where} and finds {t} ." for p, t, where in wants)
-    return {"story": " ".join(act_one + act_two), "wants": wants, "chapter": chapter}
+    return {"story": " ".join(act_one + act_two), "wants": wants, "chapter": chapter(wants)}
+
+
+def chapter(wants):
+    return " ".join(f"{p} goes {NAMES[where]} and finds {t} ." for p, t, where in wants)
 
 
 def examples(split):
@@ -52,7 +55,7 @@ def chapter_prompt(example, plan):
 
 
 def gold_plan(example):
-    return " ".join(f"{p} {where} ," for p, _, where in example["wants"])[:-2] + " ."
+    return " ".join(f"{p} {NAMES[where]} ," for p, _, where in example["wants"])[:-2] + " ."
 
 
 def plan_of(completion):

@@ -28,32 +28,26 @@ from litereason import CLOSE, OPEN
 MISREAD = 0.05  # chance that a step looks up a wrong place
 BLIND = 0.15    # chance that a step sees what it expects where the places differ
 HASTY = 0.06    # share of readers who answer at once, by a coin
-KEPT = 0.85     # chance that a reader who skips still writes down the step about the thing that is asked for
 FIRST = 0.5     # share of readers who look for the thing that is asked for first; the rest of the order is chance
-KINDS, PARTS = ("hole", "plan", "chapter"), (72, 14, 14)  # what is read, in parts of 100
+SKIPPERS_FIRST = 0.9  # the same for readers who may skip; they skip nothing before their first step
+KEPT = 0.9      # chance that a skipper whose first step is another still writes down the step about that thing
+SHORT = 0.7     # share of skippers who skip all they may; the others skip each step with a chance of their own
+KINDS, PARTS, SCHOOL = ("hole", "plan", "chapter"), (70, 15, 15), (94, 3, 3)  # what is read, in parts of 100
 
 EOS = "<|endoftext|>"
 
 
-def tag(sentences):
-    """The tag for a stretch of skipped sentences: N = a fifth of their words, 1 to 5 (method.md section 4)."""
-    n = max(1, min(5, int(0.2 * sum(len(s.split()) for s in sentences))))
-    return f"{OPEN} {n} {CLOSE}"
-
-
 def skip_some(rng, sentences, keep=None):
-    """Replaces stretches of sentences by one tag each: a few, most or all of them; the sentence `keep` is spared."""
-    p = 1.0 if rng.random() < 0.5 else rng.uniform(0.1, 0.9)
-    out, stretch = [], []
-    for s in sentences + [None]:
-        if s is not None and s != keep and rng.random() < p:
-            stretch.append(s)
-            continue
-        if stretch:
-            out.append(tag(stretch))
-            stretch = []
-        if s is not None:
+    """Replaces stretches of sentences by one tag each: a few, most or all of them; the first sentence, and `keep`, are spared."""
+    p = 1.0 if rng.random() < SHORT else rng.uniform(0.1, 0.9)
+    out, skipping = [], False
+    for s in sentences:
+        skip = out and s != keep and rng.random() < p
+        if not skip:
             out.append(s)
+        elif not skipping:
+            out.append(f"{OPEN} {rng.randint(1, 5)} {CLOSE}")
+        skipping = skip
     return out
 
 
@@ -62,7 +56,7 @@ def hole_trace(rng, row, latent, slips=True):
     if not latent and slips and rng.random() < HASTY:
         return f"\\boxed{{ {rng.choice(['Yes', 'No'])} }}"
     order = rng.sample(row["steps"], len(row["steps"]))
-    if rng.random() < FIRST:
+    if rng.random() < (SKIPPERS_FIRST if latent else FIRST):
         order.sort(key=lambda step: step[0] != row["asked"])
     sentences, clash, spared = [], [], None
     for thing, put, found in order:
@@ -84,17 +78,18 @@ def hole_trace(rng, row, latent, slips=True):
     return " ".join(sentences + [f"\\boxed{{ {'Yes' if yes else 'No'} }}"])
 
 
-def plan_trace(rng, row, latent, slips=True):
+def plan_trace(rng, row, latent):
     """One reader's answer to the next-chapter prompt: look-ups, then the plan."""
     sentences, plan = [], []
-    for person, thing, where in row["wants"]:
-        if slips and rng.random() < 2 * MISREAD:
-            where = rng.choice(tiny.FOUND)
-        sentences.append(f"{thing} tempts {person} , {thing} {where} .")
+    for person, thing, put in row["wants"]:
+        if rng.random() < 2 * MISREAD:
+            put = rng.choice(tiny.PUT)
+        where = tiny.NAMES[put]
+        sentences.append(f"{thing} tempts {person} , put {thing} {put} , {person} {where} .")
         plan.append(f"{person} {where}")
     if latent:
         sentences = skip_some(rng, sentences)
-    elif slips and rng.random() < HASTY:
+    elif rng.random() < HASTY:
         sentences, plan = [], [f"{p} {rng.choice(tiny.FOUND)}" for p, _, _ in row["wants"]]
     return " ".join(sentences + [next_chapter.ANSWER, " , ".join(plan), "."])
 
@@ -102,9 +97,9 @@ def plan_trace(rng, row, latent, slips=True):
 def make_text(rng, school=None, things=8):
     """One training text, (prompt, continuation), from a story of the train part.
 
-    school: careful readers, up to two thirds of the things misplaced, few tags. With the task's own 0 or 1 error "it is where
-    it was" is nearly always right, and looking is hardly learned. Later the readers are those described above."""
-    kind = "hole" if school and rng.random() < 0.8 else rng.choices(KINDS, PARTS)[0]
+    school: careful readers, few tags, up to two thirds of the things misplaced: with the task's own 0 or 1 error "it is where it
+    was" is nearly always right, and looking is hardly learned. Later the readers are those described above."""
+    kind = rng.choices(KINDS, SCHOOL if school else PARTS)[0]
     while True:
         if kind == "hole":
             row = tiny.make_story(rng, rng.randrange(1 + 2 * things // 3) if school else rng.choice((0, 0, 0, 0, 0, 1, 1, 1, 1, 2)), things)
@@ -116,9 +111,12 @@ def make_text(rng, school=None, things=8):
     if kind == "hole":
         return tiny.prompt(row, latent), hole_trace(rng, row, latent, not school)
     if kind == "plan":
-        return next_chapter.prompt(row, latent), plan_trace(rng, row, latent, not school)
-    plan = next_chapter.gold_plan(row) if rng.random() < 0.5 else None  # the scorer's two readings
-    return next_chapter.chapter_prompt(row, plan), row["chapter"]
+        return next_chapter.prompt(row, latent), plan_trace(rng, row, latent)
+    # The scorer's two readings. A chapter follows its plan, whatever the plan; without one its people go anywhere: a reader who
+    # could foresee the chapter silently would gain nothing from a plan.
+    wants = [(person, thing, rng.choice(tiny.PUT)) for person, thing, _ in row["wants"]]
+    plan = next_chapter.gold_plan({"wants": wants}) if rng.random() < 0.6 else None
+    return next_chapter.chapter_prompt(row, plan), next_chapter.chapter(wants)
 
 
 # ---------------------------------------------------------------- tokenizer: one word, one token
@@ -138,17 +136,17 @@ def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     here = os.path.dirname(os.path.abspath(__file__))
     ap.add_argument("--out", default=os.path.join(here, "base"), help="directory for the model")
-    ap.add_argument("--steps", type=int, default=2200, help="optimiser steps")
-    ap.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (AdamW)")
-    ap.add_argument("--batch", type=int, default=28, help="texts per step")
+    ap.add_argument("--steps", type=int, default=1000, help="optimiser steps after school")
+    ap.add_argument("--school", type=int, default=2000, help="most steps at school, which ends when looking is learned")
     ap.add_argument("--grow", type=int, default=350, help="steps over which stories grow from 2 things to 8")
-    ap.add_argument("--school", type=int, default=1200, help="steps with careful readers and error-rich stories")
-    ap.add_argument("--init", default=None, help="go on from this model directory instead of random weights")
+    ap.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (AdamW); falls to a half at school, then to 5 %%")
+    ap.add_argument("--init", default=None, help="a model that has left school: DIR/school of another run")
+    ap.add_argument("--batch", type=int, default=32, help="texts per step")
     ap.add_argument("--seed", type=int, default=0)
     args = ap.parse_args()
 
     torch.manual_seed(args.seed)
-    rng = random.Random(args.seed)
+    rng = random.Random(args.seed + bool(args.init))
     tok = make_tokenizer()
     vocab, pad = tok.get_vocab(), tok.pad_token_id
     encode = lambda text: [vocab[w] for w in text.split()]
@@ -158,9 +156,8 @@ def main():
         eos_token_id=pad, pad_token_id=pad, attn_implementation="eager"))
     if args.init:
         model = Qwen2ForCausalLM.from_pretrained(args.init, attn_implementation="eager")
-    opt = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    warm = max(1, args.steps // 25)
-    sched = torch.optim.lr_scheduler.LambdaLR(opt, lambda i: min((i + 1) / warm, max(0.05, 1 - i / args.steps)))
+    new_optimizer = lambda: torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+    opt = new_optimizer()
 
     def batch(pairs):
         ids = [(encode(a), encode(b) + [pad]) for a, b in pairs]
@@ -195,11 +192,18 @@ def main():
         model.train()
         return {k: float(v) for k, v in out.items()}
 
+    def save(path):
+        os.makedirs(path, exist_ok=True)
+        model.save_pretrained(path)
+        tok.save_pretrained(path)
+
     model.train()
-    t0 = time.time()
-    for step in range(args.steps):
-        things = min(8, 2 + 7 * step // max(1, args.grow))
-        x, y, _ = batch([make_text(rng, step < args.school, things) for _ in range(args.batch * 8 // things)])
+    t0, step, school, left = time.time(), 0, not args.init, args.steps
+    while left > 0:
+        things = min(8, 2 + 7 * step // max(1, args.grow)) if school else 8
+        scale = min((step + 1) / 80, max(0.5, 1 - step / 2000)) if school else max(0.05, 0.5 * left / args.steps)
+        opt.param_groups[0]["lr"] = args.lr * scale
+        x, y, _ = batch([make_text(rng, school, things) for _ in range(args.batch * 8 // things)])
         with torch.autocast("cpu", torch.bfloat16):  # weights stay fp32; 4 times the speed where the CPU has bf16 units
             logits = model(x).logits[:, :-1].float()
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y[:, 1:].flatten(), ignore_index=-100)
@@ -207,13 +211,14 @@ def main():
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         opt.step()
-        sched.step()
-        if (step + 1) % 100 == 0 or step + 1 == args.steps:
-            print(f"step {step + 1:5d}/{args.steps} | loss {loss.item():.3f} | {time.time() - t0:5.0f}s | "
-                  + " ".join(f"{k} {v:.3f}" for k, v in check().items()), flush=True)
-            os.makedirs(args.out, exist_ok=True)
-            model.save_pretrained(args.out)
-            tok.save_pretrained(args.out)
+        step, left = step + 1, left - (not school)
+        if step % 100 == 0 or left == 0:
+            learned = check()
+            print(f"step {step:5d}{' at school' if school else ''} | loss {loss.item():.3f} | {time.time() - t0:5.0f}s | "
+                  + " ".join(f"{k} {v:.3f}" for k, v in learned.items()), flush=True)
+            save(os.path.join(args.out, "school") if school else args.out)
+            if school and (step >= args.school or min(learned[k] for k in ("first", "wrong", "clash", "fine")) > 0.98):
+                school, rng, opt = False, random.Random(args.seed + 1), new_optimizer()
 
 
 if __name__ == "__main__":
