@@ -42,7 +42,7 @@ def skip_some(rng, sentences, keep=None):
     p = 1.0 if rng.random() < SHORT else rng.uniform(0.1, 0.9)
     out, skipping = [], False
     for s in sentences:
-        skip = out and s != keep and rng.random() < p
+        skip = bool(out) and s != keep and rng.random() < p
         if not skip:
             out.append(s)
         elif not skipping:
