@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from eval import check_arguments, evaluate, load_task, score, write_json
-from litereason import (LATENT, Rollout, UserError, generate, insert_latents, load, mask_sentences, pack,
+from litereason import (LATENT, Rollout, UserError, chat_parts, encode_prompt, generate, insert_latents, load, mask_sentences, pack,
                         projector_loss, run_script, save, split_answer)
 
 RATIOS, VERSIONS = (0.10, 0.25), 5  # of the sentences; versions per trace and ratio (method.md section 4)
@@ -70,10 +70,10 @@ def masked_trace(model, tokenizer, rng, prompt, text, answer, marker, ratio):
     if masked is None:
         return None
     text = masked + "\n" + (own if answer is None else answer).strip()
-    ids = tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]
+    ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) + [chat_parts(model, tokenizer)[2]]
     slots = insert_latents(model, tokenizer, ids)
     none = torch.zeros(0, model.config.hidden_size)
-    prompt_ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    prompt_ids = encode_prompt(model, tokenizer, prompt) if isinstance(prompt, str) else prompt
     return Rollout(prompt_ids, slots, none, text=text) if LATENT in slots else None
 
 
