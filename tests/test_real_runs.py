@@ -7,8 +7,8 @@ import types
 import pytest
 import torch
 import transformers
-from conftest import ROOT, tag
-from test_real_tasks import jsonl, one_line, run, shared, stories, words
+from conftest import tag
+from test_real_tasks import jsonl, one_line, run, shared, stories
 
 import eval as evaluation
 import litereason
@@ -17,7 +17,7 @@ import train_rl
 from data import flawed_fictions as ff, next_chapter as nc
 from data.flawed_fictions import prepare as ff_prepare
 from data.next_chapter import prepare as nc_prepare
-from litereason import attach, load, save
+from litereason import load, save
 
 EOS = [151645, 151643]  # a chat model: it ends at <|im_end|>
 
@@ -59,6 +59,7 @@ def forced(monkeypatch, real_tok):
     monkeypatch.setattr(litereason, "_decode", lambda *a: (state.update(at=0), decode(*a))[1])
     monkeypatch.setattr(litereason, "sample", sample)
     monkeypatch.setattr(litereason, "_load_tokenizer", lambda *_, **__: real_tok)  # its table of tags is built once, not per load
+    monkeypatch.setattr(train_projector, "VERSIONS", 1)
     return script
 
 
@@ -67,7 +68,7 @@ def test_all_stages_of_the_plot_hole_task_run_on_real_stories(tmp_path, data, re
     base = random_model(tmp_path / "base", real_tok, 151936, EOS)
     forced("He left at noon. " + tag(2) + " She waited for him. \\boxed{{}}", ("Yes", "No"))
     run(train_rl, "--model", base, "--task", "flawed_fictions", "--device", "cpu", "--max-new-tokens", 60, "--train-prompts", 4, "--prompts", 2,
-        "--group", 4, "--minibatches", 2, "--steps", 4, "--trace-prompts", 12, "--projector-steps", 1, "--n", 3, "--out", tmp_path / "rl")
+        "--group", 4, "--minibatches", 2, "--steps", 4, "--trace-prompts", 3, "--projector-steps", 1, "--n", 2, "--out", tmp_path / "rl")
     said = capsys.readouterr().out
     assert "lr 0.0004 (released: 5e-07)" in said and "clip 0.2," in said and "stage 2: validation loss" in said and "precision" in said
     metrics = [json.loads(line) for line in open(tmp_path / "rl" / "metrics.jsonl")]
@@ -86,11 +87,11 @@ def test_all_stages_of_the_plot_hole_task_run_on_real_stories(tmp_path, data, re
 
 
 def test_all_stages_of_the_next_chapter_task_run_on_a_real_book(tmp_path, data, real_tok, forced, capsys):
-    run(nc_prepare, "--from", shared("fairytales_val.jsonl"), "--out", data / "next_chapter", "--story-tokens", 150, "--chapter-tokens", 40)
+    run(nc_prepare, "--from", shared("fairytales_val.jsonl"), "--out", data / "next_chapter", "--story-tokens", 150, "--chapter-tokens", 20)
     base = random_model(tmp_path / "base", real_tok, 151936, EOS)
     forced(f"The king was old. {tag(1)} His son was not.\nIn summary: the{{}} comes.", (" king", " son"))
-    common = ("--task", "next_chapter", "--device", "cpu", "--max-new-tokens", 60, "--n", 3)
-    run(train_rl, "--model", base, *common, "--train-prompts", 4, "--prompts", 2, "--group", 4, "--steps", 2, "--trace-prompts", 12,
+    common = ("--task", "next_chapter", "--device", "cpu", "--max-new-tokens", 60, "--n", 2)
+    run(train_rl, "--model", base, *common, "--train-prompts", 4, "--prompts", 2, "--group", 3, "--steps", 2, "--trace-prompts", 3,
         "--reward", "vrcli", "--projector-steps", 1, "--out", tmp_path / "rl")
     metrics = [json.loads(line) for line in open(tmp_path / "rl" / "metrics.jsonl")]
     assert all(m["latent_steps"] == 1 for m in metrics) and metrics[0]["zero_variance"] < 1 and nc.settings["reward"] == "vrcli"
