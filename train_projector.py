@@ -33,8 +33,9 @@ def collect_traces(model, tokenizer, task, examples, k, max_new_tokens, seed, pa
     """Stage 1: -> [{"example", "prompt", "text"}], the samples with reward > 0; kept in `path` for a second run.
 
     The base has no trained projector yet, so tags that it writes run no latents (latent="none")."""
-    header = {"model": model.config._name_or_path, "task": task.__name__, "reward": getattr(task, "settings", {}).get("reward"), "prompts": len(examples), "k": k,
-                "max_new_tokens": max_new_tokens, "seed": seed}
+    own = getattr(task, "settings", {"reward": None, "scorer": None})
+    header = {"model": model.config._name_or_path, "task": task.__name__, "prompts": len(examples), "k": k, "max_new_tokens": max_new_tokens,
+              "seed": seed, "reward": own["reward"], "scorer": own["scorer"] and own["scorer"][0].config._name_or_path}
     try:
         with open(path) as f:
             found, *traces = [json.loads(line) for line in f]
