@@ -48,7 +48,8 @@ def is_small(model):
 
 def task_flags(g):
     """The flags of all scripts that say what is to be done."""
-    g.add_argument("--task", default=None, help="a folder under data/, or tiny.next_chapter (default: tiny for a small model, else flawed_fictions)")
+    g.add_argument("--task", default=None, help="a folder under data/, or tiny.next_chapter (default: tiny for a small model, else "
+                   "flawed_fictions)")
     g.add_argument("--reward", default=None, choices=["contrastive", "vrcli", "thresholded"], help="of next_chapter (default contrastive)")
     g.add_argument("--scorer", default=None, metavar="NAME", help="the frozen model that reads chapters (default: a copy of the base)")
 
@@ -59,7 +60,7 @@ def start_task(args, model, name):
     args.task = args.task or ("tiny" if is_small(model) else "flawed_fictions")
     task = load_task(args.task)
     if hasattr(task, "settings"):
-        reader, tokenizer = load(args.scorer or run_settings(name).get("base", name), args.device)
+        reader, tokenizer = load(args.scorer or base_of(name), args.device)
         task.settings.update(reward=args.reward or task.settings["reward"], seed=args.seed, scorer=(reader.requires_grad_(False), tokenizer))
     elif args.reward or args.scorer:
         raise UserError(f"--reward and --scorer are for tasks with a scorer (next_chapter); {args.task} has none")
@@ -76,6 +77,12 @@ def run_settings(path):
         return {}
 
 
+def base_of(name):
+    """The model that a run directory was trained from; any other model is its own base."""
+    base = run_settings(name).get("base", name)
+    return os.path.abspath(base) if os.path.isdir(base) else base
+
+
 def score(task, examples, completions, step=0):
     """Rewards of completions; a task may offer `rewards`, the same for many at once (a scorer model wants batches).
 
@@ -89,7 +96,7 @@ def score(task, examples, completions, step=0):
 
 def evaluate(model, tokenizer, task, examples, latent_prompt=True, samples=1, seed=0, batch=64, progress=None, at_once=False,
              **sampling):
-    """Samples answers and scores them -> a dict of means, what task.report adds at its end. `sampling` goes to generate.
+    """Samples answers and scores them -> (a dict of means, at its end those of task.report; the rollouts). `sampling` goes to generate.
 
     at_once: the answer's opening (task.ANSWER, default \\boxed{) is put into the model's mouth, so that nothing can be reasoned.
     accuracy_ci95: over examples (the mean of an example's samples is one observation), normal approximation.

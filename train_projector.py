@@ -22,7 +22,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from eval import check_arguments, evaluate, is_small, run_settings, score, start_task, task_flags, write_json
+from eval import base_of, check_arguments, evaluate, is_small, score, start_task, task_flags, write_json
 from litereason import (LATENT, Rollout, UserError, chat_parts, checkpoint_layers, encode_prompt, generate, insert_latents, load,
                         mask_sentences, pack, projector_loss, run_script, save, split_answer)
 
@@ -130,6 +130,8 @@ def run(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, **changes):
 
     changes: of RELEASED or SMALL above, whichever the model's size selects; None leaves a value as it is."""
     cfg = {**(SMALL if is_small(model) else RELEASED), **{k: v for k, v in changes.items() if v is not None}}
+    say = lambda v: "all" if v is None else f"{v:g}"  # all prompts; all traces once
+    print("stages 1 and 2: " + ", ".join(f"{k} {say(v)}" + (f" (released: {say(RELEASED[k])})" if v != RELEASED[k] else "") for k, v in cfg.items()))
     start, rng = time.time(), random.Random(seed)
     marker = getattr(task, "ANSWER", "\\boxed{")
     examples = task.examples("train")[: cfg["prompts"]]
@@ -187,8 +189,7 @@ def main():
     args.max_new_tokens = args.max_new_tokens or (160 if is_small(model) else 2048)
     if not is_small(model):
         checkpoint_layers(model)
-    write_json(os.path.join(args.out, "config.json"), {"script": "train_projector.py", "base": run_settings(args.model).get("base", args.model),
-                                                       **vars(args)})
+    write_json(os.path.join(args.out, "config.json"), {"script": "train_projector.py", "base": base_of(args.model), **vars(args)})
     result = run(model, tokenizer, task, args.out, args.max_new_tokens, args.seed, args.n, prompts=args.prompts, k=args.samples,
                  lr=args.lr, batch=args.batch, steps=args.steps)
     save(model, tokenizer, os.path.join(args.out, "model"))

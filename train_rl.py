@@ -25,7 +25,7 @@ import time
 
 import torch
 
-from eval import check_arguments, evaluate, is_small, readable, run_settings, score, start_task, table, task_flags, write_json
+from eval import base_of, check_arguments, evaluate, is_small, readable, score, start_task, table, task_flags, write_json
 from litereason import (UserError, check_lengths, checkpoint_layers, encode_prompt, generate, group_advantages, load, logprobs, pack,
                         policy_loss, recompute_latents, run_script, save)
 from train_projector import RATIOS, fit_projector, masked_trace, run as run_stages_1_and_2
@@ -95,8 +95,7 @@ def main():
     examples = task.examples("train")[: args.train_prompts]
     prompts = [encode_prompt(model, tokenizer, task.prompt(e, latent)) for e in examples]
     check_lengths(model, prompts, args.max_new_tokens)  # now, not in the middle of an epoch
-    write_json(os.path.join(args.out, "config.json"), {"script": "train_rl.py", "base": run_settings(args.model).get("base", args.model),
-                                                       **vars(args)})
+    write_json(os.path.join(args.out, "config.json"), {"script": "train_rl.py", "base": base_of(args.model), **vars(args)})
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{args.method} on {args.task}: {args.model}, {parameters / 1e6:.1f} M parameters, {model.device}, fp32 weights; "
           f"{len(examples)} train prompts of up to {max(map(len, prompts))} tokens")
@@ -250,7 +249,8 @@ def forecast(model, args, longest, scorer=None):
     say = lambda sizes: ", ".join(f"{k} {v / gib:.2f}" for k, v in sizes.items())
     text = (f"per rollout batch: {batch} rollouts, {rows} rows at a time, up to {S} decoding steps; the update reads up to "
             f"{batch * S + args.prompts * longest:,} positions, {tokens:,} at a time\n"
-            f"memory at most, GiB: {say(always)}; sampling: {say(sampling)}; update: {say(update)}; peak {peak / gib:.1f}")
+            f"memory at most, GiB: {say(always)}; sampling: {say(sampling)}; update: {say(update)}; "
+            f"peak {peak / gib:.1f}")
     card = torch.cuda.get_device_properties(model.device).total_memory if model.device.type == "cuda" else None
     if card and peak > 0.95 * card:
         text += (f"\nthis card has {card / gib:.1f} GiB, so it may not fit: lower --rows (sampling) or --tokens-per-forward (update), say "

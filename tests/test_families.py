@@ -1,10 +1,12 @@
 """Real model families on tiny random configs in float64, and prompts as token ids: what a chat model, a base model and a story may do."""
+import copy
 import types
 
 import pytest
 import torch
 import transformers
 from conftest import LIMIT, PROMPTS, TEXTS, close, naive, with_projector, write
+from tokenizers.processors import TemplateProcessing
 from transformers.models.gemma import modeling_gemma
 from transformers.models.gemma3 import modeling_gemma3
 from transformers.models.llama import modeling_llama
@@ -164,6 +166,18 @@ def test_a_template_may_take_enable_thinking_or_fail(real_tok):
         real_tok.chat_template = own
 
 
+def test_a_prompt_has_one_bos_and_the_end_of_turn_may_be_the_checkpoints_alone(tok):
+    """Llama and Gemma put a BOS before any text, and into their templates; Gemma's tokenizer says <eos>, its checkpoint <end_of_turn>."""
+    words = copy.deepcopy(tok)
+    words.add_special_tokens({"bos_token": "<bos>", "additional_special_tokens": ["<turn>", "<end>"]})
+    bos, turn, end = words.convert_tokens_to_ids(["<bos>", "<turn>", "<end>"])
+    words._tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", bos)])
+    words.chat_template = "{{ bos_token }}{% for m in messages %}<turn>{{ m['content'] | trim }}<end>\n{% endfor %}<turn>"
+    assert encode_prompt(chat(0), words, "ab<end>c") == [bos] + tok.encode("ab<end>c")
+    assert encode_prompt(chat([0, end]), words, "ab<end>c") == [bos, turn] + tok.encode("ab<end>c") + [end] + tok.encode("\n") + [turn]
+    assert litereason.chat_parts(chat([0, end]), words)[2] == end and litereason.chat_parts(chat(0), words)[2] == 0
+
+
 def test_the_tiny_worlds_ids_are_the_words(tok):
     from data import tiny
     model, words = load("tiny", "cpu")
@@ -179,6 +193,6 @@ def test_a_gated_model_without_a_token_ends_in_one_line(monkeypatch):
 
     monkeypatch.setattr(litereason, "hub_answers", lambda: True)
     monkeypatch.setattr(litereason.AutoTokenizer, "from_pretrained", refuse)
-    with pytest.raises(UserError, match="gated on the hub: accept its terms on https://huggingface.co/google/gemma-3-1b-it, then `hf auth login`") as e:
+    with pytest.raises(UserError, match="gated on the hub: accept its terms on https://.*/google/gemma-3-1b-it, then `hf auth login`") as e:
         load("google/gemma-3-1b-it")
     assert "\n" not in str(e.value)

@@ -139,7 +139,8 @@ def test_reward_and_scorer_go_to_tasks_with_a_scorer_only(small, data):
         one_line("--reward and --scorer are for tasks with a scorer .*; flawed_fictions has none", evaluation.start_task,
                  arguments(task="flawed_fictions", **flag), model, str(small))
     evaluation.start_task(arguments(task="next_chapter", reward="thresholded"), model, str(small))
-    assert (nc.settings["reward"], nc.settings["seed"]) == ("thresholded", 3) and not any(p.requires_grad for p in nc.settings["scorer"][0].parameters())
+    assert (nc.settings["reward"], nc.settings["seed"]) == ("thresholded", 3)
+    assert not any(p.requires_grad for p in nc.settings["scorer"][0].parameters())
     evaluation.start_task(arguments(task="next_chapter", scorer="tiny"), model, str(small))
     assert nc.settings["scorer"][0].config.vocab_size != model.config.vocab_size
 
