@@ -256,6 +256,7 @@ def main():
     g.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (the paper: 0.7)")
     g.add_argument("--top-p", type=float, default=1.0, help="0 to 1 (the paper: 0.8)")
     g.add_argument("--top-k", type=int, default=0, help="0 is off (the paper: 20)")
+    g.add_argument("--rows", type=int, default=256, help="answers decoded at once: memory; changes no result")
     g.add_argument("--at-once", action="store_true", help="force the answer without reasoning")
     g.add_argument("--latent", default="projector", choices=["projector", "zeros", "none"],
                    help="what a tag runs: the projector, all-zero vectors, or nothing")
@@ -300,7 +301,7 @@ def main():
         sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
         result, rollouts = evaluate(
             model, tokenizer, task, examples, latent_prompt, args.samples, args.seed, progress=name, latent=args.latent, at_once=args.at_once,
-            max_new_tokens=args.max_new_tokens or (160 if is_small(model) else 2048), **sampling)
+            max_new_tokens=args.max_new_tokens or (160 if is_small(model) else 2048), rows=args.rows, **sampling)
         rows.append((name, {"model": name, "task": args.task, "prompt": "tag" if latent_prompt else "plain", **result}))
         for example, r in list(zip(examples, rollouts[:: args.samples]))[: args.show]:  # each example's first answer
             print(f"\n--- {name}, reward {score(task, [example], [r.text])[0]:.2f}\n{tokenizer.decode(r.prompt_ids)}\n>>> {readable(tokenizer, r)}")
