@@ -618,8 +618,8 @@ def sample(logits, u, temperature, top_k, top_p):
     logits (B, V), u (B,) uniform in [0, 1) -> tokens (B,), log-probs (B,) under softmax(logits / temperature). top-k and
     top-p cut the distribution that is drawn from, not the log-prob: train with them off, or the two differ.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / (temperature or 1.0)  # (B, V)
-    logp = logits.log_softmax(-1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (B, V)
+    logp = (logits if temperature in (0, 1) else logits / temperature).log_softmax(-1)
     if temperature == 0:
         token = logits.argmax(-1)
     else:
@@ -647,6 +647,13 @@ def check_lengths(model, prompts, max_new_tokens):
         if len(p) + max_new_tokens > limit:
             raise UserError(f"prompt {i} has {len(p)} tokens; with {max_new_tokens} new ones that is more than the model's {limit} positions: "
                             f"lower --max-new-tokens, or prepare shorter texts")
+
+
+def next_logits(model, h):
+    """The LM head on few rows h (B, D) -> (B, V). CPU libraries multiply few rows by a large matrix faster the other way round."""
+    if h.device.type == "cpu" and 2 < len(h) < 64 and model.lm_head.bias is None:
+        return (model.lm_head.weight @ h.T).T.contiguous()
+    return model.lm_head(h)
 
 
 @torch.no_grad()
@@ -720,12 +727,12 @@ def _decode(model, tokenizer, prompts, samples, steps, sampling, latent, u, stat
         if device.type == "cpu":
             s, l = (~latent_now).nonzero()[:, 0], latent_now.nonzero()[:, 0]
             if len(s):
-                token[s], logp[s] = sample(model.lm_head(h[s]), u[s, t], *sampling)
+                token[s], logp[s] = sample(next_logits(model, h[s]), u[s, t], *sampling)
                 x[s] = embed(token[s])
             if len(l):
                 x[l] = latent_step(model, h[l], latent)
         else:
-            drawn, drawn_logp = sample(model.lm_head(h), u[:, t], *sampling)
+            drawn, drawn_logp = sample(next_logits(model, h), u[:, t], *sampling)
             token, logp = torch.where(latent_now, LATENT, drawn), torch.where(latent_now, 0.0, drawn_logp)
             x = torch.where(latent_now[:, None], latent_step(model, h, latent), embed(drawn))
         # (b) Write it down: the slot, its log-prob, the vector if it is a latent.
