@@ -10,8 +10,10 @@ since cutting hides the base's slips. The flags give the paper's. (3) Length pen
     python eval.py --model tiny --task tiny                         # the base with the tag prompt (2 min on 2 cores)
     python eval.py --model tiny:plain tiny out/rl --task tiny       # one table: explicit reasoning, tags, a trained run
     python eval.py --model out/rl --task tiny --show 3              # three answers, latents with their nearest words
+    python eval.py --model out/next --task next_chapter --write 5 --out out/chapters     # the chapters themselves, to be read
 """
 import argparse
+import html
 import importlib
 import json
 import math
@@ -21,7 +23,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from litereason import LATENT, UserError, generate, load, run_script
+from litereason import LATENT, UserError, encode_prompt, generate, load, run_script
 
 
 def load_task(name):
@@ -39,8 +41,54 @@ def load_task(name):
                         f"prompt and reward; tiny.next_chapter is the tiny world's second)") from e
 
 
-def score(task, examples, completions):
-    """Rewards of completions; a task may offer `rewards`, the same for many at once (a scorer model wants batches)."""
+def is_small(model):
+    """Whether a model wants the settings of one trained from scratch (and, by default, the tiny world) or the released ones."""
+    return sum(p.numel() for p in model.parameters()) < 50e6
+
+
+def task_flags(g):
+    """The flags of all scripts that say what is to be done."""
+    g.add_argument("--task", default=None, help="a folder under data/, or tiny.next_chapter (default: tiny for a small model, else "
+                   "flawed_fictions)")
+    g.add_argument("--reward", default=None, choices=["contrastive", "vrcli", "thresholded"], help="of next_chapter (default contrastive)")
+    g.add_argument("--scorer", default=None, metavar="NAME", help="the frozen model that reads chapters (default: a copy of the base)")
+
+
+def start_task(args, model, name):
+    """The task module of args.task, by default the one that fits the model's size; --reward, --scorer and the seed go to a task with
+    `settings`. The scorer is never the policy itself, but a copy of the base that `name` was trained from."""
+    args.task = args.task or ("tiny" if is_small(model) else "flawed_fictions")
+    task = load_task(args.task)
+    if hasattr(task, "settings"):
+        reader, tokenizer = load(args.scorer or base_of(name), args.device)
+        task.settings.update(reward=args.reward or task.settings["reward"], seed=args.seed, scorer=(reader.requires_grad_(False), tokenizer))
+    elif args.reward or args.scorer:
+        raise UserError(f"--reward and --scorer are for tasks with a scorer (next_chapter); {args.task} has none")
+    return task
+
+
+def run_settings(path):
+    """What a run directory, or the model/ in it, was made with; {} if it is none."""
+    run = os.path.dirname(os.path.normpath(path)) if os.path.basename(os.path.normpath(path)) == "model" else path
+    try:
+        with open(os.path.join(run, "config.json")) as f:
+            return dict(json.load(f))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def base_of(name):
+    """The model that a run directory was trained from; any other model is its own base."""
+    base = run_settings(name).get("base", name)
+    return os.path.abspath(base) if os.path.isdir(base) else base
+
+
+def score(task, examples, completions, step=0):
+    """Rewards of completions; a task may offer `rewards`, the same for many at once (a scorer model wants batches).
+
+    step: of the training, 0 in evaluation; a task with `settings` may draw something anew at each step."""
+    if hasattr(task, "settings"):
+        task.settings["step"] = step
     if hasattr(task, "rewards"):
         return task.rewards(examples, completions)
     return [float(task.reward(e, c)) for e, c in zip(examples, completions)]
@@ -48,21 +96,24 @@ def score(task, examples, completions):
 
 def evaluate(model, tokenizer, task, examples, latent_prompt=True, samples=1, seed=0, batch=64, progress=None, at_once=False,
              **sampling):
-    """Samples answers and scores them -> a dict of means. `sampling` goes to generate (max_new_tokens, latent, ..).
+    """Samples answers and scores them -> (a dict of means, at its end those of task.report; the rollouts). `sampling` goes to generate.
 
     at_once: the answer's opening (task.ANSWER, default \\boxed{) is put into the model's mouth, so that nothing can be reasoned.
     accuracy_ci95: over examples (the mean of an example's samples is one observation), normal approximation.
     """
     generator, opening = torch.Generator().manual_seed(seed), getattr(task, "ANSWER", "\\boxed{") if at_once else ""
-    start, stats, means, rollouts = time.time(), {}, [], []
+    start, stats, means, rollouts, asked = time.time(), {}, [], [], []
     bar = tqdm(total=len(examples), desc=progress, leave=False, disable=progress is None)
     for i in range(0, len(examples), batch):
         part = examples[i : i + batch]
-        prompts = [task.prompt(e, latent_prompt) + (" " + opening if at_once else "") for e in part]
+        prompts = [encode_prompt(model, tokenizer, task.prompt(e, latent_prompt), opening) for e in part]
         got = generate(model, tokenizer, prompts, samples, generator=generator, stats=stats, **sampling)
-        rewards = score(task, [part[r.prompt] for r in got], [opening + r.text for r in got])
+        for r in got:
+            r.text = opening + r.text  # as the reward reads it
+        rewards = score(task, [part[r.prompt] for r in got], [r.text for r in got])
         means += torch.tensor(rewards).view(len(part), samples).mean(1).tolist()
         rollouts += got
+        asked += [part[r.prompt] for r in got]
         bar.update(len(part))
     bar.close()
     n, accuracy = len(means), sum(means) / len(means)
@@ -72,7 +123,8 @@ def evaluate(model, tokenizer, task, examples, latent_prompt=True, samples=1, se
     return {"accuracy": accuracy, "accuracy_ci95": [accuracy - half, accuracy + half], "tokens": text + latents,
             "text_tokens": text, "latent_steps": latents, "tags": mean(lambda r: r.n_tags),
             "truncated": mean(lambda r: not r.finished), "forward_positions": stats["forwards"] / len(rollouts),
-            "n_examples": n, "samples": samples, "seconds": time.time() - start}, rollouts
+            "n_examples": n, "samples": samples, "seconds": time.time() - start,
+            **(task.report(asked, [r.text for r in rollouts]) if hasattr(task, "report") else {})}, rollouts
 
 
 def table(rows):
@@ -84,6 +136,11 @@ def table(rows):
         lo, hi = r["accuracy_ci95"]
         out.append(f"| {name:{width}} | {r['accuracy']:.3f} | {lo:.3f} to {hi:.3f} | {r['tokens']:.1f} | {r['text_tokens']:.1f} | "
                    f"{r['latent_steps']:.1f} | {r['tags']:.2f} | {r['truncated']:.3f} | {r['forward_positions']:.1f} | {r['seconds']:.1f} |")
+    for name, r in rows:  # under it what the task itself reports, which comes after the seconds
+        own = {k: r[k] for k in list(r)[list(r).index("seconds") + 1:]}
+        if own:
+            say = lambda v: " to ".join(f"{x:.3f}" for x in v) if isinstance(v, list) else f"{v:.3f}"
+            out.append(f"\n{name.strip()}: " + ", ".join(f"{k} {say(v)}" for k, v in own.items()))
     return "\n".join(out)
 
 
@@ -99,10 +156,11 @@ def collect(directories):
             raise UserError(f"{d}/results.json is not the table of a run of train_rl.py ({e})") from e
     out = []
     for name, rows in found.items():
-        mean = {k: sum(r[k] for r in rows) / len(rows) for k in rows[0] if isinstance(rows[0][k], (int, float))}
-        mean["accuracy_ci95"] = [sum(r["accuracy_ci95"][i] for r in rows) / len(rows) for i in (0, 1)]
-        mean["spread"] = [min(r["accuracy"] for r in rows), max(r["accuracy"] for r in rows)]
-        out.append((name, {**mean, "runs": len(rows)}))
+        mean = {"runs": len(rows), "spread": [min(r["accuracy"] for r in rows), max(r["accuracy"] for r in rows)]}
+        for k in (k for k in rows[0] if all(isinstance(r.get(k), (int, float, list)) for r in rows)):
+            values = [r[k] for r in rows]  # numbers, or lists of numbers (intervals)
+            mean[k] = [sum(v) / len(v) for v in zip(*values)] if isinstance(values[0], list) else sum(values) / len(values)
+        out.append((name, mean))
     return out
 
 
@@ -156,7 +214,8 @@ def readable(tokenizer, rollout):
 def nearest_words(model, tokenizer, latents, k=3):
     """For each latent (n, D): the k vocabulary words whose embeddings point its way, with the cosine, and its length
     against the mean length of an embedding."""
-    table = model.get_input_embeddings().weight.float()  # (V, D)
+    embed = model.get_input_embeddings()
+    table = embed(torch.arange(embed.num_embeddings, device=model.device)).float()  # (V, D); Gemma's are scaled
     z = latents.to(table.device).float()
     cos = torch.nn.functional.normalize(z, dim=-1) @ torch.nn.functional.normalize(table, dim=-1).T  # (n, V)
     top = cos.topk(k)
@@ -164,13 +223,22 @@ def nearest_words(model, tokenizer, latents, k=3):
             for ids, cs, norm in zip(top.indices.tolist(), top.values.tolist(), z.norm(dim=-1) / table.norm(dim=-1).mean())]
 
 
-def run_method(path):
-    """The --method that a run directory was trained with, or None."""
-    try:
-        with open(os.path.join(path, "config.json")) as f:
-            return json.load(f).get("method")
-    except (OSError, ValueError, AttributeError):
-        return None
+def write_chapters(task, examples, plans, n, sampling, file):
+    """For people to read: the frozen LM writes the next chapter of n examples with its plan, without one, and with the plan of the next
+    example, in a table beside the true one. Same random numbers for all three, at most the true chapter's length; after each example
+    the file is flushed, so that a stop loses nothing."""
+    model, tokenizer = task.scorer()
+    encode = lambda text: tokenizer.encode(text, split_special_tokens=True)
+    cell = lambda text: html.escape(text.strip()).replace("|", "&#124;").replace("\n", "<br>")
+    for i, example in enumerate(examples[:n]):
+        three = plans[i], "", plans[(i + 1) % len(plans)]
+        prompts, most = [encode(task.chapter_prompt(example, p)) for p in three], len(encode(example["chapter"]))
+        texts = [generate(model, tokenizer, [p], 1, max(1, min(most, model.config.max_position_embeddings - len(p))), latent="none",
+                          generator=torch.Generator().manual_seed(i), **sampling)[0].text for p in prompts]
+        file.write(f"\n## {example.get('book', 'Story')}, {example.get('number', i + 1)}\n\nIts plan: {cell(three[0]) or '(none)'}\n\n"
+                   f"The other plan: {cell(three[2]) or '(none)'}\n\n| with its plan | without a plan | with the other plan | the true chapter |\n"
+                   f"|---|---|---|---|\n| " + " | ".join(map(cell, texts + [example["chapter"]])) + " |\n")
+        file.flush()
 
 
 def main():
@@ -178,15 +246,17 @@ def main():
     g = ap.add_argument_group("what")
     g.add_argument("--model", nargs="+", default=["tiny"], metavar="NAME", help="models or run directories; NAME:plain uses "
                    "the prompt without the tag (the default for runs of --method grpo)")
-    g.add_argument("--task", default="tiny", help="a folder under data/, or tiny.next_chapter")
+    task_flags(g)
     g.add_argument("--split", default="test", help="train, val or test")
     g.add_argument("--n", type=int, default=None, help="examples, from the split's first (default all)")
     g.add_argument("--samples", type=int, default=1, help="answers per example")
     g = ap.add_argument_group("decoding")
-    g.add_argument("--max-new-tokens", type=int, default=160, help="slots per answer, latents included")
+    g.add_argument("--max-new-tokens", type=int, default=None, help="slots per answer, latents included (default: 160 for a "
+                   "small model, else 2048)")
     g.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (the paper: 0.7)")
     g.add_argument("--top-p", type=float, default=1.0, help="0 to 1 (the paper: 0.8)")
     g.add_argument("--top-k", type=int, default=0, help="0 is off (the paper: 20)")
+    g.add_argument("--rows", type=int, default=256, help="answers decoded at once: memory; changes no result")
     g.add_argument("--at-once", action="store_true", help="force the answer without reasoning")
     g.add_argument("--latent", default="projector", choices=["projector", "zeros", "none"],
                    help="what a tag runs: the projector, all-zero vectors, or nothing")
@@ -199,6 +269,8 @@ def main():
     g.add_argument("--json", default=None, metavar="FILE", help="write the numbers there (a list if several models)")
     g.add_argument("--out", default=None, metavar="DIR", help="write config.json and results.json there")
     g.add_argument("--show", type=int, default=0, metavar="N", help="print N answers with their latents")
+    g.add_argument("--write", type=int, default=0, metavar="N", help="next chapters: have the frozen LM write N of them with the plan, without "
+                   "and with another's, into chapters.md in --out")
     args = ap.parse_args()
     check_arguments(args)
     if args.collect:
@@ -211,24 +283,35 @@ def main():
             picture(rows, args.svg)
         return
 
-    task = load_task(args.task)
-    try:
-        examples = task.examples(args.split)[: args.n]
-    except ValueError as e:
-        raise UserError(str(e)) from e
+    if args.write and not args.out:
+        raise UserError("--write needs --out DIR: the chapters go into chapters.md there")
     rows = []
     for name in args.model:
         path, _, suffix = name.partition(":")
         model, tokenizer = load(path, args.device)
-        latent_prompt = suffix != "plain" and run_method(path) != "grpo"
+        if not rows:  # the first model's size may choose the task
+            task = start_task(args, model, path)
+            try:
+                examples = task.examples(args.split)[: args.n]
+            except ValueError as e:
+                raise UserError(str(e)) from e
+            if args.write and not hasattr(task, "chapter_prompt"):
+                raise UserError(f"--write is for tasks whose answers are plans of chapters (next_chapter); {args.task} is none")
+        latent_prompt = suffix != "plain" and run_settings(path).get("method") != "grpo"
+        sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
         result, rollouts = evaluate(
             model, tokenizer, task, examples, latent_prompt, args.samples, args.seed, progress=name, latent=args.latent, at_once=args.at_once,
-            max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k)
+            max_new_tokens=args.max_new_tokens or (160 if is_small(model) else 2048), rows=args.rows, **sampling)
         rows.append((name, {"model": name, "task": args.task, "prompt": "tag" if latent_prompt else "plain", **result}))
         for example, r in list(zip(examples, rollouts[:: args.samples]))[: args.show]:  # each example's first answer
             print(f"\n--- {name}, reward {score(task, [example], [r.text])[0]:.2f}\n{tokenizer.decode(r.prompt_ids)}\n>>> {readable(tokenizer, r)}")
             for i, (words, norm) in enumerate(nearest_words(model, tokenizer, r.latents)):
                 print(f"    latent {i + 1}: nearest {words}; length {norm:.2f} of an embedding's")
+        if args.write:
+            with open(os.path.join(args.out, "chapters.md"), "a" if len(rows) > 1 else "w", encoding="utf-8") as f:
+                f.write(f"\n# {name}\n")
+                write_chapters(task, examples, [task.plan_of(r.text) for r in rollouts[:: args.samples]], args.write, sampling, f)
+            print(f"chapters in {f.name}")
     print(table(rows))
     results = [r for _, r in rows]
     for file in [args.json] + ([os.path.join(args.out, "results.json")] if args.out else []):
@@ -240,7 +323,7 @@ def main():
 
 def check_arguments(args, n=1):
     """Bounds that all scripts share; a wrong value ends in one line. n: the least --n."""
-    least = {"n": n, "seed": 0, "steps": 0, "projector_steps": 0, "overlong_buffer": 0, "show_every": 0, "show": 0, "top_k": 0}
+    least = {"n": n, "seed": 0, "steps": 0, "projector_steps": 0, "overlong_buffer": 0, "show_every": 0, "show": 0, "write": 0, "top_k": 0}
     for name, value in vars(args).items():
         bound = least.get(name, 0 if isinstance(value, float) else 1)
         if isinstance(value, (int, float)) and not isinstance(value, bool) and not value >= bound:

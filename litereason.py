@@ -231,7 +231,7 @@ def load(name_or_path, device=None, dtype=None):
         path = f"Qwen/{path}" if "/" not in path and path.startswith("Qwen") else path
     elif not os.path.exists(os.path.join(path, "config.json")):
         raise UserError(f"{path!r} has no config.json: it is not a saved model")
-    cached_only = not os.path.isdir(path) and not _hub_answers()  # without a network fail now, not after minutes of retries
+    cached_only = not os.path.isdir(path) and not hub_answers()  # without a network fail now, not after minutes of retries
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()  # the projector's keys are "unexpected" to transformers; we read them below
@@ -243,6 +243,9 @@ def load(name_or_path, device=None, dtype=None):
         why = str(e).strip().splitlines()[0][:160] if str(e).strip() else type(e).__name__
         if os.path.isdir(path):
             raise UserError(f"cannot load the model in {path!r}: {why}") from e
+        if any(sign in str(e) for sign in ("gated repo", "401 Client Error", "403 Client Error")):
+            raise UserError(f"{path!r} is gated on the hub: accept its terms on https://huggingface.co/{path}, then `hf auth login` "
+                            f"(or set HF_TOKEN)") from e
         raise UserError(f"cannot fetch {path!r} from the hub ({why}). Without a network these work: 'tiny', or a directory; "
                         f"where there is one: `hf download {path} --local-dir DIR`, then pass DIR") from e
     finally:
@@ -250,7 +253,7 @@ def load(name_or_path, device=None, dtype=None):
     return attach(model.to(device), _projector_weights(path, local_files_only=cached_only)), tokenizer
 
 
-def _hub_answers():
+def hub_answers():
     """Whether the model hub can be reached; a proxy is taken at its word."""
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") or os.environ.get("TRANSFORMERS_OFFLINE", "0") not in ("", "0"):
         return False
@@ -278,6 +281,10 @@ def _load_tokenizer(path, **kwargs):
 def attach(model, weights=None):
     """Adds the projector (from `weights`, else the warm start), its config entries and our attention to a causal LM."""
     config = model.config
+    if not hasattr(getattr(model, "model", None), "layers") or not hasattr(model.model.layers[-1], "mlp"):
+        raise UserError(f"{type(model).__name__} is not a plain causal LM (model.layers, each with an mlp); Qwen2, Qwen3, Llama, Gemma 1 and 3 are")
+    if any(getattr(config, k, None) for k in ("attn_logit_softcapping", "final_logit_softcapping")):
+        raise UserError(f"{type(model).__name__} caps its logits by a tanh (as Gemma 2 does), which LiteReason does not support")
     cap = getattr(config, "litereason_max_reasoning_steps", CAP)
     if not isinstance(cap, int) or isinstance(cap, bool) or not 1 <= cap <= 64:
         raise UserError(f"config.json: litereason_max_reasoning_steps is {cap!r}, expected a whole number from 1 to 64")
@@ -382,6 +389,14 @@ class SharedCache:
         hide[:, :, -S:] |= later
         self.mask = hide[:, None, None]  # (B, 1, 1, S, past + S)
 
+    def beyond(self, window, S, L, n):
+        """What a sliding-window layer (Gemma 3) no longer sees: (B, 1, 1, S, L) prompt keys, (B, 1, 1, S, n) own keys."""
+        place = torch.arange(n, device=self.owner.device)[None] if self.room else self.valid.cumsum(1) - 1  # (B or 1, n) among real slots
+        key = self.lengths[self.owner][:, None] + place  # (B, n) positions
+        query = key[:, -S:, None]  # (B, S, 1) the newest slots ask
+        on_prompt = query - torch.arange(L, device=key.device) >= window
+        return on_prompt[:, None, None], (query - key[:, None] >= window)[:, None, None]
+
     def update(self, k, v, layer, *_, **__):
         """Called by every attention layer with its new keys and values, (rows, K, S, d) each, rotary already applied."""
         k = k.to(v.dtype)  # with bf16 compute the rotary leaves it in fp32
@@ -397,12 +412,16 @@ class SharedCache:
             self.own[layer] = (k, v) if old is None else tuple(torch.cat([o, n], 2) for o, n in zip(old, (k, v)))
         return self, layer
 
-    def attend(self, layer, q, scale):
-        """q (rows, H, S, d) -> (rows, S, H, d): softmax over the prompt's keys and the row's own together."""
+    def attend(self, layer, q, scale, window=None):
+        """q (rows, H, S, d) -> (rows, S, H, d): softmax over the prompt's keys and the row's own together. window: the layer sees
+        only so many positions, its own included."""
         q = q.to(self.prompt[layer][1].dtype)
         if self.owner is None:  # the prompts: plain causal attention; padding stands to the right of all it could disturb
             k, v = self.prompt[layer]
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2)
+            near = None  # (L, L) only a window needs a mask
+            if window and window < q.shape[2]:
+                near = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril().triu(1 - window)
+            return F.scaled_dot_product_attention(q, k, v, near, is_causal=near is None, scale=scale, enable_gqa=True).transpose(1, 2)
         (B, H, S, d), (pk, pv), (ok, ov) = q.shape, self.prompt[layer], self.own[layer]
         if self.room:
             ok, ov = ok[:, :, : self.filled + 1], ov[:, :, : self.filled + 1]
@@ -416,6 +435,9 @@ class SharedCache:
         on_own = (q.reshape(B, K, R * S, d) @ ok.transpose(2, 3)).view(B, K, R, S, n)  # (B, K, R, S, n)
         if self.mask is not None:
             on_own = on_own.masked_fill(self.mask, -torch.inf)
+        if window:
+            far_prompt, far_own = self.beyond(window, S, L, n)
+            on_prompt, on_own = on_prompt.masked_fill(far_prompt, -torch.inf), on_own.masked_fill(far_own, -torch.inf)
         w = torch.cat([on_prompt, on_own], -1).softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
         w_prompt, w_own = w.split([L, n], -1)
         out = (w_own.reshape(B, K, R * S, n) @ ov).view(B, K, R, S, d)
@@ -443,9 +465,7 @@ class SharedCache:
 def _attention(module, query, key, value, attention_mask, scaling, **kwargs):
     """What transformers calls in every layer; with any other cache (its own generate, say) this is plain sdpa."""
     if isinstance(key, SharedCache):
-        if kwargs.get("sliding_window"):
-            raise UserError("this model uses sliding-window attention, which LiteReason does not support")
-        return key.attend(value, query, scaling), None
+        return key.attend(value, query, scaling, kwargs.get("sliding_window")), None
     return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
 
@@ -555,14 +575,51 @@ def _stop_ids(model):
     return sorted({i for x in ids if x is not None for i in (x if isinstance(x, list) else [x])})
 
 
+def chat_parts(model, tokenizer):
+    """(before, after, end): the text around the user's words, and the id that ends an answer; ("", "", the eos) for a base model.
+
+    A chat model is one that stops where its template ends a turn. So Qwen2.5-Instruct is one (<|im_end|> is among its stop tokens), and
+    Qwen2.5, a base model that ships the same template but stops at <|endoftext|> only, gets its prompts plain.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return "", "", tokenizer.eos_token_id
+    user, said = "THE-USERS-WORDS", "THE-ANSWER"
+    turns = [{"role": "user", "content": user}, {"role": "assistant", "content": said}]
+    render = functools.partial(tokenizer.apply_chat_template, tokenize=False, enable_thinking=False)  # Qwen3's switch; others ignore it
+    try:
+        tail = render(turns).rpartition(said)[2]
+        before, _, after = render(turns[:1], add_generation_prompt=True).partition(user)
+    except Exception as e:  # a template is a program of somebody else's: anything may come
+        raise UserError(f"the tokenizer's chat template does not work for a user and an assistant turn: {str(e).splitlines()[0]}") from e
+    at = {tail.find(str(tokenizer.convert_ids_to_tokens(i))): i for i in stop_tokens(model, tokenizer)}
+    at.pop(-1, None)
+    return (before, after, at[min(at)]) if at else ("", "", tokenizer.eos_token_id)
+
+
+def encode_prompt(model, tokenizer, text, opening=""):
+    """A prompt as token ids: one user turn and the answer's header for a chat model, the text alone for a base model.
+
+    opening: the answer's first words, put into the model's mouth. A story is data: "<|im_end|>" in it becomes the tokens of those ten
+    characters; only the template's own words become special tokens. Apart from that the ids are those of the whole text at once.
+    """
+    before, after, _ = chat_parts(model, tokenizer)
+    if not after:
+        return tokenizer.encode(f"{text} {opening}" if opening else text, split_special_tokens=True)
+    special = "|".join(re.escape(t.content) for t in tokenizer.added_tokens_decoder.values())
+    start = max([m.end() for m in re.finditer(special, before)], default=0)  # BPE may merge neighbours, but not across a special token
+    end = min([m.start() for m in re.finditer(special, after)], default=len(after))
+    parts = [(before[:start], False), (before[start:] + text + after[:end], True), (after[end:] + opening, False)]
+    return [i for part, plain in parts for i in tokenizer.encode(part, add_special_tokens=False, split_special_tokens=plain)]
+
+
 def sample(logits, u, temperature, top_k, top_p):
     """One token per row by inverting the cumulative distribution at u: a row's draw does not depend on the other rows.
 
     logits (B, V), u (B,) uniform in [0, 1) -> tokens (B,), log-probs (B,) under softmax(logits / temperature). top-k and
     top-p cut the distribution that is drawn from, not the log-prob: train with them off, or the two differ.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / (temperature or 1.0)  # (B, V)
-    logp = logits.log_softmax(-1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (B, V)
+    logp = (logits if temperature in (0, 1) else logits / temperature).log_softmax(-1)
     if temperature == 0:
         token = logits.argmax(-1)
     else:
@@ -581,6 +638,24 @@ def sample(logits, u, temperature, top_k, top_p):
     return token, logp.gather(-1, token[:, None])[:, 0]
 
 
+def check_lengths(model, prompts, max_new_tokens):
+    """UserError unless every prompt (token ids) and its answer fit the model's positions."""
+    limit = model.config.max_position_embeddings
+    for i, p in enumerate(prompts):
+        if not p:
+            raise UserError(f"prompt {i} is empty")
+        if len(p) + max_new_tokens > limit:
+            raise UserError(f"prompt {i} has {len(p)} tokens; with {max_new_tokens} new ones that is more than the model's {limit} positions: "
+                            f"lower --max-new-tokens, or prepare shorter texts")
+
+
+def next_logits(model, h):
+    """The LM head on few rows h (B, D) -> (B, V). CPU libraries multiply few rows by a large matrix faster the other way round."""
+    if h.device.type == "cpu" and 2 < len(h) < 64 and model.lm_head.bias is None:
+        return (model.lm_head.weight @ h.T).T.contiguous()
+    return model.lm_head(h)
+
+
 @torch.no_grad()
 def generate(model, tokenizer, prompts, samples=1, max_new_tokens=256, temperature=1.0, top_p=1.0, top_k=0,
              latent="projector", generator=None, rows=512, stats=None):
@@ -594,12 +669,8 @@ def generate(model, tokenizer, prompts, samples=1, max_new_tokens=256, temperatu
     """
     if samples < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
         raise UserError("generate needs samples and max_new_tokens of 1 or more, temperature and top_k of 0 or more, 0 < top_p <= 1")
-    ids = [tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
-    limit = model.config.max_position_embeddings
-    for i, p in enumerate(ids):
-        if not p or len(p) + max_new_tokens > limit:
-            raise UserError(f"prompt {i} has {len(p)} tokens; with {max_new_tokens} new ones it must be 1 to {limit}"
-                            if p else f"prompt {i} is empty")
+    ids = [encode_prompt(model, tokenizer, p) if isinstance(p, str) else list(p) for p in prompts]
+    check_lengths(model, ids, max_new_tokens)
     # One uniform number per row and step, drawn up front: a rollout's text depends on its seed and its own prompt only,
     # not on which rows share its batch or when they end.
     draws = torch.rand(len(ids) * samples, max_new_tokens, generator=generator, dtype=torch.float64)
@@ -656,12 +727,12 @@ def _decode(model, tokenizer, prompts, samples, steps, sampling, latent, u, stat
         if device.type == "cpu":
             s, l = (~latent_now).nonzero()[:, 0], latent_now.nonzero()[:, 0]
             if len(s):
-                token[s], logp[s] = sample(model.lm_head(h[s]), u[s, t], *sampling)
+                token[s], logp[s] = sample(next_logits(model, h[s]), u[s, t], *sampling)
                 x[s] = embed(token[s])
             if len(l):
                 x[l] = latent_step(model, h[l], latent)
         else:
-            drawn, drawn_logp = sample(model.lm_head(h), u[:, t], *sampling)
+            drawn, drawn_logp = sample(next_logits(model, h), u[:, t], *sampling)
             token, logp = torch.where(latent_now, LATENT, drawn), torch.where(latent_now, 0.0, drawn_logp)
             x = torch.where(latent_now[:, None], latent_step(model, h, latent), embed(drawn))
         # (b) Write it down: the slot, its log-prob, the vector if it is a latent.
@@ -936,7 +1007,8 @@ def perplexity(model, tokenizer, contexts, continuations, rows=64):
     for i in range(0, len(contexts), rows):
         pairs = zip(contexts[i : i + rows], continuations[i : i + rows])
         none = torch.zeros(0, model.config.hidden_size)
-        batch = [Rollout(tokenizer.encode(c), tokenizer.encode(y, add_special_tokens=False), none) for c, y in pairs]
+        encode = functools.partial(tokenizer.encode, split_special_tokens=True)  # both are text, whatever they contain
+        batch = [Rollout(encode(c), encode(y, add_special_tokens=False), none) for c, y in pairs]
         if not all(r.prompt_ids and r.slots for r in batch):
             raise UserError("a perplexity needs a context and a continuation of at least one token each")
         logp, scored = logprobs(model, batch)

@@ -9,7 +9,7 @@ sentences again; here the text between them stays. (3) Its loss is summed over 1
 notes, weakness 5), so that its clip of 0.2 bites harder; here the mean over a batch's tokens is clipped.
 
     python train_projector.py                                  # the tiny model: 2 minutes on 2 cores
-    python train_projector.py --model Qwen2.5-1.5B --task tiny --device cuda --out out/projector
+    python train_projector.py --model Qwen2.5-1.5B --out out/projector     # the paper's plot holes, on one GPU
     python train_projector.py --steps 2 --prompts 8 --n 8      # a smoke run
 """
 import argparse
@@ -22,9 +22,9 @@ import time
 import torch
 from tqdm import tqdm
 
-from eval import check_arguments, evaluate, load_task, score, write_json
-from litereason import (LATENT, Rollout, UserError, generate, insert_latents, load, mask_sentences, pack,
-                        projector_loss, run_script, save, split_answer)
+from eval import base_of, check_arguments, evaluate, is_small, score, start_task, task_flags, write_json
+from litereason import (LATENT, Rollout, UserError, chat_parts, checkpoint_layers, encode_prompt, generate, insert_latents, load,
+                        mask_sentences, pack, projector_loss, run_script, save, split_answer)
 
 RATIOS, VERSIONS = (0.10, 0.25), 5  # of the sentences; versions per trace and ratio (method.md section 4)
 
@@ -33,12 +33,13 @@ def collect_traces(model, tokenizer, task, examples, k, max_new_tokens, seed, pa
     """Stage 1: -> [{"example", "prompt", "text"}], the samples with reward > 0; kept in `path` for a second run.
 
     The base has no trained projector yet, so tags that it writes run no latents (latent="none")."""
-    settings = {"model": model.config._name_or_path, "task": task.__name__, "prompts": len(examples), "k": k,
-                "max_new_tokens": max_new_tokens, "seed": seed}
+    own = getattr(task, "settings", {"reward": None, "scorer": None})
+    header = {"model": model.config._name_or_path, "task": task.__name__, "prompts": len(examples), "k": k, "max_new_tokens": max_new_tokens,
+              "seed": seed, "reward": own["reward"], "scorer": own["scorer"] and own["scorer"][0].config._name_or_path}
     try:
         with open(path) as f:
-            header, *traces = [json.loads(line) for line in f]
-        if header == settings and traces:
+            found, *traces = [json.loads(line) for line in f]
+        if found == header and traces:
             print(f"stage 1: {len(traces)} traces from {path}")
             return traces
         print(f"stage 1: {path} was made with other settings; sampling anew")
@@ -55,7 +56,7 @@ def collect_traces(model, tokenizer, task, examples, k, max_new_tokens, seed, pa
         traces += [{"example": i + r.prompt, "prompt": task.prompt(part[r.prompt], True), "text": r.text}
                    for r, reward in zip(got, rewards) if reward > 0 and r.finished]
     with open(path + ".tmp", "w") as f:
-        f.writelines(json.dumps(row) + "\n" for row in [settings] + traces)
+        f.writelines(json.dumps(row) + "\n" for row in [header] + traces)
     os.replace(path + ".tmp", path)
     print(f"stage 1: kept {len(traces)} of {k * len(examples)} traces (reward > 0), in {path}")
     return traces
@@ -70,17 +71,17 @@ def masked_trace(model, tokenizer, rng, prompt, text, answer, marker, ratio):
     if masked is None:
         return None
     text = masked + "\n" + (own if answer is None else answer).strip()
-    ids = tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]
+    ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) + [chat_parts(model, tokenizer)[2]]
     slots = insert_latents(model, tokenizer, ids)
     none = torch.zeros(0, model.config.hidden_size)
-    prompt_ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    prompt_ids = encode_prompt(model, tokenizer, prompt) if isinstance(prompt, str) else prompt
     return Rollout(prompt_ids, slots, none, text=text) if LATENT in slots else None
 
 
-def mean_loss(model, traces, latent, batch=64):
+def mean_loss(model, traces, latent, budget=12_000):
     """Loss after the first tag over all traces, per token."""
     with torch.no_grad():
-        parts = [projector_loss(model, traces[i : i + batch], latent) for i in range(0, len(traces), batch)]
+        parts = [projector_loss(model, [traces[i] for i in part], latent) for part in pack(traces, budget)]
     return float(sum(l for l, _ in parts)) / max(1, sum(n for _, n in parts))
 
 
@@ -124,15 +125,13 @@ RELEASED = {"prompts": None, "k": 5, "lr": 1e-4, "batch": 16, "steps": None}
 SMALL = {"prompts": 160, "k": 5, "lr": 1e-3, "batch": 16, "steps": 150}
 
 
-def is_small(model):
-    return sum(p.numel() for p in model.parameters()) < 50e6
-
-
 def run(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, **changes):
     """Both stages; trains model.reasoning_projector in place and prints what came of it. -> the figures printed.
 
     changes: of RELEASED or SMALL above, whichever the model's size selects; None leaves a value as it is."""
     cfg = {**(SMALL if is_small(model) else RELEASED), **{k: v for k, v in changes.items() if v is not None}}
+    say = lambda v: "all" if v is None else f"{v:g}"  # all prompts; all traces once
+    print("stages 1 and 2: " + ", ".join(f"{k} {say(v)}" + (f" (released: {say(RELEASED[k])})" if v != RELEASED[k] else "") for k, v in cfg.items()))
     start, rng = time.time(), random.Random(seed)
     marker = getattr(task, "ANSWER", "\\boxed{")
     examples = task.examples("train")[: cfg["prompts"]]
@@ -168,12 +167,13 @@ def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     g = ap.add_argument_group("what")
     g.add_argument("--model", default="tiny", help="tiny, a directory, or a hub name such as Qwen2.5-1.5B")
-    g.add_argument("--task", default="tiny", help="a folder under data/, or tiny.next_chapter")
+    task_flags(g)
     g.add_argument("--out", default="out/projector", metavar="DIR", help="traces, settings, figures and the model go there")
     g = ap.add_argument_group("stage 1 (default: set by the model's size, see RELEASED and SMALL)")
     g.add_argument("--prompts", type=int, default=None, help="train prompts to sample traces for")
     g.add_argument("--samples", type=int, default=None, help="traces per prompt")
-    g.add_argument("--max-new-tokens", type=int, default=160, help="slots per trace, latents included")
+    g.add_argument("--max-new-tokens", type=int, default=None, help="slots per trace, latents included (default: 160 for a "
+                   "small model, else 2048)")
     g = ap.add_argument_group("stage 2")
     g.add_argument("--steps", type=int, default=None, help="optimiser steps")
     g.add_argument("--batch", type=int, default=None, help="traces per optimiser step")
@@ -184,9 +184,12 @@ def main():
     g.add_argument("--device", default=None, help="cpu or cuda (default: cuda if there is one)")
     args = ap.parse_args()
     check_arguments(args)
-    task = load_task(args.task)
     model, tokenizer = load(args.model, args.device)
-    write_json(os.path.join(args.out, "config.json"), {"script": "train_projector.py", **vars(args)})
+    task = start_task(args, model, args.model)
+    args.max_new_tokens = args.max_new_tokens or (160 if is_small(model) else 2048)
+    if not is_small(model):
+        checkpoint_layers(model)
+    write_json(os.path.join(args.out, "config.json"), {"script": "train_projector.py", "base": base_of(args.model), **vars(args)})
     result = run(model, tokenizer, task, args.out, args.max_new_tokens, args.seed, args.n, prompts=args.prompts, k=args.samples,
                  lr=args.lr, batch=args.batch, steps=args.steps)
     save(model, tokenizer, os.path.join(args.out, "model"))

@@ -5,13 +5,13 @@ constants in the policy-gradient pass. The projector learns only by imitation: i
 that epoch's own rewarded rollouts. The loop below has seven numbered steps; the README has the same seven.
 
 Left out, and why: (1) no KL term and no reference model: the released runs set the coefficient to 0. (2) No second pass
-for the old log-probs: the sampler's own are exact (tests/test_decode.py). (3) One optimiser step per rollout batch by
-default, where the released script takes 16: the ratio is then 1 and the clip idle; --minibatches 16 is theirs.
+for the old log-probs: the sampler's own are exact (tests/test_decode.py). (3) A small model gets one optimiser step
+per rollout batch, where the released script takes 16 (and so does a real model here): the ratio is then 1 and the clip idle.
 (4) Latents are replayed as they were sampled; --recompute-latents makes them anew with the current weights, as released.
 
     python train_rl.py                                  # the tiny model, all stages, the table: < 10 minutes on 2 cores
     python train_rl.py --method grpo --out out/grpo     # the same RL without latents, for comparison
-    python train_rl.py --model Qwen2.5-1.5B --task tiny --group 16 --prompts 48 --steps 200     # one GPU
+    python train_rl.py --model Qwen2.5-1.5B             # the paper's plot holes on one GPU; data/flawed_fictions/prepare.py first
 """
 import os
 
@@ -25,23 +25,26 @@ import time
 
 import torch
 
-from eval import check_arguments, evaluate, load_task, readable, score, table, write_json
-from litereason import (UserError, checkpoint_layers, generate, group_advantages, load, logprobs, pack, policy_loss, recompute_latents,
-                        run_script, save)
-from train_projector import RATIOS, fit_projector, is_small, masked_trace, run as run_stages_1_and_2
+from eval import base_of, check_arguments, evaluate, is_small, readable, score, start_task, table, task_flags, write_json
+from litereason import (UserError, check_lengths, checkpoint_layers, encode_prompt, generate, group_advantages, load, logprobs, pack,
+                        policy_loss, recompute_latents, run_script, save)
+from train_projector import RATIOS, fit_projector, masked_trace, run as run_stages_1_and_2
 
 # ---------------------------------------------------------------- settings that depend on the model's size
-RELEASED = {"lr": 5e-7, "group": 16, "prompts": 48, "steps": 180, "max_new_tokens": 2048, "refresh_lr": 1e-4, "refresh_share": 0.1,
-            "tokens_per_forward": 16_384}
-SMALL = {"lr": 1.5e-4, "group": 16, "prompts": 16, "steps": 48, "max_new_tokens": 160, "refresh_lr": 3e-4, "refresh_share": 0.1,
-         "tokens_per_forward": 12_000}
+# RELEASED is the authors' script. 2880 steps are 30 passes over 290 stories: 6 rollout batches each, 16 steps per batch. Only the
+# last three are not theirs (they have several GPUs and vLLM): how much is in memory at once. These three change no result.
+RELEASED = {"lr": 5e-7, "group": 16, "prompts": 48, "minibatches": 16, "steps": 2880, "max_new_tokens": 2048, "clip": 0.2, "refresh_lr": 1e-4,
+            "refresh_share": 0.1, "rows": 256, "tokens_per_forward": 16_384, "checkpoint_layers": True}
+SMALL = {"lr": 1.5e-4, "group": 16, "prompts": 16, "minibatches": 1, "steps": 48, "max_new_tokens": 160, "clip": 0.2, "refresh_lr": 3e-4,
+         "refresh_share": 0.1, "rows": 512, "tokens_per_forward": 12_000, "checkpoint_layers": False}
+OURS = ("rows", "tokens_per_forward", "checkpoint_layers")
 
 
 def parse_arguments():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     g = ap.add_argument_group("what")
     g.add_argument("--model", default="tiny", help="tiny, a directory (a run of train_projector.py too), or a hub name")
-    g.add_argument("--task", default="tiny", help="a folder under data/, or tiny.next_chapter")
+    task_flags(g)
     g.add_argument("--out", default="out/rl", metavar="DIR", help="settings, metrics.jsonl, the model and the table go there")
     g.add_argument("--method", default="litereason", choices=["litereason", "grpo"],
                    help="grpo: the same RL with the plain prompt, no tags and no latents")
@@ -53,13 +56,16 @@ def parse_arguments():
     g.add_argument("--max-new-tokens", type=int, default=None, help="slots per rollout, latents included")
     g.add_argument("--overlong-buffer", type=int, default=0, help="soft length penalty (DAPO): from 0 at max-new-tokens minus "
                    "this many slots down to -1 at max-new-tokens; 0 is off")
+    g.add_argument("--rows", type=int, default=None, help="rollouts decoded at once, whole groups: memory for their keys and values; changes "
+                   "no result")
     g = ap.add_argument_group("update")
     g.add_argument("--lr", type=float, default=None, help="learning rate of AdamW, constant")
-    g.add_argument("--clip", type=float, default=0.2, help="of the probability ratio")
-    g.add_argument("--minibatches", type=int, default=1, help="optimiser steps per rollout batch")
+    g.add_argument("--clip", type=float, default=None, help="of the probability ratio")
+    g.add_argument("--minibatches", type=int, default=None, help="optimiser steps per rollout batch")
     g.add_argument("--tokens-per-forward", type=int, default=None, help="positions per forward pass, a group's prompt counted once: the "
                    "memory dial; changes no result")
-    g.add_argument("--checkpoint-layers", action="store_true", help="keep no activations inside layers: less memory, a third more time")
+    g.add_argument("--checkpoint-layers", action=argparse.BooleanOptionalAction, default=None, help="keep no activations inside layers: "
+                   "less memory, a third more time")
     g.add_argument("--recompute-latents", action="store_true", help="score with latents made by the current weights")
     g.add_argument("--offload", action="store_true", help="bf16 weights on the card, fp32 masters and AdamW's moments on the host")
     g = ap.add_argument_group("projector")
@@ -79,8 +85,8 @@ def main():
     check_arguments(args, n=0)
     if args.group is not None and args.group < 2:
         raise UserError("--group must be 2 or more: an advantage compares the rollouts of one prompt")
-    task = load_task(args.task)
     model, tokenizer = load(args.model, args.device)
+    task = start_task(args, model, args.model)
     for key, value in (SMALL if is_small(model) else RELEASED).items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
@@ -88,10 +94,16 @@ def main():
         checkpoint_layers(model)
     latent = args.method == "litereason"
     examples = task.examples("train")[: args.train_prompts]
-    write_json(os.path.join(args.out, "config.json"), {"script": "train_rl.py", **vars(args)})
+    prompts = [encode_prompt(model, tokenizer, task.prompt(e, latent)) for e in examples]
+    check_lengths(model, prompts, args.max_new_tokens)  # now, not in the middle of an epoch
+    write_json(os.path.join(args.out, "config.json"), {"script": "train_rl.py", "base": base_of(args.model), **vars(args)})
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{args.method} on {args.task}: {args.model}, {parameters / 1e6:.1f} M parameters, {model.device}, fp32 weights; "
-          f"{args.steps} steps of {args.prompts} prompts x {args.group} rollouts, {len(examples)} train prompts, lr {args.lr:g}")
+          f"{len(examples)} train prompts of up to {max(map(len, prompts))} tokens")
+    print("settings: " + ", ".join(f"{k} {getattr(args, k):g}" + (f" (released: {v:g})" if k not in OURS and getattr(args, k) != v else "")
+                                   for k, v in RELEASED.items()))
+    if not is_small(model):
+        print(forecast(model, args, max(map(len, prompts)), *getattr(task, "settings", {}).get("scorer", ())[:1]), flush=True)
 
     # ------------------------------------------------------------ the starting point: table rows, stages 1 and 2
     rows, tests, start = [], task.examples("test")[: args.n], time.time()
@@ -119,7 +131,7 @@ def main():
         for p in base:
             p.data = p.data.to(torch.bfloat16)
     optimizer = torch.optim.AdamW(masters, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    per_epoch = -(-len(examples) // args.prompts)  # rollout batches in one pass over the prompts
+    per_epoch = max(1, len(examples) // args.prompts)  # rollout batches in one pass; what is left over is other prompts in every epoch
     epoch_rollouts = []
     log = open(os.path.join(args.out, "metrics.jsonl"), "w")
     for step in range(args.steps):
@@ -140,11 +152,11 @@ def main():
             index = order[number % per_epoch * args.prompts :][: args.prompts]
             prompts = [task.prompt(examples[i], latent) for i in index]
             generator = torch.Generator().manual_seed(args.seed * 1_000_003 + number)
-            rollouts = generate(model, tokenizer, prompts, args.group, args.max_new_tokens, generator=generator,
+            rollouts = generate(model, tokenizer, prompts, args.group, args.max_new_tokens, generator=generator, rows=args.rows,
                                 latent="projector" if latent else "none")
             lap("sample")
             # (2) Reward what the policy wrote; the optional length penalty comes on top.
-            earned = torch.tensor(score(task, [examples[index[r.prompt]] for r in rollouts], [r.text for r in rollouts]))  # (B,)
+            earned = torch.tensor(score(task, [examples[index[r.prompt]] for r in rollouts], [r.text for r in rollouts], number + 1))  # (B,)
             rewards = earned.clone()
             if args.overlong_buffer:
                 length = torch.tensor([len(r.slots) for r in rollouts])  # (B,) latents count
@@ -224,6 +236,39 @@ def main():
         write_json(os.path.join(args.out, "results.json"), [{"model": name, **r} for name, r in rows])
         print(f"\n{table(rows)}\n\n{len(tests)} test stories, seed {args.seed}, {time.time() - start:.0f}s for everything; "
               f"numbers in {args.out}/results.json")
+
+
+def forecast(model, args, longest, scorer=None):
+    """Sizes of this run and the memory it will want, as text, from the configuration; on CUDA also whether it fits, and what to turn.
+
+    An estimate from shapes, rounded up: every rollout as long as allowed, every prompt as long as the longest (in tokens)."""
+    c, gib = model.config, 2.0**30
+    H, K, D, V, layers = c.num_attention_heads, c.num_key_value_heads, c.hidden_size, c.vocab_size, c.num_hidden_layers
+    d, width, S = getattr(c, "head_dim", None) or D // H, 2 if model.bf16 else 4, args.max_new_tokens
+    numbers = sum(p.numel() for p in model.parameters())
+    base = numbers - sum(p.numel() for p in model.reasoning_projector.parameters())
+    batch = args.prompts * args.group
+    rows = min(batch, max(1, args.rows // args.group) * args.group)  # decoded at once
+    tokens = max(args.tokens_per_forward, longest + S)
+    # One layer's activations per token: norms and residuals in fp32, q k v and output, the MLP's four; and each slot's attention weights.
+    layer = 28 * D + width * (2 * (H + K) * d + 4 * c.intermediate_size) + (5 + 2 * width) * H * (longest + S)
+    kept = 2 if args.offload else 4  # bytes per weight, and per gradient, on the card
+    always = {"weights": kept * numbers, "AdamW": 0 if args.offload else 8 * base, "16-bit copies": 2 * base * (model.bf16 and not args.offload),
+              "scorer": 4 * sum(p.numel() for p in scorer.parameters()) if scorer else 0}
+    sampling = {"keys and values": 2 * layers * K * d * width * (rows * S + rows // args.group * longest), "logits": 5 * 4 * rows * V}
+    update = {"gradients": kept * base, "activations": tokens * (layers * (4 * D + 2 * K * d * width) + 2 * layer if args.checkpoint_layers else layers * layer),
+              "logits": 3 * 4 * min(512, tokens) * V}
+    peak = sum(always.values()) + max(sum(sampling.values()), sum(update.values()))
+    say = lambda sizes: ", ".join(f"{k} {v / gib:.2f}" for k, v in sizes.items())
+    text = (f"per rollout batch: {batch} rollouts, {rows} rows at a time, up to {S} decoding steps; the update reads up to "
+            f"{batch * S + args.prompts * longest:,} positions, {tokens:,} at a time\n"
+            f"memory at most, GiB: {say(always)}; sampling: {say(sampling)}; update: {say(update)}; "
+            f"peak {peak / gib:.1f}")
+    card = torch.cuda.get_device_properties(model.device).total_memory if model.device.type == "cuda" else None
+    if card and peak > 0.95 * card:
+        text += (f"\nthis card has {card / gib:.1f} GiB, so it may not fit: lower --rows (sampling) or --tokens-per-forward (update), say "
+                 f"--checkpoint-layers, --offload, shorten --max-new-tokens, or take a smaller model")
+    return text
 
 
 def refresh(model, tokenizer, task, rollouts, args, epoch):

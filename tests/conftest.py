@@ -148,7 +148,7 @@ def rollouts(model, tok):
 # ---------------------------------------------------------------- the definition, as slowly and plainly as possible
 def project(model, h):
     for mlp in model.reasoning_projector:
-        h = mlp.down_proj(torch.nn.functional.silu(mlp.gate_proj(h)) * mlp.up_proj(h))
+        h = mlp.down_proj(mlp.act_fn(mlp.gate_proj(h)) * mlp.up_proj(h))
     return h
 
 
@@ -158,7 +158,7 @@ def naive(model, prompt_ids, slots):
     -> (h (S, D), latents (n, D), log-probs (S,), 0 at latents); h[s] is the state that predicts slot s.
     """
     embed = model.get_input_embeddings()
-    x = [embed.weight[i] for i in prompt_ids]
+    x = list(embed(torch.tensor(prompt_ids)))  # not embed.weight: Gemma scales
     hs, latents, logps = [], [torch.zeros(0, len(x[0])).double()], []
     for slot in slots:
         h = model.model(inputs_embeds=torch.stack(x)[None], use_cache=False).last_hidden_state[0, -1]
@@ -168,6 +168,6 @@ def naive(model, prompt_ids, slots):
             latents.append(x[-1][None])
             logps.append(h.new_zeros(()))
         else:
-            x.append(embed.weight[slot])
+            x.append(embed(torch.tensor(slot)))
             logps.append(model.lm_head(h).log_softmax(-1)[slot])
     return torch.stack(hs), torch.cat(latents), torch.stack(logps)

@@ -166,7 +166,7 @@ def test_a_hub_that_refuses_ends_in_one_line(monkeypatch, files, error, message)
             raise Refusal(error)
         return files
 
-    monkeypatch.setattr(ff_prepare, "_hub_answers", lambda: True)
+    monkeypatch.setattr(ff_prepare, "hub_answers", lambda: True)
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", list_files)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, f, repo_type: f"/cache/{f}")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
@@ -176,7 +176,7 @@ def test_a_hub_that_refuses_ends_in_one_line(monkeypatch, files, error, message)
 def test_the_right_files_are_taken_from_the_hub(monkeypatch):
     import huggingface_hub
     names = ["README.md", "flawed_fictions.parquet", "flawed_fictions.jsonl", "flawed_fictions_cf_negs.jsonl", "flawed_fictions_long/a.jsonl"]
-    monkeypatch.setattr(ff_prepare, "_hub_answers", lambda: True)
+    monkeypatch.setattr(ff_prepare, "hub_answers", lambda: True)
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, *a, **k: names)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, f, repo_type: f"/cache/{f}")
     assert ff_prepare.download() == ["/cache/flawed_fictions.jsonl"]

@@ -23,7 +23,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 import numpy as np
 
 from data.flawed_fictions import SPLITS, read_rows, words_of
-from litereason import UserError, _hub_answers, run_script
+from litereason import UserError, hub_answers, run_script
 
 REPO, NAME = "kahuja/flawed-fictions", "flawed_fictions"
 LABELS = {"0": False, "false": False, "no": False, "1": True, "true": True, "yes": True}
@@ -108,7 +108,7 @@ def download():
 
     by_hand = (f"get the file of the {NAME} split from https://huggingface.co/datasets/{REPO} on a machine that can, "
                f"and pass it with --from FILE (jsonl, json or csv)")
-    if not _hub_answers():  # the hub's library would try for half a minute
+    if not hub_answers():  # the hub's library would try for half a minute
         raise UserError(f"the hub cannot be reached from here: {by_hand}")
     try:
         files = [f for f in HfApi().list_repo_files(REPO, repo_type="dataset")

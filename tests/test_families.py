@@ -1,0 +1,198 @@
+"""Real model families on tiny random configs in float64, and prompts as token ids: what a chat model, a base model and a story may do."""
+import copy
+import types
+
+import pytest
+import torch
+import transformers
+from conftest import LIMIT, PROMPTS, TEXTS, close, naive, with_projector, write
+from tokenizers.processors import TemplateProcessing
+from transformers.models.gemma import modeling_gemma
+from transformers.models.gemma3 import modeling_gemma3
+from transformers.models.llama import modeling_llama
+from transformers.models.qwen3 import modeling_qwen3
+
+import litereason
+from litereason import UserError, checkpoint_layers, encode_prompt, generate, load, logprobs, projector_loss, save, stop_tokens, unroll
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+         "head_dim": 16, "max_position_embeddings": 512, "bos_token_id": None}  # head_dim is not 32 / 4: Qwen3 and Gemma do that
+FAMILIES = {
+    "qwen2": (transformers.Qwen2Config, {}),
+    "qwen2, tied": (transformers.Qwen2Config, {"tie_word_embeddings": True}),
+    "qwen2, window": (transformers.Qwen2Config, {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
+    "qwen3": (transformers.Qwen3Config, {"tie_word_embeddings": True}),
+    "llama": (transformers.LlamaConfig, {"tie_word_embeddings": False}),
+    "llama, all heads": (transformers.LlamaConfig, {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "gemma": (transformers.GemmaConfig, {"num_key_value_heads": 1}),
+    "gemma3": (transformers.Gemma3TextConfig, {"num_hidden_layers": 3, "sliding_window": 9, "query_pre_attn_scalar": 16,
+                                               "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+}
+
+
+def llama_norm(self, x):
+    return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+
+def gemma_norm(self, x):
+    return (1 + self.weight) * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request, tok, monkeypatch):
+    """A random model of the family, its projector attached; the norms without their detour through float32 (see conftest)."""
+    for norm, exact in ((modeling_qwen3.Qwen3RMSNorm, llama_norm), (modeling_llama.LlamaRMSNorm, llama_norm),
+                        (modeling_gemma.GemmaRMSNorm, gemma_norm), (modeling_gemma3.Gemma3RMSNorm, gemma_norm)):
+        monkeypatch.setattr(norm, "forward", exact)
+    config, more = FAMILIES[request.param]
+    torch.manual_seed(0)
+    config = config(vocab_size=len(tok) + 3, eos_token_id=[tok.eos_token_id, len(tok) + 1], pad_token_id=tok.eos_token_id, **{**SMALL, **more})
+    model = transformers.AutoModelForCausalLM.from_config(config).double()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.normal_(1.0 if "norm" in name and "gemma" not in config.model_type else 0.0, 0.15)
+    return with_projector(model)
+
+
+def test_decoding_and_scoring_are_the_naive_definition_in_every_family(family, tok):
+    rollouts = write(family, tok, PROMPTS, TEXTS, LIMIT, samples=2)
+    assert any(r.n_tags > 1 for r in rollouts)
+    with torch.no_grad():
+        logp, _ = logprobs(family, rollouts)
+        h, latents = unroll(family, rollouts)
+    for i in (0, 2, 4, 7):  # several tags, tags in a row, a block cut by the limit, a late tag
+        r = rollouts[i]
+        with torch.no_grad():
+            states, made, expected = naive(family, r.prompt_ids, r.slots)
+        close(r.logprobs, expected)
+        close(logp[i, : len(r.slots)], expected)
+        close(r.latents, made)
+        close(latents[i], made)
+        close(h[i, : len(r.slots)], states)
+
+
+def test_gradients_with_and_without_kept_activations_are_equal_in_every_family(family, tok):
+    rollouts = write(family, tok, PROMPTS, TEXTS, LIMIT, samples=2)[:4]
+
+    def gradients():
+        family.zero_grad()
+        (logprobs(family, rollouts)[0].sum() + projector_loss(family, rollouts)[0]).backward()
+        return [p.grad.clone() for p in family.parameters()]
+
+    kept = gradients()
+    assert all(g.abs().max() > 0 for g in kept)
+    checkpoint_layers(family)
+    for a, b in zip(kept, gradients()):
+        close(a, b)
+
+
+def test_every_stop_id_of_the_list_ends_an_answer(family, tok):
+    assert stop_tokens(family, tok) == [tok.eos_token_id, len(tok) + 1] == family.generation_config.eos_token_id
+    with torch.no_grad():
+        family.lm_head.weight[len(tok) + 1] = 10 * family.lm_head.weight[5]  # also the embedding where they are tied
+    rollouts = generate(family, tok, ["abc"], 40, 20, generator=torch.Generator().manual_seed(0))
+    ended = [r for r in rollouts if r.slots[-1] == len(tok) + 1]
+    assert ended and all(r.finished and len(tok) + 1 not in r.slots[:-1] for r in ended)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_family_survives_saving_and_loading(name, tok, tmp_path):
+    config, more = FAMILIES[name]
+    config = config(vocab_size=len(tok) + 3, eos_token_id=[tok.eos_token_id, len(tok) + 1], pad_token_id=tok.eos_token_id, **{**SMALL, **more})
+    model = with_projector(transformers.AutoModelForCausalLM.from_config(config))
+    save(model, tok, tmp_path / "m")
+    again, _ = load(tmp_path / "m", "cpu")
+    a, b = model.state_dict(), again.state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) and stop_tokens(again, tok) == stop_tokens(model, tok)
+
+
+@pytest.mark.parametrize("config, message", [
+    (transformers.Gemma2Config(vocab_size=50, **SMALL), "Gemma2ForCausalLM caps its logits"),
+    (transformers.GPT2Config(vocab_size=50, n_embd=32, n_layer=1, n_head=2), "GPT2LMHeadModel is not a plain causal LM"),
+])
+def test_what_can_not_be_supported_is_refused_in_one_line(config, message):
+    with pytest.raises(UserError, match=message) as e:
+        litereason.attach(transformers.AutoModelForCausalLM.from_config(config))
+    assert "\n" not in str(e.value)
+
+
+# ---------------------------------------------------------------- prompts as token ids
+STORY = "He said <|im_end|>\n<|im_start|>assistant\n<|endoftext|> and left."
+
+
+def chat(eos):
+    """What encode_prompt asks a model for: its stop tokens."""
+    return types.SimpleNamespace(config=types.SimpleNamespace(eos_token_id=eos), generation_config=None)
+
+
+@pytest.mark.parametrize("text", ["A story.", "\n\n  a story\n", "Grüße, ٣ — 日本"])
+def test_a_chat_models_prompt_is_what_its_template_makes_of_the_whole_text(real_tok, text):
+    ids = encode_prompt(chat([151645, 151643]), real_tok, text)
+    whole = real_tok.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+    assert ids == real_tok.encode(whole)
+    assert litereason.chat_parts(chat([151645, 151643]), real_tok)[2] == 151645  # and its traces end in <|im_end|>
+    opened = encode_prompt(chat([151645, 151643]), real_tok, text, "In summary:")
+    assert opened == ids + real_tok.encode("In summary:")  # after the header of the answer
+
+
+def test_a_base_model_with_a_template_gets_the_plain_text(real_tok):
+    """Qwen2.5's base checkpoints ship the chat template, but end at <|endoftext|> only."""
+    base = chat(151643)
+    assert real_tok.chat_template and encode_prompt(base, real_tok, "A story.") == real_tok.encode("A story.")
+    assert encode_prompt(base, real_tok, "A story.", "So") == real_tok.encode("A story. So")
+    assert litereason.chat_parts(base, real_tok)[2] == 151643
+
+
+@pytest.mark.parametrize("eos", [151643, [151645, 151643]])
+def test_special_tokens_in_a_story_are_text(real_tok, eos):
+    added = set(real_tok.added_tokens_decoder)
+    count = lambda ids: sum(i in added for i in ids)
+    ids = encode_prompt(chat(eos), real_tok, STORY)
+    assert STORY in real_tok.decode(ids) and count(ids) == count(encode_prompt(chat(eos), real_tok, "x")) == (5 if eos != 151643 else 0)
+    assert real_tok.encode("<|im_end|>") == [151645]  # asking for text once does not change the tokenizer
+
+
+def test_a_template_may_take_enable_thinking_or_fail(real_tok):
+    own = real_tok.chat_template
+    try:
+        real_tok.chat_template = own.replace("assistant\n' }}{% endif %}", "assistant\n' }}{% if enable_thinking is false %}"
+                                             "{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}")
+        text = real_tok.decode(encode_prompt(chat(151645), real_tok, "x"))
+        assert text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+        real_tok.chat_template = "{{ raise_exception('no\nway') }}"
+        with pytest.raises(UserError, match="chat template does not work .*: no$"):
+            encode_prompt(chat(151645), real_tok, "x")
+    finally:
+        real_tok.chat_template = own
+
+
+def test_a_prompt_has_one_bos_and_the_end_of_turn_may_be_the_checkpoints_alone(tok):
+    """Llama and Gemma put a BOS before any text, and into their templates; Gemma's tokenizer says <eos>, its checkpoint <end_of_turn>."""
+    words = copy.deepcopy(tok)
+    words.add_special_tokens({"bos_token": "<bos>", "additional_special_tokens": ["<turn>", "<end>"]})
+    bos, turn, end = words.convert_tokens_to_ids(["<bos>", "<turn>", "<end>"])
+    words._tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", bos)])
+    words.chat_template = "{{ bos_token }}{% for m in messages %}<turn>{{ m['content'] | trim }}<end>\n{% endfor %}<turn>"
+    assert encode_prompt(chat(0), words, "ab<end>c") == [bos] + tok.encode("ab<end>c")
+    assert encode_prompt(chat([0, end]), words, "ab<end>c") == [bos, turn] + tok.encode("ab<end>c") + [end] + tok.encode("\n") + [turn]
+    assert litereason.chat_parts(chat([0, end]), words)[2] == end and litereason.chat_parts(chat(0), words)[2] == 0
+
+
+def test_the_tiny_worlds_ids_are_the_words(tok):
+    from data import tiny
+    model, words = load("tiny", "cpu")
+    for latent in (True, False):
+        text = tiny.prompt(tiny.examples("val")[0], latent)
+        assert encode_prompt(model, words, text) == words.encode(text) == [words.convert_tokens_to_ids(w) for w in text.split()]
+
+
+# ---------------------------------------------------------------- models that cannot be had
+def test_a_gated_model_without_a_token_ends_in_one_line(monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("You are trying to access a gated repo.\nMake sure to have access to it at https://huggingface.co/google/gemma-3-1b-it.")
+
+    monkeypatch.setattr(litereason, "hub_answers", lambda: True)
+    monkeypatch.setattr(litereason.AutoTokenizer, "from_pretrained", refuse)
+    with pytest.raises(UserError, match="gated on the hub: accept its terms on https://.*/google/gemma-3-1b-it, then `hf auth login`") as e:
+        load("google/gemma-3-1b-it")
+    assert "\n" not in str(e.value)
