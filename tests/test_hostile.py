@@ -200,7 +200,7 @@ def test_no_text_takes_long_to_read(tok, read):
     """2,048 tokens of real Qwen can be 131,072 dots or spaces: what takes n * n steps would stand still."""
     n, read = 60_000, read or (lambda text: mask_sentences(random.Random(0), tok, text, 0.1))
     units = [".", " ", "\n", "#", "# ", "9", "{", "<", "<|", '."', "“", "\\boxed{", "<contradicted_lines>", OPEN, OPEN + "1 "]
-    texts = [start + u * (n // len(u) if len(u) < 3 else 400) + end for u in units for start in ("", "In summary:" + OPEN, "\\boxed{") for end in ("", "x.")]
+    texts = [start + u * (n // len(u) if len(u) < 3 else 400) + end for u in units for start in ("", "In summary:" + OPEN, "\\boxed{") for end in ("", "x. y. z. w.")]
 
     def stop(*_):
         raise TimeoutError("this text takes longer than 3 s of this process")
@@ -302,6 +302,13 @@ def test_nothing_is_unpickled(damaged, tmp_path, names):
             (path / name).write_text(json.dumps({"metadata": {}, "weight_map": {"model.norm.weight": names[-1]}}))
     refused("cannot load", load64, path)
     assert not mark.exists()
+
+
+def test_an_index_may_name_safetensors_files_only(damaged):
+    path = damaged()  # a file can be two formats at once, so its name is asked too
+    os.rename(path / "model.safetensors", path / "model.bin")
+    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {"model.norm.weight": "model.bin"}}))
+    refused("not only safetensors files", load64, path)
 
 
 def test_no_code_of_a_checkpoint_runs_and_nobody_is_asked(damaged, tmp_path, monkeypatch):

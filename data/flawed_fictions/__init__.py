@@ -124,7 +124,7 @@ def verdict(completion):
     Quoted lines are the story's words, not the verdict. In the box only type and punctuation are passed over: \\neg Yes is no Yes.
     """
     own = re.sub(r"<contradicted_lines>.*?</contradicted_lines>", "", completion, flags=re.DOTALL)
-    words = re.sub(r"\\(?:text|math|emph|bf|rm|it|Large|large)[a-z]*(?![a-zA-Z])", " ", boxed(own) or "")  # their braces are punctuation
+    words = re.sub(r"\\(?:text|math|emph|underline|bf|rm|it|Large|large)[a-z]*(?![a-zA-Z])", " ", boxed(own) or "")  # their braces are punctuation
     found = re.fullmatch(r"[\s*_`'\"“‘(\[{$.:]*(yes|no)[\s*_`'\"”’)\]}$.,;:!]*", words.lower())
     return found and found.group(1) == "yes"
 
