@@ -36,7 +36,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -218,8 +218,9 @@ def load(name_or_path, device=None, dtype=None):
 
     name_or_path: "tiny" (shipped), a directory, a hub id, or a short name (Qwen2.5-1.5B -> Qwen/Qwen2.5-1.5B).
     device: default cuda if there is one, else cpu. dtype: default float32, for weights and compute.
-    A checkpoint without projector weights gets the warm start and the default cap.
-    Raises UserError, in one line, if there is no such model or it cannot be fetched.
+    A checkpoint without projector weights gets the warm start and the default cap. Files are data: safetensors only, no
+    pickle, no code of the checkpoint's own; a directory is read without a network.
+    Raises UserError, in one line, if there is no such model, it cannot be fetched, or its files do not fit together.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     path = TINY if name_or_path == "tiny" else str(name_or_path)
@@ -231,17 +232,26 @@ def load(name_or_path, device=None, dtype=None):
         path = f"Qwen/{path}" if "/" not in path and path.startswith("Qwen") else path
     elif not os.path.exists(os.path.join(path, "config.json")):
         raise UserError(f"{path!r} has no config.json: it is not a saved model")
-    cached_only = not os.path.isdir(path) and not hub_answers()  # without a network fail now, not after minutes of retries
+    local = os.path.isdir(path)
+    only = {"local_files_only": local or not hub_answers()}  # without a network fail now, not after minutes of retries
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()  # the projector's keys are "unexpected" to transformers; we read them below
     try:
-        tokenizer = _load_tokenizer(path, local_files_only=cached_only)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or torch.float32, use_safetensors=True,
-                                                     local_files_only=cached_only)
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as e:
-        why = str(e).strip().splitlines()[0][:160] if str(e).strip() else type(e).__name__
-        if os.path.isdir(path):
+        tokenizer = _load_tokenizer(path, trust_remote_code=False, **only)
+        weights = _projector_weights(path, **only)
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False, **only)
+        config._attn_implementation = "sdpa"  # whatever it says: attention code may be fetched from the hub by name
+        model, read = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype or torch.float32, use_safetensors=True,
+                                                           trust_remote_code=False, output_loading_info=True, **only)
+        odd = sorted(read["missing_keys"]) + sorted(k for k in read["unexpected_keys"] if k.startswith("model.layers."))
+        if odd:  # transformers would go on, with random weights for what is missing
+            raise ValueError(f"its weights and its config.json do not fit: {odd[0]}")
+        if len(tokenizer) > model.config.vocab_size:
+            raise ValueError(f"the tokenizer has {len(tokenizer)} entries, the model {model.config.vocab_size}")
+    except Exception as e:  # a damaged file comes out of transformers as nearly any of them
+        why = " ".join(str(e).split())[:200] or type(e).__name__
+        if local:
             raise UserError(f"cannot load the model in {path!r}: {why}") from e
         if any(sign in str(e) for sign in ("gated repo", "401 Client Error", "403 Client Error")):
             raise UserError(f"{path!r} is gated on the hub: accept its terms on https://huggingface.co/{path}, then `hf auth login` "
@@ -250,7 +260,11 @@ def load(name_or_path, device=None, dtype=None):
                         f"where there is one: `hf download {path} --local-dir DIR`, then pass DIR") from e
     finally:
         transformers.logging.set_verbosity(verbosity)
-    return attach(model.to(device), _projector_weights(path, local_files_only=cached_only)), tokenizer
+    model = attach(model.to(device), weights)
+    bad = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    if bad:
+        raise UserError(f"cannot load the model in {path!r}: {bad[0]} holds NaN or inf")
+    return model, tokenizer
 
 
 def hub_answers():
@@ -289,9 +303,12 @@ def attach(model, weights=None):
     if not isinstance(cap, int) or isinstance(cap, bool) or not 1 <= cap <= 64:
         raise UserError(f"config.json: litereason_max_reasoning_steps is {cap!r}, expected a whole number from 1 to 64")
     layers = getattr(config, "litereason_num_reasoning_layers", PROJECTOR_LAYERS)
-    if not isinstance(layers, int) or not 1 <= layers <= 64:
+    if not isinstance(layers, int) or isinstance(layers, bool) or not 1 <= layers <= 64:
         raise UserError(f"config.json: litereason_num_reasoning_layers is {layers!r}, expected a whole number from 1 to 64")
-    model.reasoning_projector = ReasoningProjector.warm_start(model, layers)
+    try:
+        model.reasoning_projector = ReasoningProjector.warm_start(model, layers)
+    except AttributeError as e:
+        raise UserError(f"a {type(model).__name__} is not built like Qwen2: it has no model.layers[-1].mlp to copy") from e
     model.projector_trained = bool(weights)
     model.bf16 = model.device.type == "cuda" and model.dtype == torch.float32  # see compute()
     if weights:
@@ -309,16 +326,13 @@ def attach(model, weights=None):
 def _projector_weights(path, **kwargs):
     """{"i.gate_proj.weight": tensor} from a checkpoint's safetensors files; {} if it has none."""
     weights, prefix = {}, "reasoning_projector."
-    try:
-        index = transformers.utils.cached_file(path, "model.safetensors.index.json",
-                                               _raise_exceptions_for_missing_entries=False, **kwargs)
-        names = sorted(set(json.load(open(index))["weight_map"].values())) if index else ["model.safetensors"]
-        files = [transformers.utils.cached_file(path, n, **kwargs) for n in names]
-        for file in files:
-            with safe_open(file, "pt") as f:
-                weights.update({k[len(prefix):]: f.get_tensor(k) for k in f.keys() if k.startswith(prefix)})
-    except (OSError, ValueError, SafetensorError) as e:
-        raise UserError(f"cannot read the weights of {path!r}: {str(e).splitlines()[0]}") from e
+    index = transformers.utils.cached_file(path, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False, **kwargs)
+    names = sorted(set(json.load(open(index))["weight_map"].values())) if index else ["model.safetensors"]
+    if not all(n.endswith(".safetensors") for n in names):
+        raise ValueError(f"model.safetensors.index.json names {names}, not only safetensors files")  # transformers would unpickle it
+    for file in [transformers.utils.cached_file(path, n, **kwargs) for n in names]:
+        with safe_open(file, "pt") as f:
+            weights.update({k[len(prefix):]: f.get_tensor(k) for k in f.keys() if k.startswith(prefix)})
     return weights
 
 
@@ -964,6 +978,9 @@ def split_answer(text, marker="\\boxed{"):
     return (text[:at], text[at:]) if at >= 0 else ("", "")
 
 
+SENTENCE = re.compile(r"\s*[^\n]*?(?:(?<![.!?])[.!?]+[\"')\]]*(?=\s)|\n|$)")  # the look-behind: a run of dots is tried once, not n times
+
+
 def mask_sentences(rng, tokenizer, reasoning, ratio, cap=CAP):
     """Replaces max(1, int(ratio * n)) random sentences by tags, N = clamp(int(0.2 * tokens of the sentence), 1, cap).
 
@@ -973,7 +990,7 @@ def mask_sentences(rng, tokenizer, reasoning, ratio, cap=CAP):
     """
     pieces, start = [], 0  # [text, is a sentence]
     for a, b, _ in parse_tags(reasoning, cap) + [(len(reasoning), len(reasoning), 0)]:
-        pieces += [[s, bool(s.strip())] for s in re.findall(r"\s*[^\n]*?(?:[.!?]+[\"')\]]*(?=\s)|\n|$)", reasoning[start:a]) if s]
+        pieces += [[s, bool(s.strip())] for s in SENTENCE.findall(reasoning[start:a]) if s]
         pieces.append([reasoning[a:b], False])
         start = b
     sentences = [i for i, (_, is_sentence) in enumerate(pieces) if is_sentence]
@@ -983,7 +1000,7 @@ def mask_sentences(rng, tokenizer, reasoning, ratio, cap=CAP):
         n = max(1, min(cap, int(0.2 * len(tokenizer.encode(pieces[i][0].strip(), add_special_tokens=False)))))
         pieces[i][0] = f" {OPEN}{n}{CLOSE} "
     text = "".join(p for p, _ in pieces)
-    return re.sub(rf"\s*({OPEN}[0-9 ]*{CLOSE})\s*", r" \1 ", text).replace(f"{CLOSE}  {OPEN}", f"{CLOSE} {OPEN}").strip()
+    return re.sub(rf"(?:(?<!\s)\s+|)({OPEN}[0-9 ]*{CLOSE})\s*", r" \1 ", text).replace(f"{CLOSE}  {OPEN}", f"{CLOSE} {OPEN}").strip()
 
 
 # ============================================================================ rewards the paper's tasks share (Sec. 4)

@@ -70,7 +70,7 @@ def test_all_stages_of_the_plot_hole_task_run_on_real_stories(tmp_path, data, re
     run(train_rl, "--model", base, "--task", "flawed_fictions", "--device", "cpu", "--max-new-tokens", 60, "--train-prompts", 4, "--prompts", 2,
         "--group", 4, "--minibatches", 2, "--steps", 4, "--trace-prompts", 3, "--projector-steps", 1, "--n", 2, "--out", tmp_path / "rl")
     said = capsys.readouterr().out
-    assert "lr 0.0004 (released: 5e-07)" in said and "clip 0.2," in said and "stage 2: validation loss" in said and "precision" in said
+    assert "lr 0.00015 (released: 5e-07)" in said and "clip 0.2," in said and "stage 2: validation loss" in said and "precision" in said
     metrics = [json.loads(line) for line in open(tmp_path / "rl" / "metrics.jsonl")]
     assert all(m["latent_steps"] == 2 and m["tags"] == 1 and m["truncated"] == 0 for m in metrics)
     assert metrics[0]["max_dlogp"] < 1e-3 and metrics[3]["refresh_loss"] > 0 and max(m["grad_norm"] for m in metrics) > 0
@@ -176,7 +176,7 @@ def test_the_forecast_follows_the_flags_and_names_them_when_the_card_is_too_smal
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
 
     def peak(**changes):
-        text = train_rl.forecast(model, types.SimpleNamespace(**{**train_rl.RELEASED, **changes}), 1700)
+        text = train_rl.forecast(model, types.SimpleNamespace(**{**train_rl.RELEASED, "offload": False, **changes}), 1700)
         return float(text.split("; peak ")[1].split()[0]), text
 
     usual, text = peak()

@@ -3,7 +3,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import LIMIT, PROMPTS, TAGS, TEXTS, close, naive, project, tag, write
+from conftest import PROMPTS, TAGS, TEXTS, close, naive, project, tag
 
 from litereason import (LATENT, checkpoint_layers, generate, group_advantages, insert_latents, logprobs, pack, policy_loss, projector_loss,
                         recompute_latents, Rollout, token_logprobs, unroll)

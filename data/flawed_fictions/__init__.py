@@ -110,7 +110,7 @@ Reason step by step. If you find an error, quote the lines that contradict each 
 {example["story"]}
 </story>
 
-Take care, and check your reasoning before you give the verdict."""
+Take care, and check your reasoning before you give the verdict in \\boxed{{}}."""  # last and empty: repeating this prompt is no verdict
 
 
 def answer(example):
@@ -119,10 +119,14 @@ def answer(example):
 
 
 def verdict(completion):
-    """True (Yes), False (No) or None: what the completion's last box says, if it says just one of the two words."""
-    words = re.sub(r"\\[a-zA-Z]+", " ", boxed(completion) or "")  # \text, \mathbf and their like; their braces are punctuation
-    found = re.fullmatch(r"[\W_]*(yes|no)[\W_]*", words, re.IGNORECASE)
-    return found and found.group(1).lower() == "yes"
+    """True (Yes), False (No) or None: what the completion's last box says, if it says just one of the two words.
+
+    Quoted lines are the story's words, not the verdict. In the box only type and punctuation are passed over: \\neg Yes is no Yes.
+    """
+    own = re.sub(r"<contradicted_lines>.*?</contradicted_lines>", "", completion, flags=re.DOTALL)
+    words = re.sub(r"\\(?:text|math|emph|underline|bf|rm|it|Large|large)[a-z]*(?![a-zA-Z])", " ", boxed(own) or "")  # their braces are punctuation
+    found = re.fullmatch(r"[\s*_`'\"“‘(\[{$.:]*(yes|no)[\s*_`'\"”’)\]}$.,;:!]*", words.lower())
+    return found and found.group(1) == "yes"
 
 
 def reward(example, completion):

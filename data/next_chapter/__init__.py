@@ -61,8 +61,8 @@ def prompt(example, latent):
 Reason step by step about what the next chapter should bring: events, whom they involve and how these people change, tone, and how it \
 takes up what came before. Say for each thought which passage of the material it rests on and what follows from it.
 
-{OFFER if latent else ""}Finish with one paragraph that begins with "{ANSWER}" and gives a detailed plan of the next chapter. Only that \
-paragraph will be passed on to the writer."""
+{OFFER if latent else ""}Only the last paragraph that you write is passed on to the writer: a detailed plan of the next chapter, \
+which begins with "{ANSWER}"."""  # nothing after it: a completion that repeats this prompt holds no plan
 
 
 PLAN_HEADING, CHAPTER_HEADING = "\n\n# Detailed plan of the next chapter\n\n", "\n\n# The next chapter\n\n"
@@ -79,12 +79,12 @@ def plan_of(completion):
     Special tokens of the chat templates we know (<|..|>, <s>, [INST], <start_of_turn>, ..) go; a heading becomes a line of text.
     """
     plan = completion.rpartition(ANSWER)[2] if ANSWER in completion else ""
-    before = None
+    plan, before = re.sub("[\r\v\f\x1c-\x1e\x85\u2028\u2029]", "\n", re.sub("[\u200b\u2060\ufeff]", "", plan)), None  # all that begins a line
     while before != plan:  # taking one out may join the halves of another
         before = plan
-        plan = re.sub(r"<implicit_thought>\s*\w*\s*</implicit_thought>|</?implicit_thought>", "", plan)  # also tags that are not valid
+        plan = re.sub(r"<implicit_thought>\s*(?:\w+\s*)?</implicit_thought>|</?implicit_thought>", "", plan)  # also tags that are not valid
         plan = re.sub(r"<\|[^<>|\n]*\|>|</?s>|<(?:bos|eos|pad|unk|start_of_turn|end_of_turn)>|\[/?INST\]|<</?SYS>>", "", plan)
-        plan = re.sub(r"(?m)^[ \t]*(?:#+|={3,}|-{3,}|\*{3,})[ \t]*", "", plan)
+        plan = re.sub(r"(?m)^[^\S\n]*(?:(?:#+|={3,}|-{3,}|\*{3,})[^\S\n]*)+", "", plan)
     plan = re.sub(r"\n{2,}", "\n", plan).strip()
     return plan if re.search(r"\w", plan) else ""
 
