@@ -31,7 +31,7 @@ HASTY = 0.06    # share of readers who answer at once, by a coin
 FIRST = 0.5     # share of readers who look for the thing that is asked for first; the rest of the order is chance
 SKIPPERS_FIRST = 0.9  # the same for readers who may skip; they skip nothing before their first step
 KEPT = 0.9      # chance that a skipper whose first step is another still writes down the step about that thing
-SHORT = 0.7     # share of skippers who skip all they may; the others skip each step with a chance of their own
+SHORT = 0.9     # share of skippers who skip all they may; the others skip each step with a chance of their own
 KINDS, PARTS, SCHOOL = ("hole", "plan", "chapter"), (70, 15, 15), (94, 3, 3)  # what is read, in parts of 100
 
 EOS = "<|endoftext|>"
