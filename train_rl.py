@@ -35,7 +35,7 @@ from train_projector import RATIOS, fit_projector, masked_trace, run as run_stag
 # last three are not theirs (they have several GPUs and vLLM): how much is in memory at once. These three change no result.
 RELEASED = {"lr": 5e-7, "group": 16, "prompts": 48, "minibatches": 16, "steps": 2880, "max_new_tokens": 2048, "clip": 0.2, "refresh_lr": 1e-4,
             "refresh_share": 0.1, "rows": 256, "tokens_per_forward": 16_384, "checkpoint_layers": True}
-SMALL = {"lr": 1.5e-4, "group": 16, "prompts": 16, "minibatches": 1, "steps": 32, "max_new_tokens": 160, "clip": 0.2, "refresh_lr": 3e-4,
+SMALL = {"lr": 1.5e-4, "group": 16, "prompts": 16, "minibatches": 1, "steps": 48, "max_new_tokens": 160, "clip": 0.2, "refresh_lr": 1e-4,
          "refresh_share": 0.1, "rows": 512, "tokens_per_forward": 12_000, "checkpoint_layers": False}
 OURS = ("rows", "tokens_per_forward", "checkpoint_layers")
 
