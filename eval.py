@@ -174,8 +174,8 @@ def latent_of(name, model, others=(), seed=0):
         warm = ReasoningProjector.warm_start(model, len(model.reasoning_projector))
         return lambda h, u, k: warm(h)
     if name == "noise":  # one of 1,024 directions; 617 has no divisor in common with that, so a row's latents all differ
-        table = torch.randn(1024, model.config.hidden_size, generator=torch.Generator().manual_seed(seed)).to(model.device)  # (1024, D)
-        table = torch.nn.functional.normalize(table, dim=-1)
+        table = torch.randn(1024, model.config.hidden_size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        table = torch.nn.functional.normalize(table, dim=-1).to(model.device, model.dtype)  # (1024, D)
         return lambda h, u, k: table[((u * 1024).long() + 617 * k) % 1024].to(h.dtype) * model.reasoning_projector(h).norm(dim=-1, keepdim=True)
     if not len(others):
         raise UserError(f"--latent {name} takes the latents of other stories, and on those read first the model ran none")

@@ -135,8 +135,8 @@ class TagWatcher:
         table = np.array([[np.frombuffer(a, dtype=np.int64), np.frombuffer(b, dtype=np.int64)] for a, b in columns])
         self.classes = torch.from_numpy(classes).to(device)  # (V,)
         self.next_state, self.fires = torch.from_numpy(table).to(device).unbind(1)  # (classes, states) each
-        # what starts a tag, (classes, states): beyond its "<", which may stand in any text, or all of it in one token
-        begun = torch.tensor([s[0] != "open" or s[1] > 1 for s in queue], device=device)
+        # what starts a tag, (classes, states): beyond its "<i", which may stand in any text (<i> is italics), or all of it in one token
+        begun = torch.tensor([s[0] != "open" or s[1] > 2 for s in queue], device=device)
         self.starts = begun[self.next_state] | (self.fires > 0)
         self.as_lists = classes.tolist(), table[:, 0].tolist(), table[:, 1].tolist()  # for one row, on the host
 
