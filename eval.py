@@ -10,6 +10,7 @@ since cutting hides the base's slips. The flags give the paper's. (3) Length pen
     python eval.py --model tiny --task tiny                         # the base with the tag prompt (2 min on 2 cores)
     python eval.py --model tiny:plain tiny out/rl --task tiny       # one table: explicit reasoning, tags, a trained run
     python eval.py --model out/rl --task tiny --show 3              # three answers, latents with their nearest words
+    python eval.py --model out/rl --task tiny --controls            # what its latents do: zeros, noise, another story's, none, ..
     python eval.py --model out/next --task next_chapter --write 5 --out out/chapters     # the chapters themselves, to be read
 """
 import argparse
@@ -20,10 +21,11 @@ import math
 import os
 import time
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from litereason import LATENT, UserError, encode_prompt, generate, load, run_script
+from litereason import LATENT, ReasoningProjector, UserError, compute, encode_prompt, generate, load, run_script
 
 
 def load_task(name):
@@ -100,6 +102,7 @@ def evaluate(model, tokenizer, task, examples, latent_prompt=True, samples=1, se
 
     at_once: the answer's opening (task.ANSWER, default \\boxed{) is put into the model's mouth, so that nothing can be reasoned.
     accuracy_ci95: over examples (the mean of an example's samples is one observation), normal approximation.
+    per_example: the same observations one by one, for paired tests.
     """
     generator, opening = torch.Generator().manual_seed(seed), getattr(task, "ANSWER", "\\boxed{") if at_once else ""
     start, stats, means, rollouts, asked = time.time(), {}, [], [], []
@@ -120,10 +123,11 @@ def evaluate(model, tokenizer, task, examples, latent_prompt=True, samples=1, se
     half = 1.96 * math.sqrt(sum((m - accuracy) ** 2 for m in means) / max(1, n - 1) / n)
     mean = lambda f: sum(map(f, rollouts)) / len(rollouts)
     text, latents = mean(lambda r: r.n_tokens), mean(lambda r: r.n_latents)
+    tokens = torch.tensor([len(r.slots) for r in rollouts], dtype=torch.float64).view(n, samples).mean(1).tolist()
     return {"accuracy": accuracy, "accuracy_ci95": [accuracy - half, accuracy + half], "tokens": text + latents,
             "text_tokens": text, "latent_steps": latents, "tags": mean(lambda r: r.n_tags),
             "truncated": mean(lambda r: not r.finished), "forward_positions": stats["forwards"] / len(rollouts),
-            "n_examples": n, "samples": samples, "seconds": time.time() - start,
+            "n_examples": n, "samples": samples, "per_example": {"score": means, "tokens": tokens}, "seconds": time.time() - start,
             **(task.report(asked, [r.text for r in rollouts]) if hasattr(task, "report") else {})}, rollouts
 
 
@@ -141,6 +145,100 @@ def table(rows):
         if own:
             say = lambda v: " to ".join(f"{x:.3f}" for x in v) if isinstance(v, list) else f"{v:.3f}"
             out.append(f"\n{name.strip()}: " + ", ".join(f"{k} {say(v)}" for k, v in own.items()))
+    return "\n".join(out)
+
+
+# ---------------------------------------------------------------- controls: what do the latents do?
+LATENTS = {  # what a latent step feeds: see latent_of
+    "projector": "the method", "zeros": "all-zero vectors", "noise": "a random direction, as long as the projector's output would be",
+    "mean": "the mean of the latents of other stories", "other": "the latents of one other story, in their order",
+    "warm": "the projector's warm start (fresh copies of the last block's MLP)", "none": "nothing: the tag is written, no latent is run"}
+CONTROLS = [("plain", {})] + [(f"latents: {k}", {"latent": k}) for k in LATENTS if k != "projector"] + [
+    *((f"{k} latent{'s' * (k > 1)} per tag", {"tag": k}) for k in range(1, 9)), ("tag forbidden", {"tag": "forbidden"}),
+    ("answer forced at once", {"at_once": True})]
+
+
+def latents_of_others(model, tokenizer, task, examples, **settings):
+    """A first pass on other examples -> the latents they ran, [(n, D)] of those that ran any. mean and other take them from there."""
+    return [r.latents for r in evaluate(model, tokenizer, task, examples, **settings)[1] if len(r.latents)]
+
+
+def latent_of(name, model, others=(), seed=0):
+    """The latent step of that name as generate takes it: a word it knows, or a function (h (B, D), u (B,), k (B,)) -> z (B, D).
+
+    What a row gets depends on its u and k only (see latent_step), hence not on the batch. others: see latents_of_others.
+    """
+    if name in ("projector", "zeros", "none"):
+        return name
+    if name == "warm":
+        warm = ReasoningProjector.warm_start(model, len(model.reasoning_projector))
+        return lambda h, u, k: warm(h)
+    if name == "noise":  # one of 1,024 directions; 617 has no divisor in common with that, so a row's latents all differ
+        table = torch.randn(1024, model.config.hidden_size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        table = torch.nn.functional.normalize(table, dim=-1).to(model.device, model.dtype)  # (1024, D)
+        return lambda h, u, k: table[((u * 1024).long() + 617 * k) % 1024].to(h.dtype) * model.reasoning_projector(h).norm(dim=-1, keepdim=True)
+    if not len(others):
+        raise UserError(f"--latent {name} takes the latents of other stories, and on those read first the model ran none")
+    if name == "mean":
+        mean = torch.cat(list(others)).double().mean(0).to(model.device)  # (D,)
+        return lambda h, u, k: mean.to(h.dtype).expand_as(h)
+    flat, counts = torch.cat(list(others)).to(model.device), torch.tensor([len(z) for z in others], device=model.device)
+    first = counts.cumsum(0) - counts  # story i's k-th latent is flat[first[i] + k]; a row that runs more begins again
+    shuffle = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed)).to(model.device)
+
+    def another(h, u, k):
+        story = shuffle[(u * len(others)).long()]
+        return flat[first[story] + k % counts[story]].to(h.dtype)
+
+    return another
+
+
+def mcnemar(a, b):
+    """Exact two-sided p for paired right/wrong scores: of the examples on which the runs differ, as many go either way by a fair coin."""
+    up, down = sum(x > y for x, y in zip(a, b)), sum(x < y for x, y in zip(a, b))  # for graded scores this is the sign test
+    return min(1.0, 2 * sum(math.comb(up + down, i) for i in range(min(up, down) + 1)) / 2 ** (up + down))
+
+
+def bootstrap(differences, seed=0, resamples=10000):
+    """95 % interval of the mean of paired differences: examples are drawn anew with replacement, in blocks that fit any memory."""
+    d, rng = np.asarray(differences, dtype=np.float64), np.random.default_rng(seed)
+    means = np.concatenate([d[rng.integers(0, len(d), (100, len(d)))].mean(1) for _ in range(resamples // 100)])
+    return np.quantile(means, [0.025, 0.975]).tolist()
+
+
+def against(result, plain, seed=0):
+    """A control's paired tests against the plain run on the same examples."""
+    (a, b), (s, t) = ((result["per_example"][k], plain["per_example"][k]) for k in ("score", "tokens"))
+    scores, tokens = np.subtract(a, b), np.subtract(s, t)
+    return {"accuracy": float(scores.mean()), "accuracy_ci95": bootstrap(scores, seed), "better": int((scores > 0).sum()),
+            "worse": int((scores < 0).sum()), "mcnemar_p": mcnemar(a, b), "tokens": float(tokens.mean()), "tokens_ci95": bootstrap(tokens, seed)}
+
+
+def run_controls(model, tokenizer, task, examples, elsewhere, seed=0, progress=None, **settings):
+    """Every control on the same examples with the same seed, elsewhere: examples for the first pass -> [(name, result)], plain first.
+
+    The same seed is the same random numbers: where nothing differs nothing changes, and a difference is the control's."""
+    say = lambda what: progress and f"{progress}, {what}"
+    others, rows = latents_of_others(model, tokenizer, task, elsewhere, seed=seed, progress=say("other stories"), **settings), []
+    for name, choice in CONTROLS:
+        if choice.get("latent") in ("mean", "other") and not others:
+            continue  # no story read first has run a latent
+        choice = {**choice, "latent": latent_of(choice.get("latent", "projector"), model, others, seed)}
+        rows.append((name, evaluate(model, tokenizer, task, examples, seed=seed, progress=say(name), **choice, **settings)[0]))
+        rows[-1][1]["against_plain"] = against(rows[-1][1], rows[0][1], seed)
+    return rows
+
+
+def controls_table(rows):
+    """The lines of the controls' table; the differences are to the plain run, p is McNemar's."""
+    out = ["| control | accuracy | 95 % interval | tokens | text | latent | accuracy gained | 95 % interval | p | tokens gained | 95 % interval |",
+           "|---|---|---|---|---|---|---|---|---|---|---|"]
+    width = max(len(name) for name, _ in rows)
+    for name, r in rows:
+        d, cell = r["against_plain"], lambda pair, f: f"{pair[0]:{f}} to {pair[1]:{f}}"
+        out.append(f"| {name:{width}} | {r['accuracy']:.3f} | {cell(r['accuracy_ci95'], '.3f')} | {r['tokens']:.1f} | {r['text_tokens']:.1f} | "
+                   f"{r['latent_steps']:.1f} | " + ("| | | | |" if r is rows[0][1] else
+                   f"{d['accuracy']:+.3f} | {cell(d['accuracy_ci95'], '+.3f')} | {d['mcnemar_p']:.2g} | {d['tokens']:+.1f} | {cell(d['tokens_ci95'], '+.1f')} |"))
     return "\n".join(out)
 
 
@@ -212,15 +310,16 @@ def readable(tokenizer, rollout):
 
 @torch.no_grad()
 def nearest_words(model, tokenizer, latents, k=3):
-    """For each latent (n, D): the k vocabulary words whose embeddings point its way, with the cosine, and its length
-    against the mean length of an embedding."""
+    """For each latent (n, D): the k vocabulary words whose embeddings point its way, with the cosine; its length against the mean length of
+    an embedding; and the k words that the LM head would say if the latent were its input (through the final norm), with probability."""
     embed = model.get_input_embeddings()
     table = embed(torch.arange(embed.num_embeddings, device=model.device)).float()  # (V, D); Gemma's are scaled
     z = latents.to(table.device).float()
     cos = torch.nn.functional.normalize(z, dim=-1) @ torch.nn.functional.normalize(table, dim=-1).T  # (n, V)
-    top = cos.topk(k)
-    return [(", ".join(f"{tokenizer.decode([i])!r} {c:.2f}" for i, c in zip(ids, cs)), float(norm))
-            for ids, cs, norm in zip(top.indices.tolist(), top.values.tolist(), z.norm(dim=-1) / table.norm(dim=-1).mean())]
+    with compute(model):
+        said = model.lm_head(model.model.norm(z.to(model.dtype))).float().softmax(-1)  # (n, V)
+    words = lambda top: [", ".join(f"{tokenizer.decode([i])!r} {c:.2f}" for i, c in zip(*row)) for row in zip(top.indices.tolist(), top.values.tolist())]
+    return list(zip(words(cos.topk(k)), (z.norm(dim=-1) / table.norm(dim=-1).mean()).tolist(), words(said.topk(k))))
 
 
 def write_chapters(task, examples, plans, n, sampling, file):
@@ -258,9 +357,12 @@ def main():
     g.add_argument("--top-k", type=int, default=0, help="0 is off (the paper: 20)")
     g.add_argument("--rows", type=int, default=256, help="answers decoded at once: memory; changes no result")
     g.add_argument("--at-once", action="store_true", help="force the answer without reasoning")
-    g.add_argument("--latent", default="projector", choices=["projector", "zeros", "none"],
-                   help="what a tag runs: the projector, all-zero vectors, or nothing")
+    g.add_argument("--latent", default="projector", choices=list(LATENTS),
+                   help="what a latent step feeds: " + "; ".join(f"{k}: {v}" for k, v in LATENTS.items()))
+    g.add_argument("--tag", default="free", choices=["free", "forbidden"], help="forbidden: no tag can be started")
+    g.add_argument("--n-latents", type=int, default=None, metavar="K", help="0 to 8: every tag runs K latents, whatever number it says")
     g = ap.add_argument_group("instead of evaluating")
+    g.add_argument("--controls", action="store_true", help="all of these in turn, same stories and seed, with paired tests against the plain run")
     g.add_argument("--collect", nargs="+", metavar="DIR", help="average the tables that runs of train_rl.py left, row by row")
     g.add_argument("--svg", metavar="FILE", help="with --collect: draw accuracy against tokens there")
     g = ap.add_argument_group("run")
@@ -283,6 +385,12 @@ def main():
             picture(rows, args.svg)
         return
 
+    if args.n_latents is not None and args.n_latents > 8:
+        raise UserError(f"--n-latents is {args.n_latents}; it must be at most 8")
+    if (args.n_latents is not None) + (args.tag == "forbidden") + args.at_once > 1:
+        raise UserError("--tag forbidden, --n-latents and --at-once are alternatives: choose one")
+    if args.controls and (args.latent != "projector" or args.tag != "free" or args.n_latents is not None or args.at_once or args.show or args.write):
+        raise UserError("--controls runs every --latent, --tag and --n-latents by itself, and shows no answers: leave those flags out")
     if args.write and not args.out:
         raise UserError("--write needs --out DIR: the chapters go into chapters.md there")
     rows = []
@@ -293,26 +401,38 @@ def main():
             task = start_task(args, model, path)
             try:
                 examples = task.examples(args.split)[: args.n]
+                elsewhere = []  # other stories: --latent mean and other take their latents from these
+                if args.controls or args.latent in ("mean", "other"):
+                    elsewhere = task.examples("train" if args.split == "val" else "val")[: args.n or 200]
             except ValueError as e:
                 raise UserError(str(e)) from e
             if args.write and not hasattr(task, "chapter_prompt"):
                 raise UserError(f"--write is for tasks whose answers are plans of chapters (next_chapter); {args.task} is none")
         latent_prompt = suffix != "plain" and run_settings(path).get("method") != "grpo"
         sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
-        result, rollouts = evaluate(
-            model, tokenizer, task, examples, latent_prompt, args.samples, args.seed, progress=name, latent=args.latent, at_once=args.at_once,
-            max_new_tokens=args.max_new_tokens or (160 if is_small(model) else 2048), rows=args.rows, **sampling)
+        settings = {"latent_prompt": latent_prompt, "seed": args.seed, "progress": name, "rows": args.rows, **sampling,
+                    "max_new_tokens": args.max_new_tokens or (160 if is_small(model) else 2048)}
+        if args.controls:
+            found = run_controls(model, tokenizer, task, examples, elsewhere, samples=args.samples, **settings)
+            print(f"\n{name}, {len(examples)} of {args.task} {args.split}\n{controls_table(found)}", flush=True)
+            rows += [(name, {"model": name, "control": control, "task": args.task, "prompt": "tag" if latent_prompt else "plain", **r}) for control, r in found]
+            continue
+        others = latents_of_others(model, tokenizer, task, elsewhere, **settings) if elsewhere else []
+        result, rollouts = evaluate(model, tokenizer, task, examples, samples=args.samples, at_once=args.at_once,
+                                    latent=latent_of(args.latent, model, others, args.seed),
+                                    tag="forbidden" if args.tag == "forbidden" else args.n_latents, **settings)
         rows.append((name, {"model": name, "task": args.task, "prompt": "tag" if latent_prompt else "plain", **result}))
         for example, r in list(zip(examples, rollouts[:: args.samples]))[: args.show]:  # each example's first answer
             print(f"\n--- {name}, reward {score(task, [example], [r.text])[0]:.2f}\n{tokenizer.decode(r.prompt_ids)}\n>>> {readable(tokenizer, r)}")
-            for i, (words, norm) in enumerate(nearest_words(model, tokenizer, r.latents)):
-                print(f"    latent {i + 1}: nearest {words}; length {norm:.2f} of an embedding's")
+            for i, (words, norm, said) in enumerate(nearest_words(model, tokenizer, r.latents)):
+                print(f"    latent {i + 1}: nearest {words}; the head says {said}; length {norm:.2f} of an embedding's")
         if args.write:
             with open(os.path.join(args.out, "chapters.md"), "a" if len(rows) > 1 else "w", encoding="utf-8") as f:
                 f.write(f"\n# {name}\n")
                 write_chapters(task, examples, [task.plan_of(r.text) for r in rollouts[:: args.samples]], args.write, sampling, f)
             print(f"chapters in {f.name}")
-    print(table(rows))
+    if not args.controls:
+        print(table(rows))
     results = [r for _, r in rows]
     for file in [args.json] + ([os.path.join(args.out, "results.json")] if args.out else []):
         if file:
@@ -323,7 +443,7 @@ def main():
 
 def check_arguments(args, n=1):
     """Bounds that all scripts share; a wrong value ends in one line. n: the least --n."""
-    least = {"n": n, "seed": 0, "steps": 0, "projector_steps": 0, "overlong_buffer": 0, "show_every": 0, "show": 0, "write": 0, "top_k": 0}
+    least = {"n": n, "seed": 0, "steps": 0, "projector_steps": 0, "overlong_buffer": 0, "show_every": 0, "show": 0, "write": 0, "top_k": 0, "n_latents": 0}
     for name, value in vars(args).items():
         bound = least.get(name, 0 if isinstance(value, float) else 1)
         if isinstance(value, (int, float)) and not isinstance(value, bool) and not value >= bound:

@@ -135,6 +135,9 @@ class TagWatcher:
         table = np.array([[np.frombuffer(a, dtype=np.int64), np.frombuffer(b, dtype=np.int64)] for a, b in columns])
         self.classes = torch.from_numpy(classes).to(device)  # (V,)
         self.next_state, self.fires = torch.from_numpy(table).to(device).unbind(1)  # (classes, states) each
+        # what starts a tag, (classes, states): beyond its "<i", which may stand in any text (<i> is italics), or all of it in one token
+        begun = torch.tensor([s[0] != "open" or s[1] > 2 for s in queue], device=device)
+        self.starts = begun[self.next_state] | (self.fires > 0)
         self.as_lists = classes.tolist(), table[:, 0].tolist(), table[:, 1].tolist()  # for one row, on the host
 
     @staticmethod
@@ -199,13 +202,14 @@ class ReasoningProjector(torch.nn.ModuleList):
         return z.to(h.dtype)
 
 
-def latent_step(model, h, latent="projector"):
+def latent_step(model, h, latent="projector", *place):
     """The next input embedding (.., D) from the last hidden state h (.., D).
 
-    latent: "projector" (the method), "zeros" (a control), or any function h -> z.
+    latent: "projector" (the method), "zeros" (a control), or any function h, *place -> z. While decoding, place is (u, k), each (B,):
+    a number in [0, 1) of the row's own, the same in any batch, and how many latents the row has run before.
     """
     if callable(latent):
-        return latent(h)
+        return latent(h, *place)
     return model.reasoning_projector(h) if latent == "projector" else torch.zeros_like(h)
 
 
@@ -672,12 +676,13 @@ def next_logits(model, h):
 
 @torch.no_grad()
 def generate(model, tokenizer, prompts, samples=1, max_new_tokens=256, temperature=1.0, top_p=1.0, top_k=0,
-             latent="projector", generator=None, rows=512, stats=None):
+             latent="projector", generator=None, rows=512, stats=None, tag=None):
     """The mixed decoding loop: every row either samples a token or runs a latent step, all in one batch.
 
     prompts: texts or lists of token ids. samples: rollouts per prompt; they come back grouped by prompt, in order.
     max_new_tokens: slots per rollout, latents included. temperature 0 is greedy. Nothing is read from a generation_config
     but the stop ids. latent: see latent_step; "none" leaves tags as plain text. generator: a CPU torch.Generator.
+    tag: None (a tag runs as many latents as it says), a number K (K latents, whatever it says), or "forbidden" (none can be started).
     rows: most rows decoded at once (but at least one whole group). stats: a dict that receives `forwards`, the number of positions computed.
     Raises UserError for an empty prompt or one that does not fit the model's positions.
     """
@@ -692,18 +697,25 @@ def generate(model, tokenizer, prompts, samples=1, max_new_tokens=256, temperatu
     for i in range(0, len(ids), per_batch):
         part = ids[i : i + per_batch]
         u = draws[i * samples : (i + len(part)) * samples].to(model.device)
-        for r in _decode(model, tokenizer, part, samples, max_new_tokens, (temperature, top_k, top_p), latent, u, stats):
+        for r in _decode(model, tokenizer, part, samples, max_new_tokens, (temperature, top_k, top_p), latent, u, stats, tag):
             r.prompt += i
             out.append(r)
     return out
 
 
 @computes
-def _decode(model, tokenizer, prompts, samples, steps, sampling, latent, u, stats):
+def _decode(model, tokenizer, prompts, samples, steps, sampling, latent, u, stats, tag=None):
     """generate for one batch of P prompts x `samples` rows; u (B, steps)."""
     device, B, embed = model.device, len(prompts) * samples, model.get_input_embeddings()
     stop = torch.tensor(stop_tokens(model, tokenizer), device=device)
     watch = watcher(model, tokenizer)
+
+    def draw(h, u, state):
+        logits = next_logits(model, h)
+        if tag == "forbidden":  # a control: other tokens keep their odds among each other
+            logits = logits.masked_fill(watch.starts[watch.classes, state[:, None]], -torch.inf)
+        return sample(logits, u, *sampling)
+
     cache, h = prefill(model, prompts)  # the prompt of a group is read once
     cache.assign(torch.arange(len(prompts), device=device).repeat_interleave(samples), room=steps)
     h = h.repeat_interleave(samples, 0)  # (B, D): the output at each row's last slot
@@ -738,23 +750,25 @@ def _decode(model, tokenizer, prompts, samples, steps, sampling, latent, u, stat
         #     run on just the rows that need them; on CUDA choosing rows would wait for the device, so both run on all.
         token, logp = torch.full_like(left, LATENT), torch.zeros_like(logps[:, 0])[row]
         x = torch.empty_like(h)
+        own = u[:, 0] * 1e6 % 1  # (B,) tells the rows apart, see latent_step; scrambled, since u itself draws the first token
         if device.type == "cpu":
             s, l = (~latent_now).nonzero()[:, 0], latent_now.nonzero()[:, 0]
             if len(s):
-                token[s], logp[s] = sample(next_logits(model, h[s]), u[s, t], *sampling)
+                token[s], logp[s] = draw(h[s], u[s, t], state[s])
                 x[s] = embed(token[s])
             if len(l):
-                x[l] = latent_step(model, h[l], latent)
+                x[l] = latent_step(model, h[l], latent, own[l], taken[l])
         else:
-            drawn, drawn_logp = sample(next_logits(model, h), u[:, t], *sampling)
+            drawn, drawn_logp = draw(h, u[:, t], state)
             token, logp = torch.where(latent_now, LATENT, drawn), torch.where(latent_now, 0.0, drawn_logp)
-            x = torch.where(latent_now[:, None], latent_step(model, h, latent), embed(drawn))
+            x = torch.where(latent_now[:, None], latent_step(model, h, latent, own, taken), embed(drawn))
         # (b) Write it down: the slot, its log-prob, the vector if it is a latent.
         slots[row, t], logps[row, t] = token, logp.to(logps.dtype)
         vectors[row, torch.where(latent_now, taken, vectors.shape[1] - 1)] = x
         taken += latent_now
         # (c) The watcher reads the sampled tokens: a tag that ends here opens a block of n latent steps.
         new_state, n = watch.step(state, token.clamp(min=0))
+        n = n if tag in (None, "forbidden") else (n > 0) * tag
         state = torch.where(latent_now, state, new_state)
         left = torch.where(latent_now, left - 1, n if latent != "none" else 0)
         # (d) A stop token ends a row (it is its last slot); so does the length limit, inside a block too.

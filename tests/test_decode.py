@@ -148,7 +148,7 @@ def test_latent_none_leaves_tags_as_text_and_never_runs_the_projector(model, tok
 def test_a_latent_can_be_zeros_or_any_function(model, tok):
     r, = write(model, tok, ["abc"], TEXTS[:1], latent="zeros")
     assert r.latents.shape == (5, 32) and not r.latents.any()
-    r, = write(model, tok, ["abc"], TEXTS[:1], latent=lambda h: h + 1)
+    r, = write(model, tok, ["abc"], TEXTS[:1], latent=lambda h, u, k: h + 1)
     close(logprobs(model, [r])[0][0], r.logprobs)
     assert r.n_latents == 5 and r.latents.any()
 

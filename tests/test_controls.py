@@ -1,0 +1,220 @@
+"""The controls of eval.py: each does what its line says and nothing else, and the paired tests are right on examples done by hand."""
+import json
+import math
+import types
+
+import pytest
+import torch
+from conftest import LATENTS, LIMIT, PROMPTS, TEXTS, close, project, tag, write
+from test_scripts import script
+
+import eval as evaluation
+import litereason
+from eval import against, bootstrap, latent_of, latents_of_others, mcnemar, nearest_words, run_controls
+from litereason import LATENT, TagWatcher, UserError, generate, insert_latents, logprobs
+
+OTHERS = [torch.randn(n, 32, generator=torch.Generator().manual_seed(n), dtype=torch.float64) for n in (2, 7, 1, 4)]
+
+
+def decoded(model, tok, name="projector", others=OTHERS, seed=0, **settings):
+    """The rows of TEXTS with the latent step of that name."""
+    return write(model, tok, PROMPTS, TEXTS, LIMIT, samples=2, latent=latent_of(name, model, others, seed), **settings)
+
+
+# ---------------------------------------------------------------- what a latent step feeds
+@pytest.mark.parametrize("name", ["zeros", "noise", "mean", "other", "warm"])
+def test_a_control_changes_what_a_latent_is_and_nothing_of_where_it_stands(model, tok, rollouts, name):
+    rows = decoded(model, tok, name)
+    for r, plain, row, mask in zip(rows, rollouts, *logprobs(model, rows)):
+        assert r.slots == plain.slots and r.text == plain.text  # the texts are scripted
+        close(row[mask], r.logprobs[r.logprobs != 0])  # and the rest is decoding as ever: scored, it has the same log-probs
+        assert not r.n_latents or (r.latents - plain.latents).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["noise", "other", "warm"])
+def test_what_a_row_gets_does_not_depend_on_its_batch(model, tok, name):
+    for a, b in zip(decoded(model, tok, name), decoded(model, tok, name, rows=3), strict=True):
+        close(a.latents, b.latents)
+        close(a.logprobs, b.logprobs)
+
+
+def test_noise_has_the_length_of_the_projectors_output_and_a_direction_of_its_own(model, tok):
+    h, u, k = torch.randn(200, 32, dtype=torch.float64), torch.rand(200, dtype=torch.float64), torch.arange(200) % 5
+    step = latent_of("noise", model, seed=1)
+    close(step(h, u, k).norm(dim=-1), project(model, h).norm(dim=-1))
+    cosines = torch.nn.functional.cosine_similarity(step(h, u, k), project(model, h), dim=-1)
+    assert abs(cosines.mean()) < 0.05 and cosines.abs().max() < 0.8  # of 32 dimensions: 0.18 is typical
+    assert not torch.equal(step(h, u, k), latent_of("noise", model, seed=2)(h, u, k))
+    block = decoded(model, tok, "noise")[2].latents  # ten latents of one row
+    block = block / block.norm(dim=-1, keepdim=True)
+    assert (block @ block.T - torch.eye(10)).max() < 0.9
+
+
+def test_mean_is_the_mean_of_all_latents_read_first(model, tok):
+    for r in decoded(model, tok, "mean"):
+        close(r.latents, torch.cat(OTHERS).mean(0).expand_as(r.latents))
+
+
+def test_other_gives_a_row_the_latents_of_one_story_in_order_and_again_from_the_start(model, tok):
+    found = set()
+    for seed in range(4):
+        for r in decoded(model, tok, "other", seed=seed):
+            if r.n_latents:
+                story, = [i for i, z in enumerate(OTHERS) if torch.equal(z[0], r.latents[0])]
+                close(r.latents, OTHERS[story].repeat(10, 1)[: r.n_latents])
+                found.add(story)
+    assert found == {0, 1, 2, 3}
+
+
+def test_mean_and_other_need_stories_with_latents(model):
+    for name in ("mean", "other"):
+        with pytest.raises(UserError, match="ran none"):
+            latent_of(name, model)
+
+
+def test_warm_is_copies_of_the_last_mlp_whatever_the_projector_has_become(model, tok):
+    h = z = torch.randn(3, 32, dtype=torch.float64)
+    for _ in range(3):
+        z = model.model.layers[-1].mlp(z)
+    close(latent_of("warm", model)(h, None, None), z)
+
+
+# ---------------------------------------------------------------- the enter rule
+@pytest.mark.parametrize("k", [1, 3, 8])
+def test_every_tag_runs_k_latents_whatever_it_says_the_cap_or_the_text(model, tok, k):
+    for r, text in zip(decoded(model, tok, tag=k), TEXTS):
+        slots, plain = [], insert_latents(model, tok, tok.encode(text) + tok.encode("x") * LIMIT * (not text.endswith("<eos>")))
+        for before, s in zip([None] + plain, plain):
+            slots += [s] if s != LATENT else [LATENT] * k if before != LATENT else []
+        assert r.slots == slots[:LIMIT] and len(r.latents) == r.slots.count(LATENT)
+
+
+def test_k_of_zero_is_latent_none(model, tok):
+    for a, b in zip(decoded(model, tok, tag=0), decoded(model, tok, "none")):
+        assert a.slots == b.slots and a.n_latents == 0
+        close(a.logprobs, b.logprobs)
+
+
+def test_k_of_what_the_tags_say_is_the_plain_run(model, tok):
+    a, b = (write(model, tok, ["abc"], [f"a{tag(3)}b{tag(3)}c<eos>"], tag=t)[0] for t in (None, 3))
+    assert a.slots == b.slots
+    close(a.logprobs, b.logprobs)
+
+
+def obedient(texts, tok, banned):
+    """A `sample` that writes texts[0] token by token, but x where the token is not allowed; what was not is noted in `banned`."""
+    script = iter(tok.encode(texts))
+
+    def sample(logits, u, temperature, top_k, top_p):
+        token = next(script, tok.encode("x")[0])
+        if logits[0, token] == -torch.inf:
+            banned.append(tok.decode([token]))
+            token = tok.encode("x")[0]
+        return torch.tensor([token]), logits.log_softmax(-1)[:, token]
+
+    return sample
+
+
+@pytest.mark.parametrize("text, without", [(f"ab{tag(3)}c", ["implicit_"]), (f"a<{tag(2)}", ["implicit_"]), ("a <b> < i </p> <i>implicit_thought 3>", []),
+                                           (f".{tag(1)}><imp", ["implicit_", "m"])])
+def test_forbidden_lets_no_tag_begin_and_leaves_all_other_text_alone(model, tok, monkeypatch, text, without):
+    banned = []
+    monkeypatch.setattr(litereason, "sample", obedient(text, tok, banned))
+    r, = generate(model, tok, ["abc"], max_new_tokens=LIMIT, tag="forbidden")
+    assert r.n_latents == 0 and banned == without and "<im" not in r.text
+    if not without:
+        assert r.text.startswith(text)
+
+
+def test_forbidden_tokens_are_the_ones_that_start_a_tag_and_the_rest_keep_their_odds(model, tok, monkeypatch):
+    seen, sample = [], litereason.sample
+    monkeypatch.setattr(litereason, "sample", lambda logits, *a: seen.append(logits) or sample(logits, *a))
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(model.config.vocab_size, dtype=torch.float64))
+    model.lm_head.bias.data[tok.encode("<")] = 3.0  # many rows stand at a "<"
+    runs = [generate(model, tok, PROMPTS, 4, 20, generator=torch.Generator().manual_seed(0), tag=t) for t in (None, "forbidden")]
+    same = [(a.slots, b.slots) for a, b in zip(*runs) if "<" not in a.text]  # at a "<" the same draw may be another token
+    assert same and all(a == b for a, b in same)
+    masked = [x.isinf() for x in seen]
+    assert {i for x in masked for i in x.nonzero()[:, 1].tolist()} <= {tok.encode(w)[0] for w in ("m", "implicit_")} and any(x.any() for x in masked)
+    first = next(i for i, x in enumerate(masked) if x.any())  # until then the rows are those of the free run
+    step = first - len(seen) // 2  # of the same step there
+    close(seen[first][~masked[first]], seen[step][~masked[first]])
+
+
+def test_a_vocabulary_of_whole_words_and_the_real_one_are_covered(real_tok):
+    tiny = litereason.load("tiny", "cpu")[1]
+    watch = TagWatcher(tiny, 5, len(tiny), "cpu")
+    assert [tiny.decode([i]) for i in watch.starts[watch.classes, 0].nonzero()[:, 0]] == ["<implicit_thought>"]
+    watch = TagWatcher(real_tok, 5, len(real_tok), "cpu")
+    after, _ = watch.step(torch.tensor([0]), torch.tensor(real_tok.encode("<")))
+    assert not watch.starts[watch.classes, 0].any()  # Qwen2 has no token that begins with "<im" and goes on like the tag
+    assert {real_tok.decode([i]) for i in watch.starts[watch.classes, after].nonzero()[:, 0]} == {"im", "imp", "impl", "implicit"}
+
+
+# ---------------------------------------------------------------- the paired tests
+def test_mcnemar_counts_the_examples_on_which_two_runs_differ():
+    assert mcnemar([1, 0, 1], [1, 0, 1]) == 1.0
+    assert mcnemar([1] * 6 + [0, 1], [0] * 6 + [0, 1]) == mcnemar([0] * 6, [1] * 6) == 2 / 2**6  # six to none
+    assert mcnemar([1, 1, 1, 1, 0], [0, 0, 0, 0, 1]) == 2 * (1 + 5) / 2**5  # four to one
+    assert mcnemar([1, 0], [0, 1]) == 1.0  # one to one: more than all there is
+    assert 0 <= mcnemar([1] * 2000, [0] * 2000) < 1e-300  # no overflow
+
+
+def test_the_bootstrap_interval_is_seeded_and_close_to_the_textbooks():
+    d = [1.0] * 30 + [0.0] * 60 + [-1.0] * 10
+    mean, low, high = 0.2, *bootstrap(d)
+    half = 1.96 * math.sqrt(sum((x - mean) ** 2 for x in d) / len(d) / len(d))
+    assert abs(low - (mean - half)) < 0.02 and abs(high - (mean + half)) < 0.02
+    assert bootstrap(d) == [low, high] and bootstrap([0.5] * 7) == [0.5, 0.5]
+    got = against(*({"per_example": {"score": s, "tokens": t}} for s, t in (([1, 0, 1], [9, 9, 9]), ([0, 0, 0], [10, 11, 12]))))
+    assert (got["accuracy"], got["better"], got["worse"], got["mcnemar_p"], got["tokens"]) == (2 / 3, 2, 0, 0.5, -2)
+
+
+# ---------------------------------------------------------------- all of them
+TASK = types.SimpleNamespace(prompt=lambda e, latent: e, reward=lambda e, text: float(len(text) % 2), ANSWER="answer")
+
+
+def test_the_first_pass_keeps_the_latents_of_the_stories_that_ran_any(model, tok, monkeypatch, rollouts):
+    monkeypatch.setattr(evaluation, "generate", lambda *a, stats, **k: stats.update(forwards=1) or rollouts)
+    kept = latents_of_others(model, tok, TASK, PROMPTS, samples=2)
+    assert [len(z) for z in kept] == [n for n in LATENTS if n]
+
+
+def test_all_controls_run_on_the_same_examples_and_without_tags_only_the_forced_answer_differs(model, tok):
+    rows = run_controls(model, tok, TASK, PROMPTS, PROMPTS[:2], max_new_tokens=12)
+    names = [name for name, _ in rows]
+    assert names == [n for n, _ in evaluation.CONTROLS if n not in ("latents: mean", "latents: other")]  # nothing to take them from
+    for name, r in rows:
+        d = r["against_plain"]
+        assert len(r["per_example"]["score"]) == len(r["per_example"]["tokens"]) == r["n_examples"] == 4
+        assert sum(r["per_example"]["score"]) / 4 == r["accuracy"] and sum(r["per_example"]["tokens"]) / 4 == r["tokens"]
+        if name != "answer forced at once":
+            assert d["better"] == d["worse"] == 0 and d["mcnemar_p"] == 1 and d["tokens_ci95"] == [0, 0]
+    assert len(evaluation.controls_table(rows).splitlines()) == 2 + len(rows)
+
+
+def test_the_nearest_words_of_an_embedding_are_that_word_first_and_what_the_head_says_of_it(model, tok):
+    i = tok.encode("q")[0]
+    z = model.get_input_embeddings().weight[[i]].detach()
+    (words, length, said), = nearest_words(model, tok, z)
+    assert words.startswith("'q' 1.00") and 0.3 < length < 3
+    best = model.lm_head(model.model.norm(z)).softmax(-1).max(-1)
+    assert said.startswith(f"{tok.decode(best.indices)!r} {best.values.item():.2f}") and said.count("'") >= 6
+
+
+def test_the_command_runs_them_all_and_writes_them_down(tmp_path):
+    got = script("eval.py", "--controls", "--n", 6, "--max-new-tokens", 40, "--json", tmp_path / "c.json")
+    assert got.returncode == 0, got.stderr
+    rows = json.load(open(tmp_path / "c.json"))
+    assert [r["control"] for r in rows] == [name for name, _ in evaluation.CONTROLS] and all(r["control"] in got.stdout for r in rows)
+    by = {r["control"]: r for r in rows}
+    assert by["plain"]["latent_steps"] > 0 == by["latents: none"]["latent_steps"] == by["tag forbidden"]["latent_steps"] == by["tag forbidden"]["tags"]
+    assert by["plain"]["against_plain"]["mcnemar_p"] == 1 and by["answer forced at once"]["tokens"] < 10
+
+
+@pytest.mark.parametrize("words, says", [(("--controls", "--latent", "zeros"), "--controls"), (("--n-latents", 9), "at most 8"),
+                                         (("--n-latents", 2, "--tag", "forbidden"), "choose one")])
+def test_flags_that_do_not_go_together_end_in_one_line(words, says, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["eval.py", *map(str, words)])
+    with pytest.raises(UserError, match=says):
+        evaluation.main()
