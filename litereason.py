@@ -445,22 +445,22 @@ class SharedCache:
             ok, ov = ok[:, :, : self.filled + 1], ov[:, :, : self.filled + 1]
         P, K, L, R, n = pk.shape[0], pk.shape[1], pk.shape[2], H // pk.shape[1], ok.shape[2]
         q = (q * scale).view(B, K, R, S, d)
-        # All rows of a group against their one copy of the prompt: a single matrix product per prompt and head.
-        on_prompt = self._grouped(q).transpose(1, 2).reshape(P, K, -1, d) @ pk.transpose(2, 3)  # (P, K, G*R*S, L)
-        if self.pad is not None:
-            on_prompt = on_prompt.masked_fill(self.pad, -torch.inf)
-        on_prompt = self._ungrouped(on_prompt.view(P, K, self.group, R, S, L).transpose(1, 2))  # (B, K, R, S, L)
-        on_own = (q.reshape(B, K, R * S, d) @ ok.transpose(2, 3)).view(B, K, R, S, n)  # (B, K, R, S, n)
+        on_own = (q.reshape(B, K, R * S, d) @ ok.transpose(2, 3)).view(B, K, R, S, n)
         if self.mask is not None:
             on_own = on_own.masked_fill(self.mask, -torch.inf)
+        # All rows of a group against their one copy of the prompt: a single matrix product per prompt and head, G*R*S rows high.
+        by_group = lambda t: self._grouped(t).transpose(1, 2).reshape(P, t.shape[1], -1, t.shape[-1])  # (B, K, R, S, ..) -> (P, K, G*R*S, ..)
+        by_row = lambda t: self._ungrouped(t.reshape(P, K, self.group, R, S, -1).transpose(1, 2))  # and back
+        on_prompt = by_group(q) @ pk.transpose(2, 3)  # (P, K, G*R*S, L)
+        if self.pad is not None:
+            on_prompt = on_prompt.masked_fill(self.pad, -torch.inf)
         if window:
             far_prompt, far_own = self.beyond(window, S, L, n)
-            on_prompt, on_own = on_prompt.masked_fill(far_prompt, -torch.inf), on_own.masked_fill(far_own, -torch.inf)
-        w = torch.cat([on_prompt, on_own], -1).softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
-        w_prompt, w_own = w.split([L, n], -1)
-        out = (w_own.reshape(B, K, R * S, n) @ ov).view(B, K, R, S, d)
-        from_prompt = self._grouped(w_prompt).transpose(1, 2).reshape(P, K, -1, L) @ pv  # (P, K, G*R*S, d)
-        out = out + self._ungrouped(from_prompt.view(P, K, self.group, R, S, d).transpose(1, 2))
+            on_prompt = on_prompt.masked_fill(by_group(far_prompt.expand(B, 1, R, S, L)), -torch.inf)
+            on_own = on_own.masked_fill(far_own, -torch.inf)
+        w = torch.cat([on_prompt, by_group(on_own)], -1)  # (P, K, G*R*S, L + n)
+        w_prompt, w_own = w.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype).split([L, n], -1)
+        out = by_row(w_prompt @ pv) + (by_row(w_own).reshape(B, K, R * S, n) @ ov).view(B, K, R, S, d)
         return out.permute(0, 3, 1, 2, 4).reshape(B, S, H, d)
 
     def _grouped(self, t):  # (B, ..) -> (P, G, ..)
@@ -836,7 +836,8 @@ def token_logprobs(model, h, targets, temperature=1.0, chunk=512):
 
     def score(h, y):
         logits = model.lm_head(h)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature  # (chunk, V)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (chunk, V)
+        logits = logits if temperature == 1 else logits / temperature
         return logits.gather(-1, y[:, None])[:, 0] - logits.logsumexp(-1)
 
     parts = [(h[i : i + chunk], targets[i : i + chunk]) for i in range(0, len(h), chunk)]
