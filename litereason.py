@@ -23,20 +23,25 @@ Read in this order: the tag, the projector, load and save, the cache, generate, 
 """
 import copy
 import dataclasses
+import errno
+import fcntl
 import functools
 import json
 import os
 import re
 import shutil
+import signal
 import socket
 import sys
 import urllib.parse
+import zlib
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -353,9 +358,9 @@ def save(model, tokenizer, path):
         if os.path.exists(path):
             os.rename(path, old)
         os.rename(new, path)
-    except OSError as e:
+    except (OSError, SafetensorError) as e:
         shutil.rmtree(new, ignore_errors=True)
-        raise UserError(f"cannot write {path}: {e.strerror or e}") from e
+        raise UserError(f"cannot write {path}: {getattr(e, 'strerror', None) or e}") from e
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -1053,14 +1058,113 @@ def improvement(before, after):
     return 100.0 * (before - after) / before
 
 
+# ============================================================================ stopping and going on
+def lock(out):
+    """Makes this process the only one that writes into the directory `out`, for as long as it lives: the kernel takes the lock
+    back however the process ends. Keep the file that comes back. What a killed run left half written is removed."""
+    try:
+        file = open(os.path.join(out, "lock"), "a")
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        raise UserError(f"another process is writing to {out}; wait for it, or choose another --out") from e
+    except OSError as e:
+        raise UserError(f"cannot lock {out}: {e.strerror}") from e
+    for name in os.listdir(out):
+        if name.startswith("model.replaced-") and not os.path.exists(os.path.join(out, "model")):
+            os.rename(os.path.join(out, name), os.path.join(out, "model"))  # killed between the two renames of save()
+        elif re.match(r"(model\.(writing|replaced)-|state-\d+\.writing$)", name):
+            shutil.rmtree(os.path.join(out, name), ignore_errors=True)
+    return file
+
+
+def states(out):
+    """The steps of which `out` holds a state, in order."""
+    return sorted(int(m.group(1)) for m in map(re.compile(r"state-(\d+)").fullmatch, os.listdir(out)) if m) if os.path.isdir(out) else []
+
+
+def write_state(out, step, tensors, rest, keep=2):
+    """out/state-STEP: named tensors and whatever JSON can say. Complete or absent: written beside, brought to the disk, checksummed,
+    then renamed. After that all but the last `keep` states go, and those of later steps, which were damaged when the run was resumed."""
+    path = os.path.join(os.path.abspath(out), f"state-{step}")
+    new = path + ".writing"
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        os.mkdir(new)
+        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, os.path.join(new, "tensors.safetensors"))
+        with open(os.path.join(new, "rest.json"), "w") as f:
+            json.dump(rest, f)
+        with open(os.path.join(new, "crc32"), "w") as f:
+            f.write(_checksum(new))
+        for name in [*os.listdir(new), "."]:
+            _sync(os.path.join(new, name))
+        if os.path.exists(path):  # the same step again, after a resume from an older one: it was a damaged one
+            shutil.rmtree(path)
+        os.rename(new, path)
+        _sync(os.path.dirname(path))
+    except (OSError, SafetensorError) as e:
+        shutil.rmtree(new, ignore_errors=True)
+        last = [f"; state-{s}, written before, is still there" for s in states(out)[-1:]]
+        raise UserError(f"cannot write {path}: {getattr(e, 'strerror', None) or e}{''.join(last)}") from e
+    last = [s for s in states(out) if s <= step][-keep:]
+    for s in set(states(out)) - set(last):
+        shutil.rmtree(os.path.join(out, f"state-{s}"), ignore_errors=True)
+
+
+def read_state(out):
+    """(step, tensors, rest) of the newest whole state in `out`; a damaged one is passed over and named. None if there is none."""
+    for step in reversed(states(out)):
+        path = os.path.join(out, f"state-{step}")
+        try:
+            with open(os.path.join(path, "crc32")) as f:
+                if f.read() != _checksum(path):
+                    raise ValueError("its checksum is wrong")
+            with open(os.path.join(path, "rest.json")) as f:
+                return step, load_file(os.path.join(path, "tensors.safetensors")), json.load(f)
+        except (OSError, ValueError, SafetensorError) as e:
+            print(f"{path} is damaged ({e}); looking for the one before", file=sys.stderr)
+    return None
+
+
+def _checksum(path):
+    """Of a state's two files, as text."""
+    crc = 0
+    for name in ("tensors.safetensors", "rest.json"):
+        with open(os.path.join(path, name), "rb") as f:
+            while part := f.read(1 << 24):
+                crc = zlib.crc32(part, crc)
+    return f"{crc:08x}"
+
+
+def _sync(path):
+    """Brings a file, or a directory's list of names, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 # ============================================================================ what all scripts do at their ends
 def run_script(main):
-    """Runs a script's main: what the user can put right ends in one line and exit code 2, never in a traceback."""
+    """Runs a script's main: what the user can put right ends in one line and exit code 2, never in a traceback; Ctrl-C and SIGTERM
+    end in one line and the shell's 130 and 143. A script may raise KeyboardInterrupt(signal, what to say)."""
+    def stop(number, _):
+        raise KeyboardInterrupt(number)
+
+    name = os.path.basename(sys.argv[0])
     try:
+        signal.signal(signal.SIGTERM, stop)
         main()
     except UserError as e:
-        print(f"{os.path.basename(sys.argv[0])}: error: {e}", file=sys.stderr)
+        print(f"{name}: error: {e}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nstopped by the keyboard; what was written so far is kept", file=sys.stderr)
-        sys.exit(130)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO):
+            raise
+        print(f"{name}: error: {e}; what was written before is kept", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as e:
+        number, said = (e.args + (signal.SIGINT, None)[len(e.args):])[:2]
+        by = "the keyboard" if number == signal.SIGINT else signal.Signals(number).name
+        print(f"\nstopped by {by}; {said or 'what was written so far is kept'}", file=sys.stderr)
+        sys.exit(128 + number)

@@ -111,8 +111,8 @@ def fit_projector(model, traces, lr, batch, steps=None, schedule=True, clip=0.2,
             loss = projector_loss(model, [rows[i] for i in part])[0] / tokens
             loss.backward()
             total += loss.item()
-        torch.nn.utils.clip_grad_norm_(parameters, clip)
-        optimizer.step()
+        if torch.nn.utils.clip_grad_norm_(parameters, clip).isfinite():  # one bad batch must not cost the projector
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(total)
     for p in frozen:

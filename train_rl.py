@@ -11,6 +11,7 @@ per rollout batch, where the released script takes 16 (and so does a real model 
 
     python train_rl.py                                  # the tiny model, all stages, the table: < 10 minutes on 2 cores
     python train_rl.py --method grpo --out out/grpo     # the same RL without latents, for comparison
+    python train_rl.py --resume out/rl                  # go on with a stopped run, exactly: on a CPU bit for bit
     python train_rl.py --model Qwen2.5-1.5B             # the paper's plot holes on one GPU; data/flawed_fictions/prepare.py first
 """
 import os
@@ -19,25 +20,31 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # 
 
 import argparse
 import json
+import math
 import random
 import resource
+import shutil
+import signal
 import time
 
 import torch
 
-from eval import base_of, check_arguments, evaluate, is_small, readable, score, start_task, table, task_flags, write_json
-from litereason import (UserError, check_lengths, checkpoint_layers, encode_prompt, generate, group_advantages, load, logprobs, pack,
-                        policy_loss, recompute_latents, run_script, save)
+from eval import (base_of, check_arguments, evaluate, is_small, readable, run_settings, score, start_task, table, task_flags,
+                  write_json)
+from litereason import (LATENT, Rollout, UserError, check_lengths, checkpoint_layers, encode_prompt, generate, group_advantages, load, lock,
+                        logprobs, pack, policy_loss, read_state, recompute_latents, run_script, save, states, write_state)
 from train_projector import RATIOS, fit_projector, masked_trace, run as run_stages_1_and_2
 
 # ---------------------------------------------------------------- settings that depend on the model's size
 # RELEASED is the authors' script. 2880 steps are 30 passes over 290 stories: 6 rollout batches each, 16 steps per batch. Only the
-# last three are not theirs (they have several GPUs and vLLM): how much is in memory at once. These three change no result.
+# last four are not theirs (they have several GPUs and vLLM): how much is in memory at once, and how often the whole state is
+# written to the disk (here after each rollout batch; the tiny model's four steps are half a minute). These four change no result.
 RELEASED = {"lr": 5e-7, "group": 16, "prompts": 48, "minibatches": 16, "steps": 2880, "max_new_tokens": 2048, "clip": 0.2, "refresh_lr": 1e-4,
-            "refresh_share": 0.1, "rows": 256, "tokens_per_forward": 16_384, "checkpoint_layers": True}
+            "refresh_share": 0.1, "rows": 256, "tokens_per_forward": 16_384, "checkpoint_layers": True, "save_every": 16}
 SMALL = {"lr": 1.5e-4, "group": 16, "prompts": 16, "minibatches": 1, "steps": 48, "max_new_tokens": 160, "clip": 0.2, "refresh_lr": 1e-4,
-         "refresh_share": 0.1, "rows": 512, "tokens_per_forward": 12_000, "checkpoint_layers": False}
-OURS = ("rows", "tokens_per_forward", "checkpoint_layers")
+         "refresh_share": 0.1, "rows": 512, "tokens_per_forward": 12_000, "checkpoint_layers": False, "save_every": 4}
+OURS = ("rows", "tokens_per_forward", "checkpoint_layers", "save_every")
+DLOGP = {False: 1e-2, True: 2.0}  # most that sampler and scorer may differ, by whether the model computes in bf16; before an update only
 
 
 def parse_arguments():
@@ -73,16 +80,39 @@ def parse_arguments():
     g.add_argument("--trace-prompts", type=int, default=None, help="train prompts that stage 1 samples traces for, if it is run")
     g.add_argument("--no-refresh", action="store_true", help="leave the projector as stage 2 made it")
     g = ap.add_argument_group("run")
+    g.add_argument("--resume", default=None, metavar="DIR", help="go on with the run in DIR, by its own settings; only --steps and "
+                   "--device may stand beside it")
+    g.add_argument("--save-every", type=int, default=None, help="steps between two states on the disk, from which --resume goes on; the "
+                   "last two are kept")
     g.add_argument("--n", type=int, default=500, help="test stories for the final table; 0 leaves it out")
     g.add_argument("--show-every", type=int, default=20, help="print two rollouts every so many steps; 0 never")
     g.add_argument("--seed", type=int, default=0)
     g.add_argument("--device", default=None, help="cpu or cuda (default: cuda if there is one)")
-    return ap.parse_args()
+    args = ap.parse_args()
+    if args.resume is None:
+        return args
+    settings = run_settings(args.resume)
+    if settings.get("script") != "train_rl.py":
+        raise UserError(f"nothing to resume in {args.resume!r}: it has no config.json of train_rl.py")
+    settings = {**{k: v for k, v in settings.items() if k in vars(args)}, "out": args.resume, "resume": args.resume}
+    args = ap.parse_args(namespace=argparse.Namespace(**settings))  # what is in the namespace already takes no default
+    changed = [k for k, v in settings.items() if getattr(args, k) != v and k not in ("steps", "device")]
+    if changed:
+        raise UserError(f"--{changed[0].replace('_', '-')}: a resumed run keeps the settings of {args.resume}/config.json, save --steps and --device")
+    return args
 
 
 def main():
     args = parse_arguments()
     check_arguments(args, n=0)
+    held = lock(args.out)  # until the process ends
+    found = read_state(args.out) if args.resume else None
+    before, asked_for = states(args.out), run_settings(args.out).get("steps")
+    if before and not args.resume and before[-1] < (asked_for or 0):
+        raise UserError(f"{args.out} holds a run that was stopped at step {before[-1]} of {asked_for}: go on with --resume {args.out}, choose "
+                        f"another --out, or delete {args.out}/state-*")
+    if found and args.steps < found[0]:
+        raise UserError(f"--steps is {args.steps}, but the run in {args.out} is at step {found[0]} already")
     if args.group is not None and args.group < 2:
         raise UserError("--group must be 2 or more: an advantage compares the rollouts of one prompt")
     model, tokenizer = load(args.model, args.device)
@@ -96,7 +126,13 @@ def main():
     examples = task.examples("train")[: args.train_prompts]
     prompts = [encode_prompt(model, tokenizer, task.prompt(e, latent)) for e in examples]
     check_lengths(model, prompts, args.max_new_tokens)  # now, not in the middle of an epoch
-    write_json(os.path.join(args.out, "config.json"), {"script": "train_rl.py", "base": base_of(args.model), **vars(args)})
+    check_answers(task, examples[:8])
+    if not args.resume:
+        for step in before:  # of a run that came to its end
+            shutil.rmtree(os.path.join(args.out, f"state-{step}"))
+    args.model = os.path.abspath(args.model) if os.path.isdir(args.model) else args.model  # --resume may be said from elsewhere
+    write_json(os.path.join(args.out, "config.json"), {"script": "train_rl.py", "base": base_of(args.model),
+                                                       **{k: v for k, v in vars(args).items() if k != "resume"}})
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{args.method} on {args.task}: {args.model}, {parameters / 1e6:.1f} M parameters, {model.device}, fp32 weights; "
           f"{len(examples)} train prompts of up to {max(map(len, prompts))} tokens")
@@ -114,14 +150,15 @@ def main():
             rows.append((name, evaluate(model, tokenizer, task, tests, latent_prompt, seed=args.seed, progress=name, latent=run,
                                         max_new_tokens=args.max_new_tokens)[0]))
 
-    note("base, explicit reasoning", False)
-    if latent:
-        note("base, tag prompt", True, run="none")  # a plain LM: its tags are text
-        if not model.projector_trained:
-            run_stages_1_and_2(model, tokenizer, task, args.out, args.max_new_tokens, args.seed, steps=args.projector_steps,
-                               prompts=args.trace_prompts, n=min(200, args.n or 200))
-            save(model, tokenizer, os.path.join(args.out, "model"))
-        note("LiteReason before RL", True)
+    if found is None:  # else the state has all that comes of it
+        note("base, explicit reasoning", False)
+        if latent:
+            note("base, tag prompt", True, run="none")  # a plain LM: its tags are text
+            if not model.projector_trained:
+                run_stages_1_and_2(model, tokenizer, task, args.out, args.max_new_tokens, args.seed, steps=args.projector_steps,
+                                   prompts=args.trace_prompts, n=min(200, args.n or 200))
+                save(model, tokenizer, os.path.join(args.out, "model"))
+            note("LiteReason before RL", True)
 
     # ------------------------------------------------------------ stage 3
     base = [p for n, p in model.named_parameters() if not n.startswith("reasoning_projector.")]
@@ -132,9 +169,48 @@ def main():
             p.data = p.data.to(torch.bfloat16)
     optimizer = torch.optim.AdamW(masters, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     per_epoch = max(1, len(examples) // args.prompts)  # rollout batches in one pass; what is left over is other prompts in every epoch
-    epoch_rollouts = []
-    log = open(os.path.join(args.out, "metrics.jsonl"), "w")
-    for step in range(args.steps):
+
+    # What goes from one step to the next, and so into a state: `done` steps, weights, moments, the rollouts of a batch that has
+    # minibatches to go, and `carried`, which is JSON as it stands. The order of the data and all draws follow from (seed, step).
+    done, kept, rollouts, earned = 0, None, [], torch.zeros(0)
+    carried = {"rows": rows, "metrics": [], "epoch_rollouts": [], "skipped": 0, "skipped_in_a_row": 0}
+    if found:
+        done = kept = found[0]
+        rollouts, earned, carried = restore_state(model, masters, optimizer, *found[1:])
+        rows = carried["rows"]
+        print(f"resumed from {args.out}/state-{done}", flush=True)
+        if args.offload:
+            for p, master in zip(base, masters):
+                p.data.copy_(master.data)
+
+    def keep():
+        nonlocal kept
+        if kept != done:
+            save_state(args.out, done, model, masters, optimizer, rollouts if done % args.minibatches else [], earned, carried)
+        kept = done
+
+    busy, signals = False, []
+
+    def leave():
+        nonlocal busy
+        busy = True  # a second signal changes nothing any more
+        keep()
+        raise KeyboardInterrupt(signals[0], f"step {done} of {args.steps} is saved; go on with: python train_rl.py --resume {args.out}")
+
+    def on_signal(number, _):
+        """Ctrl-C and SIGTERM: up to step (6) all is as the last finished step left it and the begun one is dropped; later it is ended."""
+        signals.append(number)
+        if not busy:
+            leave()
+
+    keep()  # stages 1 and 2 are safe
+    path = os.path.join(args.out, "metrics.jsonl")
+    log = open(path + ".tmp", "w")
+    log.writelines(carried["metrics"])  # resumed: its lines up to the state, none lost, doubled or half written
+    log.flush()
+    os.replace(path + ".tmp", path)
+    former = [signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)]
+    for step in range(done, args.steps):
         number, part = divmod(step, args.minibatches)  # rollout batch, and which minibatch of it
         epoch, seconds, clock = number // per_epoch, {}, time.time()
         if model.device.type == "cuda":
@@ -146,33 +222,32 @@ def main():
                 torch.cuda.synchronize()
             seconds[phase], clock = time.time() - clock, time.time()
 
+        # (1) Sample a group of rollouts for each prompt. Data order and draws are functions of (seed, step) alone.
+        order = random.Random(f"{args.seed} {epoch}").sample(range(len(examples)), len(examples))
+        index = order[number % per_epoch * args.prompts :][: args.prompts]
         if part == 0:
-            # (1) Sample a group of rollouts for each prompt. Data order and draws are functions of (seed, step) alone.
-            order = random.Random(f"{args.seed} {epoch}").sample(range(len(examples)), len(examples))
-            index = order[number % per_epoch * args.prompts :][: args.prompts]
-            prompts = [task.prompt(examples[i], latent) for i in index]
             generator = torch.Generator().manual_seed(args.seed * 1_000_003 + number)
-            rollouts = generate(model, tokenizer, prompts, args.group, args.max_new_tokens, generator=generator, rows=args.rows,
-                                latent="projector" if latent else "none")
+            new = generate(model, tokenizer, [prompts[i] for i in index], args.group, args.max_new_tokens, generator=generator,
+                           rows=args.rows, latent="projector" if latent else "none")
             lap("sample")
             # (2) Reward what the policy wrote; the optional length penalty comes on top.
-            earned = torch.tensor(score(task, [examples[index[r.prompt]] for r in rollouts], [r.text for r in rollouts], number + 1))  # (B,)
-            rewards = earned.clone()
-            if args.overlong_buffer:
-                length = torch.tensor([len(r.slots) for r in rollouts])  # (B,) latents count
-                rewards += ((args.max_new_tokens - args.overlong_buffer - length) / args.overlong_buffer).clamp(-1, 0)
-            # (3) Advantages: each rollout against the other rollouts of its prompt.
-            groups = rewards.view(len(index), args.group)  # (P, G)
-            advantages = group_advantages(groups).flatten()  # (B,)
-            lap("reward")
-            # (4) The old log-probs are those that the sampler stored: no extra pass.
-            shuffled = random.Random(f"{args.seed} {number} minibatches").sample(range(len(index)), len(index))
+            rollouts, earned = new, torch.tensor(score(task, [examples[index[r.prompt]] for r in new], [r.text for r in new], number + 1))  # (B,)
+        rewards = earned.clone()
+        if args.overlong_buffer:
+            length = torch.tensor([len(r.slots) for r in rollouts])  # (B,) latents count
+            rewards += ((args.max_new_tokens - args.overlong_buffer - length) / args.overlong_buffer).clamp(-1, 0)
+        # (3) Advantages: each rollout against the other rollouts of its prompt.
+        groups = rewards.view(len(index), args.group)  # (P, G)
+        advantages = group_advantages(groups).flatten()  # (B,)
+        lap("reward")
+        # (4) The old log-probs are those that the sampler stored: no extra pass.
+        shuffled = random.Random(f"{args.seed} {number} minibatches").sample(range(len(index)), len(index))
 
         # (5) The clipped loss, in micro-batches. Groups without a winner or loser have no gradient and are not run;
         #     they count in the denominator, which is fixed here.
         chosen = shuffled[part :: args.minibatches]  # prompts of this minibatch, whole groups
         batch = [b for p in sorted(chosen) for b in range(p * args.group, (p + 1) * args.group) if advantages[b] != 0]
-        n_rollouts, max_dlogp = len(chosen) * args.group, 0.0
+        n_rollouts, max_dlogp, worst = len(chosen) * args.group, 0.0, None
         for indices in pack([rollouts[b] for b in batch], args.tokens_per_forward):
             micro = [batch[i] for i in indices]
             some = [rollouts[b] for b in micro]
@@ -182,27 +257,39 @@ def main():
             old = torch.nn.utils.rnn.pad_sequence([r.logprobs for r in some], batch_first=True).to(logp)
             loss, ratio = policy_loss(logp, old, advantages[micro].to(logp), scored, n_rollouts, args.clip)
             loss.backward()
-            max_dlogp = max(max_dlogp, float((logp.detach() - old)[scored].abs().max()))
+            off = torch.where(scored, (logp.detach() - old).abs(), 0.0).amax(1)  # (b,)
+            if off.max() > max_dlogp:
+                max_dlogp, worst = float(off.max()), micro[int(off.argmax())]
         lap("update")
+        if part == 0 and not args.recompute_latents and max_dlogp > DLOGP[model.bf16 or args.offload]:
+            raise UserError(f"step {step + 1}: sampler and scorer differ by {max_dlogp:.3g} in a log-prob of rollout {worst} (train prompt "
+                            f"{index[rollouts[worst].prompt]}); more than {DLOGP[model.bf16 or args.offload]:g} means that what is trained is not "
+                            f"what was sampled; it is in {put_aside(args.out, step, rollouts, earned, [worst])}")
         # (6) One optimiser step on the base; the projector is not in the optimiser and gets no gradient.
         if args.offload:
             for p, master in zip(base, masters):
                 master.grad, p.grad = None if p.grad is None else p.grad.to("cpu", torch.float32), None
+        busy = True
         norm = float(torch.nn.utils.clip_grad_norm_(masters, 1.0))
-        optimizer.step()
+        whole = math.isfinite(norm) and all(r.latents.isfinite().all() for r in rollouts)  # a NaN loss has a NaN gradient
+        if whole:
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        carried["skipped"] += not whole
+        carried["skipped_in_a_row"] = 0 if whole else carried["skipped_in_a_row"] + 1
         if args.offload:
             for p, master in zip(base, masters):
                 p.data.copy_(master.data)
         lap("step")
         # (7) At the end of each epoch the projector is refreshed on the epoch's own rewarded rollouts.
         if latent and not args.no_refresh and part == 0:
-            epoch_rollouts += [(examples[index[r.prompt]], r) for r, e in zip(rollouts, earned.tolist()) if e > 0]
+            carried["epoch_rollouts"] += [(index[r.prompt], r.text) for r, e in zip(rollouts, earned.tolist()) if e > 0]
         refreshed = None
         if (step + 1) % (per_epoch * args.minibatches) == 0:
-            if epoch_rollouts:
-                refreshed = refresh(model, tokenizer, task, epoch_rollouts, args, epoch)
-            epoch_rollouts = []
+            if carried["epoch_rollouts"]:
+                pairs = [(examples[i], prompts[i], text) for i, text in carried["epoch_rollouts"]]
+                refreshed = refresh(model, tokenizer, task, pairs, args, epoch)
+            carried["epoch_rollouts"] = []
             save(model, tokenizer, os.path.join(args.out, "model"))
             lap("refresh")
 
@@ -211,11 +298,12 @@ def main():
              "text_tokens": mean(lambda r: r.n_tokens), "latent_steps": mean(lambda r: r.n_latents),
              "tags": mean(lambda r: r.n_tags), "tag_share": mean(lambda r: r.n_tags > 0),
              "zero_variance": float((groups.amax(1) == groups.amin(1)).float().mean()),
-             "truncated": mean(lambda r: not r.finished), "max_dlogp": max_dlogp, "grad_norm": norm,
-             "refresh_loss": refreshed, "seconds": {k: round(v, 3) for k, v in seconds.items()},
+             "truncated": mean(lambda r: not r.finished), "max_dlogp": max_dlogp, "grad_norm": norm if math.isfinite(norm) else None,
+             "skipped": carried["skipped"], "refresh_loss": refreshed, "seconds": {k: round(v, 3) for k, v in seconds.items()},
              "peak_memory_gib": (torch.cuda.max_memory_allocated() if model.device.type == "cuda"
                                  else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2**30}
-        log.write(json.dumps(m) + "\n")
+        carried["metrics"].append(json.dumps(m) + "\n")
+        log.write(carried["metrics"][-1])
         log.flush()
         print(f"step {step + 1:4d}/{args.steps} | reward {m['reward']:6.3f} | text {m['text_tokens']:6.1f} | latent {m['latent_steps']:5.1f} | "
               f"tags {m['tags']:4.2f} | zero-var {m['zero_variance']:4.2f} | cut {m['truncated']:4.2f} | gnorm {norm:6.3f} | "
@@ -224,6 +312,22 @@ def main():
         if args.show_every and (step % args.show_every == 0):
             for r, e in list(zip(rollouts, earned.tolist()))[: 2 * args.group : args.group]:
                 print(f"    [{e:g}] {readable(tokenizer, r)}", flush=True)
+        if part == 0:
+            warn(m, latent, len(index))
+        if not whole:
+            aside = put_aside(args.out, step, rollouts, earned, [p * args.group + i for p in sorted(chosen) for i in range(args.group)])
+            print(f"warning: step {step + 1}: a loss, gradient or latent is not finite; step skipped, {carried['skipped']} so far; its rollouts "
+                  f"are in {aside}", flush=True)
+        done = step + 1
+        if done % args.save_every == 0 or done == args.steps or carried["skipped_in_a_row"] >= 3:
+            keep()
+        if carried["skipped_in_a_row"] >= 3:
+            raise UserError(f"steps {done - 2} to {done} were not finite and were skipped: stopped; the weights before them are in {args.out}/state-{done}")
+        if signals:
+            leave()
+        busy = False
+    for s, handler in zip((signal.SIGINT, signal.SIGTERM), former):
+        signal.signal(s, handler)
     log.close()
     save(model, tokenizer, os.path.join(args.out, "model"))
     print(f"saved {args.out}/model")
@@ -272,17 +376,81 @@ def forecast(model, args, longest, scorer=None):
 
 
 def refresh(model, tokenizer, task, rollouts, args, epoch):
-    """Step (7), paper Sec. 3.4: a random share of the rewarded rollouts, each once per ratio; tags already there stay and
-    are never replaced; the target ends in the gold answer in exactly the format that the reward parses."""
+    """Step (7), paper Sec. 3.4: a random share of the rewarded rollouts (example, prompt ids, text), each once per ratio; tags already
+    there stay and are never replaced; the target ends in the gold answer in exactly the format that the reward parses."""
     rng, traces = random.Random(f"{args.seed} {epoch} refresh"), []
     marker = getattr(task, "ANSWER", "\\boxed{")
-    for example, r in rng.sample(rollouts, max(1, int(args.refresh_share * len(rollouts)))):
+    for example, prompt, text in rng.sample(rollouts, max(1, int(args.refresh_share * len(rollouts)))):
         gold = task.answer(example) if hasattr(task, "answer") else None
-        traces += [masked_trace(model, tokenizer, rng, r.prompt_ids, r.text, gold, marker, ratio) for ratio in RATIOS]
+        traces += [masked_trace(model, tokenizer, rng, prompt, text, gold, marker, ratio) for ratio in RATIOS]
     traces = [t for t in traces if t is not None]
     if not traces:
         return None
     return fit_projector(model, traces, args.refresh_lr, batch=16, schedule=False, seed=epoch, budget=args.tokens_per_forward)
+
+
+# ---------------------------------------------------------------- tripwires: what goes wrong without a crash, one line each
+def check_answers(task, examples):
+    """Before the first step, on real rows: the refresh's target, the label and the reward agree. For tasks with an `answer`."""
+    marker = getattr(task, "ANSWER", "\\boxed{")
+    for i, e in enumerate(examples if hasattr(task, "answer") else []):
+        answer = task.answer(e)
+        earned = score(task, [e], ["Some reasoning.\n" + answer])[0]
+        if earned != 1 or not answer.startswith(marker):
+            raise UserError(f"train example {i}: its own answer {answer!r} earns {earned:g}, not 1, or does not begin with {marker!r}: the label, "
+                            f"the answer and the reward of this task do not agree")
+
+
+def warn(m, latent, n_groups):
+    """m: the metrics of a step."""
+    if latent and m["tag_share"] == 0:
+        print(f"warning: step {m['step']}: 0 of {n_groups} groups' rollouts ran a tag: there is no latent reasoning left", flush=True)
+    if m["zero_variance"] == 1:
+        print(f"warning: step {m['step']}: in all {n_groups} groups every rollout earned the same (mean {m['reward']:.3f}): nothing to learn from",
+              flush=True)
+
+
+def put_aside(out, step, rollouts, earned, which):
+    """Writes the rollouts that caused a trouble, to be read; -> where."""
+    path = os.path.join(out, "bad-rollouts.json")
+    write_json(path, [{"step": step + 1, "rollout": b, "reward": float(earned[b]), "latents_finite": bool(rollouts[b].latents.isfinite().all()),
+                       "prompt_ids": rollouts[b].prompt_ids, "slots": rollouts[b].slots, "text": rollouts[b].text,
+                       "logprobs": rollouts[b].logprobs.tolist()} for b in which])
+    return path
+
+
+# ---------------------------------------------------------------- the state
+def save_state(out, step, model, masters, optimizer, rollouts, earned, carried):
+    """out/state-STEP: weights (with --offload the fp32 masters), AdamW's moments, the projector, and what else goes from step to step."""
+    tensors = {f"projector {n}": p for n, p in model.reasoning_projector.named_parameters()}
+    for i, p in enumerate(masters):
+        tensors |= {f"weight {i}": p, **{f"adamw {i} {k}": v for k, v in optimizer.state[p].items()}}
+    if rollouts:  # in the midst of a batch's minibatches
+        tensors |= {"latents": torch.cat([r.latents for r in rollouts]), "logprobs": torch.cat([r.logprobs for r in rollouts])}
+    plain = [[r.prompt_ids, r.slots, r.text, r.finished, r.prompt] for r in rollouts]
+    write_state(out, step, tensors, {"carried": carried, "rollouts": plain, "earned": earned.tolist()})
+
+
+@torch.no_grad()
+def restore_state(model, masters, optimizer, tensors, rest):
+    """The way back, into model, masters and optimizer. -> rollouts, earned, carried"""
+    for n, p in model.reasoning_projector.named_parameters():
+        p.copy_(tensors[f"projector {n}"])
+    moments = {}
+    for name, value in tensors.items():
+        if name.startswith("adamw "):
+            _, i, k = name.split()
+            moments.setdefault(int(i), {})[k] = value.to(masters[int(i)].device, copy=True)
+    for i, p in enumerate(masters):
+        p.copy_(tensors[f"weight {i}"])
+        if i in moments:
+            optimizer.state[p] = moments[i]
+    rollouts, a, b = [], 0, 0
+    for prompt_ids, slots, text, finished, prompt in rest["rollouts"]:
+        r = Rollout(prompt_ids, slots, tensors["latents"][a : a + slots.count(LATENT)],
+                    tensors["logprobs"][b : b + len(slots)], text, finished, prompt)
+        rollouts, a, b = rollouts + [r], a + slots.count(LATENT), b + len(slots)
+    return rollouts, torch.tensor(rest["earned"]), rest["carried"]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,139 @@
+"""A stopped run goes on as if it had never stopped; a damaged state, a second process and a full disk end in one line. kill.py is the long form."""
+import json
+import os
+import shutil
+import signal
+import types
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_real_tasks import run
+
+import litereason
+import train_rl
+from litereason import UserError, lock, read_state, states, write_state
+
+SIZES = ("--device", "cpu", "--n", 2, "--train-prompts", 8, "--prompts", 4, "--group", 4, "--minibatches", 2, "--max-new-tokens", 60, "--save-every", 1,
+         "--show-every", 0, "--projector-steps", 2, "--trace-prompts", 8)
+
+
+def metrics(out):
+    """Without what a clock or the operating system says."""
+    rows = [json.loads(line) for line in open(out / "metrics.jsonl")]
+    return [{k: v for k, v in m.items() if k not in ("seconds", "peak_memory_gib")} for m in rows]
+
+
+def same(a, b):
+    one, two = (load_file(out / "model" / "model.safetensors") for out in (a, b))
+    table = lambda out: [{k: v for k, v in r.items() if k != "seconds"} for r in json.load(open(out / "results.json"))]
+    return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one) and metrics(a) == metrics(b) and table(a) == table(b)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """whole: 4 steps, an epoch and a refresh, from the base through all stages. half: the same, stopped within step 4, in a batch's midst."""
+    at = tmp_path_factory.mktemp("runs")
+    run(train_rl, *SIZES, "--steps", 4, "--out", at / "whole")
+    write = litereason._checksum
+
+    def press(path):  # Ctrl-C while the state of step 3 is being written: it is brought to its end
+        if path.endswith("state-3.writing"):
+            os.kill(os.getpid(), signal.SIGINT)
+        return write(path)
+
+    litereason._checksum = press
+    former = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(KeyboardInterrupt) as stopped:
+            run(train_rl, *SIZES, "--steps", 4, "--out", at / "half")
+    finally:
+        litereason._checksum = write
+        signal.signal(signal.SIGINT, former[0])
+        signal.signal(signal.SIGTERM, former[1])
+    assert stopped.value.args[0] == signal.SIGINT and "step 3 of 4 is saved; go on with" in stopped.value.args[1]
+    assert states(at / "half") == [2, 3] and not (at / "half" / "results.json").exists()
+    return at
+
+
+def test_a_run_stopped_in_the_midst_of_a_batch_goes_on_bit_for_bit(runs, capsys):
+    shutil.copytree(runs / "half", runs / "a")
+    with open(runs / "a" / "metrics.jsonl", "a") as f:
+        f.write('{"step": 4, "epo')  # half a line of a step whose state was never written
+    run(train_rl, "--resume", runs / "a")
+    assert "resumed from" in capsys.readouterr().out
+    assert same(runs / "whole", runs / "a") and states(runs / "a") == [3, 4]
+
+
+def test_a_damaged_newest_state_falls_back_to_the_one_before_and_says_so(runs, capsys):
+    shutil.copytree(runs / "half", runs / "b")
+    with open(runs / "b" / "state-3" / "tensors.safetensors", "r+b") as f:
+        f.seek(100_000)
+        f.write(b"\x55\xaa" * 8)
+    run(train_rl, "--resume", runs / "b")
+    out, err = capsys.readouterr()
+    assert "state-3 is damaged (its checksum is wrong)" in err and "resumed from" in out and "state-2" in out
+    assert same(runs / "whole", runs / "b")
+
+
+def test_what_may_stand_beside_resume_and_what_a_stopped_run_is_guarded_against(runs, tmp_path):
+    for words, says in (((*SIZES, "--steps", 4, "--out", runs / "half"), "stopped at step 3 of 4: go on with --resume"),
+                        (("--resume", runs / "half", "--lr", 1), "--lr: a resumed run keeps the settings"),
+                        (("--resume", runs / "half", "--steps", 2), "is at step 3 already"),
+                        (("--resume", tmp_path), "nothing to resume")):
+        with pytest.raises(UserError, match=says):
+            run(train_rl, *words)
+
+
+def test_a_second_process_on_the_same_directory_is_refused(tmp_path):
+    held = lock(str(tmp_path))
+    child = os.fork()
+    if not child:
+        try:
+            lock(str(tmp_path))
+        except UserError as e:
+            os._exit(7 if "another process is writing to" in str(e) else 1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    held.close()
+
+
+def test_states_are_complete_or_absent_and_two_are_kept(tmp_path, monkeypatch):
+    for step in range(1, 4):
+        write_state(tmp_path, step, {"x": torch.tensor([float(step)])}, {"n": step})
+    assert states(tmp_path) == [2, 3]
+    monkeypatch.setattr(litereason, "save_file", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(UserError, match="No space left on device; state-3, written before, is still there"):
+        write_state(tmp_path, 4, {"x": torch.zeros(1)}, {})
+    assert sorted(os.listdir(tmp_path)) == ["state-2", "state-3"]
+    os.remove(tmp_path / "state-3" / "rest.json")
+    step, tensors, rest = read_state(tmp_path)
+    assert step == 2 and tensors["x"] == 2 and rest == {"n": 2}
+
+
+# ---------------------------------------------------------------- tripwires
+def test_steps_that_are_not_finite_are_skipped_and_three_in_a_row_stop_the_run(runs, monkeypatch, capsys):
+    real = train_rl.policy_loss
+    monkeypatch.setattr(train_rl, "policy_loss", lambda *a: (real(*a)[0] * float("nan"), None))
+    shutil.copytree(runs / "half", runs / "nan")
+    with pytest.raises(UserError, match="steps 4 to 6 were not finite"):
+        run(train_rl, "--resume", runs / "nan", "--steps", 9)
+    assert [m["skipped"] for m in metrics(runs / "nan")] == [0, 0, 0, 1, 2, 3] and metrics(runs / "nan")[-1]["grad_norm"] is None
+    assert json.load(open(runs / "nan" / "bad-rollouts.json"))[0]["step"] == 6 and "3 so far" in capsys.readouterr().out
+    a, b = (read_state(runs / name)[1] for name in ("half", "nan"))
+    assert all(torch.equal(a[k], b[k]) for k in a if k.startswith("weight "))
+
+
+def test_a_scorer_that_disagrees_with_the_sampler_stops_the_run(runs, monkeypatch):
+    real = train_rl.logprobs
+    monkeypatch.setattr(train_rl, "logprobs", lambda *a: (lambda logp, scored: (logp + 0.1, scored))(*real(*a)))
+    with pytest.raises(UserError, match="step 1: sampler and scorer differ by 0.1 in a log-prob of rollout"):
+        run(train_rl, "--model", runs / "whole", *SIZES, "--minibatches", 1, "--prompts", 8, "--steps", 1, "--out", runs / "off")
+    assert len(json.load(open(runs / "off" / "bad-rollouts.json"))) == 1
+
+
+def test_a_task_whose_label_answer_and_reward_do_not_agree_is_refused():
+    task = types.SimpleNamespace(answer=lambda e: "\\boxed{Yes}", reward=lambda e, c: float(e["label"] and "Yes" in c))
+    train_rl.check_answers(task, [{"label": True}])
+    with pytest.raises(UserError, match="train example 1: its own answer .* earns 0, not 1"):
+        train_rl.check_answers(task, [{"label": True}, {"label": False}])
