@@ -140,6 +140,7 @@ def main():
                                    for k, v in RELEASED.items()))
     if not is_small(model):
         print(forecast(model, args, max(map(len, prompts)), *getattr(task, "settings", {}).get("scorer", ())[:1]), flush=True)
+        print(pace(model, tokenizer, prompts, args), flush=True)
 
     # ------------------------------------------------------------ the starting point: table rows, stages 1 and 2
     rows, tests, start = [], task.examples("test")[: args.n], time.time()
@@ -373,6 +374,26 @@ def forecast(model, args, longest, scorer=None):
         text += (f"\nthis card has {card / gib:.1f} GiB, so it may not fit: lower --rows (sampling) or --tokens-per-forward (update), say "
                  f"--checkpoint-layers, --offload, shorten --max-new-tokens, or take a smaller model")
     return text
+
+
+def pace(model, tokenizer, prompts, args, steps=16):
+    """How long this run may take on this machine, as text: one group of the longest prompt is decoded for a few steps and scored.
+
+    An upper estimate: every rollout as long as allowed, and a step with all rows taken to cost what it costs with one group per forward."""
+    longest, clock, spent = max(prompts, key=len), time.time(), []
+    for n in (1, steps + 1):  # the difference is `steps` steps without the prompt
+        rollouts = generate(model, tokenizer, [longest], args.group, n)
+        spent.append(time.time() - clock)
+        clock = time.time()
+    logprobs(model, rollouts)[0].sum().backward()
+    model.zero_grad(set_to_none=True)
+    update = (time.time() - clock) / (len(longest) + sum(len(r.slots) for r in rollouts))  # seconds per position
+    forwards = -(-args.prompts // max(1, args.rows // args.group))  # batches of rows
+    sample = forwards * (spent[0] + max(0.0, spent[1] - spent[0]) / steps * args.max_new_tokens)
+    update *= args.prompts * (len(longest) + args.group * args.max_new_tokens)
+    batches = args.steps / args.minibatches
+    return (f"time at most, from a short measurement: {sample:.0f} s to sample and {update:.0f} s to update per rollout batch; {batches:.0f} batches: "
+            f"{batches * (sample + update) / 3600:.1f} hours, without evaluation and stages 1 and 2")
 
 
 def refresh(model, tokenizer, task, rollouts, args, epoch):

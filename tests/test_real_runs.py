@@ -204,3 +204,13 @@ def test_unprepared_data_and_stories_that_do_not_fit_end_in_one_line(tmp_path, d
 def test_write_needs_a_place_and_a_task_with_chapters(tmp_path, small):
     one_line("--write needs --out", run, evaluation, "--model", small, "--device", "cpu", "--write", 1)
     one_line("--write is for tasks .*; tiny is none", run, evaluation, "--model", small, "--device", "cpu", "--write", 1, "--out", tmp_path / "o")
+
+
+def test_the_pace_is_measured_on_this_machine_and_grows_with_the_run(small, tok):
+    model, tokenizer = load(small, "cpu")
+    args = types.SimpleNamespace(**{**train_rl.RELEASED, "group": 2, "prompts": 4, "rows": 4, "max_new_tokens": 50})
+    hours = lambda text: float(text.split("batches: ")[1].split()[0])
+    text = train_rl.pace(model, tokenizer, [[5, 6, 7], [5] * 20], args)
+    args.steps = 10**7
+    assert "180 batches" in text and hours(train_rl.pace(model, tokenizer, [[5] * 20], args)) > hours(text)
+    assert all(p.grad is None for p in model.parameters())
