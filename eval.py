@@ -7,7 +7,7 @@ Left out, and why: (1) no pass@k or majority vote: the paper reports mean reward
 temperature 0.7, top-p 0.8, top-k 20; the default here is the distribution that RL trained (temperature 1, nothing cut),
 since cutting hides the base's slips. The flags give the paper's. (3) Length penalties: score what the task scores.
 
-    python eval.py --model tiny --task tiny                         # the base with the tag prompt (2 min on 2 cores)
+    python eval.py --model tiny --task tiny                         # the base with the tag prompt: 5 seconds
     python eval.py --model tiny:plain tiny out/rl --task tiny       # one table: explicit reasoning, tags, a trained run
     python eval.py --model out/rl --task tiny --show 3              # three answers, latents with their nearest words
     python eval.py --model out/rl --task tiny --controls            # what its latents do: zeros, noise, another story's, none, ..

@@ -8,7 +8,7 @@ Left out, and why: (1) spaCy: sentences end at [.!?] or a newline. (2) The relea
 sentences again; here the text between them stays. (3) Its loss is summed over 16 micro-batches by accident (research
 notes, weakness 5), so that its clip of 0.2 bites harder; here the mean over a batch's tokens is clipped.
 
-    python train_projector.py                                  # the tiny model: 2 minutes on 2 cores
+    python train_projector.py                                  # the tiny model: half a minute on 2 cores
     python train_projector.py --model Qwen2.5-1.5B --out out/projector     # the paper's plot holes, on one GPU
     python train_projector.py --steps 2 --prompts 8 --n 8      # a smoke run
 """

@@ -3,7 +3,7 @@
 Each row runs ours and theirs in turn, --repeats times, and prints both medians and the median of the paired ratios; the
 growth tables show what a path costs as one dimension grows. Same weights, same lengths, same sampling on both sides.
 
-    python tests/bench.py                           # all rows and growth tables: about 20 minutes on 2 cores
+    python tests/bench.py                           # all rows and growth tables: 6 minutes on 2 cores
     python tests/bench.py --rows a d --growth none  # some of it
     python tests/bench.py --json results/bench.json # the numbers too
 
