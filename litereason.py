@@ -314,10 +314,7 @@ def attach(model, weights=None):
     layers = getattr(config, "litereason_num_reasoning_layers", PROJECTOR_LAYERS)
     if not isinstance(layers, int) or isinstance(layers, bool) or not 1 <= layers <= 64:
         raise UserError(f"config.json: litereason_num_reasoning_layers is {layers!r}, expected a whole number from 1 to 64")
-    try:
-        model.reasoning_projector = ReasoningProjector.warm_start(model, layers)
-    except AttributeError as e:
-        raise UserError(f"a {type(model).__name__} is not built like Qwen2: it has no model.layers[-1].mlp to copy") from e
+    model.reasoning_projector = ReasoningProjector.warm_start(model, layers)
     model.projector_trained = bool(weights)
     model.bf16 = model.device.type == "cuda" and model.dtype == torch.float32  # see compute()
     if weights:
@@ -450,12 +447,12 @@ class SharedCache:
             ok, ov = ok[:, :, : self.filled + 1], ov[:, :, : self.filled + 1]
         P, K, L, R, n = pk.shape[0], pk.shape[1], pk.shape[2], H // pk.shape[1], ok.shape[2]
         q = (q * scale).view(B, K, R, S, d)
-        on_own = (q.reshape(B, K, R * S, d) @ ok.transpose(2, 3)).view(B, K, R, S, n)
+        on_own = (q.reshape(B, K, R * S, d) @ ok.transpose(2, 3)).view(B, K, R, S, n)  # (B, K, R, S, n)
         if self.mask is not None:
             on_own = on_own.masked_fill(self.mask, -torch.inf)
         # All rows of a group against their one copy of the prompt: a single matrix product per prompt and head, G*R*S rows high.
         by_group = lambda t: self._grouped(t).transpose(1, 2).reshape(P, t.shape[1], -1, t.shape[-1])  # (B, K, R, S, ..) -> (P, K, G*R*S, ..)
-        by_row = lambda t: self._ungrouped(t.reshape(P, K, self.group, R, S, -1).transpose(1, 2))  # and back
+        by_row = lambda t: self._ungrouped(t.reshape(P, K, self.group, R, S, -1).transpose(1, 2))  # and back: (B, K, R, S, ..)
         on_prompt = by_group(q) @ pk.transpose(2, 3)  # (P, K, G*R*S, L)
         if self.pad is not None:
             on_prompt = on_prompt.masked_fill(self.pad, -torch.inf)
