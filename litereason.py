@@ -678,7 +678,7 @@ def next_logits(model, h):
 
 @torch.no_grad()
 def generate(model, tokenizer, prompts, samples=1, max_new_tokens=256, temperature=1.0, top_p=1.0, top_k=0,
-             latent="projector", generator=None, rows=512, stats=None, tag=None):
+             latent="projector", generator=None, rows=512, stats=None, tag=None, start=0, leave=None, feed=None):
     """The mixed decoding loop: every row either samples a token or runs a latent step, all in one batch.
 
     prompts: texts or lists of token ids. samples: rollouts per prompt; they come back grouped by prompt, in order.
@@ -686,6 +686,8 @@ def generate(model, tokenizer, prompts, samples=1, max_new_tokens=256, temperatu
     but the stop ids. latent: see latent_step; "none" leaves tags as plain text. generator: a CPU torch.Generator.
     tag: None (a tag runs as many latents as it says), a number K (K latents, whatever it says), or "forbidden" (none can be started).
     rows: most rows decoded at once (but at least one whole group). stats: a dict that receives `forwards`, the number of positions computed.
+    What other methods do differently (baselines.py), all functions of states h (n, D): start: every row begins with so many latents;
+    leave(h, rows (n,)) -> (n,) bool: rows inside a block that end it here; feed(h, token) -> (n, D): what is fed for a sampled token.
     Raises UserError for an empty prompt or one that does not fit the model's positions.
     """
     if samples < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
@@ -699,16 +701,17 @@ def generate(model, tokenizer, prompts, samples=1, max_new_tokens=256, temperatu
     for i in range(0, len(ids), per_batch):
         part = ids[i : i + per_batch]
         u = draws[i * samples : (i + len(part)) * samples].to(model.device)
-        for r in _decode(model, tokenizer, part, samples, max_new_tokens, (temperature, top_k, top_p), latent, u, stats, tag):
+        for r in _decode(model, tokenizer, part, samples, max_new_tokens, (temperature, top_k, top_p), latent, u, stats, tag, start, leave, feed):
             r.prompt += i
             out.append(r)
     return out
 
 
 @computes
-def _decode(model, tokenizer, prompts, samples, steps, sampling, latent, u, stats, tag=None):
+def _decode(model, tokenizer, prompts, samples, steps, sampling, latent, u, stats, tag, start, leave, feed):
     """generate for one batch of P prompts x `samples` rows; u (B, steps)."""
     device, B, embed = model.device, len(prompts) * samples, model.get_input_embeddings()
+    feed = feed or (lambda h, token: embed(token))
     stop = torch.tensor(stop_tokens(model, tokenizer), device=device)
     watch = watcher(model, tokenizer)
 
@@ -731,10 +734,12 @@ def _decode(model, tokenizer, prompts, samples, steps, sampling, latent, u, stat
     vectors = torch.empty(B, 0, h.shape[1], dtype=h.dtype, device=device)  # (B, latents, D), grows as needed
 
     state = torch.zeros(B, dtype=torch.long, device=device)  # where each row's tag watcher stands
-    left = torch.zeros(B, dtype=torch.long, device=device)  # latent steps still to run: > 0 means inside a block
+    left = torch.full((B,), start, device=device)  # latent steps still to run: > 0 means inside a block
     taken = torch.zeros(B, dtype=torch.long, device=device)  # latent steps run so far
     live = torch.ones(B, dtype=torch.bool, device=device)
     for t in range(steps):
+        if leave is not None:
+            left = left.masked_fill(leave(h, row), 0)
         latent_now = left > 0  # (B,) each row in its own mode
         if t % 4 == 0:  # every few steps, the one look at the device from outside
             need = int(taken.max()) + 4  # vectors that could be written before the next look
@@ -757,13 +762,13 @@ def _decode(model, tokenizer, prompts, samples, steps, sampling, latent, u, stat
             s, l = (~latent_now).nonzero()[:, 0], latent_now.nonzero()[:, 0]
             if len(s):
                 token[s], logp[s] = draw(h[s], u[s, t], state[s])
-                x[s] = embed(token[s])
+                x[s] = feed(h[s], token[s])
             if len(l):
                 x[l] = latent_step(model, h[l], latent, own[l], taken[l])
         else:
             drawn, drawn_logp = draw(h, u[:, t], state)
             token, logp = torch.where(latent_now, LATENT, drawn), torch.where(latent_now, 0.0, drawn_logp)
-            x = torch.where(latent_now[:, None], latent_step(model, h, latent, own, taken), embed(drawn))
+            x = torch.where(latent_now[:, None], latent_step(model, h, latent, own, taken), feed(h, drawn))
         # (b) Write it down: the slot, its log-prob, the vector if it is a latent.
         slots[row, t], logps[row, t] = token, logp.to(logps.dtype)
         vectors[row, torch.where(latent_now, taken, vectors.shape[1] - 1)] = x
@@ -848,16 +853,15 @@ def token_logprobs(model, h, targets, temperature=1.0, chunk=512):
 
 
 @computes
-def logprobs(model, rollouts, temperature=1.0):
+def states(model, rollouts):
     """The same slots, teacher-forced in one batched forward, latents as given constants (paper Sec. 3.4).
 
-    -> (logp (B, S), scored (B, S)): log-probs of the sampled tokens, 0 where nothing was sampled. Gradients reach the
-    base, also through its attention over the latents' keys and values; never the projector. Use the temperature that
-    the rollouts were sampled with. Differs from the released code: that one has no gradient into the input embeddings.
+    -> (h (B, S, D), slots (B, S), valid (B, S)): h[b, s] is the output that predicts slot s. Gradients reach the base, also
+    through its attention over the latents' keys and values; never the projector.
     """
     prompts, owner, order = _layout(rollouts)
     rows, device = [rollouts[i] for i in order], model.device
-    slots, valid, scored = _slot_table(rows, device)
+    slots, valid, _ = _slot_table(rows, device)
     cache, h_prompt = prefill(model, prompts)  # each prompt once, with its graph: the rows' gradients meet in it
     cache.assign(owner.to(device))
     x = model.get_input_embeddings()(slots.clamp(min=0))  # (B, S, D)
@@ -865,11 +869,22 @@ def logprobs(model, rollouts, temperature=1.0):
     x = x.masked_scatter(((slots == LATENT) & valid)[..., None], latents)
     cache.begin(valid)
     h = forward(model, x, cache.lengths[cache.owner, None] + torch.arange(slots.shape[1], device=device), cache)
-    h = torch.cat([h_prompt[cache.owner, None], h[:, :-1]], 1)  # (B, S, D): h[:, s] is the output that predicts slot s
-    logp = torch.zeros(slots.shape, dtype=torch.promote_types(h.dtype, torch.float32), device=device)
-    logp = logp.masked_scatter(scored, token_logprobs(model, h[scored], slots[scored], temperature).to(logp.dtype))
+    h = torch.cat([h_prompt[cache.owner, None], h[:, :-1]], 1)  # (B, S, D)
     back = torch.tensor(sorted(range(len(order)), key=order.__getitem__), device=device)
-    return logp[back], scored[back]
+    return h[back], slots[back], valid[back]
+
+
+@computes
+def logprobs(model, rollouts, temperature=1.0):
+    """-> (logp (B, S), scored (B, S)): log-probs of the sampled tokens, 0 where nothing was sampled; gradients as in `states`.
+
+    Use the temperature that the rollouts were sampled with. Differs from the released code: that one has no gradient into
+    the input embeddings.
+    """
+    h, slots, valid = states(model, rollouts)
+    scored = valid & (slots != LATENT)
+    logp = torch.zeros(slots.shape, dtype=torch.promote_types(h.dtype, torch.float32), device=h.device)
+    return logp.masked_scatter(scored, token_logprobs(model, h[scored], slots[scored], temperature).to(logp.dtype)), scored
 
 
 # ============================================================================ the latent roll-out with gradient (Sec. 3.3)
@@ -1074,7 +1089,7 @@ def lock(out):
     return file
 
 
-def states(out):
+def saved_states(out):
     """The steps of which `out` holds a state, in order."""
     return sorted(int(m.group(1)) for m in map(re.compile(r"state-(\d+)").fullmatch, os.listdir(out)) if m) if os.path.isdir(out) else []
 
@@ -1100,16 +1115,16 @@ def write_state(out, step, tensors, rest, keep=2):
         _sync(os.path.dirname(path))
     except (OSError, SafetensorError) as e:
         shutil.rmtree(new, ignore_errors=True)
-        last = [f"; state-{s}, written before, is still there" for s in states(out)[-1:]]
+        last = [f"; state-{s}, written before, is still there" for s in saved_states(out)[-1:]]
         raise UserError(f"cannot write {path}: {getattr(e, 'strerror', None) or e}{''.join(last)}") from e
-    last = [s for s in states(out) if s <= step][-keep:]
-    for s in set(states(out)) - set(last):
+    last = [s for s in saved_states(out) if s <= step][-keep:]
+    for s in set(saved_states(out)) - set(last):
         shutil.rmtree(os.path.join(out, f"state-{s}"), ignore_errors=True)
 
 
 def read_state(out):
     """(step, tensors, rest) of the newest whole state in `out`; a damaged one is passed over and named. None if there is none."""
-    for step in reversed(states(out)):
+    for step in reversed(saved_states(out)):
         path = os.path.join(out, f"state-{step}")
         try:
             with open(os.path.join(path, "crc32")) as f:

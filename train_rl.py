@@ -32,7 +32,7 @@ import torch
 from eval import (base_of, check_arguments, evaluate, is_small, readable, run_settings, score, start_task, table, task_flags,
                   write_json)
 from litereason import (LATENT, Rollout, UserError, check_lengths, checkpoint_layers, encode_prompt, generate, group_advantages, load, lock,
-                        logprobs, pack, policy_loss, read_state, recompute_latents, run_script, save, states, write_state)
+                        logprobs, pack, policy_loss, read_state, recompute_latents, run_script, save, saved_states, write_state)
 from train_projector import RATIOS, fit_projector, masked_trace, run as run_stages_1_and_2
 
 # ---------------------------------------------------------------- settings that depend on the model's size
@@ -107,7 +107,7 @@ def main():
     check_arguments(args, n=0)
     held = lock(args.out)  # until the process ends
     found = read_state(args.out) if args.resume else None
-    before, asked_for = states(args.out), run_settings(args.out).get("steps")
+    before, asked_for = saved_states(args.out), run_settings(args.out).get("steps")
     if before and not args.resume and before[-1] < (asked_for or 0):
         raise UserError(f"{args.out} holds a run that was stopped at step {before[-1]} of {asked_for}: go on with --resume {args.out}, choose "
                         f"another --out, or delete {args.out}/state-*")

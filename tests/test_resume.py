@@ -12,7 +12,7 @@ from test_real_tasks import run
 
 import litereason
 import train_rl
-from litereason import UserError, lock, read_state, states, write_state
+from litereason import UserError, lock, read_state, saved_states, write_state
 
 SIZES = ("--device", "cpu", "--n", 2, "--train-prompts", 8, "--prompts", 4, "--group", 4, "--minibatches", 2, "--max-new-tokens", 60, "--save-every", 1,
          "--show-every", 0, "--projector-steps", 2, "--trace-prompts", 8)
@@ -52,7 +52,7 @@ def runs(tmp_path_factory):
         signal.signal(signal.SIGINT, former[0])
         signal.signal(signal.SIGTERM, former[1])
     assert stopped.value.args[0] == signal.SIGINT and "step 3 of 4 is saved; go on with" in stopped.value.args[1]
-    assert states(at / "half") == [2, 3] and not (at / "half" / "results.json").exists()
+    assert saved_states(at / "half") == [2, 3] and not (at / "half" / "results.json").exists()
     return at
 
 
@@ -62,7 +62,7 @@ def test_a_run_stopped_in_the_midst_of_a_batch_goes_on_bit_for_bit(runs, capsys)
         f.write('{"step": 4, "epo')  # half a line of a step whose state was never written
     run(train_rl, "--resume", runs / "a")
     assert "resumed from" in capsys.readouterr().out
-    assert same(runs / "whole", runs / "a") and states(runs / "a") == [3, 4]
+    assert same(runs / "whole", runs / "a") and saved_states(runs / "a") == [3, 4]
 
 
 def test_a_damaged_newest_state_falls_back_to_the_one_before_and_says_so(runs, capsys):
@@ -101,7 +101,7 @@ def test_a_second_process_on_the_same_directory_is_refused(tmp_path):
 def test_states_are_complete_or_absent_and_two_are_kept(tmp_path, monkeypatch):
     for step in range(1, 4):
         write_state(tmp_path, step, {"x": torch.tensor([float(step)])}, {"n": step})
-    assert states(tmp_path) == [2, 3]
+    assert saved_states(tmp_path) == [2, 3]
     monkeypatch.setattr(litereason, "save_file", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(UserError, match="No space left on device; state-3, written before, is still there"):
         write_state(tmp_path, 4, {"x": torch.zeros(1)}, {})
