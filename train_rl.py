@@ -31,7 +31,7 @@ import torch
 
 from eval import (base_of, check_arguments, evaluate, is_small, readable, run_settings, score, start_task, table, task_flags,
                   write_json)
-from litereason import (LATENT, Rollout, UserError, check_lengths, checkpoint_layers, encode_prompt, generate, group_advantages, load, lock,
+from litereason import (LATENT, Rollout, UserError, check_lengths, checkpoint_layers, control_projector, encode_prompt, generate, group_advantages, load, lock,
                         logprobs, pack, policy_loss, read_state, recompute_latents, run_script, save, saved_states, write_state)
 from train_projector import RATIOS, fit_projector, masked_trace, run as run_stages_1_and_2
 
@@ -53,8 +53,8 @@ def parse_arguments():
     g.add_argument("--model", default="tiny", help="tiny, a directory (a run of train_projector.py too), or a hub name")
     task_flags(g)
     g.add_argument("--out", default="out/rl", metavar="DIR", help="settings, metrics.jsonl, the model and the table go there")
-    g.add_argument("--method", default="litereason", choices=["litereason", "grpo"],
-                   help="grpo: the same RL with the plain prompt, no tags and no latents")
+    g.add_argument("--method", default="litereason", choices=["litereason", "grpo", "tag"],
+                   help="grpo: the same RL with the plain prompt, no tags and no latents; tag: with the tag prompt, but a tag is text")
     g = ap.add_argument_group("rollouts (default: set by the model's size, see RELEASED and SMALL)")
     g.add_argument("--steps", type=int, default=None, help="optimiser steps")
     g.add_argument("--prompts", type=int, default=None, help="prompts per rollout batch")
@@ -78,6 +78,8 @@ def parse_arguments():
     g = ap.add_argument_group("projector")
     g.add_argument("--projector-steps", type=int, default=None, help="optimiser steps of stage 2, if it is run")
     g.add_argument("--trace-prompts", type=int, default=None, help="train prompts that stage 1 samples traces for, if it is run")
+    g.add_argument("--projector", default="warm", choices=["warm", "random", "pause"], help="what stage 2 starts from: copies of the last MLP "
+                   "(the paper), random weights, or instead of a projector one learned vector for every latent (controls)")
     g.add_argument("--no-refresh", action="store_true", help="leave the projector as stage 2 made it")
     g = ap.add_argument_group("run")
     g.add_argument("--resume", default=None, metavar="DIR", help="go on with the run in DIR, by its own settings; only --steps and "
@@ -122,9 +124,14 @@ def main():
             setattr(args, key, value)
     if args.checkpoint_layers:
         checkpoint_layers(model)
-    latent = args.method == "litereason"
+    if args.projector != "warm":
+        if model.projector_trained:
+            raise UserError(f"--projector {args.projector} is where stage 2 starts, but {args.model} has a trained projector")
+        torch.manual_seed(args.seed)
+        model.reasoning_projector = control_projector(model, args.projector)
+    latent, tags = args.method == "litereason", args.method != "grpo"  # a tag runs latents; the prompt offers the tag
     examples = task.examples("train")[: args.train_prompts]
-    prompts = [encode_prompt(model, tokenizer, task.prompt(e, latent)) for e in examples]
+    prompts = [encode_prompt(model, tokenizer, task.prompt(e, tags)) for e in examples]
     check_lengths(model, prompts, args.max_new_tokens)  # now, not in the middle of an epoch
     check_answers(task, examples[:8])
     if not args.resume:
@@ -153,8 +160,9 @@ def main():
 
     if found is None:  # else the state has all that comes of it
         note("base, explicit reasoning", False)
-        if latent:
+        if tags:
             note("base, tag prompt", True, run="none")  # a plain LM: its tags are text
+        if latent:
             if not model.projector_trained:
                 run_stages_1_and_2(model, tokenizer, task, args.out, args.max_new_tokens, args.seed, steps=args.projector_steps,
                                    prompts=args.trace_prompts, n=min(200, args.n or 200))
@@ -334,7 +342,7 @@ def main():
     print(f"saved {args.out}/model")
 
     # ------------------------------------------------------------ the table
-    note("LiteReason" if latent else "RL without latents", latent)
+    note({"litereason": "LiteReason", "grpo": "RL without latents", "tag": "RL with tags, no latents"}[args.method], tags, "projector" if latent else "none")
     if latent:
         note("  its latents taken away", True, run="none")
     if rows:

@@ -1,0 +1,172 @@
+"""Makes the README's comparison from nothing: runs what is missing, then writes the tables and pictures. Stop it when you like; it goes on.
+
+A run is one method on one task with one seed, in its own process on one core, with its output in out/results/TASK/METHOD-SEED. A run that has its
+results.json is done; one of train_rl.py that was stopped is resumed from its last state; any other begins again.
+
+    python results/reproduce.py                            # all: 4 hours on 2 cores, two runs at a time
+    python results/reproduce.py --tasks tiny --seeds 0     # some of it
+    python results/reproduce.py --tables                   # only the tables, from the runs that are there
+"""
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(HERE)
+sys.path.insert(0, ROOT)
+
+from eval import bootstrap, write_json
+from litereason import UserError, run_script
+
+# (name in the tables, directory, command); the first runs are those the most is asked about
+METHODS = [
+    ("LiteReason", "litereason", "train_rl.py"),
+    ("RL without latents", "rl", "train_rl.py --method grpo"),
+    ("RL with tags, no latents", "tag", "train_rl.py --method tag"),
+    ("pause tokens", "pause", "train_rl.py --projector pause"),
+    ("RL + length penalty", "rl-lp", "train_rl.py --method grpo --overlong-buffer {most}"),
+    ("LiteReason + length penalty", "litereason-lp", "train_rl.py --overlong-buffer {most}"),
+    ("Soft Thinking", "soft-thinking", "baselines.py --method soft-thinking"),
+    ("MoI", "moi", "baselines.py --method moi"),
+    ("Coconut", "coconut", "baselines.py --method coconut"),
+    ("CoLaR", "colar", "baselines.py --method colar"),
+    ("projector never refreshed", "no-refresh", "train_rl.py --no-refresh"),
+    ("projector from random numbers", "random", "train_rl.py --projector random"),
+]
+ORDER = ["base, explicit reasoning", "base, tag prompt", "MoI", "Soft Thinking", "Coconut", "CoLaR", "RL without latents", "RL + length penalty",
+         "LiteReason before RL", "LiteReason", "LiteReason + length penalty", "RL with tags, no latents", "pause tokens", "projector never refreshed",
+         "projector from random numbers"]
+# The length penalty begins at the first token and is 1 at the limit: the paper does not give its own.
+TASKS = {"tiny": {"most": 160}, "tiny.next_chapter": {"most": 160}}
+
+
+def directory(task, method, seed):
+    return os.path.join(ROOT, "out", "results", task, f"{method}-{seed}")
+
+
+def start(task, method, command, seed):
+    """-> the process, in the background on one core, its output in log.txt."""
+    out = directory(task, method, seed)
+    os.makedirs(out, exist_ok=True)
+    words = f"{command.format(**TASKS[task])} --task {task} --seed {seed} --out {out}".split()
+    if command.startswith("train_rl.py") and any(name.startswith("state-") for name in os.listdir(out)):
+        words = ["train_rl.py", "--resume", out]
+    log = open(os.path.join(out, "log.txt"), "a")
+    return subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def run_missing(tasks, seeds, jobs):
+    waiting = [(task, method, command, seed) for task in tasks for seed in seeds for _, method, command in METHODS
+               if not os.path.exists(os.path.join(directory(task, method, seed), "results.json"))]
+    total, failed, running = len(waiting), [], {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                job = waiting.pop(0)
+                running[start(*job)] = job, time.time()
+            time.sleep(1)
+            for process in [p for p in running if p.poll() is not None]:
+                (task, method, _, seed), began = running.pop(process)
+                spent = os.path.join(directory(task, method, seed), "seconds.json")  # over all the times it was started
+                write_json(spent, time.time() - began + (json.load(open(spent)) if os.path.exists(spent) else 0))
+                failed += [f"{directory(task, method, seed)}/log.txt"] if process.returncode else []
+                print(f"{total - len(waiting) - len(running):3d}/{total} {task} {method} seed {seed}: {time.time() - began:.0f}s"
+                      f"{', failed' if process.returncode else ''}", flush=True)
+    finally:  # Ctrl-C: train_rl.py saves its state
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()
+    if failed:
+        raise UserError(f"{len(failed)} runs failed, see {', '.join(failed)}; run this again for what is missing")
+
+
+def rows_of(task, seeds):
+    """{name in the table: {seed: row}}; a row is evaluate's result, with what the training took."""
+    found = {}
+    for seed in seeds:
+        for name, method, command in METHODS:
+            out = directory(task, method, seed)
+            if not os.path.exists(os.path.join(out, "results.json")):
+                continue
+            rows, sampled = json.load(open(os.path.join(out, "results.json"))), None
+            if os.path.exists(os.path.join(out, "metrics.jsonl")):
+                config = json.load(open(os.path.join(out, "config.json")))
+                lines = [json.loads(line) for line in open(os.path.join(out, "metrics.jsonl"))]
+                sampled = sum(m["text_tokens"] + m["latent_steps"] for m in lines) * config["prompts"] * config["group"]
+            own = [r for r in rows if not r["model"].startswith((" ", "base", "LiteReason before")) and not r["model"].endswith("SFT")][-1]
+            seconds = json.load(open(os.path.join(out, "seconds.json"))) if os.path.exists(os.path.join(out, "seconds.json")) else None
+            found.setdefault(name, {})[seed] = {**own, "sampled": sampled, "run_seconds": seconds, "command": f"python {command.format(**TASKS[task])}"}
+            if method == "litereason":
+                for r in rows:
+                    if r["model"].startswith(("base", "LiteReason before")):
+                        found.setdefault(r["model"], {})[seed] = {**r, "sampled": None, "run_seconds": None, "command": ""}
+                    if r["model"].startswith(" "):
+                        found.setdefault("LiteReason, its latents taken away", {})[seed] = {**r, "sampled": None, "run_seconds": None, "command": ""}
+    return {name: found[name] for name in sorted(found, key=lambda n: ORDER.index(n) if n in ORDER else ORDER.index("LiteReason") + 0.5)}
+
+
+def summary(rows):
+    """{seed: row} -> means over seeds; accuracy_ci95: bootstrap over the test examples of the seeds' mean score."""
+    seeds = list(rows.values())
+    mean = lambda key: None if seeds[0].get(key) is None else sum(r[key] for r in seeds) / len(seeds)
+    per_example = [sum(s) / len(s) for s in zip(*(r["per_example"]["score"] for r in seeds))]
+    return {"seeds": sorted(rows), "accuracy": mean("accuracy"), "accuracy_ci95": bootstrap(per_example), "by_seed": [r["accuracy"] for r in seeds],
+            "tokens_by_seed": [r["tokens"] for r in seeds], "command": seeds[0]["command"],
+            **{k: mean(k) for k in ("tokens", "text_tokens", "latent_steps", "tags", "truncated", "forward_positions", "flops", "seconds", "sampled",
+                                    "run_seconds")}}
+
+
+def table_of(task, found):
+    """-> Markdown. Differences that are too small to be any are for the reader to see: the interval is in the same line."""
+    graded, out = task != "tiny", []
+    form = (lambda v: f"{v:.1f}") if graded else (lambda v: f"{v:.3f}")
+    out.append(f"| {task}, test | {'reward' if graded else 'accuracy'} | 95 % interval | by seed | tokens | text | latent | M tokens sampled in RL | seconds in all | command |")
+    out.append("|---|---|---|---|---|---|---|---|---|---|")
+    for name, r in found.items():
+        say = lambda v, f: "" if v is None else f.format(v)
+        command = f"`{r['command']}`" if r["command"] else ""
+        out.append(f"| {name} | {form(r['accuracy'])} | {form(r['accuracy_ci95'][0])} to {form(r['accuracy_ci95'][1])} | {', '.join(map(form, r['by_seed']))} | "
+                   f"{r['tokens']:.1f} | {r['text_tokens']:.1f} | {r['latent_steps']:.1f} | {say(r['sampled'] and r['sampled'] / 1e6, '{:.2f}')} | "
+                   f"{say(r['run_seconds'], '{:.0f}')} | {command} |")
+    return "\n".join(out)
+
+
+def into_readme(name, text):
+    """Puts text between the README's marks <!-- NAME --> and <!-- /NAME -->."""
+    path = os.path.join(ROOT, "README.md")
+    readme = open(path, encoding="utf-8").read()
+    begin, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
+    if begin in readme and end in readme:
+        head, _, rest = readme.partition(begin)
+        with open(path + ".tmp", "w", encoding="utf-8") as f:
+            f.write(head + begin + text + end + rest.partition(end)[2])
+        os.replace(path + ".tmp", path)
+
+
+def write_tables(tasks, seeds):
+    for task in tasks:
+        found = {name: summary(rows) for name, rows in rows_of(task, seeds).items()}
+        if found:
+            write_json(os.path.join(HERE, f"methods-{task}.json"), found)
+            into_readme(f"methods-{task}", table_of(task, found))
+            print(table_of(task, found) + "\n")
+
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    ap.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    ap.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
+    ap.add_argument("--tables", action="store_true", help="run nothing")
+    args = ap.parse_args()
+    if not args.tables:
+        run_missing(args.tasks, args.seeds, args.jobs)
+    write_tables(args.tasks, args.seeds)
+
+
+if __name__ == "__main__":
+    run_script(main)
