@@ -41,7 +41,13 @@ SMALL = {"prompts": 160, "batch": 32, "coconut_lr": 3e-4, "stages": 8, "per_stag
 
 
 # ============================================================================ without training
-def soft_thinking(model, end, top_k=10, certain=0.01, patience=256):
+def predicted(model, h):
+    """log p of the next word for states h (n, D) -> (n, V), in fp32 or better."""
+    logits = next_logits(model, h)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
+def soft_thinking(model, end, top_k=10, certain=0.01, patience=256, temperature=1.0):
     """Soft Thinking (arXiv 2505.15778): while it thinks, the next input is sum_i p_i E[i] over the top_k likeliest words. It stops thinking
     when the likeliest word is `end`, or when the entropy (nats) has been below `certain` for `patience` steps ("cold stop").
 
@@ -49,19 +55,17 @@ def soft_thinking(model, end, top_k=10, certain=0.01, patience=256):
     table, calm = model.get_input_embeddings(), {}
 
     def step(h, *_):
-        p, word = next_logits(model, h).float().softmax(-1).topk(top_k)  # (n, top_k) each
-        p = p / p.sum(-1, keepdim=True)
+        logp, word = predicted(model, h).topk(top_k)  # (n, top_k) each
+        p = (logp / temperature).softmax(-1)
         return (p.to(h.dtype)[..., None] * table(word)).sum(1)  # (n, D)
 
     def leave(h, drawn, row, taken):
-        logp = next_logits(model, h).float().log_softmax(-1)  # (n, V)
+        logp = predicted(model, h)  # (n, V)
         sure = -(logp.exp() * logp).sum(-1) < certain  # (n,)
-        before = calm.get("steps", torch.zeros(0, device=h.device, dtype=torch.long))
-        if len(before) <= int(row.max()):
-            before = torch.zeros(int(row.max()) + 1, device=h.device, dtype=torch.long)
-        before[row] = torch.where(sure, torch.where(taken > 0, before[row], 0) + 1, 0)  # a new batch begins at taken = 0
-        calm["steps"] = before
-        return torch.where((logp.argmax(-1) == end) | (before[row] >= patience), end, LATENT)
+        if "steps" not in calm or len(calm["steps"]) <= int(row.max()):  # sure steps in a row, of every row of the batch
+            calm["steps"] = torch.zeros(int(row.max()) + 1, device=h.device, dtype=torch.long)
+        calm["steps"][row] = torch.where(sure, torch.where(taken > 0, calm["steps"][row], 0) + 1, 0)  # a new batch begins at taken = 0
+        return torch.where((logp.argmax(-1) == end) | (calm["steps"][row] >= patience), end, LATENT)
 
     return {"latent": step, "leave": leave}
 
@@ -72,7 +76,7 @@ def mixture_of_inputs(model, beta=1.0):
     table = model.get_input_embeddings()
 
     def feed(h, token):
-        logp = next_logits(model, h).float().log_softmax(-1)  # (n, V)
+        logp = predicted(model, h)  # (n, V)
         p = logp.exp()
         H = -(p * logp).sum(-1, keepdim=True) / math.log(p.shape[-1])  # (n, 1) entropy, 1 if all words are alike
         every = table(torch.arange(p.shape[-1], device=h.device))  # (V, D)
@@ -296,7 +300,7 @@ def main():
     end = tokenizer.encode(getattr(task, "ANSWER", "\\boxed{"), add_special_tokens=False)[0]  # the answer's first word
     examples, tests, start, spent, steps = task.examples("train"), task.examples("test")[: args.n], time.time(), 0, cfg["max_new_tokens"]
     if args.method == "soft-thinking":
-        decode = {**soft_thinking(model, end, args.top, patience=args.patience), "start": steps}
+        decode = {**soft_thinking(model, end, args.top, patience=args.patience, temperature=args.temperature or 1.0), "start": steps}
     elif args.method == "moi":
         decode = mixture_of_inputs(model, args.beta)
     else:

@@ -28,6 +28,7 @@ METHODS = [
     ("RL with tags, no latents", "tag", "train_rl.py --method tag"),
     ("pause tokens", "pause", "train_rl.py --projector pause"),
     ("RL + length penalty", "rl-lp", "train_rl.py --method grpo --overlong-buffer {most}"),
+    ("RL + late length penalty", "rl-late", "train_rl.py --method grpo --overlong-buffer {late}"),
     ("LiteReason + length penalty", "litereason-lp", "train_rl.py --overlong-buffer {most}"),
     ("Soft Thinking", "soft-thinking", "baselines.py --method soft-thinking"),
     ("MoI", "moi", "baselines.py --method moi"),
@@ -37,10 +38,10 @@ METHODS = [
     ("projector from random numbers", "random", "train_rl.py --projector random"),
 ]
 ORDER = ["base, explicit reasoning", "base, tag prompt", "MoI", "Soft Thinking", "Coconut", "CoLaR", "RL without latents", "RL + length penalty",
-         "LiteReason before RL", "LiteReason", "LiteReason + length penalty", "RL with tags, no latents", "pause tokens", "projector never refreshed",
+         "RL + late length penalty", "LiteReason before RL", "LiteReason", "LiteReason + length penalty", "RL with tags, no latents", "pause tokens", "projector never refreshed",
          "projector from random numbers"]
-# The length penalty begins at the first token and is 1 at the limit: the paper does not give its own.
-TASKS = {"tiny": {"most": 160}, "tiny.next_chapter": {"most": 160}}
+# The length penalty grows from the first token to 1 at the limit of 160; the late one begins 60 tokens before it. The paper does not give its own.
+TASKS = {"tiny": {"most": 160, "late": 60}, "tiny.next_chapter": {"most": 160, "late": 130}}
 
 
 def directory(task, method, seed):

@@ -1,0 +1,170 @@
+"""The other methods, each held against a plain way of saying the same, in float64; then the script as a user runs it."""
+import json
+
+import pytest
+import torch
+from conftest import close
+from test_scripts import script
+
+from baselines import LatentHead, colar, feed_back, mixture_of_inputs, normal_numbers, soft_thinking, train_coconut
+from litereason import LATENT, UserError, attach, control_projector, generate, load, logprobs, save, states, unroll
+
+PROMPTS = [" on the mat", "!"]
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def plain_states(model, prompt, x):
+    """States after prompt ids and embeddings x (n, D), without any cache of ours -> (len(prompt) + n, D)."""
+    e = torch.cat([model.get_input_embeddings()(torch.tensor(prompt)), x])[None]
+    model.set_attn_implementation("sdpa")
+    h = model.model(inputs_embeds=e, use_cache=False).last_hidden_state[0]
+    model.set_attn_implementation("litereason")
+    return h
+
+
+# ---------------------------------------------------------------- training-free
+def test_soft_thinking_over_one_word_is_greedy_decoding_up_to_the_answer(model, tok):
+    greedy = generate(model, tok, PROMPTS, max_new_tokens=30, temperature=0, tag=0)
+    for r in greedy:
+        end = r.slots[12]  # any word that greedy decoding says; soft thinking ends where it comes for the first time
+        at = r.slots.index(end)
+        soft = generate(model, tok, [r.prompt_ids], max_new_tokens=30, temperature=0, tag=0, start=30, **soft_thinking(model, end, top_k=1))[0]
+        assert soft.slots == [LATENT] * at + r.slots[at:]
+        close(soft.latents, model.get_input_embeddings()(torch.tensor(r.slots[:at])))
+
+
+def test_a_soft_latent_is_the_mean_embedding_of_the_likeliest_words(model, tok):
+    r = generate(model, tok, PROMPTS[:1], max_new_tokens=5, start=5, tag=0, **soft_thinking(model, -5, top_k=3))[0]
+    p, words = model.lm_head(plain_states(model, r.prompt_ids, r.latents)[len(r.prompt_ids) - 1 : -1]).softmax(-1).topk(3)
+    close(r.latents, ((p / p.sum(-1, keepdim=True))[..., None] * model.get_input_embeddings()(words)).sum(1))
+
+
+def test_soft_thinking_stops_after_certain_steps_in_a_row(model, tok):
+    sure = soft_thinking(model, 7, certain=100.0, patience=4)  # everything is certain
+    for r in generate(model, tok, PROMPTS, 2, max_new_tokens=12, start=12, tag=0, generator=seeded(), **sure):
+        assert r.slots[:4] == [LATENT] * 3 + [7]
+    again = generate(model, tok, PROMPTS, 2, max_new_tokens=12, start=12, tag=0, generator=seeded(), **sure)
+    assert again[0].slots[:4] == [LATENT] * 3 + [7]  # the count begins anew with each batch
+
+
+def test_a_mixture_with_an_infinite_weight_on_the_word_is_plain_sampling(model, tok):
+    plain = generate(model, tok, PROMPTS, 2, max_new_tokens=20, generator=seeded(), tag=0)
+    mixed = generate(model, tok, PROMPTS, 2, max_new_tokens=20, generator=seeded(), tag=0, **mixture_of_inputs(model, beta=1e15))
+    assert [r.slots for r in plain] == [r.slots for r in mixed]
+    other = generate(model, tok, PROMPTS, 2, max_new_tokens=20, generator=seeded(), tag=0, **mixture_of_inputs(model, beta=0.5))
+    assert [r.slots for r in plain] != [r.slots for r in other]
+
+
+# ---------------------------------------------------------------- Coconut
+def test_coconuts_latents_are_the_last_hidden_states(model, tok):
+    r = generate(model, tok, PROMPTS[:1], max_new_tokens=12, start=4, tag=0, latent=feed_back)[0]
+    assert r.slots[:4] == [LATENT] * 4 and r.n_latents == 4
+    close(r.latents, plain_states(model, r.prompt_ids, r.latents)[len(r.prompt_ids) - 1 : -1])
+    close(unroll(model, [r], feed_back)[1][0], r.latents)
+
+
+def test_coconut_learns_through_its_latents(model, tok):
+    model = attach(type(model)(model.config).double())
+    h, latents = unroll(model, generate(model, tok, PROMPTS[:1], max_new_tokens=8, start=3, tag=0, latent=feed_back), feed_back)
+    h[0, -1].sum().backward()
+    by_latents = model.model.embed_tokens.weight.grad.clone()
+    assert latents[0].requires_grad and by_latents.abs().sum() > 0
+    before = [p.detach().clone() for p in model.parameters()]
+    cfg = {"stages": 2, "per_stage": 1, "coconut_lr": 1e-3, "batch": 2}
+    traces = [(tok.encode("a b"), "One. Two. Three.", "\\boxed{1}"), (tok.encode("b"), "One.", "\\boxed{2}")]
+    assert train_coconut(model, tok, traces, cfg, 1000, 0) == 2
+    changed = [not torch.equal(a, b) for a, b in zip(before, model.parameters())]
+    names = [n for n, _ in model.named_parameters()]
+    assert all(c != n.startswith("reasoning_projector.") for c, n in zip(changed, names))  # the base, all of it, and not the projector
+
+
+# ---------------------------------------------------------------- CoLaR
+def head_of(model):
+    torch.manual_seed(1)
+    return LatentHead(model.config.hidden_size).double()
+
+
+def test_normal_numbers_are_normal_and_a_rows_own():
+    u, k = torch.rand(200, generator=seeded(), dtype=torch.float64), torch.arange(200) % 7
+    x = normal_numbers(u, k, 500)
+    assert abs(float(x.mean())) < 0.01 and abs(float(x.std()) - 1) < 0.01 and abs(float((x**4).mean()) - 3) < 0.1
+    assert torch.equal(x[17:19], normal_numbers(u[17:19], k[17:19], 500))
+    rows = torch.corrcoef(x)
+    assert float((rows - torch.eye(200)).abs().max()) < 0.25  # 1 / sqrt(500) is 0.045
+    assert not torch.equal(normal_numbers(u[:1], k[:1], 5), normal_numbers(u[:1], k[:1] + 1, 5))
+
+
+def test_colars_latents_follow_its_head_and_end_where_the_head_of_the_lm_draws_the_end(model, tok):
+    head, end = head_of(model), tok.encode("e")[0]
+    rolls = generate(model, tok, PROMPTS, 8, max_new_tokens=60, start=40, tag=0, generator=seeded(3), **colar(model, head, 0.5, end))
+    assert len({r.n_latents for r in rolls}) > 3
+    for r in rolls:
+        n = r.n_latents
+        assert 1 <= n <= 40 and r.slots[:n] == [LATENT] * n and (n == 40 or r.slots[n] == end)
+        mean, std = head(plain_states(model, r.prompt_ids, r.latents)[len(r.prompt_ids) - 1 : -1])
+        assert float(((r.latents / 0.5 - mean) / std).detach().abs().max()) < 6  # draws from that normal distribution
+    logp, scored = logprobs(model, rolls)  # sampler and scorer agree on the words, the end of the block included
+    for i, r in enumerate(rolls):
+        close(logp[i, : len(r.slots)], r.logprobs)
+    h, slots, valid = states(model, rolls)
+    is_latent = valid & (slots == LATENT)
+    z = torch.cat([r.latents for r in rolls]) / 0.5
+    mean, std = head(h[is_latent])
+    close(head.logprob(h[is_latent], z), (-0.5 * ((z - mean) / std) ** 2 - std.log() - 0.5 * torch.tensor(2 * torch.pi).log()).mean(1), 1e-6)
+
+
+@pytest.mark.parametrize("rule", ["soft", "colar"])
+def test_a_row_alone_is_the_same_row_in_a_batch(model, tok, rule):
+    end = tok.encode("e")[0]
+    make = lambda: soft_thinking(model, end, 4, patience=9) if rule == "soft" else colar(model, head_of(model), 0.5, end)
+    settings = dict(max_new_tokens=30, start=25, tag=0)
+    together = generate(model, tok, PROMPTS + ["another one"], 1, generator=seeded(), **settings, **make())
+    one_by_one = generate(model, tok, PROMPTS + ["another one"], 1, generator=seeded(), rows=1, **settings, **make())
+    for a, b in zip(together, one_by_one):
+        assert a.slots == b.slots
+        close(a.latents, b.latents)
+
+
+# ---------------------------------------------------------------- pause tokens and random projectors, in train_rl.py
+def test_a_pause_token_is_one_vector_everywhere_and_is_saved_like_a_projector(tmp_path):
+    model, tok = load("tiny")
+    model.reasoning_projector = control_projector(model, "pause")
+    h = torch.randn(3, 2, 128)
+    assert torch.equal(model.reasoning_projector(h)[0, 0], model.reasoning_projector(h)[2, 1])
+    save(model, tok, tmp_path / "model")
+    again, _ = load(tmp_path)
+    assert again.projector_trained and torch.equal(again.reasoning_projector.vector, model.reasoning_projector.vector)
+
+
+def test_controls_of_the_projector_run_and_are_refused_on_a_trained_one(tmp_path):
+    small = ("--steps", 1, "--train-prompts", 8, "--projector-steps", 1, "--trace-prompts", 16, "--n", 4, "--prompts", 4, "--group", 4)
+    got = script("train_rl.py", "--projector", "pause", *small, "--out", tmp_path / "pause")
+    assert got.returncode == 0, got.stderr
+    got = script("train_rl.py", "--projector", "random", *small, "--model", tmp_path / "pause", "--out", tmp_path / "no")
+    assert got.returncode == 2 and "has a trained projector" in got.stderr and "Traceback" not in got.stderr
+    got = script("train_rl.py", "--method", "tag", *small, "--out", tmp_path / "tag")
+    assert got.returncode == 0, got.stderr
+    rows = json.load(open(tmp_path / "tag" / "results.json"))
+    assert [r["model"] for r in rows] == ["base, explicit reasoning", "base, tag prompt", "RL with tags, no latents"]
+    assert rows[-1]["latent_steps"] == 0
+
+
+# ---------------------------------------------------------------- the script
+@pytest.mark.parametrize("method, rows", [("soft-thinking", ["soft-thinking"]), ("moi", ["moi"]), ("coconut", ["coconut"]), ("colar", ["colar, SFT", "colar"])])
+def test_every_method_runs_on_both_tasks(method, rows, tmp_path):
+    task = "tiny" if method in ("moi", "colar") else "tiny.next_chapter"
+    got = script("baselines.py", "--method", method, "--task", task, "--n", 4, "--prompts", 4, "--steps", 1, "--out", tmp_path / "o")
+    assert got.returncode == 0, got.stderr
+    found = json.load(open(tmp_path / "o" / "results.json"))
+    assert [r["model"] for r in found] == rows
+    assert all(r["n_examples"] == 4 and r["training_seconds"] >= 0 for r in found)
+
+
+def test_baselines_say_what_is_wrong_in_one_line(tmp_path, model, tok):
+    got = script("baselines.py", "--method", "coconut", "--max-new-tokens", 1, "--prompts", 2, "--out", tmp_path / "o")
+    assert got.returncode == 2 and "nothing to train on" in got.stderr and "Traceback" not in got.stderr
+    with pytest.raises(UserError):
+        generate(model, tok, ["x"], max_new_tokens=0)
