@@ -11,11 +11,12 @@ from safetensors.torch import load_file
 from test_real_tasks import run
 
 import litereason
+import train_projector
 import train_rl
 from litereason import UserError, lock, read_state, saved_states, write_state
 
 SIZES = ("--device", "cpu", "--n", 2, "--train-prompts", 8, "--prompts", 4, "--group", 4, "--minibatches", 2, "--max-new-tokens", 60, "--save-every", 1,
-         "--show-every", 0, "--projector-steps", 2, "--trace-prompts", 8)
+         "--show-every", 0, "--projector-steps", 2, "--trace-prompts", 8, "--val", 4)
 
 
 def metrics(out):
@@ -30,30 +31,68 @@ def same(a, b):
     return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one) and metrics(a) == metrics(b) and table(a) == table(b)
 
 
+def stopped(module, name, call, number, *words):
+    """Runs the script whose function `name` is, and sends it a signal at that function's call-th call. -> what it says of the stop"""
+    real, calls, former = getattr(module, name), iter(range(1, 1000)), [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, name, lambda *a, **k: (next(calls) == call and os.kill(os.getpid(), number), real(*a, **k))[1])
+        with pytest.raises(KeyboardInterrupt) as e:
+            run(*words)
+    assert former == [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    return e.value.args[-1] if e.value.args else None
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """whole: 4 steps, an epoch and a refresh, from the base through all stages. half: the same, stopped within step 4, in a batch's midst."""
+    """whole: 4 steps, an epoch and a refresh, from the base through all stages. half: the same, stopped in the second of stage 2's two
+    steps and within step 4 of stage 3, in a batch's midst."""
     at = tmp_path_factory.mktemp("runs")
     run(train_rl, *SIZES, "--steps", 4, "--out", at / "whole")
+    said = stopped(train_projector, "projector_loss", 5, signal.SIGTERM, train_rl, *SIZES, "--steps", 4, "--out", at / "half")
+    assert said == f"step 1 of 2 of stage 2 is saved; go on with --resume {at / 'half'}"
     write = litereason._checksum
 
     def press(path):  # Ctrl-C while the state of step 3 is being written: it is brought to its end
-        if path.endswith("state-3.writing"):
+        if path.endswith("half/state-3.writing"):
             os.kill(os.getpid(), signal.SIGINT)
         return write(path)
 
     litereason._checksum = press
-    former = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     try:
-        with pytest.raises(KeyboardInterrupt) as stopped:
-            run(train_rl, *SIZES, "--steps", 4, "--out", at / "half")
+        with pytest.raises(KeyboardInterrupt) as e:
+            run(train_rl, "--resume", at / "half")
     finally:
         litereason._checksum = write
-        signal.signal(signal.SIGINT, former[0])
-        signal.signal(signal.SIGTERM, former[1])
-    assert stopped.value.args[0] == signal.SIGINT and "step 3 of 4 is saved; go on with" in stopped.value.args[1]
+    assert e.value.args[0] == signal.SIGINT and "step 3 of 4 is saved; go on with" in e.value.args[1]
+    assert not (at / "half" / "stage-2").exists() and not (at / "half" / "first-rows").exists()
     assert saved_states(at / "half") == [2, 3] and not (at / "half" / "results.json").exists()
     return at
+
+
+def test_stages_1_and_2_stopped_in_their_midst_go_on_bit_for_bit(tmp_path, capsys):
+    words = ("--device", "cpu", "--prompts", 40, "--samples", 1, "--steps", 5, "--batch", 4, "--save-every", 2, "--n", 2, "--max-new-tokens", 80)
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    run(train_projector, *words, "--out", whole)
+    stopped(train_projector, "score", 2, signal.SIGINT, train_projector, *words, "--out", half)  # in the second 32 prompts
+    done = (half / "traces.jsonl").read_text()
+    assert done.count("\n") == 2 and (whole / "traces.jsonl").read_text().startswith(done)
+    with open(half / "traces.jsonl", "a") as f:
+        f.write('[{"example": 32, "pro')
+    capsys.readouterr()
+    said = stopped(train_projector, "projector_loss", 3 + 4, signal.SIGTERM, train_projector, "--resume", half)  # 3 losses before the first step
+    assert said == f"step 3 of 5 of stage 2 is saved; go on with --resume {half}" and saved_states(half / "stage-2") == [2, 3]
+    assert "1 of 2 lines of it" in capsys.readouterr().out
+    run(train_projector, "--resume", half)
+    assert "resumed from" in capsys.readouterr().out
+    for name in ("traces.jsonl", "model/model.safetensors", "model/config.json", "model/tokenizer.json"):
+        assert (whole / name).read_bytes() == (half / name).read_bytes(), name
+    drop = lambda r: {k: drop(v) if isinstance(v, dict) else v for k, v in r.items() if k != "seconds"}
+    a, b = (drop(json.load(open(out / "results.json"))) for out in (whole, half))
+    assert a == b and a["losses"]["trained"] != a["losses"]["warm start"]
+    with pytest.raises(UserError, match="--lr: a resumed run keeps the settings of .*, save --device"):
+        run(train_projector, "--resume", half, "--lr", 1)
+    with pytest.raises(UserError, match="no config.json of train_rl.py"):
+        run(train_rl, "--resume", half)
 
 
 def test_a_run_stopped_in_the_midst_of_a_batch_goes_on_bit_for_bit(runs, capsys):
@@ -87,14 +126,16 @@ def test_what_may_stand_beside_resume_and_what_a_stopped_run_is_guarded_against(
 
 def test_a_second_process_on_the_same_directory_is_refused(tmp_path):
     held = lock(str(tmp_path))
-    child = os.fork()
-    if not child:
-        try:
-            lock(str(tmp_path))
-        except UserError as e:
-            os._exit(7 if "another process is writing to" in str(e) else 1)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    for script in (train_projector, train_rl):
+        child = os.fork()
+        if not child:
+            try:
+                run(script, "--out", tmp_path)
+            except UserError as e:
+                os._exit(7 if "another process is writing to" in str(e) else 1)
+            finally:
+                os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     held.close()
 
 
