@@ -356,7 +356,7 @@ def save(model, tokenizer, path):
         if os.path.exists(path):
             os.rename(path, old)
         os.rename(new, path)
-    except (OSError, SafetensorError) as e:
+    except Exception as e:  # a full disk is an OSError, a SafetensorError, or, of a tokenizer, a plain Exception
         shutil.rmtree(new, ignore_errors=True)
         raise UserError(f"cannot write {path}: {getattr(e, 'strerror', None) or e}") from e
     shutil.rmtree(old, ignore_errors=True)

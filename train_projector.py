@@ -30,17 +30,18 @@ from litereason import (LATENT, Rollout, UserError, chat_parts, checkpoint_layer
                         signals_restored, split_answer, write_state)
 
 RATIOS, VERSIONS = (0.10, 0.25), 5  # of the sentences; versions per trace and ratio (method.md section 4)
+AT_ONCE = 32  # prompts of which stage 1 samples the traces, before it writes them down
 
 
 def collect_traces(model, tokenizer, task, examples, k, max_new_tokens, seed, path):
     """Stage 1: -> [{"example", "prompt", "text"}], the samples with reward > 0.
 
-    `path` has a line for the settings and one for each 32 prompts, written when they are done: what is there with the same settings is
-    not sampled again. The draws of a line follow from the seed and its number alone, so a stopped stage 1 loses 32 prompts at most.
+    `path` has a line for the settings and one for each AT_ONCE prompts, written when they are done: what is there with the same settings
+    is not sampled again. The draws of a line follow from the seed and its number alone, so that a stopped stage 1 loses one at most.
     The base has no trained projector yet, so tags that it writes run no latents (latent="none")."""
     own = getattr(task, "settings", {"reward": None, "scorer": None})
     header = {"model": model.config._name_or_path, "task": task.__name__, "prompts": len(examples), "k": k, "max_new_tokens": max_new_tokens,
-              "batch": 32, "seed": seed, "reward": own["reward"], "scorer": own["scorer"] and own["scorer"][0].config._name_or_path}
+              "at_once": AT_ONCE, "seed": seed, "reward": own["reward"], "scorer": own["scorer"] and own["scorer"][0].config._name_or_path}
     done = []
     try:
         with open(path) as f:
@@ -52,7 +53,7 @@ def collect_traces(model, tokenizer, task, examples, k, max_new_tokens, seed, pa
         pass
     except ValueError:
         print(f"stage 1: {path} is not readable; sampling anew")
-    starts = range(0, len(examples), 32)
+    starts = range(0, len(examples), AT_ONCE)
     if done:
         print(f"stage 1: {sum(map(len, done))} traces from {path}, {len(done)} of {len(starts)} lines of it")
     with open(path + ".tmp", "w") as f:
@@ -62,7 +63,7 @@ def collect_traces(model, tokenizer, task, examples, k, max_new_tokens, seed, pa
         for number, i in enumerate(tqdm(starts, desc="stage 1", leave=False)):
             if number < len(done):
                 continue
-            part = examples[i : i + 32]
+            part = examples[i : i + AT_ONCE]
             got = generate(model, tokenizer, [task.prompt(e, True) for e in part], k, max_new_tokens, temperature=0.7, top_p=0.8,
                            top_k=20, latent="none", generator=torch.Generator().manual_seed(seed * 1_000_003 + number))
             rewards = score(task, [part[r.prompt] for r in got], [r.text for r in got])
@@ -70,6 +71,7 @@ def collect_traces(model, tokenizer, task, examples, k, max_new_tokens, seed, pa
                          for r, reward in zip(got, rewards) if reward > 0 and r.finished])
             f.write(json.dumps(done[-1]) + "\n")
             f.flush()
+            os.fsync(f.fileno())
     traces = [t for line in done for t in line]
     print(f"stage 1: kept {len(traces)} of {k * len(examples)} traces (reward > 0), in {path}")
     return traces

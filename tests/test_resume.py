@@ -3,6 +3,7 @@ import json
 import os
 import shutil
 import signal
+import tempfile
 import types
 
 import pytest
@@ -13,7 +14,7 @@ from test_real_tasks import run
 import litereason
 import train_projector
 import train_rl
-from litereason import UserError, lock, read_state, saved_states, write_state
+from litereason import UserError, load, lock, read_state, run_script, save, saved_states, write_state
 
 SIZES = ("--device", "cpu", "--n", 2, "--train-prompts", 8, "--prompts", 4, "--group", 4, "--minibatches", 2, "--max-new-tokens", 60, "--save-every", 1,
          "--show-every", 0, "--projector-steps", 2, "--trace-prompts", 8, "--val", 4)
@@ -150,6 +151,52 @@ def test_states_are_complete_or_absent_and_two_are_kept(tmp_path, monkeypatch):
     os.remove(tmp_path / "state-3" / "rest.json")
     step, tensors, rest = read_state(tmp_path)
     assert step == 2 and tensors["x"] == 2 and rest == {"n": 2}
+
+
+# ---------------------------------------------------------------- a disk that is full, a directory that becomes read-only
+def in_one_line(capsys, *words):
+    """What a script says last when it ends by itself with exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        run_script(lambda: run(*words))
+    said = capsys.readouterr().err.strip().splitlines()
+    assert end.value.code == 2 and "Traceback" not in "".join(said)
+    return said[-1]
+
+
+def test_a_disk_that_is_full_in_the_midst_of_a_run_ends_in_one_line(runs, tmp_path, capsys, monkeypatch):
+    for name, script, words in (("metrics.jsonl", train_rl, ("--model", runs / "whole", *SIZES, "--steps", 1)),
+                                ("traces.jsonl", train_projector, ("--prompts", 2, "--device", "cpu"))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.tmp").symlink_to("/dev/full")
+        assert "No space left on device; what was written before is kept" in in_one_line(capsys, script, *words, "--out", tmp_path / name)
+    # of a tokenizer's file it is a plain Exception
+    model, tokenizer = load("tiny", "cpu")
+    save(model, tokenizer, str(tmp_path / "m"))
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", lambda *_: (_ for _ in ()).throw(Exception("No space left on device (os error 28)")))
+    with pytest.raises(UserError, match="cannot write .*: No space left"):
+        save(model, tokenizer, str(tmp_path / "m"))
+    assert len(load(str(tmp_path / "m"), "cpu")) == 2 and not [n for n in os.listdir(tmp_path) if "writing" in n]
+
+
+def test_a_directory_that_becomes_read_only_ends_in_one_line_and_the_run_goes_on_from_there(runs, capsys, monkeypatch):
+    real, calls, root = train_rl.policy_loss, iter(range(1, 99)), os.geteuid() == 0
+    with tempfile.TemporaryDirectory() as out:
+
+        def forbid(yes):
+            os.seteuid(65534 * yes) if root else os.chmod(out, 0o555 if yes else 0o755)  # root may write anywhere, nobody not here
+
+        os.chmod(out, 0o755)
+        monkeypatch.setattr(train_rl, "policy_loss", lambda *a: (next(calls) == 2 and forbid(True), real(*a))[1])
+        shutil.copytree(runs / "half", out, dirs_exist_ok=True)
+        for name in ("state-3", "state-2"):
+            shutil.rmtree(os.path.join(out, name))
+        try:
+            assert "state-2: Permission denied; state-1, written before" in in_one_line(capsys, train_rl, "--resume", out)
+        finally:
+            forbid(False)
+        run(train_rl, "--resume", out)
+        assert same(runs / "whole", type(runs)(out))
 
 
 # ---------------------------------------------------------------- tripwires
