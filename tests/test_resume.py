@@ -8,6 +8,7 @@ import types
 
 import pytest
 import torch
+from conftest import tag
 from safetensors.torch import load_file
 from test_real_tasks import run
 
@@ -199,7 +200,61 @@ def test_a_directory_that_becomes_read_only_ends_in_one_line_and_the_run_goes_on
         assert same(runs / "whole", type(runs)(out))
 
 
+# ---------------------------------------------------------------- out of memory
+def test_out_of_memory_in_the_update_halves_the_budget_once_a_step_and_changes_nothing_else(runs, tmp_path, monkeypatch, capsys):
+    words = ("--model", runs / "whole", *SIZES, "--steps", 3, "--train-prompts", 4, "--minibatches", 1, "--save-every", 1)  # an epoch a step
+    real, calls, fails = train_rl.logprobs, iter(range(1, 99)), {2}
+
+    def logprobs(*a):
+        if next(calls) in fails:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*a)
+
+    run(train_rl, *words, "--tokens-per-forward", 450, "--val", 0, "--out", tmp_path / "half")
+    monkeypatch.setattr(train_rl, "logprobs", logprobs)
+    run(train_rl, *words, "--tokens-per-forward", 900, "--out", tmp_path / "oom")
+    assert "step 1: out of memory in the update; from here on --tokens-per-forward is 450\n" in capsys.readouterr().out
+    assert read_state(tmp_path / "oom")[2]["carried"]["tokens_per_forward"] == 450
+    a, b = metrics(tmp_path / "half"), metrics(tmp_path / "oom")
+    assert [m.pop("val_accuracy") for m in a] == [None] * 3 and all(0 <= m.pop("val_accuracy") <= 1 for m in b)  # --val draws from no one else
+    one, two = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("half", "oom"))
+    assert a == b and all(torch.equal(one[k], two[k]) for k in one) and max(m["grad_norm"] for m in a) > 0
+    calls, fails = iter(range(1, 99)), {1, 2}
+    with pytest.raises(UserError, match="step 1: out of memory with --tokens-per-forward 450 too: start with less"):
+        run(train_rl, *words, "--tokens-per-forward", 900, "--out", tmp_path / "twice")
+
+
 # ---------------------------------------------------------------- tripwires
+def test_a_reward_that_is_not_finite_ends_the_run_before_any_update(runs, tmp_path, monkeypatch):
+    real = train_rl.score
+    monkeypatch.setattr(train_rl, "score", lambda *a: [r if i != 5 else float("nan") for i, r in enumerate(real(*a))])
+    with pytest.raises(UserError, match=r"step 1: the reward of a rollout of train prompt \d is nan; its text is in .*bad-rollouts.json"):
+        run(train_rl, "--model", runs / "whole", *SIZES, "--steps", 1, "--out", tmp_path)
+    aside = json.load(open(tmp_path / "bad-rollouts.json"))
+    assert [r["rollout"] for r in aside] == [5] and aside[0]["text"] and saved_states(tmp_path) == [0]
+
+
+def test_all_answers_alike_or_tags_only_is_said(capsys):
+    m = {"step": 7, "tag_share": 1.0, "zero_variance": 0.0, "reward": 0.5}
+    for texts, says in ((["a", "b"], ""), (["It is so."] * 2, "warning: step 7: all 2 rollouts wrote the same: 'It is so.'\n"),
+                        ([f"{tag(1)} ", tag(2) + tag(3)], "warning: step 7: all 2 rollouts wrote tags and nothing else\n"), ([tag(1), tag(2) + "a"], "")):
+        train_rl.warn(m, True, 1, texts)
+        assert capsys.readouterr().out == says
+
+
+def test_a_reward_that_rises_while_validation_falls_is_said(capsys):
+    rows = [{"reward": r, "val_accuracy": v} for r, v in ((0.1, None), (0.3, 0.8), (0.5, None), (0.6, 0.6))]
+    val = lambda accuracy, half: {"accuracy": accuracy, "accuracy_ci95": [accuracy - half, accuracy + half], "n_examples": 50}
+    for these, v, says in ((rows[:2], val(0.8, 0.1), False), (rows, val(0.6, 0.1), True), (rows, val(0.6, 0.25), False),
+                           ([{**m, "reward": 1 - m["reward"]} for m in rows], val(0.6, 0.1), False)):
+        train_rl.warn_of_validation(these, v)
+        said = capsys.readouterr().out
+        assert says == bool(said)
+    train_rl.warn_of_validation(rows, val(0.6, 0.1))
+    assert capsys.readouterr().out == ("warning: step 4: since step 2 the train reward rose from 0.200 to 0.550, but the accuracy on 50 val examples fell "
+                                       "from 0.800 to 0.600 (plus or minus 0.100)\n")
+
+
 def test_steps_that_are_not_finite_are_skipped_and_three_in_a_row_stop_the_run(runs, monkeypatch, capsys):
     real = train_rl.policy_loss
     monkeypatch.setattr(train_rl, "policy_loss", lambda *a: (real(*a)[0] * float("nan"), None))
