@@ -687,8 +687,8 @@ def generate(model, tokenizer, prompts, samples=1, max_new_tokens=256, temperatu
     but the stop ids. latent: see latent_step; "none" leaves tags as plain text. generator: a CPU torch.Generator.
     tag: None (a tag runs as many latents as it says), a number K (K latents, whatever it says), or "forbidden" (none can be started).
     rows: most rows decoded at once (but at least one whole group). stats: a dict that receives `forwards`, the number of positions computed.
-    What other methods do differently (baselines.py), all functions of states h (n, D): start: every row begins with so many latents;
-    leave(h, rows (n,)) -> (n,) bool: rows inside a block that end it here; feed(h, token) -> (n, D): what is fed for a sampled token.
+    What other methods do differently (baselines.py): every row begins with `start` latents; leave(h (n, D), drawn (n,), rows, taken) -> (n,)
+    token that ends a row's block here, or LATENT: go on (drawn: what the LM head would say); feed(h, token) -> (n, D) fed for a sampled token.
     Raises UserError for an empty prompt or one that does not fit the model's positions.
     """
     if samples < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
@@ -739,8 +739,6 @@ def _decode(model, tokenizer, prompts, samples, steps, sampling, latent, u, stat
     taken = torch.zeros(B, dtype=torch.long, device=device)  # latent steps run so far
     live = torch.ones(B, dtype=torch.bool, device=device)
     for t in range(steps):
-        if leave is not None:
-            left = left.masked_fill(leave(h, row), 0)
         latent_now = left > 0  # (B,) each row in its own mode
         if t % 4 == 0:  # every few steps, the one look at the device from outside
             need = int(taken.max()) + 4  # vectors that could be written before the next look
@@ -759,7 +757,7 @@ def _decode(model, tokenizer, prompts, samples, steps, sampling, latent, u, stat
         token, logp = torch.full_like(left, LATENT), torch.zeros_like(logps[:, 0])[row]
         x = torch.empty_like(h)
         own = u[:, 0] * 1e6 % 1  # (B,) tells the rows apart, see latent_step; scrambled, since u itself draws the first token
-        if device.type == "cpu":
+        if device.type == "cpu" and leave is None:
             s, l = (~latent_now).nonzero()[:, 0], latent_now.nonzero()[:, 0]
             if len(s):
                 token[s], logp[s] = draw(h[s], u[s, t], state[s])
@@ -768,8 +766,13 @@ def _decode(model, tokenizer, prompts, samples, steps, sampling, latent, u, stat
                 x[l] = latent_step(model, h[l], latent, own[l], taken[l])
         else:
             drawn, drawn_logp = draw(h, u[:, t], state)
+            if leave is not None:
+                word = leave(h, drawn, row, taken)
+                drawn = torch.where(latent_now, word, drawn)
+                latent_now = latent_now & (word == LATENT)
+                left = left * latent_now
             token, logp = torch.where(latent_now, LATENT, drawn), torch.where(latent_now, 0.0, drawn_logp)
-            x = torch.where(latent_now[:, None], latent_step(model, h, latent, own, taken), feed(h, drawn))
+            x = torch.where(latent_now[:, None], latent_step(model, h, latent, own, taken), feed(h, drawn.clamp(min=0)))
         # (b) Write it down: the slot, its log-prob, the vector if it is a latent.
         slots[row, t], logps[row, t] = token, logp.to(logps.dtype)
         vectors[row, torch.where(latent_now, taken, vectors.shape[1] - 1)] = x

@@ -116,8 +116,8 @@ def fit_projector(model, traces, lr, batch, steps=None, schedule=True, clip=0.2,
     steps = steps if steps is not None else max(1, len(traces) // batch)
     found = states and read_state(states)
     if found:
-        done, losses = found[0], found[2]["losses"]
-        kept = done
+        done = kept = found[0]
+        losses = found[2]["losses"]
         restore_optimizer(parameters, optimizer, found[1])
         print(f"stage 2: resumed from {states}/state-{done}", flush=True)
 
@@ -176,6 +176,7 @@ def run(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, every=50, **
     start, rng = time.time(), random.Random(seed)
     marker = getattr(task, "ANSWER", "\\boxed{")
     examples = task.examples("train")[: cfg["prompts"]]
+    on_stop(lambda: f"the traces sampled so far are kept; go on with --resume {out}")  # stage 2 has its own way to stop
     traces = collect_traces(model, tokenizer, task, examples, cfg["k"], max_new_tokens, seed, os.path.join(out, "traces.jsonl"))
     masked = []  # (story, trace)
     for t in traces:

@@ -116,7 +116,9 @@ def main():
     latent = args.method == "litereason"
     examples = task.examples("train")[: args.train_prompts]
     prompts = [encode_prompt(model, tokenizer, task.prompt(e, latent)) for e in examples]
-    check_lengths(model, prompts, args.max_new_tokens)  # now, not in the middle of an epoch
+    vals = task.examples("val")[: args.val or 0]
+    asked = prompts + [encode_prompt(model, tokenizer, task.prompt(e, latent)) for e in vals]
+    check_lengths(model, asked, args.max_new_tokens)  # now, not in the middle of an epoch
     check_answers(task, examples[:8])
     if not args.resume:
         for name in [f"state-{step}" for step in before] + ["stage-2", "first-rows"]:  # of an earlier run
@@ -280,9 +282,9 @@ def main():
             carried["epoch_rollouts"] = []
             save(model, tokenizer, os.path.join(args.out, "model"))
             lap("refresh")
-            if args.val:  # with a generator of its own
-                val = evaluate(model, tokenizer, task, task.examples("val")[: args.val], latent, seed=args.seed, rows=args.rows,
-                               max_new_tokens=args.max_new_tokens, latent="projector" if latent else "none")[0]
+            if vals:  # with a generator of its own: no draw of the training changes
+                val = evaluate(model, tokenizer, task, vals, latent, seed=args.seed, rows=args.rows, max_new_tokens=args.max_new_tokens,
+                               latent="projector" if latent else "none")[0]
                 lap("validate")
 
         mean = lambda f: sum(map(f, rollouts)) / len(rollouts)

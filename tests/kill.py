@@ -15,6 +15,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -70,6 +71,8 @@ def start(words, log, n=0, half=False):
         code = 0
     except SystemExit as e:
         code = e.code
+    except Exception:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         os._exit(code)

@@ -41,7 +41,8 @@ def stopped(module, name, call, number, *words):
         with pytest.raises(KeyboardInterrupt) as e:
             run(*words)
     assert former == [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
-    return e.value.args[-1] if e.value.args else None
+    assert e.value.args[0] == number
+    return e.value.args[1]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,8 @@ def test_stages_1_and_2_stopped_in_their_midst_go_on_bit_for_bit(tmp_path, capsy
     words = ("--device", "cpu", "--prompts", 40, "--samples", 1, "--steps", 5, "--batch", 4, "--save-every", 2, "--n", 2, "--max-new-tokens", 80)
     whole, half = tmp_path / "whole", tmp_path / "half"
     run(train_projector, *words, "--out", whole)
-    stopped(train_projector, "score", 2, signal.SIGINT, train_projector, *words, "--out", half)  # in the second 32 prompts
+    said = stopped(train_projector, "score", 2, signal.SIGINT, train_projector, *words, "--out", half)  # in the second 32 prompts
+    assert said == f"the traces sampled so far are kept; go on with --resume {half}"
     done = (half / "traces.jsonl").read_text()
     assert done.count("\n") == 2 and (whole / "traces.jsonl").read_text().startswith(done)
     with open(half / "traces.jsonl", "a") as f:
