@@ -21,6 +21,7 @@ Letters in the shape comments:
 
 Read in this order: the tag, the projector, load and save, the cache, generate, logprobs, unroll, GRPO, traces, rewards.
 """
+import contextlib
 import copy
 import dataclasses
 import errno
@@ -378,7 +379,7 @@ def save(model, tokenizer, path):
         if os.path.exists(path):
             os.rename(path, old)
         os.rename(new, path)
-    except (OSError, SafetensorError) as e:
+    except Exception as e:  # a full disk is an OSError, a SafetensorError, or, of a tokenizer, a plain Exception
         shutil.rmtree(new, ignore_errors=True)
         raise UserError(f"cannot write {path}: {getattr(e, 'strerror', None) or e}") from e
     shutil.rmtree(old, ignore_errors=True)
@@ -1127,7 +1128,7 @@ def write_state(out, step, tensors, rest, keep=2):
     new = path + ".writing"
     shutil.rmtree(new, ignore_errors=True)
     try:
-        os.mkdir(new)
+        os.makedirs(new)
         save_file({k: v.detach().contiguous() for k, v in tensors.items()}, os.path.join(new, "tensors.safetensors"))
         with open(os.path.join(new, "rest.json"), "w") as f:
             json.dump(rest, f)
@@ -1161,6 +1162,62 @@ def read_state(out):
         except (OSError, ValueError, SafetensorError) as e:
             print(f"{path} is damaged ({e}); looking for the one before", file=sys.stderr)
     return None
+
+
+def optimizer_tensors(parameters, optimizer):
+    """Weights and AdamW's moments, named, for write_state."""
+    weights = {f"weight {i}": p for i, p in enumerate(parameters)}
+    return weights | {f"adamw {i} {k}": v for i, own in optimizer.state_dict()["state"].items() for k, v in own.items()}
+
+
+@torch.no_grad()
+def restore_optimizer(parameters, optimizer, tensors):
+    """The way back, from read_state's tensors into parameters and optimizer."""
+    moments = {}
+    for name, value in tensors.items():
+        if name.startswith("adamw "):
+            _, i, k = name.split()
+            moments.setdefault(int(i), {})[k] = value.clone()
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+    for i, p in enumerate(parameters):
+        p.copy_(tensors[f"weight {i}"])
+
+
+def on_stop(save):
+    """From now on Ctrl-C and SIGTERM end the run, once, by save() and what that says. -> hold: after hold(True) a signal is only noted,
+    and obeyed at hold(False), so that what must not be cut in two is not."""
+    caught, held = [], False
+
+    def leave():
+        nonlocal held
+        held = True  # a second signal changes nothing any more
+        raise KeyboardInterrupt(caught[0], save())
+
+    def handler(number, _):
+        caught.append(number)
+        if not held:
+            leave()
+
+    def hold(on):
+        nonlocal held
+        held = on
+        if caught and not on:
+            leave()
+
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, handler)
+    return hold
+
+
+@contextlib.contextmanager
+def signals_restored():
+    """However what is inside ends (or the function that this decorates), Ctrl-C and SIGTERM do afterwards what they did before."""
+    former = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for s, handler in former.items():
+            signal.signal(s, handler)
 
 
 def _checksum(path):
@@ -1197,7 +1254,7 @@ def run_script(main):
         print(f"{name}: error: {e}", file=sys.stderr)
         sys.exit(2)
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO):
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO):
             raise
         print(f"{name}: error: {e}; what was written before is kept", file=sys.stderr)
         sys.exit(2)

@@ -11,53 +11,68 @@ notes, weakness 5), so that its clip of 0.2 bites harder; here the mean over a b
     python train_projector.py                                  # the tiny model: half a minute on 2 cores
     python train_projector.py --model Qwen2.5-1.5B --out out/projector     # the paper's plot holes, on one GPU
     python train_projector.py --steps 2 --prompts 8 --n 8      # a smoke run
+    python train_projector.py --resume out/projector           # go on with a stopped run, exactly: on a CPU bit for bit
 """
 import argparse
 import json
 import math
 import os
 import random
+import shutil
 import time
 
 import torch
 from tqdm import tqdm
 
-from eval import base_of, check_arguments, evaluate, is_small, score, start_task, task_flags, write_json
-from litereason import (LATENT, Rollout, UserError, chat_parts, checkpoint_layers, encode_prompt, generate, insert_latents, load,
-                        mask_sentences, pack, projector_loss, run_script, save, split_answer)
+from eval import base_of, check_arguments, evaluate, is_small, run_settings, score, start_task, task_flags, write_json
+from litereason import (LATENT, Rollout, UserError, chat_parts, checkpoint_layers, encode_prompt, generate, insert_latents, load, lock,
+                        mask_sentences, on_stop, optimizer_tensors, pack, projector_loss, read_state, restore_optimizer, run_script, save,
+                        signals_restored, split_answer, write_state)
 
 RATIOS, VERSIONS = (0.10, 0.25), 5  # of the sentences; versions per trace and ratio (method.md section 4)
+AT_ONCE = 32  # prompts of which stage 1 samples the traces, before it writes them down
 
 
 def collect_traces(model, tokenizer, task, examples, k, max_new_tokens, seed, path):
-    """Stage 1: -> [{"example", "prompt", "text"}], the samples with reward > 0; kept in `path` for a second run.
+    """Stage 1: -> [{"example", "prompt", "text"}], the samples with reward > 0.
 
+    `path` has a line for the settings and one for each AT_ONCE prompts, written when they are done: what is there with the same settings
+    is not sampled again. The draws of a line follow from the seed and its number alone, so that a stopped stage 1 loses one at most.
     The base has no trained projector yet, so tags that it writes run no latents (latent="none")."""
     own = getattr(task, "settings", {"reward": None, "scorer": None})
     header = {"model": model.config._name_or_path, "task": task.__name__, "prompts": len(examples), "k": k, "max_new_tokens": max_new_tokens,
-              "seed": seed, "reward": own["reward"], "scorer": own["scorer"] and own["scorer"][0].config._name_or_path}
+              "at_once": AT_ONCE, "seed": seed, "reward": own["reward"], "scorer": own["scorer"] and own["scorer"][0].config._name_or_path}
+    done = []
     try:
         with open(path) as f:
-            found, *traces = [json.loads(line) for line in f]
-        if found == header and traces:
-            print(f"stage 1: {len(traces)} traces from {path}")
-            return traces
-        print(f"stage 1: {path} was made with other settings; sampling anew")
+            found, *done = [json.loads(line) for line in f if line.endswith("\n")]  # without its end it is half a line
+        if found != header:
+            print(f"stage 1: {path} was made with other settings; sampling anew")
+            done = []
     except FileNotFoundError:
         pass
     except ValueError:
         print(f"stage 1: {path} is not readable; sampling anew")
-    traces, generator = [], torch.Generator().manual_seed(seed)
-    for i in tqdm(range(0, len(examples), 32), desc="stage 1", leave=False):
-        part = examples[i : i + 32]
-        got = generate(model, tokenizer, [task.prompt(e, True) for e in part], k, max_new_tokens, temperature=0.7, top_p=0.8,
-                       top_k=20, latent="none", generator=generator)
-        rewards = score(task, [part[r.prompt] for r in got], [r.text for r in got])
-        traces += [{"example": i + r.prompt, "prompt": task.prompt(part[r.prompt], True), "text": r.text}
-                   for r, reward in zip(got, rewards) if reward > 0 and r.finished]
+    starts = range(0, len(examples), AT_ONCE)
+    if done:
+        print(f"stage 1: {sum(map(len, done))} traces from {path}, {len(done)} of {len(starts)} lines of it")
     with open(path + ".tmp", "w") as f:
-        f.writelines(json.dumps(row) + "\n" for row in [header] + traces)
-    os.replace(path + ".tmp", path)
+        f.writelines(json.dumps(line) + "\n" for line in [header] + done)
+        f.flush()
+        os.replace(path + ".tmp", path)
+        for number, i in enumerate(tqdm(starts, desc="stage 1", leave=False)):
+            if number < len(done):
+                continue
+            part = examples[i : i + AT_ONCE]
+            got = generate(model, tokenizer, [task.prompt(e, True) for e in part], k, max_new_tokens, temperature=0.7, top_p=0.8,
+                           top_k=20, latent="none", generator=torch.Generator().manual_seed(seed * 1_000_003 + number))
+            rewards = score(task, [part[r.prompt] for r in got], [r.text for r in got])
+            done.append([{"example": i + r.prompt, "prompt": task.prompt(part[r.prompt], True), "text": r.text}
+                         for r, reward in zip(got, rewards) if reward > 0 and r.finished])
+            f.write(json.dumps(done[-1]) + "\n")
+            f.flush()
+            os.fsync(f.fileno())
+    traces = [t for line in done for t in line]
     print(f"stage 1: kept {len(traces)} of {k * len(examples)} traces (reward > 0), in {path}")
     return traces
 
@@ -85,21 +100,41 @@ def mean_loss(model, traces, latent, budget=12_000):
     return float(sum(l for l, _ in parts)) / max(1, sum(n for _, n in parts))
 
 
-def fit_projector(model, traces, lr, batch, steps=None, schedule=True, clip=0.2, seed=0, budget=12_000, progress=None):
+def fit_projector(model, traces, lr, batch, steps=None, schedule=True, clip=0.2, seed=0, budget=12_000, progress=None, states=None,
+                  every=50, carried=None):
     """Trains the projector and nothing else on traces, one epoch or `steps` steps; -> the last steps' mean loss.
 
-    Used by stage 2 (cosine to 10 %, warm-up 10 %) and by the refresh of stage 3 (constant rate, as released)."""
+    Used by stage 2 (cosine to 10 %, warm-up 10 %) and by the refresh of stage 3 (constant rate, as released).
+    states: a directory. The fit goes on from the newest state in it, and leaves one there every so many steps and when it is stopped,
+    with `carried` (JSON) in it."""
     frozen = [p for n, p in model.named_parameters() if p.requires_grad and not n.startswith("reasoning_projector.")]
     for p in frozen:
         p.requires_grad_(False)
     parameters = list(model.reasoning_projector.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
-    rng, order, losses = random.Random(seed), [], []
+    rng, order, losses, done, kept = random.Random(seed), [], [], 0, None
     steps = steps if steps is not None else max(1, len(traces) // batch)
-    for step in tqdm(range(steps), desc=progress, leave=False, disable=progress is None):
-        while len(order) < batch:
+    found = states and read_state(states)
+    if found:
+        done = kept = found[0]
+        losses = found[2]["losses"]
+        restore_optimizer(parameters, optimizer, found[1])
+        print(f"stage 2: resumed from {states}/state-{done}", flush=True)
+
+    def keep():
+        nonlocal kept
+        if kept != done:
+            write_state(states, done, optimizer_tensors(parameters, optimizer), {"losses": losses, "carried": carried})
+        kept = done
+        return f"step {done} of {steps} of stage 2 is saved; go on with --resume {os.path.dirname(states)}"
+
+    if states:
+        keep()  # what `carried` says has cost an evaluation
+    hold = on_stop(keep) if states else lambda on: None
+    for step in tqdm(range(done, steps), desc=progress, initial=done, total=steps, leave=False, disable=progress is None):
+        while len(order) < (step + 1) * batch:  # from the first step on, so that the order follows from the seed: no state needs it
             order += rng.sample(range(len(traces)), len(traces))
-        rows, order = [traces[i] for i in order[:batch]], order[batch:]
+        rows = [traces[i] for i in order[step * batch : (step + 1) * batch]]
         rows.sort(key=lambda r: (len(r.slots), r.slots.index(LATENT)))  # rows of a micro-batch alike: less padding
         warm = max(1, steps // 10)
         scale = min((step + 1) / warm, 0.55 + 0.45 * math.cos(math.pi * max(0, step - warm) / max(1, steps - warm)))
@@ -111,10 +146,15 @@ def fit_projector(model, traces, lr, batch, steps=None, schedule=True, clip=0.2,
             loss = projector_loss(model, [rows[i] for i in part])[0] / tokens
             loss.backward()
             total += loss.item()
+        hold(True)
         if torch.nn.utils.clip_grad_norm_(parameters, clip).isfinite():  # one bad batch must not cost the projector
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(total)
+        done = step + 1
+        if states and (done % every == 0 or done == steps):
+            keep()
+        hold(False)
     for p in frozen:
         p.requires_grad_(True)
     return sum(losses[-20:]) / max(1, len(losses[-20:]))
@@ -125,9 +165,10 @@ RELEASED = {"prompts": None, "k": 5, "lr": 1e-4, "batch": 16, "steps": None}
 SMALL = {"prompts": 160, "k": 5, "lr": 1e-3, "batch": 16, "steps": 150}
 
 
-def run(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, **changes):
+def run(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, every=50, **changes):
     """Both stages; trains model.reasoning_projector in place and prints what came of it. -> the figures printed.
 
+    Goes on from what a stopped run left in `out`: traces.jsonl, and stage 2's states (one every so many steps) in stage-2/.
     changes: of RELEASED or SMALL above, whichever the model's size selects; None leaves a value as it is."""
     cfg = {**(SMALL if is_small(model) else RELEASED), **{k: v for k, v in changes.items() if v is not None}}
     say = lambda v: "all" if v is None else f"{v:g}"  # all prompts; all traces once
@@ -135,6 +176,7 @@ def run(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, **changes):
     start, rng = time.time(), random.Random(seed)
     marker = getattr(task, "ANSWER", "\\boxed{")
     examples = task.examples("train")[: cfg["prompts"]]
+    on_stop(lambda: f"the traces sampled so far are kept; go on with --resume {out}")  # stage 2 has its own way to stop
     traces = collect_traces(model, tokenizer, task, examples, cfg["k"], max_new_tokens, seed, os.path.join(out, "traces.jsonl"))
     masked = []  # (story, trace)
     for t in traces:
@@ -150,11 +192,14 @@ def run(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, **changes):
                         f"on this task with the tag prompt (give more --prompts, or a stronger --model)")
     held = rng.sample(held, min(256, len(held)))
     print(f"stage 2: {len(train)} masked traces, {len(held)} more held out; the base is frozen", flush=True)
-    losses = {"no latents": mean_loss(model, held, "none"), "zeros": mean_loss(model, held, "zeros"),
-              "warm start": mean_loss(model, held, "projector")}
     rows, check = task.examples("val")[:n], dict(latent_prompt=True, seed=seed, max_new_tokens=max_new_tokens)
-    before = evaluate(model, tokenizer, task, rows, **check)[0]
-    fit_projector(model, train, cfg["lr"], cfg["batch"], cfg["steps"], seed=seed, progress="stage 2")
+    states = os.path.join(out, "stage-2")
+    found = read_state(states)
+    losses, before = found[2]["carried"] if found else (
+        {"no latents": mean_loss(model, held, "none"), "zeros": mean_loss(model, held, "zeros"), "warm start": mean_loss(model, held, "projector")},
+        evaluate(model, tokenizer, task, rows, **check)[0])
+    fit_projector(model, train, cfg["lr"], cfg["batch"], cfg["steps"], seed=seed, progress="stage 2", states=states, every=every,
+                  carried=[dict(losses), before])
     losses["trained"] = mean_loss(model, held, "projector")
     after = evaluate(model, tokenizer, task, rows, **check)[0]
     print("stage 2: validation loss after the first tag: " + ", ".join(f"{k} {v:.4f}" for k, v in losses.items()))
@@ -163,6 +208,31 @@ def run(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, **changes):
     return {"kept": len(traces), "sampled": cfg["k"] * len(examples), "losses": losses, "before": before, "after": after}
 
 
+def parse_resumable(ap, script, free=("device",)):
+    """The command line of a script; with --resume DIR the settings of the run in DIR, beside which only the flags in `free` may stand."""
+    args = ap.parse_args()
+    if args.resume is None:
+        return args
+    settings = run_settings(args.resume)
+    if settings.get("script") != script:
+        raise UserError(f"nothing to resume in {args.resume!r}: it has no config.json of {script}")
+    settings = {**{k: v for k, v in settings.items() if k in vars(args)}, "out": args.resume, "resume": args.resume}
+    args = ap.parse_args(namespace=argparse.Namespace(**settings))  # what is in the namespace already takes no default
+    changed = [k for k, v in settings.items() if getattr(args, k) != v and k not in free]
+    if changed:
+        raise UserError(f"--{changed[0].replace('_', '-')}: a resumed run keeps the settings of {args.resume}/config.json, save "
+                        + " and ".join(f"--{k}" for k in free))
+    return args
+
+
+def write_settings(args, script):
+    """config.json, from which --resume and the other scripts read; --resume may be said from elsewhere, so a directory's name is made whole."""
+    args.model = os.path.abspath(args.model) if os.path.isdir(args.model) else args.model
+    own = {k: v for k, v in vars(args).items() if k != "resume"}
+    write_json(os.path.join(args.out, "config.json"), {"script": script, "base": base_of(args.model), **own})
+
+
+@signals_restored()
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     g = ap.add_argument_group("what")
@@ -179,19 +249,26 @@ def main():
     g.add_argument("--batch", type=int, default=None, help="traces per optimiser step")
     g.add_argument("--lr", type=float, default=None, help="peak learning rate, of AdamW")
     g = ap.add_argument_group("run")
+    g.add_argument("--resume", default=None, metavar="DIR", help="go on with the run in DIR, by its own settings; only --device may stand "
+                   "beside it")
+    g.add_argument("--save-every", type=int, default=50, help="steps of stage 2 between two states on the disk, from which --resume goes on; "
+                   "the last two are kept. Stage 1 keeps each 32 prompts' traces")
     g.add_argument("--n", type=int, default=200, help="val stories for the accuracy before and after")
     g.add_argument("--seed", type=int, default=0)
     g.add_argument("--device", default=None, help="cpu or cuda (default: cuda if there is one)")
-    args = ap.parse_args()
+    args = parse_resumable(ap, "train_projector.py")
     check_arguments(args)
+    held = lock(args.out)  # until the process ends
     model, tokenizer = load(args.model, args.device)
     task = start_task(args, model, args.model)
     args.max_new_tokens = args.max_new_tokens or (160 if is_small(model) else 2048)
     if not is_small(model):
         checkpoint_layers(model)
-    write_json(os.path.join(args.out, "config.json"), {"script": "train_projector.py", "base": base_of(args.model), **vars(args)})
-    result = run(model, tokenizer, task, args.out, args.max_new_tokens, args.seed, args.n, prompts=args.prompts, k=args.samples,
-                 lr=args.lr, batch=args.batch, steps=args.steps)
+    if not args.resume:  # an earlier run's
+        shutil.rmtree(os.path.join(args.out, "stage-2"), ignore_errors=True)
+    write_settings(args, "train_projector.py")
+    result = run(model, tokenizer, task, args.out, args.max_new_tokens, args.seed, args.n, args.save_every, prompts=args.prompts,
+                 k=args.samples, lr=args.lr, batch=args.batch, steps=args.steps)
     save(model, tokenizer, os.path.join(args.out, "model"))
     write_json(os.path.join(args.out, "results.json"), result)
     print(f"saved {args.out}/model; next: python train_rl.py --model {args.out} --task {args.task}")

@@ -24,16 +24,15 @@ import math
 import random
 import resource
 import shutil
-import signal
 import time
 
 import torch
 
-from eval import (base_of, check_arguments, evaluate, is_small, readable, run_settings, score, start_task, table, task_flags,
-                  write_json)
-from litereason import (LATENT, Rollout, UserError, check_lengths, checkpoint_layers, control_projector, encode_prompt, generate, group_advantages, load, lock,
-                        logprobs, pack, policy_loss, read_state, recompute_latents, run_script, save, saved_states, write_state)
-from train_projector import RATIOS, fit_projector, masked_trace, run as run_stages_1_and_2
+from eval import check_arguments, evaluate, is_small, readable, run_settings, score, start_task, table, task_flags, write_json
+from litereason import (LATENT, TAG, Rollout, UserError, check_lengths, checkpoint_layers, control_projector, encode_prompt, generate, group_advantages, load,
+                        lock, logprobs, on_stop, optimizer_tensors, pack, policy_loss, read_state, recompute_latents, restore_optimizer, run_script,
+                        save, saved_states, signals_restored, write_state)
+from train_projector import RATIOS, fit_projector, masked_trace, parse_resumable, run as run_stages_1_and_2, write_settings
 
 # ---------------------------------------------------------------- settings that depend on the model's size
 # RELEASED is the authors' script. 2880 steps are 30 passes over 290 stories: 6 rollout batches each, 16 steps per batch. Only the
@@ -87,23 +86,15 @@ def parse_arguments():
     g.add_argument("--save-every", type=int, default=None, help="steps between two states on the disk, from which --resume goes on; the "
                    "last two are kept")
     g.add_argument("--n", type=int, default=500, help="test stories for the final table; 0 leaves it out")
+    g.add_argument("--val", type=lambda v: int(v) or None, default=100, help="val examples evaluated after each epoch, to warn if "
+                   "validation falls while the train reward rises; 0 leaves it out")
     g.add_argument("--show-every", type=int, default=20, help="print two rollouts every so many steps; 0 never")
     g.add_argument("--seed", type=int, default=0)
     g.add_argument("--device", default=None, help="cpu or cuda (default: cuda if there is one)")
-    args = ap.parse_args()
-    if args.resume is None:
-        return args
-    settings = run_settings(args.resume)
-    if settings.get("script") != "train_rl.py":
-        raise UserError(f"nothing to resume in {args.resume!r}: it has no config.json of train_rl.py")
-    settings = {**{k: v for k, v in settings.items() if k in vars(args)}, "out": args.resume, "resume": args.resume}
-    args = ap.parse_args(namespace=argparse.Namespace(**settings))  # what is in the namespace already takes no default
-    changed = [k for k, v in settings.items() if getattr(args, k) != v and k not in ("steps", "device")]
-    if changed:
-        raise UserError(f"--{changed[0].replace('_', '-')}: a resumed run keeps the settings of {args.resume}/config.json, save --steps and --device")
-    return args
+    return parse_resumable(ap, "train_rl.py", ("steps", "device"))
 
 
+@signals_restored()
 def main():
     args = parse_arguments()
     check_arguments(args, n=0)
@@ -132,14 +123,14 @@ def main():
     latent, tags = args.method == "litereason", args.method != "grpo"  # a tag runs latents; the prompt offers the tag
     examples = task.examples("train")[: args.train_prompts]
     prompts = [encode_prompt(model, tokenizer, task.prompt(e, tags)) for e in examples]
-    check_lengths(model, prompts, args.max_new_tokens)  # now, not in the middle of an epoch
+    vals = task.examples("val")[: args.val or 0]
+    asked = prompts + [encode_prompt(model, tokenizer, task.prompt(e, tags)) for e in vals]
+    check_lengths(model, asked, args.max_new_tokens)  # now, not in the middle of an epoch
     check_answers(task, examples[:8])
     if not args.resume:
-        for step in before:  # of a run that came to its end
-            shutil.rmtree(os.path.join(args.out, f"state-{step}"))
-    args.model = os.path.abspath(args.model) if os.path.isdir(args.model) else args.model  # --resume may be said from elsewhere
-    write_json(os.path.join(args.out, "config.json"), {"script": "train_rl.py", "base": base_of(args.model),
-                                                       **{k: v for k, v in vars(args).items() if k != "resume"}})
+        for name in [f"state-{step}" for step in before] + ["stage-2", "first-rows"]:  # of an earlier run
+            shutil.rmtree(os.path.join(args.out, name), ignore_errors=True)
+    write_settings(args, "train_rl.py")
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{args.method} on {args.task}: {args.model}, {parameters / 1e6:.1f} M parameters, {model.device}, fp32 weights; "
           f"{len(examples)} train prompts of up to {max(map(len, prompts))} tokens")
@@ -150,13 +141,16 @@ def main():
         print(pace(model, tokenizer, prompts, args), flush=True)
 
     # ------------------------------------------------------------ the starting point: table rows, stages 1 and 2
-    rows, tests, start = [], task.examples("test")[: args.n], time.time()
+    tests, start, first = task.examples("test")[: args.n], time.time(), os.path.join(args.out, "first-rows")
+    rows = found[2]["carried"]["rows"] if found else (read_state(first) or (0, {}, []))[2]
 
     def note(name, latent_prompt, run="projector"):
-        """One row of the final table."""
-        if tests:
+        """One row of the final table, unless the run that goes on has it."""
+        if tests and name not in dict(rows):
             rows.append((name, evaluate(model, tokenizer, task, tests, latent_prompt, seed=args.seed, progress=name, latent=run,
                                         max_new_tokens=args.max_new_tokens)[0]))
+            if not saved_states(args.out):
+                write_state(first, len(rows), {}, rows)
 
     if found is None:  # else the state has all that comes of it
         note("base, explicit reasoning", False)
@@ -164,8 +158,8 @@ def main():
             note("base, tag prompt", True, run="none")  # a plain LM: its tags are text
         if latent:
             if not model.projector_trained:
-                run_stages_1_and_2(model, tokenizer, task, args.out, args.max_new_tokens, args.seed, steps=args.projector_steps,
-                                   prompts=args.trace_prompts, n=min(200, args.n or 200))
+                run_stages_1_and_2(model, tokenizer, task, args.out, args.max_new_tokens, args.seed, n=min(200, args.n or 200),
+                                   every=args.save_every, steps=args.projector_steps, prompts=args.trace_prompts)
                 save(model, tokenizer, os.path.join(args.out, "model"))
             note("LiteReason before RL", True)
 
@@ -182,11 +176,12 @@ def main():
     # What goes from one step to the next, and so into a state: `done` steps, weights, moments, the rollouts of a batch that has
     # minibatches to go, and `carried`, which is JSON as it stands. The order of the data and all draws follow from (seed, step).
     done, kept, rollouts, earned = 0, None, [], torch.zeros(0)
-    carried = {"rows": rows, "metrics": [], "epoch_rollouts": [], "skipped": 0, "skipped_in_a_row": 0}
+    carried = {"rows": rows, "metrics": [], "epoch_rollouts": [], "skipped": 0, "skipped_in_a_row": 0,
+               "tokens_per_forward": args.tokens_per_forward}
     if found:
         done = kept = found[0]
         rollouts, earned, carried = restore_state(model, masters, optimizer, *found[1:])
-        rows = carried["rows"]
+        args.tokens_per_forward = carried["tokens_per_forward"]
         print(f"resumed from {args.out}/state-{done}", flush=True)
         if args.offload:
             for p, master in zip(base, masters):
@@ -197,28 +192,17 @@ def main():
         if kept != done:
             save_state(args.out, done, model, masters, optimizer, rollouts if done % args.minibatches else [], earned, carried)
         kept = done
+        return f"step {done} of {args.steps} is saved; go on with: python train_rl.py --resume {args.out}"
 
-    busy, signals = False, []
-
-    def leave():
-        nonlocal busy
-        busy = True  # a second signal changes nothing any more
-        keep()
-        raise KeyboardInterrupt(signals[0], f"step {done} of {args.steps} is saved; go on with: python train_rl.py --resume {args.out}")
-
-    def on_signal(number, _):
-        """Ctrl-C and SIGTERM: up to step (6) all is as the last finished step left it and the begun one is dropped; later it is ended."""
-        signals.append(number)
-        if not busy:
-            leave()
-
-    keep()  # stages 1 and 2 are safe
+    keep()  # stages 1 and 2 are safe, and what they needed to go on can go
+    for name in ("stage-2", "first-rows"):
+        shutil.rmtree(os.path.join(args.out, name), ignore_errors=True)
     path = os.path.join(args.out, "metrics.jsonl")
     log = open(path + ".tmp", "w")
     log.writelines(carried["metrics"])  # resumed: its lines up to the state, none lost, doubled or half written
     log.flush()
     os.replace(path + ".tmp", path)
-    former = [signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)]
+    hold = on_stop(keep)  # up to step (6) all is as the last finished step left it, and a begun one is dropped; later it is ended
     for step in range(done, args.steps):
         number, part = divmod(step, args.minibatches)  # rollout batch, and which minibatch of it
         epoch, seconds, clock = number // per_epoch, {}, time.time()
@@ -240,7 +224,12 @@ def main():
                            rows=args.rows, latent="projector" if latent else "none")
             lap("sample")
             # (2) Reward what the policy wrote; the optional length penalty comes on top.
-            rollouts, earned = new, torch.tensor(score(task, [examples[index[r.prompt]] for r in new], [r.text for r in new], number + 1))  # (B,)
+            got = torch.tensor(score(task, [examples[index[r.prompt]] for r in new], [r.text for r in new], number + 1))  # (B,)
+            bad = (~got.isfinite()).nonzero().flatten().tolist()
+            if bad:
+                raise UserError(f"step {step + 1}: the reward of a rollout of train prompt {index[new[bad[0]].prompt]} is {float(got[bad[0]])}; "
+                                f"its text is in {put_aside(args.out, step, new, got, bad)}")
+            rollouts, earned = new, got
         rewards = earned.clone()
         if args.overlong_buffer:
             length = torch.tensor([len(r.slots) for r in rollouts])  # (B,) latents count
@@ -256,19 +245,19 @@ def main():
         #     they count in the denominator, which is fixed here.
         chosen = shuffled[part :: args.minibatches]  # prompts of this minibatch, whole groups
         batch = [b for p in sorted(chosen) for b in range(p * args.group, (p + 1) * args.group) if advantages[b] != 0]
-        n_rollouts, max_dlogp, worst = len(chosen) * args.group, 0.0, None
-        for indices in pack([rollouts[b] for b in batch], args.tokens_per_forward):
-            micro = [batch[i] for i in indices]
-            some = [rollouts[b] for b in micro]
-            if args.recompute_latents and latent:
-                some = recompute_latents(model, some)
-            logp, scored = logprobs(model, some)  # (b, S)
-            old = torch.nn.utils.rnn.pad_sequence([r.logprobs for r in some], batch_first=True).to(logp)
-            loss, ratio = policy_loss(logp, old, advantages[micro].to(logp), scored, n_rollouts, args.clip)
-            loss.backward()
-            off = torch.where(scored, (logp.detach() - old).abs(), 0.0).amax(1)  # (b,)
-            if off.max() > max_dlogp:
-                max_dlogp, worst = float(off.max()), micro[int(off.argmax())]
+        n_rollouts = len(chosen) * args.group
+        for last in (False, True):  # out of memory: once more in halves
+            try:
+                max_dlogp, worst = add_gradients(model, rollouts, batch, advantages, n_rollouts, args)
+                break
+            except torch.OutOfMemoryError as e:
+                if last:
+                    raise UserError(f"step {step + 1}: out of memory with --tokens-per-forward {args.tokens_per_forward} too: start with "
+                                    f"less, or with --checkpoint-layers or --offload") from e
+            model.zero_grad(set_to_none=True)  # here the exception, and what it held, is gone
+            torch.cuda.empty_cache()
+            args.tokens_per_forward = carried["tokens_per_forward"] = max(1, args.tokens_per_forward // 2)
+            print(f"step {step + 1}: out of memory in the update; from here on --tokens-per-forward is {args.tokens_per_forward}", flush=True)
         lap("update")
         if part == 0 and not args.recompute_latents and max_dlogp > DLOGP[model.bf16 or args.offload]:
             raise UserError(f"step {step + 1}: sampler and scorer differ by {max_dlogp:.3g} in a log-prob of rollout {worst} (train prompt "
@@ -278,7 +267,7 @@ def main():
         if args.offload:
             for p, master in zip(base, masters):
                 master.grad, p.grad = None if p.grad is None else p.grad.to("cpu", torch.float32), None
-        busy = True
+        hold(True)
         norm = float(torch.nn.utils.clip_grad_norm_(masters, 1.0))
         whole = math.isfinite(norm) and all(r.latents.isfinite().all() for r in rollouts)  # a NaN loss has a NaN gradient
         if whole:
@@ -293,7 +282,7 @@ def main():
         # (7) At the end of each epoch the projector is refreshed on the epoch's own rewarded rollouts.
         if latent and not args.no_refresh and part == 0:
             carried["epoch_rollouts"] += [(index[r.prompt], r.text) for r, e in zip(rollouts, earned.tolist()) if e > 0]
-        refreshed = None
+        refreshed = val = None
         if (step + 1) % (per_epoch * args.minibatches) == 0:
             if carried["epoch_rollouts"]:
                 pairs = [(examples[i], prompts[i], text) for i, text in carried["epoch_rollouts"]]
@@ -301,6 +290,10 @@ def main():
             carried["epoch_rollouts"] = []
             save(model, tokenizer, os.path.join(args.out, "model"))
             lap("refresh")
+            if vals:  # with a generator of its own: no draw of the training changes
+                val = evaluate(model, tokenizer, task, vals, tags, seed=args.seed, rows=args.rows, max_new_tokens=args.max_new_tokens,
+                               latent="projector" if latent else "none")[0]
+                lap("validate")
 
         mean = lambda f: sum(map(f, rollouts)) / len(rollouts)
         m = {"step": step + 1, "epoch": epoch, "reward": float(rewards.mean()), "accuracy": float(earned.mean()),
@@ -308,7 +301,8 @@ def main():
              "tags": mean(lambda r: r.n_tags), "tag_share": mean(lambda r: r.n_tags > 0),
              "zero_variance": float((groups.amax(1) == groups.amin(1)).float().mean()),
              "truncated": mean(lambda r: not r.finished), "max_dlogp": max_dlogp, "grad_norm": norm if math.isfinite(norm) else None,
-             "skipped": carried["skipped"], "refresh_loss": refreshed, "seconds": {k: round(v, 3) for k, v in seconds.items()},
+             "skipped": carried["skipped"], "refresh_loss": refreshed, "val_accuracy": val and val["accuracy"],
+             "seconds": {k: round(v, 3) for k, v in seconds.items()},
              "peak_memory_gib": (torch.cuda.max_memory_allocated() if model.device.type == "cuda"
                                  else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2**30}
         carried["metrics"].append(json.dumps(m) + "\n")
@@ -322,7 +316,9 @@ def main():
             for r, e in list(zip(rollouts, earned.tolist()))[: 2 * args.group : args.group]:
                 print(f"    [{e:g}] {readable(tokenizer, r)}", flush=True)
         if part == 0:
-            warn(m, latent, len(index))
+            warn(m, latent, len(index), [r.text for r in rollouts])
+        if val:
+            warn_of_validation([json.loads(line) for line in carried["metrics"]], val)
         if not whole:
             aside = put_aside(args.out, step, rollouts, earned, [p * args.group + i for p in sorted(chosen) for i in range(args.group)])
             print(f"warning: step {step + 1}: a loss, gradient or latent is not finite; step skipped, {carried['skipped']} so far; its rollouts "
@@ -332,11 +328,7 @@ def main():
             keep()
         if carried["skipped_in_a_row"] >= 3:
             raise UserError(f"steps {done - 2} to {done} were not finite and were skipped: stopped; the weights before them are in {args.out}/state-{done}")
-        if signals:
-            leave()
-        busy = False
-    for s, handler in zip((signal.SIGINT, signal.SIGTERM), former):
-        signal.signal(s, handler)
+        hold(False)
     log.close()
     save(model, tokenizer, os.path.join(args.out, "model"))
     print(f"saved {args.out}/model")
@@ -349,6 +341,25 @@ def main():
         write_json(os.path.join(args.out, "results.json"), [{"model": name, **r} for name, r in rows])
         print(f"\n{table(rows)}\n\n{len(tests)} test stories, seed {args.seed}, {time.time() - start:.0f}s for everything; "
               f"numbers in {args.out}/results.json")
+
+
+def add_gradients(model, rollouts, batch, advantages, n_rollouts, args):
+    """Step (5) for the rollouts `batch` (their numbers), as many at once as the dial allows, each with its share of the whole mean
+    -> how far sampler and scorer differ at most in a log-prob, and in which rollout."""
+    max_dlogp, worst = 0.0, None
+    for indices in pack([rollouts[b] for b in batch], args.tokens_per_forward):
+        micro = [batch[i] for i in indices]
+        some = [rollouts[b] for b in micro]
+        if args.recompute_latents and args.method == "litereason":
+            some = recompute_latents(model, some)
+        logp, scored = logprobs(model, some)  # (b, S)
+        old = torch.nn.utils.rnn.pad_sequence([r.logprobs for r in some], batch_first=True).to(logp)
+        loss, ratio = policy_loss(logp, old, advantages[micro].to(logp), scored, n_rollouts, args.clip)
+        loss.backward()
+        off = torch.where(scored, (logp.detach() - old).abs(), 0.0).amax(1)  # (b,)
+        if off.max() > max_dlogp:
+            max_dlogp, worst = float(off.max()), micro[int(off.argmax())]
+    return max_dlogp, worst
 
 
 def forecast(model, args, longest, scorer=None):
@@ -430,12 +441,30 @@ def check_answers(task, examples):
                             f"the answer and the reward of this task do not agree")
 
 
-def warn(m, latent, n_groups):
-    """m: the metrics of a step."""
+def warn(m, latent, n_groups, texts):
+    """m: the metrics of a step; texts: what its rollouts wrote."""
+    say = lambda what: print(f"warning: step {m['step']}: {what}", flush=True)
     if latent and m["tag_share"] == 0:
-        print(f"warning: step {m['step']}: 0 of {n_groups} groups' rollouts ran a tag: there is no latent reasoning left", flush=True)
+        say(f"0 of {n_groups} groups' rollouts ran a tag: there is no latent reasoning left")
     if m["zero_variance"] == 1:
-        print(f"warning: step {m['step']}: in all {n_groups} groups every rollout earned the same (mean {m['reward']:.3f}): nothing to learn from",
+        say(f"in all {n_groups} groups every rollout earned the same (mean {m['reward']:.3f}): nothing to learn from")
+    if len(set(texts)) == 1:
+        say(f"all {len(texts)} rollouts wrote the same: {texts[0][:60]!r}")
+    elif not any(TAG.sub("", text).strip() for text in texts):
+        say(f"all {len(texts)} rollouts wrote tags and nothing else")
+
+
+def warn_of_validation(metrics, val):
+    """After a check: if the train reward since the check before rose, and validation fell by more than half its interval's width."""
+    checks = [-1] + [i for i, m in enumerate(metrics) if m["val_accuracy"] is not None]
+    if len(checks) < 3:
+        return
+    a, b, c = checks[-3:]  # lines of the file: the two spans between three checks
+    before, since = (sum(m["reward"] for m in span) / len(span) for span in (metrics[a + 1 : b + 1], metrics[b + 1 : c + 1]))
+    fell, half = metrics[b]["val_accuracy"] - val["accuracy"], (val["accuracy_ci95"][1] - val["accuracy_ci95"][0]) / 2
+    if since > before and fell > half:
+        print(f"warning: step {c + 1}: since step {b + 1} the train reward rose from {before:.3f} to {since:.3f}, but the accuracy on "
+              f"{val['n_examples']} val examples fell from {metrics[b]['val_accuracy']:.3f} to {val['accuracy']:.3f} (plus or minus {half:.3f})",
               flush=True)
 
 
@@ -451,9 +480,7 @@ def put_aside(out, step, rollouts, earned, which):
 # ---------------------------------------------------------------- the state
 def save_state(out, step, model, masters, optimizer, rollouts, earned, carried):
     """out/state-STEP: weights (with --offload the fp32 masters), AdamW's moments, the projector, and what else goes from step to step."""
-    tensors = {f"projector {n}": p for n, p in model.reasoning_projector.named_parameters()}
-    for i, p in enumerate(masters):
-        tensors |= {f"weight {i}": p, **{f"adamw {i} {k}": v for k, v in optimizer.state[p].items()}}
+    tensors = {f"projector {n}": p for n, p in model.reasoning_projector.named_parameters()} | optimizer_tensors(masters, optimizer)
     if rollouts:  # in the midst of a batch's minibatches
         tensors |= {"latents": torch.cat([r.latents for r in rollouts]), "logprobs": torch.cat([r.logprobs for r in rollouts])}
     plain = [[r.prompt_ids, r.slots, r.text, r.finished, r.prompt] for r in rollouts]
@@ -465,15 +492,7 @@ def restore_state(model, masters, optimizer, tensors, rest):
     """The way back, into model, masters and optimizer. -> rollouts, earned, carried"""
     for n, p in model.reasoning_projector.named_parameters():
         p.copy_(tensors[f"projector {n}"])
-    moments = {}
-    for name, value in tensors.items():
-        if name.startswith("adamw "):
-            _, i, k = name.split()
-            moments.setdefault(int(i), {})[k] = value.to(masters[int(i)].device, copy=True)
-    for i, p in enumerate(masters):
-        p.copy_(tensors[f"weight {i}"])
-        if i in moments:
-            optimizer.state[p] = moments[i]
+    restore_optimizer(masters, optimizer, tensors)
     rollouts, a, b = [], 0, 0
     for prompt_ids, slots, text, finished, prompt in rest["rollouts"]:
         r = Rollout(prompt_ids, slots, tensors["latents"][a : a + slots.count(LATENT)],

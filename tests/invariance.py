@@ -4,7 +4,8 @@
     python tests/invariance.py --n 64 --device cuda
 
 The rollouts are sampled once, in float32. Then each is scored alone, and the same rollouts in every other way that the scripts know:
-all in one batch, in runs of so many positions (litereason.pack), in another order, and with the layers' activations computed again.
+all in one batch, in runs of so many positions (litereason.pack), in another order, with the layers' activations computed again, and
+after a resume: rollouts and weights written as a state of train_rl.py, read back into a model loaded anew, each scored alone.
 A cell is max |difference| of a sampled token's log-prob (gradient: of the largest entry, relative to it) from the rollout scored alone
 in the same type. (In float64 too, transformers takes the RMS norm in float32: gradients agree to 1e-7, log-probs to nothing lost.)
 Two rows are no invariance but belong beside it: what sampling itself wrote down, and the distance to float64.
@@ -12,6 +13,7 @@ Two rows are no invariance but belong beside it: what sampling itself wrote down
 import argparse
 import os
 import sys
+import tempfile
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -20,7 +22,8 @@ import torch
 
 from data import tiny
 from data.tiny import next_chapter
-from litereason import checkpoint_layers, compute, generate, load, logprobs, pack
+from litereason import checkpoint_layers, compute, generate, load, logprobs, pack, read_state
+from train_rl import restore_state, save_state
 
 TYPES = {"float64": (torch.float64, False), "float32": (torch.float32, False), "bf16 compute": (torch.float32, True)}
 
@@ -42,6 +45,20 @@ def gradient(model, rollouts, parts):
         for part in parts:
             logprobs(model, [rollouts[i] for i in part])[0].sum().backward()
     return torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])
+
+
+def resumed(model, rollouts, fresh):
+    """(model, rollouts) as a resumed run of train_rl.py has them: written to the disk, and read into a model `fresh` from there."""
+    parts = lambda m: [p for n, p in m.named_parameters() if not n.startswith("reasoning_projector.")]
+    start = lambda m: torch.optim.AdamW(parts(m))
+    with tempfile.TemporaryDirectory() as at:
+        save_state(at, 1, model, parts(model), start(model), rollouts, torch.zeros(len(rollouts)), {})
+        with torch.no_grad():
+            for p in fresh.parameters():
+                p.zero_()  # what is not read back shows
+        rollouts = restore_state(fresh, parts(fresh), start(fresh), *read_state(at)[1:])[0]
+    fresh.bf16 = model.bf16
+    return fresh, rollouts
 
 
 def main():
@@ -75,6 +92,7 @@ def main():
         with torch.no_grad():
             reference = score(model, rollouts, alone)
             column = {way: worst(score(model, rollouts, parts), reference) for way, parts in ways.items()}
+            column["after a resume"] = worst(score(*resumed(model, rollouts, load(args.model, args.device, dtype)[0]), alone), reference)
         apart = gradient(model, [rollouts[i] for i in few], [[i] for i in order])
         share = lambda g: float((g - apart).abs().max() / apart.abs().max())
         column["gradient: one batch"] = share(gradient(model, [rollouts[i] for i in few], [order]))

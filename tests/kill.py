@@ -1,6 +1,10 @@
 """Kills a tiny run of all stages at random moments, resumes it, kills it again; the end must be the end of a run left alone, bit for bit.
 
-    python tests/kill.py --kills 50       # one kill each few seconds, the more the longer the run: its steps grow with the kills
+    python tests/kill.py --kills 60       # a third of them in each stage: traces, projector, RL
+
+Half of the kills fall on a moment that a clock draws. The other half fall on the disk: the process kills itself before or after the
+n-th call that makes, fills, syncs, renames or removes something (of a state, a checkpoint, the traces, the settings), or with only half
+of a state's tensors, or of the traces, on the disk. Each process is forked from this one, which has imported everything.
 """
 import argparse
 import json
@@ -8,22 +12,77 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
+import traceback
+
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
 from safetensors.torch import load_file
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SIZES = ["--device", "cpu", "--n", "2", "--train-prompts", "8", "--prompts", "4", "--group", "4", "--minibatches", "2", "--max-new-tokens", "60",
-         "--save-every", "1", "--show-every", "0", "--projector-steps", "2", "--trace-prompts", "8"]
+import litereason
+import train_projector
+import train_rl
+
+torch.set_num_threads(1)
+train_projector.SMALL["k"], train_projector.VERSIONS, train_projector.AT_ONCE = 1, 1, 4  # stage 1 in 120 short batches
+SIZES = ["--device", "cpu", "--n", "2", "--val", "2", "--train-prompts", "8", "--prompts", "4", "--group", "4", "--minibatches", "2",
+         "--max-new-tokens", "80", "--save-every", "1", "--show-every", "0", "--trace-prompts", "480"]
+DISK = [(os, "mkdir"), (os, "makedirs"), (os, "rename"), (os, "replace"), (os, "fsync"), (shutil, "rmtree"), (litereason, "save_file")]
 
 
-def start(words, log):
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, os.path.join(ROOT, "train_rl.py"), *words], env=env, stdout=log, stderr=subprocess.STDOUT)
+def kill_at(n, half):
+    """In a child: from now on it dies at the n-th call of DISK, or, with half, after the one before, and what that wrote is cut."""
+    def watched(real, name):
+        def call(*args, **kwargs):
+            nonlocal n
+            n -= 1
+            if n == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            out = real(*args, **kwargs)
+            if n == 1 and half:  # the call after this one would be the last
+                file = f"/proc/self/fd/{args[0]}" if name == "fsync" else args[-1]
+                if name == "save_file" or name == "fsync" and os.readlink(file).endswith("traces.jsonl"):
+                    os.truncate(file, max(0, os.path.getsize(file) - 1000))
+                os.kill(os.getpid(), signal.SIGKILL)
+            return out
+        return call
+
+    for module, name in DISK:
+        setattr(module, name, watched(getattr(module, name), name))
+
+
+def start(words, log, n=0, half=False):
+    """Forks a process that runs train_rl.py. -> its id"""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        sys.argv = ["train_rl.py", *words]
+        if n:
+            kill_at(n, half)
+        litereason.run_script(train_rl.main)
+        code = 0
+    except SystemExit as e:
+        code = e.code
+    except Exception:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def stage(out):
+    """Where a run is, by what it has left so far."""
+    if litereason.saved_states(out):
+        return "RL"
+    return "projector" if litereason.saved_states(os.path.join(out, "stage-2")) else "traces"
 
 
 def result(out):
@@ -31,49 +90,50 @@ def result(out):
     weights = load_file(os.path.join(out, "model", "model.safetensors"))
     drop = lambda m: {k: v for k, v in m.items() if k not in ("seconds", "peak_memory_gib")}
     lines = [drop(json.loads(line)) for line in open(os.path.join(out, "metrics.jsonl"))]
-    return weights, lines, [drop(r) for r in json.load(open(os.path.join(out, "results.json")))]
+    rows = [drop(r) for r in json.load(open(os.path.join(out, "results.json")))]
+    return weights, lines, rows, open(os.path.join(out, "traces.jsonl")).read(), sorted(os.listdir(out))
 
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("--kills", type=int, default=50)
+    ap.add_argument("--kills", type=int, default=60)
     ap.add_argument("--seed", type=int, default=0)
     args = ap.parse_args()
-    at, rng = tempfile.mkdtemp(), random.Random(args.seed)
+    begin, at, rng = time.time(), tempfile.mkdtemp(), random.Random(args.seed)
     alone, killed = os.path.join(at, "alone"), os.path.join(at, "killed")
-    sizes, counts = SIZES + ["--steps", str(2 * args.kills + 4)], {}
+    share = -(-args.kills // 3)
+    sizes = SIZES + ["--projector-steps", str(3 * share), "--steps", str(3 * share)]
+    kills = {(s, how): 0 for s in ("traces", "projector", "RL") for how in ("clock", "disk")}
+    wanted = lambda s: share - kills[s, "clock"] - kills[s, "disk"] > 0
     with open(os.path.join(at, "log"), "w+") as log:
-        begin = time.time()
-        assert start([*sizes, "--out", alone], log).wait() == 0, log.name
-        whole, done = time.time() - begin, 0
-        print(f"left alone: {whole:.0f}s; log in {log.name}", flush=True)
+        code = os.waitstatus_to_exitcode(os.waitpid(start([*sizes, "--out", alone], log), 0)[1])
+        assert code == 0, log.name
+        print(f"left alone: {time.time() - begin:.0f}s; log in {log.name}", flush=True)
         while True:
             # --resume wants a config.json: killed before that, a run is just started again
-            go_on = os.path.exists(os.path.join(killed, "config.json"))
-            process = start(["--resume", killed] if go_on else [*sizes, "--out", killed], log)
-            # Half of the kills fall on a moment drawn from what a process lives through, half on a state that is being written.
-            left, writing = rng.randint(1, 4), False  # the how-manieth state
-            target, until = rng.random() < 0.5, time.time() + rng.uniform(0.1, min(whole, 15 + 0.2 * whole))
-            while process.poll() is None and done < args.kills:
-                names = os.listdir(killed) if os.path.isdir(killed) else []
-                before, writing = writing, any(".writing" in name for name in names)
-                left -= writing and not before
-                if (writing and left <= 0) if target else time.time() > until:
-                    process.send_signal(signal.SIGKILL)
-                    done += 1
-                    where = "the writing of a state or model" if writing else "RL" if any(n.startswith("state-") for n in names) else "stages 1 and 2"
-                    counts[where] = counts.get(where, 0) + 1
+            words = ["--resume", killed] if os.path.exists(os.path.join(killed, "config.json")) else [*sizes, "--out", killed]
+            disk = rng.random() < 0.5 and wanted(stage(killed))
+            child = start(words, log, rng.randint(1, 12 if stage(killed) == "traces" else 50) if disk else 0, rng.random() < 0.5)
+            until, gone = time.time() + rng.uniform(0.1, 2), 0
+            while not gone:
+                gone, status = os.waitpid(child, os.WNOHANG)
+                if not gone and not disk and time.time() > until and wanted(stage(killed)):
+                    os.kill(child, signal.SIGKILL)
+                    gone, status = os.waitpid(child, 0)
                 time.sleep(0.001)
-            if process.wait() == 0:
+            code = os.waitstatus_to_exitcode(status)
+            if code == 0:
                 break
-            if process.returncode != -signal.SIGKILL:
-                log.flush()
-                sys.exit(f"ended with {process.returncode} after {done} kills; see {log.name}")
+            if code != -signal.SIGKILL:
+                sys.exit(f"ended with {code} after {sum(kills.values())} kills; see {log.name}")
+            kills[stage(killed), "disk" if disk else "clock"] += 1
+    names = ("weights", "metrics", "table", "traces", "files")
     a, b = result(alone), result(killed)
-    equal = a[0].keys() == b[0].keys() and all(torch.equal(a[0][k], b[0][k]) for k in a[0]), a[1] == b[1], a[2] == b[2]
-    print(f"{done} kills ({', '.join(f'{n} in {k}' for k, n in counts.items())}): weights, metrics, table equal: {equal}")
-    if not all(equal) or done < args.kills:
-        sys.exit(f"not equal, or the run came to its end before the last kill; both are in {at}")
+    same = [a[0].keys() == b[0].keys() and all(torch.equal(a[0][k], b[0][k]) for k in a[0])] + [x == y for x, y in zip(a[1:], b[1:])]
+    print(f"{sum(kills.values())} kills in {time.time() - begin:.0f}s: " + ", ".join(f"{s} {n} by {how}" for (s, how), n in kills.items()))
+    print("equal to the run left alone: " + ", ".join(f"{name} {yes}" for name, yes in zip(names, same)))
+    if not all(same) or any(wanted(s) for s in ("traces", "projector", "RL")):
+        sys.exit(f"not equal, or a stage came to its end before its last kill; both are in {at}")
     shutil.rmtree(at)
 
 
