@@ -96,21 +96,55 @@ def score(task, examples, completions, step=0):
     return [float(task.reward(e, c)) for e, c in zip(examples, completions)]
 
 
-def evaluate(model, tokenizer, task, examples, latent_prompt=True, samples=1, seed=0, batch=64, progress=None, at_once=False,
+def flops(model, rollouts, samples=1, latent="projector", feed=None):
+    """Forward FLOPs per answer, a multiplication and an addition being two; n(M) is the count of weights in the linear maps of M:
+
+        one position in context c (itself included)    2 * n(layers) + 4 * H * d * layers * c      its maps; q k^T and w v
+        one answer    its prompt's positions / samples (a group reads it once) + those of its own slots but the last, which is never fed
+                      + tokens * 2 * n(LM head) + latents * 2 * n(projector)
+
+    Left out: norms, softmax, embedding, sampling (no matrix products), and what a batch wastes (padding; rows that have ended and not yet
+    left). A `latent` or `feed` function that costs something else than the projector (or nothing) says so: latent.flops = per latent.
+    """
+    linear = lambda module: 2 * sum(m.weight.numel() for m in module.modules() if isinstance(m, torch.nn.Linear))
+    layers, head, upto = linear(model.model.layers), linear(model.lm_head), lambda n: n * (n + 1) // 2
+    attention = 4 * sum(layer.self_attn.q_proj.out_features for layer in model.model.layers)  # 4 * H * d * layers
+    latent = getattr(latent, "flops", 0 if latent in ("zeros", "none") else linear(model.reasoning_projector))
+    total = 0
+    for r in rollouts:
+        L, S = len(r.prompt_ids), len(r.slots) - 1
+        total += (L * layers + attention * upto(L)) / samples  # contexts 1 .. L
+        total += S * layers + attention * (upto(L + S) - upto(L))  # contexts L + 1 .. L + S
+        total += r.n_tokens * (head + getattr(feed, "flops", 0)) + r.n_latents * latent
+    return total / len(rollouts)
+
+
+def seconds_alone(model, tokenizer, prompts, seed=0, **sampling):
+    """Median seconds of an answer when answers are decoded one at a time: what a person waits, where `seconds` is what a batch costs."""
+    generator, times = torch.Generator().manual_seed(seed), []
+    for prompt in prompts:
+        start = time.time()
+        generate(model, tokenizer, [prompt], generator=generator, **sampling)
+        times.append(time.time() - start)
+    return float(np.median(times))
+
+
+def evaluate(model, tokenizer, task, examples, latent_prompt=True, samples=1, seed=0, batch=64, progress=None, at_once=False, alone=0,
              **sampling):
     """Samples answers and scores them -> (a dict of means, at its end those of task.report; the rollouts). `sampling` goes to generate.
 
     at_once: the answer's opening (task.ANSWER, default \\boxed{) is put into the model's mouth, so that nothing can be reasoned.
     accuracy_ci95: over examples (the mean of an example's samples is one observation), normal approximation.
     per_example: the same observations one by one, for paired tests.
+    flops, seconds_each: per answer; seconds_alone: of the first `alone` examples' answers, decoded one at a time (see there).
     """
     generator, opening = torch.Generator().manual_seed(seed), getattr(task, "ANSWER", "\\boxed{") if at_once else ""
+    encode = lambda e: encode_prompt(model, tokenizer, task.prompt(e, latent_prompt), opening)
     start, stats, means, rollouts, asked = time.time(), {}, [], [], []
     bar = tqdm(total=len(examples), desc=progress, leave=False, disable=progress is None)
     for i in range(0, len(examples), batch):
         part = examples[i : i + batch]
-        prompts = [encode_prompt(model, tokenizer, task.prompt(e, latent_prompt), opening) for e in part]
-        got = generate(model, tokenizer, prompts, samples, generator=generator, stats=stats, **sampling)
+        got = generate(model, tokenizer, [encode(e) for e in part], samples, generator=generator, stats=stats, **sampling)
         for r in got:
             r.text = opening + r.text  # as the reward reads it
         rewards = score(task, [part[r.prompt] for r in got], [r.text for r in got])
@@ -119,7 +153,8 @@ def evaluate(model, tokenizer, task, examples, latent_prompt=True, samples=1, se
         asked += [part[r.prompt] for r in got]
         bar.update(len(part))
     bar.close()
-    n, accuracy = len(means), sum(means) / len(means)
+    seconds, n, accuracy = time.time() - start, len(means), sum(means) / len(means)
+    lonely = {"seconds_alone": seconds_alone(model, tokenizer, [encode(e) for e in examples[:alone]], seed, **sampling)} if alone else {}
     half = 1.96 * math.sqrt(sum((m - accuracy) ** 2 for m in means) / max(1, n - 1) / n)
     mean = lambda f: sum(map(f, rollouts)) / len(rollouts)
     text, latents = mean(lambda r: r.n_tokens), mean(lambda r: r.n_latents)
@@ -127,7 +162,9 @@ def evaluate(model, tokenizer, task, examples, latent_prompt=True, samples=1, se
     return {"accuracy": accuracy, "accuracy_ci95": [accuracy - half, accuracy + half], "tokens": text + latents,
             "text_tokens": text, "latent_steps": latents, "tags": mean(lambda r: r.n_tags),
             "truncated": mean(lambda r: not r.finished), "forward_positions": stats["forwards"] / len(rollouts),
-            "n_examples": n, "samples": samples, "per_example": {"score": means, "tokens": tokens}, "seconds": time.time() - start,
+            "n_examples": n, "samples": samples, "per_example": {"score": means, "tokens": tokens},
+            "flops": flops(model, rollouts, samples, sampling.get("latent", "projector"), sampling.get("feed")),
+            "seconds_each": seconds / len(rollouts), **lonely, "seconds": seconds,
             **(task.report(asked, [r.text for r in rollouts]) if hasattr(task, "report") else {})}, rollouts
 
 
@@ -181,7 +218,9 @@ def latent_of(name, model, others=(), seed=0):
         raise UserError(f"--latent {name} takes the latents of other stories, and on those read first the model ran none")
     if name == "mean":
         mean = torch.cat(list(others)).double().mean(0).to(model.device)  # (D,)
-        return lambda h, u, k: mean.to(h.dtype).expand_as(h)
+        same = lambda h, u, k: mean.to(h.dtype).expand_as(h)
+        same.flops = 0
+        return same
     flat, counts = torch.cat(list(others)).to(model.device), torch.tensor([len(z) for z in others], device=model.device)
     first = counts.cumsum(0) - counts  # story i's k-th latent is flat[first[i] + k]; a row that runs more begins again
     shuffle = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed)).to(model.device)
@@ -190,6 +229,7 @@ def latent_of(name, model, others=(), seed=0):
         story = shuffle[(u * len(others)).long()]
         return flat[first[story] + k % counts[story]].to(h.dtype)
 
+    another.flops = 0
     return another
 
 
@@ -349,6 +389,7 @@ def main():
     g.add_argument("--split", default="test", help="train, val or test")
     g.add_argument("--n", type=int, default=None, help="examples, from the split's first (default all)")
     g.add_argument("--samples", type=int, default=1, help="answers per example")
+    g.add_argument("--alone", type=int, default=0, metavar="N", help="also time N answers decoded one at a time")
     g = ap.add_argument_group("decoding")
     g.add_argument("--max-new-tokens", type=int, default=None, help="slots per answer, latents included (default: 160 for a "
                    "small model, else 2048)")
@@ -418,7 +459,7 @@ def main():
             rows += [(name, {"model": name, "control": control, "task": args.task, "prompt": "tag" if latent_prompt else "plain", **r}) for control, r in found]
             continue
         others = latents_of_others(model, tokenizer, task, elsewhere, **settings) if elsewhere else []
-        result, rollouts = evaluate(model, tokenizer, task, examples, samples=args.samples, at_once=args.at_once,
+        result, rollouts = evaluate(model, tokenizer, task, examples, samples=args.samples, at_once=args.at_once, alone=args.alone,
                                     latent=latent_of(args.latent, model, others, args.seed),
                                     tag="forbidden" if args.tag == "forbidden" else args.n_latents, **settings)
         rows.append((name, {"model": name, "task": args.task, "prompt": "tag" if latent_prompt else "plain", **result}))
@@ -432,7 +473,10 @@ def main():
                 write_chapters(task, examples, [task.plan_of(r.text) for r in rollouts[:: args.samples]], args.write, sampling, f)
             print(f"chapters in {f.name}")
     if not args.controls:
-        print(table(rows))
+        print(table(rows) + "\n")
+        for name, r in rows:
+            print(f"{name}: {r['flops']:.3g} FLOPs and {r['seconds_each']:.2g} s an answer" +
+                  (f", {r['seconds_alone']:.2g} s alone" if "seconds_alone" in r else ""))
     results = [r for _, r in rows]
     for file in [args.json] + ([os.path.join(args.out, "results.json")] if args.out else []):
         if file:
@@ -443,7 +487,8 @@ def main():
 
 def check_arguments(args, n=1):
     """Bounds that all scripts share; a wrong value ends in one line. n: the least --n."""
-    least = {"n": n, "seed": 0, "steps": 0, "projector_steps": 0, "overlong_buffer": 0, "show_every": 0, "show": 0, "write": 0, "top_k": 0, "n_latents": 0}
+    least = {"n": n, "seed": 0, "steps": 0, "projector_steps": 0, "overlong_buffer": 0, "show_every": 0, "show": 0, "write": 0, "alone": 0, "top_k": 0,
+             "n_latents": 0}
     for name, value in vars(args).items():
         bound = least.get(name, 0 if isinstance(value, float) else 1)
         if isinstance(value, (int, float)) and not isinstance(value, bool) and not value >= bound:
