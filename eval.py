@@ -136,7 +136,7 @@ def evaluate(model, tokenizer, task, examples, latent_prompt=True, samples=1, se
     at_once: the answer's opening (task.ANSWER, default \\boxed{) is put into the model's mouth, so that nothing can be reasoned.
     accuracy_ci95: over examples (the mean of an example's samples is one observation), normal approximation.
     per_example: the same observations one by one, for paired tests.
-    flops, seconds_each: per answer; seconds_alone: of the first `alone` examples' answers, decoded one at a time (see there).
+    flops, seconds_each: per answer; seconds_alone: of the first `alone` examples' answers, decoded one at a time.
     """
     generator, opening = torch.Generator().manual_seed(seed), getattr(task, "ANSWER", "\\boxed{") if at_once else ""
     encode = lambda e: encode_prompt(model, tokenizer, task.prompt(e, latent_prompt), opening)
@@ -282,20 +282,27 @@ def controls_table(rows):
     return "\n".join(out)
 
 
-def collect(directories):
-    """The results.json of several runs -> [(row name, means over the runs that have the row)]; `spread`: lowest, highest."""
+# ---------------------------------------------------------------- pictures: score against cost, and training
+def collect(files):
+    """JSON files as --json writes them (one row, a list, or {name: row}), or runs of train_rl.py, whose results.json is meant ->
+    [(row name, means over the runs that have the row)]; `spread`: lowest, highest."""
     found = {}
-    for d in directories:
+    for file in files:
+        file = os.path.join(file, "results.json") if os.path.isdir(file) else file
         try:
-            with open(os.path.join(d, "results.json")) as f:
-                for row in json.load(f):
-                    found.setdefault(row["model"].strip(), []).append(row)
-        except (OSError, ValueError, TypeError, KeyError) as e:
-            raise UserError(f"{d}/results.json is not the table of a run of train_rl.py ({e})") from e
+            with open(file) as f:
+                rows = json.load(f)
+            if isinstance(rows, dict):
+                rows = [rows] if "accuracy" in rows else [{"name": name, **row} for name, row in rows.items()]
+            for row in rows:
+                name = row.get("name") or row.get("control") or row["model"]
+                found.setdefault(name.strip(), []).append({"runs": 1, "spread": [row["accuracy"]] * 2, **row})
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
+            raise UserError(f"{file} is not a table of results ({e})") from e
     out = []
     for name, rows in found.items():
-        mean = {"runs": len(rows), "spread": [min(r["accuracy"] for r in rows), max(r["accuracy"] for r in rows)]}
-        for k in (k for k in rows[0] if all(isinstance(r.get(k), (int, float, list)) for r in rows)):
+        mean = {"runs": sum(r["runs"] for r in rows), "spread": [min(r["spread"][0] for r in rows), max(r["spread"][1] for r in rows)]}
+        for k in (k for k in rows[0] if k not in mean and all(isinstance(r.get(k), (int, float, list)) for r in rows)):
             values = [r[k] for r in rows]  # numbers, or lists of numbers (intervals)
             mean[k] = [sum(v) / len(v) for v in zip(*values)] if isinstance(values[0], list) else sum(values) / len(values)
         out.append((name, mean))
@@ -319,7 +326,7 @@ def picture(rows, path):
     out += [put((left + w) / 2, h - 8, "tokens per answer (text + latents)", 'text-anchor="middle"'),
             put(-(bottom + 20) / 2, 16, "accuracy", 'text-anchor="middle" transform="rotate(-90)"')]
     labels = []
-    for (name, r), colour in zip(rows, ("#888", "#bbb", "#e9a23b", "#c8553d", "#2e86ab", "#6a4c93", "#4a7c59")):
+    for (name, r), colour in zip(rows, ("#888", "#bbb", "#e9a23b", "#c8553d", "#2e86ab", "#6a4c93", "#4a7c59") * len(rows)):
         x, y = X(r["tokens"]), Y(r["accuracy"])
         side = 'text-anchor="end"' if x > 0.6 * w else ""
         at = y - 7
@@ -330,6 +337,107 @@ def picture(rows, path):
                 f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{colour}"/>', put(x + (-9 if side else 9), at, name, side)]
     with open(path, "w") as f:
         f.write("\n".join(out + ["</svg>"]) + "\n")
+
+
+def figure(path, panels, rows=1, height=4.2):
+    """An empty figure of matplotlib, which nothing else here needs -> (figure, its axes (rows, panels))."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as e:
+        raise UserError("drawing needs matplotlib: pip install matplotlib") from e
+    if not path.endswith((".svg", ".png")):
+        raise UserError(f"--plot is {path!r}; it must end in .svg or .png")
+    out = Figure((4.8 * panels, height * rows), dpi=120, layout="constrained")
+    return out, out.subplots(rows, panels, squeeze=False)
+
+
+def save_figure(out, path):
+    try:
+        out.savefig(path)
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror}") from e
+
+
+COLOURS = "#1f5f99 #c45a00 #2a7f2a #b3261e #6f4aa8 #7a4b3a #b8479b #555555 #7d7d00 #0f7f8c".split()  # dark enough for text
+COSTS = {  # panel: what of a row it shows
+    "tokens per answer (text + latents)": lambda r: r["tokens"], "forward GFLOPs per answer": lambda r: r["flops"] / 1e9,
+    "seconds per answer, full batch": lambda r: r["seconds_each"] if "seconds_each" in r else r["seconds"] / r["n_examples"] / r["samples"],
+    "seconds per answer, decoded alone": lambda r: r["seconds_alone"]}
+
+
+def curve(rows, path):
+    """Score against each cost that any row has. Bars: lowest and highest run, or the 95 % interval over examples if there is one run."""
+    def cost(row, panel):
+        try:
+            return COSTS[panel](row)
+        except KeyError:
+            return None
+
+    panels = [p for p in COSTS if any(cost(r, p) is not None for _, r in rows)]
+    out, axes = figure(path, len(panels), height=4.2 + 0.1 * max(0, len(rows) - 6))
+    out.supxlabel("bars: lowest to highest run, or the 95 % interval over examples where there is one run", fontsize=9)
+    dots = {panel: [] for panel in panels}  # (name, cost, score, colour)
+    for at, panel in zip(axes[0], panels):
+        for i, (name, r) in enumerate(rows):
+            if (x := cost(r, panel)) is not None:
+                low, high = r["spread"] if r["runs"] > 1 else r.get("accuracy_ci95", r["spread"])
+                dots[panel].append((name, x, r["accuracy"], COLOURS[i % 10]))
+                at.plot([x, x], [low, high], color=COLOURS[i % 10], linewidth=1.5)
+                at.plot(x, r["accuracy"], "o", color=COLOURS[i % 10])
+        at.set(xlabel=panel, ylabel="score", xlim=(0, 1.1 * max(d[1] for d in dots[panel]) or 1))
+        at.margins(y=0.1)
+        at.locator_params(axis="x", nbins=6)
+        at.grid(alpha=0.3)
+        at.spines[["top", "right"]].set_visible(False)
+    out.draw_without_rendering()  # from here on the axes stand where they will stand
+    for at, panel in zip(axes[0], panels):
+        label(at, dots[panel])
+    save_figure(out, path)
+
+
+def label(at, dots):
+    """Writes the names of dots (name, x, y, colour) into the axes: each in the nearest place around its dot where it covers no name, dot or bar."""
+    points, frame = 72 / at.figure.dpi, at.get_window_extent()
+    taken = [line.get_window_extent().padded(4) for line in at.lines]
+    for name, x, y, colour in sorted(dots, key=lambda d: d[1]):
+        style = {"textcoords": "offset points", "fontsize": 8, "ha": "center", "va": "center", "color": colour}
+        note = at.annotate(name, (x, y), (0, 0), **style)
+        size, (px, py) = note.get_window_extent(), at.transData.transform((x, y))
+        note.remove()
+        for i in range(16 * 30):  # places on growing circles, from the right side on
+            angle, far = 2 * math.pi * (i % 16) / 16, 7 + 7 * (i // 16)  # pixels
+            dx, dy = math.cos(angle) * (far + size.width / 2), math.sin(angle) * (far + size.height / 2)
+            box = size.translated(px + dx - size.x0 - size.width / 2, py + dy - size.y0 - size.height / 2)
+            if not any(map(box.overlaps, taken)) and frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1:
+                break
+        taken.append(box.padded(2))
+        line = {"arrowstyle": "-", "linewidth": 0.6, "color": colour, "shrinkA": 0} if far > 14 else None
+        at.annotate(name, (x, y), (dx * points, dy * points), arrowprops=line, **style).set_in_layout(False)
+
+
+def training(directories, path):
+    """metrics.jsonl of several runs: reward, tokens, latent steps and tag share against steps (top) and training tokens (bottom)."""
+    panels = {"reward": lambda m: m["reward"], "tokens per rollout (text + latents)": lambda m: m["text_tokens"] + m["latent_steps"],
+              "latent steps per rollout": lambda m: m["latent_steps"], "share of rollouts with a tag": lambda m: m["tag_share"]}
+    out, axes = figure(path, len(panels), 2)
+    for d in directories:
+        try:
+            with open(os.path.join(d, "metrics.jsonl")) as f:
+                lines = [json.loads(line) for line in f]
+            config = run_settings(d)
+            rollouts = config["prompts"] * config["group"] / config.get("minibatches", 1)  # new ones per optimiser step
+            steps = [m["step"] for m in lines]
+            tokens = np.cumsum([(m["text_tokens"] + m["latent_steps"]) * rollouts for m in lines]) / 1e6
+            for column, (panel, value) in zip(axes.T, panels.items()):
+                for at, x in zip(column, (steps, tokens)):
+                    at.plot(x, [value(m) for m in lines], label=os.path.normpath(d), linewidth=1.2)
+                    at.set(ylabel=panel, xlabel="step" if x is steps else "tokens sampled in training, millions (text + latents)")
+                    at.grid(alpha=0.3)
+                    at.set(ylim=(-0.02, 1.02)) if "share" in panel else None
+        except (OSError, ValueError, TypeError, KeyError) as e:
+            raise UserError(f"{d} is not a run of train_rl.py: metrics.jsonl or config.json ({e})") from e
+    out.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=min(6, len(directories)))
+    save_figure(out, path)
 
 
 def readable(tokenizer, rollout):
@@ -406,6 +514,9 @@ def main():
     g.add_argument("--controls", action="store_true", help="all of these in turn, same stories and seed, with paired tests against the plain run")
     g.add_argument("--collect", nargs="+", metavar="DIR", help="average the tables that runs of train_rl.py left, row by row")
     g.add_argument("--svg", metavar="FILE", help="with --collect: draw accuracy against tokens there")
+    g.add_argument("--curve", nargs="+", metavar="FILE", help="draw score against tokens, FLOPs and seconds from JSON files of results")
+    g.add_argument("--training", nargs="+", metavar="DIR", help="draw the training curves of runs of train_rl.py")
+    g.add_argument("--plot", default="plot.svg", metavar="FILE", help="where --curve and --training draw (svg or png; default plot.svg)")
     g = ap.add_argument_group("run")
     g.add_argument("--seed", type=int, default=0)
     g.add_argument("--device", default=None, help="cpu or cuda (default: cuda if there is one)")
@@ -424,6 +535,12 @@ def main():
             write_json(args.json, dict(rows))
         if args.svg:
             picture(rows, args.svg)
+        return
+    if args.curve or args.training:
+        if args.curve and args.training:
+            raise UserError("--curve and --training are two pictures: choose one")
+        curve(collect(args.curve), args.plot) if args.curve else training(args.training, args.plot)
+        print(f"drawn: {args.plot}")
         return
 
     if args.n_latents is not None and args.n_latents > 8:

@@ -54,3 +54,114 @@ def test_costs_stand_in_the_result_before_the_tasks_own_figures(model, tok):
     assert r["flops"] == flops(model, rollouts) and r["seconds_each"] == r["seconds"] / 4 and r["seconds_alone"] > 0
     assert list(r)[-2:] == ["seconds", "own"]  # `table` reads what comes after the seconds as the task's own
     assert "seconds_alone" not in evaluate(model, tok, TASK, PROMPTS, max_new_tokens=12)[0]
+
+
+# ---------------------------------------------------------------- pictures
+ROW = {"accuracy": 0.8, "accuracy_ci95": [0.7, 0.9], "tokens": 100.0, "text_tokens": 90.0, "latent_steps": 10.0, "seconds": 5.0, "n_examples": 50,
+       "samples": 1, "forward_positions": 200.0}
+
+
+def results(tmp_path):
+    """Three files of the three shapes that --json, train_rl.py and --collect --json write."""
+    one = {"model": "out/rl", **ROW, "flops": 3e8, "seconds_alone": 0.2}
+    many = [{"model": "base", **ROW, "accuracy": a, "tokens": 130.0} for a in (0.6, 0.7)]
+    named = {"collected": {**ROW, "runs": 3, "spread": [0.5, 0.95], "tokens": 101.0}}
+    for name, value in (("one", one), ("many", many), ("named", named)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(value))
+    return [str(tmp_path / f"{name}.json") for name in ("one", "many", "named")]
+
+
+def test_results_of_every_shape_are_read_and_runs_of_one_name_averaged(tmp_path):
+    rows = dict(evaluation.collect(results(tmp_path)))
+    assert list(rows) == ["out/rl", "base", "collected"]
+    assert rows["base"]["runs"] == 2 and rows["base"]["spread"] == [0.6, 0.7] and rows["base"]["accuracy"] == pytest.approx(0.65)
+    assert rows["collected"]["runs"] == 3 and rows["collected"]["spread"] == [0.5, 0.95] and rows["out/rl"]["flops"] == 3e8
+
+
+def main(monkeypatch, *words):
+    monkeypatch.setattr("sys.argv", ["eval.py", *map(str, words)])
+    evaluation.main()
+
+
+@pytest.mark.parametrize("words", [("--curve", "one.json"), ("--training", "run")])
+def test_without_matplotlib_one_line_says_how_to_get_it(words, tmp_path, monkeypatch):
+    results(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as if it were not installed
+    with pytest.raises(UserError, match="pip install matplotlib") as e:
+        main(monkeypatch, *words)
+    assert "\n" not in str(e.value)
+
+
+def test_nothing_else_needs_matplotlib(tmp_path):
+    code = "import sys; sys.modules['matplotlib'] = None; import eval; eval.main()"
+    words = ["--collect", results(tmp_path)[0], "--svg", str(tmp_path / "p.svg")]
+    table = {"tags": 1.0, "truncated": 0.0, "model": "m", **ROW}
+    (tmp_path / "one.json").write_text(json.dumps([table]))
+    got = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True)
+    assert got.returncode == 0 and (tmp_path / "p.svg").read_text().startswith("<svg"), got.stderr
+
+
+def drawn(monkeypatch, *words):
+    """main() of --curve or --training -> the figure of matplotlib that was saved."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (requirements.txt leaves it out: only the curves want it)")
+    kept, save = [], evaluation.save_figure
+    monkeypatch.setattr(evaluation, "save_figure", lambda out, path: kept.append(out) or save(out, path))
+    main(monkeypatch, *words)
+    return kept[0]
+
+
+@pytest.mark.parametrize("end", ["svg", "png"])
+def test_the_curve_has_a_panel_for_each_cost_that_is_known_and_names_every_row_once(end, tmp_path, monkeypatch):
+    files, path = results(tmp_path), tmp_path / f"c.{end}"
+    out = drawn(monkeypatch, "--curve", *files, "--plot", path)
+    assert path.read_bytes()[:5] in (b"<?xml", b"\x89PNG\r")
+    axes = out.axes
+    assert [a.get_xlabel().split()[0] for a in axes] == ["tokens", "forward", "seconds", "seconds"]
+    assert [[t.get_text() for t in a.texts] for a in axes] == [["out/rl", "collected", "base"], ["out/rl"], ["out/rl", "base", "collected"], ["out/rl"]]
+    bars = [tuple(line.get_ydata()) for line in axes[0].lines[::2]]
+    assert bars == [(0.7, 0.9), (0.6, 0.7), (0.5, 0.95)]  # the interval of one run, the spread of several
+    out = drawn(monkeypatch, "--curve", files[1], "--plot", path)
+    assert len(out.axes) == 2  # no FLOPs and no seconds alone in this file: no panel
+
+
+def test_names_cover_neither_each_other_nor_a_dot_where_all_rows_stand_together(tmp_path, monkeypatch):
+    rows = [{**ROW, "model": f"a method of a rather long name, {i}", "tokens": 100 + i % 3, "accuracy": 0.8 + 0.001 * i} for i in range(15)]
+    (tmp_path / "m.json").write_text(json.dumps(rows + [{**ROW, "model": "far", "tokens": 180, "accuracy": 0.2}]))
+    axes = drawn(monkeypatch, "--curve", tmp_path / "m.json", "--plot", tmp_path / "m.png").axes
+    for at in axes:
+        boxes = [words_of(note) for note in at.texts]
+        assert len(boxes) == 16 and not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+        assert not any(a.overlaps(line.get_window_extent()) for a in boxes for line in at.lines)
+
+
+def words_of(note):
+    """The pixels of an annotation's words, without the line to its dot."""
+    from matplotlib.text import Text
+    return Text.get_window_extent(note)
+
+
+def test_training_curves_stand_against_steps_and_against_the_tokens_sampled(tmp_path, monkeypatch):
+    for name, minibatches in (("a", 1), ("b", 2)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"prompts": 2, "group": 4, "minibatches": minibatches}))
+        lines = [{"step": i, "reward": i / 4, "text_tokens": 25.0, "latent_steps": 5.0, "tag_share": 0.5} for i in (1, 2, 3, 4)]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in lines))
+    axes = drawn(monkeypatch, "--training", tmp_path / "a", tmp_path / "b", "--plot", tmp_path / "t.svg").axes
+    assert len(axes) == 8 and [len(a.lines) for a in axes] == [2] * 8
+    x = [[round(v * 1e6) for v in line.get_xdata()] for line in axes[4].lines]
+    assert x == [[240, 480, 720, 960], [120, 240, 360, 480]]  # 30 tokens, 8 rollouts; two optimiser steps share them in b
+    assert list(axes[1].lines[0].get_ydata()) == [30.0] * 4 and list(axes[0].lines[0].get_xdata()) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("words, says", [
+    (("--curve", "nowhere.json"), "nowhere.json"), (("--curve", "one.json", "--plot", "x.doc"), "must end in"),
+    (("--curve", "one.json", "--plot", "no/where.svg"), "cannot write"), (("--training", "nowhere"), "nowhere"),
+    (("--curve", "one.json", "--training", "x"), "choose one")])
+def test_what_cannot_be_drawn_ends_in_one_line(words, says, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (requirements.txt leaves it out: only the curves want it)")
+    results(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=says) as e:
+        main(monkeypatch, *words)
+    assert "\n" not in str(e.value)
