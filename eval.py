@@ -11,21 +11,27 @@ since cutting hides the base's slips. The flags give the paper's. (3) Length pen
     python eval.py --model tiny:plain tiny out/rl --task tiny       # one table: explicit reasoning, tags, a trained run
     python eval.py --model out/rl --task tiny --show 3              # three answers, latents with their nearest words
     python eval.py --model out/rl --task tiny --controls            # what its latents do: zeros, noise, another story's, none, ..
+    python eval.py --model out/rl --show 20 --html answers.html     # the same as a page that unfolds, for a browser
+    python eval.py --model out/rl --alone 20 --json rl.json         # .. and the seconds of an answer decoded alone
+    python eval.py --curve rl.json base.json --plot curve.svg       # score against tokens, FLOPs and seconds (matplotlib)
+    python eval.py --training out/rl out/grpo --plot training.svg   # reward, tokens, latents, tags against steps and tokens sampled
     python eval.py --model out/next --task next_chapter --write 5 --out out/chapters     # the chapters themselves, to be read
 """
 import argparse
 import html
 import importlib
+import itertools
 import json
 import math
 import os
+import re
 import time
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from litereason import LATENT, ReasoningProjector, UserError, compute, encode_prompt, generate, load, run_script
+from litereason import CLOSE, LATENT, OPEN, ReasoningProjector, UserError, compute, encode_prompt, generate, load, run_script
 
 
 def load_task(name):
@@ -359,39 +365,31 @@ def save_figure(out, path):
 
 
 COLOURS = "#1f5f99 #c45a00 #2a7f2a #b3261e #6f4aa8 #7a4b3a #b8479b #555555 #7d7d00 #0f7f8c".split()  # dark enough for text
-COSTS = {  # panel: what of a row it shows
-    "tokens per answer (text + latents)": lambda r: r["tokens"], "forward GFLOPs per answer": lambda r: r["flops"] / 1e9,
-    "seconds per answer, full batch": lambda r: r["seconds_each"] if "seconds_each" in r else r["seconds"] / r["n_examples"] / r["samples"],
-    "seconds per answer, decoded alone": lambda r: r["seconds_alone"]}
+COSTS = {"tokens": ("tokens per answer (text + latents)", 1), "flops": ("forward GFLOPs per answer", 1e-9),  # key: (what it is, its unit)
+         "seconds_each": ("seconds per answer, full batch", 1), "seconds_alone": ("seconds per answer, decoded alone", 1)}
 
 
 def curve(rows, path):
     """Score against each cost that any row has. Bars: lowest and highest run, or the 95 % interval over examples if there is one run."""
-    def cost(row, panel):
-        try:
-            return COSTS[panel](row)
-        except KeyError:
-            return None
-
-    panels = [p for p in COSTS if any(cost(r, p) is not None for _, r in rows)]
+    for _, r in rows:
+        if "seconds" in r and "n_examples" in r:  # a table of before seconds_each was written
+            r.setdefault("seconds_each", r["seconds"] / r["n_examples"] / r.get("samples", 1))
+    panels = {key: [(name, r[key] * COSTS[key][1], r["accuracy"], COLOURS[i % 10]) for i, (name, r) in enumerate(rows) if key in r] for key in COSTS}
+    panels = {key: dots for key, dots in panels.items() if dots}
     out, axes = figure(path, len(panels), height=4.2 + 0.1 * max(0, len(rows) - 6))
     out.supxlabel("bars: lowest to highest run, or the 95 % interval over examples where there is one run", fontsize=9)
-    dots = {panel: [] for panel in panels}  # (name, cost, score, colour)
-    for at, panel in zip(axes[0], panels):
-        for i, (name, r) in enumerate(rows):
-            if (x := cost(r, panel)) is not None:
-                low, high = r["spread"] if r["runs"] > 1 else r.get("accuracy_ci95", r["spread"])
-                dots[panel].append((name, x, r["accuracy"], COLOURS[i % 10]))
-                at.plot([x, x], [low, high], color=COLOURS[i % 10], linewidth=1.5)
-                at.plot(x, r["accuracy"], "o", color=COLOURS[i % 10])
-        at.set(xlabel=panel, ylabel="score", xlim=(0, 1.1 * max(d[1] for d in dots[panel]) or 1))
+    bars = {name: r["spread"] if r["runs"] > 1 else r.get("accuracy_ci95", r["spread"]) for name, r in rows}
+    for at, (key, dots) in zip(axes[0], panels.items()):
+        for name, x, y, colour in dots:
+            at.plot([x, x], bars[name], color=colour, linewidth=1.5)
+            at.plot(x, y, "o", color=colour)
+        at.set(xlabel=COSTS[key][0], ylabel="score", xlim=(0, 1.1 * max(x for _, x, _, _ in dots) or 1))
         at.margins(y=0.1)
         at.locator_params(axis="x", nbins=6)
         at.grid(alpha=0.3)
-        at.spines[["top", "right"]].set_visible(False)
     out.draw_without_rendering()  # from here on the axes stand where they will stand
-    for at, panel in zip(axes[0], panels):
-        label(at, dots[panel])
+    for at, dots in zip(axes[0], panels.values()):
+        label(at, dots)
     save_figure(out, path)
 
 
@@ -440,24 +438,21 @@ def training(directories, path):
     save_figure(out, path)
 
 
+# ---------------------------------------------------------------- answers to be read, as text and as a page
+def pieces(tokenizer, rollout):
+    """A rollout's slots as a list of texts and, where a block of latents stands, of their number."""
+    runs = [(latent, list(run)) for latent, run in itertools.groupby(rollout.slots, LATENT.__eq__)]
+    return [len(run) if latent else tokenizer.decode(run) for latent, run in runs]
+
+
 def readable(tokenizer, rollout):
     """A rollout's text with its latent blocks shown as such: .. </implicit_thought>[3 latents] .."""
-    text, ids, i = "", [], 0
-    while i < len(rollout.slots):
-        if rollout.slots[i] == LATENT:
-            j = i
-            while j < len(rollout.slots) and rollout.slots[j] == LATENT:
-                j += 1
-            text += tokenizer.decode(ids) + f"[{j - i} latent{'s' * (j - i > 1)}] "
-            ids, i = [], j
-        else:
-            ids.append(rollout.slots[i])
-            i += 1
-    return text + tokenizer.decode(ids) + ("" if rollout.finished else " [cut off]")
+    show = lambda p: f"[{p} latent{'s' * (p > 1)}] " if isinstance(p, int) else p
+    return "".join(map(show, pieces(tokenizer, rollout))) + ("" if rollout.finished else " [cut off]")
 
 
 @torch.no_grad()
-def nearest_words(model, tokenizer, latents, k=3):
+def read_out(model, tokenizer, latents, k=3):
     """For each latent (n, D): the k vocabulary words whose embeddings point its way, with the cosine; its length against the mean length of
     an embedding; and the k words that the LM head would say if the latent were its input (through the final norm), with probability."""
     embed = model.get_input_embeddings()
@@ -466,8 +461,88 @@ def nearest_words(model, tokenizer, latents, k=3):
     cos = torch.nn.functional.normalize(z, dim=-1) @ torch.nn.functional.normalize(table, dim=-1).T  # (n, V)
     with compute(model):
         said = model.lm_head(model.model.norm(z.to(model.dtype))).float().softmax(-1)  # (n, V)
-    words = lambda top: [", ".join(f"{tokenizer.decode([i])!r} {c:.2f}" for i, c in zip(*row)) for row in zip(top.indices.tolist(), top.values.tolist())]
+    words = lambda top: [[(tokenizer.decode([i]), c) for i, c in zip(*row)] for row in zip(top.indices.tolist(), top.values.tolist())]
     return list(zip(words(cos.topk(k)), (z.norm(dim=-1) / table.norm(dim=-1).mean()).tolist(), words(said.topk(k))))
+
+
+def nearest_words(model, tokenizer, latents, k=3):
+    """The same with the words as text."""
+    say = lambda words: ", ".join(f"{word!r} {c:.2f}" for word, c in words)
+    return [(say(near), length, say(said)) for near, length, said in read_out(model, tokenizer, latents, k)]
+
+
+# One page, light and dark, no script: the Content-Security-Policy forbids any, so that a story cannot bring one even if an escape were forgotten.
+PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'"><title>Answers with their latents</title><style>
+:root { color-scheme: light dark; --back: #fdfdfb; --text: #1c1c1c; --soft: #5c5c5c; --line: #d4d4ce; --box: #f1f1ec; --latent: #6a3fb0;
+  --ok: #1d6b34; --no: #a8271c }
+@media (prefers-color-scheme: dark) { :root {
+  --back: #17181a; --text: #e8e6e1; --soft: #a5a39d; --line: #3d3f43; --box: #222428; --latent: #c0a2f5; --ok: #77cf91; --no: #ff9385 } }
+* { box-sizing: border-box }
+body { margin: 0 auto; padding: .75rem; max-width: 60rem; background: var(--back); color: var(--text); font: 1rem/1.6 system-ui, sans-serif }
+h1 { font-size: 1.5rem } h2 { font-size: 1.25rem; margin-top: 2.5rem; overflow-wrap: anywhere } h3 { font-size: 1rem; margin: 0 0 .5rem }
+article { border: 1px solid var(--line); border-radius: .5rem; padding: .75rem; margin: 1rem 0 } article > p { margin: 0 }
+.text { white-space: pre-wrap; overflow-wrap: anywhere; margin: .5rem 0 }
+.prompt { color: var(--soft); padding-left: .75rem; border-left: 3px solid var(--line) }
+.tag, .soft { color: var(--soft); font-weight: normal } .tag { font-size: .8rem } .right { color: var(--ok) } .wrong { color: var(--no) }
+summary { cursor: pointer } summary:focus-visible { outline: 3px solid var(--latent); outline-offset: 2px }
+.latents { display: inline-block; white-space: normal; margin: 0 .2rem } .latents[open] { display: block; margin: .5rem 0 }
+.latents summary { display: inline-block; color: var(--latent); border: 1px solid; border-radius: 1rem; padding: 0 .7rem; line-height: 1.4 }
+.latents summary::-webkit-details-marker { display: none }
+.latents summary::before { content: "\\25b8  " } .latents[open] summary::before { content: "\\25be  " }
+table { border-collapse: collapse; width: 100%; font-size: .875rem; margin-top: .5rem; background: var(--box) }
+th, td { text-align: left; vertical-align: top; padding: .35rem .4rem; border-top: 1px solid var(--line) }
+td div { display: flex; align-items: baseline; justify-content: space-between; gap: .4rem; max-width: 15rem }
+small, td { white-space: nowrap }
+code { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .8rem; line-height: 1.4 }
+small, .number { font-variant-numeric: tabular-nums; color: var(--soft) }
+.bar { display: block; min-width: 3.5rem; height: .5rem; margin-top: .3rem; border: 1px solid var(--line);
+  background: linear-gradient(var(--text), var(--text)) 25% 0 / 2px 100% no-repeat }
+.bar i { display: block; height: 100%; background: var(--latent); opacity: .75 }
+</style></head><body><h1>Answers with their latents</h1><details open><summary>How to read this page</summary>
+<p>Each box is one answer; what the model was asked unfolds at its top. Where the model stopped writing and ran latent steps stands <b>4 latents</b>:
+unfold it for one line per latent. <b>Head</b>: the words, with their probability, that the LM head reads off the latent if it goes through the final
+norm. <b>Embedding</b>: the words whose embeddings point its way, with the cosine. <b>Length</b>: how many times as long as the mean embedding; the
+bar is logarithmic, its mark is at 1, a quarter of it is a factor of 100. The words near a latent do not prove what it does; eval.py --controls
+tests that.</p>
+</details>"""
+
+
+def answer_on_page(model, tokenizer, task, example, rollout, number):
+    """One answer as HTML. Every text of a story or a model goes through html.escape."""
+    reward, body, gold, k = score(task, [example], [rollout.text])[0], "", "", 0  # k: latents so far
+    verdict = f"reward {reward:.2f}"
+    if hasattr(task, "answer"):
+        verdict = '<span class="right">✓ right</span>' if reward > 0 else '<span class="wrong">✗ wrong</span>'
+        gold = f'<p class="soft">Right would be: {html.escape(task.answer(example))}</p>'
+    cell = lambda words: "".join(f"<div><code>{html.escape(w).replace(chr(10), '⏎')}</code> <small>{c:.2f}</small></div>" for w, c in words)
+    rows = []
+    for i, (near, length, said) in enumerate(read_out(model, tokenizer, rollout.latents)):
+        width = 12.5 * min(8, max(0, 2 + math.log10(max(length, 1e-9))))  # percent: 0.01 is empty, 1 a quarter, a million full
+        rows.append(f'<tr><td>{i + 1}</td><td>{cell(said)}</td><td>{cell(near)}</td><td><span class="number">{length:,.3g}</span>'
+                    f'<span class="bar"><i style="width:{width:.0f}%"></i></span></td></tr>')
+    for piece in pieces(tokenizer, rollout):
+        if isinstance(piece, str):
+            body += re.sub(f"({html.escape(OPEN)}|{html.escape(CLOSE)})", r'<span class="tag">\1</span>', html.escape(piece))
+        else:
+            body += (f'<details class="latents"><summary>{piece} latent{"s" * (piece > 1)}</summary><table><thead><tr><th>#</th><th>Head</th>'
+                     f"<th>Embedding</th><th>Length</th></tr></thead><tbody>{''.join(rows[k : k + piece])}</tbody></table></details>")
+            k += piece
+    return (f'<article><h3>{number}. {verdict} <span class="soft">· {len(rollout.slots)} tokens, {rollout.n_latents} of them latents'
+            f'{"" if rollout.finished else ", cut off"}</span></h3><details><summary>What it was asked ({len(rollout.prompt_ids)} tokens)</summary>'
+            f'<div class="text prompt">{html.escape(tokenizer.decode(rollout.prompt_ids))}</div></details><div class="text">{body}</div>{gold}'
+            "</article>\n")
+
+
+def page(sections):
+    """[(row of the table, its answers as HTML)] -> one HTML page that needs nothing else, no network and no script."""
+    out = PAGE
+    for r, answers in sections:
+        low, high = r["accuracy_ci95"]
+        out += (f"<h2>{html.escape(r['model'])}, task {html.escape(r['task'])}</h2><p>Score <b>{r['accuracy']:.3f}</b> (95 % interval {low:.3f} to "
+                f"{high:.3f}, {r['n_examples']} examples) with <b>{r['tokens']:.1f}</b> tokens per answer: {r['text_tokens']:.1f} of text, "
+                f"{r['latent_steps']:.1f} latents. {len(answers)} of the answers:</p>\n{''.join(answers)}")
+    return out + "</body></html>\n"
 
 
 def write_chapters(task, examples, plans, n, sampling, file):
@@ -523,6 +598,7 @@ def main():
     g.add_argument("--json", default=None, metavar="FILE", help="write the numbers there (a list if several models)")
     g.add_argument("--out", default=None, metavar="DIR", help="write config.json and results.json there")
     g.add_argument("--show", type=int, default=0, metavar="N", help="print N answers with their latents")
+    g.add_argument("--html", default=None, metavar="FILE", help="write the answers of --show there instead, as a page to be opened and read")
     g.add_argument("--write", type=int, default=0, metavar="N", help="next chapters: have the frozen LM write N of them with the plan, without "
                    "and with another's, into chapters.md in --out")
     args = ap.parse_args()
@@ -547,11 +623,14 @@ def main():
         raise UserError(f"--n-latents is {args.n_latents}; it must be at most 8")
     if (args.n_latents is not None) + (args.tag == "forbidden") + args.at_once > 1:
         raise UserError("--tag forbidden, --n-latents and --at-once are alternatives: choose one")
-    if args.controls and (args.latent != "projector" or args.tag != "free" or args.n_latents is not None or args.at_once or args.show or args.write):
-        raise UserError("--controls runs every --latent, --tag and --n-latents by itself, and shows no answers: leave those flags out")
+    chosen = args.tag != "free", args.n_latents is not None, args.at_once, args.show, args.write, args.alone
+    if args.controls and (args.latent != "projector" or any(chosen)):
+        raise UserError("--controls runs every --latent, --tag and --n-latents by itself, and shows and times no answers: leave those flags out")
     if args.write and not args.out:
         raise UserError("--write needs --out DIR: the chapters go into chapters.md there")
-    rows = []
+    if args.html and not args.show:
+        raise UserError("--html needs --show N: that many answers go onto the page")
+    rows, sections = [], []
     for name in args.model:
         path, _, suffix = name.partition(":")
         model, tokenizer = load(path, args.device)
@@ -580,7 +659,11 @@ def main():
                                     latent=latent_of(args.latent, model, others, args.seed),
                                     tag="forbidden" if args.tag == "forbidden" else args.n_latents, **settings)
         rows.append((name, {"model": name, "task": args.task, "prompt": "tag" if latent_prompt else "plain", **result}))
-        for example, r in list(zip(examples, rollouts[:: args.samples]))[: args.show]:  # each example's first answer
+        shown = list(zip(examples, rollouts[:: args.samples]))[: args.show]  # each example's first answer
+        if args.html:
+            sections.append((rows[-1][1], [answer_on_page(model, tokenizer, task, e, r, i + 1) for i, (e, r) in enumerate(shown)]))
+            shown = []
+        for example, r in shown:
             print(f"\n--- {name}, reward {score(task, [example], [r.text])[0]:.2f}\n{tokenizer.decode(r.prompt_ids)}\n>>> {readable(tokenizer, r)}")
             for i, (words, norm, said) in enumerate(nearest_words(model, tokenizer, r.latents)):
                 print(f"    latent {i + 1}: nearest {words}; the head says {said}; length {norm:.2f} of an embedding's")
@@ -594,6 +677,9 @@ def main():
         for name, r in rows:
             print(f"{name}: {r['flops']:.3g} FLOPs and {r['seconds_each']:.2g} s an answer" +
                   (f", {r['seconds_alone']:.2g} s alone" if "seconds_alone" in r else ""))
+    if args.html:
+        write_text(args.html, page(sections))
+        print(f"page: {args.html}")
     results = [r for _, r in rows]
     for file in [args.json] + ([os.path.join(args.out, "results.json")] if args.out else []):
         if file:
@@ -604,8 +690,8 @@ def main():
 
 def check_arguments(args, n=1):
     """Bounds that all scripts share; a wrong value ends in one line. n: the least --n."""
-    least = {"n": n, "seed": 0, "steps": 0, "projector_steps": 0, "overlong_buffer": 0, "show_every": 0, "show": 0, "write": 0, "alone": 0, "top_k": 0,
-             "n_latents": 0}
+    least = {"n": n, "seed": 0, "steps": 0, "projector_steps": 0, "overlong_buffer": 0, "show_every": 0, "show": 0, "write": 0, "alone": 0,
+             "top_k": 0, "n_latents": 0}
     for name, value in vars(args).items():
         bound = least.get(name, 0 if isinstance(value, float) else 1)
         if isinstance(value, (int, float)) and not isinstance(value, bool) and not value >= bound:
@@ -630,9 +716,13 @@ def make_directory(path):
 
 
 def write_json(path, value):
+    write_text(path, json.dumps(value, indent=1))
+
+
+def write_text(path, text):
     try:
-        with open(path + ".tmp", "w") as f:
-            json.dump(value, f, indent=1)
+        with open(path + ".tmp", "w", encoding="utf-8") as f:
+            f.write(text)
         os.replace(path + ".tmp", path)
     except OSError as e:
         raise UserError(f"cannot write {path}: {e.strerror}") from e

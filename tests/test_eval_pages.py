@@ -1,20 +1,19 @@
 """What eval.py counts and draws: FLOPs against torch's own counter, the curves, and the page on which answers are read."""
+import html.parser
 import json
-import os
 import subprocess
 import sys
 import types
 
 import pytest
 import torch
-from conftest import PROMPTS, TEXTS, write
-from test_scripts import ROOT, script
+from conftest import LATENTS, PROMPTS, TAGS, tag, write
+from test_scripts import ROOT
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import eval as evaluation
-import litereason
-from eval import evaluate, flops
+from eval import answer_on_page, evaluate, flops, page, pieces, read_out, readable
 from litereason import OPEN, UserError
 
 TASK = types.SimpleNamespace(prompt=lambda e, latent: e, reward=lambda e, text: float(len(text) % 2))
@@ -42,7 +41,8 @@ def test_a_latent_costs_the_projector_unless_its_function_says_something_else(ro
     own = lambda h, u, k: h
     own.flops = 1000
     base = flops(model, rollouts, 2, "zeros")
-    assert [flops(model, rollouts, 2, z) - base for z in ("projector", "none", own, lambda h, u, k: h)] == [latents * one, 0, latents * 1000, latents * one]
+    more = [flops(model, rollouts, 2, z) - base for z in ("projector", "none", own, lambda h, u, k: h)]
+    assert more == [latents * one, 0, latents * 1000, latents * one]
     feed = lambda h, token: h
     feed.flops = 10
     assert flops(model, rollouts, 2, "zeros", feed) - base == 10 * sum(r.n_tokens for r in rollouts) / len(rollouts)
@@ -118,7 +118,8 @@ def test_the_curve_has_a_panel_for_each_cost_that_is_known_and_names_every_row_o
     assert path.read_bytes()[:5] in (b"<?xml", b"\x89PNG\r")
     axes = out.axes
     assert [a.get_xlabel().split()[0] for a in axes] == ["tokens", "forward", "seconds", "seconds"]
-    assert [[t.get_text() for t in a.texts] for a in axes] == [["out/rl", "collected", "base"], ["out/rl"], ["out/rl", "base", "collected"], ["out/rl"]]
+    names = [[t.get_text() for t in a.texts] for a in axes]  # from the left
+    assert names == [["out/rl", "collected", "base"], ["out/rl"], ["out/rl", "base", "collected"], ["out/rl"]]
     bars = [tuple(line.get_ydata()) for line in axes[0].lines[::2]]
     assert bars == [(0.7, 0.9), (0.6, 0.7), (0.5, 0.95)]  # the interval of one run, the spread of several
     out = drawn(monkeypatch, "--curve", files[1], "--plot", path)
@@ -165,3 +166,70 @@ def test_what_cannot_be_drawn_ends_in_one_line(words, says, tmp_path, monkeypatc
     with pytest.raises(UserError, match=says) as e:
         main(monkeypatch, *words)
     assert "\n" not in str(e.value)
+
+
+# ---------------------------------------------------------------- the page
+HOSTILE = '<script>document.title = "x"</script><img src=x onerror="alert(1)"> & </div></details>'
+SUMMARY = {"model": "a <b>", "task": "tiny", "accuracy_ci95": [0.7, 0.9], "accuracy": 0.8, "n_examples": 5, "tokens": 3.0,
+           "text_tokens": 2.0, "latent_steps": 1.0}
+
+
+class Reader(html.parser.HTMLParser):
+    """What a browser makes of a page: its elements, and its words with and without those of the tables."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.attributes, self.words, self.open = [], [], "", []
+        self.feed(text)
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, name, attributes):
+        self.elements.append(name)
+        self.attributes += attributes
+        if name not in ("meta", "br"):
+            self.open.append(name)
+
+    def handle_endtag(self, name):
+        assert self.open.pop() == name
+
+    def handle_data(self, words):
+        self.words += words
+
+
+def test_a_rollout_in_pieces_is_its_text_and_its_latents_in_order(rollouts, tok):
+    for r, latents, tags in zip(rollouts, LATENTS, TAGS):
+        numbers = [p for p in pieces(tok, r) if isinstance(p, int)]
+        assert sum(numbers) == latents and len(numbers) == tags
+    assert readable(tok, rollouts[0]) == f"ab{tag(3)}[3 latents] cd{tag(2)}[2 latents] .<eos>" and readable(tok, rollouts[1]).endswith(" [cut off]")
+
+
+def test_every_latent_has_its_line_and_every_word_is_read_off_the_model(model, tok, rollouts):
+    task = types.SimpleNamespace(answer=lambda e: "gold & co", reward=lambda e, text: 1.0)
+    for r, latents, tags in zip(rollouts, LATENTS, TAGS):
+        text = answer_on_page(model, tok, task, "", r, 1)
+        got = Reader(text)
+        assert got.elements.count("details") == 1 + tags and got.elements.count("tr") == tags + latents and got.elements.count("summary") == 1 + tags
+        for near, length, said in read_out(model, tok, r.latents):
+            assert f"{length:,.3g}" in got.words and all(f"{p:.2f}" in got.words for _, p in near + said) and len(near) == len(said) == 3
+            assert all(1 >= a[1] >= b[1] for words in (near, said) for a, b in zip(words, words[1:]))
+        assert "right" in got.words and "gold & co" in got.words
+
+
+def test_a_story_with_a_script_in_it_is_words_on_the_page_and_nothing_else(model, tok):
+    r, = write(model, tok, [HOSTILE], [f"{HOSTILE}{tag(2)} {HOSTILE}<eos>"], limit=400)
+    text = page([(SUMMARY, [answer_on_page(model, tok, TASK, HOSTILE, r, 1)])])
+    got = Reader(text)
+    assert got.words.count(HOSTILE) == 3 and "a <b>, task tiny" in got.words
+    assert not {"script", "img", "link", "iframe"} & set(got.elements)
+    assert not [a for a, _ in got.attributes if a in ("src", "href") or a.startswith("on")]
+    assert "url(" not in text and "@import" not in text and "default-src 'none'" in text  # nothing is fetched, nothing is run
+
+
+def test_the_command_writes_the_page_and_prints_the_table(tmp_path, monkeypatch, capsys):
+    main(monkeypatch, "--n", 4, "--show", 3, "--max-new-tokens", 60, "--html", tmp_path / "a.html")
+    said, got = capsys.readouterr().out, Reader((tmp_path / "a.html").read_text(encoding="utf-8"))
+    assert got.elements.count("article") == 3 and ">>>" not in said and "| tiny |" in said and "tiny, task tiny" in got.words
+    with pytest.raises(UserError, match="--show"):
+        main(monkeypatch, "--n", 4, "--html", tmp_path / "b.html")
+    with pytest.raises(UserError, match="cannot write"):
+        main(monkeypatch, "--n", 1, "--show", 1, "--max-new-tokens", 5, "--html", tmp_path / "no" / "b.html")
