@@ -59,6 +59,8 @@ def soft_thinking(model, end, top_k=10, certain=0.01, patience=256, temperature=
         p = (logp / temperature).softmax(-1)
         return (p.to(h.dtype)[..., None] * table(word)).sum(1)  # (n, D)
 
+    step.flops = 2 * model.lm_head.weight.numel()  # for eval.flops
+
     def leave(h, drawn, row, taken):
         logp = predicted(model, h)  # (n, V)
         sure = -(logp.exp() * logp).sum(-1) < certain  # (n,)
@@ -82,6 +84,7 @@ def mixture_of_inputs(model, beta=1.0):
         every = table(torch.arange(p.shape[-1], device=h.device))  # (V, D)
         return (H.to(h.dtype) * (p.to(h.dtype) @ every) + (beta + 1 - H).to(h.dtype) * table(token)) / (beta + 1)
 
+    feed.flops = 2 * table.weight.numel()  # beside the LM head, which is counted for every word
     return {"feed": feed}
 
 
@@ -129,6 +132,8 @@ def feed_back(h, *_):
     """Coconut's latent step: the next input is the last hidden state."""
     return h
 
+
+feed_back.flops = 0
 
 def train_coconut(model, tokenizer, traces, cfg, budget, seed):
     """Stage s: the first s reasoning sentences of each trace are deleted and s latents put at the answer's beginning; after the last
@@ -193,6 +198,7 @@ def colar(model, head, spread, end):
         mean, std = head(h)
         return ((mean + std * normal_numbers(u, k, h.shape[1]).to(mean)) * spread).to(h.dtype)
 
+    step.flops = 2 * (model.lm_head.weight.numel() + sum(p.numel() for p in head.parameters()))
     return {"latent": step, "leave": lambda h, drawn, row, taken: torch.where((drawn == end) & (taken > 0), drawn, LATENT)}
 
 
@@ -316,7 +322,7 @@ def main():
 
     def note(name, **how):
         began = time.time()
-        result = evaluate(model, tokenizer, task, tests, latent_prompt=False, progress=name, **say, **how)[0]
+        result = evaluate(model, tokenizer, task, tests, latent_prompt=False, progress=name, alone=8, **say, **how)[0]
         rows.append((name, {"model": name, "training_tokens": spent, "training_seconds": began - start, **result}))
 
     note(args.method + (", SFT" if args.method == "colar" else ""), **decode)

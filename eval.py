@@ -645,7 +645,11 @@ def main():
                 raise UserError(str(e)) from e
             if args.write and not hasattr(task, "chapter_prompt"):
                 raise UserError(f"--write is for tasks whose answers are plans of chapters (next_chapter); {args.task} is none")
-        latent_prompt = suffix != "plain" and run_settings(path).get("method") != "grpo"
+        made = run_settings(path)
+        if made.get("script") == "baselines.py":
+            raise UserError(f"{path} is a run of baselines.py, whose methods decode in their own ways: it has its table in its results.json")
+        latent_prompt = suffix != "plain" and made.get("method") != "grpo"
+        feeds = "none" if made.get("method") == "tag" and args.latent == "projector" else args.latent  # its tags have always been text
         sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
         settings = {"latent_prompt": latent_prompt, "seed": args.seed, "progress": name, "rows": args.rows, **sampling,
                     "max_new_tokens": args.max_new_tokens or (160 if is_small(model) else 2048)}
@@ -656,7 +660,7 @@ def main():
             continue
         others = latents_of_others(model, tokenizer, task, elsewhere, **settings) if elsewhere else []
         result, rollouts = evaluate(model, tokenizer, task, examples, samples=args.samples, at_once=args.at_once, alone=args.alone,
-                                    latent=latent_of(args.latent, model, others, args.seed),
+                                    latent=latent_of(feeds, model, others, args.seed),
                                     tag="forbidden" if args.tag == "forbidden" else args.n_latents, **settings)
         rows.append((name, {"model": name, "task": args.task, "prompt": "tag" if latent_prompt else "plain", **result}))
         shown = list(zip(examples, rollouts[:: args.samples]))[: args.show]  # each example's first answer

@@ -147,7 +147,7 @@ def main():
     def note(name, latent_prompt, run="projector"):
         """One row of the final table, unless the run that goes on has it."""
         if tests and name not in dict(rows):
-            rows.append((name, evaluate(model, tokenizer, task, tests, latent_prompt, seed=args.seed, progress=name, latent=run,
+            rows.append((name, evaluate(model, tokenizer, task, tests, latent_prompt, seed=args.seed, progress=name, latent=run, alone=8,
                                         max_new_tokens=args.max_new_tokens)[0]))
             if not saved_states(args.out):
                 write_state(first, len(rows), {}, rows)
