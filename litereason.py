@@ -391,6 +391,7 @@ class SharedCache:
     had been run alone on prompt + slots. With gradients the tensors keep their graph (nothing is detached or copied in
     place); without, own slots are written into memory that was allocated once.
     """
+    FUSED = 8  # new slots per row above which, on a CPU, rows get copies of their prompt's keys: smaller than the weights they save
 
     def __init__(self, layers):
         self.prompt = [None] * layers  # (keys, values), (P, K, L, d) each
@@ -471,7 +472,7 @@ class SharedCache:
         if self.room:
             ok, ov = ok[:, :, : self.filled + 1], ov[:, :, : self.filled + 1]
         P, K, L, R, n = pk.shape[0], pk.shape[1], pk.shape[2], H // pk.shape[1], ok.shape[2]
-        if S > 8 and q.device.type == "cpu":  # many slots of a row: fused attention, which never keeps the weights, beats sharing the products
+        if S > self.FUSED and q.device.type == "cpu":  # fused attention, which never keeps the weights, beats sharing the products
             k, v = (torch.cat([p.index_select(0, self.owner), o], 2) for p, o in ((pk, ok), (pv, ov)))  # (B, K, L + n, d)
             if window not in self.bias:
                 self.bias[window] = self.joint_bias(S, L, n, window, q)
