@@ -64,7 +64,8 @@ def test_unroll_is_the_naive_definition_wherever_the_blocks_are(model, choice):
         close(a, b)
     if any(len(z) for z in plain):
         wanted = list(model.reasoning_projector.parameters())
-        for a, b in zip(torch.autograd.grad(sum((z**2).sum() for z in latents), wanted), torch.autograd.grad(sum((z**2).sum() for z in plain), wanted)):
+        ours, theirs = (torch.autograd.grad(sum((z**2).sum() for z in some), wanted) for some in (latents, plain))
+        for a, b in zip(ours, theirs):
             close(a, b)
 
 
