@@ -240,6 +240,19 @@ def latent_step(model, h, latent="projector", *place):
     return model.reasoning_projector(h) if latent == "projector" else torch.zeros_like(h)
 
 
+class FewRows(torch.nn.Linear):
+    """torch.nn.Linear, a decoding step's speed on a CPU: its libraries multiply a few rows by a large matrix at a third of the memory's
+    speed, but the other way round, two or four rows at a time, they reach it (measured with MKL; one or three rows are padded)."""
+
+    def forward(self, x):
+        n = x.numel() // self.in_features
+        if x.device.type != "cpu" or not 0 < n <= 8 or self.weight.numel() < 2**17:
+            return super().forward(x)
+        rows = F.pad(x.reshape(n, self.in_features), (0, 0, 0, n % 2))  # (n or n + 1, in)
+        y = torch.cat([(self.weight @ part.T).T for part in rows.split(4)])[:n].view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
+
+
 # ============================================================================ load and save
 TINY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "tiny", "base")
 
@@ -337,6 +350,9 @@ def attach(model, weights=None):
     if not isinstance(layers, int) or isinstance(layers, bool) or not 1 <= layers <= 64:
         raise UserError(f"config.json: litereason_num_reasoning_layers is {layers!r}, expected a whole number from 1 to 64")
     model.reasoning_projector = ReasoningProjector.warm_start(model, layers)
+    for module in model.modules():
+        if type(module) is torch.nn.Linear:
+            module.__class__ = FewRows
     model.projector_trained = bool(weights)
     model.bf16 = model.device.type == "cuda" and model.dtype == torch.float32  # see compute()
     if weights:
@@ -399,6 +415,7 @@ class SharedCache:
     had been run alone on prompt + slots. With gradients the tensors keep their graph (nothing is detached or copied in
     place); without, own slots are written into memory that was allocated once.
     """
+    FUSED = 8  # new slots per row above which, on a CPU, rows get copies of their prompt's keys: smaller than the weights they save
 
     def __init__(self, layers):
         self.prompt = [None] * layers  # (keys, values), (P, K, L, d) each
@@ -427,7 +444,7 @@ class SharedCache:
         """Before a forward pass of new slots: valid (B, S) says which are real (rows are padded on the right)."""
         B, S = valid.shape
         seen = valid if self.mask is None else torch.cat([self.valid, valid], 1)  # (B, past + S)
-        self.valid = seen
+        self.valid, self.bias = seen, {}
         later = torch.ones(S, S, dtype=torch.bool, device=valid.device).triu(1)  # (S, S) slot j comes after slot i
         hide = ~seen[:, None].expand(B, S, seen.shape[1]).clone()  # (B, S, past + S)
         hide[:, :, -S:] |= later
@@ -441,11 +458,20 @@ class SharedCache:
         on_prompt = query - torch.arange(L, device=key.device) >= window
         return on_prompt[:, None, None], (query - key[:, None] >= window)[:, None, None]
 
+    def joint_bias(self, S, L, n, window, like):
+        """0 where a slot sees a key, -inf elsewhere, over the prompt's keys and the row's own: (B, 1, S, L + n)."""
+        B = len(self.owner)
+        prompt = self.pad[self.owner] if self.pad is not None else torch.zeros(1, 1, 1, L, dtype=torch.bool, device=like.device)
+        hide = torch.cat([prompt.expand(B, 1, S, L), self.mask[:, 0]], 3)  # (B, 1, S, L + n)
+        if window:
+            hide = hide | torch.cat(self.beyond(window, S, L, n), 4)[:, 0]
+        return like.new_zeros(hide.shape).masked_fill(hide, -torch.inf)
+
     def update(self, k, v, layer, *_, **__):
         """Called by every attention layer with its new keys and values, (rows, K, S, d) each, rotary already applied."""
         k = k.to(v.dtype)  # with bf16 compute the rotary leaves it in fp32
-        if self.owner is None:
-            self.prompt[layer] = (k, v)
+        if self.owner is None:  # in rows of d numbers as matrix products want them: otherwise every later step would copy the prompt
+            self.prompt[layer] = (k.contiguous(), v.contiguous())
         elif self.room:  # decoding: one slot per row, written in place
             if self.own[layer] is None:
                 self.own[layer] = tuple(t.new_empty(t.shape[0], t.shape[1], self.room, t.shape[3]) for t in (k, v))
@@ -470,6 +496,11 @@ class SharedCache:
         if self.room:
             ok, ov = ok[:, :, : self.filled + 1], ov[:, :, : self.filled + 1]
         P, K, L, R, n = pk.shape[0], pk.shape[1], pk.shape[2], H // pk.shape[1], ok.shape[2]
+        if S > self.FUSED and q.device.type == "cpu":  # fused attention, which never keeps the weights, beats sharing the products
+            k, v = (torch.cat([p.index_select(0, self.owner), o], 2) for p, o in ((pk, ok), (pv, ov)))  # (B, K, L + n, d)
+            if window not in self.bias:
+                self.bias[window] = self.joint_bias(S, L, n, window, q)
+            return F.scaled_dot_product_attention(q, k, v, self.bias[window], scale=scale, enable_gqa=True).transpose(1, 2)
         q = (q * scale).view(B, K, R, S, d)
         on_own = (q.reshape(B, K, R * S, d) @ ok.transpose(2, 3)).view(B, K, R, S, n)  # (B, K, R, S, n)
         if self.mask is not None:
@@ -693,13 +724,6 @@ def check_lengths(model, prompts, max_new_tokens):
                             f"lower --max-new-tokens, or prepare shorter texts")
 
 
-def next_logits(model, h):
-    """The LM head on few rows h (B, D) -> (B, V). CPU libraries multiply few rows by a large matrix faster the other way round."""
-    if h.device.type == "cpu" and 2 < len(h) < 64 and model.lm_head.bias is None:
-        return (model.lm_head.weight @ h.T).T.contiguous()
-    return model.lm_head(h)
-
-
 @torch.no_grad()
 def generate(model, tokenizer, prompts, samples=1, max_new_tokens=256, temperature=1.0, top_p=1.0, top_k=0,
              latent="projector", generator=None, rows=512, stats=None, tag=None, start=0, leave=None, feed=None):
@@ -740,7 +764,7 @@ def _decode(model, tokenizer, prompts, samples, steps, sampling, latent, u, stat
     watch = watcher(model, tokenizer)
 
     def draw(h, u, state):
-        logits = next_logits(model, h)
+        logits = model.lm_head(h)
         if tag == "forbidden":  # a control: other tokens keep their odds among each other
             logits = logits.masked_fill(watch.starts[watch.classes, state[:, None]], -torch.inf)
         return sample(logits, u, *sampling)
@@ -919,9 +943,10 @@ def logprobs(model, rollouts, temperature=1.0):
 def unroll(model, rollouts, latent="projector"):
     """Runs the latent steps of given slots anew: full back-propagation through all steps of all tags, cached and exact.
 
-    Rows have their tags at different places, so the batch advances in rounds: every row's text up to its next block in
-    one forward, then the block's latent steps one position at a time (rows with fewer are padded and masked). A latent
-    costs one position, not one prefix as in the released code, and gradients run through the cache: nothing is detached.
+    Rows have their tags at different places, so the batch advances in rounds: every row's text up to its next block in one
+    forward, then the block's latents one position at a time (rows with fewer are padded and masked), but for each block's last:
+    nothing waits for its output, so it goes with the text after it. A latent costs one position, not one prefix as in the
+    released code, and gradients run through the cache: nothing is detached.
 
     -> (h (B, S, D), latents, a list of (n, D) per row): h[b, s] is the output that predicts slot s. With the base frozen
     the prompts' part carries no graph. Call under torch.no_grad() to only recompute the latents.
@@ -954,28 +979,31 @@ def unroll(model, rollouts, latent="projector"):
         last = h[torch.arange(B, device=device), (real.sum(1) - 1).clamp(min=0)]
         h_last = torch.where(real.any(1)[:, None], last, h_last)
 
+    def run(start, row, latents):
+        """How many of a row's slots from `start` on are latents (True), or are not (False)."""
+        return next((i for i in range(start, len(row.slots)) if (row.slots[i] == LATENT) != latents), len(row.slots)) - start
+
+    z, waiting = h_last, [0] * B  # waiting[b] = 1: z[b] is the last latent of the row's block, not fed yet
     while any(a < len(r.slots) for a, r in zip(at, rows)):
-        # the text up to the next block
-        counts = []
-        for a, r in zip(at, rows):
-            end = next((i for i in range(a, len(r.slots)) if r.slots[i] == LATENT), len(r.slots))
-            counts.append(end - a)
+        # what waits, and the text up to the next block
+        counts = [w + run(a + w, r, False) for a, w, r in zip(at, waiting, rows)]
         if max(counts):
-            index = torch.tensor(at, device=device)[:, None] + torch.arange(max(counts), device=device)
-            index = index.clamp(max=S - 1)[..., None].expand(-1, -1, embeddings.shape[2])
-            piece(embeddings.gather(1, index), at, counts)
+            index = torch.tensor(at, device=device)[:, None] + torch.arange(max(counts), device=device)  # (B, n)
+            x = embeddings.gather(1, index.clamp(max=S - 1)[..., None].expand(-1, -1, embeddings.shape[2]))  # (B, n, D)
+            first = torch.where(torch.tensor(waiting, device=device)[:, None] > 0, z, x[:, 0])  # (B, D)
+            piece(torch.cat([first[:, None], x[:, 1:]], 1), at, counts)
             at = [a + c for a, c in zip(at, counts)]
         # the block
-        blocks = []
-        for a, r in zip(at, rows):
-            end = next((i for i in range(a, len(r.slots)) if r.slots[i] != LATENT), len(r.slots))
-            blocks.append(end - a)
+        blocks = [run(a, r, True) for a, r in zip(at, rows)]
         for k in range(max(blocks)):
-            z = latent_step(model, h_last, latent)  # z_{k+1} = P(h_k)
-            inside = [int(k < n) for n in blocks]
-            made.append((z, inside))
-            piece(z[:, None], at, inside)
-            at = [a + i for a, i in zip(at, inside)]
+            z = latent_step(model, h_last, latent)  # z_{k+1} = P(h_k), for rows that are through, z_n again
+            inside = [int(k < n - 1) for n in blocks]
+            if k < max(blocks) - 1:
+                made.append((z, inside))
+                piece(z[:, None], at, inside)
+                at = [a + i for a, i in zip(at, inside)]
+        waiting = [int(n > 0) for n in blocks]
+        made.append((z, waiting))
     h = torch.cat(outputs, 1)  # (B, columns, D)
     h = h.gather(1, where.to(device)[..., None].expand(-1, -1, h.shape[2]))  # (B, S, D)
     latents = [[z[b] for z, inside in made if inside[b]] for b in range(B)]

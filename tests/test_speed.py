@@ -1,0 +1,76 @@
+"""Each fast path against the plain way of the same: values and gradients, in float64."""
+import pytest
+import torch
+from conftest import close, naive
+
+import litereason
+from litereason import LATENT, FewRows, Rollout, logprobs, unroll
+
+
+# ---------------------------------------------------------------- few rows times a large matrix
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (2,), (3, 1), (5,), (2, 3), (7, 1), (8,), (9,), (0,)])
+def test_few_rows_the_other_way_round_give_the_plain_products(shape, bias):
+    torch.manual_seed(0)
+    fast = FewRows(256, 512, bias=bias, dtype=torch.float64)
+    x = torch.randn(*shape, 256, dtype=torch.float64, requires_grad=True)
+    plain = torch.nn.functional.linear(x, fast.weight, fast.bias)
+    close(fast(x), plain)
+    assert fast(x).shape == plain.shape
+    g, inputs = torch.randn_like(plain), [x, *fast.parameters()]
+    for a, b in zip(torch.autograd.grad(fast(x), inputs, g), torch.autograd.grad(plain, inputs, g)):
+        close(a, b)
+
+
+def test_every_product_of_an_attached_model_takes_it(model):
+    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    assert model.lm_head in linear and model.reasoning_projector[0].up_proj in linear and {type(m) for m in linear} == {FewRows}
+
+
+# ---------------------------------------------------------------- fused attention in scoring
+def gradients(model, loss):
+    return torch.autograd.grad(loss, [p for n, p in model.named_parameters() if "projector" not in n])
+
+
+@pytest.mark.parametrize("choice", [range(8), [0, 1], [7, 3, 0]])
+def test_fused_attention_scores_like_the_shared_products(model, rollouts, choice, monkeypatch):
+    """Prompts of unequal lengths, ragged groups and rows of unequal lengths among them."""
+    rows = [rollouts[i] for i in choice]
+    assert max(len(r.slots) for r in rows) > 8
+    fused = logprobs(model, rows)[0]
+    calls, joint = [], litereason.SharedCache.joint_bias
+    monkeypatch.setattr(litereason.SharedCache, "joint_bias", lambda *a: calls.append(1) or joint(*a))
+    monkeypatch.setattr(litereason.SharedCache, "FUSED", 8)
+    again = logprobs(model, rows)[0]
+    monkeypatch.setattr(litereason.SharedCache, "FUSED", 10**9)
+    shared = logprobs(model, rows)[0]
+    assert calls == [1], "the mask is made once a pass, not once a layer"
+    close(fused, again)
+    close(fused, shared)
+    for a, b in zip(gradients(model, fused.sum()), gradients(model, shared.sum())):
+        close(a, b)
+
+
+# ---------------------------------------------------------------- latents anew: the last one of a block goes with the text after it
+BLOCKS = [[LATENT] * 2 + [9, 8] + [LATENT], [7, 7] + [LATENT] * 3 + [9], [9, 8, 7], [LATENT] * 4, [9, LATENT, 8, LATENT, 7, LATENT, LATENT]]
+
+
+@pytest.mark.parametrize("choice", [[0], [2], [3], [4], [0, 1, 2, 3, 4]])
+def test_unroll_is_the_naive_definition_wherever_the_blocks_are(model, choice):
+    rows = [Rollout([11, 12, 13][: 1 + i % 3], BLOCKS[i], torch.zeros(0, 32)) for i in choice]
+    _, latents = unroll(model, rows)
+    plain = [naive(model, r.prompt_ids, r.slots)[1] for r in rows]
+    for a, b in zip(latents, plain):
+        close(a, b)
+    if any(len(z) for z in plain):
+        wanted = list(model.reasoning_projector.parameters())
+        ours, theirs = (torch.autograd.grad(sum((z**2).sum() for z in some), wanted) for some in (latents, plain))
+        for a, b in zip(ours, theirs):
+            close(a, b)
+
+
+def test_unroll_passes_once_for_the_prompt_and_once_per_latent(model, monkeypatch):
+    shapes, forward = [], litereason.forward
+    monkeypatch.setattr(litereason, "forward", lambda m, x, *rest: shapes.append(tuple(x.shape[:2])) or forward(m, x, *rest))
+    unroll(model, [Rollout([11, 12], [5, 6, LATENT, LATENT, LATENT, 7, 8, LATENT, 9], torch.zeros(0, 32))])
+    assert shapes == [(1, 2), (1, 2), (1, 1), (1, 1), (1, 3), (1, 2)]
