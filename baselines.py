@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from eval import base_of, check_arguments, evaluate, is_small, score, start_task, table, task_flags, write_json
 from litereason import (LATENT, SENTENCE, Rollout, UserError, chat_parts, encode_prompt, generate, group_advantages, load, lock,
-                        logprobs, next_logits, pack, policy_loss, projector_loss, run_script, save, split_answer, states, token_logprobs)
+                        logprobs, pack, policy_loss, projector_loss, run_script, save, split_answer, states, token_logprobs)
 
 # The papers' settings (Coconut and CoLaR as LiteReason's author ran them on plot holes), and what a small model trained from scratch wants.
 RELEASED = {"prompts": None, "batch": 128, "coconut_lr": 5e-5, "stages": 5, "per_stage": 2, "colar_lr": 1e-4, "colar_epochs": 50, "rl_lr": 5e-7,
@@ -43,7 +43,7 @@ SMALL = {"prompts": 160, "batch": 32, "coconut_lr": 3e-4, "stages": 8, "per_stag
 # ============================================================================ without training
 def predicted(model, h):
     """log p of the next word for states h (n, D) -> (n, V), in fp32 or better."""
-    logits = next_logits(model, h)
+    logits = model.lm_head(h)
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 

@@ -6,7 +6,6 @@ import sys
 import types
 
 import pytest
-import torch
 from conftest import LATENTS, PROMPTS, TAGS, tag, write
 from test_scripts import ROOT
 from torch.nn.attention import SDPBackend, sdpa_kernel
