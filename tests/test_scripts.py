@@ -12,7 +12,7 @@ SCRIPTS = ["train_projector.py", "train_rl.py", "eval.py"]
 
 
 def script(*words, cwd=ROOT):
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, os.path.join(ROOT, words[0]), *map(str, words[1:])], cwd=cwd, env=env,
                           capture_output=True, text=True, timeout=300)
 
