@@ -315,36 +315,6 @@ def collect(files):
     return out
 
 
-def picture(rows, path):
-    """Accuracy against tokens as an SVG, one dot a row with its lowest and highest run; written by hand: no plotting library."""
-    w, h, left, bottom = 640, 360, 60, 310
-    most = 10 * math.ceil(1.12 * max(r["tokens"] for _, r in rows) / 10)
-    least = min(0.1 * math.floor(10 * min(r["spread"][0] for _, r in rows)), 0.9)
-    X = lambda t: left + (w - left - 20) * t / most
-    Y = lambda a: bottom - (bottom - 20) * (a - least) / (1 - least)
-    put = lambda x, y, text, more="": f'<text x="{x:.0f}" y="{y:.0f}" {more}>{text}</text>'
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {w} {h}" font-family="sans-serif" font-size="12" fill="#222">',
-           f'<rect width="{w}" height="{h}" fill="white"/>']
-    for i in range(6):
-        a, t = least + (1 - least) * i / 5, most * i / 5
-        out += [f'<path d="M{left} {Y(a):.1f}H{w - 20}" stroke="#ddd"/>', put(left - 8, Y(a) + 4, f"{a:.2f}", 'text-anchor="end"'),
-                put(X(t), bottom + 18, f"{t:.0f}", 'text-anchor="middle"')]
-    out += [put((left + w) / 2, h - 8, "tokens per answer (text + latents)", 'text-anchor="middle"'),
-            put(-(bottom + 20) / 2, 16, "accuracy", 'text-anchor="middle" transform="rotate(-90)"')]
-    labels = []
-    for (name, r), colour in zip(rows, ("#888", "#bbb", "#e9a23b", "#c8553d", "#2e86ab", "#6a4c93", "#4a7c59") * len(rows)):
-        x, y = X(r["tokens"]), Y(r["accuracy"])
-        side = 'text-anchor="end"' if x > 0.6 * w else ""
-        at = y - 7
-        while any(abs(at - other) < 13 for other in labels):  # names do not cover each other
-            at += 13
-        labels.append(at)
-        out += [f'<path d="M{x:.1f} {Y(r["spread"][0]):.1f}V{Y(r["spread"][1]):.1f}" stroke="{colour}" stroke-width="2"/>',
-                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{colour}"/>', put(x + (-9 if side else 9), at, name, side)]
-    with open(path, "w") as f:
-        f.write("\n".join(out + ["</svg>"]) + "\n")
-
-
 def figure(path, panels, rows=1, height=4.2):
     """An empty figure of matplotlib, which nothing else here needs -> (figure, its axes (rows, panels))."""
     try:
@@ -359,7 +329,7 @@ def figure(path, panels, rows=1, height=4.2):
 
 def save_figure(out, path):
     try:
-        out.savefig(path)
+        out.savefig(path, metadata={"Date": None} if path.endswith(".svg") else None)  # the same numbers, the same file
     except OSError as e:
         raise UserError(f"cannot write {path}: {e.strerror}") from e
 
@@ -377,7 +347,7 @@ def curve(rows, path):
     panels = {key: [(name, r[key] * COSTS[key][1], r["accuracy"], COLOURS[i % 10]) for i, (name, r) in enumerate(rows) if key in r] for key in COSTS}
     panels = {key: dots for key, dots in panels.items() if dots}
     out, axes = figure(path, len(panels), height=4.2 + 0.1 * max(0, len(rows) - 6))
-    out.supxlabel("bars: lowest to highest run, or the 95 % interval over examples where there is one run", fontsize=9)
+    out.supxlabel("bars: lowest to highest run; 95 % interval over examples if one run", fontsize=9)
     bars = {name: r["spread"] if r["runs"] > 1 else r.get("accuracy_ci95", r["spread"]) for name, r in rows}
     for at, (key, dots) in zip(axes[0], panels.items()):
         for name, x, y, colour in dots:
@@ -588,7 +558,6 @@ def main():
     g = ap.add_argument_group("instead of evaluating")
     g.add_argument("--controls", action="store_true", help="all of these in turn, same stories and seed, with paired tests against the plain run")
     g.add_argument("--collect", nargs="+", metavar="DIR", help="average the tables that runs of train_rl.py left, row by row")
-    g.add_argument("--svg", metavar="FILE", help="with --collect: draw accuracy against tokens there")
     g.add_argument("--curve", nargs="+", metavar="FILE", help="draw score against tokens, FLOPs and seconds from JSON files of results")
     g.add_argument("--training", nargs="+", metavar="DIR", help="draw the training curves of runs of train_rl.py")
     g.add_argument("--plot", default="plot.svg", metavar="FILE", help="where --curve and --training draw (svg or png; default plot.svg)")
@@ -609,8 +578,6 @@ def main():
         print("\n" + "; ".join(f"{name}: {r['runs']} runs, accuracy {r['spread'][0]:.3f} to {r['spread'][1]:.3f}" for name, r in rows))
         if args.json:
             write_json(args.json, dict(rows))
-        if args.svg:
-            picture(rows, args.svg)
         return
     if args.curve or args.training:
         if args.curve and args.training:

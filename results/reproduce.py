@@ -18,7 +18,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 sys.path.insert(0, ROOT)
 
-from eval import bootstrap, write_json
+from eval import bootstrap, collect, curve, training, write_json
 from litereason import UserError, run_script
 
 # (name in the tables, directory, command); the first runs are those the most is asked about
@@ -120,25 +120,32 @@ def summary(rows):
     seeds = list(rows.values())
     mean = lambda key: None if seeds[0].get(key) is None else sum(r[key] for r in seeds) / len(seeds)
     per_example = [sum(s) / len(s) for s in zip(*(r["per_example"]["score"] for r in seeds))]
-    return {"seeds": sorted(rows), "accuracy": mean("accuracy"), "accuracy_ci95": bootstrap(per_example), "by_seed": [r["accuracy"] for r in seeds],
+    scores = [r["accuracy"] for r in seeds]
+    return {"seeds": sorted(rows), "runs": len(rows), "accuracy": mean("accuracy"), "accuracy_ci95": bootstrap(per_example), "by_seed": scores,
+            "spread": [min(scores), max(scores)],
             "tokens_by_seed": [r["tokens"] for r in seeds], "command": seeds[0]["command"],
-            **{k: mean(k) for k in ("tokens", "text_tokens", "latent_steps", "tags", "truncated", "forward_positions", "flops", "seconds", "sampled",
-                                    "run_seconds")}}
+            **{k: mean(k) for k in ("tokens", "text_tokens", "latent_steps", "tags", "truncated", "forward_positions", "flops", "seconds_each",
+                                    "seconds_alone", "sampled", "run_seconds")}}
 
 
 def table_of(task, found):
     """-> Markdown. Differences that are too small to be any are for the reader to see: the interval is in the same line."""
-    graded, out = task != "tiny", []
-    form = (lambda v: f"{v:.1f}") if graded else (lambda v: f"{v:.3f}")
-    out.append(f"| {task}, test | {'reward' if graded else 'accuracy'} | 95 % interval | by seed | tokens | text | latent | M tokens sampled in RL | seconds in all | command |")
-    out.append("|---|---|---|---|---|---|---|---|---|---|")
+    form = (lambda v: f"{v:.3f}") if task == "tiny" else (lambda v: f"{v:.1f}")
+    say = lambda v, f, unit=1: "" if v is None else f.format(v / unit)
+    out = [f"| {task}, test split | {'accuracy' if task == 'tiny' else 'reward, %'} | 95 % interval | by seed | tokens | text | latent | GFLOP an answer | "
+           "s alone | M tokens sampled in RL | s in all | command |", "|---|---|---|---|---|---|---|---|---|---|---|---|"]
     for name, r in found.items():
-        say = lambda v, f: "" if v is None else f.format(v)
-        command = f"`{r['command']}`" if r["command"] else ""
         out.append(f"| {name} | {form(r['accuracy'])} | {form(r['accuracy_ci95'][0])} to {form(r['accuracy_ci95'][1])} | {', '.join(map(form, r['by_seed']))} | "
-                   f"{r['tokens']:.1f} | {r['text_tokens']:.1f} | {r['latent_steps']:.1f} | {say(r['sampled'] and r['sampled'] / 1e6, '{:.2f}')} | "
-                   f"{say(r['run_seconds'], '{:.0f}')} | {command} |")
+                   f"{r['tokens']:.1f} | {r['text_tokens']:.1f} | {r['latent_steps']:.1f} | {say(r['flops'], '{:.3f}', 1e9)} | {say(r['seconds_alone'], '{:.2f}')} | "
+                   f"{say(r['sampled'], '{:.2f}', 1e6)} | {say(r['run_seconds'], '{:.0f}')} | {r['command'] and '`' + r['command'] + '`'} |")
     return "\n".join(out)
+
+
+def headline(found):
+    """The README's first table: the claim, and beside it the row that it has to be read with."""
+    names = ["base, explicit reasoning", "LiteReason before RL", "LiteReason", "RL without latents", "RL with tags, no latents"]
+    return "\n".join(["| plot holes, tiny world | accuracy | tokens |", "|---|---|---|"] +
+                     [f"| {name} | {found[name]['accuracy']:.3f} | {found[name]['tokens']:.1f} |" for name in names if name in found])
 
 
 def into_readme(name, text):
@@ -156,10 +163,20 @@ def into_readme(name, text):
 def write_tables(tasks, seeds):
     for task in tasks:
         found = {name: summary(rows) for name, rows in rows_of(task, seeds).items()}
-        if found:
-            write_json(os.path.join(HERE, f"methods-{task}.json"), found)
-            into_readme(f"methods-{task}", table_of(task, found))
-            print(table_of(task, found) + "\n")
+        if not found:
+            continue
+        path = os.path.join(HERE, f"methods-{task}.json")
+        write_json(path, found)
+        into_readme(f"methods-{task}", table_of(task, found))
+        if task == "tiny":
+            into_readme("headline", headline(found))
+        print(table_of(task, found) + "\n")
+        try:  # matplotlib is not among the requirements
+            curve(collect([path]), os.path.join(HERE, f"curve-{task}.svg"))
+            runs = [directory(task, method, seeds[0]) for method in ("litereason", "rl", "tag", "pause")]
+            training([os.path.relpath(d) for d in runs if os.path.exists(os.path.join(d, "metrics.jsonl"))], os.path.join(HERE, f"training-{task}.svg"))
+        except UserError as e:
+            print(f"no pictures: {e}")
 
 
 def main():
