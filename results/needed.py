@@ -104,6 +104,12 @@ def probe(recipe, things, K, steps):
             "none": evaluate(model, tokenizer, tiny, test, **say)[0]["accuracy"], "words_error": error}
 
 
+def table_of(rows):
+    lines = ["| recipe | things | K | its own latents | 95 % interval | another story's | none |", "|---|---|---|---|---|---|---|"]
+    return "\n".join(lines + [f"| {r['recipe']} | {r['things']} | {r['K']} | {r['own']:.3f} | {r['own_ci95'][0]:.3f} to {r['own_ci95'][1]:.3f} | "
+                              f"{r['other']:.3f} | {r['none']:.3f} |" for r in rows])
+
+
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--steps", type=int, default=600, help="optimiser steps of stage 2, of 32 stories each")
@@ -117,10 +123,7 @@ def main():
               "words' error {words_error} | {seconds:.0f}s".format(**rows[-1]), flush=True)
     if len(rows) == len(RUNS):
         write_json(os.path.join(HERE, "needed.json"), rows)
-        lines = ["| recipe | things | K | its own latents | 95 % interval | another story's | none |", "|---|---|---|---|---|---|---|"]
-        lines += [f"| {r['recipe']} | {r['things']} | {r['K']} | {r['own']:.3f} | {r['own_ci95'][0]:.3f} to {r['own_ci95'][1]:.3f} | {r['other']:.3f} | "
-                  f"{r['none']:.3f} |" for r in rows]
-        into_readme("needed", "\n".join(lines))
+        into_readme("needed", table_of(rows))
 
 
 if __name__ == "__main__":
