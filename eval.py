@@ -661,7 +661,7 @@ def main():
 
 def check_arguments(args, n=1):
     """Bounds that all scripts share; a wrong value ends in one line. n: the least --n."""
-    least = {"n": n, "seed": 0, "steps": 0, "projector_steps": 0, "overlong_buffer": 0, "show_every": 0, "show": 0, "write": 0, "alone": 0,
+    least = {"n": n, "seed": 0, "val": 0, "steps": 0, "projector_steps": 0, "overlong_buffer": 0, "show_every": 0, "show": 0, "write": 0, "alone": 0,
              "top_k": 0, "n_latents": 0}
     for name, value in vars(args).items():
         bound = least.get(name, 0 if isinstance(value, float) else 1)

@@ -86,7 +86,7 @@ def parse_arguments():
     g.add_argument("--save-every", type=int, default=None, help="steps between two states on the disk, from which --resume goes on; the "
                    "last two are kept")
     g.add_argument("--n", type=int, default=500, help="test stories for the final table; 0 leaves it out")
-    g.add_argument("--val", type=lambda v: int(v) or None, default=100, help="val examples evaluated after each epoch, to warn if "
+    g.add_argument("--val", type=int, default=100, help="val examples evaluated after each epoch, to warn if "
                    "validation falls while the train reward rises; 0 leaves it out")
     g.add_argument("--show-every", type=int, default=20, help="print two rollouts every so many steps; 0 never")
     g.add_argument("--seed", type=int, default=0)
@@ -123,7 +123,7 @@ def main():
     latent, tags = args.method == "litereason", args.method != "grpo"  # a tag runs latents; the prompt offers the tag
     examples = task.examples("train")[: args.train_prompts]
     prompts = [encode_prompt(model, tokenizer, task.prompt(e, tags)) for e in examples]
-    vals = task.examples("val")[: args.val or 0]
+    vals = task.examples("val")[: args.val]
     asked = prompts + [encode_prompt(model, tokenizer, task.prompt(e, tags)) for e in vals]
     check_lengths(model, asked, args.max_new_tokens)  # now, not in the middle of an epoch
     check_answers(task, examples[:8])
