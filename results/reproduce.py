@@ -40,6 +40,7 @@ METHODS = [
 ORDER = ["base, explicit reasoning", "base, tag prompt", "MoI", "Soft Thinking", "Coconut", "CoLaR", "RL without latents", "RL + length penalty",
          "RL + late length penalty", "LiteReason before RL", "LiteReason", "LiteReason + length penalty", "RL with tags, no latents", "pause tokens", "projector never refreshed",
          "projector from random numbers"]
+CONTROLS = ("controls", "eval.py --controls --model {litereason}")  # of each seed's LiteReason, when that has been trained
 # The length penalty grows from the first token to 1 at the limit of 160; the late one begins 60 tokens before it. The paper does not give its own.
 # Next chapters earn percents, beside which a penalty of at most 1 is nothing: none is run there.
 TASKS = {"tiny": {"most": 160, "late": 60}, "tiny.next_chapter": {}}
@@ -57,7 +58,7 @@ def start(task, method, command, seed):
     """-> the process, in the background on one core, its output in log.txt."""
     out = directory(task, method, seed)
     os.makedirs(out, exist_ok=True)
-    words = f"{command.format(**TASKS[task])} --task {task} --seed {seed} --out {out}".split()
+    words = f"{command.format(litereason=directory(task, 'litereason', seed), **TASKS[task])} --task {task} --seed {seed} --out {out}".split()
     if command.startswith("train_rl.py") and any(name.startswith("state-") for name in os.listdir(out)):
         words = ["train_rl.py", "--resume", out]
     log = open(os.path.join(out, "log.txt"), "a")
@@ -65,7 +66,7 @@ def start(task, method, command, seed):
 
 
 def run_missing(tasks, seeds, jobs):
-    waiting = [(task, method, command, seed) for task in tasks for seed in seeds for _, method, command in methods_of(task)
+    waiting = [(task, method, command, seed) for task in tasks for seed in seeds for method, command in [m[1:] for m in methods_of(task)] + [CONTROLS]
                if not os.path.exists(os.path.join(directory(task, method, seed), "results.json"))]
     total, failed, running = len(waiting), [], {}
     try:
@@ -148,6 +149,28 @@ def headline(found):
                      [f"| {name} | {found[name]['accuracy']:.3f} | {found[name]['tokens']:.1f} |" for name in names if name in found])
 
 
+def controls_of(task, seeds):
+    """The control runs of all seeds -> {control: [row, one per seed]}"""
+    found = {}
+    for seed in seeds:
+        path = os.path.join(directory(task, CONTROLS[0], seed), "results.json")
+        for row in json.load(open(path)) if os.path.exists(path) else []:
+            found.setdefault(row["control"], []).append({k: v for k, v in row.items() if k != "per_example"})
+    return found
+
+
+def controls_table(found):
+    """-> Markdown, a column for each seed's figures; p is McNemar's against the same model as trained, without a correction for the many tests."""
+    out = ["| control | accuracy by seed | gained, mean | tokens by seed | p by seed |", "|---|---|---|---|---|"]
+    say = lambda values, f: ", ".join(f"{v:{f}}" for v in values)
+    for name, rows in found.items():
+        d = [r["against_plain"] for r in rows]
+        more = " | | " if name == "plain" else f" | {sum(x['accuracy'] for x in d) / len(d):+.3f} | "
+        out.append(f"| {'as trained' if name == 'plain' else name} | {say([r['accuracy'] for r in rows], '.3f')}{more}"
+                   f"{say([r['tokens'] for r in rows], '.1f')} | {'' if name == 'plain' else say([x['mcnemar_p'] for x in d], '.2g')} |")
+    return "\n".join(out)
+
+
 def into_readme(name, text):
     """Puts text between the README's marks <!-- NAME --> and <!-- /NAME -->."""
     path = os.path.join(ROOT, "README.md")
@@ -168,6 +191,10 @@ def write_tables(tasks, seeds):
         path = os.path.join(HERE, f"methods-{task}.json")
         write_json(path, found)
         into_readme(f"methods-{task}", table_of(task, found))
+        controls = controls_of(task, seeds)
+        if controls:
+            write_json(os.path.join(HERE, f"controls-{task}.json"), controls)
+            into_readme(f"controls-{task}", controls_table(controls))
         if task == "tiny":
             into_readme("headline", headline(found))
         print(table_of(task, found) + "\n")

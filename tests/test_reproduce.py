@@ -19,6 +19,7 @@ def test_the_comparisons_in_the_readme_are_those_in_results(task):
     assert block(f"methods-{task}") == reproduce.table_of(task, found)
     if task == "tiny":
         assert block("headline") == reproduce.headline(found)
+        assert block("controls-tiny") == reproduce.controls_table(json.load(open(os.path.join(reproduce.HERE, "controls-tiny.json"))))
 
 
 def test_the_probe_in_the_readme_is_the_one_in_results():
