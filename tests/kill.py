@@ -88,7 +88,7 @@ def stage(out):
 def result(out):
     """All that a run leaves, but for what a clock or the operating system says."""
     weights = load_file(os.path.join(out, "model", "model.safetensors"))
-    drop = lambda m: {k: v for k, v in m.items() if k not in ("seconds", "peak_memory_gib")}
+    drop = lambda m: {k: v for k, v in m.items() if not k.startswith("seconds") and k != "peak_memory_gib"}
     lines = [drop(json.loads(line)) for line in open(os.path.join(out, "metrics.jsonl"))]
     rows = [drop(r) for r in json.load(open(os.path.join(out, "results.json")))]
     return weights, lines, rows, open(os.path.join(out, "traces.jsonl")).read(), sorted(os.listdir(out))
