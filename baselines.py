@@ -55,7 +55,7 @@ def soft_thinking(model, end, top_k=10, certain=0.01, patience=256, temperature=
     table, calm = model.get_input_embeddings(), {}
 
     def step(h, *_):
-        logp, word = predicted(model, h).topk(top_k)  # (n, top_k) each
+        logp, word = predicted(model, h).topk(min(top_k, model.config.vocab_size))  # (n, top_k) each
         p = (logp / temperature).softmax(-1)
         return (p.to(h.dtype)[..., None] * table(word)).sum(1)  # (n, D)
 

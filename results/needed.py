@@ -126,7 +126,7 @@ def table_of(rows):
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--steps", type=int, default=400, help="optimiser steps of stage 2, of 32 stories each")
-    ap.add_argument("--runs", type=int, nargs="+", default=range(len(RUNS)), help="which of RUNS")
+    ap.add_argument("--runs", type=int, nargs="+", default=range(len(RUNS)), choices=range(len(RUNS)), metavar="I", help="which of RUNS, from 0")
     args = ap.parse_args()
     rows = []
     for i in args.runs:

@@ -213,6 +213,8 @@ def main():
     ap.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
     ap.add_argument("--tables", action="store_true", help="run nothing")
     args = ap.parse_args()
+    if args.jobs < 1:
+        raise UserError(f"--jobs is {args.jobs}; it must be at least 1")
     if not args.tables:
         run_missing(args.tasks, args.seeds, args.jobs)
     write_tables(args.tasks, args.seeds)
