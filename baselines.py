@@ -211,7 +211,7 @@ def sft_colar(model, tokenizer, head, spread, traces, cfg, budget, seed, r=5):
     encode = lambda text: tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
     rows = [(prompt, encode(reasoning.strip()), encode(answer.strip()) + [end]) for prompt, reasoning, answer in traces]
     optimizer = torch.optim.AdamW(base_parameters(model) + list(head.parameters()), lr=cfg["colar_lr"], weight_decay=0.01)
-    batches, rng = epochs(rows, cfg["batch"], seed), random.Random(seed)
+    batches, rng, said = epochs(rows, cfg["batch"], seed), random.Random(seed), []
     for _ in tqdm(range(cfg["colar_epochs"] * max(1, len(rows) // cfg["batch"])), desc="colar, SFT", leave=False):
         batch, members = [], []
         for prompt, thought, answer in next(batches):
@@ -229,9 +229,13 @@ def sft_colar(model, tokenizer, head, spread, traces, cfg, budget, seed, r=5):
             targets = torch.tensor([t for i in part for t in members[i]], device=model.device)  # of all valid slots, row by row
             mean, std = head(h[valid & (slots == LATENT)])
             gold = torch.cat([r.latents for r in some]).to(mean) / spread
-            loss = -token_logprobs(model, h[valid], targets).sum() / words + ((mean - gold).square() + std.square()).mean(-1).sum() / latents
+            logp = token_logprobs(model, h[valid], targets)
+            loss = -logp.sum() / words + ((mean - gold).square() + std.square()).mean(-1).sum() / latents
             loss.backward()
+            said += (-logp[slots[valid] != LATENT]).tolist()  # the words of the answers
         descend(optimizer)
+        said = said[-2000:]
+    print(f"colar, SFT: after the latents of its own trace a word of the answer costs {sum(said) / len(said):.4f} nats at the end", flush=True)
 
 
 def rl_colar(model, tokenizer, task, head, spread, examples, cfg, decode, budget, seed, log):
