@@ -159,6 +159,10 @@ def controls_of(task, seeds):
     return found
 
 
+PLAINLY = {"plain": "as trained", "latents: zeros": "zeros for latents", "latents: noise": "noise of the same length", "latents: mean": "one vector, the mean latent",
+           "latents: other": "another story's latents", "latents: warm": "the warm start's latents", "latents: none": "no latents"}
+
+
 def controls_table(found):
     """-> Markdown, a column for each seed's figures; p is McNemar's against the same model as trained, without a correction for the many tests."""
     out = ["| control | accuracy by seed | gained, mean | tokens by seed | p by seed |", "|---|---|---|---|---|"]
@@ -166,7 +170,7 @@ def controls_table(found):
     for name, rows in found.items():
         d = [r["against_plain"] for r in rows]
         more = " | | " if name == "plain" else f" | {sum(x['accuracy'] for x in d) / len(d):+.3f} | "
-        out.append(f"| {'as trained' if name == 'plain' else name} | {say([r['accuracy'] for r in rows], '.3f')}{more}"
+        out.append(f"| {PLAINLY.get(name, name)} | {say([r['accuracy'] for r in rows], '.3f')}{more}"
                    f"{say([r['tokens'] for r in rows], '.1f')} | {'' if name == 'plain' else say([x['mcnemar_p'] for x in d], '.2g')} |")
     return "\n".join(out)
 
