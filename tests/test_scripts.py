@@ -17,10 +17,18 @@ def script(*words, cwd=ROOT):
                           capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("name", SCRIPTS + ["data/tiny/prepare.py"])
+@pytest.mark.parametrize("name", SCRIPTS + ["baselines.py", "data/tiny/prepare.py", "results/reproduce.py", "results/needed.py", "tests/bench.py"])
 def test_every_script_answers_help(name):
     got = script(name, "--help")
     assert got.returncode == 0 and "usage:" in got.stdout
+
+
+def test_the_gpu_measurements_are_ready_to_run(tmp_path):
+    """On a toy shape and a CPU; nobody has run them on a GPU yet."""
+    for row in ("f", "h24", "i"):
+        got = script("tests/bench_gpu.py", "--device", "cpu", "--small", "--rows", row, "--json", tmp_path / "g.json")
+        assert got.returncode == 0, got.stderr
+        assert all(v > 0 for k, v in json.load(open(tmp_path / "g.json"))[row].items() if k.endswith(("_s", "_ms")) and v is not None)
 
 
 def test_all_three_stages_run_for_two_steps_and_leave_what_they_promise(tmp_path):

@@ -1,0 +1,169 @@
+"""What is to be measured on a GPU, ready to run: Qwen2.5-1.5B's real shape with random weights. Nobody has run it on one yet (README).
+
+    python tests/bench_gpu.py --json results/gpu.json      # all rows, each in a process of its own, on the first CUDA device
+    python tests/bench_gpu.py --rows f --device cpu --small        # a toy shape, to see that the harness works
+
+(f) one decoding step of 128 rows (8 prompts of 1,024 tokens x 16): beside the time to read weights and cache once at the measured bandwidth
+    (the floor), and beside transformers' generate in bf16
+(g) one GRPO step at the paper's shape (48 prompts x 16 samples, 1,024 + 256 tokens): seconds by phase, peak memory, utilisation of the update
+(h) the same for the recipes of 24 and 40 GB, with the allocator capped at that size: it fits, or it says that it does not
+(i) stage 2 on 16 rows of 2,048 tokens with 6 tags of 3 latents: seconds and peak memory of one optimiser step
+"""
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+
+import torch
+from transformers import AutoConfig, Qwen2Config, Qwen2ForCausalLM
+
+import litereason
+from bench import NEVER, tags_fire, their_generate
+from litereason import LATENT, Rollout, attach, checkpoint_layers, generate, group_advantages, load, logprobs, pack, policy_loss, projector_loss
+
+SHAPE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "shared", "qwen2.5-1.5b")
+# row: what is done, GiB that the allocator may use (None: all), and the flags of train_rl.py that make it fit, as settings
+ROWS = {"f": ("decode", None, {}), "g": ("grpo", None, {"rows": 768, "budget": 32_768, "offload": False}),
+        "h24": ("grpo", 24, {"rows": 64, "budget": 4096, "offload": True}), "h40": ("grpo", 40, {"rows": 64, "budget": 4096, "offload": False}),
+        "i": ("projector", None, {})}
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bf16 without sparsity, from NVIDIA's data sheets
+
+
+def make_model(args, dtype=torch.float32):
+    small = dict(vocab_size=4096, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                 max_position_embeddings=8192, tie_word_embeddings=True)
+    torch.manual_seed(0)
+    with torch.device(args.device):
+        return Qwen2ForCausalLM(Qwen2Config(**small) if args.small else AutoConfig.from_pretrained(args.shape)).to(dtype)
+
+
+def random_prompts(model, P, L):
+    return torch.randint(10, model.config.vocab_size - 10, (P, L), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+def clock(run, device):
+    """Seconds, after all that was under way has ended."""
+    torch.cuda.synchronize() if device == "cuda" else None
+    start = time.perf_counter()
+    run()
+    torch.cuda.synchronize() if device == "cuda" else None
+    return time.perf_counter() - start
+
+
+def decode(args, P=8, G=16, L=1024, steps=64):
+    model, tok = attach(make_model(args).eval()), load("tiny", "cpu")[1]
+    tags_fire(model, tok, 0, 0)
+    P, G, L = (2, 2, 64) if args.small else (P, G, L)
+    prompts, time_of = random_prompts(model, P, L), lambda n: min(clock(lambda: generate(model, tok, prompts, G, n), args.device) for _ in range(3))
+    step = (time_of(steps + 1) - time_of(1)) / steps
+    two = torch.empty(2, 2**24 if args.small else 2**30, dtype=torch.uint8, device=args.device)
+    bandwidth = 2 * len(two[0]) / min(clock(lambda: two[0].copy_(two[1]), args.device) for _ in range(10))  # bytes per second, read and written
+    c, width = model.config, 2 if model.bf16 else 4
+    weights = width * sum(p.numel() for n, p in model.named_parameters() if not n.startswith("reasoning_projector."))
+    cache = 2 * width * c.num_hidden_layers * c.num_key_value_heads * (c.hidden_size // c.num_attention_heads) * (P * L + P * G * steps / 2)
+    theirs = make_model(args, torch.bfloat16 if args.device == "cuda" else torch.float32).eval()
+    plain = min(clock(lambda: their_generate(theirs, prompts, G, steps), args.device) for _ in range(2))
+    return {"ms_per_step": 1000 * step, "floor_ms": 1000 * (weights + cache) / bandwidth, "bandwidth_GB_s": bandwidth / 1e9, "tokens_per_s": P * G / step,
+            "tokens_per_s_transformers": P * G * steps / plain}
+
+
+def grpo(args, rows, budget, offload, P=48, G=16, L=1024, S=256):
+    model, tok = attach(make_model(args).eval()), load("tiny", "cpu")[1]
+    tags_fire(model, tok, 50, 3)  # random weights write no tags by themselves: one token in 50 ends one of 3 latents
+    checkpoint_layers(model)
+    P, G, L, S = (2, 4, 64, 16) if args.small else (P, G, L, S)
+    base = [p for n, p in model.named_parameters() if not n.startswith("reasoning_projector.")]
+    masters = base
+    if offload:  # as in train_rl.py
+        masters = [p.detach().to("cpu", torch.float32, copy=True).requires_grad_() for p in base]
+        for p in base:
+            p.data = p.data.to(torch.bfloat16)
+    optimizer, rollouts, out = torch.optim.AdamW(masters, lr=1e-7, fused=True), [], {}
+
+    def update():
+        advantages = group_advantages(torch.rand(P, G, generator=torch.Generator().manual_seed(2))).flatten().to(args.device)
+        for part in pack(rollouts, budget):
+            logp, scored = logprobs(model, [rollouts[i] for i in part])
+            policy_loss(logp, logp.detach(), advantages[part], scored, P * G)[0].backward()
+
+    def step():
+        for p, master in zip(base, masters) if offload else ():
+            master.grad, p.grad = p.grad.to("cpu", torch.float32), None
+        torch.nn.utils.clip_grad_norm_(masters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        for p, master in zip(base, masters) if offload else ():
+            p.data.copy_(master.data)
+
+    for name, run in (("sample", lambda: rollouts.extend(generate(model, tok, random_prompts(model, P, L), G, S, rows=rows))), ("update", update),
+                      ("step", step)):
+        torch.cuda.reset_peak_memory_stats() if args.device == "cuda" else None
+        out[f"{name}_s"] = clock(run, args.device)
+        out[f"{name}_GiB"] = torch.cuda.max_memory_allocated() / 2**30 if args.device == "cuda" else None
+    positions = sum(len(r.slots) for r in rollouts) + P * L
+    flops = 8 * sum(p.numel() for p in base) * positions  # forward, forward again (layers are checkpointed), backward
+    peak = next((v for k, v in PEAK_FLOPS.items() if args.device == "cuda" and k in torch.cuda.get_device_name()), None)
+    return {**out, "positions": positions, "update_TFLOPs": flops / 1e12, "utilisation": peak and flops / out["update_s"] / peak}
+
+
+def projector(args, rows=16, length=2048):
+    model = attach(make_model(args).eval())
+    checkpoint_layers(model)
+    rows, length = (2, 128) if args.small else (rows, length)
+    traces = []
+    for ids in random_prompts(model, rows, length):
+        slots = ids[length // 2 :]
+        for k in range(6):
+            slots[4 + 8 * k : 4 + 8 * k] = [LATENT] * 3
+        traces.append(Rollout(ids[: length // 2], slots, torch.zeros(0, model.config.hidden_size)))
+    for n, p in model.named_parameters():
+        p.requires_grad_(n.startswith("reasoning_projector."))
+    optimizer = torch.optim.AdamW(model.reasoning_projector.parameters(), lr=1e-4)
+
+    def step():
+        for part in pack(traces, 4 * length):
+            projector_loss(model, [traces[i] for i in part])[0].backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    step()
+    return {"step_s": min(clock(step, args.device) for _ in range(2)), "GiB": torch.cuda.max_memory_allocated() / 2**30 if args.device == "cuda" else None}
+
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
+    ap.add_argument("--shape", default=SHAPE, metavar="DIR", help="a directory with the config.json of the model whose shape is taken")
+    ap.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    ap.add_argument("--small", action="store_true", help="a toy shape")
+    ap.add_argument("--json", metavar="FILE", help="write the numbers there")
+    args = ap.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("bench_gpu.py: error: this machine has no CUDA device that torch can use (--device cpu --small tries the harness)")
+    if not args.small and not os.path.exists(os.path.join(args.shape, "config.json")):
+        sys.exit(f"bench_gpu.py: error: {args.shape} has no config.json; --shape names a directory that has Qwen2.5-1.5B's, or say --small")
+    litereason.stop_tokens = lambda *_: [NEVER]
+    result = {}
+    for name in args.rows:
+        what, cap, settings = ROWS[name]
+        if len(args.rows) > 1:  # each in its own process: its memory is its own
+            words = [a for a in sys.argv[1:] if a not in args.rows and a not in ("--rows", "--json", args.json)]
+            done = subprocess.run([sys.executable, __file__, *words, "--rows", name], capture_output=True, text=True)
+            print(done.stdout or f"({name}) failed: {(done.stderr.strip().splitlines() or ['no word'])[-1]}", end="" if done.stdout else "\n", flush=True)
+            result[name] = json.loads(done.stdout.split(") ", 1)[1]) if done.returncode == 0 else {"failed": done.stderr[-2000:]}
+            continue
+        if cap and args.device == "cuda":
+            torch.cuda.set_per_process_memory_fraction(min(1.0, cap * 2**30 / torch.cuda.get_device_properties(0).total_memory))
+        result[name] = {"what": what, "cap_GiB": cap, **{"decode": decode, "grpo": grpo, "projector": projector}[what](args, **settings)}
+        print(f"({name}) {json.dumps(result[name])}", flush=True)
+    if args.json:
+        with open(args.json, "w") as f:
+            json.dump({"torch": torch.__version__, "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu", **result}, f, indent=1)
+
+
+if __name__ == "__main__":
+    main()
