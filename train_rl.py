@@ -9,7 +9,7 @@ for the old log-probs: the sampler's own are exact (tests/test_decode.py). (3) A
 per rollout batch, where the released script takes 16 (and so does a real model here): the ratio is then 1 and the clip idle.
 (4) Latents are replayed as they were sampled; --recompute-latents makes them anew with the current weights, as released.
 
-    python train_rl.py                                  # the tiny model, all stages, the table: 2.5 minutes on 2 cores
+    python train_rl.py                                  # the tiny model, all stages, the table: 1.5 minutes on 2 cores
     python train_rl.py --method grpo --out out/grpo     # the same RL without latents, for comparison
     python train_rl.py --resume out/rl                  # go on with a stopped run, exactly: on a CPU bit for bit
     python train_rl.py --model Qwen2.5-1.5B             # the paper's plot holes on one GPU; data/flawed_fictions/prepare.py first
