@@ -14,7 +14,7 @@ stories, the base frozen, greedy decoding, and three things to vary:
 Each is then run with its own latents and with those of another story in their order. If the first is right and the second a guess, the latents
 carry the answer.
 
-    python results/needed.py            # 25 minutes on one core; writes results/needed.json and the README's table
+    python results/needed.py            # 15 minutes on one core; writes results/needed.json and the README's table
 """
 import argparse
 import functools

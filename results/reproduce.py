@@ -3,7 +3,7 @@
 A run is one method on one task with one seed, in its own process on one core, with its output in out/results/TASK/METHOD-SEED. A run that has its
 results.json is done; one of train_rl.py that was stopped is resumed from its last state; any other begins again.
 
-    python results/reproduce.py                            # all: 4 hours on 2 cores, two runs at a time
+    python results/reproduce.py                            # all: an hour and a half on 2 cores, two runs at a time
     python results/reproduce.py --tasks tiny --seeds 0     # some of it
     python results/reproduce.py --tables                   # only the tables, from the runs that are there
 """
