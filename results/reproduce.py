@@ -73,6 +73,9 @@ def run_missing(tasks, seeds, jobs):
         while waiting or running:
             while waiting and len(running) < jobs:
                 job = waiting.pop(0)
+                if job[1] == CONTROLS[0] and not os.path.exists(os.path.join(directory(job[0], "litereason", job[3]), "results.json")):
+                    failed.append(f"{job[0]} controls of seed {job[3]}: there is no finished LiteReason run")
+                    continue
                 running[start(*job)] = job, time.time()
             time.sleep(1)
             for process in [p for p in running if p.poll() is not None]:
