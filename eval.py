@@ -318,11 +318,13 @@ def collect(files):
 def figure(path, panels, rows=1, height=4.2):
     """An empty figure of matplotlib, which nothing else here needs -> (figure, its axes (rows, panels))."""
     try:
+        from matplotlib import rcParams
         from matplotlib.figure import Figure
     except ImportError as e:
         raise UserError("drawing needs matplotlib: pip install matplotlib") from e
     if not path.endswith((".svg", ".png")):
         raise UserError(f"--plot is {path!r}; it must end in .svg or .png")
+    rcParams["svg.hashsalt"] = "litereason"  # else the names inside an svg are drawn by chance
     out = Figure((4.8 * panels, height * rows), dpi=120, layout="constrained")
     return out, out.subplots(rows, panels, squeeze=False)
 

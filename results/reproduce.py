@@ -38,7 +38,7 @@ METHODS = [
     ("projector from random numbers", "random", "train_rl.py --projector random"),
 ]
 ORDER = ["base, explicit reasoning", "base, tag prompt", "MoI", "Soft Thinking", "Coconut", "CoLaR", "RL without latents", "RL + length penalty",
-         "RL + late length penalty", "LiteReason before RL", "LiteReason", "LiteReason + length penalty", "RL with tags, no latents", "pause tokens", "projector never refreshed",
+         "RL + late length penalty", "LiteReason before RL", "LiteReason", "LiteReason, its latents taken away", "LiteReason + length penalty", "RL with tags, no latents", "pause tokens", "projector never refreshed",
          "projector from random numbers"]
 CONTROLS = ("controls", "eval.py --controls --model {litereason}")  # of each seed's LiteReason, when that has been trained
 # The length penalty grows from the first token to 1 at the limit of 160; the late one begins 60 tokens before it. The paper does not give its own.
@@ -110,13 +110,11 @@ def rows_of(task, seeds):
             own = [r for r in rows if not r["model"].startswith((" ", "base", "LiteReason before")) and not r["model"].endswith("SFT")][-1]
             seconds = json.load(open(os.path.join(out, "seconds.json"))) if os.path.exists(os.path.join(out, "seconds.json")) else None
             found.setdefault(name, {})[seed] = {**own, "sampled": sampled, "run_seconds": seconds, "command": f"python {command.format(**TASKS[task])}"}
-            if method == "litereason":
-                for r in rows:
-                    if r["model"].startswith(("base", "LiteReason before")):
-                        found.setdefault(r["model"], {})[seed] = {**r, "sampled": None, "run_seconds": None, "command": ""}
-                    if r["model"].startswith(" "):
-                        found.setdefault("LiteReason, its latents taken away", {})[seed] = {**r, "sampled": None, "run_seconds": None, "command": ""}
-    return {name: found[name] for name in sorted(found, key=lambda n: ORDER.index(n) if n in ORDER else ORDER.index("LiteReason") + 0.5)}
+            for r in rows if method == "litereason" else []:  # its other rows, which cost no run of their own
+                if r["model"] != own["model"]:
+                    row = f"LiteReason, {r['model'].strip()}" if r["model"].startswith(" ") else r["model"]
+                    found.setdefault(row, {})[seed] = {**r, "sampled": None, "run_seconds": None, "command": ""}
+    return {name: found[name] for name in sorted(found, key=ORDER.index)}
 
 
 def summary(rows):
