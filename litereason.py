@@ -27,6 +27,7 @@ import dataclasses
 import errno
 import fcntl
 import functools
+import itertools
 import json
 import os
 import re
@@ -34,6 +35,7 @@ import shutil
 import signal
 import socket
 import sys
+import types
 import urllib.parse
 import zlib
 
@@ -51,6 +53,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 LATENT = -1  # the slot value of a latent position
 CAP = 5  # a tag's N is clamped to this; a checkpoint carries its own (config.litereason_max_reasoning_steps)
 PROJECTOR_LAYERS = 3
+LOGITS = 2**27  # most logits that scoring has in memory at once: 512 MiB in fp32, 883 tokens of Qwen's vocabulary
+LOOK = 4  # while decoding, the device is looked at from outside once in so many steps
+WAITS = ("cuda",)  # devices on which a shape that depends on numbers waits for them
 
 
 class UserError(Exception):
@@ -144,6 +149,10 @@ class TagWatcher:
         # what starts a tag, (classes, states): beyond its "<i", which may stand in any text (<i> is italics), or all of it in one token
         begun = torch.tensor([s[0] != "open" or s[1] > 2 for s in queue], device=device)
         self.starts = begun[self.next_state] | (self.fires > 0)
+        # states from which a tag may end so soon, within LOOK - 1 tokens, that its latents begin before the device is looked at again
+        self.soon = (self.fires > 0).any(0)  # (states,)
+        for _ in range(LOOK - 2):
+            self.soon = self.soon | self.soon[self.next_state].any(0)
         self.as_lists = classes.tolist(), table[:, 0].tolist(), table[:, 1].tolist()  # for one row, on the host
 
     @staticmethod
@@ -355,6 +364,7 @@ def attach(model, weights=None):
             module.__class__ = FewRows
     model.projector_trained = bool(weights)
     model.bf16 = model.device.type == "cuda" and model.dtype == torch.float32  # see compute()
+    model.graphs = False  # see decode_slot()
     if weights:
         if set(weights) == {"vector"}:
             model.reasoning_projector = control_projector(model, "pause")
@@ -410,6 +420,13 @@ class SharedCache:
         row 1  -----/                                      [ s0  s1  s2 ]      and its own slots 0..i,
         row 2  -----> [ q0  q1  pad pad pad ]              [ s0  s1  s2 ]      never another row's
 
+    While decoding all rows write the same column of their memory in the same step, also when one of them began late, in the place
+    of a row that had ended. The columns before are hidden from it, and dropped once they are no row's any more.
+
+        column           0    1    2    3    4    5
+        row 0          [ s0   s1   s2   s3   s4   s5 ]
+        row 1 began 3  [  -    -    -   s0   s1   s2 ]
+
     Given to transformers as `past_key_values`: each layer calls `update` with its new keys and values, then our attention
     function, which calls `attend`. Positions restart after the prompt, so a group's rows give the same numbers as if each
     had been run alone on prompt + slots. With gradients the tensors keep their graph (nothing is detached or copied in
@@ -419,14 +436,21 @@ class SharedCache:
 
     def __init__(self, layers):
         self.prompt = [None] * layers  # (keys, values), (P, K, L, d) each
-        self.own = [None] * layers  # (keys, values), (B, K, S, d) each; preallocated if `room` is set
+        self.own = [None] * layers  # (keys, values), (B, K, S, d) each; preallocated, S = room, while decoding
         self.lengths = None  # (P,) prompt lengths
         self.owner = None  # (B,) which prompt a row belongs to; None while the prompts themselves are read
-        self.room, self.filled, self.mask = 0, 0, None
+        self.mask = None  # own slots that are not seen, (B, 1, 1, S, n); None: all are
+        # decoding only
+        self.room = self.filled = self.reach = 0  # columns there are, columns that are written, columns that this step looks at
+        self.began, self.late = None, False  # (B,) column of a row's first slot; whether it is another than 0 for any
+        self.steady, self.column, self.played = False, None, None  # for CUDA graphs, see decode_slot
 
     def assign(self, owner, room=0):
-        """After the prompts: rows owner (B,) begin, ordered by prompt. room > 0 preallocates that many own slots."""
-        self.owner, self.room = owner, room
+        """After the prompts: rows owner (B,) begin, ordered by prompt. room > 0: to be decoded, at most so many slots each."""
+        self.owner = owner
+        if room:
+            self.room, self.began, self.column = room, torch.zeros_like(owner), torch.zeros_like(owner[:1])
+            self.own = [tuple(t.new_zeros(len(owner), t.shape[1], room, t.shape[3]) for t in kv) for kv in self.prompt]
         counts = torch.bincount(owner, minlength=len(self.lengths)).tolist()  # rows per prompt
         self.group = max(counts)  # G
         if min(counts) == self.group:
@@ -452,9 +476,12 @@ class SharedCache:
 
     def beyond(self, window, S, L, n):
         """What a sliding-window layer (Gemma 3) no longer sees: (B, 1, 1, S, L) prompt keys, (B, 1, 1, S, n) own keys."""
-        place = torch.arange(n, device=self.owner.device)[None] if self.room else self.valid.cumsum(1) - 1  # (B or 1, n) among real slots
-        key = self.lengths[self.owner][:, None] + place  # (B, n) positions
-        query = key[:, -S:, None]  # (B, S, 1) the newest slots ask
+        if self.room:  # (B, n) place among the row's real slots; the newest ones, (B, S, 1), ask
+            key, query = torch.arange(n, device=self.owner.device) - self.began[:, None], (self.column - self.began)[:, None, None]
+        else:
+            key = self.valid.cumsum(1) - 1
+            query = key[:, -S:, None]
+        key, query = (t + self.lengths[self.owner].view(-1, *[1] * (t.dim() - 1)) for t in (key, query))  # positions
         on_prompt = query - torch.arange(L, device=key.device) >= window
         return on_prompt[:, None, None], (query - key[:, None] >= window)[:, None, None]
 
@@ -473,10 +500,11 @@ class SharedCache:
         if self.owner is None:  # in rows of d numbers as matrix products want them: otherwise every later step would copy the prompt
             self.prompt[layer] = (k.contiguous(), v.contiguous())
         elif self.room:  # decoding: one slot per row, written in place
-            if self.own[layer] is None:
-                self.own[layer] = tuple(t.new_empty(t.shape[0], t.shape[1], self.room, t.shape[3]) for t in (k, v))
             for memory, new in zip(self.own[layer], (k, v)):
-                memory[:, :, self.filled] = new[:, :, 0]
+                if self.steady:
+                    memory.index_copy_(2, self.column, new)
+                else:
+                    memory[:, :, self.filled] = new[:, :, 0]
         else:
             old = self.own[layer]
             self.own[layer] = (k, v) if old is None else tuple(torch.cat([o, n], 2) for o, n in zip(old, (k, v)))
@@ -494,7 +522,7 @@ class SharedCache:
             return F.scaled_dot_product_attention(q, k, v, near, is_causal=near is None, scale=scale, enable_gqa=True).transpose(1, 2)
         (B, H, S, d), (pk, pv), (ok, ov) = q.shape, self.prompt[layer], self.own[layer]
         if self.room:
-            ok, ov = ok[:, :, : self.filled + 1], ov[:, :, : self.filled + 1]
+            ok, ov = ok[:, :, : self.reach], ov[:, :, : self.reach]
         P, K, L, R, n = pk.shape[0], pk.shape[1], pk.shape[2], H // pk.shape[1], ok.shape[2]
         if S > self.FUSED and q.device.type == "cpu":  # fused attention, which never keeps the weights, beats sharing the products
             k, v = (torch.cat([p.index_select(0, self.owner), o], 2) for p, o in ((pk, ok), (pv, ov)))  # (B, K, L + n, d)
@@ -527,14 +555,42 @@ class SharedCache:
         t = t.flatten(0, 1)
         return t if self.grid is None else t[self.back]
 
-    def keep(self, rows):
-        """Decoding only: drops all rows but `rows` (n,), and the prompts that no row needs any more."""
-        self.own = [tuple(t[rows] for t in kv) for kv in self.own]
+    def look(self, steady):
+        """Decoding, before each step: how many columns it looks at. steady: rounded up, by at most a quarter, so that steps are alike for long."""
+        n, self.steady = self.filled + 1, steady
+        block = max(64, 2 ** (n.bit_length() - 3)) if steady else 1
+        reach = min(self.room, -(-n // block) * block)
+        if reach != self.reach:
+            self.reach, self.played = reach, None
+        self.column.fill_(self.filled)
+
+    def hide(self):
+        """Decoding, in each step: the columns before a row began, and those that are not written yet."""
+        self.mask = None
+        if self.steady or self.late:
+            column = torch.arange(self.reach, device=self.owner.device)
+            self.mask = ((column < self.began[:, None]) | (column > self.column))[:, None, None, None]  # (B, 1, 1, 1, n)
+
+    def change(self, rows, more=None):
+        """Decoding, between two steps: only `rows` (n,) stay, and the prompts they need; behind them come the rows of `more`, a cache of
+        prompts that have just been read. Columns that no row needs any more are dropped, which puts the clock back."""
         prompts, owner = self.owner[rows].unique(return_inverse=True)
-        if len(prompts) < len(self.lengths):
-            self.prompt = [tuple(t[prompts] for t in kv) for kv in self.prompt]
-            self.lengths = self.lengths[prompts]
-        self.assign(owner, self.room)
+        gone = int(self.began[rows].min()) if len(rows) else self.filled
+        began, lengths, n = self.began[rows] - gone, self.lengths[prompts], self.filled - gone
+        if more is not None:
+            began = torch.cat([began, torch.full_like(more.owner, n)])
+            owner, lengths = torch.cat([owner, more.owner + len(prompts)]), torch.cat([lengths, more.lengths])
+        L = int(lengths.max())
+        wide = lambda t: F.pad(t[:, :, :L], (0, 0, 0, max(0, L - t.shape[2])))  # (P, K, L, d)
+        for i, (old, own) in enumerate(zip(self.prompt, self.own)):  # layer by layer, so that little is in memory twice
+            if more is not None or len(prompts) < len(self.lengths):
+                new = more.prompt[i] if more is not None else [t[:0] for t in old]
+                self.prompt[i] = tuple(torch.cat([wide(t[prompts]), wide(m)]) for t, m in zip(old, new))
+            self.own[i] = tuple(t.new_zeros(len(owner), *t.shape[1:]) for t in own)  # zeros: what is masked must at least be finite
+            for t, m in zip(own, self.own[i]):
+                m[: len(rows), :, :n] = t[:, :, gone : self.filled][rows]
+        self.lengths, self.filled, self.began, self.late, self.played = lengths, n, began, bool(began.any()), None
+        self.assign(owner)
 
 
 def _attention(module, query, key, value, attention_mask, scaling, **kwargs):
@@ -599,18 +655,68 @@ def _recomputed(layer, i, x, past_key_values=None, **kwargs):
     return out
 
 
-def prefill(model, prompts):
-    """Reads each prompt (a list of token ids) once -> (cache, last states (P, D))."""
+def prefill(model, prompts, slots=None):
+    """Reads each prompt (a list of token ids) once -> (cache, last states (P, D), embeddings of slots, None or (B, S) ids, (B, S, D)).
+
+    The slots are looked up together with the prompts: the gradient of a look-up is as large as the whole table."""
     lengths = torch.tensor([len(p) for p in prompts], device=model.device)  # (P,)
     ids = torch.zeros(len(prompts), max(len(p) for p in prompts), dtype=torch.long)  # (P, L), padded on the right
     for row, p in zip(ids, prompts):
         row[: len(p)] = torch.tensor(p)
-    ids = ids.to(model.device)
+    ids, embed = ids.to(model.device), model.get_input_embeddings()
     cache = SharedCache(model.config.num_hidden_layers)
     cache.lengths = lengths
+    if slots is None:
+        x, own = embed(ids), None  # (P, L, D)
+    else:
+        x, own = embed(torch.cat([ids.flatten(), slots.flatten()])).split([ids.numel(), slots.numel()])
+        x, own = x.view(*ids.shape, -1), own.view(*slots.shape, -1)
     positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)  # (P, L)
-    h = forward(model, model.get_input_embeddings()(ids), positions, cache)  # (P, L, D)
-    return cache, h[torch.arange(len(prompts), device=ids.device), lengths - 1]
+    h = forward(model, x, positions, cache)  # (P, L, D)
+    return cache, h[torch.arange(len(prompts), device=ids.device), lengths - 1], own
+
+
+def decode_slot(model, x, positions, cache):
+    """One slot for every row: embeddings x (B, D) at positions (B,) -> states (B, D).
+
+    With model.graphs, on CUDA: a step is a thousand short kernels, which Python starts more slowly than the card runs them. They are
+    recorded once and then played, until rows leave or join or the rounded number of columns grows. What cannot be recorded runs as ever.
+    """
+    def run(x, positions):
+        cache.hide()
+        return forward(model, x[:, None], positions[:, None], cache)[:, 0]
+
+    cache.look(model.graphs)
+    if model.graphs:
+        try:
+            cache.played = cache.played or record(run, x, positions)
+            return cache.played(x, positions)
+        except RuntimeError as e:
+            model.graphs = False
+            print(f"warning: the decoding step cannot be recorded as a CUDA graph ({str(e).splitlines()[0]}); it runs without", file=sys.stderr)
+            cache.look(False)
+    return run(x, positions)
+
+
+def record(step, *inputs):
+    """step(*inputs) as a CUDA graph -> play(*inputs), for inputs of the same shapes; its result stands in the same memory each time."""
+    if inputs[0].device.type != "cuda":
+        raise RuntimeError("this is no CUDA device")
+    inputs, graph, aside = [t.clone() for t in inputs], torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):  # once as ever: what libraries allocate when they are first called must not be recorded
+        step(*inputs)
+    torch.cuda.current_stream().wait_stream(aside)
+    with torch.cuda.graph(graph):
+        out = step(*inputs)
+
+    def play(*new):
+        for memory, t in zip(inputs, new):
+            memory.copy_(t)
+        graph.replay()
+        return out
+
+    return play
 
 
 # ============================================================================ the mixed decoding loop (paper Sec. 3.1)
@@ -733,7 +839,8 @@ def generate(model, tokenizer, prompts, samples=1, max_new_tokens=256, temperatu
     max_new_tokens: slots per rollout, latents included. temperature 0 is greedy. Nothing is read from a generation_config
     but the stop ids. latent: see latent_step; "none" leaves tags as plain text. generator: a CPU torch.Generator.
     tag: None (a tag runs as many latents as it says), a number K (K latents, whatever it says), or "forbidden" (none can be started).
-    rows: most rows decoded at once (but at least one whole group). stats: a dict that receives `forwards`, the number of positions computed.
+    rows: most rows decoded at once (but at least one whole group); a prompt that waits begins when so many rows have ended that its own find
+    room. stats: a dict that receives `forwards`, the number of positions computed.
     What other methods do differently (baselines.py): every row begins with `start` latents; leave(h (n, D), drawn (n,), rows, taken) -> (n,)
     token that ends a row's block here, or LATENT: go on (drawn: what the LM head would say); feed(h, token) -> (n, D) fed for a sampled token.
     Raises UserError for an empty prompt or one that does not fit the model's positions.
@@ -745,23 +852,18 @@ def generate(model, tokenizer, prompts, samples=1, max_new_tokens=256, temperatu
     # One uniform number per row and step, drawn up front: a rollout's text depends on its seed and its own prompt only,
     # not on which rows share its batch or when they end.
     draws = torch.rand(len(ids) * samples, max_new_tokens, generator=generator, dtype=torch.float64)
-    out, per_batch = [], max(1, rows // samples)
-    for i in range(0, len(ids), per_batch):
-        part = ids[i : i + per_batch]
-        u = draws[i * samples : (i + len(part)) * samples].to(model.device)
-        for r in _decode(model, tokenizer, part, samples, max_new_tokens, (temperature, top_k, top_p), latent, u, stats, tag, start, leave, feed):
-            r.prompt += i
-            out.append(r)
-    return out
+    return _decode(model, tokenizer, ids, samples, max_new_tokens, (temperature, top_k, top_p), latent, draws, max(1, rows // samples), stats, tag,
+                   start, leave, feed)
 
 
 @computes
-def _decode(model, tokenizer, prompts, samples, steps, sampling, latent, u, stats, tag, start, leave, feed):
-    """generate for one batch of P prompts x `samples` rows; u (B, steps)."""
-    device, B, embed = model.device, len(prompts) * samples, model.get_input_embeddings()
+def _decode(model, tokenizer, prompts, samples, steps, sampling, latent, draws, most, stats, tag, start, leave, feed):
+    """generate for token ids. draws (all rollouts, steps); most: prompts decoded at once, each with all its rows."""
+    device, embed = model.device, model.get_input_embeddings()
     feed = feed or (lambda h, token: embed(token))
-    stop = torch.tensor(stop_tokens(model, tokenizer), device=device)
-    watch = watcher(model, tokenizer)
+    stop_ids, watch, most = stop_tokens(model, tokenizer), watcher(model, tokenizer), min(most, len(prompts))
+    stop, rollouts = torch.tensor(stop_ids, device=device), [None] * len(draws)
+    begun, joined, computed = 0, 0, 0  # prompts that have begun, the step in which the last of them did, positions computed
 
     def draw(h, u, state):
         logits = model.lm_head(h)
@@ -769,89 +871,103 @@ def _decode(model, tokenizer, prompts, samples, steps, sampling, latent, u, stat
             logits = logits.masked_fill(watch.starts[watch.classes, state[:, None]], -torch.inf)
         return sample(logits, u, *sampling)
 
-    cache, h = prefill(model, prompts)  # the prompt of a group is read once
-    cache.assign(torch.arange(len(prompts), device=device).repeat_interleave(samples), room=steps)
-    h = h.repeat_interleave(samples, 0)  # (B, D): the output at each row's last slot
-    positions = cache.lengths[cache.owner]  # (B,) of the slot that comes next
+    def begin(n, latents=0):
+        """The next n prompts -> (a cache that has read them, all that is known of their rows, (B, ..) each)."""
+        cache, h, _ = prefill(model, prompts[begun : begun + n])  # the prompt of a group is read once
+        cache.assign(torch.arange(n, device=device).repeat_interleave(samples))
+        number, zero = torch.arange(begun * samples, (begun + n) * samples), torch.zeros_like(cache.owner)  # (B,)
+        return cache, types.SimpleNamespace(
+            number=number.to(device),  # which rollout a row becomes
+            u=draws[number].to(device),  # (B, steps)
+            h=h[cache.owner],  # (B, D) the output at the last slot
+            state=zero,  # where the tag watcher stands
+            left=zero + start,  # latent steps still to run: > 0 means inside a block
+            taken=zero,  # latent steps run so far
+            age=zero,  # slots so far
+            prompt=cache.lengths[cache.owner],  # tokens of the prompt
+            live=zero == 0,
+            # The record. The last column takes the writes of rows that have ended and not left yet, or are not inside a block.
+            slots=torch.full((len(zero), steps + 1), LATENT, device=device),
+            logps=torch.zeros(len(zero), steps + 1, dtype=torch.promote_types(h.dtype, torch.float32), device=device),
+            length=zero + steps,  # the limit, unless the row stops before
+            vectors=h.new_zeros(len(zero), latents + 1, h.shape[1]))  # (B, latents + 1, D), grows as needed
 
-    # Records, one line per row of the whole batch; `row` maps the rows still decoding to them.
-    row = torch.arange(B, device=device)
-    slots = torch.full((B, steps), LATENT, device=device)
-    logps = torch.zeros(B, steps, dtype=torch.promote_types(h.dtype, torch.float32), device=device)
-    length = torch.full((B,), steps, device=device)  # slots of each row; the limit unless it stops before
-    vectors = torch.empty(B, 0, h.shape[1], dtype=h.dtype, device=device)  # (B, latents, D), grows as needed
+    def finish(rows):
+        """What was recorded of rows (n,) becomes rollouts."""
+        plain, tensors = (r.number, r.length, r.slots), (r.logps, r.vectors)
+        for i, length, slots, logps, vectors in zip(*(t[rows].tolist() for t in plain), *(t[rows].cpu() for t in tensors)):
+            slots, prompt = slots[:length], i // samples
+            finished = slots[-1] in stop_ids
+            words = [s for s in slots if s != LATENT][: -1 if finished else None]
+            rollouts[i] = Rollout(prompts[prompt], slots, vectors[: slots.count(LATENT)].clone(), logps[:length].clone(),
+                                  tokenizer.decode(words, clean_up_tokenization_spaces=False), finished, prompt)
 
-    state = torch.zeros(B, dtype=torch.long, device=device)  # where each row's tag watcher stands
-    left = torch.full((B,), start, device=device)  # latent steps still to run: > 0 means inside a block
-    taken = torch.zeros(B, dtype=torch.long, device=device)  # latent steps run so far
-    live = torch.ones(B, dtype=torch.bool, device=device)
-    for t in range(steps):
-        latent_now = left > 0  # (B,) each row in its own mode
-        if t % 4 == 0:  # every few steps, the one look at the device from outside
-            need = int(taken.max()) + 4  # vectors that could be written before the next look
-            if vectors.shape[1] < need + 1:  # + 1: a last column that takes the writes of rows which are sampling
-                vectors = torch.cat([vectors[:, :-1], vectors.new_zeros(B, need + 8, h.shape[1])], 1)
-            n_live = int(live.sum())
-            if n_live == 0:
+    cache, r = begin(most)
+    cache.assign(cache.owner, room=steps)
+    begun = most
+    for t in itertools.count():
+        # (a) Every few steps, the one look at the device from outside: who has ended, who may run a latent before the next look?
+        if t % LOOK == 0 or cache.filled == steps:
+            live, rows = r.live.nonzero()[:, 0], len(r.live)  # (n,)
+            busy, read = -(-len(live) // samples), len(cache.owner[live].unique())  # groups' worth of rows, and prompts, that are still needed
+            free = min(len(prompts) - begun, most - busy, 2 * most - read)  # prompts that may begin
+            join = free > 0 and (free * samples >= 0.25 * rows or not len(live))
+            if not len(live) and not join:
                 break
-            if n_live <= 0.75 * len(row):  # rows that have ended leave the batch
-                keep = live.nonzero()[:, 0]
-                cache.keep(keep)
-                row, h, positions, u, state = row[keep], h[keep], positions[keep], u[keep], state[keep]
-                left, taken, live, latent_now = left[keep], taken[keep], live[keep], latent_now[keep]
-        # (a) A token for every row, and an embedding from the projector for the rows inside a block. On the CPU both
-        #     run on just the rows that need them; on CUDA choosing rows would wait for the device, so both run on all.
-        token, logp = torch.full_like(left, LATENT), torch.zeros_like(logps[:, 0])[row]
-        x = torch.empty_like(h)
-        own = u[:, 0] * 1e6 % 1  # (B,) tells the rows apart, see latent_step; scrambled, since u itself draws the first token
-        if device.type == "cpu" and leave is None:
-            s, l = (~latent_now).nonzero()[:, 0], latent_now.nonzero()[:, 0]
-            if len(s):
-                token[s], logp[s] = draw(h[s], u[s, t], state[s])
-                x[s] = feed(h[s], token[s])
-            if len(l):
-                x[l] = latent_step(model, h[l], latent, own[l], taken[l])
-        else:
-            drawn, drawn_logp = draw(h, u[:, t], state)
-            if leave is not None:
-                word = leave(h, drawn, row, taken)
-                drawn = torch.where(latent_now, word, drawn)
-                latent_now = latent_now & (word == LATENT)
-                left = left * latent_now
-            token, logp = torch.where(latent_now, LATENT, drawn), torch.where(latent_now, 0.0, drawn_logp)
-            x = torch.where(latent_now[:, None], latent_step(model, h, latent, own, taken), feed(h, drawn.clamp(min=0)))
-        # (b) Write it down: the slot, its log-prob, the vector if it is a latent.
-        slots[row, t], logps[row, t] = token, logp.to(logps.dtype)
-        vectors[row, torch.where(latent_now, taken, vectors.shape[1] - 1)] = x
-        taken += latent_now
-        # (c) The watcher reads the sampled tokens: a tag that ends here opens a block of n latent steps.
-        new_state, n = watch.step(state, token.clamp(min=0))
+            if join or len(live) <= 0.75 * rows or cache.filled == steps:
+                finish((~r.live).nonzero()[:, 0])
+                more, new = begin(free, r.vectors.shape[1] - 1) if join else (None, None)
+                cache.change(live, more)
+                r = types.SimpleNamespace(**{k: torch.cat([v[live], vars(new)[k]]) if join else v[live] for k, v in vars(r).items()})
+                begun, joined = (begun + free, t) if join else (begun, joined)
+            short = int(r.taken.max()) + LOOK + 1 - r.vectors.shape[1]
+            if short > 0:
+                r.vectors = F.pad(r.vectors, (0, 0, 0, short + 8))
+            near = ((r.left > 0) | watch.soon[r.state]).nonzero()[:, 0]  # (n,)
+        # (b) A token for every row, and an embedding from the projector for those inside a block. On a CPU just the rows that need it; on
+        #     CUDA choosing them would wait for the device, so all draw, and P runs on those that could be inside since the last look.
+        inside, u = r.left > 0, r.u.gather(1, r.age.clamp(max=steps - 1)[:, None])[:, 0]  # (B,)
+        outside = everyone = torch.arange(len(r.left), device=device)
+        if leave is not None:
+            near = everyone
+        elif device.type not in WAITS:
+            outside, near = (~inside).nonzero()[:, 0], inside.nonzero()[:, 0]
+        token, logp = torch.full_like(r.left, LATENT), torch.zeros_like(r.logps[:, 0])  # (B,)
+        if len(outside):
+            token[outside], logp[outside] = draw(r.h[outside], u[outside], r.state[outside])
+        if leave is not None:
+            word = leave(r.h, token, r.number, r.taken)
+            token = torch.where(inside, word, token)
+            inside = inside & (word == LATENT)
+        token, logp = torch.where(inside, LATENT, token), torch.where(inside, 0.0, logp)
+        x = feed(r.h, token.clamp(min=0))  # (B, D)
+        if len(near):
+            own = r.u[near, 0] * 1e6 % 1  # tells the rows apart, see latent_step; scrambled, since u itself draws the first token
+            z = latent_step(model, r.h[near], latent, own, r.taken[near])  # (n, D)
+            x[near] = torch.where(inside[near, None], z, x[near])
+            r.vectors[near, torch.where(inside[near], r.taken[near], r.vectors.shape[1] - 1)] = z
+        # (c) Write it down. The watcher reads the sampled tokens: a tag that ends here opens a block of n latent steps.
+        at = r.age.clamp(max=steps)[:, None]
+        r.slots.scatter_(1, at, token[:, None])
+        r.logps.scatter_(1, at, logp[:, None])
+        state, n = watch.step(r.state, token.clamp(min=0))
         n = n if tag in (None, "forbidden") else (n > 0) * tag
-        state = torch.where(latent_now, state, new_state)
-        left = torch.where(latent_now, left - 1, n if latent != "none" else 0)
+        r.left = torch.where(inside, r.left - 1, n if latent != "none" else 0)
+        r.taken, r.state = r.taken + inside, torch.where(inside, r.state, state)
         # (d) A stop token ends a row (it is its last slot); so does the length limit, inside a block too.
-        ended = live & ~latent_now & torch.isin(token, stop)
-        length[row] = torch.where(ended, t + 1, length[row])
-        live = live & ~ended
-        if t + 1 == steps:
+        stops = r.live & ~inside & torch.isin(token, stop)
+        r.length = torch.where(stops, r.age + 1, r.length)
+        r.live = r.live & ~stops & (r.age + 1 < steps)
+        if begun == len(prompts) and t + 1 == joined + steps:  # the last rows are at the limit
             break
         # (e) One forward of one slot for all rows.
-        h = forward(model, x[:, None], positions[:, None], cache)[:, 0]  # (B, D)
+        r.h = decode_slot(model, x, r.prompt + r.age, cache)  # (B, D)
+        r.age = r.age + 1
         cache.filled += 1
-        positions = positions + 1
-        if stats is not None:
-            stats["forwards"] = stats.get("forwards", 0) + len(row)
+        computed += len(r.left)
+    finish(torch.arange(len(r.live), device=device))
     if stats is not None:
-        stats["forwards"] = stats.get("forwards", 0) + sum(len(p) for p in prompts)
-
-    slots, length, logps, vectors, stop = slots.cpu(), length.tolist(), logps.cpu(), vectors.cpu(), set(stop.tolist())
-    rollouts = []
-    for i in range(B):
-        own = slots[i, : length[i]].tolist()
-        finished = bool(own) and own[-1] in stop
-        words = [s for s in own if s != LATENT][: -1 if finished else None]
-        rollouts.append(Rollout(prompts[i // samples], own, vectors[i, : own.count(LATENT)].clone(), logps[i, : len(own)].clone(),
-                                tokenizer.decode(words, clean_up_tokenization_spaces=False), finished, i // samples))
+        stats["forwards"] = stats.get("forwards", 0) + computed + sum(len(p) for p in prompts)
     return rollouts
 
 
@@ -887,20 +1003,44 @@ def pack(rollouts, budget):
     return [p for p in parts if p]
 
 
-@computes
-def token_logprobs(model, h, targets, temperature=1.0, chunk=512):
-    """log p(target) for states h (M, D), targets (M,) -> (M,). The (chunk, V) logits exist one chunk at a time; in the
-    backward pass they are computed again instead of being kept."""
+class TokenLogprobs(torch.autograd.Function):
+    """log softmax(h W^T + bias)[target] of states h (M, D) -> (M,), and its gradient by hand: with p = softmax(..), one-hot e and the
+    incoming g, d/dh = g (e - p) W and d/dW = (e - p)^T g h. Autograd would make five more (M, V) tensors on the way."""
 
-    def score(h, y):
-        logits = model.lm_head(h)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (chunk, V)
-        logits = logits if temperature == 1 else logits / temperature
-        return logits.gather(-1, y[:, None])[:, 0] - logits.logsumexp(-1)
+    @staticmethod
+    def logits(h, weight, bias, temperature):
+        logits = F.linear(h.to(weight.dtype), weight, bias)  # (M, V)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits if temperature == 1 else logits / temperature
 
+    @staticmethod
+    def forward(ctx, h, weight, bias, targets, temperature, keep):
+        logits = TokenLogprobs.logits(h, weight, bias, temperature)
+        total = torch.cat([part.logsumexp(-1) for part in logits.split(32)])  # (M,); in parts, since it copies what it reads
+        ctx.save_for_backward(h, weight, bias, targets, total, logits if keep else None)
+        ctx.temperature = temperature
+        return logits.gather(-1, targets[:, None])[:, 0] - total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        h, weight, bias, targets, total, logits = ctx.saved_tensors
+        p = TokenLogprobs.logits(h, weight, bias, ctx.temperature) if logits is None else logits
+        p = p.sub_(total[:, None]).exp_()  # (M, V), in place: a second backward pass through the same logits is an error
+        p[torch.arange(len(targets), device=h.device), targets] -= 1
+        p, g = p.to(weight.dtype), -g[:, None] / ctx.temperature  # (M, 1)
+        needs_h, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        return ((g * (p @ weight)).to(h.dtype) if needs_h else None, p.T @ (g * h).to(weight.dtype) if needs_weight else None,
+                (g.to(p.dtype) * p).sum(0) if needs_bias else None, None, None, None)
+
+
+def token_logprobs(model, h, targets, temperature=1.0, chunk=None):
+    """log p(target) for states h (M, D), targets (M,) -> (M,). The (chunk, V) logits, by default LOGITS numbers, exist one chunk at
+    a time; in the backward pass they are computed again instead of being kept, unless one chunk is all."""
+    head, chunk = model.lm_head, chunk or max(1, LOGITS // model.lm_head.out_features)
+    weight = head.weight.to(torch.bfloat16) if model.bf16 else head.weight  # once, for all chunks and both directions
     parts = [(h[i : i + chunk], targets[i : i + chunk]) for i in range(0, len(h), chunk)]
-    keep = not torch.is_grad_enabled() or len(parts) <= 1
-    return torch.cat([score(*p) if keep else checkpoint(score, *p, use_reentrant=False) for p in parts] or [h[:, 0]])
+    return torch.cat([TokenLogprobs.apply(x, weight, head.bias, y, temperature, len(parts) == 1) for x, y in parts] or [h[:, 0]])
 
 
 @computes
@@ -913,9 +1053,8 @@ def states(model, rollouts):
     prompts, owner, order = _layout(rollouts)
     rows, device = [rollouts[i] for i in order], model.device
     slots, valid, _ = _slot_table(rows, device)
-    cache, h_prompt = prefill(model, prompts)  # each prompt once, with its graph: the rows' gradients meet in it
+    cache, h_prompt, x = prefill(model, prompts, slots.clamp(min=0))  # each prompt once, with its graph: the rows' gradients meet in it
     cache.assign(owner.to(device))
-    x = model.get_input_embeddings()(slots.clamp(min=0))  # (B, S, D)
     latents = torch.cat([r.latents.detach() for r in rows]).to(device, x.dtype)  # (all latents, D), row by row
     x = x.masked_scatter(((slots == LATENT) & valid)[..., None], latents)
     cache.begin(valid)
@@ -955,9 +1094,8 @@ def unroll(model, rollouts, latent="projector"):
     rows, device = [rollouts[i] for i in order], model.device
     slots, valid, _ = _slot_table(rows, device)
     B, S = slots.shape
-    cache, h_prompt = prefill(model, prompts)
+    cache, h_prompt, embeddings = prefill(model, prompts, slots.clamp(min=0))
     cache.assign(owner.to(device))
-    embeddings = model.get_input_embeddings()(slots.clamp(min=0))  # (B, S, D)
     base = cache.lengths[cache.owner, None]  # (B, 1)
     h_last = h_prompt[cache.owner]  # (B, D): the output at each row's last slot so far
     at = [0] * B  # next slot of each row

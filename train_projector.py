@@ -256,10 +256,13 @@ def main():
     g.add_argument("--n", type=int, default=200, help="val stories for the accuracy before and after")
     g.add_argument("--seed", type=int, default=0)
     g.add_argument("--device", default=None, help="cpu or cuda (default: cuda if there is one)")
+    g.add_argument("--graphs", action="store_true", help="on CUDA, record the decoding step as a graph and play it; where that fails it runs as "
+                   "ever (not yet tried on a GPU)")
     args = parse_resumable(ap, "train_projector.py")
     check_arguments(args)
     held = lock(args.out)  # until the process ends
     model, tokenizer = load(args.model, args.device)
+    model.graphs = args.graphs
     task = start_task(args, model, args.model)
     args.max_new_tokens = args.max_new_tokens or (160 if is_small(model) else 2048)
     if not is_small(model):

@@ -29,7 +29,7 @@ import time
 import torch
 
 from eval import check_arguments, evaluate, is_small, readable, run_settings, score, start_task, table, task_flags, write_json
-from litereason import (LATENT, TAG, Rollout, UserError, check_lengths, checkpoint_layers, control_projector, encode_prompt, generate, group_advantages, load,
+from litereason import (LATENT, LOGITS, TAG, Rollout, UserError, check_lengths, checkpoint_layers, control_projector, encode_prompt, generate, group_advantages, load,
                         lock, logprobs, on_stop, optimizer_tensors, pack, policy_loss, read_state, recompute_latents, restore_optimizer, run_script,
                         save, saved_states, signals_restored, write_state)
 from train_projector import RATIOS, fit_projector, masked_trace, parse_resumable, run as run_stages_1_and_2, write_settings
@@ -91,6 +91,8 @@ def parse_arguments():
     g.add_argument("--show-every", type=int, default=20, help="print two rollouts every so many steps; 0 never")
     g.add_argument("--seed", type=int, default=0)
     g.add_argument("--device", default=None, help="cpu or cuda (default: cuda if there is one)")
+    g.add_argument("--graphs", action="store_true", help="on CUDA, record the decoding step as a graph and play it; where that fails it runs as "
+                   "ever (not yet tried on a GPU)")
     return parse_resumable(ap, "train_rl.py", ("steps", "device"))
 
 
@@ -109,6 +111,7 @@ def main():
     if args.group is not None and args.group < 2:
         raise UserError("--group must be 2 or more: an advantage compares the rollouts of one prompt")
     model, tokenizer = load(args.model, args.device)
+    model.graphs = args.graphs
     task = start_task(args, model, args.model)
     for key, value in (SMALL if is_small(model) else RELEASED).items():
         if getattr(args, key, None) is None:
@@ -373,15 +376,16 @@ def forecast(model, args, longest, scorer=None):
     base = numbers - sum(p.numel() for p in model.reasoning_projector.parameters())
     batch = args.prompts * args.group
     rows = min(batch, max(1, args.rows // args.group) * args.group)  # decoded at once
+    read = min(args.prompts, 2 * rows // args.group)  # prompts in memory, at most: a long answer keeps its own while others begin
     tokens = max(args.tokens_per_forward, longest + S)
     # One layer's activations per token: norms and residuals in fp32, q k v and output, the MLP's four; and each slot's attention weights.
     layer = 28 * D + width * (2 * (H + K) * d + 4 * c.intermediate_size) + (5 + 2 * width) * H * (longest + S)
     kept = 2 if args.offload else 4  # bytes per weight, and per gradient, on the card
     always = {"weights": kept * numbers, "AdamW": 0 if args.offload else 8 * base, "16-bit copies": 2 * base * (model.bf16 and not args.offload),
               "scorer": 4 * sum(p.numel() for p in scorer.parameters()) if scorer else 0}
-    sampling = {"keys and values": 2 * layers * K * d * width * (rows * S + rows // args.group * longest), "logits": 5 * 4 * rows * V}
+    sampling = {"keys and values": 2 * layers * K * d * width * (rows * S + read * longest), "logits": 5 * 4 * rows * V}
     update = {"gradients": kept * base, "activations": tokens * (layers * (4 * D + 2 * K * d * width) + 2 * layer if args.checkpoint_layers else layers * layer),
-              "logits": 3 * 4 * min(512, tokens) * V}
+              "logits": 2 * 4 * min(LOGITS, tokens * V)}
     peak = sum(always.values()) + max(sum(sampling.values()), sum(update.values()))
     say = lambda sizes: ", ".join(f"{k} {v / gib:.2f}" for k, v in sizes.items())
     text = (f"per rollout batch: {batch} rollouts, {rows} rows at a time, up to {S} decoding steps; the update reads up to "

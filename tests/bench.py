@@ -12,6 +12,8 @@ growth tables show what a path costs as one dimension grows. Same weights, same 
 (c) score and back-propagate the same shape                                       against rows padded, each with its own prompt
 (d) make 6 x 3 latents anew in a 1,024-slot row                                   against one pass over the prefix per latent
 (e) a GRPO step on the tiny task: sample, score, back-propagate, update           against generate and padded scoring
+(w) prompts that wait: 16 prompts of 256 tokens x 4 through 16 rows, lengths of 24 on average, 96 at most
+                                                                                  against our own loop, one batch after the other
 """
 import argparse
 import copy
@@ -31,7 +33,8 @@ import litereason
 from data import tiny
 from litereason import LATENT, TINY, Rollout, attach, generate, group_advantages, load, logprobs, policy_loss, unroll
 
-ROWS = {"a": "decode, short prompts", "b": "decode, long prompt", "c": "score + backward", "d": "latents anew", "e": "GRPO step, tiny task"}
+ROWS = {"a": "decode, short prompts", "b": "decode, long prompt", "c": "score + backward", "d": "latents anew", "e": "GRPO step, tiny task",
+        "w": "prompts that wait"}
 NEVER = -7  # a stop token that is never sampled: all rows run to the same length on both sides
 
 
@@ -172,7 +175,24 @@ def make_rows(device):
 
         return mine, plain
 
-    return {"a": a, "b": b, "c": c, "d": d, "e": e}
+    def w():
+        ours, _, tok = models("large", device)
+        tags_fire(ours, tok, 0, 0)
+        prompts = long_prompt(16, 256)
+
+        def decode(parts):
+            """With one token of the vocabulary in 24 as a stop token: random weights draw any with about the same odds."""
+            never, litereason.stop_tokens = litereason.stop_tokens, lambda *_: list(range(0, 151_936, 24))
+            try:
+                draws = torch.Generator().manual_seed(0)
+                for part in parts:
+                    generate(ours, tok, part, 4, 96, rows=16, generator=draws)
+            finally:
+                litereason.stop_tokens = never
+
+        return lambda: decode([prompts]), lambda: decode([prompts[i : i + 4] for i in range(0, 16, 4)])
+
+    return {"a": a, "b": b, "c": c, "d": d, "e": e, "w": w}
 
 
 def growth(which, device, repeats):

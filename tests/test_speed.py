@@ -74,3 +74,39 @@ def test_unroll_passes_once_for_the_prompt_and_once_per_latent(model, monkeypatc
     monkeypatch.setattr(litereason, "forward", lambda m, x, *rest: shapes.append(tuple(x.shape[:2])) or forward(m, x, *rest))
     unroll(model, [Rollout([11, 12], [5, 6, LATENT, LATENT, LATENT, 7, 8, LATENT, 9], torch.zeros(0, 32))])
     assert shapes == [(1, 2), (1, 2), (1, 1), (1, 1), (1, 3), (1, 2)]
+
+
+# ---------------------------------------------------------------- the scored tokens' log-probs, their gradient by hand
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("chunk", [None, 5])
+def test_token_logprobs_have_the_values_and_gradients_of_log_softmax(model, bias, temperature, chunk):
+    torch.manual_seed(0)
+    if bias:
+        model.lm_head.bias = torch.nn.Parameter(torch.randn(model.config.vocab_size, dtype=torch.float64))
+    h, y = torch.randn(12, 32, dtype=torch.float64, requires_grad=True), torch.randint(0, model.config.vocab_size, (12,))
+    inputs, g = [h, *model.lm_head.parameters()], torch.randn(12, dtype=torch.float64)
+    ours = litereason.token_logprobs(model, h, y, temperature, chunk)
+    plain = (model.lm_head(h) / temperature).log_softmax(-1)[torch.arange(12), y]
+    close(ours, plain)
+    for a, b in zip(torch.autograd.grad(ours, inputs, g), torch.autograd.grad(plain, inputs, g), strict=True):
+        close(a, b)
+
+
+def test_token_logprobs_computes_no_gradient_that_nobody_wants(model, monkeypatch):
+    h, y = torch.randn(12, 32, dtype=torch.float64, requires_grad=True), torch.arange(12)
+    model.lm_head.weight.requires_grad_(False)  # stage 2
+    litereason.token_logprobs(model, h, y).sum().backward()
+    assert h.grad is not None and model.lm_head.weight.grad is None
+    model.lm_head.weight.requires_grad_(True)
+    litereason.token_logprobs(model, h.detach(), y).sum().backward()
+    assert model.lm_head.weight.grad is not None
+    assert len(litereason.token_logprobs(model, h[:0], y[:0])) == 0
+
+
+def test_a_second_backward_pass_through_the_same_logits_is_refused_not_wrong(model):
+    h, y = torch.randn(12, 32, dtype=torch.float64, requires_grad=True), torch.arange(12)
+    loss = litereason.token_logprobs(model, h, y).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -1,0 +1,197 @@
+"""Rows that leave, prompts that take their place in the midst of decoding, and steps that are recorded once and played: none of it may
+change a rollout. What a CUDA graph does is played here by a tape: the same operations on the same memory, and no Python between them."""
+import pytest
+import torch
+from conftest import LIMIT, close, random_qwen2, tag, with_projector, write
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import litereason
+from litereason import LATENT, OPEN, generate
+
+# What two rows per prompt write, in characters: early and late ends, whole groups that end together, rows that the limit cuts (60).
+LENGTHS = [(1, 38), (2, 3), (30, 1), (1, 1), (60, 5), (4, 25), (9, 60), (2, 2), (20, 20), (1, 60), (7, 33), (60, 60), (0, 0), (3, 28)]
+
+
+@pytest.fixture(params=["all positions", "a window in every second layer"])
+def model(request, tok):
+    window = {} if request.param == "all positions" else {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
+    return with_projector(random_qwen2(len(tok) + 3, tok.eos_token_id, **window))
+
+
+def run(model, tok, rows, lengths=LENGTHS, **settings):
+    """-> rollouts, positions of every forward: the first is (prompts, tokens), and every one with more than one column reads prompts."""
+    prompts = ["p" * (1 + 5 * i % 11) for i in range(len(lengths))]
+    texts = [(f"ab{tag(1 + i % 5)}" + "y" * (n - 13) if n > 16 else "y" * n) + "<eos>" for i, own in enumerate(lengths) for n in own]
+    shapes, forward = [], litereason.forward
+    litereason.forward = lambda m, x, *rest: shapes.append(tuple(x.shape[:2])) or forward(m, x, *rest)
+    try:
+        return write(model, tok, prompts, texts, LIMIT, len(lengths[0]), rows=rows, **settings), shapes
+    finally:
+        litereason.forward = forward
+
+
+def equal(some, others):
+    for a, b in zip(some, others, strict=True):
+        assert (a.prompt_ids, a.slots, a.text, a.finished, a.prompt) == (b.prompt_ids, b.slots, b.text, b.finished, b.prompt)
+        close(a.latents, b.latents)
+        close(a.logprobs, b.logprobs)
+
+
+# ---------------------------------------------------------------- prompts that wait
+@pytest.mark.parametrize("rows", [1, 2, 4, 6, 10, 27])
+def test_rows_that_begin_late_are_the_rows_that_begin_at_once(model, tok, rows):
+    together, shapes = run(model, tok, 512)
+    assert [n for _, n in shapes].count(11) == 1 and sum(r.n_latents for r in together) > 20
+    waited, shapes = run(model, tok, rows)
+    equal(waited, together)
+    assert max(n for n, width in shapes if width == 1) <= max(2, rows), "more rows at once than were allowed"
+
+
+def test_waiting_prompts_need_fewer_steps_than_one_batch_after_the_other(model, tok):
+    _, shapes = run(model, tok, 8)
+    in_turn = sum(max(min(n + 1, LIMIT) for own in LENGTHS[i : i + 4] for n in own) for i in range(0, len(LENGTHS), 4))
+    steps = sum(width == 1 and n > 0 for n, width in shapes)
+    assert steps < 0.8 * in_turn, (steps, in_turn)
+
+
+def test_each_prompt_is_read_once_and_few_are_kept(model, tok, monkeypatch):
+    kept, change = [], litereason.SharedCache.change
+    monkeypatch.setattr(litereason.SharedCache, "change", lambda self, *a: change(self, *a) or kept.append(len(self.lengths)))
+    stats, lengths = {}, [(1, 1, 1, 39)] * 30  # of every group one row stays to the limit
+    rollouts, shapes = run(model, tok, 12, lengths, stats=stats)
+    assert len(kept) > 8 and max(kept) == 6, "prompts in memory: at most twice those of a full batch"
+    assert sum(n for n, width in shapes if width == 11) <= 30
+    decoded = sum(n for n, width in shapes if width == 1)
+    assert stats["forwards"] == decoded + sum(len(r.prompt_ids) for r in rollouts[::4])
+    equal(rollouts, run(model, tok, 512, lengths)[0])
+
+
+def test_the_clock_is_put_back_as_often_as_it_must(model, tok, monkeypatch):
+    """Rows that begin three steps apart for ever: the columns in memory (as many as one rollout's slots) have to serve them all."""
+    gone, change = [], litereason.SharedCache.change
+
+    def watch(self, *a):
+        before = self.filled
+        change(self, *a)
+        gone.append(before - self.filled)
+        assert self.filled < self.room and (self.began >= 0).all()
+
+    monkeypatch.setattr(litereason.SharedCache, "change", watch)
+    lengths = [(n, n) for n in (39, 3, 39, 7, 39, 11, 39, 15, 39, 19) * 3]
+    waited, _ = run(model, tok, 8, lengths)
+    assert sum(gone) > 3 * LIMIT and max(gone) < LIMIT
+    equal(waited, run(model, tok, 512, lengths)[0])
+
+
+def test_a_row_that_breaks_does_not_break_the_one_that_takes_its_place(tok, monkeypatch):
+    """A latent of NaN stays in the memory of the row that ran it; it may not be read by anybody else."""
+    model = with_projector(random_qwen2(len(tok) + 3, tok.eos_token_id))
+    broken = lambda h, u, k: torch.full_like(h, torch.nan)
+    rows, _ = run(model, tok, 2, [(20, 20), (5, 5), (9, 9)], latent=broken)
+    assert rows[0].logprobs.isnan().any()
+    assert all(r.logprobs.isfinite().all() for r in rows[2:])
+
+
+# ---------------------------------------------------------------- steps that are recorded
+class Tape(TorchDispatchMode):
+    """Notes every operation with the very tensors it worked on, as a CUDA graph does with addresses."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        assert operation not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), "this waits for the device"
+        out = operation(*args, **(kwargs or {}))
+        self.calls.append((operation, args, kwargs or {}, out))
+        return out
+
+    def play(self):
+        for operation, args, kwargs, out in self.calls:
+            again = operation(*args, **kwargs)
+            for old, new in zip(*(x if isinstance(x, (tuple, list)) else [x] for x in (out, again))):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """litereason.record by a tape; -> the list of recordings, each a list of times played."""
+    made = []
+
+    def record(step, *inputs):
+        inputs, tape, times = [t.clone() for t in inputs], Tape(), []
+        with tape:
+            out = step(*inputs)
+        out.fill_(torch.nan)  # a graph that has only been recorded has computed nothing
+        made.append(times)
+
+        def play(*new):
+            for memory, t in zip(inputs, new):
+                memory.copy_(t)
+            tape.play()
+            times.append(1)
+            return out
+
+        return play
+
+    monkeypatch.setattr(litereason, "record", record)
+    return made
+
+
+@pytest.mark.parametrize("rows", [4, 10, 512])
+def test_a_recorded_step_gives_what_the_step_gives(model, tok, rows, recorded):
+    plain, _ = run(model, tok, rows)
+    assert not recorded
+    model.graphs = True
+    equal(run(model, tok, rows)[0], plain)
+    assert model.graphs and max(len(times) for times in recorded) >= 4
+    assert len(recorded) < sum(len(times) for times in recorded) / 2, "recorded again and again"
+
+
+def test_a_recording_serves_many_columns_and_is_made_anew_when_they_are_full(tok, recorded, monkeypatch):
+    model = with_projector(random_qwen2(len(tok) + 3, tok.eos_token_id))
+    monkeypatch.setattr(litereason, "stop_tokens", lambda *_: [-7])
+    plain, again = [], []
+    for model.graphs, some in ((False, plain), (True, again)):
+        some += generate(model, tok, ["abc"], samples=2, max_new_tokens=400, generator=torch.Generator().manual_seed(0))
+    equal(again, plain)
+    assert [len(times) for times in recorded] == [64] * 6 + [15]  # up to 64, 128, .. 384 and 400 columns
+
+
+def test_where_nothing_can_be_recorded_it_runs_as_ever_and_says_so_once(model, tok, capsys):
+    plain, _ = run(model, tok, 6)
+    model.graphs = True
+    again, _ = run(model, tok, 6)
+    equal(again, plain)
+    assert not model.graphs
+    said = capsys.readouterr().err.strip().splitlines()
+    assert said == ["warning: the decoding step cannot be recorded as a CUDA graph (this is no CUDA device); it runs without"]
+
+
+# ---------------------------------------------------------------- devices on which choosing rows would wait
+def test_where_rows_cannot_be_chosen_the_projector_runs_on_those_that_may_be_in_a_block(model, tok, monkeypatch):
+    plain, _ = run(model, tok, 10)
+    place = {u: at for r, line in zip(plain, torch.rand(len(plain), LIMIT, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tolist())
+             for u, at in zip(line, r.slots + [LATENT] * LIMIT)}  # what this row wrote there (see conftest.write); all rows draw now, latents too
+
+    def sample(logits, u, *_):
+        token = torch.tensor([max(0, place[x]) for x in u.tolist()])
+        return token, logits.log_softmax(-1).gather(-1, token[:, None])[:, 0]
+
+    monkeypatch.setattr(litereason, "WAITS", ("cpu",))
+    seen, forward = [], litereason.ReasoningProjector.forward
+    monkeypatch.setattr(litereason.ReasoningProjector, "forward", lambda self, h: seen.append(len(h)) or forward(self, h))
+    monkeypatch.setattr(litereason, "sample", sample)
+    prompts, stats = [r.prompt_ids for r in plain[::2]], {}
+    equal(generate(model, tok, prompts, 2, LIMIT, generator=torch.Generator().manual_seed(0), rows=10, stats=stats), plain)
+    assert sum(r.n_latents for r in plain) <= sum(seen) < 0.7 * (stats["forwards"] - sum(map(len, prompts)))
+
+
+def test_soon_names_the_states_from_which_three_tokens_can_end_a_tag(model, tok):
+    watch = litereason.watcher(model, tok)
+    for before, soon in (("", False), ("<implicit_", False), (OPEN, False), (OPEN + "3", False), (OPEN + "3</", True), (tag(3)[:-1], True), (tag(3), False)):
+        state = torch.zeros(1, dtype=torch.long)
+        for i in tok.encode(before):
+            state, _ = watch.step(state, torch.tensor([i]))
+        assert bool(watch.soon[state]) == soon, before
