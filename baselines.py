@@ -64,10 +64,10 @@ def soft_thinking(model, end, top_k=10, certain=0.01, patience=256, temperature=
     def leave(h, drawn, row, taken):
         logp = predicted(model, h)  # (n, V)
         sure = -(logp.exp() * logp).sum(-1) < certain  # (n,)
-        if "steps" not in calm or len(calm["steps"]) <= int(row.max()):  # sure steps in a row, of every row of the batch
-            calm["steps"] = torch.zeros(int(row.max()) + 1, device=h.device, dtype=torch.long)
-        calm["steps"][row] = torch.where(sure, torch.where(taken > 0, calm["steps"][row], 0) + 1, 0)  # a new batch begins at taken = 0
-        return torch.where((logp.argmax(-1) == end) | (calm["steps"][row] >= patience), end, LATENT)
+        steps = calm.get("steps", row[:0])  # sure steps in a row, of every rollout so far; rows may begin late, so it grows
+        calm["steps"] = steps = torch.cat([steps, steps.new_zeros(max(0, int(row.max()) + 1 - len(steps)))])
+        steps[row] = torch.where(sure, torch.where(taken > 0, steps[row], 0) + 1, 0)  # taken = 0: a rollout begins, maybe of another call
+        return torch.where((logp.argmax(-1) == end) | (steps[row] >= patience), end, LATENT)
 
     return {"latent": step, "leave": leave}
 

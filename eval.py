@@ -566,7 +566,7 @@ def main():
     g = ap.add_argument_group("run")
     g.add_argument("--seed", type=int, default=0)
     g.add_argument("--device", default=None, help="cpu or cuda (default: cuda if there is one)")
-    g.add_argument("--graphs", action="store_true", help="on CUDA, record the decoding step as a graph and play it; where that fails it runs as "
+    g.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=False, help="on CUDA, record the decoding step as a graph and play it; where that fails it runs as "
                    "ever (not yet tried on a GPU)")
     g.add_argument("--json", default=None, metavar="FILE", help="write the numbers there (a list if several models)")
     g.add_argument("--out", default=None, metavar="DIR", help="write config.json and results.json there")

@@ -53,7 +53,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 LATENT = -1  # the slot value of a latent position
 CAP = 5  # a tag's N is clamped to this; a checkpoint carries its own (config.litereason_max_reasoning_steps)
 PROJECTOR_LAYERS = 3
-LOGITS = 2**27  # most logits that scoring has in memory at once: 512 MiB in fp32, 883 tokens of Qwen's vocabulary
+LOGITS = 2**27  # most logits that scoring computes at once: 512 MiB in fp32, 883 tokens of Qwen's vocabulary
 LOOK = 4  # while decoding, the device is looked at from outside once in so many steps
 WAITS = ("cuda",)  # devices on which a shape that depends on numbers waits for them
 
@@ -430,7 +430,7 @@ class SharedCache:
     Given to transformers as `past_key_values`: each layer calls `update` with its new keys and values, then our attention
     function, which calls `attend`. Positions restart after the prompt, so a group's rows give the same numbers as if each
     had been run alone on prompt + slots. With gradients the tensors keep their graph (nothing is detached or copied in
-    place); without, own slots are written into memory that was allocated once.
+    place); while decoding, own slots are written into memory that is there already.
     """
     FUSED = 8  # new slots per row above which, on a CPU, rows get copies of their prompt's keys: smaller than the weights they save
 
@@ -446,7 +446,7 @@ class SharedCache:
         self.steady, self.column, self.played = False, None, None  # for CUDA graphs, see decode_slot
 
     def assign(self, owner, room=0):
-        """After the prompts: rows owner (B,) begin, ordered by prompt. room > 0: to be decoded, at most so many slots each."""
+        """After the prompts: there are rows owner (B,), ordered by prompt. room > 0: they will be decoded, at most so many slots each."""
         self.owner = owner
         if room:
             self.room, self.began, self.column = room, torch.zeros_like(owner), torch.zeros_like(owner[:1])
@@ -501,10 +501,7 @@ class SharedCache:
             self.prompt[layer] = (k.contiguous(), v.contiguous())
         elif self.room:  # decoding: one slot per row, written in place
             for memory, new in zip(self.own[layer], (k, v)):
-                if self.steady:
-                    memory.index_copy_(2, self.column, new)
-                else:
-                    memory[:, :, self.filled] = new[:, :, 0]
+                memory.index_copy_(2, self.column, new)
         else:
             old = self.own[layer]
             self.own[layer] = (k, v) if old is None else tuple(torch.cat([o, n], 2) for o, n in zip(old, (k, v)))
@@ -556,7 +553,8 @@ class SharedCache:
         return t if self.grid is None else t[self.back]
 
     def look(self, steady):
-        """Decoding, before each step: how many columns it looks at. steady: rounded up, by at most a quarter, so that steps are alike for long."""
+        """Decoding, before each step: how many columns it looks at. steady: rounded up, to a multiple of 64 and, of many, by at most a
+        quarter, so that steps are alike for long."""
         n, self.steady = self.filled + 1, steady
         block = max(64, 2 ** (n.bit_length() - 3)) if steady else 1
         reach = min(self.room, -(-n // block) * block)
@@ -586,6 +584,8 @@ class SharedCache:
             if more is not None or len(prompts) < len(self.lengths):
                 new = more.prompt[i] if more is not None else [t[:0] for t in old]
                 self.prompt[i] = tuple(torch.cat([wide(t[prompts]), wide(m)]) for t, m in zip(old, new))
+            if more is not None:
+                more.prompt[i] = None
             self.own[i] = tuple(t.new_zeros(len(owner), *t.shape[1:]) for t in own)  # zeros: what is masked must at least be finite
             for t, m in zip(own, self.own[i]):
                 m[: len(rows), :, :n] = t[:, :, gone : self.filled][rows]
@@ -680,7 +680,7 @@ def decode_slot(model, x, positions, cache):
     """One slot for every row: embeddings x (B, D) at positions (B,) -> states (B, D).
 
     With model.graphs, on CUDA: a step is a thousand short kernels, which Python starts more slowly than the card runs them. They are
-    recorded once and then played, until rows leave or join or the rounded number of columns grows. What cannot be recorded runs as ever.
+    recorded once and then played, until rows leave or join or the columns that a step looks at are full. What cannot be recorded runs as ever.
     """
     def run(x, positions):
         cache.hide()
@@ -693,7 +693,7 @@ def decode_slot(model, x, positions, cache):
             return cache.played(x, positions)
         except RuntimeError as e:
             model.graphs = False
-            print(f"warning: the decoding step cannot be recorded as a CUDA graph ({str(e).splitlines()[0]}); it runs without", file=sys.stderr)
+            print(f"warning: the decoding step cannot be recorded as a CUDA graph ({str(e).partition(chr(10))[0]}); it runs without", file=sys.stderr)
             cache.look(False)
     return run(x, positions)
 
@@ -702,13 +702,16 @@ def record(step, *inputs):
     """step(*inputs) as a CUDA graph -> play(*inputs), for inputs of the same shapes; its result stands in the same memory each time."""
     if inputs[0].device.type != "cuda":
         raise RuntimeError("this is no CUDA device")
-    inputs, graph, aside = [t.clone() for t in inputs], torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):  # once as ever: what libraries allocate when they are first called must not be recorded
-        step(*inputs)
-    torch.cuda.current_stream().wait_stream(aside)
-    with torch.cuda.graph(graph):
-        out = step(*inputs)
+    device, inputs, graph = inputs[0].device, [t.clone() for t in inputs], torch.cuda.CUDAGraph()
+    now = torch.cuda.current_stream(device)
+    with torch.cuda.device(device), torch.cuda.stream(now):  # also if the recording fails, this is the stream afterwards
+        aside = torch.cuda.Stream()
+        aside.wait_stream(now)
+        with torch.cuda.stream(aside):  # once as ever: what libraries allocate when they are first called must not be recorded
+            step(*inputs)
+        now.wait_stream(aside)
+        with torch.cuda.graph(graph, stream=aside):
+            out = step(*inputs)
 
     def play(*new):
         for memory, t in zip(inputs, new):
@@ -842,7 +845,7 @@ def generate(model, tokenizer, prompts, samples=1, max_new_tokens=256, temperatu
     rows: most rows decoded at once (but at least one whole group); a prompt that waits begins when so many rows have ended that its own find
     room. stats: a dict that receives `forwards`, the number of positions computed.
     What other methods do differently (baselines.py): every row begins with `start` latents; leave(h (n, D), drawn (n,), rows, taken) -> (n,)
-    token that ends a row's block here, or LATENT: go on (drawn: what the LM head would say); feed(h, token) -> (n, D) fed for a sampled token.
+    token that ends a row's block here, or LATENT: go on (drawn: what the LM head would say; rows: numbers of rollouts); feed(h, token) -> (n, D) fed for a sampled token.
     Raises UserError for an empty prompt or one that does not fit the model's positions.
     """
     if samples < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
@@ -852,6 +855,8 @@ def generate(model, tokenizer, prompts, samples=1, max_new_tokens=256, temperatu
     # One uniform number per row and step, drawn up front: a rollout's text depends on its seed and its own prompt only,
     # not on which rows share its batch or when they end.
     draws = torch.rand(len(ids) * samples, max_new_tokens, generator=generator, dtype=torch.float64)
+    if not ids:
+        return []
     return _decode(model, tokenizer, ids, samples, max_new_tokens, (temperature, top_k, top_p), latent, draws, max(1, rows // samples), stats, tag,
                    start, leave, feed)
 
@@ -863,7 +868,7 @@ def _decode(model, tokenizer, prompts, samples, steps, sampling, latent, draws, 
     feed = feed or (lambda h, token: embed(token))
     stop_ids, watch, most = stop_tokens(model, tokenizer), watcher(model, tokenizer), min(most, len(prompts))
     stop, rollouts = torch.tensor(stop_ids, device=device), [None] * len(draws)
-    begun, joined, computed = 0, 0, 0  # prompts that have begun, the step in which the last of them did, positions computed
+    begun, joined, over, computed = 0, 0, False, 0  # prompts that have begun, the step in which the last of them did; positions computed
 
     def draw(h, u, state):
         logits = model.lm_head(h)
@@ -874,7 +879,7 @@ def _decode(model, tokenizer, prompts, samples, steps, sampling, latent, draws, 
     def begin(n, latents=0):
         """The next n prompts -> (a cache that has read them, all that is known of their rows, (B, ..) each)."""
         cache, h, _ = prefill(model, prompts[begun : begun + n])  # the prompt of a group is read once
-        cache.assign(torch.arange(n, device=device).repeat_interleave(samples))
+        cache.owner = torch.arange(n, device=device).repeat_interleave(samples)  # (B,)
         number, zero = torch.arange(begun * samples, (begun + n) * samples), torch.zeros_like(cache.owner)  # (B,)
         return cache, types.SimpleNamespace(
             number=number.to(device),  # which rollout a row becomes
@@ -886,7 +891,7 @@ def _decode(model, tokenizer, prompts, samples, steps, sampling, latent, draws, 
             age=zero,  # slots so far
             prompt=cache.lengths[cache.owner],  # tokens of the prompt
             live=zero == 0,
-            # The record. The last column takes the writes of rows that have ended and not left yet, or are not inside a block.
+            # The record. The last column takes what is not meant: of rows beyond the limit; of vectors, those of rows outside a block.
             slots=torch.full((len(zero), steps + 1), LATENT, device=device),
             logps=torch.zeros(len(zero), steps + 1, dtype=torch.promote_types(h.dtype, torch.float32), device=device),
             length=zero + steps,  # the limit, unless the row stops before
@@ -907,11 +912,11 @@ def _decode(model, tokenizer, prompts, samples, steps, sampling, latent, draws, 
     begun = most
     for t in itertools.count():
         # (a) Every few steps, the one look at the device from outside: who has ended, who may run a latent before the next look?
-        if t % LOOK == 0 or cache.filled == steps:
+        if t % LOOK == 0 or cache.filled == steps or over:
             live, rows = r.live.nonzero()[:, 0], len(r.live)  # (n,)
             busy, read = -(-len(live) // samples), len(cache.owner[live].unique())  # groups' worth of rows, and prompts, that are still needed
-            free = min(len(prompts) - begun, most - busy, 2 * most - read)  # prompts that may begin
-            join = free > 0 and (free * samples >= 0.25 * rows or not len(live))
+            free = min(len(prompts) - begun, most - busy, 2 * most - read)  # prompts that may begin; in memory are twice `most` at most
+            join = free > 0 and (free * samples >= 0.25 * rows or not len(live))  # not for each row: memory is copied
             if not len(live) and not join:
                 break
             if join or len(live) <= 0.75 * rows or cache.filled == steps:
@@ -958,8 +963,9 @@ def _decode(model, tokenizer, prompts, samples, steps, sampling, latent, draws, 
         stops = r.live & ~inside & torch.isin(token, stop)
         r.length = torch.where(stops, r.age + 1, r.length)
         r.live = r.live & ~stops & (r.age + 1 < steps)
-        if begun == len(prompts) and t + 1 == joined + steps:  # the last rows are at the limit
-            break
+        over = t + 1 == joined + steps  # those that began last are at the limit: no row is left
+        if over:
+            continue
         # (e) One forward of one slot for all rows.
         r.h = decode_slot(model, x, r.prompt + r.age, cache)  # (B, D)
         r.age = r.age + 1
@@ -1004,8 +1010,8 @@ def pack(rollouts, budget):
 
 
 class TokenLogprobs(torch.autograd.Function):
-    """log softmax(h W^T + bias)[target] of states h (M, D) -> (M,), and its gradient by hand: with p = softmax(..), one-hot e and the
-    incoming g, d/dh = g (e - p) W and d/dW = (e - p)^T g h. Autograd would make five more (M, V) tensors on the way."""
+    """log softmax((h W^T + bias) / temperature)[target] of states h (M, D) -> (M,), and its gradient by hand: with p = softmax(..), one-hot e
+    and the incoming g / temperature, d/dh = g (e - p) W and d/dW = (e - p)^T g h. Autograd would make five more (M, V) tensors on the way."""
 
     @staticmethod
     def logits(h, weight, bias, temperature):
@@ -1040,7 +1046,8 @@ def token_logprobs(model, h, targets, temperature=1.0, chunk=None):
     head, chunk = model.lm_head, chunk or max(1, LOGITS // model.lm_head.out_features)
     weight = head.weight.to(torch.bfloat16) if model.bf16 else head.weight  # once, for all chunks and both directions
     parts = [(h[i : i + chunk], targets[i : i + chunk]) for i in range(0, len(h), chunk)]
-    return torch.cat([TokenLogprobs.apply(x, weight, head.bias, y, temperature, len(parts) == 1) for x, y in parts] or [h[:, 0]])
+    bias = None if head.bias is None else head.bias.to(weight.dtype)
+    return torch.cat([TokenLogprobs.apply(x, weight, bias, y, temperature, len(parts) == 1) for x, y in parts] or [h[:, 0]])
 
 
 @computes

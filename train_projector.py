@@ -208,7 +208,7 @@ def run(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, every=50, **
     return {"kept": len(traces), "sampled": cfg["k"] * len(examples), "losses": losses, "before": before, "after": after}
 
 
-def parse_resumable(ap, script, free=("device",)):
+def parse_resumable(ap, script, free=("device", "graphs")):
     """The command line of a script; with --resume DIR the settings of the run in DIR, beside which only the flags in `free` may stand."""
     args = ap.parse_args()
     if args.resume is None:
@@ -249,14 +249,14 @@ def main():
     g.add_argument("--batch", type=int, default=None, help="traces per optimiser step")
     g.add_argument("--lr", type=float, default=None, help="peak learning rate, of AdamW")
     g = ap.add_argument_group("run")
-    g.add_argument("--resume", default=None, metavar="DIR", help="go on with the run in DIR, by its own settings; only --device may stand "
-                   "beside it")
+    g.add_argument("--resume", default=None, metavar="DIR", help="go on with the run in DIR, by its own settings; only --device "
+                   "and --graphs may stand beside it")
     g.add_argument("--save-every", type=int, default=50, help="steps of stage 2 between two states on the disk, from which --resume goes on; "
                    "the last two are kept. Stage 1 keeps each 32 prompts' traces")
     g.add_argument("--n", type=int, default=200, help="val stories for the accuracy before and after")
     g.add_argument("--seed", type=int, default=0)
     g.add_argument("--device", default=None, help="cpu or cuda (default: cuda if there is one)")
-    g.add_argument("--graphs", action="store_true", help="on CUDA, record the decoding step as a graph and play it; where that fails it runs as "
+    g.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=False, help="on CUDA, record the decoding step as a graph and play it; where that fails it runs as "
                    "ever (not yet tried on a GPU)")
     args = parse_resumable(ap, "train_projector.py")
     check_arguments(args)

@@ -81,8 +81,8 @@ def parse_arguments():
                    "(the paper), random weights, or instead of a projector one learned vector for every latent (controls)")
     g.add_argument("--no-refresh", action="store_true", help="leave the projector as stage 2 made it")
     g = ap.add_argument_group("run")
-    g.add_argument("--resume", default=None, metavar="DIR", help="go on with the run in DIR, by its own settings; only --steps and "
-                   "--device may stand beside it")
+    g.add_argument("--resume", default=None, metavar="DIR", help="go on with the run in DIR, by its own settings; only --steps, "
+                   "--device and --graphs may stand beside it")
     g.add_argument("--save-every", type=int, default=None, help="steps between two states on the disk, from which --resume goes on; the "
                    "last two are kept")
     g.add_argument("--n", type=int, default=500, help="test stories for the final table; 0 leaves it out")
@@ -91,9 +91,9 @@ def parse_arguments():
     g.add_argument("--show-every", type=int, default=20, help="print two rollouts every so many steps; 0 never")
     g.add_argument("--seed", type=int, default=0)
     g.add_argument("--device", default=None, help="cpu or cuda (default: cuda if there is one)")
-    g.add_argument("--graphs", action="store_true", help="on CUDA, record the decoding step as a graph and play it; where that fails it runs as "
+    g.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=False, help="on CUDA, record the decoding step as a graph and play it; where that fails it runs as "
                    "ever (not yet tried on a GPU)")
-    return parse_resumable(ap, "train_rl.py", ("steps", "device"))
+    return parse_resumable(ap, "train_rl.py", ("steps", "device", "graphs"))
 
 
 @signals_restored()
@@ -208,15 +208,18 @@ def main():
     hold = on_stop(keep)  # up to step (6) all is as the last finished step left it, and a begun one is dropped; later it is ended
     for step in range(done, args.steps):
         number, part = divmod(step, args.minibatches)  # rollout batch, and which minibatch of it
-        epoch, seconds, clock = number // per_epoch, {}, time.time()
-        if model.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+        epoch, seconds, memory, clock = number // per_epoch, {}, {}, time.time()
 
         def lap(phase):
+            """The phase that ends here: its seconds, and its peak of memory in GiB (on a CPU the process's so far)."""
             nonlocal clock
             if model.device.type == "cuda":
                 torch.cuda.synchronize()
-            seconds[phase], clock = time.time() - clock, time.time()
+                peak = torch.cuda.max_memory_allocated()
+                torch.cuda.reset_peak_memory_stats()
+            else:
+                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            seconds[phase], memory[phase], clock = time.time() - clock, peak / 2**30, time.time()
 
         # (1) Sample a group of rollouts for each prompt. Data order and draws are functions of (seed, step) alone.
         order = random.Random(f"{args.seed} {epoch}").sample(range(len(examples)), len(examples))
@@ -306,15 +309,14 @@ def main():
              "truncated": mean(lambda r: not r.finished), "max_dlogp": max_dlogp, "grad_norm": norm if math.isfinite(norm) else None,
              "skipped": carried["skipped"], "refresh_loss": refreshed, "val_accuracy": val and val["accuracy"],
              "seconds": {k: round(v, 3) for k, v in seconds.items()},
-             "peak_memory_gib": (torch.cuda.max_memory_allocated() if model.device.type == "cuda"
-                                 else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2**30}
+             "peak_memory_gib": {k: round(v, 3) for k, v in memory.items()}}
         carried["metrics"].append(json.dumps(m) + "\n")
         log.write(carried["metrics"][-1])
         log.flush()
         print(f"step {step + 1:4d}/{args.steps} | reward {m['reward']:6.3f} | text {m['text_tokens']:6.1f} | latent {m['latent_steps']:5.1f} | "
               f"tags {m['tags']:4.2f} | zero-var {m['zero_variance']:4.2f} | cut {m['truncated']:4.2f} | gnorm {norm:6.3f} | "
               f"dlogp {max_dlogp:.0e} | {sum(seconds.values()):5.1f}s (sample {seconds.get('sample', 0):.1f}) | "
-              f"{m['peak_memory_gib']:.2f} GiB" + (f" | refresh loss {refreshed:.3f}" if refreshed is not None else ""), flush=True)
+              f"GiB {memory.get('sample', 0):.2f} {memory['update']:.2f}" + (f" | refresh loss {refreshed:.3f}" if refreshed is not None else ""), flush=True)
         if args.show_every and (step % args.show_every == 0):
             for r, e in list(zip(rollouts, earned.tolist()))[: 2 * args.group : args.group]:
                 print(f"    [{e:g}] {readable(tokenizer, r)}", flush=True)
@@ -402,7 +404,7 @@ def forecast(model, args, longest, scorer=None):
 def pace(model, tokenizer, prompts, args, steps=16):
     """How long this run may take on this machine, as text: one group of the longest prompt is decoded for a few steps and scored.
 
-    An upper estimate: every rollout as long as allowed, and a step with all rows taken to cost what it costs with one group per forward."""
+    An upper estimate: every rollout as long as allowed, no row makes room before, and a step with all rows taken to cost what it costs with one group per forward."""
     longest, clock, spent = max(prompts, key=len), time.time(), []
     for n in (1, steps + 1):  # the difference is `steps` steps without the prompt
         rollouts = generate(model, tokenizer, [longest], args.group, n)

@@ -50,6 +50,14 @@ def test_soft_thinking_stops_after_certain_steps_in_a_row(model, tok):
     assert again[0].slots[:4] == [LATENT] * 3 + [7]  # the count begins anew with each batch
 
 
+def test_soft_thinking_counts_each_rows_own_steps_also_when_rows_begin_late(model):
+    leave, h = soft_thinking(model, 7, certain=100.0, patience=4)["leave"], torch.zeros(2, 32, dtype=torch.float64)  # everything is certain
+    for row, taken, ends in (([0, 1], [0, 0], []), ([0, 1], [1, 1], []), ([1, 5], [2, 0], []), ([1, 5], [3, 1], [1]), ([5, 9], [2, 0], []),
+                             ([5, 9], [3, 1], [5]), ([0, 9], [0, 2], []), ([0, 9], [1, 3], [9])):
+        word = leave(h, torch.zeros(2, dtype=torch.long), torch.tensor(row), torch.tensor(taken))
+        assert word.tolist() == [7 if r in ends else LATENT for r in row]
+
+
 def test_a_mixture_with_an_infinite_weight_on_the_word_is_plain_sampling(model, tok):
     plain = generate(model, tok, PROMPTS, 2, max_new_tokens=20, generator=seeded(), tag=0)
     mixed = generate(model, tok, PROMPTS, 2, max_new_tokens=20, generator=seeded(), tag=0, **mixture_of_inputs(model, beta=1e15))

@@ -92,6 +92,16 @@ def test_a_row_that_breaks_does_not_break_the_one_that_takes_its_place(tok, monk
     assert all(r.logprobs.isfinite().all() for r in rows[2:])
 
 
+@pytest.mark.parametrize("limit", [1, 2, 5])
+def test_no_step_is_run_for_rows_that_are_all_at_the_limit(model, tok, limit, monkeypatch):
+    monkeypatch.setattr(litereason, "stop_tokens", lambda *_: [-7])
+    stats, prompts = {}, [[5] * (1 + i) for i in range(6)]
+    rollouts = generate(model, tok, prompts, 2, limit, rows=4, stats=stats)
+    assert [r.prompt for r in rollouts] == [i for i in range(6) for _ in (0, 1)] and all(len(r.slots) == limit for r in rollouts)
+    assert stats["forwards"] == sum(map(len, prompts)) + 12 * (limit - 1)
+    assert generate(model, tok, [], 2, limit) == []
+
+
 # ---------------------------------------------------------------- steps that are recorded
 class Tape(TorchDispatchMode):
     """Notes every operation with the very tensors it worked on, as a CUDA graph does with addresses."""

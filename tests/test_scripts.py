@@ -41,6 +41,7 @@ def test_all_three_stages_run_for_two_steps_and_leave_what_they_promise(tmp_path
     for key in ("reward", "accuracy", "text_tokens", "latent_steps", "tags", "tag_share", "zero_variance", "truncated", "max_dlogp",
                 "grad_norm", "seconds", "peak_memory_gib"):
         assert key in lines[0], key
+    assert lines[0]["peak_memory_gib"].keys() == lines[0]["seconds"].keys() >= {"sample", "update", "step"}
     assert lines[0]["refresh_loss"] is None and lines[1]["refresh_loss"] > 0  # 8 prompts, 4 a step: an epoch of two steps
     assert max(m["max_dlogp"] for m in lines) < 1e-3  # fp32, and warm-start latents of length 1,000; exact in test_decode.py
     table = json.load(open(out / "results.json"))
