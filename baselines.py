@@ -29,7 +29,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from eval import base_of, check_arguments, evaluate, is_small, score, start_task, table, task_flags, write_json
+from eval import base_of, check_arguments, device_flags, evaluate, is_small, score, start_task, table, task_flags, write_json
 from litereason import (LATENT, SENTENCE, Rollout, UserError, chat_parts, encode_prompt, generate, group_advantages, load, lock,
                         logprobs, pack, policy_loss, projector_loss, run_script, save, split_answer, states, token_logprobs)
 
@@ -295,12 +295,13 @@ def main():
     g = ap.add_argument_group("run")
     g.add_argument("--n", type=int, default=500, help="test examples")
     g.add_argument("--seed", type=int, default=0)
-    g.add_argument("--device", default=None, help="cpu or cuda (default: cuda if there is one)")
+    device_flags(g)
     args = ap.parse_args()
     args.out = args.out or os.path.join("out", args.method)
     check_arguments(args)
     held = lock(args.out)  # until the process ends
     model, tokenizer = load(args.model, args.device)
+    model.graphs = args.graphs
     task = start_task(args, model, args.model)
     cfg = dict(SMALL if is_small(model) else RELEASED)
     for name, value in (("prompts", args.prompts), ("rl_steps", args.steps), ("max_new_tokens", args.max_new_tokens)):

@@ -62,6 +62,13 @@ def task_flags(g):
     g.add_argument("--scorer", default=None, metavar="NAME", help="the frozen model that reads chapters (default: a copy of the base)")
 
 
+def device_flags(g):
+    """Where, and how a GPU is used."""
+    g.add_argument("--device", default=None, help="cpu or cuda (default: cuda if there is one)")
+    g.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=False, help="on CUDA, record the decoding step as a graph and play "
+                   "it; where that fails it runs as ever (not yet tried on a GPU)")
+
+
 def start_task(args, model, name):
     """The task module of args.task, by default the one that fits the model's size; --reward, --scorer and the seed go to a task with
     `settings`. The scorer is never the policy itself, but a copy of the base that `name` was trained from."""
@@ -565,9 +572,7 @@ def main():
     g.add_argument("--plot", default="plot.svg", metavar="FILE", help="where --curve and --training draw (svg or png; default plot.svg)")
     g = ap.add_argument_group("run")
     g.add_argument("--seed", type=int, default=0)
-    g.add_argument("--device", default=None, help="cpu or cuda (default: cuda if there is one)")
-    g.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=False, help="on CUDA, record the decoding step as a graph and play it; where that fails it runs as "
-                   "ever (not yet tried on a GPU)")
+    device_flags(g)
     g.add_argument("--json", default=None, metavar="FILE", help="write the numbers there (a list if several models)")
     g.add_argument("--out", default=None, metavar="DIR", help="write config.json and results.json there")
     g.add_argument("--show", type=int, default=0, metavar="N", help="print N answers with their latents")

@@ -845,7 +845,8 @@ def generate(model, tokenizer, prompts, samples=1, max_new_tokens=256, temperatu
     rows: most rows decoded at once (but at least one whole group); a prompt that waits begins when so many rows have ended that its own find
     room. stats: a dict that receives `forwards`, the number of positions computed.
     What other methods do differently (baselines.py): every row begins with `start` latents; leave(h (n, D), drawn (n,), rows, taken) -> (n,)
-    token that ends a row's block here, or LATENT: go on (drawn: what the LM head would say; rows: numbers of rollouts); feed(h, token) -> (n, D) fed for a sampled token.
+    token that ends a row's block here, or LATENT: go on (drawn: what the LM head would say; rows: numbers of
+    rollouts); feed(h, token) -> (n, D) fed for a sampled token.
     Raises UserError for an empty prompt or one that does not fit the model's positions.
     """
     if samples < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or top_k < 0:

@@ -24,7 +24,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from eval import base_of, check_arguments, evaluate, is_small, run_settings, score, start_task, task_flags, write_json
+from eval import base_of, check_arguments, device_flags, evaluate, is_small, run_settings, score, start_task, task_flags, write_json
 from litereason import (LATENT, Rollout, UserError, chat_parts, checkpoint_layers, encode_prompt, generate, insert_latents, load, lock,
                         mask_sentences, on_stop, optimizer_tensors, pack, projector_loss, read_state, restore_optimizer, run_script, save,
                         signals_restored, split_answer, write_state)
@@ -255,9 +255,7 @@ def main():
                    "the last two are kept. Stage 1 keeps each 32 prompts' traces")
     g.add_argument("--n", type=int, default=200, help="val stories for the accuracy before and after")
     g.add_argument("--seed", type=int, default=0)
-    g.add_argument("--device", default=None, help="cpu or cuda (default: cuda if there is one)")
-    g.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=False, help="on CUDA, record the decoding step as a graph and play it; where that fails it runs as "
-                   "ever (not yet tried on a GPU)")
+    device_flags(g)
     args = parse_resumable(ap, "train_projector.py")
     check_arguments(args)
     held = lock(args.out)  # until the process ends

@@ -9,7 +9,7 @@ for the old log-probs: the sampler's own are exact (tests/test_decode.py). (3) A
 per rollout batch, where the released script takes 16 (and so does a real model here): the ratio is then 1 and the clip idle.
 (4) Latents are replayed as they were sampled; --recompute-latents makes them anew with the current weights, as released.
 
-    python train_rl.py                                  # the tiny model, all stages, the table: 1.5 minutes on 2 cores
+    python train_rl.py                                  # the tiny model, all stages, the table: under 2 minutes on 2 cores
     python train_rl.py --method grpo --out out/grpo     # the same RL without latents, for comparison
     python train_rl.py --resume out/rl                  # go on with a stopped run, exactly: on a CPU bit for bit
     python train_rl.py --model Qwen2.5-1.5B             # the paper's plot holes on one GPU; data/flawed_fictions/prepare.py first
@@ -28,9 +28,9 @@ import time
 
 import torch
 
-from eval import check_arguments, evaluate, is_small, readable, run_settings, score, start_task, table, task_flags, write_json
-from litereason import (LATENT, LOGITS, TAG, Rollout, UserError, check_lengths, checkpoint_layers, control_projector, encode_prompt, generate, group_advantages, load,
-                        lock, logprobs, on_stop, optimizer_tensors, pack, policy_loss, read_state, recompute_latents, restore_optimizer, run_script,
+from eval import check_arguments, device_flags, evaluate, is_small, readable, run_settings, score, start_task, table, task_flags, write_json
+from litereason import (LATENT, LOGITS, TAG, Rollout, UserError, check_lengths, checkpoint_layers, control_projector, encode_prompt, generate,
+                        group_advantages, load, lock, logprobs, on_stop, optimizer_tensors, pack, policy_loss, read_state, recompute_latents, restore_optimizer, run_script,
                         save, saved_states, signals_restored, write_state)
 from train_projector import RATIOS, fit_projector, masked_trace, parse_resumable, run as run_stages_1_and_2, write_settings
 
@@ -90,9 +90,7 @@ def parse_arguments():
                    "validation falls while the train reward rises; 0 leaves it out")
     g.add_argument("--show-every", type=int, default=20, help="print two rollouts every so many steps; 0 never")
     g.add_argument("--seed", type=int, default=0)
-    g.add_argument("--device", default=None, help="cpu or cuda (default: cuda if there is one)")
-    g.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=False, help="on CUDA, record the decoding step as a graph and play it; where that fails it runs as "
-                   "ever (not yet tried on a GPU)")
+    device_flags(g)
     return parse_resumable(ap, "train_rl.py", ("steps", "device", "graphs"))
 
 
@@ -404,7 +402,8 @@ def forecast(model, args, longest, scorer=None):
 def pace(model, tokenizer, prompts, args, steps=16):
     """How long this run may take on this machine, as text: one group of the longest prompt is decoded for a few steps and scored.
 
-    An upper estimate: every rollout as long as allowed, no row makes room before, and a step with all rows taken to cost what it costs with one group per forward."""
+    An upper estimate: every rollout as long as allowed, no row makes room before, and a step with all rows taken to cost what it costs with
+    one group per forward."""
     longest, clock, spent = max(prompts, key=len), time.time(), []
     for n in (1, steps + 1):  # the difference is `steps` steps without the prompt
         rollouts = generate(model, tokenizer, [longest], args.group, n)

@@ -238,7 +238,8 @@ def main():
         ratios = sorted(t / o for o, t in pairs)
         o, t = (statistics.median(x) for x in zip(*pairs))
         result["rows"][name] = {"what": ROWS[name], "ours_s": o, "theirs_s": t, "ratio": statistics.median(ratios), "ratios": ratios}
-        print(f"| ({name}) {ROWS[name]} | {o:.3f} | {t:.3f} | {statistics.median(ratios):.1f}x | {ratios[0]:.1f}, {ratios[-1]:.1f} |\n{json.dumps(result['rows'][name])}", flush=True)
+        print(f"| ({name}) {ROWS[name]} | {o:.3f} | {t:.3f} | {statistics.median(ratios):.1f}x | {ratios[0]:.1f}, {ratios[-1]:.1f} |\n"
+              f"{json.dumps(result['rows'][name])}", flush=True)
     for which in args.growth:
         if which != "none":
             print(f"\n| {which} | prefill, s | ms per step | slots per s |\n|---|---|---|---|", flush=True)
