@@ -922,10 +922,13 @@ def _decode(model, tokenizer, prompts, samples, steps, sampling, latent, draws, 
                 break
             if join or len(live) <= 0.75 * rows or cache.filled == steps:
                 finish((~r.live).nonzero()[:, 0])
-                more, new = begin(free, r.vectors.shape[1] - 1) if join else (None, None)
+                known, more = {k: v[live] for k, v in vars(r).items()}, None
+                if join:
+                    more, new = begin(free, r.vectors.shape[1] - 1)
+                    known = {k: torch.cat([v, vars(new)[k]]) for k, v in known.items()}
+                    begun, joined = begun + free, t
                 cache.change(live, more)
-                r = types.SimpleNamespace(**{k: torch.cat([v[live], vars(new)[k]]) if join else v[live] for k, v in vars(r).items()})
-                begun, joined = (begun + free, t) if join else (begun, joined)
+                r = types.SimpleNamespace(**known)
             short = int(r.taken.max()) + LOOK + 1 - r.vectors.shape[1]
             if short > 0:
                 r.vectors = F.pad(r.vectors, (0, 0, 0, short + 8))
@@ -1038,7 +1041,7 @@ class TokenLogprobs(torch.autograd.Function):
         p, g = p.to(weight.dtype), -g[:, None] / ctx.temperature  # (M, 1)
         needs_h, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         return ((g * (p @ weight)).to(h.dtype) if needs_h else None, p.T @ (g * h).to(weight.dtype) if needs_weight else None,
-                (g.to(p.dtype) * p).sum(0) if needs_bias else None, None, None, None)
+                (p.T @ g.to(p.dtype))[:, 0] if needs_bias else None, None, None, None)
 
 
 def token_logprobs(model, h, targets, temperature=1.0, chunk=None):

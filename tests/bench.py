@@ -227,12 +227,13 @@ def main():
     machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     print(f"{machine}; torch {torch.__version__}; medians of {args.repeats} pairs\n\n| row | ours, s | theirs, s | ratio | lowest, highest |\n|---|---|---|---|---|")
     result = {"machine": machine, "torch": torch.__version__, "rows": {}, "growth": {}}
-    for name in args.rows if len(args.rows) > 1 else []:
-        words = [sys.executable, __file__, "--rows", name, "--growth", "none", "--repeats", str(args.repeats), "--device", args.device]
-        done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
-        print(done[-2], flush=True)
-        result["rows"][name] = json.loads(done[-1])
-    for name in args.rows if len(args.rows) == 1 else []:
+    for name in args.rows:
+        if len(args.rows) > 1:
+            words = [sys.executable, __file__, "--rows", name, "--growth", "none", "--repeats", str(args.repeats), "--device", args.device]
+            done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
+            print(done[-2], flush=True)
+            result["rows"][name] = json.loads(done[-1])
+            continue
         ours, theirs = make_rows(args.device)[name]()
         pairs = [(clock(ours, args.device), clock(theirs, args.device)) for _ in range(args.repeats + 1)][1:]
         ratios = sorted(t / o for o, t in pairs)
