@@ -29,9 +29,13 @@ import time
 import torch
 from tqdm import tqdm
 
-from eval import base_of, check_arguments, device_flags, evaluate, is_small, score, start_task, table, task_flags, write_json
-from litereason import (LATENT, SENTENCE, Rollout, UserError, chat_parts, encode_prompt, generate, group_advantages, load, lock,
-                        logprobs, pack, policy_loss, projector_loss, run_script, save, split_answer, states, token_logprobs)
+from data import score, start_task, task_flags
+from engine import pack, token_logprobs
+from eval import evaluate
+from litereason import LATENT, Rollout, UserError, generate, group_advantages, load, logprobs, policy_loss, projector_loss, states
+from report import table
+from runs import base_of, chat_parts, check_arguments, device_flags, encode_prompt, is_small, lock, run_script, save, write_json
+from train_projector import SENTENCE, split_answer
 
 # The papers' settings (Coconut and CoLaR as LiteReason's author ran them on plot holes), and what a small model trained from scratch wants.
 RELEASED = {"prompts": None, "batch": 128, "coconut_lr": 5e-5, "stages": 5, "per_stage": 2, "colar_lr": 1e-4, "colar_epochs": 50, "rl_lr": 5e-7,

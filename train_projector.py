@@ -18,19 +18,53 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import time
 
 import torch
 from tqdm import tqdm
 
-from eval import base_of, check_arguments, device_flags, evaluate, is_small, run_settings, score, start_task, task_flags, write_json
-from litereason import (LATENT, Rollout, UserError, chat_parts, checkpoint_layers, encode_prompt, generate, insert_latents, load, lock,
-                        mask_sentences, on_stop, optimizer_tensors, pack, projector_loss, read_state, restore_optimizer, run_script, save,
-                        signals_restored, split_answer, write_state)
+from data import score, start_task, task_flags
+from engine import checkpoint_layers, pack
+from eval import evaluate
+from litereason import CAP, CLOSE, LATENT, OPEN, Rollout, UserError, generate, insert_latents, load, parse_tags, projector_loss
+from runs import (chat_parts, check_arguments, device_flags, encode_prompt, is_small, lock, on_stop, optimizer_tensors, parse_resumable, read_state,
+                  restore_optimizer, run_script, save, signals_restored, write_json, write_settings, write_state)
 
 RATIOS, VERSIONS = (0.10, 0.25), 5  # of the sentences; versions per trace and ratio (method.md section 4)
 AT_ONCE = 32  # prompts of which stage 1 samples the traces, before it writes them down
+
+
+def split_answer(text, marker="\\boxed{"):
+    """(reasoning, answer): the answer begins at the last marker; ("", "") if there is none."""
+    at = text.rfind(marker)
+    return (text[:at], text[at:]) if at >= 0 else ("", "")
+
+
+SENTENCE = re.compile(r"\s*[^\n]*?(?:(?<![.!?])[.!?]+[\"')\]]*(?=\s)|\n|$)")  # the look-behind: a run of dots is tried once, not n times
+
+
+def mask_sentences(rng, tokenizer, reasoning, ratio, cap=CAP):
+    """Replaces max(1, int(ratio * n)) random sentences by tags, N = clamp(int(0.2 * tokens of the sentence), 1, cap).
+
+    The sentence is deleted: there is no target for the latents themselves. Tags already there are kept and never
+    replaced. One space on each side of a tag (Sec. 4 of method.md). rng: random.Random. None if there is no sentence.
+    Ours: sentences end at [.!?] or a newline; the released code uses spaCy in stage 1, another splitter in stage 3.
+    """
+    pieces, start = [], 0  # [text, is a sentence]
+    for a, b, _ in parse_tags(reasoning, cap) + [(len(reasoning), len(reasoning), 0)]:
+        pieces += [[s, bool(s.strip())] for s in SENTENCE.findall(reasoning[start:a]) if s]
+        pieces.append([reasoning[a:b], False])
+        start = b
+    sentences = [i for i, (_, is_sentence) in enumerate(pieces) if is_sentence]
+    if not sentences:
+        return None
+    for i in rng.sample(sentences, max(1, int(ratio * len(sentences)))):
+        n = max(1, min(cap, int(0.2 * len(tokenizer.encode(pieces[i][0].strip(), add_special_tokens=False)))))
+        pieces[i][0] = f" {OPEN}{n}{CLOSE} "
+    text = "".join(p for p, _ in pieces)
+    return re.sub(rf"(?:(?<!\s)\s+|)({OPEN}[0-9 ]*{CLOSE})\s*", r" \1 ", text).replace(f"{CLOSE}  {OPEN}", f"{CLOSE} {OPEN}").strip()
 
 
 def collect_traces(model, tokenizer, task, examples, k, max_new_tokens, seed, path):
@@ -206,30 +240,6 @@ def run(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, every=50, **
     print(f"stage 2: accuracy with the tag prompt on {len(rows)} val stories: {before['accuracy']:.3f} with the warm start, "
           f"{after['accuracy']:.3f} trained; both stages {time.time() - start:.0f}s", flush=True)
     return {"kept": len(traces), "sampled": cfg["k"] * len(examples), "losses": losses, "before": before, "after": after}
-
-
-def parse_resumable(ap, script, free=("device", "graphs")):
-    """The command line of a script; with --resume DIR the settings of the run in DIR, beside which only the flags in `free` may stand."""
-    args = ap.parse_args()
-    if args.resume is None:
-        return args
-    settings = run_settings(args.resume)
-    if settings.get("script") != script:
-        raise UserError(f"nothing to resume in {args.resume!r}: it has no config.json of {script}")
-    settings = {**{k: v for k, v in settings.items() if k in vars(args)}, "out": args.resume, "resume": args.resume}
-    args = ap.parse_args(namespace=argparse.Namespace(**settings))  # what is in the namespace already takes no default
-    changed = [k for k, v in settings.items() if getattr(args, k) != v and k not in free]
-    if changed:
-        raise UserError(f"--{changed[0].replace('_', '-')}: a resumed run keeps the settings of {args.resume}/config.json, save "
-                        + " and ".join(f"--{k}" for k in free))
-    return args
-
-
-def write_settings(args, script):
-    """config.json, from which --resume and the other scripts read; --resume may be said from elsewhere, so a directory's name is made whole."""
-    args.model = os.path.abspath(args.model) if os.path.isdir(args.model) else args.model
-    own = {k: v for k, v in vars(args).items() if k != "resume"}
-    write_json(os.path.join(args.out, "config.json"), {"script": script, "base": base_of(args.model), **own})
 
 
 @signals_restored()

@@ -15,12 +15,11 @@ per rollout batch, where the released script takes 16 (and so does a real model 
     python train_rl.py --model Qwen2.5-1.5B             # the paper's plot holes on one GPU; data/flawed_fictions/prepare.py first
 """
 import os
-
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # sampling and training take turns in memory
-
 import argparse
 import json
 import math
+import os
 import random
 import resource
 import shutil
@@ -28,11 +27,16 @@ import time
 
 import torch
 
-from eval import check_arguments, device_flags, evaluate, is_small, readable, run_settings, score, start_task, table, task_flags, write_json
-from litereason import (LATENT, LOGITS, TAG, Rollout, UserError, check_lengths, checkpoint_layers, control_projector, encode_prompt, generate,
-                        group_advantages, load, lock, logprobs, on_stop, optimizer_tensors, pack, policy_loss, read_state, recompute_latents, restore_optimizer, run_script,
-                        save, saved_states, signals_restored, write_state)
-from train_projector import RATIOS, fit_projector, masked_trace, parse_resumable, run as run_stages_1_and_2, write_settings
+from data import score, start_task, task_flags
+from engine import checkpoint_layers, pack
+from eval import evaluate
+from litereason import (LATENT, TAG, Rollout, UserError, control_projector, generate, group_advantages, load, logprobs, policy_loss,
+                        recompute_latents)
+from report import forecast, pace, put_aside, readable, table, warn, warn_of_validation
+from runs import (check_arguments, check_lengths, device_flags, encode_prompt, is_small, lock, on_stop, optimizer_tensors, parse_resumable,
+                  read_state, restore_optimizer, run_script, run_settings, save, saved_states, signals_restored, write_json, write_settings,
+                  write_state)
+from train_projector import RATIOS, fit_projector, masked_trace, run as run_stages_1_and_2
 
 # ---------------------------------------------------------------- settings that depend on the model's size
 # RELEASED is the authors' script. 2880 steps are 30 passes over 290 stories: 6 rollout batches each, 16 steps per batch. Only the
@@ -365,61 +369,6 @@ def add_gradients(model, rollouts, batch, advantages, n_rollouts, args):
     return max_dlogp, worst
 
 
-def forecast(model, args, longest, scorer=None):
-    """Sizes of this run and the memory it will want, as text, from the configuration; on CUDA also whether it fits, and what to turn.
-
-    An estimate from shapes, rounded up: every rollout as long as allowed, every prompt as long as the longest (in tokens)."""
-    c, gib = model.config, 2.0**30
-    H, K, D, V, layers = c.num_attention_heads, c.num_key_value_heads, c.hidden_size, c.vocab_size, c.num_hidden_layers
-    d, width, S = getattr(c, "head_dim", None) or D // H, 2 if model.bf16 else 4, args.max_new_tokens
-    numbers = sum(p.numel() for p in model.parameters())
-    base = numbers - sum(p.numel() for p in model.reasoning_projector.parameters())
-    batch = args.prompts * args.group
-    rows = min(batch, max(1, args.rows // args.group) * args.group)  # decoded at once
-    read = min(args.prompts, 2 * rows // args.group)  # prompts in memory, at most: a long answer keeps its own while others begin
-    tokens = max(args.tokens_per_forward, longest + S)
-    # One layer's activations per token: norms and residuals in fp32, q k v and output, the MLP's four; and each slot's attention weights.
-    layer = 28 * D + width * (2 * (H + K) * d + 4 * c.intermediate_size) + (5 + 2 * width) * H * (longest + S)
-    kept = 2 if args.offload else 4  # bytes per weight, and per gradient, on the card
-    always = {"weights": kept * numbers, "AdamW": 0 if args.offload else 8 * base, "16-bit copies": 2 * base * (model.bf16 and not args.offload),
-              "scorer": 4 * sum(p.numel() for p in scorer.parameters()) if scorer else 0}
-    sampling = {"keys and values": 2 * layers * K * d * width * (rows * S + read * longest), "logits": 5 * 4 * rows * V}
-    update = {"gradients": kept * base, "activations": tokens * (layers * (4 * D + 2 * K * d * width) + 2 * layer if args.checkpoint_layers else layers * layer),
-              "logits": 2 * 4 * min(LOGITS, tokens * V)}
-    peak = sum(always.values()) + max(sum(sampling.values()), sum(update.values()))
-    say = lambda sizes: ", ".join(f"{k} {v / gib:.2f}" for k, v in sizes.items())
-    text = (f"per rollout batch: {batch} rollouts, {rows} rows at a time, up to {S} decoding steps; the update reads up to "
-            f"{batch * S + args.prompts * longest:,} positions, {tokens:,} at a time\n"
-            f"memory at most, GiB: {say(always)}; sampling: {say(sampling)}; update: {say(update)}; "
-            f"peak {peak / gib:.1f}")
-    card = torch.cuda.get_device_properties(model.device).total_memory if model.device.type == "cuda" else None
-    if card and peak > 0.95 * card:
-        text += (f"\nthis card has {card / gib:.1f} GiB, so it may not fit: lower --rows (sampling) or --tokens-per-forward (update), say "
-                 f"--checkpoint-layers, --offload, shorten --max-new-tokens, or take a smaller model")
-    return text
-
-
-def pace(model, tokenizer, prompts, args, steps=16):
-    """How long this run may take on this machine, as text: one group of the longest prompt is decoded for a few steps and scored.
-
-    An upper estimate: every rollout as long as allowed, no row makes room before, and a step with all rows taken to cost what it costs with
-    one group per forward."""
-    longest, clock, spent = max(prompts, key=len), time.time(), []
-    for n in (1, steps + 1):  # the difference is `steps` steps without the prompt
-        rollouts = generate(model, tokenizer, [longest], args.group, n)
-        spent.append(time.time() - clock)
-        clock = time.time()
-    logprobs(model, rollouts)[0].sum().backward()
-    model.zero_grad(set_to_none=True)
-    update = (time.time() - clock) / (len(longest) + sum(len(r.slots) for r in rollouts))  # seconds per position
-    forwards = -(-args.prompts // max(1, args.rows // args.group))  # batches of rows
-    sample = forwards * (spent[0] + max(0.0, spent[1] - spent[0]) / steps * args.max_new_tokens)
-    update *= args.prompts * (len(longest) + args.group * args.max_new_tokens)
-    batches = args.steps / args.minibatches
-    return (f"time at most, from a short measurement: {sample:.0f} s to sample and {update:.0f} s to update per rollout batch; {batches:.0f} batches: "
-            f"{batches * (sample + update) / 3600:.1f} hours, without evaluation and stages 1 and 2")
-
-
 def refresh(model, tokenizer, task, rollouts, args, epoch):
     """Step (7), paper Sec. 3.4: a random share of the rewarded rollouts (example, prompt ids, text), each once per ratio; tags already
     there stay and are never replaced; the target ends in the gold answer in exactly the format that the reward parses."""
@@ -444,42 +393,6 @@ def check_answers(task, examples):
         if earned != 1 or not answer.startswith(marker):
             raise UserError(f"train example {i}: its own answer {answer!r} earns {earned:g}, not 1, or does not begin with {marker!r}: the label, "
                             f"the answer and the reward of this task do not agree")
-
-
-def warn(m, latent, n_groups, texts):
-    """m: the metrics of a step; texts: what its rollouts wrote."""
-    say = lambda what: print(f"warning: step {m['step']}: {what}", flush=True)
-    if latent and m["tag_share"] == 0:
-        say(f"0 of {n_groups} groups' rollouts ran a tag: there is no latent reasoning left")
-    if m["zero_variance"] == 1:
-        say(f"in all {n_groups} groups every rollout earned the same (mean {m['reward']:.3f}): nothing to learn from")
-    if len(set(texts)) == 1:
-        say(f"all {len(texts)} rollouts wrote the same: {texts[0][:60]!r}")
-    elif not any(TAG.sub("", text).strip() for text in texts):
-        say(f"all {len(texts)} rollouts wrote tags and nothing else")
-
-
-def warn_of_validation(metrics, val):
-    """After a check: if the train reward since the check before rose, and validation fell by more than half its interval's width."""
-    checks = [-1] + [i for i, m in enumerate(metrics) if m["val_accuracy"] is not None]
-    if len(checks) < 3:
-        return
-    a, b, c = checks[-3:]  # lines of the file: the two spans between three checks
-    before, since = (sum(m["reward"] for m in span) / len(span) for span in (metrics[a + 1 : b + 1], metrics[b + 1 : c + 1]))
-    fell, half = metrics[b]["val_accuracy"] - val["accuracy"], (val["accuracy_ci95"][1] - val["accuracy_ci95"][0]) / 2
-    if since > before and fell > half:
-        print(f"warning: step {c + 1}: since step {b + 1} the train reward rose from {before:.3f} to {since:.3f}, but the accuracy on "
-              f"{val['n_examples']} val examples fell from {metrics[b]['val_accuracy']:.3f} to {val['accuracy']:.3f} (plus or minus {half:.3f})",
-              flush=True)
-
-
-def put_aside(out, step, rollouts, earned, which):
-    """Writes the rollouts that caused a trouble, to be read; -> where."""
-    path = os.path.join(out, "bad-rollouts.json")
-    write_json(path, [{"step": step + 1, "rollout": b, "reward": float(earned[b]), "latents_finite": bool(rollouts[b].latents.isfinite().all()),
-                       "prompt_ids": rollouts[b].prompt_ids, "slots": rollouts[b].slots, "text": rollouts[b].text,
-                       "logprobs": rollouts[b].logprobs.tolist()} for b in which])
-    return path
 
 
 # ---------------------------------------------------------------- the state

@@ -30,9 +30,10 @@ import torch
 from tqdm import tqdm
 
 from data import tiny
-from eval import evaluate, latent_of, write_json
-from litereason import LATENT, Rollout, control_projector, load, projector_loss, run_script, states
+from eval import evaluate, latent_of
+from litereason import LATENT, Rollout, control_projector, load, projector_loss, states
 from results.reproduce import into_readme
+from runs import run_script, write_json
 
 # (recipe, things, K): one dimension at a time; a written look-up has 18 words
 RUNS = [("paper", 8, 1), ("paper", 8, 5), ("paper", 8, 18), ("paper", 2, 5), ("paper", 1, 5), ("words", 8, 8), ("words", 8, 16), ("words", 8, 18),

@@ -18,8 +18,9 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 sys.path.insert(0, ROOT)
 
-from eval import bootstrap, collect, curve, training, write_json
-from litereason import UserError, run_script
+from eval import bootstrap
+from report import collect, curve, training
+from runs import UserError, run_script, write_json
 
 # (name in the tables, directory, command); the first runs are those the most is asked about
 METHODS = [

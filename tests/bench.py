@@ -33,7 +33,9 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import litereason
 from data import tiny
-from litereason import LATENT, TINY, Rollout, attach, generate, group_advantages, load, logprobs, policy_loss, unroll
+from litereason import (LATENT, Rollout, attach, generate, group_advantages, load, logprobs, policy_loss,
+                        unroll)
+from runs import TINY
 
 ROWS = {"a": "decode, short prompts", "b": "decode, long prompt", "c": "score + backward", "d": "latents anew", "e": "GRPO step, tiny task",
         "w": "prompts that wait"}

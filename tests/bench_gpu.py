@@ -25,7 +25,9 @@ from transformers import AutoConfig, Qwen2Config, Qwen2ForCausalLM
 
 import litereason
 from bench import NEVER, tags_fire, their_generate
-from litereason import LATENT, Rollout, attach, checkpoint_layers, generate, group_advantages, load, logprobs, pack, policy_loss, projector_loss
+from engine import checkpoint_layers, pack
+from litereason import (LATENT, Rollout, attach, generate, group_advantages, load, logprobs, policy_loss,
+                        projector_loss)
 
 SHAPE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "shared", "qwen2.5-1.5b")
 # row: what is done, GiB that the allocator may use (None: all), and the flags of train_rl.py that make it fit, as settings

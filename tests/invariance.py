@@ -22,7 +22,9 @@ import torch
 
 from data import tiny
 from data.tiny import next_chapter
-from litereason import checkpoint_layers, compute, generate, load, logprobs, pack, read_state
+from engine import checkpoint_layers, compute, pack
+from litereason import generate, load, logprobs
+from runs import read_state
 from train_rl import restore_state, save_state
 
 TYPES = {"float64": (torch.float64, False), "float32": (torch.float32, False), "bf16 compute": (torch.float32, True)}

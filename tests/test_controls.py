@@ -10,7 +10,8 @@ from test_scripts import script
 
 import eval as evaluation
 import litereason
-from eval import against, bootstrap, latent_of, latents_of_others, mcnemar, nearest_words, run_controls
+from eval import against, bootstrap, latent_of, latents_of_others, mcnemar, run_controls
+from report import nearest_words
 from litereason import LATENT, TagWatcher, UserError, generate, insert_latents, logprobs
 
 OTHERS = [torch.randn(n, 32, generator=torch.Generator().manual_seed(n), dtype=torch.float64) for n in (2, 7, 1, 4)]

@@ -11,7 +11,10 @@ from conftest import PROMPTS, close, tag, with_projector, random_qwen2
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from litereason import CAP, UserError, attach, boxed, generate, load, mask_sentences, parse_tags, run_script, save, split_answer
+from data import boxed
+from litereason import CAP, UserError, attach, generate, load, parse_tags, save
+from runs import run_script
+from train_projector import mask_sentences, split_answer
 
 STORY = "One fine day it rained. Was it cold? It was!\nNobody \"knew.\" It was 3.5 degrees. The end came late"
 SENTENCES = ["One fine day it rained.", "Was it cold?", "It was!", "Nobody \"knew.\"", "It was 3.5 degrees.", "The end came late"]

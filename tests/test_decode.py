@@ -7,7 +7,8 @@ import torch
 from conftest import LATENTS, LIMIT, PROMPTS, TAGS, TEXTS, close, naive, tag, write
 
 import litereason
-from litereason import LATENT, UserError, generate, improvement, insert_latents, logprobs, perplexity, sample
+from data import improvement, perplexity
+from litereason import LATENT, UserError, generate, insert_latents, logprobs, sample
 
 
 def seeded(seed):

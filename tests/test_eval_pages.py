@@ -12,7 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import eval as evaluation
-from eval import answer_on_page, evaluate, flops, page, pieces, read_out, readable
+from eval import evaluate, flops
+from report import answer_on_page, page, pieces, read_out, readable
 from litereason import OPEN, UserError
 
 TASK = types.SimpleNamespace(prompt=lambda e, latent: e, reward=lambda e, text: float(len(text) % 2))

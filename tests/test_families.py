@@ -13,7 +13,9 @@ from transformers.models.llama import modeling_llama
 from transformers.models.qwen3 import modeling_qwen3
 
 import litereason
-from litereason import UserError, checkpoint_layers, encode_prompt, generate, load, logprobs, projector_loss, save, stop_tokens, unroll
+from engine import checkpoint_layers
+from litereason import UserError, generate, load, logprobs, projector_loss, save, unroll
+from runs import encode_prompt, stop_tokens
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
          "head_dim": 16, "max_position_embeddings": 512, "bos_token_id": None}  # head_dim is not 32 / 4: Qwen3 and Gemma do that

@@ -18,8 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from data.flawed_fictions import quotes, reward, verdict
 from data.next_chapter import plan_of
-from litereason import (CLOSE, DIGITS, LATENT, OPEN, SPACE, TagWatcher, UserError, attach, boxed, insert_latents, load, mask_sentences,
-                        parse_tags, perplexity, save)
+from data import boxed, perplexity
+from litereason import (CLOSE, DIGITS, LATENT, OPEN, SPACE, TagWatcher, UserError, attach, insert_latents,
+                        load, parse_tags, save)
+from train_projector import mask_sentences
 
 
 # ---------------------------------------------------------------- the watcher against the rule, read off the bytes

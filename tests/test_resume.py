@@ -15,7 +15,8 @@ from test_real_tasks import run
 import litereason
 import train_projector
 import train_rl
-from litereason import UserError, load, lock, read_state, run_script, save, saved_states, write_state
+from litereason import UserError, load, save
+from runs import lock, read_state, run_script, saved_states, write_state
 
 SIZES = ("--device", "cpu", "--n", 2, "--train-prompts", 8, "--prompts", 4, "--group", 4, "--minibatches", 2, "--max-new-tokens", 60, "--save-every", 1,
          "--show-every", 0, "--projector-steps", 2, "--trace-prompts", 8, "--val", 4)

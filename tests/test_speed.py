@@ -4,7 +4,8 @@ import torch
 from conftest import close, naive
 
 import litereason
-from litereason import LATENT, FewRows, Rollout, logprobs, unroll
+from engine import FewRows
+from litereason import LATENT, Rollout, logprobs, unroll
 
 
 # ---------------------------------------------------------------- few rows times a large matrix

@@ -5,8 +5,9 @@ import pytest
 import torch
 from conftest import PROMPTS, TAGS, TEXTS, close, naive, project, tag
 
-from litereason import (LATENT, checkpoint_layers, generate, group_advantages, insert_latents, logprobs, pack, policy_loss, projector_loss,
-                        recompute_latents, Rollout, token_logprobs, unroll)
+from engine import checkpoint_layers, pack, token_logprobs
+from litereason import (LATENT, generate, group_advantages, insert_latents, logprobs, policy_loss,
+                        projector_loss, recompute_latents, Rollout, unroll)
 
 
 def gradients(model, loss, part=""):

@@ -6,93 +6,11 @@ prepare.py makes the stories; this module reads them. LITEREASON_DATA/flawed_fic
 Stories are data. A tag, a chat delimiter or a box inside one goes into the prompt as it stands: the reward reads the
 policy's own words only, and tags fire only there too.
 """
-import csv
-import io
-import json
-import os
 import re
 from collections import Counter
 
-from litereason import UserError, boxed
+from data import OFFER, boxed, read_split
 
-SPLITS = ("train", "val", "test")
-OFFER = """You may also think without words. Where a sentence of your reasoning would come next, you can write \
-<implicit_thought>number</implicit_thought> in its place and leave the sentence out. The number goes from 1 to 5: the harder the \
-thought, the higher. This works best in the middle of your reasoning rather than at its beginning or its end.
-
-"""  # "number" is not a number, so this is no tag
-
-
-# ---------------------------------------------------------------- files (data/next_chapter uses these too)
-def read_text(path):
-    """A UTF-8 file as a str with \\n line ends; UserError naming file and line if it is something else."""
-    try:
-        with open(path, "rb") as f:
-            raw = f.read()
-        return raw.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
-    except UnicodeDecodeError as e:
-        line = raw.count(b"\n", 0, e.start) + 1
-        raise UserError(f"{path}:{line}: not UTF-8 (byte 0x{raw[e.start]:02x}); convert it first, "
-                        f"for example `iconv -f latin1 -t utf-8`") from e
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}") from e
-
-
-def read_rows(path):
-    """The objects of a .jsonl, .json (a list, or one object per line) or .csv file: [(where, dict)], where as in "a.jsonl:7"."""
-    text = read_text(path)
-    if path.endswith(".csv"):
-        csv.field_size_limit(10**8)
-        reader = csv.DictReader(io.StringIO(text))
-        try:
-            return [(f"{path}:{reader.line_num}", row) for row in reader]
-        except csv.Error as e:
-            raise UserError(f"{path}:{reader.line_num}: not CSV ({e})") from e
-    if path.endswith(".json"):
-        try:
-            rows = json.loads(text)
-            if isinstance(rows, list) and all(isinstance(r, dict) for r in rows):
-                return [(f"{path}, row {i + 1}", r) for i, r in enumerate(rows)]
-        except ValueError:
-            pass  # hubs call files of one object per line .json too
-    rows = []
-    for i, line in enumerate(text.split("\n")):  # not splitlines(): a story may hold U+2028
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as e:
-                raise UserError(f"{path}:{i + 1}: not JSON ({e}); expected one object per line") from e
-            if not isinstance(row, dict):
-                raise UserError(f"{path}:{i + 1}: expected a JSON object, found {type(row).__name__}")
-            rows.append((f"{path}:{i + 1}", row))
-    return rows
-
-
-def folder(task):
-    """Where a task's prepared files are: LITEREASON_DATA/<task> if that is set, else beside the task's code."""
-    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    return os.path.join(os.environ.get("LITEREASON_DATA") or here, task)
-
-
-def read_split(task, split, expected):
-    """Rows of a prepared split. expected: {field: type}. ValueError: no such split; UserError: not prepared, or damaged."""
-    if split not in SPLITS:
-        raise ValueError(f"the {task} task has the splits {', '.join(SPLITS)}, not {split!r}")
-    path = os.path.join(folder(task), f"{split}.jsonl")
-    if not os.path.exists(path):
-        raise UserError(f"{path} is not there yet; make it with: python data/{task}/prepare.py --help")
-    rows = read_rows(path)
-    for where, row in rows:
-        for field, kind in expected.items():
-            if not isinstance(row.get(field), kind):
-                raise UserError(f"{where}: {field!r} must be a {kind.__name__}, found {type(row.get(field)).__name__}; "
-                                f"run data/{task}/prepare.py again")
-    if not rows:
-        raise UserError(f"{path} is empty: what was prepared was too little for three splits")
-    return [row for _, row in rows]
-
-
-# ---------------------------------------------------------------- the task
 def examples(split):
     """Stories of train, val or test: [{story, label: bool, cluster, and the benchmark's explanations where it has them}]."""
     return read_split("flawed_fictions", split, {"story": str, "label": bool})

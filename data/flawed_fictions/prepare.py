@@ -22,8 +22,9 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 
 import numpy as np
 
-from data.flawed_fictions import SPLITS, read_rows, words_of
-from litereason import UserError, hub_answers, run_script
+from data import SPLITS, read_rows
+from data.flawed_fictions import words_of
+from runs import UserError, hub_answers, run_script
 
 REPO, NAME = "kahuja/flawed-fictions", "flawed_fictions"
 LABELS = {"0": False, "false": False, "no": False, "1": True, "true": True, "yes": True}

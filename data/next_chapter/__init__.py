@@ -21,8 +21,8 @@ import re
 
 import torch
 
-from data.flawed_fictions import OFFER, folder, read_split
-from litereason import Rollout, UserError, improvement, load, logprobs
+from data import OFFER, folder, improvement, read_split
+from litereason import Rollout, UserError, load, logprobs
 
 settings = {
     "reward": "contrastive",  # or vrcli, thresholded

@@ -23,9 +23,9 @@ import sys
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 
-from data.flawed_fictions import SPLITS, read_rows, read_text
+from data import SPLITS, read_rows, read_text
 from data.flawed_fictions.prepare import write_splits
-from litereason import UserError, run_script
+from runs import UserError, run_script
 
 FIELDS = ("high_level_plan", "prior_summary", "character_sheets", "next_synopsis")
 TENS = "twenty|thirty|forty|fifty|sixty"

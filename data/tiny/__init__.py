@@ -14,7 +14,7 @@ A task is three functions: examples(split), prompt(example, latent), reward(exam
 import random
 import zlib
 
-from litereason import boxed
+from data import boxed
 
 PEOPLE = "Karl Mara Otto Lena Tess Ivan Rosa Emil Nina Hugo".split()
 THINGS = "cup ring key book lamp drum rope coin flute map".split()

@@ -8,7 +8,8 @@ import functools
 import random
 
 from data.tiny import HIDE, NAMES, PEOPLE, PUT, SEEDS, THINGS, split_of
-from litereason import improvement, load, parse_tags, perplexity
+from data import improvement, perplexity
+from litereason import load, parse_tags
 
 SIZES = {"train": 480, "val": 100, "test": 200}
 ANSWER = "In summary :"  # what follows is the plan, the only part that the scorer reads
