@@ -1,231 +1,35 @@
-"""Speed. Nothing in this file changes a result."""
+"""Speed: the same numbers sooner, or in less memory. Nothing in this file changes a result, so a first reading can skip it.
+
+    forward, prefill, compute     the model on embeddings; each prompt read once; bf16 products from fp32 weights
+    PromptCache                   keys and values while the prompts are read
+    ScoringCache                  .. of given slots, several at a time, with their gradients
+    DecodingCache                 .. of one new slot per row and step, in memory that is allocated once
+    Decoder                       which rows are decoded: ended ones leave, waiting prompts join; CUDA graphs
+    TagTable                      the grammar of the tag as a table over token ids
+    token_logprobs, pack          logits in chunks; rollouts split by a budget of positions
+    checkpoint_layers, offload    less memory for the update
+    FewRows                       a few rows times a large matrix, on a CPU
+
+The letters in the shape comments are those of litereason.py; n is a number of columns or of rows, as the comment says.
+"""
 import copy
 import functools
 import sys
+import types
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-
 LOGITS = 2**27  # most logits that scoring computes at once: 512 MiB in fp32, 883 tokens of Qwen's vocabulary
+LOOK = 4  # while decoding, the host looks at the device once in so many steps
+WAITS = ("cuda",)  # devices where data-dependent shapes force a sync
 
 
-LOOK = 4  # while decoding, the device is looked at from outside once in so many steps
-
-
-WAITS = ("cuda",)  # devices on which a shape that depends on numbers waits for them
-
-
-class FewRows(torch.nn.Linear):
-    """torch.nn.Linear, a decoding step's speed on a CPU: its libraries multiply a few rows by a large matrix at a third of the memory's
-    speed, but the other way round, two or four rows at a time, they reach it (measured with MKL; one or three rows are padded)."""
-
-    def forward(self, x):
-        n = x.numel() // self.in_features
-        if x.device.type != "cpu" or not 0 < n <= 8 or self.weight.numel() < 2**17:
-            return super().forward(x)
-        rows = F.pad(x.reshape(n, self.in_features), (0, 0, 0, n % 2))  # (n or n + 1, in)
-        y = torch.cat([(self.weight @ part.T).T for part in rows.split(4)])[:n].view(*x.shape[:-1], self.out_features)
-        return y if self.bias is None else y + self.bias
-
-
-class SharedCache:
-    """Keys and values of a batch in which many rows share few prompts.
-
-                      the prompt, once per group           own slots, per row
-        row 0  -----> [ p0  p1  p2  p3  pad ]  <-- mask    [ s0  s1  s2 ]      slot i sees all of its prompt
-        row 1  -----/                                      [ s0  s1  s2 ]      and its own slots 0..i,
-        row 2  -----> [ q0  q1  pad pad pad ]              [ s0  s1  s2 ]      never another row's
-
-    While decoding all rows write the same column of their memory in the same step, also when one of them began late, in the place
-    of a row that had ended. The columns before are hidden from it, and dropped once they are no row's any more.
-
-        column           0    1    2    3    4    5
-        row 0          [ s0   s1   s2   s3   s4   s5 ]
-        row 1 began 3  [  -    -    -   s0   s1   s2 ]
-
-    Given to transformers as `past_key_values`: each layer calls `update` with its new keys and values, then our attention
-    function, which calls `attend`. Positions restart after the prompt, so a group's rows give the same numbers as if each
-    had been run alone on prompt + slots. With gradients the tensors keep their graph (nothing is detached or copied in
-    place); while decoding, own slots are written into memory that is there already.
-    """
-    FUSED = 8  # new slots per row above which, on a CPU, rows get copies of their prompt's keys: smaller than the weights they save
-
-    def __init__(self, layers):
-        self.prompt = [None] * layers  # (keys, values), (P, K, L, d) each
-        self.own = [None] * layers  # (keys, values), (B, K, S, d) each; preallocated, S = room, while decoding
-        self.lengths = None  # (P,) prompt lengths
-        self.owner = None  # (B,) which prompt a row belongs to; None while the prompts themselves are read
-        self.mask = None  # own slots that are not seen, (B, 1, 1, S, n); None: all are
-        # decoding only
-        self.room = self.filled = self.reach = 0  # columns there are, columns that are written, columns that this step looks at
-        self.began, self.late = None, False  # (B,) column of a row's first slot; whether it is another than 0 for any
-        self.steady, self.column, self.played = False, None, None  # for CUDA graphs, see decode_slot
-
-    def assign(self, owner, room=0):
-        """After the prompts: there are rows owner (B,), ordered by prompt. room > 0: they will be decoded, at most so many slots each."""
-        self.owner = owner
-        if room:
-            self.room, self.began, self.column = room, torch.zeros_like(owner), torch.zeros_like(owner[:1])
-            self.own = [tuple(t.new_zeros(len(owner), t.shape[1], room, t.shape[3]) for t in kv) for kv in self.prompt]
-        counts = torch.bincount(owner, minlength=len(self.lengths)).tolist()  # rows per prompt
-        self.group = max(counts)  # G
-        if min(counts) == self.group:
-            self.grid = None  # equal groups: (B, ..) is (P, G, ..) as it stands
-        else:  # ragged groups are padded to the largest; `grid` (P, G) names a row for each place, `back` (B,) undoes it
-            rank = torch.cat([torch.arange(c) for c in counts]).to(owner.device)  # (B,) a row's number in its group
-            self.back = owner * self.group + rank
-            self.grid = torch.zeros(len(counts) * self.group, dtype=torch.long, device=owner.device)
-            self.grid[self.back] = torch.arange(len(owner), device=owner.device)
-        L = self.prompt[0][0].shape[2]
-        pad = torch.arange(L, device=owner.device) >= self.lengths[:, None]  # (P, L)
-        self.pad = pad[:, None, None] if pad.any() else None  # (P, 1, 1, L)
-
-    def begin(self, valid):
-        """Before a forward pass of new slots: valid (B, S) says which are real (rows are padded on the right)."""
-        B, S = valid.shape
-        seen = valid if self.mask is None else torch.cat([self.valid, valid], 1)  # (B, past + S)
-        self.valid, self.bias = seen, {}
-        later = torch.ones(S, S, dtype=torch.bool, device=valid.device).triu(1)  # (S, S) slot j comes after slot i
-        hide = ~seen[:, None].expand(B, S, seen.shape[1]).clone()  # (B, S, past + S)
-        hide[:, :, -S:] |= later
-        self.mask = hide[:, None, None]  # (B, 1, 1, S, past + S)
-
-    def beyond(self, window, S, L, n):
-        """What a sliding-window layer (Gemma 3) no longer sees: (B, 1, 1, S, L) prompt keys, (B, 1, 1, S, n) own keys."""
-        if self.room:  # (B, n) place among the row's real slots; the newest ones, (B, S, 1), ask
-            key, query = torch.arange(n, device=self.owner.device) - self.began[:, None], (self.column - self.began)[:, None, None]
-        else:
-            key = self.valid.cumsum(1) - 1
-            query = key[:, -S:, None]
-        key, query = (t + self.lengths[self.owner].view(-1, *[1] * (t.dim() - 1)) for t in (key, query))  # positions
-        on_prompt = query - torch.arange(L, device=key.device) >= window
-        return on_prompt[:, None, None], (query - key[:, None] >= window)[:, None, None]
-
-    def joint_bias(self, S, L, n, window, like):
-        """0 where a slot sees a key, -inf elsewhere, over the prompt's keys and the row's own: (B, 1, S, L + n)."""
-        B = len(self.owner)
-        prompt = self.pad[self.owner] if self.pad is not None else torch.zeros(1, 1, 1, L, dtype=torch.bool, device=like.device)
-        hide = torch.cat([prompt.expand(B, 1, S, L), self.mask[:, 0]], 3)  # (B, 1, S, L + n)
-        if window:
-            hide = hide | torch.cat(self.beyond(window, S, L, n), 4)[:, 0]
-        return like.new_zeros(hide.shape).masked_fill(hide, -torch.inf)
-
-    def update(self, k, v, layer, *_, **__):
-        """Called by every attention layer with its new keys and values, (rows, K, S, d) each, rotary already applied."""
-        k = k.to(v.dtype)  # with bf16 compute the rotary leaves it in fp32
-        if self.owner is None:  # in rows of d numbers as matrix products want them: otherwise every later step would copy the prompt
-            self.prompt[layer] = (k.contiguous(), v.contiguous())
-        elif self.room:  # decoding: one slot per row, written in place
-            for memory, new in zip(self.own[layer], (k, v)):
-                memory.index_copy_(2, self.column, new)
-        else:
-            old = self.own[layer]
-            self.own[layer] = (k, v) if old is None else tuple(torch.cat([o, n], 2) for o, n in zip(old, (k, v)))
-        return self, layer
-
-    def attend(self, layer, q, scale, window=None):
-        """q (rows, H, S, d) -> (rows, S, H, d): softmax over the prompt's keys and the row's own together. window: the layer sees
-        only so many positions, its own included."""
-        q = q.to(self.prompt[layer][1].dtype)
-        if self.owner is None:  # the prompts: plain causal attention; padding stands to the right of all it could disturb
-            k, v = self.prompt[layer]
-            near = None  # (L, L) only a window needs a mask
-            if window and window < q.shape[2]:
-                near = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril().triu(1 - window)
-            return F.scaled_dot_product_attention(q, k, v, near, is_causal=near is None, scale=scale, enable_gqa=True).transpose(1, 2)
-        (B, H, S, d), (pk, pv), (ok, ov) = q.shape, self.prompt[layer], self.own[layer]
-        if self.room:
-            ok, ov = ok[:, :, : self.reach], ov[:, :, : self.reach]
-        P, K, L, R, n = pk.shape[0], pk.shape[1], pk.shape[2], H // pk.shape[1], ok.shape[2]
-        if S > self.FUSED and q.device.type == "cpu":  # fused attention, which never keeps the weights, beats sharing the products
-            k, v = (torch.cat([p.index_select(0, self.owner), o], 2) for p, o in ((pk, ok), (pv, ov)))  # (B, K, L + n, d)
-            if window not in self.bias:
-                self.bias[window] = self.joint_bias(S, L, n, window, q)
-            return F.scaled_dot_product_attention(q, k, v, self.bias[window], scale=scale, enable_gqa=True).transpose(1, 2)
-        q = (q * scale).view(B, K, R, S, d)
-        on_own = (q.reshape(B, K, R * S, d) @ ok.transpose(2, 3)).view(B, K, R, S, n)  # (B, K, R, S, n)
-        if self.mask is not None:
-            on_own = on_own.masked_fill(self.mask, -torch.inf)
-        # All rows of a group against their one copy of the prompt: a single matrix product per prompt and head, G*R*S rows high.
-        by_group = lambda t: self._grouped(t).transpose(1, 2).reshape(P, t.shape[1], -1, t.shape[-1])  # (B, K, R, S, ..) -> (P, K, G*R*S, ..)
-        by_row = lambda t: self._ungrouped(t.reshape(P, K, self.group, R, S, -1).transpose(1, 2))  # and back: (B, K, R, S, ..)
-        on_prompt = by_group(q) @ pk.transpose(2, 3)  # (P, K, G*R*S, L)
-        if self.pad is not None:
-            on_prompt = on_prompt.masked_fill(self.pad, -torch.inf)
-        if window:
-            far_prompt, far_own = self.beyond(window, S, L, n)
-            on_prompt = on_prompt.masked_fill(by_group(far_prompt.expand(B, 1, R, S, L)), -torch.inf)
-            on_own = on_own.masked_fill(far_own, -torch.inf)
-        w = torch.cat([on_prompt, by_group(on_own)], -1)  # (P, K, G*R*S, L + n)
-        w_prompt, w_own = w.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype).split([L, n], -1)
-        out = by_row(w_prompt @ pv) + (by_row(w_own).reshape(B, K, R * S, n) @ ov).view(B, K, R, S, d)
-        return out.permute(0, 3, 1, 2, 4).reshape(B, S, H, d)
-
-    def _grouped(self, t):  # (B, ..) -> (P, G, ..)
-        return (t if self.grid is None else t[self.grid]).unflatten(0, (-1, self.group))
-
-    def _ungrouped(self, t):  # (P, G, ..) -> (B, ..)
-        t = t.flatten(0, 1)
-        return t if self.grid is None else t[self.back]
-
-    def look(self, steady):
-        """Decoding, before each step: how many columns it looks at. steady: rounded up, to a multiple of 64 and, of many, by at most a
-        quarter, so that steps are alike for long."""
-        n, self.steady = self.filled + 1, steady
-        block = max(64, 2 ** (n.bit_length() - 3)) if steady else 1
-        reach = min(self.room, -(-n // block) * block)
-        if reach != self.reach:
-            self.reach, self.played = reach, None
-        self.column.fill_(self.filled)
-
-    def hide(self):
-        """Decoding, in each step: the columns before a row began, and those that are not written yet."""
-        self.mask = None
-        if self.steady or self.late:
-            column = torch.arange(self.reach, device=self.owner.device)
-            self.mask = ((column < self.began[:, None]) | (column > self.column))[:, None, None, None]  # (B, 1, 1, 1, n)
-
-    def change(self, rows, more=None):
-        """Decoding, between two steps: only `rows` (n,) stay, and the prompts they need; behind them come the rows of `more`, a cache of
-        prompts that have just been read. Columns that no row needs any more are dropped, which puts the clock back."""
-        prompts, owner = self.owner[rows].unique(return_inverse=True)
-        gone = int(self.began[rows].min()) if len(rows) else self.filled
-        began, lengths, n = self.began[rows] - gone, self.lengths[prompts], self.filled - gone
-        if more is not None:
-            began = torch.cat([began, torch.full_like(more.owner, n)])
-            owner, lengths = torch.cat([owner, more.owner + len(prompts)]), torch.cat([lengths, more.lengths])
-        L = int(lengths.max())
-        wide = lambda t: F.pad(t[:, :, :L], (0, 0, 0, max(0, L - t.shape[2])))  # (P, K, L, d)
-        for i, (old, own) in enumerate(zip(self.prompt, self.own)):  # layer by layer, so that little is in memory twice
-            if more is not None or len(prompts) < len(self.lengths):
-                new = more.prompt[i] if more is not None else [t[:0] for t in old]
-                self.prompt[i] = tuple(torch.cat([wide(t[prompts]), wide(m)]) for t, m in zip(old, new))
-            if more is not None:
-                more.prompt[i] = None
-            self.own[i] = tuple(t.new_zeros(len(owner), *t.shape[1:]) for t in own)  # zeros: what is masked must at least be finite
-            for t, m in zip(own, self.own[i]):
-                m[: len(rows), :, :n] = t[:, :, gone : self.filled][rows]
-        self.lengths, self.filled, self.began, self.late, self.played = lengths, n, began, bool(began.any()), None
-        self.assign(owner)
-
-
-def _attention(module, query, key, value, attention_mask, scaling, **kwargs):
-    """What transformers calls in every layer; with any other cache (its own generate, say) this is plain sdpa."""
-    if isinstance(key, SharedCache):
-        return key.attend(value, query, scaling, kwargs.get("sliding_window")), None
-    return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-
-
-AttentionInterface.register("litereason", _attention)
-
-
-AttentionMaskInterface.register("litereason", sdpa_mask)
-
-
+# ============================================================================ the model on embeddings
 def compute(model):
     """The context in which the base computes: bf16 matrix products on CUDA from fp32 weights (`model.bf16`; False on a CPU).
 
@@ -245,122 +49,552 @@ def computes(function):
 
 
 def forward(model, x, positions, cache):
-    """Embeddings x (rows, S, D) at positions (rows, S) -> states after the final norm (rows, S, D), what the head reads."""
-    dummy = x.new_empty(1, 1, 1, 1)  # a 4-D mask is passed through unread: the cache knows who attends to whom
-    return model.model(inputs_embeds=x, position_ids=positions, attention_mask=dummy, past_key_values=cache,
-                       use_cache=True).last_hidden_state
-
-
-def checkpoint_layers(model):
-    """From now on a layer's activations are not kept for the backward pass but computed again: far less memory, a third more time.
-
-    transformers' own switch turns the cache off; ours hands each layer the cache as it stood, so running it twice is harmless."""
-    for i, layer in enumerate(model.model.layers):
-        layer.forward = functools.partial(_recomputed, layer.forward, i)
-
-
-def _recomputed(layer, i, x, past_key_values=None, **kwargs):
-    cache = past_key_values
-    if not torch.is_grad_enabled() or not isinstance(cache, SharedCache):
-        return layer(x, past_key_values=cache, **kwargs)
-    field = "prompt" if cache.owner is None else "own"
-    before = copy.copy(cache)
-    before.prompt, before.own = list(cache.prompt), list(cache.own)
-
-    def run(x):
-        view = copy.copy(before)
-        view.prompt, view.own = list(before.prompt), list(before.own)
-        return layer(x, past_key_values=view, **kwargs), *getattr(view, field)[i]
-
-    out, k, v = checkpoint(run, x, use_reentrant=False)
-    getattr(cache, field)[i] = (k, v)
-    return out
+    """Embeddings x (rows, S, D) at positions (rows, S) -> states after the final norm (rows, S, D), what the LM head reads."""
+    unread = x.new_empty(1, 1, 1, 1)  # a 4-D mask is passed through as it is; the cache knows who attends to whom
+    out = model.model(inputs_embeds=x, position_ids=positions, attention_mask=unread, past_key_values=cache, use_cache=True)
+    return out.last_hidden_state
 
 
 def prefill(model, prompts, slots=None):
-    """Reads each prompt (a list of token ids) once -> (cache, last states (P, D), embeddings of slots, None or (B, S) ids, (B, S, D)).
+    """Reads each prompt (a list of token ids) once -> (PromptCache, last states (P, D), embeddings of slots (B, S, D) or None).
 
-    The slots are looked up together with the prompts: the gradient of a look-up is as large as the whole table."""
+    slots: None or (B, S) ids, looked up together with the prompts: the gradient of a look-up is as large as the whole table."""
+    embed = model.get_input_embeddings()
     lengths = torch.tensor([len(p) for p in prompts], device=model.device)  # (P,)
     ids = torch.zeros(len(prompts), max(len(p) for p in prompts), dtype=torch.long)  # (P, L), padded on the right
-    for row, p in zip(ids, prompts):
-        row[: len(p)] = torch.tensor(p)
-    ids, embed = ids.to(model.device), model.get_input_embeddings()
-    cache = SharedCache(model.config.num_hidden_layers)
-    cache.lengths = lengths
+    for row, prompt in zip(ids, prompts):
+        row[: len(prompt)] = torch.tensor(prompt)
+    ids = ids.to(model.device)
     if slots is None:
-        x, own = embed(ids), None  # (P, L, D)
+        x = embed(ids)  # (P, L, D)
+        x_slots = None
     else:
-        x, own = embed(torch.cat([ids.flatten(), slots.flatten()])).split([ids.numel(), slots.numel()])
-        x, own = x.view(*ids.shape, -1), own.view(*slots.shape, -1)
+        both = embed(torch.cat([ids.flatten(), slots.flatten()]))  # (P * L + B * S, D)
+        x, x_slots = both.split([ids.numel(), slots.numel()])
+        x = x.view(*ids.shape, -1)
+        x_slots = x_slots.view(*slots.shape, -1)
+    cache = PromptCache(model.config.num_hidden_layers, lengths)
     positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)  # (P, L)
     h = forward(model, x, positions, cache)  # (P, L, D)
-    return cache, h[torch.arange(len(prompts), device=ids.device), lengths - 1], own
+    last = h[torch.arange(len(prompts), device=ids.device), lengths - 1]  # (P, D)
+    return cache, last, x_slots
 
 
-def decode_slot(model, x, positions, cache):
-    """One slot for every row: embeddings x (B, D) at positions (B,) -> states (B, D).
+# ============================================================================ the caches: who attends to whom
+#                   the prompt, once per group           own slots, per row
+#     row 0  -----> [ p0  p1  p2  p3  pad ]  <-- mask    [ s0  s1  s2 ]      slot i sees all of its prompt
+#     row 1  -----/                                      [ s0  s1  s2 ]      and its own slots 0..i,
+#     row 2  -----> [ q0  q1  pad pad pad ]              [ s0  s1  s2 ]      never another row's
+#
+# A cache is given to transformers as `past_key_values`: each layer calls `update` with its new keys and values, then our
+# attention function, which calls `attend`. Positions restart after the prompt, so a group's rows give the same numbers as
+# if each had been run alone on prompt + slots. Each cache has `layers`: per layer the (keys, values) that it adds to.
+class PromptCache:
+    """Keys and values of P prompts while they are read: plain causal attention; padding stands to the right of all it could disturb."""
 
-    With model.graphs, on CUDA: a step is a thousand short kernels, which Python starts more slowly than the card runs them. They are
-    recorded once and then played, until rows leave or join or the columns that a step looks at are full. What cannot be recorded runs as ever.
+    def __init__(self, n_layers, lengths):
+        self.layers = [None] * n_layers  # (keys, values), (P, K, L, d) each
+        self.lengths = lengths  # (P,) tokens of each prompt
+
+    def update(self, keys, values, layer, *_, **__):
+        """Called by every attention layer with its new keys and values, (rows, K, S, d) each, rotary already applied."""
+        keys = keys.to(values.dtype)  # with bf16 compute the rotary leaves them in fp32
+        # Contiguous, as matrix products need them: otherwise every later step would copy the prompt.
+        self.layers[layer] = (keys.contiguous(), values.contiguous())
+        return self, layer
+
+    def attend(self, layer, q, scale, window=None):
+        """q (P, H, L, d) -> (P, L, H, d). window: the layer sees only so many positions, its own included."""
+        keys, values = self.layers[layer]
+        near = None  # (L, L), only a window needs a mask
+        if window and window < q.shape[2]:
+            near = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril().triu(1 - window)
+        out = F.scaled_dot_product_attention(q.to(values.dtype), keys, values, near, is_causal=near is None, scale=scale,
+                                             enable_gqa=True)
+        return out.transpose(1, 2)
+
+    def padding(self):
+        """True where a prompt has ended, (P, 1, 1, L); None if all are equally long."""
+        L = self.layers[0][0].shape[2]
+        pad = torch.arange(L, device=self.lengths.device) >= self.lengths[:, None]  # (P, L)
+        return pad[:, None, None] if pad.any() else None
+
+
+class Groups:
+    """Rows owner (B,), ordered by prompt, seen as (P, G): brings tensors from one form into the other.
+
+    Groups of unequal size are padded to the largest, G."""
+
+    def __init__(self, owner, n_prompts):
+        sizes = torch.bincount(owner, minlength=n_prompts).tolist()  # rows per prompt
+        self.size = max(sizes)  # G
+        self.equal = min(sizes) == self.size
+        if not self.equal:
+            rank = torch.cat([torch.arange(size) for size in sizes]).to(owner.device)  # (B,) a row's number in its group
+            self.place = owner * self.size + rank  # (B,) where in the padded grid a row stands
+            self.row = torch.zeros(n_prompts * self.size, dtype=torch.long, device=owner.device)  # (P * G,) who stands there
+            self.row[self.place] = torch.arange(len(owner), device=owner.device)
+
+    def split(self, t):
+        """(B, ..) -> (P, G, ..)"""
+        t = t if self.equal else t[self.row]
+        return t.unflatten(0, (-1, self.size))
+
+    def join(self, t):
+        """(P, G, ..) -> (B, ..)"""
+        t = t.flatten(0, 1)
+        return t if self.equal else t[self.place]
+
+
+def attend_shared(q, scale, prompt, own, groups, pad=None, far=None, hide_own=None):
+    """Softmax over the keys of the shared prompt and the row's own together: q (B, H, S, d) -> (B, S, H, d).
+
+    prompt: keys and values (P, K, L, d); own: the same per row, (B, K, n, d). What is not seen: pad (P, 1, 1, L) and
+    far (B, 1, 1, S, L) of the prompt, hide_own (B, 1, 1, S, n) of the row's own. All rows of a group meet their one copy
+    of the prompt in a single matrix product per prompt and head, G * R * S rows high."""
+    B, H, S, d = q.shape
+    P, K, L, _ = prompt[0].shape
+    n = own[0].shape[2]
+    R = H // K
+
+    def by_group(t):  # (B, K or 1, R, S, ..) -> (P, K or 1, G * R * S, ..)
+        return groups.split(t).transpose(1, 2).reshape(P, t.shape[1], -1, t.shape[-1])
+
+    def by_row(t):  # (P, K, G * R * S, ..) -> (B, K, R, S, ..)
+        return groups.join(t.reshape(P, K, groups.size, R, S, -1).transpose(1, 2))
+
+    q = (q * scale).view(B, K, R, S, d)
+    on_own = q.reshape(B, K, R * S, d) @ own[0].transpose(2, 3)
+    on_own = on_own.view(B, K, R, S, n)
+    if hide_own is not None:
+        on_own = on_own.masked_fill(hide_own, -torch.inf)
+    on_prompt = by_group(q) @ prompt[0].transpose(2, 3)  # (P, K, G * R * S, L)
+    if pad is not None:
+        on_prompt = on_prompt.masked_fill(pad, -torch.inf)
+    if far is not None:
+        on_prompt = on_prompt.masked_fill(by_group(far.expand(B, 1, R, S, L)), -torch.inf)
+    scores = torch.cat([on_prompt, by_group(on_own)], -1)  # (P, K, G * R * S, L + n)
+    weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+    w_prompt, w_own = weights.split([L, n], -1)
+    from_own = by_row(w_own).reshape(B, K, R * S, n) @ own[1]
+    out = by_row(w_prompt @ prompt[1]) + from_own.view(B, K, R, S, d)
+    return out.permute(0, 3, 1, 2, 4).reshape(B, S, H, d)
+
+
+def beyond_window(window, queries, keys, L):
+    """What a sliding-window layer (Gemma 3) no longer sees: (B, 1, 1, S, L) of the prompt, (B, 1, 1, S, n) of the own slots.
+
+    queries (B, S), keys (B, n): positions, counted from the prompt's first token."""
+    queries = queries[:, :, None]
+    far = queries - torch.arange(L, device=keys.device) >= window  # (B, S, L)
+    far_own = queries - keys[:, None] >= window  # (B, S, n)
+    return far[:, None, None], far_own[:, None, None]
+
+
+class ScoringCache:
+    """Own slots that are given, fed in one or more pieces (rows padded on the right), on prompts that have been read.
+
+    Tensors keep their graph: nothing is detached or copied in place, so the gradients of a group's rows meet in its prompt."""
+
+    FUSED = 8  # new slots per row above which, on a CPU, rows get copies of their prompt's keys: smaller than the weights they save
+
+    def __init__(self, prompts, owner):
+        """prompts: a PromptCache; owner (B,): which prompt each row belongs to, in order."""
+        self.prompts = prompts.layers
+        self.pad = prompts.padding()
+        self.owner = owner
+        self.start = prompts.lengths[owner]  # (B,) position of a row's first slot
+        self.groups = Groups(owner, len(prompts.lengths))
+        self.layers = [None] * len(prompts.layers)  # (keys, values), (B, K, n, d) each
+        self.valid = None  # (B, n) the slots so far that are not padding
+        self.hidden = None  # (B, 1, 1, S, n) the slots that a new one does not see
+        self.bias = {}  # window -> what `joint_bias` gives, the same in all layers
+
+    def begin(self, valid):
+        """Before a forward pass of new slots: valid (B, S) says which are real."""
+        B, S = valid.shape
+        self.valid = valid if self.valid is None else torch.cat([self.valid, valid], 1)  # (B, n)
+        self.bias = {}
+        later = torch.ones(S, S, dtype=torch.bool, device=valid.device).triu(1)  # (S, S) slot j comes after slot i
+        hidden = ~self.valid[:, None].expand(B, S, self.valid.shape[1]).clone()  # (B, S, n)
+        hidden[:, :, -S:] |= later
+        self.hidden = hidden[:, None, None]
+
+    def update(self, keys, values, layer, *_, **__):
+        new = (keys.to(values.dtype), values)
+        old = self.layers[layer]
+        self.layers[layer] = new if old is None else tuple(torch.cat(pair, 2) for pair in zip(old, new))
+        return self, layer
+
+    def attend(self, layer, q, scale, window=None):
+        """q (B, H, S, d) -> (B, S, H, d)."""
+        prompt, own = self.prompts[layer], self.layers[layer]
+        q = q.to(prompt[1].dtype)
+        if q.shape[2] > self.FUSED and q.device.type == "cpu":
+            return self._attend_fused(prompt, own, q, scale, window)
+        far, hide_own = None, self.hidden
+        if window:
+            far, far_own = self.beyond(window, q.shape[2], prompt[0].shape[2])
+            hide_own = hide_own | far_own
+        return attend_shared(q, scale, prompt, own, self.groups, self.pad, far, hide_own)
+
+    def _attend_fused(self, prompt, own, q, scale, window):
+        """Fused attention never keeps the weights, which on a CPU is faster than sharing the products."""
+        keys, values = (torch.cat([p.index_select(0, self.owner), o], 2) for p, o in zip(prompt, own))  # (B, K, L + n, d)
+        if window not in self.bias:
+            self.bias[window] = self.joint_bias(q, prompt[0].shape[2], window)
+        out = F.scaled_dot_product_attention(q, keys, values, self.bias[window], scale=scale, enable_gqa=True)
+        return out.transpose(1, 2)
+
+    def joint_bias(self, q, L, window):
+        """0 where a slot sees a key, -inf elsewhere, over the prompt's keys and the row's own: (B, 1, S, L + n)."""
+        B, _, S, _ = q.shape
+        pad = torch.zeros(1, 1, 1, L, dtype=torch.bool, device=q.device) if self.pad is None else self.pad[self.owner]
+        hide = torch.cat([pad.expand(B, 1, S, L), self.hidden[:, 0]], 3)
+        if window:
+            hide = hide | torch.cat(self.beyond(window, S, L), 4)[:, 0]
+        return q.new_zeros(hide.shape).masked_fill(hide, -torch.inf)
+
+    def beyond(self, window, S, L):
+        keys = self.valid.cumsum(1) - 1 + self.start[:, None]  # (B, n)
+        return beyond_window(window, keys[:, -S:], keys, L)
+
+
+class DecodingCache:
+    """Own slots while decoding: one new slot for every row in each step, written in place.
+
+    All rows write the same column in the same step, also a row that began late, in the place of one that had ended. The
+    columns before it began are hidden from it, and dropped once no row needs them any more.
+
+        column           0    1    2    3    4    5
+        row 0          [ s0   s1   s2   s3   s4   s5 ]
+        row 1 began 3  [  -    -    -   s0   s1   s2 ]
     """
-    def run(x, positions):
-        cache.hide()
-        return forward(model, x[:, None], positions[:, None], cache)[:, 0]
 
-    cache.look(model.graphs)
-    if model.graphs:
+    def __init__(self, prompts, owner, room):
+        """prompts: a PromptCache; owner (B,): which prompt each row belongs to, in order; room: columns, slots at most."""
+        self.prompts = prompts.layers
+        self.lengths = prompts.lengths  # (P,)
+        self.room = room
+        self.filled = 0  # columns that are written
+        self.reach = 0  # columns that this step looks at
+        self.column = torch.zeros_like(owner[:1])  # (1,) `filled`, on the device
+        self.began = torch.zeros_like(owner)  # (B,) column of a row's first slot
+        self.late = False  # whether any row began after column 0
+        self.rounded = False  # whether `reach` is rounded up, see set_reach
+        self.hidden = None  # (B, 1, 1, 1, n) columns that a row does not see; None: it sees all
+        self.layers = [tuple(t.new_zeros(len(owner), t.shape[1], room, t.shape[3]) for t in kv) for kv in prompts.layers]
+        self._assign(owner, prompts.padding())
+
+    def _assign(self, owner, pad):
+        self.owner = owner
+        self.pad = pad
+        self.groups = Groups(owner, len(self.lengths))
+
+    def set_reach(self, rounded):
+        """Before each step: how many columns it looks at. rounded: up to a multiple of 64 and, of many columns, by at most a
+        quarter, so that steps are alike for long and a recorded one serves them all. -> whether that number has changed"""
+        needed = self.filled + 1
+        block = max(64, 2 ** (needed.bit_length() - 3)) if rounded else 1
+        reach = min(self.room, -(-needed // block) * block)
+        changed = reach != self.reach
+        self.reach = reach
+        self.rounded = rounded
+        self.column.fill_(self.filled)
+        return changed
+
+    def hide(self):
+        """In each step: the columns before a row began, and those that are not written yet."""
+        self.hidden = None
+        if self.rounded or self.late:
+            column = torch.arange(self.reach, device=self.owner.device)
+            hidden = (column < self.began[:, None]) | (column > self.column)  # (B, n)
+            self.hidden = hidden[:, None, None, None]
+
+    def update(self, keys, values, layer, *_, **__):
+        for memory, new in zip(self.layers[layer], (keys.to(values.dtype), values)):
+            memory.index_copy_(2, self.column, new)
+        return self, layer
+
+    def attend(self, layer, q, scale, window=None):
+        """q (B, H, 1, d) -> (B, 1, H, d)."""
+        prompt = self.prompts[layer]
+        own = tuple(t[:, :, : self.reach] for t in self.layers[layer])
+        far, hide_own = None, self.hidden
+        if window:
+            start = self.lengths[self.owner] - self.began  # (B,) position of column 0
+            keys = start[:, None] + torch.arange(self.reach, device=start.device)  # (B, n)
+            queries = (start + self.column)[:, None]  # (B, 1)
+            far, far_own = beyond_window(window, queries, keys, prompt[0].shape[2])
+            hide_own = far_own if hide_own is None else hide_own | far_own
+        return attend_shared(q.to(prompt[1].dtype), scale, prompt, own, self.groups, self.pad, far, hide_own)
+
+    def change(self, rows, prompts=None, owner=None):
+        """Between two steps: only `rows` (n,) stay, and the prompts that they need; behind them come new rows, owner (m,) among
+        `prompts`, a PromptCache. Columns that no row needs any more are dropped, and the write position moves left."""
+        kept, own_owner = self.owner[rows].unique(return_inverse=True)
+        dropped = int(self.began[rows].min()) if len(rows) else self.filled
+        filled = self.filled - dropped
+        began = self.began[rows] - dropped
+        lengths = self.lengths[kept]
+        if prompts is not None:
+            began = torch.cat([began, torch.full_like(owner, filled)])
+            lengths = torch.cat([lengths, prompts.lengths])
+            own_owner = torch.cat([own_owner, owner + len(kept)])
+        L = int(lengths.max())
+
+        def widened(t):  # (P, K, .., d) -> (P, K, L, d)
+            return F.pad(t[:, :, :L], (0, 0, 0, max(0, L - t.shape[2])))
+
+        for i, (old, own) in enumerate(zip(self.prompts, self.layers)):  # layer by layer, so that little is in memory twice
+            if prompts is not None or len(kept) < len(self.lengths):
+                new = [t[:0] for t in old] if prompts is None else prompts.layers[i]
+                self.prompts[i] = tuple(torch.cat([widened(t[kept]), widened(m)]) for t, m in zip(old, new))
+            if prompts is not None:
+                prompts.layers[i] = None
+            # Zeros behind them: what is masked must at least be finite.
+            self.layers[i] = tuple(t.new_zeros(len(own_owner), *t.shape[1:]) for t in own)
+            for t, memory in zip(own, self.layers[i]):
+                memory[: len(rows), :, :filled] = t[:, :, dropped : self.filled][rows]
+        self.lengths = lengths
+        self.filled = filled
+        self.began = began
+        self.late = bool(began.any())
+        pad = torch.arange(L, device=lengths.device) >= lengths[:, None]  # (P, L)
+        self._assign(own_owner, pad[:, None, None] if pad.any() else None)
+
+
+def _attention(module, query, key, value, attention_mask, scaling, **kwargs):
+    """What transformers calls in every layer; with any other cache (its own generate, say) this is plain sdpa."""
+    if isinstance(key, (PromptCache, ScoringCache, DecodingCache)):  # `update` returned (cache, layer)
+        return key.attend(value, query, scaling, kwargs.get("sliding_window")), None
+    return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+
+AttentionInterface.register("litereason", _attention)
+AttentionMaskInterface.register("litereason", sdpa_mask)
+
+
+# ============================================================================ decoding: who is decoded
+class Decoder:
+    """The rows that are being decoded, and the prompts that wait for rows to end.
+
+    `rows` has one tensor per field, (B, ..) each; new_rows(numbers, h, prompt_lengths) -> dict of them makes those of rows
+    that begin. Looking at the device costs a sync, so who has ended is asked once in LOOK steps only; until then an ended
+    row is decoded on, to no effect. A row's numbers do not depend on who is decoded beside it."""
+
+    def __init__(self, model, prompts, samples, limit, max_prompts, new_rows, watch):
+        """prompts: lists of token ids, `samples` rows each; limit: slots per row; max_prompts: prompts decoded at once; watch: a TagTable."""
+        self.model = model
+        self.prompts = prompts
+        self.samples = samples
+        self.limit = limit
+        self.max_prompts = min(max_prompts, len(prompts))
+        self.new_rows = new_rows
+        self.watch = watch
+        self.computed = sum(map(len, prompts))  # positions that go through the model, the prompts' included
+        self.n_begun = 0  # prompts that have begun
+        self.step = 0
+        self.last_join = 0  # the step in which prompts joined last
+        self.all_at_limit = False
+        self.recorded = None  # a CUDA graph of the step
+        read, owner, fields = self._begin(self.max_prompts)
+        self.cache = DecodingCache(read, owner, limit)
+        self.rows = types.SimpleNamespace(**fields)
+
+    def _begin(self, n):
+        """Reads the next n prompts -> (their PromptCache, owner (B,), the fields of their rows)."""
+        read, h, _ = prefill(self.model, self.prompts[self.n_begun : self.n_begun + n])
+        owner = torch.arange(n, device=self.model.device).repeat_interleave(self.samples)
+        numbers = torch.arange(self.n_begun * self.samples, (self.n_begun + n) * self.samples)
+        self.n_begun += n
+        return read, owner, self.new_rows(numbers, h[owner], read.lengths[owner])
+
+    def refill(self, finish):
+        """Before each step: rows that have ended leave, prompts that wait join. finish(indices of rows that leave) is called before
+        they do. -> False when everything is decoded"""
+        look = self.step % LOOK == 0 or self.cache.filled == self.limit or self.all_at_limit
+        if not look:
+            return True
+        live = self.rows.live.nonzero()[:, 0]  # (n,) the sync
+        n_join = self._how_many_join(live)
+        if not len(live) and not n_join:
+            finish(torch.arange(len(self.rows.live), device=live.device))
+            return False
+        if n_join or len(live) <= 0.75 * len(self.rows.live) or self.cache.filled == self.limit:
+            finish((~self.rows.live).nonzero()[:, 0])
+            self._exchange(live, n_join)
+        self._widen_latents()
+        may_be_inside = (self.rows.latents_left > 0) | self.watch.soon[self.rows.tag_state]
+        self.may_project = may_be_inside.nonzero()[:, 0]  # (n,) until the next look
+        return True
+
+    def _how_many_join(self, live):
+        """Prompts that begin now, 0 if it is too few to be worth moving the memory for."""
+        groups_live = -(-len(live) // self.samples)
+        prompts_kept = len(self.cache.owner[live].unique())
+        free = min(len(self.prompts) - self.n_begun,
+                   self.max_prompts - groups_live,
+                   2 * self.max_prompts - prompts_kept)  # a long row keeps its prompt: at most twice max_prompts are in memory
+        worth_it = free * self.samples >= 0.25 * len(self.rows.live) or not len(live)
+        return free if free > 0 and worth_it else 0
+
+    def _exchange(self, live, n_join):
+        """Only rows `live` (n,) stay, and n_join prompts begin."""
+        fields = {name: t[live] for name, t in vars(self.rows).items()}
+        read = owner = None
+        if n_join:
+            read, owner, new = self._begin(n_join)
+            width = self.rows.latents.shape[1]
+            new["latents"] = F.pad(new["latents"], (0, 0, 0, width - new["latents"].shape[1]))
+            fields = {name: torch.cat([t, new[name]]) for name, t in fields.items()}
+            self.last_join = self.step
+        self.cache.change(live, read, owner)
+        self.recorded = None
+        self.rows = types.SimpleNamespace(**fields)
+
+    def _widen_latents(self):
+        """The record of latents has room until the next look, and a scratch column behind."""
+        missing = int(self.rows.latents_run.max()) + LOOK + 1 - self.rows.latents.shape[1]
+        if missing > 0:
+            self.rows.latents = F.pad(self.rows.latents, (0, 0, 0, missing + 8))
+
+    def who(self, inside):
+        """-> (rows that sample a token, rows that run the projector), indices. On CUDA choosing them would force a sync: there all rows
+        sample, and the projector runs on those that can be inside a block before the next look."""
+        if self.model.device.type in WAITS:
+            return self.everyone(), self.may_project
+        return (~inside).nonzero()[:, 0], inside.nonzero()[:, 0]
+
+    def everyone(self):
+        return torch.arange(len(self.rows.live), device=self.model.device)
+
+    def forward(self, x, positions):
+        """One slot for every row: embeddings x (B, D) at positions (B,) -> states (B, D).
+
+        With model.graphs, on CUDA: a step is a thousand short kernels, which Python starts more slowly than the card runs
+        them. They are recorded once and then replayed, until rows change or the columns that a step looks at are full."""
+        self.step += 1
+        self.all_at_limit = self.step == self.last_join + self.limit
+        if self.all_at_limit:  # no row is left: no need to run
+            return self.rows.h
+        h = self._forward_recorded(x, positions) if self.model.graphs else None
+        if h is None:
+            self.cache.set_reach(rounded=False)
+            h = self._one_slot(x, positions)
+        self.cache.filled += 1
+        self.computed += len(x)
+        return h
+
+    def _one_slot(self, x, positions):
+        self.cache.hide()
+        return forward(self.model, x[:, None], positions[:, None], self.cache)[:, 0]
+
+    def _forward_recorded(self, x, positions):
+        """The same from a recording; None, from then on, where a step cannot be recorded."""
+        if self.cache.set_reach(rounded=True):
+            self.recorded = None
         try:
-            cache.played = cache.played or record(run, x, positions)
-            return cache.played(x, positions)
+            self.recorded = self.recorded or record(self._one_slot, x, positions)
+            return self.recorded(x, positions)
         except RuntimeError as e:
-            model.graphs = False
-            print(f"warning: the decoding step cannot be recorded as a CUDA graph ({str(e).partition(chr(10))[0]}); it runs without", file=sys.stderr)
-            cache.look(False)
-    return run(x, positions)
+            self.model.graphs = False
+            why = str(e).partition("\n")[0]
+            print(f"warning: the decoding step cannot be recorded as a CUDA graph ({why}); it runs without", file=sys.stderr)
+            return None
 
 
 def record(step, *inputs):
-    """step(*inputs) as a CUDA graph -> play(*inputs), for inputs of the same shapes; its result stands in the same memory each time."""
+    """step(*inputs) as a CUDA graph -> replay(*inputs), for inputs of the same shapes; its result stands in the same memory each time."""
     if inputs[0].device.type != "cuda":
         raise RuntimeError("this is no CUDA device")
-    device, inputs, graph = inputs[0].device, [t.clone() for t in inputs], torch.cuda.CUDAGraph()
-    now = torch.cuda.current_stream(device)
-    with torch.cuda.device(device), torch.cuda.stream(now):  # also if the recording fails, this is the stream afterwards
+    device = inputs[0].device
+    memory = [t.clone() for t in inputs]
+    graph = torch.cuda.CUDAGraph()
+    current = torch.cuda.current_stream(device)
+    with torch.cuda.device(device), torch.cuda.stream(current):  # `current` is restored, also if the recording fails
         aside = torch.cuda.Stream()
-        aside.wait_stream(now)
-        with torch.cuda.stream(aside):  # once as ever: what libraries allocate when they are first called must not be recorded
-            step(*inputs)
-        now.wait_stream(aside)
+        aside.wait_stream(current)
+        with torch.cuda.stream(aside):  # once without recording: what libraries allocate on their first call must not be recorded
+            step(*memory)
+        current.wait_stream(aside)
         with torch.cuda.graph(graph, stream=aside):
-            out = step(*inputs)
+            out = step(*memory)
 
-    def play(*new):
-        for memory, t in zip(inputs, new):
-            memory.copy_(t)
+    def replay(*new):
+        for old, t in zip(memory, new):
+            old.copy_(t)
         graph.replay()
         return out
 
-    return play
+    return replay
 
 
-def pack(rollouts, budget):
-    """Splits rollouts into runs of neighbours -> lists of indices; one forward pass over a run computes at most `budget`
-    positions, each prompt once and padding included (or it is a single rollout). Budgets change memory and time, no result."""
-    parts, prompts, L, S = [[]], set(), 0, 0
-    for i, r in enumerate(rollouts):
-        key = tuple(r.prompt_ids)
-        prompts, L, S = prompts | {key}, max(L, len(key)), max(S, len(r.slots))
-        if parts[-1] and len(prompts) * L + (len(parts[-1]) + 1) * S > budget:
-            parts.append([])
-            prompts, L, S = {key}, len(key), len(r.slots)
-        parts[-1].append(i)
-    return [p for p in parts if p]
+class TagTable:
+    """An automaton that reads characters, as a table over token ids: rows of sampled tokens are followed without decoding any text.
+
+    The automaton is run over the text of every vocabulary entry once, from every state: a table then turns (state, token)
+    into (next state, n). Tokens that act alike share a class; most send every state back to the start.
+    classes (V,); next_state, fires and starts (classes, states). A few seconds for the real Qwen2 vocabulary, once per tokenizer."""
+
+    def __init__(self, read_char, start, alphabet, begun, texts, only_resets, vocab_size, device):
+        """read_char(state, char) -> (state, n): n > 0 where a tag has ended; `alphabet` is every character that it tells apart.
+        begun(state): a tag is so far written that it can be nothing else. only_resets: a pattern of texts that lead to `start`
+        from everywhere. texts: of the vocabulary."""
+        # (1) Every state that some text can reach, as a small integer; 0 is the start.
+        other = "\0"  # stands for any character outside the alphabet
+        states = {start: 0}
+        for state in (queue := [start]):
+            for char in [*alphabet, other]:
+                reached, _ = read_char(state, char)
+                if reached not in states:
+                    states[reached] = len(states)
+                    queue.append(reached)
+        move, fire = {}, {}  # character -> (states,) next state, n
+        for char in [*alphabet, other]:
+            steps = [read_char(state, char) for state in queue]
+            move[char] = np.array([states[reached] for reached, _ in steps])
+            fire[char] = np.array([n for _, n in steps])
+
+        # (2) The same for every token of the vocabulary, read character by character.
+        nothing = np.zeros(len(queue), dtype=np.int64)
+        columns = {(nothing.tobytes(), nothing.tobytes()): 0}  # (next states, ns) -> class; class 0 resets
+        classes = np.zeros(vocab_size, dtype=np.int64)
+        for token, text in enumerate(texts[:vocab_size]):
+            if only_resets.fullmatch(text):
+                continue
+            at = np.arange(len(queue))
+            n = nothing
+            for char in text:
+                char = char if char in move else other
+                n = np.where(fire[char][at] > 0, fire[char][at], n)
+                at = move[char][at]
+            classes[token] = columns.setdefault((at.tobytes(), n.tobytes()), len(columns))
+        table = np.array([[np.frombuffer(column, dtype=np.int64) for column in pair] for pair in columns])  # (classes, 2, states)
+        self.classes = torch.from_numpy(classes).to(device)
+        self.next_state, self.fires = torch.from_numpy(table).to(device).unbind(1)
+
+        # (3) Which tokens start a tag, in which states.
+        has_begun = torch.tensor([begun(state) for state in queue], device=device)  # (states,)
+        self.starts = has_begun[self.next_state] | (self.fires > 0)
+        # (4) States from which a tag may end within LOOK - 1 tokens, so that its latents begin before the next look.
+        self.soon = (self.fires > 0).any(0)  # (states,)
+        for _ in range(LOOK - 2):
+            self.soon = self.soon | self.soon[self.next_state].any(0)
+        self.as_lists = classes.tolist(), table[:, 0].tolist(), table[:, 1].tolist()  # for one row, on the host
+
+    def step(self, state, token):
+        """state (B,), sampled token (B,) -> (state (B,), n (B,)): n > 0 where this token ends a tag."""
+        kind = self.classes[token]  # (B,)
+        return self.next_state[kind, state], self.fires[kind, state]
 
 
+# ============================================================================ scoring: logits in chunks, rollouts by a budget
 class TokenLogprobs(torch.autograd.Function):
-    """log softmax((h W^T + bias) / temperature)[target] of states h (M, D) -> (M,), and its gradient by hand: with p = softmax(..), one-hot e
-    and the incoming g / temperature, d/dh = g (e - p) W and d/dW = (e - p)^T g h. Autograd would make five more (M, V) tensors on the way."""
+    """log softmax((h W^T + bias) / temperature)[target] of states h (M, D) -> (M,), with its gradient by hand.
+
+    With p = softmax(..), the one-hot e and the incoming g / temperature: d/dh = g (e - p) W and d/dW = (e - p)^T g h.
+    Autograd would make five more (M, V) tensors on the way."""
 
     @staticmethod
     def logits(h, weight, bias, temperature):
@@ -380,20 +614,124 @@ class TokenLogprobs(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         h, weight, bias, targets, total, logits = ctx.saved_tensors
-        p = TokenLogprobs.logits(h, weight, bias, ctx.temperature) if logits is None else logits
-        p = p.sub_(total[:, None]).exp_()  # (M, V), in place: a second backward pass through the same logits is an error
-        p[torch.arange(len(targets), device=h.device), targets] -= 1
-        p, g = p.to(weight.dtype), -g[:, None] / ctx.temperature  # (M, 1)
+        if logits is None:
+            logits = TokenLogprobs.logits(h, weight, bias, ctx.temperature)
+        p = logits.sub_(total[:, None]).exp_()  # (M, V), in place: a second backward pass through the same logits is an error
+        p[torch.arange(len(targets), device=h.device), targets] -= 1  # p - e
+        p = p.to(weight.dtype)
+        g = -g[:, None] / ctx.temperature  # (M, 1)
         needs_h, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        return ((g * (p @ weight)).to(h.dtype) if needs_h else None, p.T @ (g * h).to(weight.dtype) if needs_weight else None,
-                (p.T @ g.to(p.dtype))[:, 0] if needs_bias else None, None, None, None)
+        to_h = (g * (p @ weight)).to(h.dtype) if needs_h else None
+        to_weight = p.T @ (g * h).to(weight.dtype) if needs_weight else None
+        to_bias = (p.T @ g.to(p.dtype))[:, 0] if needs_bias else None
+        return to_h, to_weight, to_bias, None, None, None
 
 
 def token_logprobs(model, h, targets, temperature=1.0, chunk=None):
-    """log p(target) for states h (M, D), targets (M,) -> (M,). The (chunk, V) logits, by default LOGITS numbers, exist one chunk at
-    a time; in the backward pass they are computed again instead of being kept, unless one chunk is all."""
-    head, chunk = model.lm_head, chunk or max(1, LOGITS // model.lm_head.out_features)
+    """log p(target) for states h (M, D), targets (M,) -> (M,).
+
+    The (chunk, V) logits, by default LOGITS numbers, exist one chunk at a time; in the backward pass they are computed
+    again instead of being kept, unless one chunk is all."""
+    head = model.lm_head
+    chunk = chunk or max(1, LOGITS // head.out_features)
     weight = head.weight.to(torch.bfloat16) if model.bf16 else head.weight  # once, for all chunks and both directions
-    parts = [(h[i : i + chunk], targets[i : i + chunk]) for i in range(0, len(h), chunk)]
     bias = None if head.bias is None else head.bias.to(weight.dtype)
-    return torch.cat([TokenLogprobs.apply(x, weight, bias, y, temperature, len(parts) == 1) for x, y in parts] or [h[:, 0]])
+    parts = list(zip(h.split(chunk), targets.split(chunk))) if len(h) else []
+    logps = [TokenLogprobs.apply(some, weight, bias, wanted, temperature, len(parts) == 1) for some, wanted in parts]
+    return torch.cat(logps or [h[:, 0]])
+
+
+def pack(rollouts, budget):
+    """Splits rollouts into runs of neighbours -> lists of indices. One forward pass over a run computes at most `budget`
+    positions, each prompt once and padding included (or it is a single rollout). Budgets change memory and time, no result."""
+    parts = [[]]
+    prompts, L, S = set(), 0, 0  # of the last part: its prompts, the longest of them, the most slots
+    for i, rollout in enumerate(rollouts):
+        prompt = tuple(rollout.prompt_ids)
+        prompts = prompts | {prompt}
+        L = max(L, len(prompt))
+        S = max(S, len(rollout.slots))
+        positions = len(prompts) * L + (len(parts[-1]) + 1) * S
+        if parts[-1] and positions > budget:
+            parts.append([])
+            prompts, L, S = {prompt}, len(prompt), len(rollout.slots)
+        parts[-1].append(i)
+    return [part for part in parts if part]
+
+
+# ============================================================================ training: less memory
+def checkpoint_layers(model):
+    """From now on a layer's activations are not kept for the backward pass but computed again: far less memory, a third more time.
+
+    transformers' own switch turns the cache off; ours hands each layer the cache as it stood, so running it twice is harmless."""
+    for i, layer in enumerate(model.model.layers):
+        layer.forward = functools.partial(_recomputed, layer.forward, i)
+
+
+def _recomputed(layer, i, x, past_key_values=None, **kwargs):
+    cache = past_key_values
+    if not torch.is_grad_enabled() or not isinstance(cache, (PromptCache, ScoringCache)):
+        return layer(x, past_key_values=cache, **kwargs)
+
+    def copied(cache):
+        copy_of_it = copy.copy(cache)
+        copy_of_it.layers = list(cache.layers)
+        return copy_of_it
+
+    before = copied(cache)
+
+    def run(x):
+        view = copied(before)
+        out = layer(x, past_key_values=view, **kwargs)
+        return out, *view.layers[i]
+
+    out, keys, values = checkpoint(run, x, use_reentrant=False)
+    cache.layers[i] = (keys, values)
+    return out
+
+
+def offload(parameters):
+    """bf16 weights and gradients stay on the card; -> what needs fp32, the masters that the optimizer steps on, on the host."""
+    masters = [p.detach().to("cpu", torch.float32, copy=True).requires_grad_() for p in parameters]
+    for p in parameters:
+        p.data = p.data.to(torch.bfloat16)
+    return masters
+
+
+def gradients_to_masters(parameters, masters):
+    """Moves the gradients to where the optimizer reads them; nothing to do without `offload`."""
+    if masters is not parameters:
+        for p, master in zip(parameters, masters):
+            master.grad = None if p.grad is None else p.grad.to("cpu", torch.float32)
+            p.grad = None
+
+
+def weights_from_masters(parameters, masters):
+    """Brings the stepped weights back; nothing to do without `offload`."""
+    if masters is not parameters:
+        for p, master in zip(parameters, masters):
+            p.data.copy_(master.data)
+
+
+# ============================================================================ a CPU's matrix products
+class FewRows(torch.nn.Linear):
+    """torch.nn.Linear at a decoding step's speed on a CPU.
+
+    Its libraries multiply a few rows by a large matrix at a third of the memory's speed; transposed, two or four rows at a
+    time, they reach it (measured with MKL; one or three rows are padded)."""
+
+    def forward(self, x):
+        n = x.numel() // self.in_features
+        if x.device.type != "cpu" or not 0 < n <= 8 or self.weight.numel() < 2**17:
+            return super().forward(x)
+        rows = F.pad(x.reshape(n, self.in_features), (0, 0, 0, n % 2))  # (n or n + 1, in)
+        y = torch.cat([(self.weight @ part.T).T for part in rows.split(4)])[:n]
+        y = y.view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
+
+
+def use_few_rows(model):
+    """Every plain linear map of the model multiplies that way from now on."""
+    for module in model.modules():
+        if type(module) is torch.nn.Linear:
+            module.__class__ = FewRows

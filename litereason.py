@@ -1,7 +1,7 @@
-"""LiteReason (arXiv 2512.02240): everything the paper defines, in one file.
+"""LiteReason (arXiv 2512.02240): everything the paper defines, in one file and in the paper's order.
 
 A policy LM may write <implicit_thought>N</implicit_thought>. The next N positions are then not sampled: the Reasoning
-Projector P maps the last hidden state to the next input embedding, N times, and sampling goes on (paper Sec. 3):
+Projector P maps the last hidden state to the next input embedding, N times, and sampling continues (paper Sec. 3):
 
     h_0 = LM(context)[-1]                  the state that the LM head reads, at the last token of the closing tag
     z_1 = P(h_0),  z_{k+1} = P(h_k)        h_k = LM(context, z_1 .. z_k)[-1]
@@ -16,271 +16,32 @@ vectors. The output at slot t is scored iff slot t+1 is a token that the policy 
                 Nothing predicts a LATENT: the outputs at </..>, z_1 and z_2 go to the projector, not to the LM head.
 
 Letters in the shape comments:
-    P prompts   B rows (rollouts)   G rows of one prompt   L prompt length   S own slots of a row   T = L + S
+    P prompts   B rows (rollouts)   G rows of one prompt   L prompt length   S own slots of a row
     D hidden size   V vocabulary   H heads   K key/value heads   R = H / K   d head size   M scored positions
 
-Read in this order: the tag, the projector, load and save, the cache, generate, logprobs, unroll, GRPO, traces, rewards.
+The definition comes first, as slowly as possible; then the tag, the projector, decoding, scoring, the latent roll-out and
+its loss, GRPO. What is called engine.something is there for speed, what is called runs.something reads and writes files:
+neither changes a number, and both can be skipped. Stages 1 and 2 are in train_projector.py, stage 3 is in train_rl.py.
 """
-import dataclasses
-import itertools
-import re
-import types
-
-import numpy as np
-import torch
-import torch.nn.functional as F
-import transformers
 import copy
+import dataclasses
+import re
 
-from engine import (LOOK, WAITS, FewRows, computes, decode_slot, forward, prefill, pack, token_logprobs, checkpoint_layers, compute, SharedCache)
+import torch
+import transformers
+
 import engine
-from runs import (UserError, _stop_ids, chat_parts, check_lengths, encode_prompt, read_checkpoint, save, stop_tokens)
+import runs
+from runs import UserError, save  # save(model, tokenizer, path) is part of this file's interface
 
 LATENT = -1  # the slot value of a latent position
 CAP = 5  # a tag's N is clamped to this; a checkpoint carries its own (config.litereason_max_reasoning_steps)
 PROJECTOR_LAYERS = 3
 
 
-# ============================================================================ the tag (paper Sec. 3.1)
-# Plain text, no new vocabulary. N is written in ASCII digits, with ASCII spaces around it if the model likes, and is at
-# least 1. Anything else between the tags is ordinary text, and so is a tag opened right inside another.
-OPEN, CLOSE = "<implicit_thought>", "</implicit_thought>"
-TAG = re.compile(rf"((?:{OPEN}\s*(?:[0-9]+\s*)?)*){OPEN}\s*([0-9]+)\s*{CLOSE}", re.ASCII)
-SPACE, DIGITS = " \t\n\r\f\v", "0123456789"
-
-
-def parse_tags(text, cap=CAP):
-    """The valid tags of a text: [(start, end, n)] in characters, n in 1..cap. For text; decoding uses TagWatcher."""
-    found = []
-    for m in TAG.finditer(text):
-        digits = m.group(2).lstrip("0")
-        if digits and not m.group(1):  # N >= 1, and not nested in an open tag
-            n = cap if len(digits) > 9 else min(int(digits), cap)  # int() refuses numbers of thousands of digits
-            found.append((m.start(), m.end(), n))
-    return found
-
-
-def _read_char(state, char, cap):
-    """One step of the automaton that `TAG` describes: (state, char) -> (state, N if a tag has just ended, else 0).
-
-    States: ("open", j, nested)  j characters of OPEN have been read, inside an open tag or not
-            ("number", n, part)  inside the tags; n = -1 for a nested one, part 0/1/2 = before/in/after the digits
-            ("close", n, j)      j characters of CLOSE have been read
-    """
-    kind, a, b = state
-    if kind == "open" and char == OPEN[a]:
-        return (("open", a + 1, b), 0) if a + 1 < len(OPEN) else (("number", -1 if b else 0, 0), 0)
-    if kind == "number":
-        if char in DIGITS and b < 2:
-            return ("number", a if a < 0 else min(10 * a + int(char), cap), 1), 0
-        if char in SPACE:
-            return ("number", a, 0 if b == 0 else 2), 0
-        if char == "<":
-            return ("close", a, 1), 0
-    if kind == "close":
-        if char == CLOSE[b]:
-            return (("close", a, b + 1), 0) if b + 1 < len(CLOSE) else (("open", 0, False), max(a, 0))
-        if b == 1 and char == OPEN[1]:
-            return ("open", 2, True), 0
-    return ("open", int(char == "<"), False), 0  # a mismatch; "<" stands only at the start of a tag, so no other fallback
-
-
-class TagWatcher:
-    """Reads sampled token ids row by row and says when a tag has ended, without decoding anything.
-
-    The automaton above is run over the text of every vocabulary entry once, from every state: a table then turns
-    (state, token) into (next state, N). BPE may merge neighbours into the tag's ends (`.<`, `>\\n`): the merged token
-    ends the tag. Only what is passed to `step` is seen, so a tag in the prompt (a story, say) never fires.
-
-    Most tokens send every state back to the start; tokens that act alike share a class:
-    classes (V,), next_state and fires (classes, states). Real Qwen2 vocabulary, cap 5: a few seconds, once per tokenizer.
-    """
-
-    def __init__(self, tokenizer, cap, vocab_size, device):
-        # 1. every state that some text can reach, as small integers; 0 is the start
-        start, alphabet = ("open", 0, False), sorted(set(OPEN + CLOSE + SPACE + DIGITS)) + ["\0"]
-        states, queue = {start: 0}, [start]
-        for s in queue:
-            for c in alphabet:
-                nxt, _ = _read_char(s, c, cap)
-                if nxt not in states:
-                    states[nxt] = len(states)
-                    queue.append(nxt)
-        step = {c: [_read_char(s, c, cap) for s in queue] for c in alphabet}
-        move = {c: np.array([states[nxt] for nxt, _ in row]) for c, row in step.items()}
-        fire = {c: np.array([n for _, n in row]) for c, row in step.items()}
-        # 2. the same for every token of the vocabulary, read character by character
-        reset = np.zeros(len(queue), dtype=np.int64)
-        columns, classes = {(reset.tobytes(), reset.tobytes()): 0}, np.zeros(vocab_size, dtype=np.int64)
-        plain = re.compile("[^" + re.escape("".join(alphabet[:-1])) + "][^<>]*")  # such a text only resets
-        for token, text in enumerate(token_texts(tokenizer)[:vocab_size]):
-            if plain.fullmatch(text):
-                continue
-            at, n = np.arange(len(queue)), reset
-            for c in text:
-                c = c if c in move else "\0"
-                n = np.where(fire[c][at] > 0, fire[c][at], n)
-                at = move[c][at]
-            classes[token] = self._column(columns, at, n)
-        table = np.array([[np.frombuffer(a, dtype=np.int64), np.frombuffer(b, dtype=np.int64)] for a, b in columns])
-        self.classes = torch.from_numpy(classes).to(device)  # (V,)
-        self.next_state, self.fires = torch.from_numpy(table).to(device).unbind(1)  # (classes, states) each
-        # what starts a tag, (classes, states): beyond its "<i", which may stand in any text (<i> is italics), or all of it in one token
-        begun = torch.tensor([s[0] != "open" or s[1] > 2 for s in queue], device=device)
-        self.starts = begun[self.next_state] | (self.fires > 0)
-        # states from which a tag may end so soon, within LOOK - 1 tokens, that its latents begin before the device is looked at again
-        self.soon = (self.fires > 0).any(0)  # (states,)
-        for _ in range(LOOK - 2):
-            self.soon = self.soon | self.soon[self.next_state].any(0)
-        self.as_lists = classes.tolist(), table[:, 0].tolist(), table[:, 1].tolist()  # for one row, on the host
-
-    @staticmethod
-    def _column(columns, at, n):
-        return columns.setdefault((at.tobytes(), n.tobytes()), len(columns))
-
-    def step(self, state, token):
-        """state (B,), sampled token (B,) -> (state (B,), n (B,)): n > 0 where this token ends a tag."""
-        kind = self.classes[token]  # (B,)
-        return self.next_state[kind, state], self.fires[kind, state]
-
-
-def token_texts(tokenizer):
-    """The text of every vocabulary entry as it reads inside a text (leading spaces kept): a list of V strings."""
-    anchor = (tokenizer.encode("a", add_special_tokens=False) or [0])[-1:]
-    before = tokenizer.decode(anchor, clean_up_tokenization_spaces=False)
-    pairs = [anchor + [i] for i in range(len(tokenizer))]
-    texts = tokenizer.batch_decode(pairs, clean_up_tokenization_spaces=False)
-    return [t[len(before):] if t.startswith(before) else t for t in texts]
-
-
-def watcher(model, tokenizer):
-    """The model's TagWatcher, built once per tokenizer, cap and device."""
-    key = (model.config.litereason_max_reasoning_steps, model.config.vocab_size, str(model.device))
-    made = tokenizer.__dict__.setdefault("_litereason_watchers", {})
-    if key not in made:
-        made[key] = TagWatcher(tokenizer, *key)
-    return made[key]
-
-
-def insert_latents(model, tokenizer, ids):
-    """Token ids of a finished trace -> slots: after each tag its LATENTs, where decoding would have put them."""
-    classes, next_state, fires = watcher(model, tokenizer).as_lists
-    state, slots = 0, []
-    for i in ids:
-        n = fires[classes[i]][state]
-        state = next_state[classes[i]][state]
-        slots += [i] + [LATENT] * n
-    return slots
-
-
-# ============================================================================ the Reasoning Projector (paper Sec. 3.2)
-class ReasoningProjector(torch.nn.ModuleList):
-    """P(h) = MLP_3(MLP_2(MLP_1(h))): last hidden state (.., D) -> next input embedding (.., D).
-
-    No residual and no norm between the layers; its output is inserted raw as an input embedding. Kept in fp32 whatever
-    the base's dtype (ours: the released code trains it in bf16, where steps of 1e-4 round away).
-    """
-
-    @classmethod
-    def warm_start(cls, model, layers=PROJECTOR_LAYERS):
-        """`layers` independent copies of the last block's MLP (the paper's start)."""
-        mlp = model.model.layers[-1].mlp
-        dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
-        return cls(copy.deepcopy(mlp) for _ in range(layers)).to(model.device, dtype)
-
-    def forward(self, h):
-        with torch.autocast(h.device.type, enabled=False):
-            z = h.to(next(self.parameters()).dtype)
-            for mlp in self:
-                z = mlp(z)
-        return z.to(h.dtype)
-
-
-class PauseToken(ReasoningProjector):
-    """A control in the projector's place: one learned vector (D,), fed at every latent, whatever the state is."""
-
-    def __init__(self, vector):
-        super().__init__()
-        self.vector = torch.nn.Parameter(vector)
-
-    def forward(self, h):
-        return self.vector.to(h.dtype).expand_as(h)
-
-
-def control_projector(model, kind):
-    """What the projector is compared with: "random" (the same layers with random weights) or "pause" (a PauseToken, at the mean embedding)."""
-    if kind == "pause":
-        return PauseToken(model.get_input_embeddings().weight.detach().to(next(model.reasoning_projector.parameters()).dtype).mean(0))
-    for layer in model.reasoning_projector.modules():
-        if isinstance(layer, torch.nn.Linear):
-            layer.reset_parameters()
-    return model.reasoning_projector
-
-
-def latent_step(model, h, latent="projector", *place):
-    """The next input embedding (.., D) from the last hidden state h (.., D).
-
-    latent: "projector" (the method), "zeros" (a control), or any function h, *place -> z. While decoding, place is (u, k), each (B,):
-    a number in [0, 1) of the row's own, the same in any batch, and how many latents the row has run before.
-    """
-    if callable(latent):
-        return latent(h, *place)
-    return model.reasoning_projector(h) if latent == "projector" else torch.zeros_like(h)
-
-
-def load(name_or_path, device=None, dtype=None):
-    """A causal LM with one more submodule, `reasoning_projector`, and its tokenizer.
-
-    name_or_path: "tiny" (shipped), a directory, a hub id, or a short name (Qwen2.5-1.5B -> Qwen/Qwen2.5-1.5B).
-    device: default cuda if there is one, else cpu. dtype: default float32, for weights and compute.
-    A checkpoint without projector weights gets the warm start and the default cap. Files are data: safetensors only, no
-    pickle, no code of the checkpoint's own; a directory is read without a network.
-    Raises UserError, in one line, if there is no such model, it cannot be fetched, or its files do not fit together.
-    """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer, weights = read_checkpoint(name_or_path, dtype)
-    model = attach(model.to(device), weights)
-    bad = [name for name, p in model.named_parameters() if not p.isfinite().all()]
-    if bad:
-        raise UserError(f"cannot load the model in {name_or_path!r}: {bad[0]} holds NaN or inf")
-    return model, tokenizer
-
-
-def attach(model, weights=None):
-    """Adds the projector (from `weights`, else the warm start), its config entries and our attention to a causal LM."""
-    config = model.config
-    if not hasattr(getattr(model, "model", None), "layers") or not hasattr(model.model.layers[-1], "mlp"):
-        raise UserError(f"{type(model).__name__} is not a plain causal LM (model.layers, each with an mlp); Qwen2, Qwen3, Llama, Gemma 1 and 3 are")
-    if any(getattr(config, k, None) for k in ("attn_logit_softcapping", "final_logit_softcapping")):
-        raise UserError(f"{type(model).__name__} caps its logits by a tanh (as Gemma 2 does), which LiteReason does not support")
-    cap = getattr(config, "litereason_max_reasoning_steps", CAP)
-    if not isinstance(cap, int) or isinstance(cap, bool) or not 1 <= cap <= 64:
-        raise UserError(f"config.json: litereason_max_reasoning_steps is {cap!r}, expected a whole number from 1 to 64")
-    layers = getattr(config, "litereason_num_reasoning_layers", PROJECTOR_LAYERS)
-    if not isinstance(layers, int) or isinstance(layers, bool) or not 1 <= layers <= 64:
-        raise UserError(f"config.json: litereason_num_reasoning_layers is {layers!r}, expected a whole number from 1 to 64")
-    model.reasoning_projector = ReasoningProjector.warm_start(model, layers)
-    for module in model.modules():
-        if type(module) is torch.nn.Linear:
-            module.__class__ = FewRows
-    model.projector_trained = bool(weights)
-    model.bf16 = model.device.type == "cuda" and model.dtype == torch.float32  # see compute()
-    model.graphs = False  # see decode_slot()
-    if weights:
-        if set(weights) == {"vector"}:
-            model.reasoning_projector = control_projector(model, "pause")
-        try:
-            model.reasoning_projector.load_state_dict(weights)
-        except RuntimeError as e:
-            raise UserError(f"the checkpoint's reasoning_projector does not fit: {str(e).splitlines()[1].strip()}") from e
-    config.is_litereason_model = True  # the released code reads and writes the same three entries
-    config.litereason_num_reasoning_layers, config.litereason_max_reasoning_steps = layers, cap
-    model.generation_config = transformers.GenerationConfig(eos_token_id=_stop_ids(model), pad_token_id=model.config.pad_token_id)
-    model.set_attn_implementation("litereason")  # see SharedCache; anything else still goes through sdpa
-    return model.eval()  # no dropout anywhere: sampling and scoring must see the same network
-
-
-# ============================================================================ the mixed decoding loop (paper Sec. 3.1)
+# ============================================================================ the definition
+# One row, no cache, no batch: for every slot the whole prefix goes through the model again. All that follows is held
+# against these two functions (tests/test_decode.py, tests/test_train.py).
 @dataclasses.dataclass
 class Rollout:
     """One trajectory. Everything later (scoring, masks, loss) is derived from these records, never from token values."""
@@ -307,303 +68,604 @@ class Rollout:
         return sum(s == LATENT and (i == 0 or self.slots[i - 1] != LATENT) for i, s in enumerate(self.slots))
 
 
+@torch.no_grad()
+def naive_generate(model, tokenizer, prompt_ids, draws, temperature=1.0, top_p=1.0, top_k=0):
+    """Decodes one row (Sec. 3.1) -> Rollout. draws (limit,): a random number in [0, 1) for each slot, and so the length limit."""
+    embed = model.get_input_embeddings()
+    fed = list(embed(torch.tensor(prompt_ids, device=model.device)))  # the input embeddings so far, (D,) each
+    slots, latents, logprobs, written = [], [], [], ""
+    latents_left, memory, finished = 0, None, False
+    for u in draws:
+        h = model.model(inputs_embeds=torch.stack(fed)[None], use_cache=False).last_hidden_state[:, -1]  # (1, D)
+        if latents_left > 0:  # inside a block: no token is sampled, the next input is z = P(h)
+            z, memory = model.reasoning_projector(h, memory)
+            slots.append(LATENT)
+            logprobs.append(h.new_zeros(1))
+            latents.append(z)
+            fed.append(z[0])
+            latents_left -= 1
+            continue
+        token, logprob = sample(model.lm_head(h), u[None], temperature, top_k, top_p)
+        slots.append(int(token))
+        logprobs.append(logprob)
+        fed.append(embed(token)[0])
+        finished = slots[-1] in runs.stop_tokens(model, tokenizer)
+        if finished:
+            break
+        tags_before = parse_tags(written)
+        written = tokenizer.decode([s for s in slots if s != LATENT], clean_up_tokenization_spaces=False)
+        tags = parse_tags(written, model.config.litereason_max_reasoning_steps)
+        if len(tags) > len(tags_before):  # a tag in the policy's own words has just been closed: N latents follow
+            latents_left = tags[-1][2]
+            memory = None
+    latents = torch.cat(latents) if latents else embed.weight.new_zeros(0, embed.weight.shape[1])
+    return Rollout(list(prompt_ids), slots, latents, torch.cat(logprobs), written, finished)
+
+
+def naive_score(model, prompt_ids, slots):
+    """Scores given slots (Sec. 3.4), latents made again -> (h (S, D), latents (n, D), log-probs (S,), 0 at latents); differentiable.
+
+    h[s] is the state that predicts slot s."""
+    embed = model.get_input_embeddings()
+    fed = list(embed(torch.tensor(prompt_ids)))  # not embed.weight: Gemma scales its embeddings
+    states, latents, logprobs, memory = [], [fed[0].new_zeros(0, len(fed[0]))], [], None
+    for slot in slots:
+        h = model.model(inputs_embeds=torch.stack(fed)[None], use_cache=False).last_hidden_state[:, -1]  # (1, D)
+        states.append(h)
+        if slot == LATENT:
+            z, memory = model.reasoning_projector(h, memory)
+            latents.append(z)
+            logprobs.append(h.new_zeros(()))
+            fed.append(z[0])
+        else:
+            memory = None  # the next block starts with an empty one
+            logprobs.append(model.lm_head(h[0]).log_softmax(-1)[slot])
+            fed.append(embed(torch.tensor(slot)))
+    return torch.cat(states), torch.cat(latents), torch.stack(logprobs)
+
+
+# ============================================================================ the tag (paper Sec. 3.1)
+# Plain text, no new vocabulary. N is written in ASCII digits, with ASCII spaces around it if the model likes, and is at
+# least 1. Anything else between the tags is ordinary text, and so is a tag opened right inside another. Ours: only tags in
+# the policy's own output fire; the released code runs those of a prompt too, so that a story could drive the model.
+OPEN, CLOSE = "<implicit_thought>", "</implicit_thought>"
+TAG = re.compile(rf"((?:{OPEN}\s*(?:[0-9]+\s*)?)*){OPEN}\s*([0-9]+)\s*{CLOSE}", re.ASCII)
+SPACE, DIGITS = " \t\n\r\f\v", "0123456789"
+
+
+def parse_tags(text, cap=CAP):
+    """The valid tags of a text: [(start, end, n)] in characters, n in 1..cap. For text; decoding uses `watcher`."""
+    tags = []
+    for match in TAG.finditer(text):
+        digits = match.group(2).lstrip("0")
+        if digits and not match.group(1):  # N >= 1, and not nested in an open tag
+            n = cap if len(digits) > 9 else min(int(digits), cap)  # int() refuses numbers of thousands of digits
+            tags.append((match.start(), match.end(), n))
+    return tags
+
+
+def _read_char(state, char, cap):
+    """One step of the automaton that `TAG` describes: (state, char) -> (state, N if a tag has just ended, else 0).
+
+    States: ("open", j, nested)  j characters of OPEN have been read, inside an open tag or not
+            ("number", n, part)  inside the tags; n = -1 for a nested one, part 0/1/2 = before/in/after the digits
+            ("close", n, j)      j characters of CLOSE have been read
+    """
+    kind, a, b = state
+    if kind == "open" and char == OPEN[a]:
+        complete = a + 1 == len(OPEN)
+        return (("number", -1 if b else 0, 0) if complete else ("open", a + 1, b)), 0
+    if kind == "number":
+        if char in DIGITS and b < 2:
+            return ("number", a if a < 0 else min(10 * a + int(char), cap), 1), 0
+        if char in SPACE:
+            return ("number", a, 0 if b == 0 else 2), 0
+        if char == "<":
+            return ("close", a, 1), 0
+    if kind == "close":
+        if char == CLOSE[b] and b + 1 == len(CLOSE):
+            return ("open", 0, False), max(a, 0)
+        if char == CLOSE[b]:
+            return ("close", a, b + 1), 0
+        if b == 1 and char == OPEN[1]:
+            return ("open", 2, True), 0
+    return ("open", int(char == "<"), False), 0  # a mismatch; "<" stands only at the start of a tag, so no other fallback
+
+
+def tag_table(tokenizer, cap, vocab_size, device):
+    """The automaton as an engine.TagTable over the ids of a vocabulary.
+
+    BPE may merge neighbours into the tag's ends (`.<`, `>\\n`): the merged token ends the tag."""
+    alphabet = sorted(set(OPEN + CLOSE + SPACE + DIGITS))
+    only_resets = re.compile("[^" + re.escape("".join(alphabet)) + "][^<>]*")
+    return engine.TagTable(
+        read_char=lambda state, char: _read_char(state, char, cap),
+        start=("open", 0, False),
+        alphabet=alphabet,
+        begun=lambda state: state[0] != "open" or state[1] > 2,  # beyond "<i", which may stand in any text (<i> is italics)
+        texts=runs.token_texts(tokenizer),
+        only_resets=only_resets,
+        vocab_size=vocab_size,
+        device=device)
+
+
+def watcher(model, tokenizer):
+    """The model's tag table, built once per tokenizer, cap and device."""
+    key = (model.config.litereason_max_reasoning_steps, model.config.vocab_size, str(model.device))
+    made = tokenizer.__dict__.setdefault("_litereason_watchers", {})
+    if key not in made:
+        made[key] = tag_table(tokenizer, *key)
+    return made[key]
+
+
+def insert_latents(model, tokenizer, ids):
+    """Token ids of a finished trace -> slots: after each tag its LATENTs, where decoding would have put them."""
+    classes, next_state, fires = watcher(model, tokenizer).as_lists
+    state, slots = 0, []
+    for token in ids:
+        n = fires[classes[token]][state]
+        state = next_state[classes[token]][state]
+        slots += [token] + [LATENT] * n
+    return slots
+
+
+# ============================================================================ the Reasoning Projector (paper Sec. 3.2)
+# A latent step of one's own is a class like these two and its name in PROJECTORS: start(model, layers) makes the module that
+# stage 2 begins with; forward(h, memory) -> (z, memory). `memory` (n, memory_size), in the projector's dtype, goes from
+# latent to latent within a block and is None or zeros at its first one; the paper's projector has none.
+class ReasoningProjector(torch.nn.ModuleList):
+    """P(h) = MLP_3(MLP_2(MLP_1(h))): last hidden state (.., D) -> next input embedding (.., D).
+
+    No residual and no norm between the layers; its output is inserted raw as an input embedding. Kept in fp32 whatever
+    the base's dtype (ours: the released code trains it in bf16, where steps of 1e-4 round away)."""
+
+    memory_size = 0
+
+    @classmethod
+    def start(cls, model, layers=PROJECTOR_LAYERS):
+        """The warm start: `layers` independent copies of the last block's MLP."""
+        mlp = model.model.layers[-1].mlp
+        return cls(copy.deepcopy(mlp) for _ in range(layers)).to(model.device, projector_dtype(model))
+
+    def forward(self, h, memory=None):
+        with torch.autocast(h.device.type, enabled=False):
+            z = h.to(next(self.parameters()).dtype)
+            for mlp in self:
+                z = mlp(z)
+        return z.to(h.dtype), memory
+
+
+class PauseToken(torch.nn.Module):
+    """A control in the projector's place: one learned vector (D,), fed at every latent, whatever the state is."""
+
+    memory_size = 0
+
+    def __init__(self, vector):
+        super().__init__()
+        self.vector = torch.nn.Parameter(vector)
+
+    @classmethod
+    def start(cls, model, layers=None):
+        """The mean embedding."""
+        return cls(model.get_input_embeddings().weight.detach().to(projector_dtype(model)).mean(0))
+
+    def forward(self, h, memory=None):
+        return self.vector.to(h.dtype).expand_as(h), memory
+
+
+PROJECTORS = {"mlp": ReasoningProjector, "pause": PauseToken}  # a checkpoint names its own in config.litereason_projector
+
+
+def projector_dtype(model):
+    return torch.float64 if model.dtype == torch.float64 else torch.float32
+
+
+def start_projector(model, name):
+    """Puts the start of another latent step in the projector's place: a name in PROJECTORS, or "random": the present one's layers
+    with random weights (a control)."""
+    if name == "random":
+        for module in model.reasoning_projector.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        return
+    layers = model.config.litereason_num_reasoning_layers
+    model.reasoning_projector = PROJECTORS[name].start(model, layers).to(model.device)
+    model.config.litereason_projector = name
+
+
+def projector_of(model, latent="projector"):
+    """The module that runs the latent steps: the model's own, or the one that `latent` is."""
+    return latent if isinstance(latent, torch.nn.Module) else model.reasoning_projector
+
+
+def empty_memory(model, rows, latent="projector"):
+    """(rows, memory_size): what a block begins with."""
+    return torch.zeros(rows, projector_of(model, latent).memory_size, device=model.device, dtype=projector_dtype(model))
+
+
+def latent_step(model, h, memory, latent="projector", *place):
+    """The next input embedding z (n, D) from the last hidden state h (n, D) -> (z, memory (n, memory_size)).
+
+    latent: "projector" (the method), another module to be run in its place, "zeros" (a control), or any function
+    h, *place -> z. While decoding, place is (u, k), each (n,): a number in [0, 1) of the row's own, the same in any batch,
+    and how many latents the row has run before."""
+    if latent == "zeros":
+        return torch.zeros_like(h), memory
+    if latent == "projector" or isinstance(latent, torch.nn.Module):
+        return projector_of(model, latent)(h, memory)
+    return latent(h, *place), memory
+
+
+# ============================================================================ load and attach
+def load(name_or_path, device=None, dtype=None):
+    """A causal LM with one more submodule, `reasoning_projector`, and its tokenizer.
+
+    name_or_path: "tiny" (shipped), a directory, a hub id, or a short name (Qwen2.5-1.5B -> Qwen/Qwen2.5-1.5B).
+    device: default cuda if there is one, else cpu. dtype: default float32, for weights and compute.
+    A checkpoint without projector weights gets the warm start and the default cap. Files are data: safetensors only, no
+    pickle, no code of the checkpoint's own; a directory is read without a network.
+    Raises UserError, in one line, if there is no such model, it cannot be fetched, or its files do not fit together."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer, weights = runs.read_checkpoint(name_or_path, dtype or torch.float32)
+    model = attach(model.to(device), weights)
+    for name, p in model.named_parameters():
+        if not p.isfinite().all():
+            raise UserError(f"cannot load the model in {name_or_path!r}: {name} holds NaN or inf")
+    return model, tokenizer
+
+
+def attach(model, weights=None):
+    """Adds the projector (from `weights`, else its start), its config entries and our attention to a causal LM."""
+    cap, layers = runs.check_model(model)
+    cap = cap or CAP
+    layers = layers or PROJECTOR_LAYERS
+    config = model.config
+    older_pause = set(weights or {}) == {"vector"}  # saved before checkpoints named their projector
+    kind = getattr(config, "litereason_projector", "pause" if older_pause else "mlp")
+    if kind not in PROJECTORS:
+        raise UserError(f"config.json: litereason_projector is {kind!r}, expected one of {', '.join(PROJECTORS)}")
+    model.reasoning_projector = PROJECTORS[kind].start(model, layers).to(model.device)
+    model.projector_trained = bool(weights)
+    if weights:
+        try:
+            model.reasoning_projector.load_state_dict(weights)
+        except RuntimeError as e:
+            why = str(e).splitlines()[1].strip()
+            raise UserError(f"the checkpoint's reasoning_projector does not fit: {why}") from e
+    config.is_litereason_model = True  # the released code reads and writes these three entries
+    config.litereason_num_reasoning_layers = layers
+    config.litereason_max_reasoning_steps = cap
+    config.litereason_projector = kind
+    model.generation_config = transformers.GenerationConfig(eos_token_id=runs.stop_ids(model), pad_token_id=config.pad_token_id)
+    model.bf16 = model.device.type == "cuda" and model.dtype == torch.float32  # see engine.compute
+    model.graphs = False  # see engine.Decoder
+    engine.use_few_rows(model)
+    model.set_attn_implementation("litereason")  # see the caches in engine.py; anything else still goes through sdpa
+    return model.eval()  # no dropout anywhere: sampling and scoring must see the same network
+
+
+# ============================================================================ the mixed decoding loop (paper Sec. 3.1)
 def sample(logits, u, temperature, top_k, top_p):
     """One token per row by inverting the cumulative distribution at u: a row's draw does not depend on the other rows.
 
     logits (B, V), u (B,) uniform in [0, 1) -> tokens (B,), log-probs (B,) under softmax(logits / temperature). top-k and
-    top-p cut the distribution that is drawn from, not the log-prob: train with them off, or the two differ.
-    """
+    top-p cut the distribution that is drawn from, not the log-prob: train with them off, or the two differ."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (B, V)
     logp = (logits if temperature in (0, 1) else logits / temperature).log_softmax(-1)
     if temperature == 0:
         token = logits.argmax(-1)
-    else:
-        p = logp.exp()
-        if 0 < top_k < p.shape[-1]:
-            p = p.masked_fill(p < p.topk(top_k).values[:, -1:], 0)
-        if top_p < 1:
-            ranked, order = p.sort(descending=True)
-            ranked = ranked / ranked.sum(-1, keepdim=True)
-            beyond = ranked.cumsum(-1) - ranked >= top_p  # the mass before this token already suffices
-            p = p.masked_fill(beyond.scatter(-1, order, beyond), 0)
-        cdf = p.cumsum(-1)  # (B, V)
-        u = u.to(cdf.dtype).clamp(max=1 - torch.finfo(cdf.dtype).eps / 2)  # rounding must not make a 1 of it
-        token = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0]  # never one with p = 0
-        token = token.clamp(max=cdf.shape[-1] - 1)  # only non-finite logits get here
+        return token, logp.gather(-1, token[:, None])[:, 0]
+    p = logp.exp()
+    if 0 < top_k < p.shape[-1]:
+        p = p.masked_fill(p < p.topk(top_k).values[:, -1:], 0)
+    if top_p < 1:
+        ranked, order = p.sort(descending=True)
+        ranked = ranked / ranked.sum(-1, keepdim=True)
+        beyond = ranked.cumsum(-1) - ranked >= top_p  # the mass before this token already suffices
+        p = p.masked_fill(beyond.scatter(-1, order, beyond), 0)
+    cdf = p.cumsum(-1)  # (B, V)
+    u = u.to(cdf.dtype).clamp(max=1 - torch.finfo(cdf.dtype).eps / 2)  # rounding must not make a 1 of it
+    token = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0]  # never one with p = 0
+    token = token.clamp(max=cdf.shape[-1] - 1)  # only non-finite logits get here
     return token, logp.gather(-1, token[:, None])[:, 0]
 
 
 @torch.no_grad()
 def generate(model, tokenizer, prompts, samples=1, max_new_tokens=256, temperature=1.0, top_p=1.0, top_k=0,
              latent="projector", generator=None, rows=512, stats=None, tag=None, start=0, leave=None, feed=None):
-    """The mixed decoding loop: every row either samples a token or runs a latent step, all in one batch.
+    """The mixed decoding loop: every row either samples a token or runs a latent step, all in one batch -> [Rollout].
 
     prompts: texts or lists of token ids. samples: rollouts per prompt; they come back grouped by prompt, in order.
     max_new_tokens: slots per rollout, latents included. temperature 0 is greedy. Nothing is read from a generation_config
-    but the stop ids. latent: see latent_step; "none" leaves tags as plain text. generator: a CPU torch.Generator.
-    tag: None (a tag runs as many latents as it says), a number K (K latents, whatever it says), or "forbidden" (none can be started).
-    rows: most rows decoded at once (but at least one whole group); a prompt that waits begins when so many rows have ended that its own find
-    room. stats: a dict that receives `forwards`, the number of positions computed.
-    What other methods do differently (baselines.py): every row begins with `start` latents; leave(h (n, D), drawn (n,), rows, taken) -> (n,)
-    token that ends a row's block here, or LATENT: go on (drawn: what the LM head would say; rows: numbers of
-    rollouts); feed(h, token) -> (n, D) fed for a sampled token.
-    Raises UserError for an empty prompt or one that does not fit the model's positions.
-    """
+    but the stop ids. generator: a CPU torch.Generator. latent: see latent_step; "none" leaves tags as plain text.
+    tag: None (a tag runs as many latents as it says), a number K (K latents, whatever it says), or "forbidden" (none can start).
+    rows: most rows decoded at once (but at least one whole group); changes no result. stats: a dict that receives `forwards`,
+    the number of positions computed.
+    What other methods do differently (baselines.py): every row begins with `start` latents; leave(h (n, D), drawn (n,), numbers
+    of the rollouts (n,), latents run (n,)) -> (n,) tokens that end a row's block here, or LATENT: continue (drawn: what the
+    LM head would say); feed(h, token) -> (n, D), fed for a sampled token.
+    Raises UserError for an empty prompt or one that does not fit the model's positions."""
     if samples < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
         raise UserError("generate needs samples and max_new_tokens of 1 or more, temperature and top_k of 0 or more, 0 < top_p <= 1")
-    ids = [encode_prompt(model, tokenizer, p) if isinstance(p, str) else list(p) for p in prompts]
-    check_lengths(model, ids, max_new_tokens)
-    # One uniform number per row and step, drawn up front: a rollout's text depends on its seed and its own prompt only,
+    ids = [runs.encode_prompt(model, tokenizer, p) if isinstance(p, str) else list(p) for p in prompts]
+    runs.check_lengths(model, ids, max_new_tokens)
+    # One uniform number per row and slot, drawn up front: a rollout's text depends on its seed and its own prompt only,
     # not on which rows share its batch or when they end.
     draws = torch.rand(len(ids) * samples, max_new_tokens, generator=generator, dtype=torch.float64)
     if not ids:
         return []
-    return _decode(model, tokenizer, ids, samples, max_new_tokens, (temperature, top_k, top_p), latent, draws, max(1, rows // samples), stats, tag,
-                   start, leave, feed)
-
-
-@computes
-def _decode(model, tokenizer, prompts, samples, steps, sampling, latent, draws, most, stats, tag, start, leave, feed):
-    """generate for token ids. draws (all rollouts, steps); most: prompts decoded at once, each with all its rows."""
-    device, embed = model.device, model.get_input_embeddings()
-    feed = feed or (lambda h, token: embed(token))
-    stop_ids, watch, most = stop_tokens(model, tokenizer), watcher(model, tokenizer), min(most, len(prompts))
-    stop, rollouts = torch.tensor(stop_ids, device=device), [None] * len(draws)
-    begun, joined, over, computed = 0, 0, False, 0  # prompts that have begun, the step in which the last of them did; positions computed
-
-    def draw(h, u, state):
-        logits = model.lm_head(h)
-        if tag == "forbidden":  # a control: other tokens keep their odds among each other
-            logits = logits.masked_fill(watch.starts[watch.classes, state[:, None]], -torch.inf)
-        return sample(logits, u, *sampling)
-
-    def begin(n, latents=0):
-        """The next n prompts -> (a cache that has read them, all that is known of their rows, (B, ..) each)."""
-        cache, h, _ = prefill(model, prompts[begun : begun + n])  # the prompt of a group is read once
-        cache.owner = torch.arange(n, device=device).repeat_interleave(samples)  # (B,)
-        number, zero = torch.arange(begun * samples, (begun + n) * samples), torch.zeros_like(cache.owner)  # (B,)
-        return cache, types.SimpleNamespace(
-            number=number.to(device),  # which rollout a row becomes
-            u=draws[number].to(device),  # (B, steps)
-            h=h[cache.owner],  # (B, D) the output at the last slot
-            state=zero,  # where the tag watcher stands
-            left=zero + start,  # latent steps still to run: > 0 means inside a block
-            taken=zero,  # latent steps run so far
-            age=zero,  # slots so far
-            prompt=cache.lengths[cache.owner],  # tokens of the prompt
-            live=zero == 0,
-            # The record. The last column takes what is not meant: of rows beyond the limit; of vectors, those of rows outside a block.
-            slots=torch.full((len(zero), steps + 1), LATENT, device=device),
-            logps=torch.zeros(len(zero), steps + 1, dtype=torch.promote_types(h.dtype, torch.float32), device=device),
-            length=zero + steps,  # the limit, unless the row stops before
-            vectors=h.new_zeros(len(zero), latents + 1, h.shape[1]))  # (B, latents + 1, D), grows as needed
-
-    def finish(rows):
-        """What was recorded of rows (n,) becomes rollouts."""
-        plain, tensors = (r.number, r.length, r.slots), (r.logps, r.vectors)
-        for i, length, slots, logps, vectors in zip(*(t[rows].tolist() for t in plain), *(t[rows].cpu() for t in tensors)):
-            slots, prompt = slots[:length], i // samples
-            finished = slots[-1] in stop_ids
-            words = [s for s in slots if s != LATENT][: -1 if finished else None]
-            rollouts[i] = Rollout(prompts[prompt], slots, vectors[: slots.count(LATENT)].clone(), logps[:length].clone(),
-                                  tokenizer.decode(words, clean_up_tokenization_spaces=False), finished, prompt)
-
-    cache, r = begin(most)
-    cache.assign(cache.owner, room=steps)
-    begun = most
-    for t in itertools.count():
-        # (a) Every few steps, the one look at the device from outside: who has ended, who may run a latent before the next look?
-        if t % LOOK == 0 or cache.filled == steps or over:
-            live, rows = r.live.nonzero()[:, 0], len(r.live)  # (n,)
-            busy, read = -(-len(live) // samples), len(cache.owner[live].unique())  # groups' worth of rows, and prompts, that are still needed
-            free = min(len(prompts) - begun, most - busy, 2 * most - read)  # prompts that may begin; in memory are twice `most` at most
-            join = free > 0 and (free * samples >= 0.25 * rows or not len(live))  # not for each row: memory is copied
-            if not len(live) and not join:
-                break
-            if join or len(live) <= 0.75 * rows or cache.filled == steps:
-                finish((~r.live).nonzero()[:, 0])
-                known, more = {k: v[live] for k, v in vars(r).items()}, None
-                if join:
-                    more, new = begin(free, r.vectors.shape[1] - 1)
-                    known = {k: torch.cat([v, vars(new)[k]]) for k, v in known.items()}
-                    begun, joined = begun + free, t
-                cache.change(live, more)
-                r = types.SimpleNamespace(**known)
-            short = int(r.taken.max()) + LOOK + 1 - r.vectors.shape[1]
-            if short > 0:
-                r.vectors = F.pad(r.vectors, (0, 0, 0, short + 8))
-            near = ((r.left > 0) | watch.soon[r.state]).nonzero()[:, 0]  # (n,)
-        # (b) A token for every row, and an embedding from the projector for those inside a block. On a CPU just the rows that need it; on
-        #     CUDA choosing them would wait for the device, so all draw, and P runs on those that could be inside since the last look.
-        inside, u = r.left > 0, r.u.gather(1, r.age.clamp(max=steps - 1)[:, None])[:, 0]  # (B,)
-        outside = everyone = torch.arange(len(r.left), device=device)
-        if leave is not None:
-            near = everyone
-        elif device.type not in WAITS:
-            outside, near = (~inside).nonzero()[:, 0], inside.nonzero()[:, 0]
-        token, logp = torch.full_like(r.left, LATENT), torch.zeros_like(r.logps[:, 0])  # (B,)
-        if len(outside):
-            token[outside], logp[outside] = draw(r.h[outside], u[outside], r.state[outside])
-        if leave is not None:
-            word = leave(r.h, token, r.number, r.taken)
-            token = torch.where(inside, word, token)
-            inside = inside & (word == LATENT)
-        token, logp = torch.where(inside, LATENT, token), torch.where(inside, 0.0, logp)
-        x = feed(r.h, token.clamp(min=0))  # (B, D)
-        if len(near):
-            own = r.u[near, 0] * 1e6 % 1  # tells the rows apart, see latent_step; scrambled, since u itself draws the first token
-            z = latent_step(model, r.h[near], latent, own, r.taken[near])  # (n, D)
-            x[near] = torch.where(inside[near, None], z, x[near])
-            r.vectors[near, torch.where(inside[near], r.taken[near], r.vectors.shape[1] - 1)] = z
-        # (c) Write it down. The watcher reads the sampled tokens: a tag that ends here opens a block of n latent steps.
-        at = r.age.clamp(max=steps)[:, None]
-        r.slots.scatter_(1, at, token[:, None])
-        r.logps.scatter_(1, at, logp[:, None])
-        state, n = watch.step(r.state, token.clamp(min=0))
-        n = n if tag in (None, "forbidden") else (n > 0) * tag
-        r.left = torch.where(inside, r.left - 1, n if latent != "none" else 0)
-        r.taken, r.state = r.taken + inside, torch.where(inside, r.state, state)
-        # (d) A stop token ends a row (it is its last slot); so does the length limit, inside a block too.
-        stops = r.live & ~inside & torch.isin(token, stop)
-        r.length = torch.where(stops, r.age + 1, r.length)
-        r.live = r.live & ~stops & (r.age + 1 < steps)
-        over = t + 1 == joined + steps  # those that began last are at the limit: no row is left
-        if over:
-            continue
-        # (e) One forward of one slot for all rows.
-        r.h = decode_slot(model, x, r.prompt + r.age, cache)  # (B, D)
-        r.age = r.age + 1
-        cache.filled += 1
-        computed += len(r.left)
-    finish(torch.arange(len(r.live), device=device))
+    rollouts, computed = _decode(model, tokenizer, ids, draws, samples, max(1, rows // samples), (temperature, top_k, top_p),
+                                 latent, tag, start, leave, feed)
     if stats is not None:
-        stats["forwards"] = stats.get("forwards", 0) + computed + sum(len(p) for p in prompts)
+        stats["forwards"] = stats.get("forwards", 0) + computed
     return rollouts
 
 
+@engine.computes
+def _decode(model, tokenizer, prompts, draws, samples, max_prompts, sampling, latent, tag, start, leave, feed):
+    """generate, for token ids and random numbers draws (all rollouts, limit) -> (rollouts, positions computed)."""
+    watch = watcher(model, tokenizer)
+    stop_ids = runs.stop_tokens(model, tokenizer)
+    stop = torch.tensor(stop_ids, device=model.device)
+    limit = draws.shape[1]
+    rollouts = [None] * len(draws)
+
+    def new_rows(numbers, h, prompt_lengths):
+        return _new_rows(model, draws[numbers], numbers, h, prompt_lengths, start, latent)
+
+    def finish(ended):
+        for number, rollout in _recorded(decoder.rows, ended, prompts, samples, stop_ids, tokenizer):
+            rollouts[number] = rollout
+
+    decoder = engine.Decoder(model, prompts, samples, limit, max_prompts, new_rows, watch)
+    while decoder.refill(finish):  # rows that have ended leave, prompts that wait join
+        r = decoder.rows  # one tensor per field, see _new_rows
+        inside = r.latents_left > 0  # (B,) in a block: no token is sampled there
+        drawing, projecting = decoder.who(inside) if leave is None else [decoder.everyone()] * 2
+
+        # (1) Outside a block, sample a token.
+        token = torch.full_like(r.latents_left, LATENT)  # (B,)
+        logprob = torch.zeros_like(r.logprobs[:, 0])  # (B,)
+        if len(drawing):
+            logits = model.lm_head(r.h[drawing])  # (n, V)
+            if tag == "forbidden":  # a control: other tokens keep their odds among each other
+                logits = logits.masked_fill(watch.starts[watch.classes, r.tag_state[drawing, None]], -torch.inf)
+            u = r.u.gather(1, r.n_slots.clamp(max=limit - 1)[:, None])[:, 0]  # (B,) each row's own random number
+            token[drawing], logprob[drawing] = sample(logits, u[drawing], *sampling)
+        if leave is not None:  # another method's rule for where a block ends
+            word = leave(r.h, token, r.number, r.latents_run)
+            token = torch.where(inside, word, token)
+            inside = inside & (word == LATENT)
+        token = torch.where(inside, LATENT, token)
+        logprob = torch.where(inside, 0.0, logprob)
+
+        # (2) The next input: the token's embedding; inside a block z = P(h).
+        embedded = token.clamp(min=0)
+        x = model.get_input_embeddings()(embedded) if feed is None else feed(r.h, embedded)  # (B, D)
+        if len(projecting):
+            place = r.u[projecting, 0] * 1e6 % 1, r.latents_run[projecting]  # see latent_step; scrambled, as u draws a token too
+            z, memory = latent_step(model, r.h[projecting], r.memory[projecting], latent, *place)
+            x[projecting] = torch.where(inside[projecting, None], z, x[projecting])
+            r.memory[projecting] = memory
+
+        # (3) Record slot, log-prob and latent; writes to be ignored go to the scratch column at the end.
+        column = r.n_slots.clamp(max=limit)[:, None]
+        r.slots.scatter_(1, column, token[:, None])
+        r.logprobs.scatter_(1, column, logprob[:, None])
+        if len(projecting):
+            scratch = r.latents.shape[1] - 1
+            r.latents[projecting, torch.where(inside[projecting], r.latents_run[projecting], scratch)] = z
+
+        # (4) A tag that ends with this token opens a block of n latents.
+        tag_state, n = watch.step(r.tag_state, token.clamp(min=0))
+        n = n if tag in (None, "forbidden") else (n > 0) * tag
+        r.latents_left = torch.where(inside, r.latents_left - 1, 0 if latent == "none" else n)
+        r.latents_run = r.latents_run + inside
+        r.tag_state = torch.where(inside, r.tag_state, tag_state)
+        r.memory = torch.where(inside[:, None], r.memory, 0.0)  # a block starts with an empty one
+
+        # (5) A stop token ends a row (it is its last slot); so does the length limit, inside a block too.
+        stops = r.live & ~inside & torch.isin(token, stop)
+        r.length = torch.where(stops, r.n_slots + 1, r.length)
+        r.live = r.live & ~stops & (r.n_slots + 1 < limit)
+
+        # (6) One forward pass, one slot per row.
+        r.h = decoder.forward(x, r.prompt_length + r.n_slots)  # (B, D)
+        r.n_slots = r.n_slots + 1
+    return rollouts, decoder.computed
+
+
+def _new_rows(model, u, numbers, h, prompt_lengths, start, latent):
+    """What is known of rows that begin: a dict of tensors, one entry per row each. Replace them, never write into one (several are
+    the same zeros), but for the record at the end."""
+    limit = u.shape[1]
+    zero = torch.zeros_like(prompt_lengths)  # (B,)
+    return {
+        "number": numbers.to(h.device),  # which rollout a row becomes
+        "u": u.to(h.device),  # (B, limit) its random numbers
+        "h": h,  # (B, D) the output at the last slot
+        "tag_state": zero,  # where the tag's automaton stands
+        "latents_left": zero + start,  # latent steps still to run: > 0 means inside a block
+        "latents_run": zero,  # latent steps run so far
+        "memory": empty_memory(model, len(zero), latent),  # (B, memory_size) of the projector, within a block
+        "n_slots": zero,  # slots so far
+        "prompt_length": prompt_lengths,
+        "live": zero == 0,
+        "length": zero + limit,  # slots at its end: the limit, unless it stops before
+        # The record, with a scratch column at the end.
+        "slots": torch.full((len(zero), limit + 1), LATENT, device=h.device),
+        "logprobs": torch.zeros(len(zero), limit + 1, dtype=torch.promote_types(h.dtype, torch.float32), device=h.device),
+        "latents": h.new_zeros(len(zero), 1, h.shape[1])}  # (B, most latents so far + 1, D), grows as needed
+
+
+def _recorded(r, ended, prompts, samples, stop_ids, tokenizer):
+    """What was recorded of the rows `ended` (n,) -> [(number, Rollout)]."""
+    numbers, lengths, slot_rows = (t[ended].tolist() for t in (r.number, r.length, r.slots))
+    logprobs, latents = (t[ended].cpu() for t in (r.logprobs, r.latents))
+    out = []
+    for i, number in enumerate(numbers):
+        slots = slot_rows[i][: lengths[i]]
+        finished = slots[-1] in stop_ids
+        words = [s for s in slots if s != LATENT]
+        text = tokenizer.decode(words[:-1] if finished else words, clean_up_tokenization_spaces=False)
+        prompt = number // samples
+        rollout = Rollout(prompts[prompt], slots, latents[i, : slots.count(LATENT)].clone(), logprobs[i, : lengths[i]].clone(),
+                          text, finished, prompt)
+        out.append((number, rollout))
+    return out
+
+
 # ============================================================================ scoring (paper Sec. 3.4)
-def _layout(rollouts):
-    """Rollouts, each prompt once: (prompts, owner (B,), order), `order` listing the rollouts by prompt."""
-    number, owner = {}, []
-    for r in rollouts:
-        owner.append(number.setdefault(tuple(r.prompt_ids), len(number)))
-    order = sorted(range(len(rollouts)), key=owner.__getitem__)
-    return [list(p) for p in number], torch.tensor(sorted(owner)), order
+class _Batch:
+    """Rollouts ordered by prompt, each prompt once, slots padded with LATENT on the right."""
+
+    def __init__(self, rollouts, device):
+        number = {}  # prompt -> its number
+        owners = [number.setdefault(tuple(r.prompt_ids), len(number)) for r in rollouts]
+        order = sorted(range(len(rollouts)), key=owners.__getitem__)
+        self.prompts = [list(prompt) for prompt in number]
+        self.owner = torch.tensor(sorted(owners), device=device)  # (B,)
+        self.rows = [rollouts[i] for i in order]
+        self.slots, self.valid, _ = _slot_table(self.rows, device)  # (B, S) each
+        self.back = sorted(range(len(order)), key=order.__getitem__)  # the order in which the rollouts were given
 
 
 def _slot_table(rollouts, device):
     """slots (B, S) padded with LATENT, valid (B, S), scored (B, S): valid and sampled by the policy."""
     S = max(len(r.slots) for r in rollouts)
     slots = torch.tensor([r.slots + [LATENT] * (S - len(r.slots)) for r in rollouts], device=device)
-    valid = torch.arange(S, device=device) < torch.tensor([[len(r.slots)] for r in rollouts], device=device)
+    lengths = torch.tensor([[len(r.slots)] for r in rollouts], device=device)  # (B, 1)
+    valid = torch.arange(S, device=device) < lengths
     return slots, valid, valid & (slots != LATENT)
 
 
-@computes
+@engine.computes
 def states(model, rollouts):
     """The same slots, teacher-forced in one batched forward, latents as given constants (paper Sec. 3.4).
 
     -> (h (B, S, D), slots (B, S), valid (B, S)): h[b, s] is the output that predicts slot s. Gradients reach the base, also
-    through its attention over the latents' keys and values; never the projector.
-    """
-    prompts, owner, order = _layout(rollouts)
-    rows, device = [rollouts[i] for i in order], model.device
-    slots, valid, _ = _slot_table(rows, device)
-    cache, h_prompt, x = prefill(model, prompts, slots.clamp(min=0))  # each prompt once, with its graph: the rows' gradients meet in it
-    cache.assign(owner.to(device))
-    latents = torch.cat([r.latents.detach() for r in rows]).to(device, x.dtype)  # (all latents, D), row by row
-    x = x.masked_scatter(((slots == LATENT) & valid)[..., None], latents)
-    cache.begin(valid)
-    h = forward(model, x, cache.lengths[cache.owner, None] + torch.arange(slots.shape[1], device=device), cache)
-    h = torch.cat([h_prompt[cache.owner, None], h[:, :-1]], 1)  # (B, S, D)
-    back = torch.tensor(sorted(range(len(order)), key=order.__getitem__), device=device)
-    return h[back], slots[back], valid[back]
+    through its attention over the latents' keys and values; never the projector."""
+    batch = _Batch(rollouts, model.device)
+    # Each prompt goes through the model once, with its graph: the gradients of its rows meet in it.
+    prompts, h_prompt, x = engine.prefill(model, batch.prompts, batch.slots.clamp(min=0))
+    cache = engine.ScoringCache(prompts, batch.owner)
+    latents = torch.cat([r.latents.detach() for r in batch.rows]).to(model.device, x.dtype)  # (all latents, D), row by row
+    x = x.masked_scatter(((batch.slots == LATENT) & batch.valid)[..., None], latents)  # (B, S, D)
+    cache.begin(batch.valid)
+    h = engine.forward(model, x, cache.start[:, None] + torch.arange(x.shape[1], device=model.device), cache)
+    h = torch.cat([h_prompt[batch.owner, None], h[:, :-1]], 1)  # (B, S, D): the output at slot s - 1 predicts slot s
+    back = torch.tensor(batch.back, device=model.device)
+    return h[back], batch.slots[back], batch.valid[back]
 
 
-@computes
+@engine.computes
 def logprobs(model, rollouts, temperature=1.0):
     """-> (logp (B, S), scored (B, S)): log-probs of the sampled tokens, 0 where nothing was sampled; gradients as in `states`.
 
-    Use the temperature that the rollouts were sampled with. Differs from the released code: that one has no gradient into
-    the input embeddings.
-    """
+    Use the temperature that the rollouts were sampled with. Ours: gradients reach the input embeddings too; in the released
+    code they do not, for rollouts with a tag."""
     h, slots, valid = states(model, rollouts)
     scored = valid & (slots != LATENT)
     logp = torch.zeros(slots.shape, dtype=torch.promote_types(h.dtype, torch.float32), device=h.device)
-    return logp.masked_scatter(scored, token_logprobs(model, h[scored], slots[scored], temperature).to(logp.dtype)), scored
+    own = engine.token_logprobs(model, h[scored], slots[scored], temperature)  # (M,)
+    return logp.masked_scatter(scored, own.to(logp.dtype)), scored
 
 
 # ============================================================================ the latent roll-out with gradient (Sec. 3.3)
-@computes
+@engine.computes
 def unroll(model, rollouts, latent="projector"):
-    """Runs the latent steps of given slots anew: full back-propagation through all steps of all tags, cached and exact.
+    """Runs the latent steps of given slots again: full back-propagation through all steps of all tags, cached and exact.
+
+    A latent costs one position, not one prefix as in the released code, and gradients run through the cache: nothing is
+    detached. -> (h (B, S, D), latents, a list of (n, D) per row): h[b, s] is the output that predicts slot s. With the base
+    frozen the prompts' part carries no graph. Call under torch.no_grad() to only recompute the latents."""
+    batch = _Batch(rollouts, model.device)
+    plan, column = _plan([r.slots for r in batch.rows])
+    B, S = batch.slots.shape
+    prompts, h_prompt, embedded = engine.prefill(model, batch.prompts, batch.slots.clamp(min=0))
+    cache = engine.ScoringCache(prompts, batch.owner)
+    last = h_prompt[batch.owner]  # (B, D): the output at each row's last slot so far
+    z = last
+    memory = empty_memory(model, B, latent)
+    outputs, made = [last[:, None]], []
+    for piece in plan:
+        starts = torch.tensor(piece.starts, device=model.device)[:, None]  # (B, 1)
+        counts = torch.tensor(piece.counts, device=model.device)[:, None]
+        if piece.is_latent:  # z_{k+1} = P(h_k); for rows that are at their block's last latent, z_n again
+            z, new_memory = latent_step(model, last, memory, latent)
+            memory = torch.where(counts > 0, new_memory, memory)
+            made.append((z, piece.made))
+            x = z[:, None]
+        elif max(piece.counts):  # text; its first slot may be the last latent of the block before
+            index = starts + torch.arange(max(piece.counts), device=model.device)  # (B, n)
+            x = embedded.gather(1, index.clamp(max=S - 1)[..., None].expand(-1, -1, embedded.shape[2]))
+            carried = torch.tensor(piece.carried, device=model.device)[:, None] > 0
+            x = torch.cat([torch.where(carried, z, x[:, 0])[:, None], x[:, 1:]], 1)  # (B, n, D)
+            memory = torch.zeros_like(memory)
+        if max(piece.counts):
+            step = torch.arange(x.shape[1], device=model.device)
+            real = step < counts  # (B, n)
+            cache.begin(real)
+            h = engine.forward(model, x, cache.start[:, None] + starts + step, cache)  # (B, n, D)
+            outputs.append(h)
+            newest = h[torch.arange(B, device=model.device), (real.sum(1) - 1).clamp(min=0)]
+            last = torch.where(counts > 0, newest, last)
+    h = torch.cat(outputs, 1)  # (B, columns, D)
+    h = h.gather(1, column.to(model.device)[..., None].expand(-1, -1, h.shape[2]))  # (B, S, D)
+    latents = []
+    for b in batch.back:
+        own = [z[b] for z, rows in made if rows[b]]
+        latents.append(torch.stack(own) if own else h.new_zeros(0, h.shape[2]))
+    return h[torch.tensor(batch.back, device=model.device)], latents
+
+
+@dataclasses.dataclass
+class _Piece:
+    """Slots that unroll feeds in one forward pass: counts[b] slots of row b from slot starts[b] on; lists with an entry per row."""
+
+    starts: list
+    counts: list
+    is_latent: bool  # one latent per row, made right before; else text
+    carried: list = None  # of text: 1 where its first slot is a latent that was made before
+    made: list = None  # of latents: whether the row keeps what is made here
+
+
+def _plan(rows):
+    """How unroll goes through rows of slots, known before anything is computed -> ([_Piece], column (B, S)).
 
     Rows have their tags at different places, so the batch advances in rounds: every row's text up to its next block in one
-    forward, then the block's latents one position at a time (rows with fewer are padded and masked), but for each block's last:
-    nothing waits for its output, so it goes with the text after it. A latent costs one position, not one prefix as in the
-    released code, and gradients run through the cache: nothing is detached.
-
-    -> (h (B, S, D), latents, a list of (n, D) per row): h[b, s] is the output that predicts slot s. With the base frozen
-    the prompts' part carries no graph. Call under torch.no_grad() to only recompute the latents.
-    """
-    prompts, owner, order = _layout(rollouts)
-    rows, device = [rollouts[i] for i in order], model.device
-    slots, valid, _ = _slot_table(rows, device)
-    B, S = slots.shape
-    cache, h_prompt, embeddings = prefill(model, prompts, slots.clamp(min=0))
-    cache.assign(owner.to(device))
-    base = cache.lengths[cache.owner, None]  # (B, 1)
-    h_last = h_prompt[cache.owner]  # (B, D): the output at each row's last slot so far
-    at = [0] * B  # next slot of each row
-    outputs, where = [h_last[:, None]], torch.zeros(B, S, dtype=torch.long)  # where[b, s]: column of the output for slot s
-    columns, made = 1, []
-
-    def piece(x, starts, counts):
-        """Feeds x (B, n, D): counts[b] slots of row b from slot starts[b]; the rest of the row is padding."""
-        nonlocal h_last, columns
-        n = x.shape[1]
-        steps = torch.arange(n, device=device)
-        real = steps < torch.tensor(counts, device=device)[:, None]  # (B, n)
-        cache.begin(real)
-        h = forward(model, x, base + torch.tensor(starts, device=device)[:, None] + steps, cache)  # (B, n, D)
-        for b, (s, c) in enumerate(zip(starts, counts)):
-            where[b, s + 1 : s + c + 1] = torch.arange(columns, columns + c)[: max(0, S - s - 1)]
-        outputs.append(h)
-        columns += n
-        last = h[torch.arange(B, device=device), (real.sum(1) - 1).clamp(min=0)]
-        h_last = torch.where(real.any(1)[:, None], last, h_last)
-
-    def run(start, row, latents):
-        """How many of a row's slots from `start` on are latents (True), or are not (False)."""
-        return next((i for i in range(start, len(row.slots)) if (row.slots[i] == LATENT) != latents), len(row.slots)) - start
-
-    z, waiting = h_last, [0] * B  # waiting[b] = 1: z[b] is the last latent of the row's block, not fed yet
-    while any(a < len(r.slots) for a, r in zip(at, rows)):
-        # what waits, and the text up to the next block
-        counts = [w + run(a + w, r, False) for a, w, r in zip(at, waiting, rows)]
-        if max(counts):
-            index = torch.tensor(at, device=device)[:, None] + torch.arange(max(counts), device=device)  # (B, n)
-            x = embeddings.gather(1, index.clamp(max=S - 1)[..., None].expand(-1, -1, embeddings.shape[2]))  # (B, n, D)
-            first = torch.where(torch.tensor(waiting, device=device)[:, None] > 0, z, x[:, 0])  # (B, D)
-            piece(torch.cat([first[:, None], x[:, 1:]], 1), at, counts)
-            at = [a + c for a, c in zip(at, counts)]
-        # the block
-        blocks = [run(a, r, True) for a, r in zip(at, rows)]
+    piece, then the block's latents one at a time, but for each block's last: nothing waits for its output, so it is carried
+    into the text after it. column[b, s]: where among all outputs (the prompt's last is number 0) the one for slot s is."""
+    plan = []
+    at = [0] * len(rows)  # the next slot of each row
+    carried = [0] * len(rows)
+    while any(a < len(slots) for a, slots in zip(at, rows)):
+        counts = [c + _run_length(slots, a + c, latents=False) for a, c, slots in zip(at, carried, rows)]
+        plan.append(_Piece(at, counts, False, carried=carried))
+        at = [a + c for a, c in zip(at, counts)]
+        blocks = [_run_length(slots, a, latents=True) for a, slots in zip(at, rows)]
         for k in range(max(blocks)):
-            z = latent_step(model, h_last, latent)  # z_{k+1} = P(h_k), for rows that are through, z_n again
-            inside = [int(k < n - 1) for n in blocks]
-            if k < max(blocks) - 1:
-                made.append((z, inside))
-                piece(z[:, None], at, inside)
-                at = [a + i for a, i in zip(at, inside)]
-        waiting = [int(n > 0) for n in blocks]
-        made.append((z, waiting))
-    h = torch.cat(outputs, 1)  # (B, columns, D)
-    h = h.gather(1, where.to(device)[..., None].expand(-1, -1, h.shape[2]))  # (B, S, D)
-    latents = [[z[b] for z, inside in made if inside[b]] for b in range(B)]
-    latents = [torch.stack(zs) if zs else h.new_zeros(0, h.shape[2]) for zs in latents]
-    back = sorted(range(B), key=order.__getitem__)
-    return h[torch.tensor(back, device=device)], [latents[i] for i in back]
+            fed = [int(k < n - 1) for n in blocks]
+            is_last = k == max(blocks) - 1
+            plan.append(_Piece(at, fed, True, made=[n > 0 for n in blocks] if is_last else fed))
+            at = [a + f for a, f in zip(at, fed)]
+        carried = [int(n > 0) for n in blocks]
+
+    column = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    width = 1
+    for piece in plan:
+        for own, start, count in zip(column, piece.starts, piece.counts):
+            own[start + 1 : start + 1 + count] = torch.arange(width, width + count)[: max(0, len(own) - start - 1)]
+        width += max(piece.counts)
+    return plan, column
+
+
+def _run_length(slots, start, latents):
+    """How many slots from `start` on are latents (True), or are not (False)."""
+    end = start
+    while end < len(slots) and (slots[end] == LATENT) == latents:
+        end += 1
+    return max(0, end - start)
 
 
 @torch.no_grad()
@@ -616,37 +678,59 @@ def projector_loss(model, traces, latent="projector"):
     """Paper Sec. 3.3: cross-entropy on the text after the FIRST tag, later tags, answer and stop token included.
 
     traces: Rollouts whose latents are made here. -> (sum of the losses, number of scored tokens); their quotient over
-    several calls does not depend on how traces are batched. latent="none" scores the same tokens with no latents at all.
-    """
-    start = [r.slots.index(LATENT) if LATENT in r.slots else len(r.slots) for r in traces]
+    several calls does not depend on how traces are batched. latent="none" scores the same tokens with no latents at all."""
+    first = [r.slots.index(LATENT) if LATENT in r.slots else len(r.slots) for r in traces]
     if latent == "none":
         traces = [dataclasses.replace(r, slots=[s for s in r.slots if s != LATENT]) for r in traces]
     h, _ = unroll(model, traces, latent)
     slots, _, scored = _slot_table(traces, model.device)
-    scored &= torch.arange(slots.shape[1], device=model.device) >= torch.tensor(start, device=model.device)[:, None]
-    return -token_logprobs(model, h[scored], slots[scored]).sum(), int(scored.sum())
+    after = torch.arange(slots.shape[1], device=model.device) >= torch.tensor(first, device=model.device)[:, None]
+    scored = scored & after
+    return -engine.token_logprobs(model, h[scored], slots[scored]).sum(), int(scored.sum())
 
 
 # ============================================================================ GRPO (paper Sec. 3.4; DeepSeekMath)
+# An RL rule is one function and its name in RULES: rewards (P, G), sampled tokens (P, G) and the length limit ->
+# (advantages (P, G), divisors (P, G)). The sum over a rollout's tokens is divided by its divisor, see policy_loss.
 def group_advantages(rewards, eps=1e-4):
     """rewards (P, G) -> (r - mean) / (std + eps) within each group, (P, G); 0 where a group's rewards are all equal.
 
-    eps: ours; the released 1e-9 turns rounding noise between equal real-valued rewards into full-size advantages.
-    """
+    eps: ours; the released 1e-9 turns rounding noise between equal real-valued rewards into full-size advantages."""
     mean = rewards.mean(1, keepdim=True)
     std = ((rewards - mean).square().sum(1, keepdim=True) / max(1, rewards.shape[1] - 1)).sqrt()
-    return torch.where(rewards.amax(1, keepdim=True) > rewards.amin(1, keepdim=True), (rewards - mean) / (std + eps), 0.0)
+    differ = rewards.amax(1, keepdim=True) > rewards.amin(1, keepdim=True)
+    return torch.where(differ, (rewards - mean) / (std + eps), 0.0)
 
 
-def policy_loss(logp, old_logp, advantages, scored, n_rollouts, clip=0.2):
+def grpo(rewards, tokens, limit):
+    """The paper's rule: every rollout counts the same, however long it is."""
+    return group_advantages(rewards), tokens.clamp(min=1)
+
+
+def rloo(rewards, tokens, limit):
+    """REINFORCE leave-one-out (arXiv 2402.14740): against the mean of the others; a whole rollout is one action."""
+    others = (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
+    return rewards - others, torch.ones_like(tokens)
+
+
+def dr_grpo(rewards, tokens, limit):
+    """Dr. GRPO (arXiv 2503.20783): no division by the deviation, and by the same length, the limit, for all rollouts."""
+    return rewards - rewards.mean(1, keepdim=True), torch.full_like(tokens, limit)
+
+
+RULES = {"grpo": grpo, "rloo": rloo, "dr-grpo": dr_grpo}
+
+
+def policy_loss(logp, old_logp, advantages, scored, n_rollouts, clip=0.2, divisors=None):
     """DeepSeekMath Eq. 3 without KL: mean over rollouts of the mean over their sampled tokens of the clipped objective.
 
-    logp, old_logp, scored (B, S), advantages (B,). n_rollouts: of the whole update, not of this micro-batch; each
-    rollout is divided by its own token count. Both are known before the first micro-batch, so gradients summed over
-    micro-batches of any size are the same. -> (loss, ratio (B, S), 1 where nothing was sampled).
-    """
+    logp, old_logp, scored (B, S), advantages (B,). divisors (B,): by what a rollout's sum over tokens is divided, by default
+    its own token count. n_rollouts: of the whole update, not of this micro-batch. Both are known before the first
+    micro-batch, so gradients summed over micro-batches of any size are the same (the released code takes the mean over the
+    tokens of each micro-batch). -> (loss, ratio (B, S), 1 where nothing was sampled)."""
     ratio = torch.where(scored, logp - old_logp, 0.0).exp()  # (B, S)
     a = advantages[:, None]
     gain = torch.minimum(ratio * a, ratio.clamp(1 - clip, 1 + clip) * a)  # (B, S)
-    per_rollout = (gain * scored).sum(1) / scored.sum(1).clamp(min=1)  # (B,)
+    divisors = scored.sum(1).clamp(min=1) if divisors is None else divisors
+    per_rollout = (gain * scored).sum(1) / divisors  # (B,)
     return -per_rollout.sum() / n_rollouts, ratio
