@@ -1,4 +1,5 @@
-"""Speed: the same numbers sooner, or in less memory. Nothing in this file changes a result, so a first reading can skip it.
+"""Speed: the same numbers sooner, or in less memory. Nothing in this file changes a result, so a first
+reading can skip it.
 
     forward, prefill, compute     the model on embeddings; each prompt read once; bf16 products from fp32 weights
     PromptCache                   keys and values while the prompts are read
@@ -10,8 +11,8 @@
     checkpoint_layers, offload    less memory for the update
     FewRows                       a few rows times a large matrix, on a CPU
 
-The letters in the shape comments are those of litereason.py; n is a number of columns or of rows, as the comment says.
-"""
+The letters in the shape comments are those of litereason.py; n is a number of columns or of rows, as the
+comment says. """
 import copy
 import functools
 import sys
@@ -29,16 +30,18 @@ LOOK = 4  # while decoding, the host looks at the device once in so many steps
 WAITS = ("cuda",)  # devices where data-dependent shapes force a sync
 
 
-# ============================================================================ the model on embeddings
+# ============================================================ the model on embeddings
 def compute(model):
-    """The context in which the base computes: bf16 matrix products on CUDA from fp32 weights (`model.bf16`; False on a CPU).
+    """The context in which the base computes: bf16 matrix products on CUDA from fp32 weights (`model.bf16`;
+    False on a CPU).
 
     fp32 master weights: an RL step of 5e-7 is far below bf16's spacing and would round away."""
     return torch.autocast(model.device.type, torch.bfloat16, enabled=model.bf16)
 
 
 def computes(function):
-    """Runs function(model, ..) in that context: within one call each weight is cast once, however many forwards there are."""
+    """Runs function(model, ..) in that context: within one call each weight is cast once, however many
+    forwards there are."""
 
     @functools.wraps(function)
     def run(model, *args, **kwargs):
@@ -49,19 +52,24 @@ def computes(function):
 
 
 def forward(model, x, positions, cache):
-    """Embeddings x (rows, S, D) at positions (rows, S) -> states after the final norm (rows, S, D), what the LM head reads."""
-    unread = x.new_empty(1, 1, 1, 1)  # a 4-D mask is passed through as it is; the cache knows who attends to whom
+    """Embeddings x (rows, S, D) at positions (rows, S) -> states after the final norm (rows, S, D), what the
+    LM head reads."""
+    # a 4-D mask is passed through as it is; the cache knows who attends to whom.
+    unread = x.new_empty(1, 1, 1, 1)
     out = model.model(inputs_embeds=x, position_ids=positions, attention_mask=unread, past_key_values=cache, use_cache=True)
     return out.last_hidden_state
 
 
 def prefill(model, prompts, slots=None):
-    """Reads each prompt (a list of token ids) once -> (PromptCache, last states (P, D), embeddings of slots (B, S, D) or None).
+    """Reads each prompt (a list of token ids) once -> (PromptCache, last states (P, D), embeddings of slots
+    (B, S, D) or None).
 
-    slots: None or (B, S) ids, looked up together with the prompts: the gradient of a look-up is as large as the whole table."""
+    slots: None or (B, S) ids, looked up together with the prompts: the gradient of a look-up is as large as
+    the whole table."""
     embed = model.get_input_embeddings()
     lengths = torch.tensor([len(p) for p in prompts], device=model.device)  # (P,)
-    ids = torch.zeros(len(prompts), max(len(p) for p in prompts), dtype=torch.long)  # (P, L), padded on the right
+    # (P, L), padded on the right.
+    ids = torch.zeros(len(prompts), max(len(p) for p in prompts), dtype=torch.long)
     for row, prompt in zip(ids, prompts):
         row[: len(prompt)] = torch.tensor(prompt)
     ids = ids.to(model.device)
@@ -80,7 +88,7 @@ def prefill(model, prompts, slots=None):
     return cache, last, x_slots
 
 
-# ============================================================================ the caches: who attends to whom
+# ============================================================ the caches: who attends to whom
 #                   the prompt, once per group           own slots, per row
 #     row 0  -----> [ p0  p1  p2  p3  pad ]  <-- mask    [ s0  s1  s2 ]      slot i sees all of its prompt
 #     row 1  -----/                                      [ s0  s1  s2 ]      and its own slots 0..i,
@@ -90,14 +98,16 @@ def prefill(model, prompts, slots=None):
 # attention function, which calls `attend`. Positions restart after the prompt, so a group's rows give the same numbers as
 # if each had been run alone on prompt + slots. Each cache has `layers`: per layer the (keys, values) that it adds to.
 class PromptCache:
-    """Keys and values of P prompts while they are read: plain causal attention; padding stands to the right of all it could disturb."""
+    """Keys and values of P prompts while they are read: plain causal attention; padding stands to the right
+    of all it could disturb."""
 
     def __init__(self, n_layers, lengths):
         self.layers = [None] * n_layers  # (keys, values), (P, K, L, d) each
         self.lengths = lengths  # (P,) tokens of each prompt
 
     def update(self, keys, values, layer, *_, **__):
-        """Called by every attention layer with its new keys and values, (rows, K, S, d) each, rotary already applied."""
+        """Called by every attention layer with its new keys and values, (rows, K, S, d) each, rotary already
+        applied."""
         keys = keys.to(values.dtype)  # with bf16 compute the rotary leaves them in fp32
         # Contiguous, as matrix products need them: otherwise every later step would copy the prompt.
         self.layers[layer] = (keys.contiguous(), values.contiguous())
@@ -130,9 +140,11 @@ class Groups:
         self.size = max(sizes)  # G
         self.equal = min(sizes) == self.size
         if not self.equal:
-            rank = torch.cat([torch.arange(size) for size in sizes]).to(owner.device)  # (B,) a row's number in its group
+            # (B,) a row's number in its group.
+            rank = torch.cat([torch.arange(size) for size in sizes]).to(owner.device)
             self.place = owner * self.size + rank  # (B,) where in the padded grid a row stands
-            self.row = torch.zeros(n_prompts * self.size, dtype=torch.long, device=owner.device)  # (P * G,) who stands there
+            # (P * G,) who stands there.
+            self.row = torch.zeros(n_prompts * self.size, dtype=torch.long, device=owner.device)
             self.row[self.place] = torch.arange(len(owner), device=owner.device)
 
     def split(self, t):
@@ -149,9 +161,9 @@ class Groups:
 def attend_shared(q, scale, prompt, own, groups, pad=None, far=None, hide_own=None):
     """Softmax over the keys of the shared prompt and the row's own together: q (B, H, S, d) -> (B, S, H, d).
 
-    prompt: keys and values (P, K, L, d); own: the same per row, (B, K, n, d). What is not seen: pad (P, 1, 1, L) and
-    far (B, 1, 1, S, L) of the prompt, hide_own (B, 1, 1, S, n) of the row's own. All rows of a group meet their one copy
-    of the prompt in a single matrix product per prompt and head, G * R * S rows high."""
+    prompt: keys and values (P, K, L, d); own: the same per row, (B, K, n, d). What is not seen: pad (P, 1, 1,
+    L) and far (B, 1, 1, S, L) of the prompt, hide_own (B, 1, 1, S, n) of the row's own. All rows of a group
+    meet their one copy of the prompt in a single matrix product per prompt and head, G * R * S rows high."""
     B, H, S, d = q.shape
     P, K, L, _ = prompt[0].shape
     n = own[0].shape[2]
@@ -182,7 +194,8 @@ def attend_shared(q, scale, prompt, own, groups, pad=None, far=None, hide_own=No
 
 
 def beyond_window(window, queries, keys, L):
-    """What a sliding-window layer (Gemma 3) no longer sees: (B, 1, 1, S, L) of the prompt, (B, 1, 1, S, n) of the own slots.
+    """What a sliding-window layer (Gemma 3) no longer sees: (B, 1, 1, S, L) of the prompt, (B, 1, 1, S, n) of
+    the own slots.
 
     queries (B, S), keys (B, n): positions, counted from the prompt's first token."""
     queries = queries[:, :, None]
@@ -192,11 +205,15 @@ def beyond_window(window, queries, keys, L):
 
 
 class ScoringCache:
-    """Own slots that are given, fed in one or more pieces (rows padded on the right), on prompts that have been read.
+    """Own slots that are given, fed in one or more pieces (rows padded on the right), on prompts that have
+    been read.
 
-    Tensors keep their graph: nothing is detached or copied in place, so the gradients of a group's rows meet in its prompt."""
+    Tensors keep their graph: nothing is detached or copied in place, so the gradients of a group's rows meet
+    in its prompt."""
 
-    FUSED = 8  # new slots per row above which, on a CPU, rows get copies of their prompt's keys: smaller than the weights they save
+    # New slots per row above which, on a CPU, rows get copies of their prompt's keys: smaller than the
+    # weights they save.
+    FUSED = 8
 
     def __init__(self, prompts, owner):
         """prompts: a PromptCache; owner (B,): which prompt each row belongs to, in order."""
@@ -215,7 +232,8 @@ class ScoringCache:
         B, S = valid.shape
         self.valid = valid if self.valid is None else torch.cat([self.valid, valid], 1)  # (B, n)
         self.bias = {}
-        later = torch.ones(S, S, dtype=torch.bool, device=valid.device).triu(1)  # (S, S) slot j comes after slot i
+        # (S, S) slot j comes after slot i.
+        later = torch.ones(S, S, dtype=torch.bool, device=valid.device).triu(1)
         hidden = ~self.valid[:, None].expand(B, S, self.valid.shape[1]).clone()  # (B, S, n)
         hidden[:, :, -S:] |= later
         self.hidden = hidden[:, None, None]
@@ -240,14 +258,16 @@ class ScoringCache:
 
     def _attend_fused(self, prompt, own, q, scale, window):
         """Fused attention never keeps the weights, which on a CPU is faster than sharing the products."""
-        keys, values = (torch.cat([p.index_select(0, self.owner), o], 2) for p, o in zip(prompt, own))  # (B, K, L + n, d)
+        # (B, K, L + n, d)
+        keys, values = (torch.cat([p.index_select(0, self.owner), o], 2) for p, o in zip(prompt, own))
         if window not in self.bias:
             self.bias[window] = self.joint_bias(q, prompt[0].shape[2], window)
         out = F.scaled_dot_product_attention(q, keys, values, self.bias[window], scale=scale, enable_gqa=True)
         return out.transpose(1, 2)
 
     def joint_bias(self, q, L, window):
-        """0 where a slot sees a key, -inf elsewhere, over the prompt's keys and the row's own: (B, 1, S, L + n)."""
+        """0 where a slot sees a key, -inf elsewhere, over the prompt's keys and the row's own: (B, 1, S, L +
+        n)."""
         B, _, S, _ = q.shape
         pad = torch.zeros(1, 1, 1, L, dtype=torch.bool, device=q.device) if self.pad is None else self.pad[self.owner]
         hide = torch.cat([pad.expand(B, 1, S, L), self.hidden[:, 0]], 3)
@@ -263,8 +283,8 @@ class ScoringCache:
 class DecodingCache:
     """Own slots while decoding: one new slot for every row in each step, written in place.
 
-    All rows write the same column in the same step, also a row that began late, in the place of one that had ended. The
-    columns before it began are hidden from it, and dropped once no row needs them any more.
+    All rows write the same column in the same step, also a row that began late, in the place of one that had
+    ended. The columns before it began are hidden from it, and dropped once no row needs them any more.
 
         column           0    1    2    3    4    5
         row 0          [ s0   s1   s2   s3   s4   s5 ]
@@ -272,7 +292,8 @@ class DecodingCache:
     """
 
     def __init__(self, prompts, owner, room):
-        """prompts: a PromptCache; owner (B,): which prompt each row belongs to, in order; room: columns, slots at most."""
+        """prompts: a PromptCache; owner (B,): which prompt each row belongs to, in order; room: columns,
+        slots at most."""
         self.prompts = prompts.layers
         self.lengths = prompts.lengths  # (P,)
         self.room = room
@@ -292,8 +313,9 @@ class DecodingCache:
         self.groups = Groups(owner, len(self.lengths))
 
     def set_reach(self, rounded):
-        """Before each step: how many columns it looks at. rounded: up to a multiple of 64 and, of many columns, by at most a
-        quarter, so that steps are alike for long and a recorded one serves them all. -> whether that number has changed"""
+        """Before each step: how many columns it looks at. rounded: up to a multiple of 64 and, of many
+        columns, by at most a quarter, so that steps are alike for long and a recorded one serves them all. ->
+        whether that number has changed"""
         needed = self.filled + 1
         block = max(64, 2 ** (needed.bit_length() - 3)) if rounded else 1
         reach = min(self.room, -(-needed // block) * block)
@@ -330,8 +352,9 @@ class DecodingCache:
         return attend_shared(q.to(prompt[1].dtype), scale, prompt, own, self.groups, self.pad, far, hide_own)
 
     def change(self, rows, prompts=None, owner=None):
-        """Between two steps: only `rows` (n,) stay, and the prompts that they need; behind them come new rows, owner (m,) among
-        `prompts`, a PromptCache. Columns that no row needs any more are dropped, and the write position moves left."""
+        """Between two steps: only `rows` (n,) stay, and the prompts that they need; behind them come new
+        rows, owner (m,) among `prompts`, a PromptCache. Columns that no row needs any more are dropped, and
+        the write position moves left."""
         kept, own_owner = self.owner[rows].unique(return_inverse=True)
         dropped = int(self.began[rows].min()) if len(rows) else self.filled
         filled = self.filled - dropped
@@ -346,7 +369,8 @@ class DecodingCache:
         def widened(t):  # (P, K, .., d) -> (P, K, L, d)
             return F.pad(t[:, :, :L], (0, 0, 0, max(0, L - t.shape[2])))
 
-        for i, (old, own) in enumerate(zip(self.prompts, self.layers)):  # layer by layer, so that little is in memory twice
+        # Layer by layer, so that little is in memory twice.
+        for i, (old, own) in enumerate(zip(self.prompts, self.layers)):
             if prompts is not None or len(kept) < len(self.lengths):
                 new = [t[:0] for t in old] if prompts is None else prompts.layers[i]
                 self.prompts[i] = tuple(torch.cat([widened(t[kept]), widened(m)]) for t, m in zip(old, new))
@@ -365,7 +389,8 @@ class DecodingCache:
 
 
 def _attention(module, query, key, value, attention_mask, scaling, **kwargs):
-    """What transformers calls in every layer; with any other cache (its own generate, say) this is plain sdpa."""
+    """What transformers calls in every layer; with any other cache (its own generate, say) this is plain
+    sdpa."""
     if isinstance(key, (PromptCache, ScoringCache, DecodingCache)):  # `update` returned (cache, layer)
         return key.attend(value, query, scaling, kwargs.get("sliding_window")), None
     return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **kwargs)
@@ -375,16 +400,18 @@ AttentionInterface.register("litereason", _attention)
 AttentionMaskInterface.register("litereason", sdpa_mask)
 
 
-# ============================================================================ decoding: who is decoded
+# ============================================================ decoding: who is decoded
 class Decoder:
     """The rows that are being decoded, and the prompts that wait for rows to end.
 
-    `rows` has one tensor per field, (B, ..) each; new_rows(numbers, h, prompt_lengths) -> dict of them makes those of rows
-    that begin. Looking at the device costs a sync, so who has ended is asked once in LOOK steps only; until then an ended
-    row is decoded on, to no effect. A row's numbers do not depend on who is decoded beside it."""
+    `rows` has one tensor per field, (B, ..) each; new_rows(numbers, h, prompt_lengths) -> dict of them makes
+    those of rows that begin. Looking at the device costs a sync, so who has ended is asked once in LOOK steps
+    only; until then an ended row is decoded on, to no effect. A row's numbers do not depend on who is decoded
+    beside it."""
 
     def __init__(self, model, prompts, samples, limit, max_prompts, new_rows, watch):
-        """prompts: lists of token ids, `samples` rows each; limit: slots per row; max_prompts: prompts decoded at once; watch: a TagTable."""
+        """prompts: lists of token ids, `samples` rows each; limit: slots per row; max_prompts: prompts
+        decoded at once; watch: a TagTable."""
         self.model = model
         self.prompts = prompts
         self.samples = samples
@@ -411,8 +438,8 @@ class Decoder:
         return read, owner, self.new_rows(numbers, h[owner], read.lengths[owner])
 
     def refill(self, finish):
-        """Before each step: rows that have ended leave, prompts that wait join. finish(indices of rows that leave) is called before
-        they do. -> False when everything is decoded"""
+        """Before each step: rows that have ended leave, prompts that wait join. finish(indices of rows that
+        leave) is called before they do. -> False when everything is decoded"""
         look = self.step % LOOK == 0 or self.cache.filled == self.limit or self.all_at_limit
         if not look:
             return True
@@ -435,7 +462,8 @@ class Decoder:
         prompts_kept = len(self.cache.owner[live].unique())
         free = min(len(self.prompts) - self.n_begun,
                    self.max_prompts - groups_live,
-                   2 * self.max_prompts - prompts_kept)  # a long row keeps its prompt: at most twice max_prompts are in memory
+                   # a long row keeps its prompt: at most twice max_prompts are in memory.
+                   2 * self.max_prompts - prompts_kept)
         worth_it = free * self.samples >= 0.25 * len(self.rows.live) or not len(live)
         return free if free > 0 and worth_it else 0
 
@@ -460,8 +488,9 @@ class Decoder:
             self.rows.latents = F.pad(self.rows.latents, (0, 0, 0, missing + 8))
 
     def who(self, inside):
-        """-> (rows that sample a token, rows that run the projector), indices. On CUDA choosing them would force a sync: there all rows
-        sample, and the projector runs on those that can be inside a block before the next look."""
+        """-> (rows that sample a token, rows that run the projector), indices. On CUDA choosing them would
+        force a sync: there all rows sample, and the projector runs on those that can be inside a block before
+        the next look."""
         if self.model.device.type in WAITS:
             return self.everyone(), self.may_project
         return (~inside).nonzero()[:, 0], inside.nonzero()[:, 0]
@@ -472,8 +501,9 @@ class Decoder:
     def forward(self, x, positions):
         """One slot for every row: embeddings x (B, D) at positions (B,) -> states (B, D).
 
-        With model.graphs, on CUDA: a step is a thousand short kernels, which Python starts more slowly than the card runs
-        them. They are recorded once and then replayed, until rows change or the columns that a step looks at are full."""
+        With model.graphs, on CUDA: a step is a thousand short kernels, which Python starts more slowly than
+        the card runs them. They are recorded once and then replayed, until rows change or the columns that a
+        step looks at are full."""
         self.step += 1
         self.all_at_limit = self.step == self.last_join + self.limit
         if self.all_at_limit:  # no row is left: no need to run
@@ -505,17 +535,20 @@ class Decoder:
 
 
 def record(step, *inputs):
-    """step(*inputs) as a CUDA graph -> replay(*inputs), for inputs of the same shapes; its result stands in the same memory each time."""
+    """step(*inputs) as a CUDA graph -> replay(*inputs), for inputs of the same shapes; its result stands in
+    the same memory each time."""
     if inputs[0].device.type != "cuda":
         raise RuntimeError("this is no CUDA device")
     device = inputs[0].device
     memory = [t.clone() for t in inputs]
     graph = torch.cuda.CUDAGraph()
     current = torch.cuda.current_stream(device)
-    with torch.cuda.device(device), torch.cuda.stream(current):  # `current` is restored, also if the recording fails
+    # `current` is restored, also if the recording fails.
+    with torch.cuda.device(device), torch.cuda.stream(current):
         aside = torch.cuda.Stream()
         aside.wait_stream(current)
-        with torch.cuda.stream(aside):  # once without recording: what libraries allocate on their first call must not be recorded
+        # Once without recording: what libraries allocate on their first call must not be recorded.
+        with torch.cuda.stream(aside):
             step(*memory)
         current.wait_stream(aside)
         with torch.cuda.graph(graph, stream=aside):
@@ -531,16 +564,18 @@ def record(step, *inputs):
 
 
 class TagTable:
-    """An automaton that reads characters, as a table over token ids: rows of sampled tokens are followed without decoding any text.
+    """An automaton that reads characters, as a table over token ids: rows of sampled tokens are followed
+    without decoding any text.
 
-    The automaton is run over the text of every vocabulary entry once, from every state: a table then turns (state, token)
-    into (next state, n). Tokens that act alike share a class; most send every state back to the start.
-    classes (V,); next_state, fires and starts (classes, states). A few seconds for the real Qwen2 vocabulary, once per tokenizer."""
+    The automaton is run over the text of every vocabulary entry once, from every state: a table then turns
+    (state, token) into (next state, n). Tokens that act alike share a class; most send every state back to
+    the start. classes (V,); next_state, fires and starts (classes, states). A few seconds for the real Qwen2
+    vocabulary, once per tokenizer."""
 
     def __init__(self, read_char, start, alphabet, begun, texts, only_resets, vocab_size, device):
-        """read_char(state, char) -> (state, n): n > 0 where a tag has ended; `alphabet` is every character that it tells apart.
-        begun(state): a tag is so far written that it can be nothing else. only_resets: a pattern of texts that lead to `start`
-        from everywhere. texts: of the vocabulary."""
+        """read_char(state, char) -> (state, n): n > 0 where a tag has ended; `alphabet` is every character
+        that it tells apart. begun(state): a tag is so far written that it can be nothing else. only_resets: a
+        pattern of texts that lead to `start` from everywhere. texts: of the vocabulary."""
         # (1) Every state that some text can reach, as a small integer; 0 is the start.
         other = "\0"  # stands for any character outside the alphabet
         states = {start: 0}
@@ -570,18 +605,21 @@ class TagTable:
                 n = np.where(fire[char][at] > 0, fire[char][at], n)
                 at = move[char][at]
             classes[token] = columns.setdefault((at.tobytes(), n.tobytes()), len(columns))
-        table = np.array([[np.frombuffer(column, dtype=np.int64) for column in pair] for pair in columns])  # (classes, 2, states)
+        # (classes, 2, states)
+        table = np.array([[np.frombuffer(column, dtype=np.int64) for column in pair] for pair in columns])
         self.classes = torch.from_numpy(classes).to(device)
         self.next_state, self.fires = torch.from_numpy(table).to(device).unbind(1)
 
         # (3) Which tokens start a tag, in which states.
         has_begun = torch.tensor([begun(state) for state in queue], device=device)  # (states,)
         self.starts = has_begun[self.next_state] | (self.fires > 0)
-        # (4) States from which a tag may end within LOOK - 1 tokens, so that its latents begin before the next look.
+        # (4) States from which a tag may end within LOOK - 1 tokens, so that its latents begin before the
+        # next look.
         self.soon = (self.fires > 0).any(0)  # (states,)
         for _ in range(LOOK - 2):
             self.soon = self.soon | self.soon[self.next_state].any(0)
-        self.as_lists = classes.tolist(), table[:, 0].tolist(), table[:, 1].tolist()  # for one row, on the host
+        # For one row, on the host.
+        self.as_lists = classes.tolist(), table[:, 0].tolist(), table[:, 1].tolist()
 
     def step(self, state, token):
         """state (B,), sampled token (B,) -> (state (B,), n (B,)): n > 0 where this token ends a tag."""
@@ -589,12 +627,13 @@ class TagTable:
         return self.next_state[kind, state], self.fires[kind, state]
 
 
-# ============================================================================ scoring: logits in chunks, rollouts by a budget
+# ============================================================ scoring: logits in chunks, rollouts by a budget
 class TokenLogprobs(torch.autograd.Function):
-    """log softmax((h W^T + bias) / temperature)[target] of states h (M, D) -> (M,), with its gradient by hand.
+    """log softmax((h W^T + bias) / temperature)[target] of states h (M, D) -> (M,), with its gradient by
+    hand.
 
-    With p = softmax(..), the one-hot e and the incoming g / temperature: d/dh = g (e - p) W and d/dW = (e - p)^T g h.
-    Autograd would make five more (M, V) tensors on the way."""
+    With p = softmax(..), the one-hot e and the incoming g / temperature: d/dh = g (e - p) W and d/dW = (e -
+    p)^T g h. Autograd would make five more (M, V) tensors on the way."""
 
     @staticmethod
     def logits(h, weight, bias, temperature):
@@ -605,7 +644,8 @@ class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, weight, bias, targets, temperature, keep):
         logits = TokenLogprobs.logits(h, weight, bias, temperature)
-        total = torch.cat([part.logsumexp(-1) for part in logits.split(32)])  # (M,); in parts, since it copies what it reads
+        # (M,); in parts, since it copies what it reads.
+        total = torch.cat([part.logsumexp(-1) for part in logits.split(32)])
         ctx.save_for_backward(h, weight, bias, targets, total, logits if keep else None)
         ctx.temperature = temperature
         return logits.gather(-1, targets[:, None])[:, 0] - total
@@ -616,7 +656,8 @@ class TokenLogprobs(torch.autograd.Function):
         h, weight, bias, targets, total, logits = ctx.saved_tensors
         if logits is None:
             logits = TokenLogprobs.logits(h, weight, bias, ctx.temperature)
-        p = logits.sub_(total[:, None]).exp_()  # (M, V), in place: a second backward pass through the same logits is an error
+        # (M, V), in place: a second backward pass through the same logits is an error.
+        p = logits.sub_(total[:, None]).exp_()
         p[torch.arange(len(targets), device=h.device), targets] -= 1  # p - e
         p = p.to(weight.dtype)
         g = -g[:, None] / ctx.temperature  # (M, 1)
@@ -630,11 +671,12 @@ class TokenLogprobs(torch.autograd.Function):
 def token_logprobs(model, h, targets, temperature=1.0, chunk=None):
     """log p(target) for states h (M, D), targets (M,) -> (M,).
 
-    The (chunk, V) logits, by default LOGITS numbers, exist one chunk at a time; in the backward pass they are computed
-    again instead of being kept, unless one chunk is all."""
+    The (chunk, V) logits, by default LOGITS numbers, exist one chunk at a time; in the backward pass they are
+    computed again instead of being kept, unless one chunk is all."""
     head = model.lm_head
     chunk = chunk or max(1, LOGITS // head.out_features)
-    weight = head.weight.to(torch.bfloat16) if model.bf16 else head.weight  # once, for all chunks and both directions
+    # Once, for all chunks and both directions.
+    weight = head.weight.to(torch.bfloat16) if model.bf16 else head.weight
     bias = None if head.bias is None else head.bias.to(weight.dtype)
     parts = list(zip(h.split(chunk), targets.split(chunk))) if len(h) else []
     logps = [TokenLogprobs.apply(some, weight, bias, wanted, temperature, len(parts) == 1) for some, wanted in parts]
@@ -642,8 +684,9 @@ def token_logprobs(model, h, targets, temperature=1.0, chunk=None):
 
 
 def pack(rollouts, budget):
-    """Splits rollouts into runs of neighbours -> lists of indices. One forward pass over a run computes at most `budget`
-    positions, each prompt once and padding included (or it is a single rollout). Budgets change memory and time, no result."""
+    """Splits rollouts into runs of neighbours -> lists of indices. One forward pass over a run computes at
+    most `budget` positions, each prompt once and padding included (or it is a single rollout). Budgets change
+    memory and time, no result."""
     parts = [[]]
     prompts, L, S = set(), 0, 0  # of the last part: its prompts, the longest of them, the most slots
     for i, rollout in enumerate(rollouts):
@@ -659,11 +702,13 @@ def pack(rollouts, budget):
     return [part for part in parts if part]
 
 
-# ============================================================================ training: less memory
+# ============================================================ training: less memory
 def checkpoint_layers(model):
-    """From now on a layer's activations are not kept for the backward pass but computed again: far less memory, a third more time.
+    """From now on a layer's activations are not kept for the backward pass but computed again: far less
+    memory, a third more time.
 
-    transformers' own switch turns the cache off; ours hands each layer the cache as it stood, so running it twice is harmless."""
+    transformers' own switch turns the cache off; ours hands each layer the cache as it stood, so running it
+    twice is harmless."""
     for i, layer in enumerate(model.model.layers):
         layer.forward = functools.partial(_recomputed, layer.forward, i)
 
@@ -691,7 +736,8 @@ def _recomputed(layer, i, x, past_key_values=None, **kwargs):
 
 
 def offload(parameters):
-    """bf16 weights and gradients stay on the card; -> what needs fp32, the masters that the optimizer steps on, on the host."""
+    """bf16 weights and gradients stay on the card; -> what needs fp32, the masters that the optimizer steps
+    on, on the host."""
     masters = [p.detach().to("cpu", torch.float32, copy=True).requires_grad_() for p in parameters]
     for p in parameters:
         p.data = p.data.to(torch.bfloat16)
@@ -713,12 +759,12 @@ def weights_from_masters(parameters, masters):
             p.data.copy_(master.data)
 
 
-# ============================================================================ a CPU's matrix products
+# ============================================================ a CPU's matrix products
 class FewRows(torch.nn.Linear):
     """torch.nn.Linear at a decoding step's speed on a CPU.
 
-    Its libraries multiply a few rows by a large matrix at a third of the memory's speed; transposed, two or four rows at a
-    time, they reach it (measured with MKL; one or three rows are padded)."""
+    Its libraries multiply a few rows by a large matrix at a third of the memory's speed; transposed, two or
+    four rows at a time, they reach it (measured with MKL; one or three rows are padded)."""
 
     def forward(self, x):
         n = x.numel() // self.in_features

@@ -28,7 +28,8 @@ import torch
 from tqdm import tqdm
 
 from data import load_task, score, start_task, task_flags
-from litereason import ReasoningProjector, UserError, encode_prompt, generate, load
+from litereason import ReasoningProjector, UserError, generate, load
+from runs import encode_prompt
 from report import (answer_on_page, collect, controls_table, curve, nearest_words, page, readable, table, training, write_chapters)
 from runs import check_arguments, device_flags, is_small, run_script, run_settings, write_json, write_text
 
@@ -128,12 +129,12 @@ def latent_of(name, model, others=(), seed=0):
     if name in ("projector", "zeros", "none"):
         return name
     if name == "warm":
-        warm = ReasoningProjector.warm_start(model, len(model.reasoning_projector))
-        return lambda h, u, k: warm(h)
+        warm = ReasoningProjector.start(model, len(model.reasoning_projector))
+        return lambda h, u, k: warm(h)[0]
     if name == "noise":  # one of 1,024 directions; 617 has no divisor in common with that, so a row's latents all differ
         table = torch.randn(1024, model.config.hidden_size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         table = torch.nn.functional.normalize(table, dim=-1).to(model.device, model.dtype)  # (1024, D)
-        return lambda h, u, k: table[((u * 1024).long() + 617 * k) % 1024].to(h.dtype) * model.reasoning_projector(h).norm(dim=-1, keepdim=True)
+        return lambda h, u, k: table[((u * 1024).long() + 617 * k) % 1024].to(h.dtype) * model.reasoning_projector(h)[0].norm(dim=-1, keepdim=True)
     if not len(others):
         raise UserError(f"--latent {name} takes the latents of other stories, and on those read first the model ran none")
     if name == "mean":

@@ -1,14 +1,15 @@
 """LiteReason (arXiv 2512.02240): everything the paper defines, in one file and in the paper's order.
 
-A policy LM may write <implicit_thought>N</implicit_thought>. The next N positions are then not sampled: the Reasoning
-Projector P maps the last hidden state to the next input embedding, N times, and sampling continues (paper Sec. 3):
+A policy LM may write <implicit_thought>N</implicit_thought>. The next N positions are then not sampled: the
+Reasoning Projector P maps the last hidden state to the next input embedding, N times, and sampling continues
+(paper Sec. 3):
 
     h_0 = LM(context)[-1]                  the state that the LM head reads, at the last token of the closing tag
     z_1 = P(h_0),  z_{k+1} = P(h_k)        h_k = LM(context, z_1 .. z_k)[-1]
     next token ~ softmax(W_head h_N)       z_N is read by the model; the token after the block is predicted there
 
-One representation, one rule. A trajectory is a prompt and a list of SLOTS, each a token id or LATENT, plus the latent
-vectors. The output at slot t is scored iff slot t+1 is a token that the policy sampled:
+One representation, one rule. A trajectory is a prompt and a list of SLOTS, each a token id or LATENT, plus
+the latent vectors. The output at slot t is scored iff slot t+1 is a token that the policy sampled:
 
     slots        a    <..>   3   </..>  LATENT LATENT LATENT   b    .   EOS
     fed as      E[a]  E[..] E[3] E[..]   z_1    z_2    z_3    E[b] E[.]
@@ -19,10 +20,10 @@ Letters in the shape comments:
     P prompts   B rows (rollouts)   G rows of one prompt   L prompt length   S own slots of a row
     D hidden size   V vocabulary   H heads   K key/value heads   R = H / K   d head size   M scored positions
 
-The definition comes first, as slowly as possible; then the tag, the projector, decoding, scoring, the latent roll-out and
-its loss, GRPO. What is called engine.something is there for speed, what is called runs.something reads and writes files:
-neither changes a number, and both can be skipped. Stages 1 and 2 are in train_projector.py, stage 3 is in train_rl.py.
-"""
+The definition comes first, as slowly as possible; then the tag, the projector, decoding, scoring, the latent
+roll-out and its loss, GRPO. What is called engine.something is there for speed, what is called runs.something
+reads and writes files: neither changes a number, and both can be skipped. Stages 1 and 2 are in
+train_projector.py, stage 3 is in train_rl.py. """
 import copy
 import dataclasses
 import re
@@ -39,17 +40,19 @@ CAP = 5  # a tag's N is clamped to this; a checkpoint carries its own (config.li
 PROJECTOR_LAYERS = 3
 
 
-# ============================================================================ the definition
+# ============================================================ the definition
 # One row, no cache, no batch: for every slot the whole prefix goes through the model again. All that follows is held
 # against these two functions (tests/test_decode.py, tests/test_train.py).
 @dataclasses.dataclass
 class Rollout:
-    """One trajectory. Everything later (scoring, masks, loss) is derived from these records, never from token values."""
+    """One trajectory. Everything later (scoring, masks, loss) is derived from these records, never from token
+    values."""
 
     prompt_ids: list  # token ids
     slots: list  # token ids and LATENTs, in order, the stop token included
     latents: torch.Tensor  # (n, D), one per LATENT slot, as fed
-    logprobs: torch.Tensor = None  # (len(slots),), of the sampled tokens under the untruncated distribution; 0 at latents
+    # (len(slots),), of the sampled tokens under the untruncated distribution; 0 at latents.
+    logprobs: torch.Tensor = None
     text: str = ""  # what the policy wrote, without the stop token
     finished: bool = True  # it ended by itself, not by the length limit
     prompt: int = 0  # which of generate's prompts
@@ -70,13 +73,15 @@ class Rollout:
 
 @torch.no_grad()
 def naive_generate(model, tokenizer, prompt_ids, draws, temperature=1.0, top_p=1.0, top_k=0):
-    """Decodes one row (Sec. 3.1) -> Rollout. draws (limit,): a random number in [0, 1) for each slot, and so the length limit."""
+    """Decodes one row (Sec. 3.1) -> Rollout. draws (limit,): a random number in [0, 1) for each slot, and so
+    the length limit."""
     embed = model.get_input_embeddings()
     fed = list(embed(torch.tensor(prompt_ids, device=model.device)))  # the input embeddings so far, (D,) each
     slots, latents, logprobs, written = [], [], [], ""
     latents_left, memory, finished = 0, None, False
     for u in draws:
-        h = model.model(inputs_embeds=torch.stack(fed)[None], use_cache=False).last_hidden_state[:, -1]  # (1, D)
+        # (1, D)
+        h = model.model(inputs_embeds=torch.stack(fed)[None], use_cache=False).last_hidden_state[:, -1]
         if latents_left > 0:  # inside a block: no token is sampled, the next input is z = P(h)
             z, memory = model.reasoning_projector(h, memory)
             slots.append(LATENT)
@@ -95,7 +100,8 @@ def naive_generate(model, tokenizer, prompt_ids, draws, temperature=1.0, top_p=1
         tags_before = parse_tags(written)
         written = tokenizer.decode([s for s in slots if s != LATENT], clean_up_tokenization_spaces=False)
         tags = parse_tags(written, model.config.litereason_max_reasoning_steps)
-        if len(tags) > len(tags_before):  # a tag in the policy's own words has just been closed: N latents follow
+        # a tag in the policy's own words has just been closed: N latents follow.
+        if len(tags) > len(tags_before):
             latents_left = tags[-1][2]
             memory = None
     latents = torch.cat(latents) if latents else embed.weight.new_zeros(0, embed.weight.shape[1])
@@ -103,14 +109,16 @@ def naive_generate(model, tokenizer, prompt_ids, draws, temperature=1.0, top_p=1
 
 
 def naive_score(model, prompt_ids, slots):
-    """Scores given slots (Sec. 3.4), latents made again -> (h (S, D), latents (n, D), log-probs (S,), 0 at latents); differentiable.
+    """Scores given slots (Sec. 3.4), latents made again -> (h (S, D), latents (n, D), log-probs (S,), 0 at
+    latents); differentiable.
 
     h[s] is the state that predicts slot s."""
     embed = model.get_input_embeddings()
     fed = list(embed(torch.tensor(prompt_ids)))  # not embed.weight: Gemma scales its embeddings
     states, latents, logprobs, memory = [], [fed[0].new_zeros(0, len(fed[0]))], [], None
     for slot in slots:
-        h = model.model(inputs_embeds=torch.stack(fed)[None], use_cache=False).last_hidden_state[:, -1]  # (1, D)
+        # (1, D)
+        h = model.model(inputs_embeds=torch.stack(fed)[None], use_cache=False).last_hidden_state[:, -1]
         states.append(h)
         if slot == LATENT:
             z, memory = model.reasoning_projector(h, memory)
@@ -124,7 +132,7 @@ def naive_score(model, prompt_ids, slots):
     return torch.cat(states), torch.cat(latents), torch.stack(logprobs)
 
 
-# ============================================================================ the tag (paper Sec. 3.1)
+# ============================================================ the tag (paper Sec. 3.1)
 # Plain text, no new vocabulary. N is written in ASCII digits, with ASCII spaces around it if the model likes, and is at
 # least 1. Anything else between the tags is ordinary text, and so is a tag opened right inside another. Ours: only tags in
 # the policy's own output fire; the released code runs those of a prompt too, so that a story could drive the model.
@@ -134,18 +142,21 @@ SPACE, DIGITS = " \t\n\r\f\v", "0123456789"
 
 
 def parse_tags(text, cap=CAP):
-    """The valid tags of a text: [(start, end, n)] in characters, n in 1..cap. For text; decoding uses `watcher`."""
+    """The valid tags of a text: [(start, end, n)] in characters, n in 1..cap. For text; decoding uses
+    `watcher`."""
     tags = []
     for match in TAG.finditer(text):
         digits = match.group(2).lstrip("0")
         if digits and not match.group(1):  # N >= 1, and not nested in an open tag
-            n = cap if len(digits) > 9 else min(int(digits), cap)  # int() refuses numbers of thousands of digits
+            # int() refuses numbers of thousands of digits.
+            n = cap if len(digits) > 9 else min(int(digits), cap)
             tags.append((match.start(), match.end(), n))
     return tags
 
 
 def _read_char(state, char, cap):
-    """One step of the automaton that `TAG` describes: (state, char) -> (state, N if a tag has just ended, else 0).
+    """One step of the automaton that `TAG` describes: (state, char) -> (state, N if a tag has just ended,
+    else 0).
 
     States: ("open", j, nested)  j characters of OPEN have been read, inside an open tag or not
             ("number", n, part)  inside the tags; n = -1 for a nested one, part 0/1/2 = before/in/after the digits
@@ -169,7 +180,8 @@ def _read_char(state, char, cap):
             return ("close", a, b + 1), 0
         if b == 1 and char == OPEN[1]:
             return ("open", 2, True), 0
-    return ("open", int(char == "<"), False), 0  # a mismatch; "<" stands only at the start of a tag, so no other fallback
+    # a mismatch; "<" stands only at the start of a tag, so no other fallback.
+    return ("open", int(char == "<"), False), 0
 
 
 def tag_table(tokenizer, cap, vocab_size, device):
@@ -199,7 +211,8 @@ def watcher(model, tokenizer):
 
 
 def insert_latents(model, tokenizer, ids):
-    """Token ids of a finished trace -> slots: after each tag its LATENTs, where decoding would have put them."""
+    """Token ids of a finished trace -> slots: after each tag its LATENTs, where decoding would have put
+    them."""
     classes, next_state, fires = watcher(model, tokenizer).as_lists
     state, slots = 0, []
     for token in ids:
@@ -209,15 +222,15 @@ def insert_latents(model, tokenizer, ids):
     return slots
 
 
-# ============================================================================ the Reasoning Projector (paper Sec. 3.2)
+# ============================================================ the Reasoning Projector (paper Sec. 3.2)
 # A latent step of one's own is a class like these two and its name in PROJECTORS: start(model, layers) makes the module that
 # stage 2 begins with; forward(h, memory) -> (z, memory). `memory` (n, memory_size), in the projector's dtype, goes from
 # latent to latent within a block and is None or zeros at its first one; the paper's projector has none.
 class ReasoningProjector(torch.nn.ModuleList):
     """P(h) = MLP_3(MLP_2(MLP_1(h))): last hidden state (.., D) -> next input embedding (.., D).
 
-    No residual and no norm between the layers; its output is inserted raw as an input embedding. Kept in fp32 whatever
-    the base's dtype (ours: the released code trains it in bf16, where steps of 1e-4 round away)."""
+    No residual and no norm between the layers; its output is inserted raw as an input embedding. Kept in fp32
+    whatever the base's dtype (ours: the released code trains it in bf16, where steps of 1e-4 round away)."""
 
     memory_size = 0
 
@@ -236,7 +249,8 @@ class ReasoningProjector(torch.nn.ModuleList):
 
 
 class PauseToken(torch.nn.Module):
-    """A control in the projector's place: one learned vector (D,), fed at every latent, whatever the state is."""
+    """A control in the projector's place: one learned vector (D,), fed at every latent, whatever the state
+    is."""
 
     memory_size = 0
 
@@ -253,7 +267,8 @@ class PauseToken(torch.nn.Module):
         return self.vector.to(h.dtype).expand_as(h), memory
 
 
-PROJECTORS = {"mlp": ReasoningProjector, "pause": PauseToken}  # a checkpoint names its own in config.litereason_projector
+# a checkpoint names its own in config.litereason_projector.
+PROJECTORS = {"mlp": ReasoningProjector, "pause": PauseToken}
 
 
 def projector_dtype(model):
@@ -261,8 +276,8 @@ def projector_dtype(model):
 
 
 def start_projector(model, name):
-    """Puts the start of another latent step in the projector's place: a name in PROJECTORS, or "random": the present one's layers
-    with random weights (a control)."""
+    """Puts the start of another latent step in the projector's place: a name in PROJECTORS, or "random": the
+    present one's layers with random weights (a control)."""
     if name == "random":
         for module in model.reasoning_projector.modules():
             if hasattr(module, "reset_parameters"):
@@ -286,9 +301,9 @@ def empty_memory(model, rows, latent="projector"):
 def latent_step(model, h, memory, latent="projector", *place):
     """The next input embedding z (n, D) from the last hidden state h (n, D) -> (z, memory (n, memory_size)).
 
-    latent: "projector" (the method), another module to be run in its place, "zeros" (a control), or any function
-    h, *place -> z. While decoding, place is (u, k), each (n,): a number in [0, 1) of the row's own, the same in any batch,
-    and how many latents the row has run before."""
+    latent: "projector" (the method), another module to be run in its place, "zeros" (a control), or any
+    function h, *place -> z. While decoding, place is (u, k), each (n,): a number in [0, 1) of the row's own,
+    the same in any batch, and how many latents the row has run before."""
     if latent == "zeros":
         return torch.zeros_like(h), memory
     if latent == "projector" or isinstance(latent, torch.nn.Module):
@@ -296,15 +311,16 @@ def latent_step(model, h, memory, latent="projector", *place):
     return latent(h, *place), memory
 
 
-# ============================================================================ load and attach
+# ============================================================ load and attach
 def load(name_or_path, device=None, dtype=None):
     """A causal LM with one more submodule, `reasoning_projector`, and its tokenizer.
 
-    name_or_path: "tiny" (shipped), a directory, a hub id, or a short name (Qwen2.5-1.5B -> Qwen/Qwen2.5-1.5B).
-    device: default cuda if there is one, else cpu. dtype: default float32, for weights and compute.
-    A checkpoint without projector weights gets the warm start and the default cap. Files are data: safetensors only, no
-    pickle, no code of the checkpoint's own; a directory is read without a network.
-    Raises UserError, in one line, if there is no such model, it cannot be fetched, or its files do not fit together."""
+    name_or_path: "tiny" (shipped), a directory, a hub id, or a short name (Qwen2.5-1.5B ->
+    Qwen/Qwen2.5-1.5B). device: default cuda if there is one, else cpu. dtype: default float32, for weights
+    and compute. A checkpoint without projector weights gets the warm start and the default cap. Files are
+    data: safetensors only, no pickle, no code of the checkpoint's own; a directory is read without a network.
+    Raises UserError, in one line, if there is no such model, it cannot be fetched, or its files do not fit
+    together."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer, weights = runs.read_checkpoint(name_or_path, dtype or torch.float32)
     model = attach(model.to(device), weights)
@@ -315,7 +331,8 @@ def load(name_or_path, device=None, dtype=None):
 
 
 def attach(model, weights=None):
-    """Adds the projector (from `weights`, else its start), its config entries and our attention to a causal LM."""
+    """Adds the projector (from `weights`, else its start), its config entries and our attention to a causal
+    LM."""
     cap, layers = runs.check_model(model)
     cap = cap or CAP
     layers = layers or PROJECTOR_LAYERS
@@ -340,16 +357,19 @@ def attach(model, weights=None):
     model.bf16 = model.device.type == "cuda" and model.dtype == torch.float32  # see engine.compute
     model.graphs = False  # see engine.Decoder
     engine.use_few_rows(model)
-    model.set_attn_implementation("litereason")  # see the caches in engine.py; anything else still goes through sdpa
+    # See the caches in engine.py; anything else still goes through sdpa.
+    model.set_attn_implementation("litereason")
     return model.eval()  # no dropout anywhere: sampling and scoring must see the same network
 
 
-# ============================================================================ the mixed decoding loop (paper Sec. 3.1)
+# ============================================================ the mixed decoding loop (paper Sec. 3.1)
 def sample(logits, u, temperature, top_k, top_p):
-    """One token per row by inverting the cumulative distribution at u: a row's draw does not depend on the other rows.
+    """One token per row by inverting the cumulative distribution at u: a row's draw does not depend on the
+    other rows.
 
-    logits (B, V), u (B,) uniform in [0, 1) -> tokens (B,), log-probs (B,) under softmax(logits / temperature). top-k and
-    top-p cut the distribution that is drawn from, not the log-prob: train with them off, or the two differ."""
+    logits (B, V), u (B,) uniform in [0, 1) -> tokens (B,), log-probs (B,) under softmax(logits /
+    temperature). top-k and top-p cut the distribution that is drawn from, not the log-prob: train with them
+    off, or the two differ."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (B, V)
     logp = (logits if temperature in (0, 1) else logits / temperature).log_softmax(-1)
     if temperature == 0:
@@ -373,24 +393,25 @@ def sample(logits, u, temperature, top_k, top_p):
 @torch.no_grad()
 def generate(model, tokenizer, prompts, samples=1, max_new_tokens=256, temperature=1.0, top_p=1.0, top_k=0,
              latent="projector", generator=None, rows=512, stats=None, tag=None, start=0, leave=None, feed=None):
-    """The mixed decoding loop: every row either samples a token or runs a latent step, all in one batch -> [Rollout].
+    """The mixed decoding loop: every row either samples a token or runs a latent step, all in one batch ->
+    [Rollout].
 
-    prompts: texts or lists of token ids. samples: rollouts per prompt; they come back grouped by prompt, in order.
-    max_new_tokens: slots per rollout, latents included. temperature 0 is greedy. Nothing is read from a generation_config
-    but the stop ids. generator: a CPU torch.Generator. latent: see latent_step; "none" leaves tags as plain text.
-    tag: None (a tag runs as many latents as it says), a number K (K latents, whatever it says), or "forbidden" (none can start).
-    rows: most rows decoded at once (but at least one whole group); changes no result. stats: a dict that receives `forwards`,
-    the number of positions computed.
-    What other methods do differently (baselines.py): every row begins with `start` latents; leave(h (n, D), drawn (n,), numbers
-    of the rollouts (n,), latents run (n,)) -> (n,) tokens that end a row's block here, or LATENT: continue (drawn: what the
-    LM head would say); feed(h, token) -> (n, D), fed for a sampled token.
+    prompts: texts or lists of token ids. samples: rollouts per prompt; they come back grouped by prompt, in
+    order. max_new_tokens: slots per rollout, latents included. temperature 0 is greedy. Nothing is read from
+    a generation_config but the stop ids. generator: a CPU torch.Generator. latent: see latent_step; "none"
+    leaves tags as plain text. tag: None (a tag runs as many latents as it says), a number K (K latents,
+    whatever it says), or "forbidden" (none can start). rows: most rows decoded at once (but at least one
+    whole group); changes no result. stats: a dict that receives `forwards`, the number of positions computed.
+    What other methods do differently (baselines.py): every row begins with `start` latents; leave(h (n, D),
+    drawn (n,), numbers of the rollouts (n,), latents run (n,)) -> (n,) tokens that end a row's block here, or
+    LATENT: continue (drawn: what the LM head would say); feed(h, token) -> (n, D), fed for a sampled token.
     Raises UserError for an empty prompt or one that does not fit the model's positions."""
     if samples < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
         raise UserError("generate needs samples and max_new_tokens of 1 or more, temperature and top_k of 0 or more, 0 < top_p <= 1")
     ids = [runs.encode_prompt(model, tokenizer, p) if isinstance(p, str) else list(p) for p in prompts]
     runs.check_lengths(model, ids, max_new_tokens)
-    # One uniform number per row and slot, drawn up front: a rollout's text depends on its seed and its own prompt only,
-    # not on which rows share its batch or when they end.
+    # One uniform number per row and slot, drawn up front: a rollout's text depends on its seed and its own
+    # prompt only, not on which rows share its batch or when they end.
     draws = torch.rand(len(ids) * samples, max_new_tokens, generator=generator, dtype=torch.float64)
     if not ids:
         return []
@@ -403,7 +424,8 @@ def generate(model, tokenizer, prompts, samples=1, max_new_tokens=256, temperatu
 
 @engine.computes
 def _decode(model, tokenizer, prompts, draws, samples, max_prompts, sampling, latent, tag, start, leave, feed):
-    """generate, for token ids and random numbers draws (all rollouts, limit) -> (rollouts, positions computed)."""
+    """generate, for token ids and random numbers draws (all rollouts, limit) -> (rollouts, positions
+    computed)."""
     watch = watcher(model, tokenizer)
     stop_ids = runs.stop_tokens(model, tokenizer)
     stop = torch.tensor(stop_ids, device=model.device)
@@ -430,7 +452,8 @@ def _decode(model, tokenizer, prompts, draws, samples, max_prompts, sampling, la
             logits = model.lm_head(r.h[drawing])  # (n, V)
             if tag == "forbidden":  # a control: other tokens keep their odds among each other
                 logits = logits.masked_fill(watch.starts[watch.classes, r.tag_state[drawing, None]], -torch.inf)
-            u = r.u.gather(1, r.n_slots.clamp(max=limit - 1)[:, None])[:, 0]  # (B,) each row's own random number
+            # (B,) each row's own random number.
+            u = r.u.gather(1, r.n_slots.clamp(max=limit - 1)[:, None])[:, 0]
             token[drawing], logprob[drawing] = sample(logits, u[drawing], *sampling)
         if leave is not None:  # another method's rule for where a block ends
             word = leave(r.h, token, r.number, r.latents_run)
@@ -443,7 +466,8 @@ def _decode(model, tokenizer, prompts, draws, samples, max_prompts, sampling, la
         embedded = token.clamp(min=0)
         x = model.get_input_embeddings()(embedded) if feed is None else feed(r.h, embedded)  # (B, D)
         if len(projecting):
-            place = r.u[projecting, 0] * 1e6 % 1, r.latents_run[projecting]  # see latent_step; scrambled, as u draws a token too
+            # See latent_step; scrambled, as u draws a token too.
+            place = r.u[projecting, 0] * 1e6 % 1, r.latents_run[projecting]
             z, memory = latent_step(model, r.h[projecting], r.memory[projecting], latent, *place)
             x[projecting] = torch.where(inside[projecting, None], z, x[projecting])
             r.memory[projecting] = memory
@@ -476,8 +500,8 @@ def _decode(model, tokenizer, prompts, draws, samples, max_prompts, sampling, la
 
 
 def _new_rows(model, u, numbers, h, prompt_lengths, start, latent):
-    """What is known of rows that begin: a dict of tensors, one entry per row each. Replace them, never write into one (several are
-    the same zeros), but for the record at the end."""
+    """What is known of rows that begin: a dict of tensors, one entry per row each. Replace them, never write
+    into one (several are the same zeros), but for the record at the end."""
     limit = u.shape[1]
     zero = torch.zeros_like(prompt_lengths)  # (B,)
     return {
@@ -515,7 +539,7 @@ def _recorded(r, ended, prompts, samples, stop_ids, tokenizer):
     return out
 
 
-# ============================================================================ scoring (paper Sec. 3.4)
+# ============================================================ scoring (paper Sec. 3.4)
 class _Batch:
     """Rollouts ordered by prompt, each prompt once, slots padded with LATENT on the right."""
 
@@ -527,7 +551,8 @@ class _Batch:
         self.owner = torch.tensor(sorted(owners), device=device)  # (B,)
         self.rows = [rollouts[i] for i in order]
         self.slots, self.valid, _ = _slot_table(self.rows, device)  # (B, S) each
-        self.back = sorted(range(len(order)), key=order.__getitem__)  # the order in which the rollouts were given
+        # The order in which the rollouts were given.
+        self.back = sorted(range(len(order)), key=order.__getitem__)
 
 
 def _slot_table(rollouts, device):
@@ -549,21 +574,24 @@ def states(model, rollouts):
     # Each prompt goes through the model once, with its graph: the gradients of its rows meet in it.
     prompts, h_prompt, x = engine.prefill(model, batch.prompts, batch.slots.clamp(min=0))
     cache = engine.ScoringCache(prompts, batch.owner)
-    latents = torch.cat([r.latents.detach() for r in batch.rows]).to(model.device, x.dtype)  # (all latents, D), row by row
+    # (all latents, D), row by row.
+    latents = torch.cat([r.latents.detach() for r in batch.rows]).to(model.device, x.dtype)
     x = x.masked_scatter(((batch.slots == LATENT) & batch.valid)[..., None], latents)  # (B, S, D)
     cache.begin(batch.valid)
     h = engine.forward(model, x, cache.start[:, None] + torch.arange(x.shape[1], device=model.device), cache)
-    h = torch.cat([h_prompt[batch.owner, None], h[:, :-1]], 1)  # (B, S, D): the output at slot s - 1 predicts slot s
+    # (B, S, D): the output at slot s - 1 predicts slot s.
+    h = torch.cat([h_prompt[batch.owner, None], h[:, :-1]], 1)
     back = torch.tensor(batch.back, device=model.device)
     return h[back], batch.slots[back], batch.valid[back]
 
 
 @engine.computes
 def logprobs(model, rollouts, temperature=1.0):
-    """-> (logp (B, S), scored (B, S)): log-probs of the sampled tokens, 0 where nothing was sampled; gradients as in `states`.
+    """-> (logp (B, S), scored (B, S)): log-probs of the sampled tokens, 0 where nothing was sampled;
+    gradients as in `states`.
 
-    Use the temperature that the rollouts were sampled with. Ours: gradients reach the input embeddings too; in the released
-    code they do not, for rollouts with a tag."""
+    Use the temperature that the rollouts were sampled with. Ours: gradients reach the input embeddings too;
+    in the released code they do not, for rollouts with a tag."""
     h, slots, valid = states(model, rollouts)
     scored = valid & (slots != LATENT)
     logp = torch.zeros(slots.shape, dtype=torch.promote_types(h.dtype, torch.float32), device=h.device)
@@ -571,14 +599,16 @@ def logprobs(model, rollouts, temperature=1.0):
     return logp.masked_scatter(scored, own.to(logp.dtype)), scored
 
 
-# ============================================================================ the latent roll-out with gradient (Sec. 3.3)
+# ============================================================ the latent roll-out with gradient (Sec. 3.3)
 @engine.computes
 def unroll(model, rollouts, latent="projector"):
-    """Runs the latent steps of given slots again: full back-propagation through all steps of all tags, cached and exact.
+    """Runs the latent steps of given slots again: full back-propagation through all steps of all tags, cached
+    and exact.
 
-    A latent costs one position, not one prefix as in the released code, and gradients run through the cache: nothing is
-    detached. -> (h (B, S, D), latents, a list of (n, D) per row): h[b, s] is the output that predicts slot s. With the base
-    frozen the prompts' part carries no graph. Call under torch.no_grad() to only recompute the latents."""
+    A latent costs one position, not one prefix as in the released code, and gradients run through the cache:
+    nothing is detached. -> (h (B, S, D), latents, a list of (n, D) per row): h[b, s] is the output that
+    predicts slot s. With the base frozen the prompts' part carries no graph. Call under torch.no_grad() to
+    only recompute the latents."""
     batch = _Batch(rollouts, model.device)
     plan, column = _plan([r.slots for r in batch.rows])
     B, S = batch.slots.shape
@@ -621,7 +651,8 @@ def unroll(model, rollouts, latent="projector"):
 
 @dataclasses.dataclass
 class _Piece:
-    """Slots that unroll feeds in one forward pass: counts[b] slots of row b from slot starts[b] on; lists with an entry per row."""
+    """Slots that unroll feeds in one forward pass: counts[b] slots of row b from slot starts[b] on; lists
+    with an entry per row."""
 
     starts: list
     counts: list
@@ -633,9 +664,10 @@ class _Piece:
 def _plan(rows):
     """How unroll goes through rows of slots, known before anything is computed -> ([_Piece], column (B, S)).
 
-    Rows have their tags at different places, so the batch advances in rounds: every row's text up to its next block in one
-    piece, then the block's latents one at a time, but for each block's last: nothing waits for its output, so it is carried
-    into the text after it. column[b, s]: where among all outputs (the prompt's last is number 0) the one for slot s is."""
+    Rows have their tags at different places, so the batch advances in rounds: every row's text up to its next
+    block in one piece, then the block's latents one at a time, but for each block's last: nothing waits for
+    its output, so it is carried into the text after it. column[b, s]: where among all outputs (the prompt's
+    last is number 0) the one for slot s is."""
     plan = []
     at = [0] * len(rows)  # the next slot of each row
     carried = [0] * len(rows)
@@ -670,15 +702,18 @@ def _run_length(slots, start, latents):
 
 @torch.no_grad()
 def recompute_latents(model, rollouts):
-    """The rollouts with their latents made by the current weights (the released code does this before every scoring)."""
+    """The rollouts with their latents made by the current weights (the released code does this before every
+    scoring)."""
     return [dataclasses.replace(r, latents=z) for r, z in zip(rollouts, unroll(model, rollouts)[1])]
 
 
 def projector_loss(model, traces, latent="projector"):
-    """Paper Sec. 3.3: cross-entropy on the text after the FIRST tag, later tags, answer and stop token included.
+    """Paper Sec. 3.3: cross-entropy on the text after the FIRST tag, later tags, answer and stop token
+    included.
 
-    traces: Rollouts whose latents are made here. -> (sum of the losses, number of scored tokens); their quotient over
-    several calls does not depend on how traces are batched. latent="none" scores the same tokens with no latents at all."""
+    traces: Rollouts whose latents are made here. -> (sum of the losses, number of scored tokens); their
+    quotient over several calls does not depend on how traces are batched. latent="none" scores the same
+    tokens with no latents at all."""
     first = [r.slots.index(LATENT) if LATENT in r.slots else len(r.slots) for r in traces]
     if latent == "none":
         traces = [dataclasses.replace(r, slots=[s for s in r.slots if s != LATENT]) for r in traces]
@@ -689,13 +724,15 @@ def projector_loss(model, traces, latent="projector"):
     return -engine.token_logprobs(model, h[scored], slots[scored]).sum(), int(scored.sum())
 
 
-# ============================================================================ GRPO (paper Sec. 3.4; DeepSeekMath)
+# ============================================================ GRPO (paper Sec. 3.4; DeepSeekMath)
 # An RL rule is one function and its name in RULES: rewards (P, G), sampled tokens (P, G) and the length limit ->
 # (advantages (P, G), divisors (P, G)). The sum over a rollout's tokens is divided by its divisor, see policy_loss.
 def group_advantages(rewards, eps=1e-4):
-    """rewards (P, G) -> (r - mean) / (std + eps) within each group, (P, G); 0 where a group's rewards are all equal.
+    """rewards (P, G) -> (r - mean) / (std + eps) within each group, (P, G); 0 where a group's rewards are all
+    equal.
 
-    eps: ours; the released 1e-9 turns rounding noise between equal real-valued rewards into full-size advantages."""
+    eps: ours; the released 1e-9 turns rounding noise between equal real-valued rewards into full-size
+    advantages."""
     mean = rewards.mean(1, keepdim=True)
     std = ((rewards - mean).square().sum(1, keepdim=True) / max(1, rewards.shape[1] - 1)).sqrt()
     differ = rewards.amax(1, keepdim=True) > rewards.amin(1, keepdim=True)
@@ -708,13 +745,15 @@ def grpo(rewards, tokens, limit):
 
 
 def rloo(rewards, tokens, limit):
-    """REINFORCE leave-one-out (arXiv 2402.14740): against the mean of the others; a whole rollout is one action."""
+    """REINFORCE leave-one-out (arXiv 2402.14740): against the mean of the others; a whole rollout is one
+    action."""
     others = (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
     return rewards - others, torch.ones_like(tokens)
 
 
 def dr_grpo(rewards, tokens, limit):
-    """Dr. GRPO (arXiv 2503.20783): no division by the deviation, and by the same length, the limit, for all rollouts."""
+    """Dr. GRPO (arXiv 2503.20783): no division by the deviation, and by the same length, the limit, for all
+    rollouts."""
     return rewards - rewards.mean(1, keepdim=True), torch.full_like(tokens, limit)
 
 
@@ -722,12 +761,14 @@ RULES = {"grpo": grpo, "rloo": rloo, "dr-grpo": dr_grpo}
 
 
 def policy_loss(logp, old_logp, advantages, scored, n_rollouts, clip=0.2, divisors=None):
-    """DeepSeekMath Eq. 3 without KL: mean over rollouts of the mean over their sampled tokens of the clipped objective.
+    """DeepSeekMath Eq. 3 without KL: mean over rollouts of the mean over their sampled tokens of the clipped
+    objective.
 
-    logp, old_logp, scored (B, S), advantages (B,). divisors (B,): by what a rollout's sum over tokens is divided, by default
-    its own token count. n_rollouts: of the whole update, not of this micro-batch. Both are known before the first
-    micro-batch, so gradients summed over micro-batches of any size are the same (the released code takes the mean over the
-    tokens of each micro-batch). -> (loss, ratio (B, S), 1 where nothing was sampled)."""
+    logp, old_logp, scored (B, S), advantages (B,). divisors (B,): by what a rollout's sum over tokens is
+    divided, by default its own token count. n_rollouts: of the whole update, not of this micro-batch. Both
+    are known before the first micro-batch, so gradients summed over micro-batches of any size are the same
+    (the released code takes the mean over the tokens of each micro-batch). -> (loss, ratio (B, S), 1 where
+    nothing was sampled)."""
     ratio = torch.where(scored, logp - old_logp, 0.0).exp()  # (B, S)
     a = advantages[:, None]
     gain = torch.minimum(ratio * a, ratio.clamp(1 - clip, 1 + clip) * a)  # (B, S)

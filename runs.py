@@ -1,9 +1,11 @@
-"""A run on disk and on the command line. Nothing in this file is in the paper, so a first reading can skip it.
+"""A run on disk and on the command line. Nothing in this file is in the paper, so a first reading can skip
+it.
 
     UserError, run_script               how a script ends
     read_checkpoint, save               a model's files, from a directory or the hub
     chat_parts, encode_prompt, ..       what a checkpoint's tokenizer makes of a text
     lock, write_state, read_state       a run that is stopped, killed or damaged can be resumed
+    State                               .. of train_rl.py, between two steps
     on_stop, signals_restored           Ctrl-C and SIGTERM
     device_flags, parse_resumable, ..   the command line and config.json
     Phases                              seconds and peak memory of each phase of a step
@@ -12,6 +14,7 @@ Nothing here imports another file of this project.
 """
 import argparse
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import functools
@@ -36,14 +39,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 TINY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "tiny", "base")
 
 
-# ============================================================================ how a script ends
+# ============================================================ how a script ends
 class UserError(Exception):
-    """Something the person at the keyboard can put right; scripts print it in one line and exit with code 2."""
+    """Something the person at the keyboard can put right; scripts print it in one line and exit with code
+    2."""
 
 
 def run_script(main):
-    """Runs a script's main. What the user can put right ends in one line and exit code 2, never in a traceback; Ctrl-C and
-    SIGTERM end in one line and the shell's 130 and 143. A script may raise KeyboardInterrupt(signal, what to say)."""
+    """Runs a script's main. What the user can put right ends in one line and exit code 2, never in a
+    traceback; Ctrl-C and SIGTERM end in one line and the shell's 130 and 143. A script may raise
+    KeyboardInterrupt(signal, what to say)."""
 
     def stop(number, _):
         raise KeyboardInterrupt(number)
@@ -68,23 +73,27 @@ def run_script(main):
         sys.exit(128 + number)
 
 
-# ============================================================================ a model's files
+# ============================================================ a model's files
 def is_small(model):
-    """Whether a model needs the settings of one trained from scratch (and, by default, the tiny world) or the released ones."""
+    """Whether a model needs the settings of one trained from scratch (and, by default, the tiny world) or the
+    released ones."""
     return sum(p.numel() for p in model.parameters()) < 50e6
 
 
 def read_checkpoint(name_or_path, dtype):
-    """-> (causal LM on the CPU, tokenizer, weights of its projector, {} if it has none). For the arguments see litereason.load.
+    """-> (causal LM on the CPU, tokenizer, weights of its projector, {} if it has none). For the arguments
+    see litereason.load.
 
-    Raises UserError, in one line, if there is no such model, it cannot be fetched, or its files do not fit together."""
+    Raises UserError, in one line, if there is no such model, it cannot be fetched, or its files do not fit
+    together."""
     path = _checkpoint_path(name_or_path)
     is_local = os.path.isdir(path)
     # Without a network fail now, not after minutes of retries. No code of the checkpoint's own.
     only = {"local_files_only": is_local or not hub_answers(), "trust_remote_code": False}
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.disable_progress_bar()
-    transformers.logging.set_verbosity_error()  # the projector's keys are "unexpected" to transformers; we read them below
+    # The projector's keys are "unexpected" to transformers; we read them below.
+    transformers.logging.set_verbosity_error()
     try:
         return _read_files(path, dtype, only)
     except Exception as e:  # a damaged file comes out of transformers as nearly any of them
@@ -118,7 +127,8 @@ def _read_files(path, dtype, only):
     tokenizer = _read_tokenizer(path, **only)
     weights = _read_projector(path, local_files_only=only["local_files_only"])
     config = transformers.AutoConfig.from_pretrained(path, **only)
-    config._attn_implementation = "sdpa"  # whatever it says: attention code may be fetched from the hub by name
+    # Whatever it says: attention code may be fetched from the hub by name.
+    config._attn_implementation = "sdpa"
     model, keys = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, use_safetensors=True,
                                                        output_loading_info=True, **only)
     odd = sorted(keys["missing_keys"]) + sorted(k for k in keys["unexpected_keys"] if k.startswith("model.layers."))
@@ -130,8 +140,9 @@ def _read_files(path, dtype, only):
 
 
 def _read_tokenizer(path, **only):
-    """AutoTokenizer, but a Qwen2 checkpoint that says it brings its own tokenizer.json (the tiny world's words) gets that
-    one: transformers 5 would replace it by Qwen's own class, whatever the checkpoint says."""
+    """AutoTokenizer, but a Qwen2 checkpoint that says it brings its own tokenizer.json (the tiny world's
+    words) gets that one: transformers 5 would replace it by Qwen's own class, whatever the checkpoint
+    says."""
     try:
         with open(os.path.join(path, "tokenizer_config.json")) as f:
             own = json.load(f).get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
@@ -161,7 +172,8 @@ def _read_projector(path, local_files_only):
 
 
 def check_model(model):
-    """UserError unless LiteReason works with this causal LM -> (the cap on N, projector layers) where its config.json names them."""
+    """UserError unless LiteReason works with this causal LM -> (the cap on N, projector layers) where its
+    config.json names them."""
     config = model.config
     if not hasattr(getattr(model, "model", None), "layers") or not hasattr(model.model.layers[-1], "mlp"):
         raise UserError(f"{type(model).__name__} is not a plain causal LM (model.layers, each with an mlp); "
@@ -193,7 +205,8 @@ def hub_answers():
 
 
 def save(model, tokenizer, path):
-    """An ordinary checkpoint directory (safetensors); complete or absent, since it is renamed into place at the end."""
+    """An ordinary checkpoint directory (safetensors); complete or absent, since it is renamed into place at
+    the end."""
     path = os.path.abspath(path)
     new = f"{path}.writing-{os.getpid()}"
     old = f"{path}.replaced-{os.getpid()}"
@@ -212,7 +225,7 @@ def save(model, tokenizer, path):
     shutil.rmtree(old, ignore_errors=True)
 
 
-# ============================================================================ what a checkpoint makes of a text
+# ============================================================ what a checkpoint makes of a text
 def stop_ids(model):
     """The ids that end a turn by the checkpoint's two configs, sorted."""
     ids = []
@@ -227,7 +240,8 @@ def stop_tokens(model, tokenizer):
 
 
 def token_texts(tokenizer):
-    """The text of every vocabulary entry as it reads inside a text (leading spaces kept): a list of V strings."""
+    """The text of every vocabulary entry as it reads inside a text (leading spaces kept): a list of V
+    strings."""
     anchor = (tokenizer.encode("a", add_special_tokens=False) or [0])[-1:]
     before = tokenizer.decode(anchor, clean_up_tokenization_spaces=False)
     pairs = [anchor + [i] for i in range(len(tokenizer))]
@@ -236,10 +250,12 @@ def token_texts(tokenizer):
 
 
 def chat_parts(model, tokenizer):
-    """(before, after, end): the text around the user's words, and the id that ends an answer; ("", "", the eos) for a base model.
+    """(before, after, end): the text around the user's words, and the id that ends an answer; ("", "", the
+    eos) for a base model.
 
-    A chat model is one that stops where its template ends a turn. So Qwen2.5-Instruct is one (<|im_end|> is among its stop
-    tokens), and Qwen2.5, a base model that ships the same template but stops at <|endoftext|> only, gets its prompts plain."""
+    A chat model is one that stops where its template ends a turn. So Qwen2.5-Instruct is one (<|im_end|> is
+    among its stop tokens), and Qwen2.5, a base model that ships the same template but stops at <|endoftext|>
+    only, gets its prompts plain."""
     if not getattr(tokenizer, "chat_template", None):
         return "", "", tokenizer.eos_token_id
     user, said = "THE-USERS-WORDS", "THE-ANSWER"
@@ -258,11 +274,12 @@ def chat_parts(model, tokenizer):
 
 
 def encode_prompt(model, tokenizer, text, opening=""):
-    """A prompt as token ids: one user turn and the answer's header for a chat model, the text alone for a base model.
+    """A prompt as token ids: one user turn and the answer's header for a chat model, the text alone for a
+    base model.
 
-    opening: the answer's first words, put into the model's mouth. A story is data: "<|im_end|>" in it becomes the tokens of
-    those ten characters; only the template's own words become special tokens. Apart from that the ids are those of the
-    whole text at once."""
+    opening: the answer's first words, put into the model's mouth. A story is data: "<|im_end|>" in it becomes
+    the tokens of those ten characters; only the template's own words become special tokens. Apart from that
+    the ids are those of the whole text at once."""
     before, after, _ = chat_parts(model, tokenizer)
     if not after:
         return tokenizer.encode(f"{text} {opening}" if opening else text, split_special_tokens=True)
@@ -288,10 +305,11 @@ def check_lengths(model, prompts, max_new_tokens):
                             f"{limit} positions: lower --max-new-tokens, or prepare shorter texts")
 
 
-# ============================================================================ states: a run can be resumed
+# ============================================================ states: a run can be resumed
 def lock(out):
-    """Makes this process the only one that writes into the directory `out`, for as long as it lives: the kernel takes the lock
-    back however the process ends. Keep the file that comes back. What a killed run left half written is removed."""
+    """Makes this process the only one that writes into the directory `out`, for as long as it lives: the
+    kernel takes the lock back however the process ends. Keep the file that comes back. What a killed run left
+    half written is removed."""
     try:
         file = open(os.path.join(out, "lock"), "a")
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -317,9 +335,9 @@ def saved_states(out):
 
 
 def write_state(out, step, tensors, rest, keep=2):
-    """out/state-STEP: named tensors and whatever JSON can say. Complete or absent: written beside, brought to the disk,
-    checksummed, then renamed. After that all but the last `keep` states are deleted, and those of later steps, which were
-    damaged when the run was resumed."""
+    """out/state-STEP: named tensors and whatever JSON can say. Complete or absent: written beside, brought to
+    the disk, checksummed, then renamed. After that all but the last `keep` states are deleted, and those of
+    later steps, which were damaged when the run was resumed."""
     path = os.path.join(os.path.abspath(out), f"state-{step}")
     new = path + ".writing"
     shutil.rmtree(new, ignore_errors=True)
@@ -332,7 +350,8 @@ def write_state(out, step, tensors, rest, keep=2):
             f.write(_checksum(new))
         for name in [*os.listdir(new), "."]:
             _sync(os.path.join(new, name))
-        if os.path.exists(path):  # the same step again, after a resume from an older one: it was a damaged one
+        # The same step again, after a resume from an older one: it was a damaged one.
+        if os.path.exists(path):
             shutil.rmtree(path)
         os.rename(new, path)
         _sync(os.path.dirname(path))
@@ -346,7 +365,8 @@ def write_state(out, step, tensors, rest, keep=2):
 
 
 def read_state(out):
-    """(step, tensors, rest) of the newest whole state in `out`; a damaged one is passed over and named. None if there is none."""
+    """(step, tensors, rest) of the newest whole state in `out`; a damaged one is passed over and named. None
+    if there is none."""
     for step in reversed(saved_states(out)):
         path = os.path.join(out, f"state-{step}")
         try:
@@ -401,10 +421,93 @@ def _sync(path):
         os.close(handle)
 
 
-# ============================================================================ Ctrl-C and SIGTERM
+# ============================================================ the state of an RL run
+@dataclasses.dataclass
+class State:
+    """What goes from one step of train_rl.py to the next, beside weights and moments, and so into a state on
+    the disk. The order of the data and all draws follow from (seed, step): they need no state."""
+
+    step: int  # optimiser steps that are done
+    rollouts: list  # of the present batch, for its further minibatches
+    earned: torch.Tensor  # (B,) their rewards
+    carried: dict  # JSON as it stands
+
+    @classmethod
+    def new(cls, args, rows):
+        """rows: of the final table, so far."""
+        carried = {"rows": rows, "metrics": [], "epoch_rollouts": [], "skipped": 0, "skipped_in_a_row": 0,
+                   "tokens_per_forward": args.tokens_per_forward}
+        return cls(0, [], torch.zeros(0), carried)
+
+    def save(self, out, model, masters, optimizer, in_batch=True):
+        """out/state-STEP, with weights (offloaded: the fp32 masters), AdamW's moments and the projector.
+        in_batch: the batch has minibatches to go, so its rollouts are needed."""
+        tensors = {f"projector {name}": p for name, p in model.reasoning_projector.named_parameters()}
+        tensors |= optimizer_tensors(masters, optimizer)
+        rollouts = self.rollouts if in_batch else []
+        if rollouts:
+            tensors["latents"] = torch.cat([r.latents for r in rollouts])
+            tensors["logprobs"] = torch.cat([r.logprobs for r in rollouts])
+        plain = [[r.prompt_ids, r.slots, r.text, r.finished, r.prompt] for r in rollouts]
+        rest = {"carried": self.carried, "rollouts": plain, "earned": self.earned.tolist()}
+        write_state(out, self.step, tensors, rest)
+
+    @classmethod
+    @torch.no_grad()
+    def restore(cls, step, tensors, rest, model, masters, optimizer, make_rollout):
+        """The way back, into model, masters and optimizer, from what read_state found. make_rollout:
+        litereason.Rollout."""
+        for name, p in model.reasoning_projector.named_parameters():
+            p.copy_(tensors[f"projector {name}"])
+        restore_optimizer(masters, optimizer, tensors)
+        rollouts, latents_read, slots_read = [], 0, 0
+        for prompt_ids, slots, text, finished, prompt in rest["rollouts"]:
+            rollout = make_rollout(prompt_ids, slots, None, None, text, finished, prompt)
+            rollout.latents = tensors["latents"][latents_read : latents_read + rollout.n_latents]
+            rollout.logprobs = tensors["logprobs"][slots_read : slots_read + len(slots)]
+            latents_read += rollout.n_latents
+            slots_read += len(slots)
+            rollouts.append(rollout)
+        return cls(step, rollouts, torch.tensor(rest["earned"]), rest["carried"])
+
+
+def keeper(args, state, model, masters, optimizer, is_saved):
+    """-> keep(), which writes the state unless it is on the disk, and says how to continue. It is called at
+    once: from here on stages 1 and 2 are saved, and their intermediate files are deleted."""
+    kept = state.step if is_saved else None
+
+    def keep():
+        nonlocal kept
+        if kept != state.step:
+            state.save(args.out, model, masters, optimizer, in_batch=state.step % args.minibatches > 0)
+        kept = state.step
+        return f"step {kept} of {args.steps} is saved; go on with: python train_rl.py --resume {args.out}"
+
+    keep()
+    for name in ("stage-2", "first-rows"):
+        shutil.rmtree(os.path.join(args.out, name), ignore_errors=True)
+    if is_saved:
+        args.tokens_per_forward = state.carried["tokens_per_forward"]
+        print(f"resumed from {args.out}/state-{state.step}", flush=True)
+    return keep
+
+
+def open_log(out, lines):
+    """metrics.jsonl, to be written on; resumed: its lines up to the state, none lost, doubled or half
+    written."""
+    path = os.path.join(out, "metrics.jsonl")
+    log = open(path + ".tmp", "w")
+    log.writelines(lines)
+    log.flush()
+    os.replace(path + ".tmp", path)
+    return log
+
+
+# ============================================================ Ctrl-C and SIGTERM
 def on_stop(save):
-    """From now on Ctrl-C and SIGTERM end the run, once, by save() and what that says -> `uninterrupted`, a context manager: inside
-    it a signal is only noted, and obeyed at its end, so that what must not be cut in two is not."""
+    """From now on Ctrl-C and SIGTERM end the run, once, by save() and what that says -> `uninterrupted`, a
+    context manager: inside it a signal is only noted, and obeyed at its end, so that what must not be cut in
+    two is not."""
     caught = []
     held = False
 
@@ -434,7 +537,8 @@ def on_stop(save):
 
 @contextlib.contextmanager
 def signals_restored():
-    """However what is inside ends (or the function that this decorates), Ctrl-C and SIGTERM do afterwards what they did before."""
+    """However what is inside ends (or the function that this decorates), Ctrl-C and SIGTERM do afterwards
+    what they did before."""
     former = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
@@ -443,7 +547,7 @@ def signals_restored():
             signal.signal(number, handler)
 
 
-# ============================================================================ the command line and config.json
+# ============================================================ the command line and config.json
 def device_flags(group):
     """Where a script runs, and how a GPU is used."""
     group.add_argument("--device", default=None, help="cpu or cuda (default: cuda if there is one)")
@@ -453,11 +557,13 @@ def device_flags(group):
 
 
 LEAST = {"n": 1, "seed": 0, "val": 0, "steps": 0, "projector_steps": 0, "overlong_buffer": 0, "show_every": 0, "show": 0,
-         "write": 0, "alone": 0, "top_k": 0, "n_latents": 0}  # of other numbers: 0 if it may be a fraction, else 1
+         # Of other numbers: 0 if it may be a fraction, else 1.
+         "write": 0, "alone": 0, "top_k": 0, "n_latents": 0}
 
 
 def check_arguments(args, n=1):
-    """Bounds that all scripts share; a wrong value ends in one line. n: the least --n. Makes the output directory."""
+    """Bounds that all scripts share; a wrong value ends in one line. n: the least --n. Makes the output
+    directory."""
     least = {**LEAST, "n": n}
     for name, value in vars(args).items():
         bound = least.get(name, 0 if isinstance(value, float) else 1)
@@ -475,8 +581,8 @@ def check_arguments(args, n=1):
 
 
 def parse_resumable(parser, script, free=("device", "graphs")):
-    """The command line of a script; with --resume DIR the settings of the run in DIR, beside which only the flags in `free` may
-    stand."""
+    """The command line of a script; with --resume DIR the settings of the run in DIR, beside which only the
+    flags in `free` may stand."""
     args = parser.parse_args()
     if args.resume is None:
         return args
@@ -485,7 +591,8 @@ def parse_resumable(parser, script, free=("device", "graphs")):
         raise UserError(f"nothing to resume in {args.resume!r}: it has no config.json of {script}")
     settings = {name: value for name, value in settings.items() if name in vars(args)}
     settings.update(out=args.resume, resume=args.resume)
-    args = parser.parse_args(namespace=argparse.Namespace(**settings))  # what is in the namespace already takes no default
+    # What is in the namespace already takes no default.
+    args = parser.parse_args(namespace=argparse.Namespace(**settings))
     changed = [name for name, value in settings.items() if getattr(args, name) != value and name not in free]
     if changed:
         flags = " and ".join(f"--{name}" for name in free)
@@ -495,8 +602,8 @@ def parse_resumable(parser, script, free=("device", "graphs")):
 
 
 def write_settings(args, script):
-    """config.json, which --resume and the other scripts read. --resume may be said from elsewhere, so a directory's name is made
-    absolute."""
+    """config.json, which --resume and the other scripts read. --resume may be said from elsewhere, so a
+    directory's name is made absolute."""
     if os.path.isdir(args.model):
         args.model = os.path.abspath(args.model)
     settings = {name: value for name, value in vars(args).items() if name != "resume"}
@@ -543,9 +650,10 @@ def write_text(path, text):
         raise UserError(f"cannot write {path}: {e.strerror}") from e
 
 
-# ============================================================================ seconds and memory
+# ============================================================ seconds and memory
 class Phases:
-    """Seconds and peak memory in GiB of each phase of a step: `end(name)` closes the phase that began at the last end.
+    """Seconds and peak memory in GiB of each phase of a step: `end(name)` closes the phase that began at the
+    last end.
 
     On CUDA the allocator's peak within the phase, on a CPU the process's so far."""
 

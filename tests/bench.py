@@ -60,7 +60,7 @@ def models(kind, device):
 
 def tags_fire(model, tokenizer, every, n):
     """From now on one token id in `every` ends a tag of n latents: random weights write no tags by themselves. 0: none does."""
-    watch = litereason.TagWatcher(tokenizer, model.config.litereason_max_reasoning_steps, model.config.vocab_size, model.device)
+    watch = litereason.tag_table(tokenizer, model.config.litereason_max_reasoning_steps, model.config.vocab_size, model.device)
     watch.next_state, watch.fires = torch.zeros_like(watch.next_state[:2]), torch.zeros_like(watch.fires[:2])
     watch.classes.zero_()
     if every:
@@ -186,13 +186,13 @@ def make_rows(device):
 
         def decode(parts):
             """With one token of the vocabulary in 24 as a stop token: random weights draw any with about the same odds."""
-            never, litereason.stop_tokens = litereason.stop_tokens, lambda *_: list(range(0, 151_936, 24))
+            never, runs.stop_tokens = runs.stop_tokens, lambda *_: list(range(0, 151_936, 24))
             try:
                 draws = torch.Generator().manual_seed(0)
                 for part in parts:
                     generate(ours, tok, part, 4, 96, rows=16, generator=draws)
             finally:
-                litereason.stop_tokens = never
+                runs.stop_tokens = never
 
         return lambda: decode([prompts]), lambda: decode([prompts[i : i + 4] for i in range(0, 16, 4)])
 
@@ -225,7 +225,7 @@ def main():
     ap.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     ap.add_argument("--json", metavar="FILE", help="write the numbers there")
     args = ap.parse_args()
-    litereason.stop_tokens = lambda *_: [NEVER]
+    runs.stop_tokens = lambda *_: [NEVER]
     machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     print(f"{machine}; torch {torch.__version__}; medians of {args.repeats} pairs\n\n| row | ours, s | theirs, s | ratio | lowest, highest |\n|---|---|---|---|---|")
     result = {"machine": machine, "torch": torch.__version__, "rows": {}, "growth": {}}

@@ -156,7 +156,7 @@ def main():
         sys.exit("bench_gpu.py: error: this machine has no CUDA device that torch can use (--device cpu --small tries the harness)")
     if not args.small and not os.path.exists(os.path.join(args.shape, "config.json")):
         sys.exit(f"bench_gpu.py: error: {args.shape} has no config.json; --shape names a directory that has Qwen2.5-1.5B's, or say --small")
-    litereason.stop_tokens = lambda *_: [NEVER]
+    runs.stop_tokens = lambda *_: [NEVER]
     result = {}
     for name in args.rows:
         what, cap, settings = ROWS[name]

@@ -1,8 +1,9 @@
-"""What the tests share: a small tokenizer, a tiny random Qwen2 in float64, a scripted policy, and the naive reference.
+"""What the tests share: a small tokenizer, a tiny random Qwen2 in float64, and a scripted policy.
 
 Read test_tag.py, test_decode.py, test_train.py, test_data.py in this order: together they say what litereason.py must do.
 Everything here runs on a CPU without a network. Numbers are float64, so "equal" means equal up to rounding, 1e-10.
 """
+import contextlib
 import os
 import sys
 
@@ -17,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qw
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 import litereason
-from litereason import CLOSE, LATENT, OPEN
+from litereason import CLOSE, OPEN, naive_score as naive
 
 torch.set_num_threads(1)
 REAL_TOKENIZER = os.path.join(ROOT, "..", "shared", "qwen2-tokenizer")
@@ -108,6 +109,14 @@ def write(model, tok, prompts, texts, limit=40, samples=1, seed=0, **settings):
 
     generate draws one random number per row and step up front, so the number that `sample` gets tells whose turn it is.
     """
+    with scripted(tok, texts, limit, seed):
+        return litereason.generate(model, tok, prompts, samples=samples, max_new_tokens=limit,
+                                   generator=torch.Generator().manual_seed(seed), **settings)
+
+
+@contextlib.contextmanager
+def scripted(tok, texts, limit, seed=0):
+    """While this lasts `sample` gives row i the tokens of texts[i]; -> the random numbers (rows, limit) that say who a row is."""
     draws = torch.rand(len(texts), limit, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     row_of = {u: row for row, line in enumerate(draws.tolist()) for u in line}
     scripts, after = [iter(tok.encode(t)) for t in texts], tok.encode("x")[0]
@@ -118,8 +127,7 @@ def write(model, tok, prompts, texts, limit=40, samples=1, seed=0, **settings):
 
     original, litereason.sample = litereason.sample, sample
     try:
-        return litereason.generate(model, tok, prompts, samples=samples, max_new_tokens=limit,
-                                   generator=torch.Generator().manual_seed(seed), **settings)
+        yield draws
     finally:
         litereason.sample = original
 
@@ -145,29 +153,9 @@ def rollouts(model, tok):
     return write(model, tok, PROMPTS, TEXTS, LIMIT, samples=2)
 
 
-# ---------------------------------------------------------------- the definition, as slowly and plainly as possible
+# ---------------------------------------------------------------- the projector, spelt out
+# The reference for everything else is the definition that litereason.py opens with: naive_generate, and naive_score (here: naive).
 def project(model, h):
     for mlp in model.reasoning_projector:
         h = mlp.down_proj(mlp.act_fn(mlp.gate_proj(h)) * mlp.up_proj(h))
     return h
-
-
-def naive(model, prompt_ids, slots):
-    """No cache, no batch: the whole prefix is run again for every slot. Differentiable.
-
-    -> (h (S, D), latents (n, D), log-probs (S,), 0 at latents); h[s] is the state that predicts slot s.
-    """
-    embed = model.get_input_embeddings()
-    x = list(embed(torch.tensor(prompt_ids)))  # not embed.weight: Gemma scales
-    hs, latents, logps = [], [torch.zeros(0, len(x[0])).double()], []
-    for slot in slots:
-        h = model.model(inputs_embeds=torch.stack(x)[None], use_cache=False).last_hidden_state[0, -1]
-        hs.append(h)
-        if slot == LATENT:
-            x.append(project(model, h))
-            latents.append(x[-1][None])
-            logps.append(h.new_zeros(()))
-        else:
-            x.append(embed(torch.tensor(slot)))
-            logps.append(model.lm_head(h).log_softmax(-1)[slot])
-    return torch.stack(hs), torch.cat(latents), torch.stack(logps)

@@ -1,14 +1,15 @@
-"""The mixed decoding loop, and the scorer that must agree with it to rounding (method.md, sections 2, 3 and 6).
+"""The mixed decoding loop gives what the definition gives, and the scorer agrees with it to rounding (paper Sec. 3).
 
 The rows that are decoded are in conftest.py (TEXTS): several tags, adjacent tags, tags cut by the limit, early ends.
 """
 import pytest
 import torch
-from conftest import LATENTS, LIMIT, PROMPTS, TAGS, TEXTS, close, naive, tag, write
+from conftest import LATENTS, LIMIT, PROMPTS, TAGS, TEXTS, close, naive, scripted, tag, write
 
+import engine
 import litereason
 from data import improvement, perplexity
-from litereason import LATENT, UserError, generate, insert_latents, logprobs, sample
+from litereason import generate, insert_latents, LATENT, logprobs, naive_generate, sample, UserError
 
 
 def seeded(seed):
@@ -47,6 +48,19 @@ def test_the_latents_and_log_probs_are_those_of_the_naive_definition(model, roll
             _, latents, logps = naive(model, r.prompt_ids, r.slots)
         close(r.latents, latents)
         close(r.logprobs, logps)
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7}, {"top_k": 20, "top_p": 0.8}])
+def test_the_definition_decodes_the_same_rollouts_one_row_and_one_prefix_at_a_time(model, tok, rollouts, settings):
+    """Scripted texts full of tags, then random ones: what a seed decides is the same."""
+    with scripted(tok, TEXTS, LIMIT) as draws:
+        slow = [naive_generate(model, tok, tok.encode(PROMPTS[i // 2]), row) for i, row in enumerate(draws)]
+    for a, b in zip(slow, rollouts, strict=True):
+        same(a, b)
+    draws = torch.rand(len(PROMPTS), 25, generator=seeded(7), dtype=torch.float64)
+    fast = generate(model, tok, PROMPTS, max_new_tokens=25, generator=seeded(7), **settings)
+    for prompt, row, b in zip(PROMPTS, draws, fast, strict=True):
+        same(naive_generate(model, tok, tok.encode(prompt), row, **settings), b)
 
 
 def test_the_latents_matter(model, tok, rollouts):
@@ -175,8 +189,8 @@ def test_nothing_leaks_from_the_generation_config_but_the_stop_ids(model, tok):
 
 # ---------------------------------------------------------------- cost
 def test_the_prompt_of_a_group_is_read_once_and_a_slot_costs_one_position(model, tok, monkeypatch):
-    shapes, forward, stats = [], litereason.forward, {}
-    monkeypatch.setattr(litereason, "forward", lambda m, x, *rest: shapes.append(tuple(x.shape[:2])) or forward(m, x, *rest))
+    shapes, forward, stats = [], engine.forward, {}
+    monkeypatch.setattr(engine, "forward", lambda m, x, *rest: shapes.append(tuple(x.shape[:2])) or forward(m, x, *rest))
     rows = write(model, tok, PROMPTS, TEXTS, LIMIT, samples=2, stats=stats)
     assert shapes[0] == (4, max(len(r.prompt_ids) for r in rows)) and {s for _, s in shapes[1:]} == {1}
     prompts = sum(len(r.prompt_ids) for r in rows[::2])

@@ -1,11 +1,14 @@
-"""Rows that leave, prompts that take their place in the midst of decoding, and steps that are recorded once and played: none of it may
-change a rollout. What a CUDA graph does is played here by a tape: the same operations on the same memory, and no Python between them."""
+"""No rollout changes when rows leave, when waiting prompts take their place, or when steps are recorded once and replayed.
+
+What a CUDA graph does is played here by a tape: the same operations on the same memory, and no Python between them."""
 import pytest
 import torch
 from conftest import LIMIT, close, random_qwen2, tag, with_projector, write
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import engine
 import litereason
+import runs
 from litereason import LATENT, OPEN, generate
 
 # What two rows per prompt write, in characters: early and late ends, whole groups that end together, rows that the limit cuts (60).
@@ -22,12 +25,12 @@ def run(model, tok, rows, lengths=LENGTHS, **settings):
     """-> rollouts, positions of every forward: the first is (prompts, tokens), and every one with more than one column reads prompts."""
     prompts = ["p" * (1 + 5 * i % 11) for i in range(len(lengths))]
     texts = [(f"ab{tag(1 + i % 5)}" + "y" * (n - 13) if n > 16 else "y" * n) + "<eos>" for i, own in enumerate(lengths) for n in own]
-    shapes, forward = [], litereason.forward
-    litereason.forward = lambda m, x, *rest: shapes.append(tuple(x.shape[:2])) or forward(m, x, *rest)
+    shapes, forward = [], engine.forward
+    engine.forward = lambda m, x, *rest: shapes.append(tuple(x.shape[:2])) or forward(m, x, *rest)
     try:
         return write(model, tok, prompts, texts, LIMIT, len(lengths[0]), rows=rows, **settings), shapes
     finally:
-        litereason.forward = forward
+        engine.forward = forward
 
 
 def equal(some, others):
@@ -55,8 +58,8 @@ def test_waiting_prompts_need_fewer_steps_than_one_batch_after_the_other(model, 
 
 
 def test_each_prompt_is_read_once_and_few_are_kept(model, tok, monkeypatch):
-    kept, change = [], litereason.SharedCache.change
-    monkeypatch.setattr(litereason.SharedCache, "change", lambda self, *a: change(self, *a) or kept.append(len(self.lengths)))
+    kept, change = [], engine.DecodingCache.change
+    monkeypatch.setattr(engine.DecodingCache, "change", lambda self, *a: change(self, *a) or kept.append(len(self.lengths)))
     stats, lengths = {}, [(1, 1, 1, 39)] * 30  # of every group one row stays to the limit
     rollouts, shapes = run(model, tok, 12, lengths, stats=stats)
     assert len(kept) > 8 and max(kept) == 6, "prompts in memory: at most twice those of a full batch"
@@ -68,7 +71,7 @@ def test_each_prompt_is_read_once_and_few_are_kept(model, tok, monkeypatch):
 
 def test_the_clock_is_put_back_as_often_as_it_must(model, tok, monkeypatch):
     """Rows that begin three steps apart for ever: the columns in memory (as many as one rollout's slots) have to serve them all."""
-    gone, change = [], litereason.SharedCache.change
+    gone, change = [], engine.DecodingCache.change
 
     def watch(self, *a):
         before = self.filled
@@ -76,7 +79,7 @@ def test_the_clock_is_put_back_as_often_as_it_must(model, tok, monkeypatch):
         gone.append(before - self.filled)
         assert self.filled < self.room and (self.began >= 0).all()
 
-    monkeypatch.setattr(litereason.SharedCache, "change", watch)
+    monkeypatch.setattr(engine.DecodingCache, "change", watch)
     lengths = [(n, n) for n in (39, 3, 39, 7, 39, 11, 39, 15, 39, 19) * 3]
     waited, _ = run(model, tok, 8, lengths)
     assert sum(gone) > 3 * LIMIT and max(gone) < LIMIT
@@ -94,7 +97,7 @@ def test_a_row_that_breaks_does_not_break_the_one_that_takes_its_place(tok, monk
 
 @pytest.mark.parametrize("limit", [1, 2, 5])
 def test_no_step_is_run_for_rows_that_are_all_at_the_limit(model, tok, limit, monkeypatch):
-    monkeypatch.setattr(litereason, "stop_tokens", lambda *_: [-7])
+    monkeypatch.setattr(runs, "stop_tokens", lambda *_: [-7])
     stats, prompts = {}, [[5] * (1 + i) for i in range(6)]
     rollouts = generate(model, tok, prompts, 2, limit, rows=4, stats=stats)
     assert [r.prompt for r in rollouts] == [i for i in range(6) for _ in (0, 1)] and all(len(r.slots) == limit for r in rollouts)
@@ -126,7 +129,7 @@ class Tape(TorchDispatchMode):
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """litereason.record by a tape; -> the list of recordings, each a list of times played."""
+    """engine.record by a tape; -> the list of recordings, each a list of times played."""
     made = []
 
     def record(step, *inputs):
@@ -145,7 +148,7 @@ def recorded(monkeypatch):
 
         return play
 
-    monkeypatch.setattr(litereason, "record", record)
+    monkeypatch.setattr(engine, "record", record)
     return made
 
 
@@ -161,7 +164,7 @@ def test_a_recorded_step_gives_what_the_step_gives(model, tok, rows, recorded):
 
 def test_a_recording_serves_many_columns_and_is_made_anew_when_they_are_full(tok, recorded, monkeypatch):
     model = with_projector(random_qwen2(len(tok) + 3, tok.eos_token_id))
-    monkeypatch.setattr(litereason, "stop_tokens", lambda *_: [-7])
+    monkeypatch.setattr(runs, "stop_tokens", lambda *_: [-7])
     plain, again = [], []
     for model.graphs, some in ((False, plain), (True, again)):
         some += generate(model, tok, ["abc"], samples=2, max_new_tokens=400, generator=torch.Generator().manual_seed(0))
@@ -189,9 +192,9 @@ def test_where_rows_cannot_be_chosen_the_projector_runs_on_those_that_may_be_in_
         token = torch.tensor([max(0, place[x]) for x in u.tolist()])
         return token, logits.log_softmax(-1).gather(-1, token[:, None])[:, 0]
 
-    monkeypatch.setattr(litereason, "WAITS", ("cpu",))
+    monkeypatch.setattr(engine, "WAITS", ("cpu",))
     seen, forward = [], litereason.ReasoningProjector.forward
-    monkeypatch.setattr(litereason.ReasoningProjector, "forward", lambda self, h: seen.append(len(h)) or forward(self, h))
+    monkeypatch.setattr(litereason.ReasoningProjector, "forward", lambda self, h, m: seen.append(len(h)) or forward(self, h, m))
     monkeypatch.setattr(litereason, "sample", sample)
     prompts, stats = [r.prompt_ids for r in plain[::2]], {}
     equal(generate(model, tok, prompts, 2, LIMIT, generator=torch.Generator().manual_seed(0), rows=10, stats=stats), plain)

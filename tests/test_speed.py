@@ -1,9 +1,9 @@
-"""Each fast path against the plain way of the same: values and gradients, in float64."""
+"""Each fast path gives the values and the gradients of the plain way of doing the same, in float64."""
 import pytest
 import torch
 from conftest import close, naive
 
-import litereason
+import engine
 from engine import FewRows
 from litereason import LATENT, Rollout, logprobs, unroll
 
@@ -39,11 +39,11 @@ def test_fused_attention_scores_like_the_shared_products(model, rollouts, choice
     rows = [rollouts[i] for i in choice]
     assert max(len(r.slots) for r in rows) > 8
     fused = logprobs(model, rows)[0]
-    calls, joint = [], litereason.SharedCache.joint_bias
-    monkeypatch.setattr(litereason.SharedCache, "joint_bias", lambda *a: calls.append(1) or joint(*a))
-    monkeypatch.setattr(litereason.SharedCache, "FUSED", 8)
+    calls, joint = [], engine.ScoringCache.joint_bias
+    monkeypatch.setattr(engine.ScoringCache, "joint_bias", lambda *a: calls.append(1) or joint(*a))
+    monkeypatch.setattr(engine.ScoringCache, "FUSED", 8)
     again = logprobs(model, rows)[0]
-    monkeypatch.setattr(litereason.SharedCache, "FUSED", 10**9)
+    monkeypatch.setattr(engine.ScoringCache, "FUSED", 10**9)
     shared = logprobs(model, rows)[0]
     assert calls == [1], "the mask is made once a pass, not once a layer"
     close(fused, again)
@@ -52,7 +52,7 @@ def test_fused_attention_scores_like_the_shared_products(model, rollouts, choice
         close(a, b)
 
 
-# ---------------------------------------------------------------- latents anew: the last one of a block goes with the text after it
+# ---------------------------------------------------------------- latents made again: the last one of a block goes with the text after it
 BLOCKS = [[LATENT] * 2 + [9, 8] + [LATENT], [7, 7] + [LATENT] * 3 + [9], [9, 8, 7], [LATENT] * 4, [9, LATENT, 8, LATENT, 7, LATENT, LATENT]]
 
 
@@ -71,8 +71,8 @@ def test_unroll_is_the_naive_definition_wherever_the_blocks_are(model, choice):
 
 
 def test_unroll_passes_once_for_the_prompt_and_once_per_latent(model, monkeypatch):
-    shapes, forward = [], litereason.forward
-    monkeypatch.setattr(litereason, "forward", lambda m, x, *rest: shapes.append(tuple(x.shape[:2])) or forward(m, x, *rest))
+    shapes, forward = [], engine.forward
+    monkeypatch.setattr(engine, "forward", lambda m, x, *rest: shapes.append(tuple(x.shape[:2])) or forward(m, x, *rest))
     unroll(model, [Rollout([11, 12], [5, 6, LATENT, LATENT, LATENT, 7, 8, LATENT, 9], torch.zeros(0, 32))])
     assert shapes == [(1, 2), (1, 2), (1, 1), (1, 1), (1, 3), (1, 2)]
 
@@ -87,7 +87,7 @@ def test_token_logprobs_have_the_values_and_gradients_of_log_softmax(model, bias
         model.lm_head.bias = torch.nn.Parameter(torch.randn(model.config.vocab_size, dtype=torch.float64))
     h, y = torch.randn(12, 32, dtype=torch.float64, requires_grad=True), torch.randint(0, model.config.vocab_size, (12,))
     inputs, g = [h, *model.lm_head.parameters()], torch.randn(12, dtype=torch.float64)
-    ours = litereason.token_logprobs(model, h, y, temperature, chunk)
+    ours = engine.token_logprobs(model, h, y, temperature, chunk)
     plain = (model.lm_head(h) / temperature).log_softmax(-1)[torch.arange(12), y]
     close(ours, plain)
     for a, b in zip(torch.autograd.grad(ours, inputs, g), torch.autograd.grad(plain, inputs, g), strict=True):
@@ -97,17 +97,17 @@ def test_token_logprobs_have_the_values_and_gradients_of_log_softmax(model, bias
 def test_token_logprobs_computes_no_gradient_that_nobody_wants(model, monkeypatch):
     h, y = torch.randn(12, 32, dtype=torch.float64, requires_grad=True), torch.arange(12)
     model.lm_head.weight.requires_grad_(False)  # stage 2
-    litereason.token_logprobs(model, h, y).sum().backward()
+    engine.token_logprobs(model, h, y).sum().backward()
     assert h.grad is not None and model.lm_head.weight.grad is None
     model.lm_head.weight.requires_grad_(True)
-    litereason.token_logprobs(model, h.detach(), y).sum().backward()
+    engine.token_logprobs(model, h.detach(), y).sum().backward()
     assert model.lm_head.weight.grad is not None
-    assert len(litereason.token_logprobs(model, h[:0], y[:0])) == 0
+    assert len(engine.token_logprobs(model, h[:0], y[:0])) == 0
 
 
 def test_a_second_backward_pass_through_the_same_logits_is_refused_not_wrong(model):
     h, y = torch.randn(12, 32, dtype=torch.float64, requires_grad=True), torch.arange(12)
-    loss = litereason.token_logprobs(model, h, y).sum()
+    loss = engine.token_logprobs(model, h, y).sum()
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()

@@ -1,11 +1,12 @@
-"""What is a tag, and when does decoding notice it? (method.md, section 3)"""
+"""What a tag is, and that decoding notices it exactly when the policy's own text completes one (paper Sec. 3.1)."""
 import random
 
 import pytest
 import torch
 from conftest import tag
 
-from litereason import CAP, CLOSE, LATENT, OPEN, TagWatcher, insert_latents, parse_tags, token_texts
+from litereason import CAP, CLOSE, LATENT, OPEN, insert_latents, parse_tags, tag_table
+from runs import token_texts
 
 
 # ---------------------------------------------------------------- the parser
@@ -91,7 +92,7 @@ def test_the_watcher_fires_where_and_only_where_the_decoded_text_completes_a_tag
     sequences = [random_ids(rng, tok, ids_of, longest) for _ in range(count)]
     expected = [by_decoding(tok, s, cap) for s in sequences]
     assert sum(map(len, expected)) > count / 5  # the sequences do hold tags
-    assert fired(TagWatcher(tok, cap, len(tok) + 3, "cpu"), sequences) == expected
+    assert fired(tag_table(tok, cap, len(tok) + 3, "cpu"), sequences) == expected
 
 
 @pytest.mark.parametrize("text, pieces", [
@@ -115,7 +116,7 @@ def test_a_plain_tag_is_eleven_tokens_of_real_qwen(real_tok):
 
 
 def test_ids_beyond_the_tokenizer_only_reset_the_watcher(tok):
-    watch, ids = TagWatcher(tok, 5, len(tok) + 3, "cpu"), tok.encode(tag(3))
+    watch, ids = tag_table(tok, 5, len(tok) + 3, "cpu"), tok.encode(tag(3))
     assert fired(watch, [ids, ids[:4] + [len(tok) + 2] + ids[4:]]) == [[(len(ids) - 1, 3)], []]
 
 
