@@ -1,6 +1,28 @@
-"""What tasks share: how a task is found and scored, boxed answers, the perplexity reward, reading files."""
+"""What a task is, and what tasks share. To add a task, this page is all that has to be known.
+
+A task is a module: `--task NAME` is data/NAME/__init__.py (and tiny.next_chapter is data/tiny/next_chapter.py) with
+
+    examples(split)                the examples of "train", "val" or "test": a list of dicts, the same at every call;
+                                   ValueError for another split
+    prompt(example, latent)        what the policy reads: text, without a chat template; `latent`: offer the tag in it
+    reward(example, completion)    what a completion (text) earns, a number. Above 0: it is good enough to learn from
+
+and, where it has a use for them,
+
+    ANSWER                         the words that an answer begins with, by default \\boxed{; what stands before the last of
+                                   them is reasoning, where sentences may become tags
+    answer(example)                the right answer, in the form that `reward` reads: the refresh trains on it (paper
+                                   Sec. 3.4), eval.py shows it
+    rewards(examples, completions) the rewards of many at once, for a scorer model that reads in batches
+    report(examples, completions)  {name: number or [low, high]}: what eval.py prints beside the accuracy
+    settings                       a dict that scripts fill in: "reward" (its kind), "scorer" (the frozen model and its
+                                   tokenizer), "seed", "step" (of the training; 0 in evaluation)
+    plan_of, chapter_prompt, scorer  for eval.py --write: see data/next_chapter
+
+Examples that a prepare.py has written are read by `read_split`. The smallest task to copy from is data/tiny/__init__.py.
+"""
 import csv
-import functools
+import hashlib
 import importlib
 import io
 import json
@@ -12,34 +34,52 @@ import torch
 from litereason import Rollout, load, logprobs
 from runs import UserError, base_of, is_small
 
+HERE = os.path.dirname(os.path.abspath(__file__))
+SPLITS = ("train", "val", "test")
+
+# ============================================================================ what prompts and rewards are made of
+# The paper's offer of the tag, for prompts of real tasks. "number" is not a number, so this is no tag.
+OFFER = """You may also think without words. Where a sentence of your reasoning would come next, you can write \
+<implicit_thought>number</implicit_thought> in its place and leave the sentence out. The number goes from 1 to 5: the harder the \
+thought, the higher. This works best in the middle of your reasoning rather than at its beginning or its end.
+
+"""
+
 
 def boxed(text):
     """The content of the last \\boxed{..}, braces balanced, \\text{..} unwrapped; None if there is none or it is cut."""
-    at = text.rfind("\\boxed{")
-    if at < 0:
+    opening = "\\boxed{"
+    start = text.rfind(opening)
+    if start < 0:
         return None
-    depth, start = 0, at + len("\\boxed")
+    start += len(opening)
+    depth = 1
     for i in range(start, len(text)):
         depth += (text[i] == "{") - (text[i] == "}")
         if depth == 0:
-            return re.sub(r"\\(?:text|textbf|mathrm)\{([^{}]*)\}", r"\1", text[start + 1 : i]).strip()
+            return re.sub(r"\\(?:text|textbf|mathrm)\{([^{}]*)\}", r"\1", text[start:i]).strip()
     return None
 
 
 @torch.no_grad()
 def perplexity(model, tokenizer, contexts, continuations, rows=64):
-    """Per-token perplexity of each continuation after its context, both texts -> list of floats. No tag fires here."""
-    out = []
+    """Per-token perplexity of each continuation after its context, both lists of texts -> list of floats.
+
+    They are read as plain text, whatever they contain: no special token, no tag. rows: how many are read at once.
+    UserError if one of them has no token."""
+    no_latents = torch.zeros(0, model.config.hidden_size)
+    perplexities = []
     for i in range(0, len(contexts), rows):
-        pairs = zip(contexts[i : i + rows], continuations[i : i + rows])
-        none = torch.zeros(0, model.config.hidden_size)
-        encode = functools.partial(tokenizer.encode, split_special_tokens=True)  # both are text, whatever they contain
-        batch = [Rollout(encode(c), encode(y, add_special_tokens=False), none) for c, y in pairs]
-        if not all(r.prompt_ids and r.slots for r in batch):
-            raise UserError("a perplexity needs a context and a continuation of at least one token each")
-        logp, scored = logprobs(model, batch)
-        out += torch.exp(-logp.sum(1) / scored.sum(1)).tolist()
-    return out
+        batch = []
+        for context, continuation in zip(contexts[i : i + rows], continuations[i : i + rows]):
+            prompt_ids = tokenizer.encode(context, split_special_tokens=True)
+            slots = tokenizer.encode(continuation, split_special_tokens=True, add_special_tokens=False)
+            if not prompt_ids or not slots:
+                raise UserError("a perplexity needs a context and a continuation of at least one token each")
+            batch.append(Rollout(prompt_ids, slots, no_latents))
+        logp, scored = logprobs(model, batch)  # (B, S) each
+        perplexities += torch.exp(-logp.sum(1) / scored.sum(1)).tolist()
+    return perplexities
 
 
 def improvement(before, after):
@@ -47,68 +87,119 @@ def improvement(before, after):
     return 100.0 * (before - after) / before
 
 
+# ============================================================================ finding a task and scoring with it
 def load_task(name):
-    """The task module data.<name>; a folder under data/ (or a module in it, as in tiny.next_chapter) is a task."""
+    """The task module data.NAME; UserError that lists the tasks if there is none."""
     try:
         task = importlib.import_module(f"data.{name}")
-        assert all(hasattr(task, f) for f in ("examples", "prompt", "reward"))
-        return task
-    except (ImportError, AssertionError) as e:
-        if isinstance(e, ModuleNotFoundError) and e.name not in (f"data.{name}", f"data.{name.split('.')[0]}"):
-            raise
-        here = os.path.dirname(os.path.abspath(__file__))
-        known = [d for d in sorted(os.listdir(here)) if os.path.exists(os.path.join(here, d, "__init__.py"))]
-        raise UserError(f"no task {name!r}; there are {', '.join(known)} (a task is a folder under data/ with examples, "
-                        f"prompt and reward; tiny.next_chapter is the tiny world's second)") from e
+        if all(hasattr(task, function) for function in ("examples", "prompt", "reward")):
+            return task
+    except ImportError as e:
+        of_the_task = (f"data.{name}", f"data.{name.split('.')[0]}")
+        if isinstance(e, ModuleNotFoundError) and e.name not in of_the_task:
+            raise  # the task is there, but not something that it imports
+    known = [d for d in sorted(os.listdir(HERE)) if os.path.exists(os.path.join(HERE, d, "__init__.py"))]
+    raise UserError(f"no task {name!r}; there are {', '.join(known)} (a task is a folder under data/ with examples, "
+                    f"prompt and reward; tiny.next_chapter is the tiny world's second)")
 
 
-def task_flags(g):
-    """The flags of all scripts that say what is to be done."""
-    g.add_argument("--task", default=None, help="a folder under data/, or tiny.next_chapter (default: tiny for a small model, else "
-                   "flawed_fictions)")
-    g.add_argument("--reward", default=None, choices=["contrastive", "vrcli", "thresholded"], help="of next_chapter (default contrastive)")
-    g.add_argument("--scorer", default=None, metavar="NAME", help="the frozen model that reads chapters (default: a copy of the base)")
+def task_flags(group):
+    """Adds the flags that say what is to be done, the same for all scripts, to an argparse group."""
+    group.add_argument("--task", default=None,
+                       help="a folder under data/, or tiny.next_chapter (default: tiny for a small model, else "
+                            "flawed_fictions)")
+    group.add_argument("--reward", default=None, choices=["contrastive", "vrcli", "thresholded"],
+                       help="of next_chapter (default contrastive)")
+    group.add_argument("--scorer", default=None, metavar="NAME",
+                       help="the frozen model that reads chapters (default: a copy of the base)")
 
 
 def start_task(args, model, name):
-    """The task module of args.task, by default the one that fits the model's size; --reward, --scorer and the seed go to a task with
-    `settings`. The scorer is never the policy itself, but a copy of the base that `name` was trained from."""
+    """The task module of args.task, by default the one that fits the model's size (then set in args).
+
+    A task with `settings` is given --reward, the seed and its scorer: never the policy itself, but --scorer or a copy of
+    the base that `name` was trained from. UserError if there is no such task, or it has no use for these flags."""
     args.task = args.task or ("tiny" if is_small(model) else "flawed_fictions")
     task = load_task(args.task)
     if hasattr(task, "settings"):
         reader, tokenizer = load(args.scorer or base_of(name), args.device)
-        task.settings.update(reward=args.reward or task.settings["reward"], seed=args.seed, scorer=(reader.requires_grad_(False), tokenizer))
+        task.settings.update(reward=args.reward or task.settings["reward"], seed=args.seed,
+                             scorer=(reader.requires_grad_(False), tokenizer))
     elif args.reward or args.scorer:
         raise UserError(f"--reward and --scorer are for tasks with a scorer (next_chapter); {args.task} has none")
     return task
 
 
 def score(task, examples, completions, step=0):
-    """Rewards of completions; a task may offer `rewards`, the same for many at once (a scorer model wants batches).
+    """The rewards of completions, each for the example at the same place -> list of floats.
 
-    step: of the training, 0 in evaluation; a task with `settings` may draw something anew at each step."""
+    step: of the training, 0 in evaluation; a task with `settings` may draw something again at each step."""
     if hasattr(task, "settings"):
         task.settings["step"] = step
     if hasattr(task, "rewards"):
         return task.rewards(examples, completions)
-    return [float(task.reward(e, c)) for e, c in zip(examples, completions)]
+    return [float(task.reward(example, completion)) for example, completion in zip(examples, completions)]
 
 
-SPLITS = ("train", "val", "test")
+# ============================================================================ prepared examples, a .jsonl per split
+def folder(task):
+    """Where a task's prepared files are: LITEREASON_DATA/TASK if that is set, else beside the task's code."""
+    return os.path.join(os.environ.get("LITEREASON_DATA") or HERE, task)
 
 
-OFFER = """You may also think without words. Where a sentence of your reasoning would come next, you can write \
-<implicit_thought>number</implicit_thought> in its place and leave the sentence out. The number goes from 1 to 5: the harder the \
-thought, the higher. This works best in the middle of your reasoning rather than at its beginning or its end.
+def read_split(task, split, expected):
+    """The examples of a prepared split, dicts. expected: {field: type}, the fields that all of them must have.
 
-"""  # "number" is not a number, so this is no tag
+    ValueError: there is no such split. UserError: it is not prepared yet, or damaged."""
+    if split not in SPLITS:
+        raise ValueError(f"the {task} task has the splits {', '.join(SPLITS)}, not {split!r}")
+    path = os.path.join(folder(task), f"{split}.jsonl")
+    if not os.path.exists(path):
+        raise UserError(f"{path} is not there yet; make it with: python data/{task}/prepare.py --help")
+    rows = read_rows(path)
+    if not rows:
+        raise UserError(f"{path} is empty: what was prepared was too little for three splits")
+    for where, row in rows:
+        for field, kind in expected.items():
+            value = row.get(field)
+            if not isinstance(value, kind):
+                raise UserError(f"{where}: {field!r} must be a {kind.__name__}, found {type(value).__name__}; "
+                                f"run data/{task}/prepare.py again")
+    return [row for _, row in rows]
 
 
+def write_splits(out, splits):
+    """{split: examples} -> out/SPLIT.jsonl, all complete before the first takes its name. -> sha256 of all, 16 digits.
+
+    UserError if that fails; files that were there before are then unchanged."""
+    digest = hashlib.sha256()
+    paths = []
+    try:
+        os.makedirs(out, exist_ok=True)
+        for split, examples in splits.items():
+            lines = [json.dumps(example, ensure_ascii=False) + "\n" for example in examples]
+            content = "".join(lines).encode("utf-8", "replace")
+            digest.update(content)
+            paths.append(os.path.join(out, f"{split}.jsonl"))
+            with open(paths[-1] + ".tmp", "wb") as file:
+                file.write(content)
+        for path in paths:
+            os.replace(path + ".tmp", path)
+    except OSError as e:
+        for path in paths:
+            if os.path.isfile(path + ".tmp"):
+                os.remove(path + ".tmp")
+        failed = paths[-1] if paths else out
+        raise UserError(f"cannot write {failed}: {e.strerror}; what was there before is unchanged") from e
+    return digest.hexdigest()[:16]
+
+
+# ============================================================================ reading other people's files
 def read_text(path):
     """A UTF-8 file as a str with \\n line ends; UserError naming file and line if it is something else."""
     try:
-        with open(path, "rb") as f:
-            raw = f.read()
+        with open(path, "rb") as file:
+            raw = file.read()
         return raw.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as e:
         line = raw.count(b"\n", 0, e.start) + 1
@@ -119,54 +210,43 @@ def read_text(path):
 
 
 def read_rows(path):
-    """The objects of a .jsonl, .json (a list, or one object per line) or .csv file: [(where, dict)], where as in "a.jsonl:7"."""
+    """The objects of a .jsonl, .json (a list, or one object per line) or .csv file -> [(where, dict)].
+
+    where: for messages, as in "a.jsonl:7". UserError naming it if a line is something else."""
     text = read_text(path)
     if path.endswith(".csv"):
-        csv.field_size_limit(10**8)
-        reader = csv.DictReader(io.StringIO(text))
-        try:
-            return [(f"{path}:{reader.line_num}", row) for row in reader]
-        except csv.Error as e:
-            raise UserError(f"{path}:{reader.line_num}: not CSV ({e})") from e
+        return _csv_rows(path, text)
     if path.endswith(".json"):
         try:
             rows = json.loads(text)
-            if isinstance(rows, list) and all(isinstance(r, dict) for r in rows):
-                return [(f"{path}, row {i + 1}", r) for i, r in enumerate(rows)]
         except ValueError:
-            pass  # hubs call files of one object per line .json too
+            rows = None  # hubs call files of one object per line .json too
+        if isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
+            return [(f"{path}, row {i + 1}", row) for i, row in enumerate(rows)]
+    return _json_lines(path, text)
+
+
+def _csv_rows(path, text):
+    """read_rows of a table whose first line names the columns."""
+    csv.field_size_limit(10**8)
+    reader = csv.DictReader(io.StringIO(text))
+    try:
+        return [(f"{path}:{reader.line_num}", row) for row in reader]
+    except csv.Error as e:
+        raise UserError(f"{path}:{reader.line_num}: not CSV ({e})") from e
+
+
+def _json_lines(path, text):
+    """read_rows of one object per line; empty lines are skipped."""
     rows = []
-    for i, line in enumerate(text.split("\n")):  # not splitlines(): a story may hold U+2028
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as e:
-                raise UserError(f"{path}:{i + 1}: not JSON ({e}); expected one object per line") from e
-            if not isinstance(row, dict):
-                raise UserError(f"{path}:{i + 1}: expected a JSON object, found {type(row).__name__}")
-            rows.append((f"{path}:{i + 1}", row))
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): a story may hold U+2028
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as e:
+            raise UserError(f"{path}:{number}: not JSON ({e}); expected one object per line") from e
+        if not isinstance(row, dict):
+            raise UserError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
+        rows.append((f"{path}:{number}", row))
     return rows
-
-
-def folder(task):
-    """Where a task's prepared files are: LITEREASON_DATA/<task> if that is set, else beside the task's code."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    return os.path.join(os.environ.get("LITEREASON_DATA") or here, task)
-
-
-def read_split(task, split, expected):
-    """Rows of a prepared split. expected: {field: type}. ValueError: no such split; UserError: not prepared, or damaged."""
-    if split not in SPLITS:
-        raise ValueError(f"the {task} task has the splits {', '.join(SPLITS)}, not {split!r}")
-    path = os.path.join(folder(task), f"{split}.jsonl")
-    if not os.path.exists(path):
-        raise UserError(f"{path} is not there yet; make it with: python data/{task}/prepare.py --help")
-    rows = read_rows(path)
-    for where, row in rows:
-        for field, kind in expected.items():
-            if not isinstance(row.get(field), kind):
-                raise UserError(f"{where}: {field!r} must be a {kind.__name__}, found {type(row.get(field)).__name__}; "
-                                f"run data/{task}/prepare.py again")
-    if not rows:
-        raise UserError(f"{path} is empty: what was prepared was too little for three splits")
-    return [row for _, row in rows]

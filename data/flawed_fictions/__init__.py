@@ -11,6 +11,7 @@ from collections import Counter
 
 from data import OFFER, boxed, read_split
 
+
 def examples(split):
     """Stories of train, val or test: [{story, label: bool, cluster, and the benchmark's explanations where it has them}]."""
     return read_split("flawed_fictions", split, {"story": str, "label": bool})
@@ -18,8 +19,8 @@ def examples(split):
 
 def prompt(example, latent):
     """The question and the story as text, without a chat template; with `latent`, the offer of the tag before the story."""
-    return f"""A story has a continuity error if it contradicts itself: something happens, is said, or is the case that cannot be true \
-together with what the story established earlier. Read the story below and decide whether it has such an error.
+    return f"""A story has a continuity error if it contradicts itself: something happens, is said, or is the case that cannot be \
+true together with what the story established earlier. Read the story below and decide whether it has such an error.
 
 Reason step by step. If you find an error, quote the lines that contradict each other between <contradicted_lines> and \
 </contradicted_lines>. Then end with your verdict: \\boxed{{Yes}} if the story has a continuity error, \\boxed{{No}} if it has none.
@@ -28,7 +29,7 @@ Reason step by step. If you find an error, quote the lines that contradict each 
 {example["story"]}
 </story>
 
-Take care, and check your reasoning before you give the verdict in \\boxed{{}}."""  # last and empty: repeating this prompt is no verdict
+Take care, and check your reasoning before you give the verdict in \\boxed{{}}."""  # an empty box: repeating this is no verdict
 
 
 def answer(example):
@@ -39,51 +40,72 @@ def answer(example):
 def verdict(completion):
     """True (Yes), False (No) or None: what the completion's last box says, if it says just one of the two words.
 
-    Quoted lines are the story's words, not the verdict. In the box only type and punctuation are passed over: \\neg Yes is no Yes.
+    Quoted lines are the story's words, not the verdict. In the box only type (\\text{..}) and punctuation are passed over:
+    \\neg Yes is no Yes.
     """
-    own = re.sub(r"<contradicted_lines>.*?</contradicted_lines>", "", completion, flags=re.DOTALL)
-    words = re.sub(r"\\(?:text|math|emph|underline|bf|rm|it|Large|large)[a-z]*(?![a-zA-Z])", " ", boxed(own) or "")  # their braces are punctuation
-    found = re.fullmatch(r"[\s*_`'\"“‘(\[{$.:]*(yes|no)[\s*_`'\"”’)\]}$.,;:!]*", words.lower())
-    return found and found.group(1) == "yes"
+    own_words = re.sub(r"<contradicted_lines>.*?</contradicted_lines>", "", completion, flags=re.DOTALL)
+    content = boxed(own_words) or ""
+    content = re.sub(r"\\(?:text|math|emph|underline|bf|rm|it|Large|large)[a-z]*(?![a-zA-Z])", " ", content)  # braces stay
+    word = re.fullmatch(r"[\s*_`'\"“‘(\[{$.:]*(yes|no)[\s*_`'\"”’)\]}$.,;:!]*", content.lower())
+    return word and word.group(1) == "yes"
 
 
 def reward(example, completion):
-    """1.0 if the last box of the policy's own words holds the right answer, else 0.0 (method.md section 7)."""
+    """1.0 if the last box of the policy's own words holds the right answer, else 0.0 (paper Sec. 4)."""
     return float(verdict(completion) is example["label"])
 
 
-# ---------------------------------------------------------------- what eval may print beside the accuracy
+# ============================================================================ what eval.py prints beside the accuracy
 def words_of(text):
+    """The words of a text in lower case, without punctuation."""
     return re.findall(r"\w+", text.lower())
 
 
 def quotes(completion):
-    """What a completion quotes, as lists of words: lines between <contradicted_lines> tags, and anything in double quotes."""
+    """What a completion quotes, as lists of words: lines between <contradicted_lines> tags, and all in double quotes."""
     lines = []
     for block in re.findall(r"<contradicted_lines>(.*?)(?:</contradicted_lines>|$)", completion, re.DOTALL):
         lines += block.split("\n")
     lines += re.findall(r"[\"“]([^\"“”]+)[\"”]", completion)
-    return [w for w in map(words_of, lines) if w]
+    return [words_of(line) for line in lines if words_of(line)]
+
+
+def dice(a, b):
+    """How alike two lists of words are, 0 to 1: twice the number of common words over the number of all words."""
+    common = Counter(a) & Counter(b)
+    return 2 * sum(common.values()) / (len(a) + len(b))
 
 
 def located(lines, completion):
-    """Share, 0 to 1, of the labelled lines that a quotation matches: twice the common words over all words is 0.5 or more.
+    """Share, 0 to 1, of the labelled lines that a quotation matches: `dice` is 0.5 or more.
 
     So half a line counts and a line in other punctuation does; a quotation of the whole story matches nothing.
     """
-    spans = quotes(completion)
-    dice = lambda a, b: 2 * sum((Counter(a) & Counter(b)).values()) / (len(a) + len(b))
-    return sum(any(dice(words_of(line), s) >= 0.5 for s in spans) for line in lines) / len(lines)
+    quoted = quotes(completion)
+    matched = [any(dice(words_of(line), quotation) >= 0.5 for quotation in quoted) for line in lines]
+    return sum(matched) / len(lines)
 
 
 def report(examples, completions):
-    """Optional hook of eval: precision, recall, F1 (an error is the positive class; 0 where undefined), the accuracy of
-    always giving the commoner answer, the share of answers without a verdict, and `located` where lines are labelled."""
-    said, labels = [verdict(c) for c in completions], [e["label"] for e in examples]
-    hits = sum(s is True and y for s, y in zip(said, labels))
-    precision, recall = hits / max(1, said.count(True)), hits / max(1, labels.count(True))
-    out = {"precision": precision, "recall": recall, "f1": 2 * precision * recall / max(1e-9, precision + recall),
-           "majority_accuracy": max(labels.count(True), labels.count(False)) / len(labels), "no_verdict": said.count(None) / len(said)}
-    lines = [e.get("cont_error_lines", []) + e.get("contradicted_lines", []) for e in examples]
-    found = [located(l, c) for l, c in zip(lines, completions) if l]
-    return {**out, "lines_located": sum(found) / len(found)} if found else out
+    """Precision, recall and F1 (an error is the positive class; 0 where undefined), the accuracy of always giving the
+    commoner answer, the share of answers without a verdict, and `located` where lines are labelled."""
+    verdicts = [verdict(completion) for completion in completions]
+    labels = [example["label"] for example in examples]
+    hits = sum(said is True and label for said, label in zip(verdicts, labels))
+    precision = hits / max(1, verdicts.count(True))
+    recall = hits / max(1, labels.count(True))
+    figures = {
+        "precision": precision,
+        "recall": recall,
+        "f1": 2 * precision * recall / max(1e-9, precision + recall),
+        "majority_accuracy": max(labels.count(True), labels.count(False)) / len(labels),
+        "no_verdict": verdicts.count(None) / len(verdicts),
+    }
+    shares = []
+    for example, completion in zip(examples, completions):
+        lines = example.get("cont_error_lines", []) + example.get("contradicted_lines", [])
+        if lines:
+            shares.append(located(lines, completion))
+    if shares:
+        figures["lines_located"] = sum(shares) / len(shares)
+    return figures

@@ -9,26 +9,29 @@ Nothing is written before everything has been read, so that a bad file leaves an
     python data/flawed_fictions/prepare.py --split paper              # the released row-level split, for comparison
 """
 import argparse
-import hashlib
 import html
 import json
 import os
 import random
 import re
 import sys
+import tempfile
 from collections import Counter, defaultdict
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 
 import numpy as np
 
-from data import SPLITS, read_rows
+from data import SPLITS, read_rows, write_splits
 from data.flawed_fictions import words_of
 from runs import UserError, hub_answers, run_script
 
-REPO, NAME = "kahuja/flawed-fictions", "flawed_fictions"
+REPO = "kahuja/flawed-fictions"
+NAME = "flawed_fictions"  # the split of the benchmark, and its file
+KINDS = ("jsonl", "json", "csv", "parquet")  # of file, the ones we like most first
 LABELS = {"0": False, "false": False, "no": False, "1": True, "true": True, "yes": True}
-BLOCKS = "p|div|h[1-6]|li|ul|ol|blockquote|pre|tr|table|section|article|hr"  # a paragraph ends where one of these begins or ends
+# A paragraph ends where one of these begins or ends.
+BLOCKS = "p|div|h[1-6]|li|ul|ol|blockquote|pre|tr|table|section|article|hr"
 INLINE = "a|abbr|b|big|body|center|cite|code|em|font|html|i|q|s|small|span|strong|sub|sup|td|th|tt|u"
 
 
@@ -63,44 +66,76 @@ def as_lines(value):
         except ValueError:
             pass
     lines = value if isinstance(value, list) else str(value or "").split("\n")
-    return [line for line in (clean(str(l)).strip() for l in lines) if line]
+    lines = [clean(str(line)) for line in lines]
+    return [line for line in lines if line]
+
+
+def label_of(where, row):
+    """cont_error, however it is spelled, as a bool."""
+    spelled = str(row["cont_error"]).strip().lower().removesuffix(".0")
+    if spelled not in LABELS:
+        raise UserError(f"{where}: cont_error is {row['cont_error']!r}; expected 0 or 1, true or false, yes or no")
+    return LABELS[spelled]
+
+
+def example_of(story, label, row):
+    """The example that is made of a row, with the benchmark's explanations where it has them."""
+    example = {"story": story, "label": label}
+    if row.get("example_id") not in (None, ""):
+        example["example_id"] = row["example_id"]
+    if row.get("cont_error_expl"):
+        example["cont_error_expl"] = clean(str(row["cont_error_expl"]))
+    for field in ("cont_error_lines", "contradicted_lines"):
+        if row.get(field):
+            example[field] = as_lines(row[field])
+    return example
 
 
 def load_stories(paths, keep_endings=False):
     """Rows of the files, cleaned: [{story, label, ..}]. UserError for a row that is malformed, naming file and line."""
-    stories, empty, endings = [], [], Counter()
+    stories = []
+    empty = []  # where they are
+    endings = Counter()  # label -> stories that have an ending which gives it away
     for path in paths:
         for where, row in read_rows(path):
             if not isinstance(row.get("story"), str) or "cont_error" not in row:
-                raise UserError(f"{where}: expected the fields story (text) and cont_error, found {', '.join(map(str, row)) or 'none'}")
-            label = LABELS.get(str(row["cont_error"]).strip().lower().removesuffix(".0"))
-            if label is None:
-                raise UserError(f"{where}: cont_error is {row['cont_error']!r}; expected 0 or 1, true or false, yes or no")
+                fields = ", ".join(map(str, row)) or "none"
+                raise UserError(f"{where}: expected the fields story (text) and cont_error, found {fields}")
+            label = label_of(where, row)
             whole = clean(row["story"])
-            story = whole if keep_endings else strip_ending(whole)
+            stripped = strip_ending(whole)
+            story = whole if keep_endings else stripped
             if not story:
                 empty.append(where)
                 continue
-            endings[label] += strip_ending(whole) != whole
-            out = {"story": story, "label": label}
-            if row.get("example_id") not in (None, ""):
-                out["example_id"] = row["example_id"]
-            if row.get("cont_error_expl"):
-                out["cont_error_expl"] = clean(str(row["cont_error_expl"]))
-            for field in ("cont_error_lines", "contradicted_lines"):
-                if row.get(field):
-                    out[field] = as_lines(row[field])
-            stories.append(out)
+            endings[label] += stripped != whole
+            stories.append(example_of(story, label, row))
     if empty:
-        print(f"skipped {len(empty)} empty stories: {', '.join(empty[:3])}{' ..' if len(empty) > 3 else ''}")
+        more = " .." if len(empty) > 3 else ""
+        print(f"skipped {len(empty)} empty stories: {', '.join(empty[:3])}{more}")
     if not stories:
         raise UserError(f"no stories in {', '.join(paths)}")
     if endings:
-        n = Counter(s["label"] for s in stories)
-        said = max(endings[True] + n[False] - endings[False], endings[False] + n[True] - endings[True])
-        print(f"endings that give the label away (a row of dashes): {endings[True]} of {n[True]} stories with an error, "
-              f"{endings[False]} of {n[False]} without; going by them alone is {100 * said / len(stories):.0f} % right; {'kept' if keep_endings else 'removed'}")
+        print_endings(endings, Counter(story["label"] for story in stories), keep_endings)
     return stories
+
+
+def print_endings(endings, stories, kept):
+    """How much the endings would give away. endings, stories: numbers by label."""
+    by_dashes = endings[True] + stories[False] - endings[False]  # right answers of "dashes mean an error"
+    by_none = endings[False] + stories[True] - endings[True]  # .. of "dashes mean no error"
+    share = 100 * max(by_dashes, by_none) / sum(stories.values())
+    print(f"endings that give the label away (a row of dashes): {endings[True]} of {stories[True]} stories with an error, "
+          f"{endings[False]} of {stories[False]} without; going by them alone is {share:.0f} % right; "
+          f"{'kept' if kept else 'removed'}")
+
+
+def is_wanted(file):
+    """Whether a file of the repository holds our split: not flawed_fictions_long, not .._cf_negs."""
+    kinds = "|".join(KINDS)
+    by_name = re.match(rf"{NAME}(-\d+-of-\d+)?\.({kinds})$", os.path.basename(file))
+    by_folder = re.fullmatch(rf"(?:.*/)?{NAME}/[^/]+\.({kinds})", file)
+    return by_name or by_folder
 
 
 def download():
@@ -112,20 +147,20 @@ def download():
     if not hub_answers():  # the hub's library would try for half a minute
         raise UserError(f"the hub cannot be reached from here: {by_hand}")
     try:
-        files = [f for f in HfApi().list_repo_files(REPO, repo_type="dataset")
-                 if re.match(rf"{NAME}(-\d+-of-\d+)?\.(jsonl|json|csv|parquet)$", os.path.basename(f))  # not _long, not _cf_negs ..
-                 or re.fullmatch(rf"(?:.*/)?{NAME}/[^/]+\.(jsonl|json|csv|parquet)", f)]
-        kinds = sorted({f.rsplit(".", 1)[1] for f in files}, key=["jsonl", "json", "csv", "parquet"].index)
+        files = [file for file in HfApi().list_repo_files(REPO, repo_type="dataset") if is_wanted(file)]
+        kinds = sorted({file.rsplit(".", 1)[1] for file in files}, key=KINDS.index)
         if not kinds:
             raise UserError(f"the repository {REPO} has no {NAME} file of a known kind; {by_hand}")
-        paths = [hf_hub_download(REPO, f, repo_type="dataset") for f in sorted(files) if f.endswith("." + kinds[0])]
+        files = [file for file in sorted(files) if file.endswith("." + kinds[0])]
+        paths = [hf_hub_download(REPO, file, repo_type="dataset") for file in files]
     except UserError:
         raise
     except Exception as e:  # no network, a gate, a wrong token, a full disk: the hub's many exceptions all end here
         why = (str(e).strip().splitlines() or [type(e).__name__])[0][:160]
-        gate = "; if it asks for a token, run `hf auth login` first" if re.search("40[13]|gated|token", str(e), re.I) else ""
+        is_gate = re.search("40[13]|gated|token", str(e), re.I)
+        gate = "; if it asks for a token, run `hf auth login` first" if is_gate else ""
         raise UserError(f"cannot download {REPO} ({why}){gate}; or {by_hand}") from e
-    return [parquet_to_jsonl(p) for p in paths] if kinds[0] == "parquet" else paths
+    return [parquet_to_jsonl(path) for path in paths] if kinds[0] == "parquet" else paths
 
 
 def parquet_to_jsonl(path):
@@ -135,46 +170,51 @@ def parquet_to_jsonl(path):
     except ImportError as e:
         raise UserError(f"the hub has {REPO} as parquet only; `pip install pyarrow` and run this again "
                         f"(or convert {path} to jsonl elsewhere and pass that with --from)") from e
-    import tempfile
     out = os.path.join(tempfile.mkdtemp(), f"{NAME}.jsonl")
-    with open(out, "w", encoding="utf-8") as f:
+    with open(out, "w", encoding="utf-8") as file:
         for row in pyarrow.parquet.read_table(path).to_pylist():
-            f.write(json.dumps(row, default=str) + "\n")
+            file.write(json.dumps(row, default=str) + "\n")
     return out
 
 
-# ---------------------------------------------------------------- near-duplicates and splits
+# ============================================================================ near-duplicates and splits
 def ngrams(text, n=8):
+    """All runs of n words."""
     words = words_of(text)
     return {" ".join(words[i : i + n]) for i in range(len(words) - n + 1)}
 
 
 def find_clusters(stories, n=8):
     """Cluster numbers, one per text: texts that share n words in a row, directly or through others, have the same one."""
-    parent, owner = list(range(len(stories))), {}
+    parent = list(range(len(stories)))  # a forest: the trees are the clusters, a root is the number of its cluster
+    first_with = {}  # run of words -> the first story that has it
 
     def root(i):
         while parent[i] != i:
-            parent[i] = i = parent[parent[i]]
+            parent[i] = parent[parent[i]]
+            i = parent[i]
         return i
 
     for i, story in enumerate(stories):
-        for gram in ngrams(story, n) or {" ".join(words_of(story))}:  # shorter than n words: the same words make a duplicate
-            a, b = root(owner.setdefault(gram, i)), root(i)
+        whole = {" ".join(words_of(story))}  # shorter than n words: the same words make a duplicate
+        for run in ngrams(story, n) or whole:
+            a = root(first_with.setdefault(run, i))
+            b = root(i)
             parent[max(a, b)] = min(a, b)
     return [root(i) for i in range(len(stories))]
 
 
 def split_by_row(labels, seed):
     """A split name per story: 15 % val, 15 % test, the same share of each label."""
-    rng, out = random.Random(seed), ["train"] * len(labels)
+    rng = random.Random(seed)
+    split = ["train"] * len(labels)
     for label in (False, True):
-        index = [i for i, y in enumerate(labels) if y == label]
+        index = [i for i, own in enumerate(labels) if own == label]
         rng.shuffle(index)
         n = round(0.15 * len(index))
         for place, i in enumerate(index[: 2 * n]):
-            out[i] = SPLITS[1 + place // n]
-    return out
+            split[i] = SPLITS[1 + place // n]
+    return split
 
 
 def split_by_cluster(labels, clusters, seed):
@@ -182,95 +222,93 @@ def split_by_cluster(labels, clusters, seed):
 
     -> (split names, number of stories that moved, the row-level split names).
     """
-    rows = split_by_row(labels, seed)
-    out, members, rng = list(rows), defaultdict(list), random.Random(seed + 1)
-    for i, c in enumerate(clusters):
-        members[c].append(i)
+    by_row = split_by_row(labels, seed)
+    split = list(by_row)
+    members = defaultdict(list)  # cluster -> its stories
+    for i, cluster in enumerate(clusters):
+        members[cluster].append(i)
     for group in members.values():
-        count = Counter(rows[i] for i in group)
-        to = max(SPLITS, key=lambda s: count[s])  # train where it is a tie
+        count = Counter(by_row[i] for i in group)
+        home = max(SPLITS, key=lambda name: count[name])  # train where it is a tie
         for i in group:
-            out[i] = to
+            split[i] = home
+
+    def size(names, name, label):
+        return sum(own == name and y == label for own, y in zip(names, labels))
+
     alone = [group[0] for group in members.values() if len(group) == 1]
-    rng.shuffle(alone)
+    random.Random(seed + 1).shuffle(alone)
     for label in (False, True):
-        for split in SPLITS[1:]:
-            want = sum(r == split and y == label for r, y in zip(rows, labels))
-            more = want - sum(o == split and y == label for o, y in zip(out, labels))
-            source, target = ("train", split) if more > 0 else (split, "train")
-            for i in [i for i in alone if labels[i] == label and out[i] == source][: abs(more)]:
-                out[i] = target
-    return out, sum(a != b for a, b in zip(out, rows)), rows
+        for name in SPLITS[1:]:
+            lacking = size(by_row, name, label) - size(split, name, label)
+            source, target = ("train", name) if lacking > 0 else (name, "train")
+            movable = [i for i in alone if labels[i] == label and split[i] == source]
+            for i in movable[: abs(lacking)]:
+                split[i] = target
+    return split, sum(a != b for a, b in zip(split, by_row)), by_row
 
 
 def split_as_released(n, seed=42):
     """The released code's rows: shuffled as the datasets library does it, the last 2 x 15 % are val and test."""
-    order, size = np.random.default_rng(seed).permutation(n), int(0.15 * n)
-    out = ["train"] * n
+    order = np.random.default_rng(seed).permutation(n)
+    size = int(0.15 * n)
+    split = ["train"] * n
     for place, i in enumerate(order[n - 2 * size :]):
-        out[i] = SPLITS[1 + place // size]
-    return out
+        split[i] = SPLITS[1 + place // size]
+    return split
 
 
 def overlap(split, clusters):
-    """How many val and test stories have a near-duplicate in another split."""
-    where = defaultdict(set)
-    for s, c in zip(split, clusters):
-        where[c].add(s)
-    return sum(s != "train" and len(where[c]) > 1 for s, c in zip(split, clusters))
+    """(how many val and test stories have a near-duplicate in another split, how many there are)."""
+    splits_of = defaultdict(set)
+    for name, cluster in zip(split, clusters):
+        splits_of[cluster].add(name)
+    held_out = [cluster for name, cluster in zip(split, clusters) if name != "train"]
+    return sum(len(splits_of[cluster]) > 1 for cluster in held_out), len(held_out)
 
 
-def write_splits(out, splits):
-    """{name: rows} -> out/name.jsonl, all complete before the first is renamed into place. -> sha256, 16 digits."""
-    digest, written = hashlib.sha256(), []
-    try:
-        os.makedirs(out, exist_ok=True)
-        for name, rows in splits.items():
-            path = os.path.join(out, f"{name}.jsonl")
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "replace")
-            written.append(path)
-            with open(path + ".tmp", "wb") as f:
-                f.write(text)
-            digest.update(text)
-        for path in written:
-            os.replace(path + ".tmp", path)
-    except OSError as e:
-        for path in written:
-            if os.path.isfile(path + ".tmp"):
-                os.remove(path + ".tmp")
-        raise UserError(f"cannot write {path if written else out}: {e.strerror}; what was there before is unchanged") from e
-    return digest.hexdigest()[:16]
+# ============================================================================ the script
+def parse_arguments():
+    here = os.path.dirname(os.path.abspath(__file__))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--from", dest="files", nargs="+", metavar="FILE",
+                        help="local jsonl, json or csv files instead of the download")
+    parser.add_argument("--out", default=here, metavar="DIR", help="where the three files go (default: beside this script)")
+    parser.add_argument("--split", default="cluster", choices=["cluster", "paper"],
+                        help="keep near-duplicates together, or the released rows")
+    parser.add_argument("--keep-endings", action="store_true", help="leave the rows of dashes that give the label away")
+    parser.add_argument("--seed", type=int, default=0, help="of the cluster split (the paper's is fixed at 42)")
+    return parser.parse_args()
 
 
 def main():
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    here = os.path.dirname(os.path.abspath(__file__))
-    ap.add_argument("--from", dest="files", nargs="+", metavar="FILE", help="local jsonl, json or csv files instead of the download")
-    ap.add_argument("--out", default=here, metavar="DIR", help="where the three files go (default: beside this script)")
-    ap.add_argument("--split", default="cluster", choices=["cluster", "paper"], help="keep near-duplicates together, or the released rows")
-    ap.add_argument("--keep-endings", action="store_true", help="leave the rows of dashes that give the label away")
-    ap.add_argument("--seed", type=int, default=0, help="of the cluster split (the paper's is fixed at 42)")
-    args = ap.parse_args()
-
+    args = parse_arguments()
     stories = load_stories(args.files or download(), args.keep_endings)
-    labels, clusters = [s["label"] for s in stories], find_clusters([s["story"] for s in stories])
+    labels = [story["label"] for story in stories]
+    clusters = find_clusters([story["story"] for story in stories])
     sizes = [n for n in Counter(clusters).values() if n > 1]
     print(f"{len(stories)} stories, {sum(labels)} with an error; {sum(sizes)} of them have near-duplicates (8 words in a row), in "
           f"{len(sizes)} clusters of up to {max(sizes, default=1)}")
+
     if args.split == "paper":
         split = split_as_released(len(stories))
-        print(f"warning: the released split is by row: {overlap(split, clusters)} of {sum(s != 'train' for s in split)} val and test "
+        shared, held_out = overlap(split, clusters)
+        print(f"warning: the released split is by row: {shared} of {held_out} val and test "
               f"stories share 8 words in a row with a story of another split; use it for comparison only")
     else:
-        split, moved, rows = split_by_cluster(labels, clusters, args.seed)
-        print(f"by row, {overlap(rows, clusters)} of {sum(s != 'train' for s in rows)} val and test stories would have a near-duplicate "
+        split, moved, by_row = split_by_cluster(labels, clusters, args.seed)
+        shared, held_out = overlap(by_row, clusters)
+        print(f"by row, {shared} of {held_out} val and test stories would have a near-duplicate "
               f"in another split; {moved} stories moved to keep clusters whole")
-    parts = {name: [{**s, "cluster": c} for s, c, where in zip(stories, clusters, split) if where == name] for name in SPLITS}
-    if not all(parts.values()):
+
+    examples = {name: [] for name in SPLITS}
+    for story, cluster, name in zip(stories, clusters, split):
+        examples[name].append({**story, "cluster": cluster})
+    if not all(examples.values()):
         raise UserError(f"{len(stories)} stories in {len(set(clusters))} clusters are too few for three splits")
-    digest = write_splits(args.out, parts)
-    for name, rows in parts.items():
-        print(f"{name:5} {len(rows):4} stories, {sum(r['label'] for r in rows)} with an error")
+    digest = write_splits(args.out, examples)
+    for name, rows in examples.items():
+        print(f"{name:5} {len(rows):4} stories, {sum(row['label'] for row in rows)} with an error")
     print(f"wrote {args.out}; content {digest}")
 
 

@@ -20,11 +20,11 @@ import os
 import random
 import re
 import sys
+from collections import Counter
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 
-from data import SPLITS, read_rows, read_text
-from data.flawed_fictions.prepare import write_splits
+from data import SPLITS, read_rows, read_text, write_splits
 from runs import UserError, run_script
 
 FIELDS = ("high_level_plan", "prior_summary", "character_sheets", "next_synopsis")
@@ -32,11 +32,12 @@ TENS = "twenty|thirty|forty|fifty|sixty"
 ONES = "one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen"
 ORDINAL = "first|second|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|last"
 NUMBER = rf"(?:\d+|[ivxlc]+|(?:(?:{TENS})[- ]?)?(?:{ONES})|{TENS}|the {ORDINAL}|{ORDINAL})"
-HEADING = re.compile(rf"(?:chapter {NUMBER}\b.{{0,70}}|(?:prologue|epilogue)\b.{{0,70}}|#{{1,3}} .{{1,80}})", re.IGNORECASE)
+HEADING = re.compile(rf"(?:chapter {NUMBER}\b.{{0,70}}|(?:prologue|epilogue)\b.{{0,70}}|#{{1,3}} .{{1,80}})",
+                     re.IGNORECASE)
 ROMAN = re.compile(r"[IVXLC]+\.?")  # only where there are no others: inside chapters it numbers their parts
 
 
-# ---------------------------------------------------------------- reading books
+# ============================================================================ reading books
 def field_text(where, name, value):
     """An optional field as text: a text, or a list of texts (one paragraph each); None stays None."""
     if isinstance(value, list) and all(isinstance(v, str) for v in value):
@@ -48,30 +49,42 @@ def field_text(where, name, value):
 
 def chapters_of_row(where, row):
     """(name or None, chapters) of one jsonl row: a whole tale in sections, or one chapter."""
-    name = next((row[k] for k in ("book", "story") if isinstance(row.get(k), str) and row[k].strip()), None)
+    names = [row[key] for key in ("book", "story") if isinstance(row.get(key), str)]
+    name = next((own for own in names if own.strip()), None)
     if "sections" in row:
-        texts = row["sections"]
-        if not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
-            raise UserError(f"{where}: sections must be a list of texts")
-        chapters = [{"text": t} for t in texts]
-        for field in FIELDS:
-            value = row.get(field)
-            if isinstance(value, list) and len(value) != len(texts):
-                raise UserError(f"{where}: {field} has {len(value)} entries for {len(texts)} sections")
-            for i, c in enumerate(chapters):
-                c[field] = field_text(where, field, value[i] if isinstance(value, list) else value)
-        return name, chapters
+        return name, chapters_of_tale(where, row)
     if not isinstance(row.get("text"), str):
-        raise UserError(f"{where}: expected a chapter (text) or a tale (sections), found the fields {', '.join(row) or 'none'}")
+        fields = ", ".join(row) or "none"
+        raise UserError(f"{where}: expected a chapter (text) or a tale (sections), found the fields {fields}")
     order = row.get("chapter")
-    chapter = {"text": row["text"], "title": field_text(where, "title", row.get("title")),
-               "order": order if isinstance(order, (int, float)) and not isinstance(order, bool) else None}
-    return name, [{**chapter, **{f: field_text(where, f, row.get(f)) for f in FIELDS}}]
+    is_number = isinstance(order, (int, float)) and not isinstance(order, bool)
+    title = field_text(where, "title", row.get("title"))
+    chapter = {"text": row["text"], "title": title, "order": order if is_number else None}
+    for field in FIELDS:
+        chapter[field] = field_text(where, field, row.get(field))
+    return name, [chapter]
+
+
+def chapters_of_tale(where, row):
+    """The chapters of a row with sections; each optional field is one text for all of them, or a list with one per section."""
+    texts = row["sections"]
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{where}: sections must be a list of texts")
+    chapters = [{"text": text} for text in texts]
+    for field in FIELDS:
+        value = row.get(field)
+        values = value if isinstance(value, list) else [value] * len(texts)
+        if len(values) != len(texts):
+            raise UserError(f"{where}: {field} has {len(values)} entries for {len(texts)} sections")
+        for chapter, own in zip(chapters, values):
+            chapter[field] = field_text(where, field, own)
+    return chapters
 
 
 def chapters_of_text(text):
     """Chapters of a plain book by its headings; [] if it has fewer than two. Text before the first heading is no chapter."""
-    text = re.split(r"(?m)^\*\*\* ?END OF TH[^\n]*$", re.split(r"(?m)^\*\*\* ?START OF TH[^\n]*$", text)[-1])[0]  # Gutenberg's frame
+    text = re.split(r"(?m)^\*\*\* ?START OF TH[^\n]*$", text)[-1]  # Gutenberg's frame
+    text = re.split(r"(?m)^\*\*\* ?END OF TH[^\n]*$", text)[0]
     for heading in (HEADING, ROMAN):
         chapters = []
         for line in text.split("\n"):
@@ -84,24 +97,30 @@ def chapters_of_text(text):
     return []
 
 
+def number_key(name):
+    """Sorts names in the order in which people number them: 2 before 10."""
+    return [int(piece) if piece.isdigit() else piece.lower() for piece in re.split(r"(\d+)", name)]
+
+
 def files_of(path):
     """A file, or a folder's text and json files in the order in which people number them: [(file, its folder or None)]."""
     if not os.path.isdir(path):
         return [(path, None)]
-    number = lambda name: [int(x) if x.isdigit() else x.lower() for x in re.split(r"(\d+)", name)]
-    found = []
+    files = []
     for base, folders, names in os.walk(path):
-        folders.sort(key=number)
-        found += [(os.path.join(base, n), base) for n in sorted(names, key=number)
-                  if n.endswith((".txt", ".md", ".jsonl", ".json")) and not n.startswith(".")]
-    if not found:
+        folders.sort(key=number_key)
+        for name in sorted(names, key=number_key):
+            if name.endswith((".txt", ".md", ".jsonl", ".json")) and not name.startswith("."):
+                files.append((os.path.join(base, name), base))
+    if not files:
         raise UserError(f"no txt, md, jsonl or json files in {path}")
-    return found
+    return files
 
 
-def read_books(paths):
-    """{book: [chapter, ..]} with empty chapters, one-chapter books and repeated books left out; says in one line each what and why."""
-    books, came_from = {}, {}  # came_from: the file or folder that a book was first seen in
+def collect_books(paths):
+    """{book: [chapter, ..]}, all that is in the files; UserError if two files have a book of the same name."""
+    books = {}
+    came_from = {}  # the file or folder that a book was first seen in
 
     def add(name, chapters, source):
         if came_from.setdefault(name, source) != source:
@@ -124,42 +143,64 @@ def read_books(paths):
                     add(stem, chapters or [{"text": text}], file)
                 else:
                     add(os.path.basename(os.path.abspath(directory)), [{"text": text}], directory)
-    empty, short, seen, repeated = 0, [], {}, {}
-    for name in list(books):
-        chapters = books[name]
-        if all(c.get("order") is not None for c in chapters):
-            chapters.sort(key=lambda c: c["order"])
-        full = [c for c in chapters if c["text"].strip()]
+    return books
+
+
+def read_books(paths):
+    """{book: [chapter, ..]} in their order, without empty chapters, one-chapter books and repeated books.
+
+    Says in one line each how many of what were left out. UserError if nothing is left."""
+    books = {}
+    empty = 0
+    short = []
+    repeated = {}  # book -> the book with the same text
+    seen = {}  # text -> book
+    for name, chapters in collect_books(paths).items():
+        if all(chapter.get("order") is not None for chapter in chapters):
+            chapters.sort(key=lambda chapter: chapter["order"])
+        full = [chapter for chapter in chapters if chapter["text"].strip()]
         empty += len(chapters) - len(full)
-        books[name] = full
-        same = seen.setdefault(" ".join(" ".join(c["text"] for c in full).split()), name)
+        text = " ".join(chapter["text"] for chapter in full)
+        same = seen.setdefault(" ".join(text.split()), name)
         if len(full) < 2:
             short.append(name)
         elif same != name:  # under two names it could be in two splits
             repeated[name] = same
-    some = lambda names: ", ".join(names[:3]) + (" .." if len(names) > 3 else "")
+        else:
+            books[name] = full
     if empty:
         print(f"left out {empty} empty chapters (a table of contents gives some)")
     if short:
         print(f"left out {len(short)} books with fewer than two chapters: {some(short)}")
     if repeated:
-        print(f"left out {len(repeated)} books with the same text as another: {some([f'{a} (as {b})' for a, b in repeated.items()])}")
-    left = {n: c for n, c in books.items() if len(c) > 1 and n not in repeated}
-    if not left:
+        pairs = [f"{name} (as {same})" for name, same in repeated.items()]
+        print(f"left out {len(repeated)} books with the same text as another: {some(pairs)}")
+    if not books:
         raise UserError(f"no book with two or more chapters in {', '.join(paths)} (text files need headings such as \"Chapter 1\", "
                         f"or a folder with one file per chapter)")
-    return left
+    return books
 
 
-# ---------------------------------------------------------------- lengths
+def some(names):
+    """The first three, for a message."""
+    return ", ".join(names[:3]) + (" .." if len(names) > 3 else "")
+
+
+# ============================================================================ lengths
 def make_ruler(tokenizer=None):
     """A function text -> (where its units start, tokens per unit): words at 1.3 tokens, or the tokenizer's own tokens."""
-    if tokenizer is None:
-        return lambda text: ([m.start() for m in re.finditer(r"\S+", text)], 1.3)
-    return lambda text: ([a for a, _ in tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]], 1.0)
+    def words(text):
+        return [match.start() for match in re.finditer(r"\S+", text)], 1.3
+
+    def tokens(text):
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return [start for start, _ in encoded["offset_mapping"]], 1.0
+
+    return words if tokenizer is None else tokens
 
 
 def length(ruler, text):
+    """Tokens of a text; 0 for None."""
     starts, price = ruler(text or "")
     return len(starts) * price
 
@@ -190,32 +231,44 @@ def first(ruler, text, budget):
     return rest[:at].strip() if at > 0 else rest.strip()
 
 
+def fit_story(ruler, chapters, sizes, room, summary=None):
+    """The text before a chapter that fits `room` (tokens) -> (story, summary, whether something was left out).
+
+    chapters: all before it, sizes: their tokens. With a summary of the earlier chapters the story is the last one alone;
+    otherwise as many of the last as there is room for."""
+    start = len(chapters) - 1
+    while not summary and start > 0 and sum(sizes[start:]) < room:
+        start -= 1
+    whole = "\n\n".join(chapter["text"].strip() for chapter in chapters[start:])
+    story = newest(ruler, whole, room)
+    if not summary:
+        return story, summary, story != whole or start > 0
+    shorter = newest(ruler, summary, room - length(ruler, story))  # older than the last chapter, so cut before it
+    return story, shorter, story != whole or shorter != summary
+
+
 def make_examples(book, chapters, ruler, story_tokens, chapter_tokens):
-    """One example per chapter from the second on -> (rows, how many stories were cut, how many chapters, how many did not fit)."""
-    rows, stories_cut, chapters_cut, unfit = [], 0, 0, 0
-    sizes = [length(ruler, c["text"]) for c in chapters]
+    """One example per chapter from the second on -> (examples, Counter of those with a cut story, a cut chapter, and of those
+    that did not fit)."""
+    examples = []
+    counts = Counter()
+    sizes = [length(ruler, chapter["text"]) for chapter in chapters]
     for i in range(1, len(chapters)):
-        given = {f: chapters[i][f] for f in FIELDS + ("title",) if chapters[i].get(f)}
-        room = story_tokens - sum(length(ruler, given.get(f)) for f in FIELDS if f != "prior_summary")
+        given = {field: chapters[i][field] for field in FIELDS + ("title",) if chapters[i].get(field)}
+        room = story_tokens - sum(length(ruler, given.get(field)) for field in FIELDS if field != "prior_summary")
         if room < story_tokens / 4:  # a story of a few words behind long sheets is no story
-            unfit += 1
+            counts["unfit"] += 1
             continue
-        # With a summary of the earlier chapters the story is the last one alone; else as many of the last as there is room for.
-        at = i - 1
-        while "prior_summary" not in given and at > 0 and sum(sizes[at:i]) < room:
-            at -= 1
-        whole = "\n\n".join(c["text"].strip() for c in chapters[at:i])
-        story = newest(ruler, whole, room)
-        if "prior_summary" in given:  # older than the last chapter, so cut before it
-            summary = newest(ruler, given["prior_summary"], room - length(ruler, story))
-            stories_cut += story != whole or summary != given["prior_summary"]
+        story, summary, cut = fit_story(ruler, chapters[:i], sizes[:i], room, given.get("prior_summary"))
+        if "prior_summary" in given:
             given["prior_summary"] = summary
-        else:
-            stories_cut += story != whole or at > 0
-        chapter = first(ruler, chapters[i]["text"].strip(), chapter_tokens)
-        chapters_cut += chapter != chapters[i]["text"].strip()
-        rows.append({"book": book, "number": i + 1, "story": story, "chapter": chapter, **{k: v for k, v in given.items() if v}})
-    return rows, stories_cut, chapters_cut, unfit
+        whole = chapters[i]["text"].strip()
+        chapter = first(ruler, whole, chapter_tokens)
+        counts["stories cut"] += cut
+        counts["chapters cut"] += chapter != whole
+        kept = {field: text for field, text in given.items() if text}
+        examples.append({"book": book, "number": i + 1, "story": story, "chapter": chapter, **kept})
+    return examples, counts
 
 
 def split_books(books, seed):
@@ -223,54 +276,82 @@ def split_books(books, seed):
     names = sorted(books)
     random.Random(seed).shuffle(names)
     n = max(1, round(0.15 * len(names))) if len(names) > 2 else 0
-    out = {name: SPLITS[1] if i < n else SPLITS[2] if i < 2 * n else SPLITS[0] for i, name in enumerate(names)}
+    split_of = dict.fromkeys(names, "train")
+    split_of.update(dict.fromkeys(names[:n], "val"))
+    split_of.update(dict.fromkeys(names[n : 2 * n], "test"))
     if len(names) == 2:
-        out[names[0]] = SPLITS[2]
-    return out
+        split_of[names[0]] = "test"
+    return split_of
+
+
+# ============================================================================ the script
+def parse_arguments():
+    here = os.path.dirname(os.path.abspath(__file__))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--from", dest="files", nargs="+", required=True, metavar="PATH", help="files and folders, see above")
+    parser.add_argument("--out", default=here, metavar="DIR", help="where the three files go (default: beside this script)")
+    parser.add_argument("--story-tokens", type=int, default=2048,
+                        help="tokens of everything before the chapter; the oldest text is cut first")
+    parser.add_argument("--chapter-tokens", type=int, default=1024,
+                        help="tokens of the chapter that is scored; its end is cut")
+    parser.add_argument("--tokenizer", default=None, metavar="PATH",
+                        help="count with this model's tokenizer (default: 1.3 tokens per word)")
+    parser.add_argument("--seed", type=int, default=0, help="of the split by book")
+    args = parser.parse_args()
+    for flag, value in (("--story-tokens", args.story_tokens), ("--chapter-tokens", args.chapter_tokens)):
+        if value < 16:
+            raise UserError(f"{flag} is {value}; it must be at least 16")
+    return args
+
+
+def load_tokenizer(path):
+    """A tokenizer that can say where in a text its tokens begin."""
+    from transformers import AutoTokenizer
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer("a", return_offsets_mapping=True)
+    except Exception as e:  # transformers raises what it likes
+        why = (str(e).strip().splitlines() or ["?"])[0][:120]
+        raise UserError(f"no tokenizer that can be used at {path!r} ({why})") from e
+    tokenizer.model_max_length = 10**9  # whole books are measured, nothing is run
+    return tokenizer
 
 
 def main():
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    here = os.path.dirname(os.path.abspath(__file__))
-    ap.add_argument("--from", dest="files", nargs="+", required=True, metavar="PATH", help="files and folders, see above")
-    ap.add_argument("--out", default=here, metavar="DIR", help="where the three files go (default: beside this script)")
-    ap.add_argument("--story-tokens", type=int, default=2048, help="tokens of everything before the chapter; the oldest text is cut first")
-    ap.add_argument("--chapter-tokens", type=int, default=1024, help="tokens of the chapter that is scored; its end is cut")
-    ap.add_argument("--tokenizer", default=None, metavar="PATH", help="count with this model's tokenizer (default: 1.3 tokens per word)")
-    ap.add_argument("--seed", type=int, default=0, help="of the split by book")
-    args = ap.parse_args()
-    for name in ("story_tokens", "chapter_tokens"):
-        if getattr(args, name) < 16:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 16")
+    args = parse_arguments()
+    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
+    ruler = make_ruler(tokenizer)
+    books = read_books(args.files)
 
-    tokenizer = None
-    if args.tokenizer:
-        from transformers import AutoTokenizer
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-            tokenizer("a", return_offsets_mapping=True)
-        except Exception as e:  # transformers raises what it likes
-            raise UserError(f"no tokenizer that can be used at {args.tokenizer!r} ({(str(e).strip().splitlines() or ['?'])[0][:120]})") from e
-        tokenizer.model_max_length = 10**9  # whole books are measured, nothing is run
-    ruler, books = make_ruler(tokenizer), read_books(args.files)
-    made = {name: make_examples(name, chapters, ruler, args.story_tokens, args.chapter_tokens) for name, chapters in books.items()}
-    n, stories_cut, chapters_cut, unfit = sum(len(m[0]) for m in made.values()), *(sum(m[k] for m in made.values()) for k in (1, 2, 3))
-    how = "tokens" if tokenizer else "tokens (estimated at 1.3 per word)"
-    print(f"books {len(books)}, examples {n}; in {stories_cut} the oldest text was cut to fit {args.story_tokens} {how}, "
-          f"in {chapters_cut} the chapter's end to fit {args.chapter_tokens}")
-    if unfit:
-        print(f"left out {unfit} examples whose plan, sheets and synopsis leave less than a quarter of the tokens to the story")
-    books = {name: m[0] for name, m in made.items() if m[0]}
-    if not books:
+    made = {}  # book -> its examples, where it has any
+    counts = Counter()
+    for name, chapters in books.items():
+        examples, own_counts = make_examples(name, chapters, ruler, args.story_tokens, args.chapter_tokens)
+        counts += own_counts
+        if examples:
+            made[name] = examples
+    unit = "tokens" if tokenizer else "tokens (estimated at 1.3 per word)"
+    print(f"books {len(books)}, examples {sum(map(len, made.values()))}; "
+          f"in {counts['stories cut']} the oldest text was cut to fit {args.story_tokens} {unit}, "
+          f"in {counts['chapters cut']} the chapter's end to fit {args.chapter_tokens}")
+    if counts["unfit"]:
+        print(f"left out {counts['unfit']} examples whose plan, sheets and synopsis leave less than a quarter of the tokens to "
+              f"the story")
+    if not made:
         raise UserError("no examples are left; raise --story-tokens")
-    where = split_books(books, args.seed)
-    parts = {s: [row for name, rows in books.items() if where[name] == s for row in rows] for s in SPLITS}
-    if not all(parts.values()):
-        print(f"warning: too few books ({len(books)}) for three splits: {' and '.join(s for s in SPLITS if not parts[s])} stay empty"
-              + ("; the contrastive reward needs a second book" if len(books) == 1 else ""))
-    digest = write_splits(args.out, parts)
-    for s in SPLITS:
-        print(f"{s:5} books {len({r['book'] for r in parts[s]}):3}, examples {len(parts[s]):4}")
+
+    splits = {split: [] for split in SPLITS}
+    split_of = split_books(made, args.seed)
+    for name, examples in made.items():
+        splits[split_of[name]] += examples
+    if not all(splits.values()):
+        empty = " and ".join(split for split in SPLITS if not splits[split])
+        more = "; the contrastive reward needs a second book" if len(made) == 1 else ""
+        print(f"warning: too few books ({len(made)}) for three splits: {empty} stay empty{more}")
+    digest = write_splits(args.out, splits)
+    for split, examples in splits.items():
+        n_books = len({example["book"] for example in examples})
+        print(f"{split:5} books {n_books:3}, examples {len(examples):4}")
     print(f"wrote {args.out}; content {digest}")
 
 

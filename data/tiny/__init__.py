@@ -8,8 +8,6 @@ reader asks about one thing: the wrong one, or any if all is well. The answer sa
 
 Every word is one token, so a reader can count. A story's split is a function of its text (`split_of`), hence no
 story can be in two splits, and the base model in `base/` was trained on the train part only.
-
-A task is three functions: examples(split), prompt(example, latent), reward(example, completion).
 """
 import random
 import zlib
@@ -38,34 +36,52 @@ def make_story(rng, errors, things=8):
 
     Returns {story, label, steps, asked}: steps are (thing, place in act one, place in act two).
     """
-    people, things = rng.sample(PEOPLE, things), rng.sample(THINGS, things)
-    wrong = rng.sample(things, errors)
-    put = {t: rng.choice(PUT) for t in things}
-    found = {t: NAMES[rng.choice([p for p in PUT if p != put[t]]) if t in wrong else put[t]] for t in things}
+    people = rng.sample(PEOPLE, things)
+    things = rng.sample(THINGS, things)
+    misplaced = rng.sample(things, errors)
+    put = {thing: rng.choice(PUT) for thing in things}
+    found = {}
+    for thing in things:
+        place = put[thing]
+        if thing in misplaced:
+            place = rng.choice([other for other in PUT if other != place])
+        found[thing] = NAMES[place]
     cast = list(zip(people, things))
-    act_one = [f"{p} {rng.choice(HIDE)} {put[t]} {t} ." for p, t in cast]
-    act_two = [f"{p} {rng.choice(FETCH)} {found[t]} {t} ." for p, t in rng.sample(cast, len(cast))]
-    return {"story": " ".join(act_one + act_two), "label": errors > 0, "steps": [(t, put[t], found[t]) for t in things],
-            "asked": rng.choice(wrong or things)}
+    act_one = [f"{person} {rng.choice(HIDE)} {put[thing]} {thing} ." for person, thing in cast]
+    act_two = [f"{person} {rng.choice(FETCH)} {found[thing]} {thing} ." for person, thing in rng.sample(cast, len(cast))]
+    return {
+        "story": " ".join(act_one + act_two),
+        "label": errors > 0,
+        "steps": [(thing, put[thing], found[thing]) for thing in things],
+        "asked": rng.choice(misplaced or things),
+    }
 
 
-def examples(split):
-    """The split's stories, the same on every machine: a list of dicts, exactly half with an error."""
-    if split not in SIZES:
-        raise ValueError(f"the tiny task has the splits {', '.join(SIZES)}, not {split!r}")
-    rng, rows, seen = random.Random(SEEDS[split]), [], set()
-    while len(rows) < SIZES[split]:
-        row = make_story(rng, len(rows) % 2)
+def collect(split, n, make):
+    """n different stories of the split; make(number of the next one) -> a story, of any split."""
+    rows = []
+    seen = set()
+    while len(rows) < n:
+        row = make(len(rows))
         if split_of(row["story"]) == split and row["story"] not in seen:
             seen.add(row["story"])
             rows.append(row)
     return rows
 
 
+def examples(split):
+    """The split's stories, the same on every machine: a list of dicts, exactly half with an error."""
+    if split not in SIZES:
+        raise ValueError(f"the tiny task has the splits {', '.join(SIZES)}, not {split!r}")
+    rng = random.Random(SEEDS[split])
+    return collect(split, SIZES[split], lambda number: make_story(rng, errors=number % 2))
+
+
 def prompt(example, latent):
     """The story and the question; with `latent`, the offer of the tag (the paper's prompt in this world's words)."""
     offer = " or skip with <implicit_thought> number </implicit_thought>" if latent else ""
-    return f"{example['story']} task : find the hole . reader asks about {example['asked']} . think aloud{offer} . answer :"
+    question = f"find the hole . reader asks about {example['asked']}"
+    return f"{example['story']} task : {question} . think aloud{offer} . answer :"
 
 
 def answer(example):
@@ -74,6 +90,6 @@ def answer(example):
 
 
 def reward(example, completion):
-    """1.0 if the last box of the completion is the right word, else 0.0 (method.md section 7)."""
-    found = (boxed(completion) or "").strip().lower()
-    return float(found == ("yes" if example["label"] else "no"))
+    """1.0 if the last box of the completion is the right word, else 0.0 (paper Sec. 4)."""
+    said = (boxed(completion) or "").strip().lower()
+    return float(said == ("yes" if example["label"] else "no"))

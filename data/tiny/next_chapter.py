@@ -1,14 +1,18 @@
 """The tiny world, task 2 of 2: plan the next chapter (the shape of the paper's NCP task, Sec. 4).
 
 The story tells who hid which thing where and who wants which thing. The next chapter is then a matter of course:
-everybody goes where the wanted thing is, under the place's other name (`attic` is where `upstairs` is). The policy writes a plan after "In summary :"; a frozen copy of the base
-model reads the TRUE next chapter with and without it, and the reward is how much easier the plan made the reading.
+everybody goes where the wanted thing is, under the place's other name (`attic` is where `upstairs` is).
+
+    Karl hides upstairs cup . .. cup tempts Mara . ..        next chapter: Mara goes attic and finds cup . ..
+
+The policy writes a plan after "In summary :"; a frozen copy of the base model reads the TRUE next chapter with and without
+it, and the reward is how much easier the plan made the reading.
 """
 import functools
 import random
 
-from data.tiny import HIDE, NAMES, PEOPLE, PUT, SEEDS, THINGS, split_of
 from data import improvement, perplexity
+from data.tiny import HIDE, NAMES, PEOPLE, PUT, SEEDS, THINGS, collect
 from litereason import load, parse_tags
 
 SIZES = {"train": 480, "val": 100, "test": 200}
@@ -17,35 +21,36 @@ ANSWER = "In summary :"  # what follows is the plan, the only part that the scor
 
 def make_story(rng):
     """8 events: five things hidden, three wanted. Returns {story, wants: [(person, thing, place)], chapter}."""
-    hiders, things = rng.sample(PEOPLE, 5), rng.sample(THINGS, 5)
-    place = {t: rng.choice(PUT) for t in things}
-    act_one = [f"{p} {rng.choice(HIDE)} {place[t]} {t} ." for p, t in zip(hiders, things)]
-    wants = [(p, t, place[t]) for p, t in zip(rng.sample(hiders, 3), rng.sample(things, 3))]
-    act_two = [f"{t} tempts {p} ." for p, t, _ in wants]
+    hiders = rng.sample(PEOPLE, 5)
+    things = rng.sample(THINGS, 5)
+    place = {thing: rng.choice(PUT) for thing in things}
+    act_one = [f"{person} {rng.choice(HIDE)} {place[thing]} {thing} ." for person, thing in zip(hiders, things)]
+    tempted = zip(rng.sample(hiders, 3), rng.sample(things, 3))
+    wants = [(person, thing, place[thing]) for person, thing in tempted]
+    act_two = [f"{thing} tempts {person} ." for person, thing, _ in wants]
     return {"story": " ".join(act_one + act_two), "wants": wants, "chapter": chapter(wants)}
 
 
 def chapter(wants):
-    return " ".join(f"{p} goes {NAMES[where]} and finds {t} ." for p, t, where in wants)
+    """The next chapter, if those who want things go to these places."""
+    return " ".join(f"{person} goes {NAMES[place]} and finds {thing} ." for person, thing, place in wants)
 
 
 def examples(split):
-    """The split's stories; each carries `other`, the chapter of another story, for the contrastive reward."""
+    """The split's stories; each carries `other`, the chapter of another story, for the contrastive reward.
+
+    The paper draws the other chapter again at every step; a fixed one keeps reward() a function of its arguments."""
     if split not in SIZES:
         raise ValueError(f"the tiny.next_chapter task has the splits {', '.join(SIZES)}, not {split!r}")
-    rng, rows, seen = random.Random(100 + SEEDS[split]), [], set()
-    while len(rows) < SIZES[split]:
-        row = make_story(rng)
-        if split_of(row["story"]) == split and row["story"] not in seen:
-            seen.add(row["story"])
-            rows.append(row)
-    for row, other in zip(rows, rows[1:] + rows[:1]):
-        # The paper draws the other chapter anew at every step; a fixed one keeps reward() a function of its arguments.
-        row["other"] = other["chapter"]
+    rng = random.Random(100 + SEEDS[split])
+    rows = collect(split, SIZES[split], lambda _: make_story(rng))
+    for row, following in zip(rows, rows[1:] + rows[:1]):
+        row["other"] = following["chapter"]
     return rows
 
 
 def prompt(example, latent):
+    """The story and the task; with `latent`, the offer of the tag."""
     offer = " or skip with <implicit_thought> number </implicit_thought>" if latent else ""
     return f"{example['story']} task : plan the next chapter . think aloud{offer} . answer :"
 
@@ -56,7 +61,8 @@ def chapter_prompt(example, plan):
 
 
 def gold_plan(example):
-    return " ".join(f"{p} {NAMES[where]} ," for p, _, where in example["wants"])[:-2] + " ."
+    """The plan that says what the true chapter tells."""
+    return " , ".join(f"{person} {NAMES[place]}" for person, _, place in example["wants"]) + " ."
 
 
 def plan_of(completion):
@@ -64,9 +70,9 @@ def plan_of(completion):
     if ANSWER not in completion:
         return ""
     plan = completion.rsplit(ANSWER, 1)[1]
-    for a, b, _ in reversed(parse_tags(plan)):
-        plan = plan[:a] + plan[b:]
-    return " ".join(w for w in plan.split() if w not in ("chapter", "plan", "task", ":", "<|endoftext|>"))
+    for start, end, _ in reversed(parse_tags(plan)):
+        plan = plan[:start] + plan[end:]
+    return " ".join(word for word in plan.split() if word not in ("chapter", "plan", "task", ":", "<|endoftext|>"))
 
 
 @functools.cache
@@ -81,15 +87,23 @@ def unaided(story, chapter):
     return perplexity(*scorer(), [f"{story} chapter :"], [chapter])[0]
 
 
+def gains(examples, plans, chapters):
+    """I in percent, of each plan for each chapter; 0.0 for an empty plan."""
+    contexts = [chapter_prompt(example, plan) for example, plan in zip(examples, plans)]
+    aided = perplexity(*scorer(), contexts, chapters)
+    gain = [0.0] * len(plans)
+    for i, plan in enumerate(plans):
+        if plan:
+            gain[i] = improvement(unaided(examples[i]["story"], chapters[i]), aided[i])
+    return gain
+
+
 def rewards(examples, completions):
     """VR-CLI, contrastive (paper Sec. 4): I(true chapter) - 0.5 * I(another story's chapter), I in percent."""
-    plans = [plan_of(c) for c in completions]
-    contexts = [chapter_prompt(e, p) for e, p in zip(examples, plans)]
-    gain = {}
-    for which in ("chapter", "other"):
-        aided = perplexity(*scorer(), contexts, [e[which] for e in examples])
-        gain[which] = [improvement(unaided(e["story"], e[which]), a) if p else 0.0 for e, a, p in zip(examples, aided, plans)]
-    return [true - 0.5 * other for true, other in zip(gain["chapter"], gain["other"])]
+    plans = [plan_of(completion) for completion in completions]
+    own = gains(examples, plans, [example["chapter"] for example in examples])
+    other = gains(examples, plans, [example["other"] for example in examples])
+    return [gain - 0.5 * gain_other for gain, gain_other in zip(own, other)]
 
 
 def reward(example, completion):

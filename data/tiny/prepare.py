@@ -24,7 +24,7 @@ from data import tiny
 from data.tiny import next_chapter
 from litereason import CLOSE, OPEN
 
-# ---------------------------------------------------------------- how readers write
+# ============================================================================ how readers write
 MISREAD = 0.05  # chance that a step looks up a wrong place
 BLIND = 0.15    # chance that a step sees what it expects where the places differ
 HASTY = 0.06    # share of readers who answer at once, by a coin
@@ -32,23 +32,26 @@ FIRST = 0.5     # share of readers who look for the thing that is asked for firs
 SKIPPERS_FIRST = 0.9  # the same for readers who may skip; they skip nothing before their first step
 KEPT = 0.9      # chance that a skipper whose first step is another still writes down the step about that thing
 SHORT = 0.9     # share of skippers who skip all they may; the others skip each step with a chance of their own
-KINDS, PARTS, SCHOOL = ("hole", "plan", "chapter"), (70, 15, 15), (94, 3, 3)  # what is read, in parts of 100
+KINDS = ("hole", "plan", "chapter")  # what is read
+PARTS = (70, 15, 15)  # .. in parts of 100
+SCHOOL = (94, 3, 3)   # .. at school
 
 EOS = "<|endoftext|>"
 
 
 def skip_some(rng, sentences, keep=None):
-    """Replaces stretches of sentences by one tag each: a few, most or all of them; the first sentence, and `keep`, are spared."""
-    p = 1.0 if rng.random() < SHORT else rng.uniform(0.1, 0.9)
-    out, skipping = [], False
-    for s in sentences:
-        skip = bool(out) and s != keep and rng.random() < p
+    """Replaces stretches of sentences by one tag each: a few, most or all; the first sentence, and `keep`, are spared."""
+    chance = 1.0 if rng.random() < SHORT else rng.uniform(0.1, 0.9)
+    written = []
+    skipping = False
+    for sentence in sentences:
+        skip = bool(written) and sentence != keep and rng.random() < chance
         if not skip:
-            out.append(s)
+            written.append(sentence)
         elif not skipping:
-            out.append(f"{OPEN} {rng.randint(1, 5)} {CLOSE}")
+            written.append(f"{OPEN} {rng.randint(1, 5)} {CLOSE}")
         skipping = skip
-    return out
+    return written
 
 
 def hole_trace(rng, row, latent, slips=True):
@@ -58,7 +61,10 @@ def hole_trace(rng, row, latent, slips=True):
     order = rng.sample(row["steps"], len(row["steps"]))
     if rng.random() < (SKIPPERS_FIRST if latent else FIRST):
         order.sort(key=lambda step: step[0] != row["asked"])
-    sentences, clash, spared = [], [], None
+
+    sentences = []
+    clashes = []  # the sentences that end with a clash
+    asked = None  # the sentence about the thing that is asked for
     for thing, put, found in order:
         if slips and tiny.NAMES[put] != found and rng.random() < BLIND:
             put = tiny.PUT[tiny.FOUND.index(found)]
@@ -67,20 +73,25 @@ def hole_trace(rng, row, latent, slips=True):
         verdict = "fine" if tiny.NAMES[put] == found else "clash"
         # Either look-up may come first, so that neither can be guessed from the other: half the steps to learn them.
         one, two = rng.sample([f"put {thing} {put}", f"got {thing} {found}"], 2)
-        sentences.append(f"look for the {thing} in the story : {one} , {two} , {verdict} .")
-        clash += [sentences[-1]] * (verdict == "clash")
-        spared = sentences[-1] if thing == row["asked"] else spared
+        sentence = f"look for the {thing} in the story : {one} , {two} , {verdict} ."
+        sentences.append(sentence)
+        if verdict == "clash":
+            clashes.append(sentence)
+        if thing == row["asked"]:
+            asked = sentence
+
     if latent:
-        sentences = skip_some(rng, sentences, spared if rng.random() < KEPT else None)
-    yes = any(s in clash for s in sentences)
-    if latent and spared not in sentences:  # what was asked for was not looked up: a guess
+        sentences = skip_some(rng, sentences, asked if rng.random() < KEPT else None)
+    yes = any(sentence in clashes for sentence in sentences)
+    if latent and asked not in sentences:  # what was asked for was not looked up: a guess
         yes = yes or rng.random() < 0.5
     return " ".join(sentences + [f"\\boxed{{ {'Yes' if yes else 'No'} }}"])
 
 
 def plan_trace(rng, row, latent):
     """One reader's answer to the next-chapter prompt: look-ups, then the plan."""
-    sentences, plan = [], []
+    sentences = []
+    plan = []
     for person, thing, put in row["wants"]:
         if rng.random() < 2 * MISREAD:
             put = rng.choice(tiny.PUT)
@@ -90,135 +101,208 @@ def plan_trace(rng, row, latent):
     if latent:
         sentences = skip_some(rng, sentences)
     elif rng.random() < HASTY:
-        sentences, plan = [], [f"{p} {rng.choice(tiny.FOUND)}" for p, _, _ in row["wants"]]
+        sentences = []
+        plan = [f"{person} {rng.choice(tiny.FOUND)}" for person, _, _ in row["wants"]]
     return " ".join(sentences + [next_chapter.ANSWER, " , ".join(plan), "."])
+
+
+def train_story(rng, kind, school, things):
+    """A story of the train part."""
+    while True:
+        if kind != "hole":
+            row = next_chapter.make_story(rng)
+        elif school:
+            row = tiny.make_story(rng, rng.randrange(1 + 2 * things // 3), things)
+        else:
+            row = tiny.make_story(rng, rng.choice((0, 0, 0, 0, 0, 1, 1, 1, 1, 2)), things)
+        if tiny.split_of(row["story"]) == "train":
+            return row
 
 
 def make_text(rng, school=None, things=8):
     """One training text, (prompt, continuation), from a story of the train part.
 
-    school: careful readers, few tags, up to two thirds of the things misplaced: with the task's own 0 or 1 error "it is where it
-    was" is nearly always right, and looking is hardly learned. Later the readers are those described above."""
+    school: careful readers, few tags, up to two thirds of the things misplaced: with the task's own 0 or 1 error "it is
+    where it was" is nearly always right, and looking is hardly learned. Later the readers are those described above."""
     kind = rng.choices(KINDS, SCHOOL if school else PARTS)[0]
-    while True:
-        if kind == "hole":
-            row = tiny.make_story(rng, rng.randrange(1 + 2 * things // 3) if school else rng.choice((0, 0, 0, 0, 0, 1, 1, 1, 1, 2)), things)
-        else:
-            row = next_chapter.make_story(rng)
-        if tiny.split_of(row["story"]) == "train":
-            break
+    row = train_story(rng, kind, school, things)
     latent = rng.random() < (0.25 if school else 0.5)
     if kind == "hole":
         return tiny.prompt(row, latent), hole_trace(rng, row, latent, not school)
     if kind == "plan":
         return next_chapter.prompt(row, latent), plan_trace(rng, row, latent)
-    # The scorer's two readings. A chapter follows its plan, whatever the plan; without one its people go anywhere: a reader who
-    # could foresee the chapter silently would gain nothing from a plan.
+    # The scorer's two readings. A chapter follows its plan, whatever the plan; without one its people go anywhere: a
+    # reader who could foresee the chapter silently would gain nothing from a plan.
     wants = [(person, thing, rng.choice(tiny.PUT)) for person, thing, _ in row["wants"]]
     plan = next_chapter.gold_plan({"wants": wants}) if rng.random() < 0.6 else None
     return next_chapter.chapter_prompt(row, plan), next_chapter.chapter(wants)
 
 
-# ---------------------------------------------------------------- tokenizer: one word, one token
+# ============================================================================ tokenizer and model: one word, one token
 def make_tokenizer():
-    rng, words = random.Random(0), set(tiny.PEOPLE + tiny.THINGS + tiny.PUT + tiny.FOUND + "1 2 3 4 5".split())
+    """The words of the tiny world -> a tokenizer; words stand between spaces, tags and boxes are found without spaces too."""
+    words = set(tiny.PEOPLE + tiny.THINGS + tiny.PUT + tiny.FOUND + "1 2 3 4 5".split())
+    rng = random.Random(0)
     for _ in range(3000):
         words.update(" ".join(make_text(rng)).split())
-    vocab = {w: i for i, w in enumerate([EOS, "<unk>"] + sorted(words))}
-    tok = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    # Words are what stands between spaces; tags and boxes are found without spaces too.
-    tok.pre_tokenizer = pre_tokenizers.Split(Regex(r"</?implicit_thought>|\\boxed\{|[.,:}]|[^\s<>{}.,:\\]+"), "removed", invert=True)
-    return PreTrainedTokenizerFast(tokenizer_object=tok, eos_token=EOS, pad_token=EOS, unk_token="<unk>", clean_up_tokenization_spaces=False)
+    vocab = {word: i for i, word in enumerate([EOS, "<unk>"] + sorted(words))}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    pattern = Regex(r"</?implicit_thought>|\\boxed\{|[.,:}]|[^\s<>{}.,:\\]+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(pattern, "removed", invert=True)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS, unk_token="<unk>",
+                                   clean_up_tokenization_spaces=False)
 
 
-# ---------------------------------------------------------------- training
-def main():
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_model(vocab_size, pad):
+    """A Qwen2 of 0.6 M parameters with random weights."""
+    return Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=vocab_size, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, rope_theta=10000.0, initializer_range=0.05,
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=pad, pad_token_id=pad, attn_implementation="eager"))
+
+
+def make_batch(vocab, pad, pairs):
+    """[(prompt, continuation)] -> ids (B, S), targets (B, S) with -100 at padding, tokens of each prompt.
+
+    The prompt is learned too, and the end after the continuation."""
+    prompts = [[vocab[word] for word in prompt.split()] for prompt, _ in pairs]
+    texts = [[vocab[word] for word in text.split()] + [pad] for _, text in pairs]
+    rows = [torch.tensor(prompt + text) for prompt, text in zip(prompts, texts)]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
+    targets = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
+    return ids, targets, [len(prompt) for prompt in prompts]
+
+
+# ============================================================================ what has been learned
+def val_stories():
+    """(plot-hole stories, next-chapter stories) of the val part."""
+    rng = random.Random(10**6)
+    holes = [tiny.make_story(rng, i % 2) for i in range(1200)]
+    plans = [next_chapter.make_story(rng) for _ in range(600)]
+    return ([row for row in holes if tiny.split_of(row["story"]) == "val"],
+            [row for row in plans if tiny.split_of(row["story"]) == "val"])
+
+
+@torch.no_grad()
+def check(model, vocab, pad, rng, holes, plans):
+    """Teacher-forced on val stories: share of look-ups and verdicts that are right, and how much a plan helps the scorer."""
+    model.eval()
+    learned = {**check_look_ups(model, vocab, pad, rng, holes),
+               "ch_plan": chapter_nats(model, vocab, pad, plans, with_plan=True),
+               "ch_none": chapter_nats(model, vocab, pad, plans, with_plan=False)}
+    model.train()
+    return {name: float(value) for name, value in learned.items()}
+
+
+def check_look_ups(model, vocab, pad, rng, rows):
+    """Shares right: the first look-up of a step, the second (also: where the places differ), the verdict by what it is."""
+    traces = [hole_trace(rng, row, False, slips=False) for row in rows]
+    prompts = [tiny.prompt(row, False) for row in rows]
+    ids, _, starts = make_batch(vocab, pad, list(zip(prompts, traces)))
+    hit = (model(ids).logits[:, :-1].argmax(-1) == ids[:, 1:]).float()  # [i, t]: token t + 1 was foreseen
+    steps = torch.tensor(starts)[:, None] + 18 * torch.arange(8)  # (B, 8) where a step's 18 words begin
+
+    def hits(word):
+        return hit.gather(1, steps + word - 1)  # (B, 8)
+
+    clash = torch.tensor([["clash" in sentence for sentence in trace.split(" . ")[:8]] for trace in traces])  # (B, 8)
+    return {"first": hits(10).mean(), "second": hits(14).mean(), "wrong": hits(14)[clash].mean(),
+            "clash": hits(16)[clash].mean(), "fine": hits(16)[~clash].mean()}
+
+
+def chapter_nats(model, vocab, pad, rows, with_plan):
+    """What a word of the chapter costs the scorer, in nats."""
+    pairs = []
+    for row in rows:
+        plan = next_chapter.gold_plan(row) if with_plan else None
+        pairs.append((next_chapter.chapter_prompt(row, plan), row["chapter"]))
+    ids, _, starts = make_batch(vocab, pad, pairs)
+    logp = model(ids).logits.log_softmax(-1)
+    costs = []
+    for i, start in enumerate(starts):  # 21 words, predicted one place earlier each
+        costs.append(-logp[i, start - 1 : start + 20].gather(1, ids[i, start : start + 21, None]).mean())
+    return sum(costs) / len(costs)
+
+
+# ============================================================================ training
+def parse_arguments():
     here = os.path.dirname(os.path.abspath(__file__))
-    ap.add_argument("--out", default=os.path.join(here, "base"), help="directory for the model")
-    ap.add_argument("--steps", type=int, default=1000, help="optimiser steps after school")
-    ap.add_argument("--school", type=int, default=2000, help="most steps at school, which ends when looking is learned")
-    ap.add_argument("--grow", type=int, default=350, help="steps over which stories grow from 2 things to 8")
-    ap.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (AdamW); falls to a half at school, then to 5 %%")
-    ap.add_argument("--init", default=None, help="a model that has left school: DIR/school of another run")
-    ap.add_argument("--batch", type=int, default=32, help="texts per step")
-    ap.add_argument("--seed", type=int, default=0)
-    args = ap.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default=os.path.join(here, "base"), help="directory for the model")
+    parser.add_argument("--steps", type=int, default=1000, help="optimiser steps after school")
+    parser.add_argument("--school", type=int, default=2000, help="most steps at school, which ends when looking is learned")
+    parser.add_argument("--grow", type=int, default=350, help="steps over which stories grow from 2 things to 8")
+    parser.add_argument("--lr", type=float, default=2e-3,
+                        help="peak learning rate (AdamW); falls to a half at school, then to 5 %%")
+    parser.add_argument("--init", default=None, help="a model that has left school: DIR/school of another run")
+    parser.add_argument("--batch", type=int, default=32, help="texts per step")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
 
+
+def new_optimizer(model):
+    return torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+
+
+def save(model, tokenizer, path):
+    os.makedirs(path, exist_ok=True)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+
+def main():
+    args = parse_arguments()
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed + bool(args.init))
-    tok = make_tokenizer()
-    vocab, pad = tok.get_vocab(), tok.pad_token_id
-    encode = lambda text: [vocab[w] for w in text.split()]
-    model = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=len(vocab), hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4, initializer_range=0.05,
-        num_key_value_heads=2, max_position_embeddings=512, rope_theta=10000.0, tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=pad, pad_token_id=pad, attn_implementation="eager"))
+    tokenizer = make_tokenizer()
+    vocab = tokenizer.get_vocab()
+    pad = tokenizer.pad_token_id
+    model = make_model(len(vocab), pad)
     if args.init:
         model = Qwen2ForCausalLM.from_pretrained(args.init, attn_implementation="eager")
-    new_optimizer = lambda: torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
-    opt = new_optimizer()
-
-    def batch(pairs):
-        ids = [(encode(a), encode(b) + [pad]) for a, b in pairs]
-        width = max(len(a) + len(b) for a, b in ids)
-        x = torch.full((len(ids), width), pad)
-        y = torch.full((len(ids), width), -100)
-        for i, (a, b) in enumerate(ids):
-            row = torch.tensor(a + b)
-            x[i, : len(row)] = row
-            y[i, : len(row)] = row
-        return x, y, [len(a) for a, _ in ids]
-
-    probe_rng = random.Random(10**6)
-    probe = [r for r in (tiny.make_story(probe_rng, i % 2) for i in range(1200)) if tiny.split_of(r["story"]) == "val"]
-    plans = [r for r in (next_chapter.make_story(probe_rng) for i in range(600)) if tiny.split_of(r["story"]) == "val"]
-
-    @torch.no_grad()
-    def check():
-        """What has been learned, teacher-forced on val stories: look-ups, verdicts, and how much a plan helps the scorer."""
-        model.eval()
-        traces = [hole_trace(rng, r, False, slips=False) for r in probe]
-        x, _, starts = batch(list(zip([tiny.prompt(r, False) for r in probe], traces)))
-        hit = (model(x).logits[:, :-1].argmax(-1) == x[:, 1:]).float()  # [i, t]: token t + 1 was foreseen
-        of = lambda k: hit.gather(1, torch.tensor(starts)[:, None] + 18 * torch.arange(8) + k - 1)  # word k of the 18 of a step
-        clash = torch.tensor([["clash" in s for s in t.split(" . ")[:8]] for t in traces])
-        out = {"first": of(10).mean(), "second": of(14).mean(), "wrong": of(14)[clash].mean(),
-               "clash": of(16)[clash].mean(), "fine": of(16)[~clash].mean()}
-        for name, plan in (("ch_plan", True), ("ch_none", False)):
-            x, _, starts = batch([(next_chapter.chapter_prompt(r, next_chapter.gold_plan(r) if plan else None), r["chapter"]) for r in plans])
-            lp = model(x).logits.log_softmax(-1)
-            out[name] = sum(-lp[i, s - 1 : s + 20].gather(1, x[i, s : s + 21, None]).mean() for i, s in enumerate(starts)) / len(starts)
-        model.train()
-        return {k: float(v) for k, v in out.items()}
-
-    def save(path):
-        os.makedirs(path, exist_ok=True)
-        model.save_pretrained(path)
-        tok.save_pretrained(path)
+    optimizer = new_optimizer(model)
+    holes, plans = val_stories()
 
     model.train()
-    t0, step, school, left = time.time(), 0, not args.init, args.steps
+    began = time.time()
+    step = 0
+    school = not args.init
+    left = args.steps  # steps after school
     while left > 0:
-        things = min(8, 2 + 7 * step // max(1, args.grow)) if school else 8
-        scale = min((step + 1) / 80, max(0.5, 1 - step / 2000)) if school else max(0.05, 0.5 * left / args.steps)
-        opt.param_groups[0]["lr"] = args.lr * scale
-        x, y, _ = batch([make_text(rng, school, things) for _ in range(args.batch * 8 // things)])
+        # Stories grow at school; the learning rate rises, then falls.
+        if school:
+            things = min(8, 2 + 7 * step // max(1, args.grow))
+            scale = min((step + 1) / 80, max(0.5, 1 - step / 2000))
+        else:
+            things = 8
+            scale = max(0.05, 0.5 * left / args.steps)
+        optimizer.param_groups[0]["lr"] = args.lr * scale
+
+        # One step on new texts.
+        texts = [make_text(rng, school, things) for _ in range(args.batch * 8 // things)]
+        ids, targets, _ = make_batch(vocab, pad, texts)
         with torch.autocast("cpu", torch.bfloat16):  # weights stay fp32; 4 times the speed where the CPU has bf16 units
-            logits = model(x).logits[:, :-1].float()
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y[:, 1:].flatten(), ignore_index=-100)
-        opt.zero_grad(set_to_none=True)
+            logits = model(ids).logits[:, :-1].float()
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten(), ignore_index=-100)
+        optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        opt.step()
-        step, left = step + 1, left - (not school)
+        optimizer.step()
+        step += 1
+        left -= not school
+
+        # Say what has been learned, and leave school when it is enough.
         if step % 100 == 0 or left == 0:
-            learned = check()
-            print(f"step {step:5d}{' at school' if school else ''} | loss {loss.item():.3f} | {time.time() - t0:5.0f}s | "
-                  + " ".join(f"{k} {v:.3f}" for k, v in learned.items()), flush=True)
-            save(os.path.join(args.out, "school") if school else args.out)
-            if school and (step >= args.school or min(learned[k] for k in ("first", "wrong", "clash", "fine")) > 0.98):
-                school, rng, opt = False, random.Random(args.seed + 1), new_optimizer()
+            learned = check(model, vocab, pad, rng, holes, plans)
+            figures = " ".join(f"{name} {value:.3f}" for name, value in learned.items())
+            print(f"step {step:5d}{' at school' if school else ''} | loss {loss.item():.3f} | "
+                  f"{time.time() - began:5.0f}s | {figures}", flush=True)
+            save(model, tokenizer, os.path.join(args.out, "school") if school else args.out)
+            looks = min(learned[name] for name in ("first", "wrong", "clash", "fine")) > 0.98
+            if school and (step >= args.school or looks):
+                school = False
+                rng = random.Random(args.seed + 1)
+                optimizer = new_optimizer(model)
 
 
 if __name__ == "__main__":
