@@ -1,7 +1,7 @@
 """Speed: the same numbers sooner, or in less memory. Nothing in this file changes a result, so a first
 reading can skip it.
 
-    forward, prefill, compute     the model on embeddings; each prompt read once; bf16 products from fp32 weights
+    forward, prefill, compute     the model on embeddings; each prompt read once; bf16 products, fp32 weights
     PromptCache                   keys and values while the prompts are read
     ScoringCache                  .. of given slots, several at a time, with their gradients
     DecodingCache                 .. of one new slot per row and step, in memory that is allocated once
@@ -14,6 +14,7 @@ reading can skip it.
 The letters in the shape comments are those of litereason.py; n is a number of columns or of rows, as the
 comment says. """
 import copy
+import dataclasses
 import functools
 import sys
 import types
@@ -56,7 +57,8 @@ def forward(model, x, positions, cache):
     LM head reads."""
     # a 4-D mask is passed through as it is; the cache knows who attends to whom.
     unread = x.new_empty(1, 1, 1, 1)
-    out = model.model(inputs_embeds=x, position_ids=positions, attention_mask=unread, past_key_values=cache, use_cache=True)
+    out = model.model(inputs_embeds=x, position_ids=positions, attention_mask=unread, past_key_values=cache,
+                      use_cache=True)
     return out.last_hidden_state
 
 
@@ -94,9 +96,10 @@ def prefill(model, prompts, slots=None):
 #     row 1  -----/                                      [ s0  s1  s2 ]      and its own slots 0..i,
 #     row 2  -----> [ q0  q1  pad pad pad ]              [ s0  s1  s2 ]      never another row's
 #
-# A cache is given to transformers as `past_key_values`: each layer calls `update` with its new keys and values, then our
-# attention function, which calls `attend`. Positions restart after the prompt, so a group's rows give the same numbers as
-# if each had been run alone on prompt + slots. Each cache has `layers`: per layer the (keys, values) that it adds to.
+# A cache is given to transformers as `past_key_values`: each layer calls `update` with its new keys and values, then
+# our attention function, which calls `attend`. Positions restart after the prompt, so a group's rows give the same
+# numbers as if each had been run alone on prompt + slots. Each cache has `layers`: per layer, the (keys, values) that
+# it adds to.
 class PromptCache:
     """Keys and values of P prompts while they are read: plain causal attention; padding stands to the right
     of all it could disturb."""
@@ -118,16 +121,18 @@ class PromptCache:
         keys, values = self.layers[layer]
         near = None  # (L, L), only a window needs a mask
         if window and window < q.shape[2]:
-            near = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril().triu(1 - window)
-        out = F.scaled_dot_product_attention(q.to(values.dtype), keys, values, near, is_causal=near is None, scale=scale,
+            every_pair = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device)
+            near = every_pair.tril().triu(1 - window)
+        q = q.to(values.dtype)
+        out = F.scaled_dot_product_attention(q, keys, values, near, is_causal=near is None, scale=scale,
                                              enable_gqa=True)
         return out.transpose(1, 2)
 
-    def padding(self):
-        """True where a prompt has ended, (P, 1, 1, L); None if all are equally long."""
-        L = self.layers[0][0].shape[2]
-        pad = torch.arange(L, device=self.lengths.device) >= self.lengths[:, None]  # (P, L)
-        return pad[:, None, None] if pad.any() else None
+
+def padding(lengths, L):
+    """True where a prompt has ended, (P, 1, 1, L); None if all of them, lengths (P,), are equally long."""
+    pad = torch.arange(L, device=lengths.device) >= lengths[:, None]  # (P, L)
+    return pad[:, None, None] if pad.any() else None
 
 
 class Groups:
@@ -164,32 +169,45 @@ def attend_shared(q, scale, prompt, own, groups, pad=None, far=None, hide_own=No
     prompt: keys and values (P, K, L, d); own: the same per row, (B, K, n, d). What is not seen: pad (P, 1, 1,
     L) and far (B, 1, 1, S, L) of the prompt, hide_own (B, 1, 1, S, n) of the row's own. All rows of a group
     meet their one copy of the prompt in a single matrix product per prompt and head, G * R * S rows high."""
+    prompt_keys, prompt_values = prompt
+    own_keys, own_values = own
     B, H, S, d = q.shape
-    P, K, L, _ = prompt[0].shape
-    n = own[0].shape[2]
+    P, K, L, _ = prompt_keys.shape
+    n = own_keys.shape[2]
     R = H // K
 
     def by_group(t):  # (B, K or 1, R, S, ..) -> (P, K or 1, G * R * S, ..)
-        return groups.split(t).transpose(1, 2).reshape(P, t.shape[1], -1, t.shape[-1])
+        heads = t.shape[1]
+        t = groups.split(t).transpose(1, 2)  # (P, K or 1, G, R, S, ..)
+        return t.reshape(P, heads, -1, t.shape[-1])
 
     def by_row(t):  # (P, K, G * R * S, ..) -> (B, K, R, S, ..)
-        return groups.join(t.reshape(P, K, groups.size, R, S, -1).transpose(1, 2))
+        t = t.reshape(P, K, groups.size, R, S, -1)
+        return groups.join(t.transpose(1, 2))
 
+    # (1) How well each query fits each key.
     q = (q * scale).view(B, K, R, S, d)
-    on_own = q.reshape(B, K, R * S, d) @ own[0].transpose(2, 3)
+    on_own = q.reshape(B, K, R * S, d) @ own_keys.transpose(2, 3)
     on_own = on_own.view(B, K, R, S, n)
+    on_prompt = by_group(q) @ prompt_keys.transpose(2, 3)  # (P, K, G * R * S, L)
+
+    # (2) What is not seen.
     if hide_own is not None:
         on_own = on_own.masked_fill(hide_own, -torch.inf)
-    on_prompt = by_group(q) @ prompt[0].transpose(2, 3)  # (P, K, G * R * S, L)
     if pad is not None:
         on_prompt = on_prompt.masked_fill(pad, -torch.inf)
     if far is not None:
-        on_prompt = on_prompt.masked_fill(by_group(far.expand(B, 1, R, S, L)), -torch.inf)
+        far = far.expand(B, 1, R, S, L)
+        on_prompt = on_prompt.masked_fill(by_group(far), -torch.inf)
+
+    # (3) One softmax over both, and the weighted values.
     scores = torch.cat([on_prompt, by_group(on_own)], -1)  # (P, K, G * R * S, L + n)
-    weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
-    w_prompt, w_own = weights.split([L, n], -1)
-    from_own = by_row(w_own).reshape(B, K, R * S, n) @ own[1]
-    out = by_row(w_prompt @ prompt[1]) + from_own.view(B, K, R, S, d)
+    weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))
+    w_prompt, w_own = weights.to(q.dtype).split([L, n], -1)
+    w_own = by_row(w_own).reshape(B, K, R * S, n)
+    from_prompt = by_row(w_prompt @ prompt_values)  # (B, K, R, S, d)
+    from_own = (w_own @ own_values).view(B, K, R, S, d)
+    out = from_prompt + from_own
     return out.permute(0, 3, 1, 2, 4).reshape(B, S, H, d)
 
 
@@ -218,7 +236,7 @@ class ScoringCache:
     def __init__(self, prompts, owner):
         """prompts: a PromptCache; owner (B,): which prompt each row belongs to, in order."""
         self.prompts = prompts.layers
-        self.pad = prompts.padding()
+        self.pad = padding(prompts.lengths, prompts.layers[0][0].shape[2])
         self.owner = owner
         self.start = prompts.lengths[owner]  # (B,) position of a row's first slot
         self.groups = Groups(owner, len(prompts.lengths))
@@ -230,11 +248,13 @@ class ScoringCache:
     def begin(self, valid):
         """Before a forward pass of new slots: valid (B, S) says which are real."""
         B, S = valid.shape
-        self.valid = valid if self.valid is None else torch.cat([self.valid, valid], 1)  # (B, n)
+        if self.valid is not None:
+            valid = torch.cat([self.valid, valid], 1)
+        self.valid = valid  # (B, n)
         self.bias = {}
         # (S, S) slot j comes after slot i.
         later = torch.ones(S, S, dtype=torch.bool, device=valid.device).triu(1)
-        hidden = ~self.valid[:, None].expand(B, S, self.valid.shape[1]).clone()  # (B, S, n)
+        hidden = (~valid[:, None]).repeat(1, S, 1)  # (B, S, n)
         hidden[:, :, -S:] |= later
         self.hidden = hidden[:, None, None]
 
@@ -269,8 +289,11 @@ class ScoringCache:
         """0 where a slot sees a key, -inf elsewhere, over the prompt's keys and the row's own: (B, 1, S, L +
         n)."""
         B, _, S, _ = q.shape
-        pad = torch.zeros(1, 1, 1, L, dtype=torch.bool, device=q.device) if self.pad is None else self.pad[self.owner]
-        hide = torch.cat([pad.expand(B, 1, S, L), self.hidden[:, 0]], 3)
+        if self.pad is None:
+            hide_prompt = torch.zeros(1, 1, 1, L, dtype=torch.bool, device=q.device)
+        else:
+            hide_prompt = self.pad[self.owner]  # (B, 1, 1, L)
+        hide = torch.cat([hide_prompt.expand(B, 1, S, L), self.hidden[:, 0]], 3)
         if window:
             hide = hide | torch.cat(self.beyond(window, S, L), 4)[:, 0]
         return q.new_zeros(hide.shape).masked_fill(hide, -torch.inf)
@@ -304,12 +327,17 @@ class DecodingCache:
         self.late = False  # whether any row began after column 0
         self.rounded = False  # whether `reach` is rounded up, see set_reach
         self.hidden = None  # (B, 1, 1, 1, n) columns that a row does not see; None: it sees all
-        self.layers = [tuple(t.new_zeros(len(owner), t.shape[1], room, t.shape[3]) for t in kv) for kv in prompts.layers]
-        self._assign(owner, prompts.padding())
+        self.layers = []  # (keys, values), (B, K, room, d) each
+        for keys, _ in prompts.layers:
+            _, K, _, d = keys.shape
+            size = (len(owner), K, room, d)
+            self.layers.append((keys.new_zeros(size), keys.new_zeros(size)))
+        self._assign(owner)
 
-    def _assign(self, owner, pad):
+    def _assign(self, owner):
+        """Rows owner (B,), in order, on the prompts that there are."""
         self.owner = owner
-        self.pad = pad
+        self.pad = padding(self.lengths, self.prompts[0][0].shape[2])
         self.groups = Groups(owner, len(self.lengths))
 
     def set_reach(self, rounded):
@@ -353,39 +381,55 @@ class DecodingCache:
 
     def change(self, rows, prompts=None, owner=None):
         """Between two steps: only `rows` (n,) stay, and the prompts that they need; behind them come new
-        rows, owner (m,) among `prompts`, a PromptCache. Columns that no row needs any more are dropped, and
-        the write position moves left."""
-        kept, own_owner = self.owner[rows].unique(return_inverse=True)
+        rows.
+
+        prompts, owner: a PromptCache, and which of its prompts each new row belongs to, (m,). Columns that no
+        row needs any more are dropped, and the write position moves left."""
+        # Prompts; the rows' places among them.
+        kept, owner_kept = self.owner[rows].unique(return_inverse=True)
         dropped = int(self.began[rows].min()) if len(rows) else self.filled
-        filled = self.filled - dropped
-        began = self.began[rows] - dropped
+        columns = slice(dropped, self.filled)
         lengths = self.lengths[kept]
+        began = self.began[rows] - dropped
         if prompts is not None:
-            began = torch.cat([began, torch.full_like(owner, filled)])
             lengths = torch.cat([lengths, prompts.lengths])
-            own_owner = torch.cat([own_owner, owner + len(kept)])
+            began = torch.cat([began, torch.full_like(owner, self.filled - dropped)])
+            owner_kept = torch.cat([owner_kept, owner + len(kept)])
         L = int(lengths.max())
-
-        def widened(t):  # (P, K, .., d) -> (P, K, L, d)
-            return F.pad(t[:, :, :L], (0, 0, 0, max(0, L - t.shape[2])))
-
-        # Layer by layer, so that little is in memory twice.
-        for i, (old, own) in enumerate(zip(self.prompts, self.layers)):
-            if prompts is not None or len(kept) < len(self.lengths):
-                new = [t[:0] for t in old] if prompts is None else prompts.layers[i]
-                self.prompts[i] = tuple(torch.cat([widened(t[kept]), widened(m)]) for t, m in zip(old, new))
+        for i in range(len(self.layers)):  # layer by layer, so that little is in memory twice
             if prompts is not None:
+                self.prompts[i] = _joined(self.prompts[i], kept, prompts.layers[i], L)
                 prompts.layers[i] = None
-            # Zeros behind them: what is masked must at least be finite.
-            self.layers[i] = tuple(t.new_zeros(len(own_owner), *t.shape[1:]) for t in own)
-            for t, memory in zip(own, self.layers[i]):
-                memory[: len(rows), :, :filled] = t[:, :, dropped : self.filled][rows]
+            elif len(kept) < len(self.lengths):
+                self.prompts[i] = _joined(self.prompts[i], kept, None, L)
+            keys, values = self.layers[i]
+            n_rows = len(owner_kept)
+            self.layers[i] = (_moved(keys, rows, columns, n_rows), _moved(values, rows, columns, n_rows))
         self.lengths = lengths
-        self.filled = filled
         self.began = began
+        self.filled = self.filled - dropped
         self.late = bool(began.any())
-        pad = torch.arange(L, device=lengths.device) >= lengths[:, None]  # (P, L)
-        self._assign(own_owner, pad[:, None, None] if pad.any() else None)
+        self._assign(owner_kept)
+
+
+def _joined(old, kept, new, L):
+    """Keys and values of the prompts `kept` of old, then those of new (None: no more), each (P, K, L, d)."""
+
+    def widened(t):
+        return F.pad(t[:, :, :L], (0, 0, 0, max(0, L - t.shape[2])))
+
+    if new is None:
+        return tuple(widened(t[kept]) for t in old)
+    return tuple(torch.cat([widened(t[kept]), widened(more)]) for t, more in zip(old, new))
+
+
+def _moved(memory, rows, columns, n_rows):
+    """Own slots (B, K, room, d) -> (n_rows, K, room, d): those of `rows`, from column 0 on; what is masked
+    must at least be finite."""
+    out = memory.new_zeros(n_rows, *memory.shape[1:])
+    n = columns.stop - columns.start
+    out[: len(rows), :, :n] = memory[:, :, columns][rows]
+    return out
 
 
 def _attention(module, query, key, value, attention_mask, scaling, **kwargs):
@@ -393,7 +437,8 @@ def _attention(module, query, key, value, attention_mask, scaling, **kwargs):
     sdpa."""
     if isinstance(key, (PromptCache, ScoringCache, DecodingCache)):  # `update` returned (cache, layer)
         return key.attend(value, query, scaling, kwargs.get("sliding_window")), None
-    return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    return sdpa(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
 
 AttentionInterface.register("litereason", _attention)
@@ -425,17 +470,19 @@ class Decoder:
         self.last_join = 0  # the step in which prompts joined last
         self.all_at_limit = False
         self.recorded = None  # a CUDA graph of the step
-        read, owner, fields = self._begin(self.max_prompts)
-        self.cache = DecodingCache(read, owner, limit)
+        prompts_read, owner, fields = self._begin(self.max_prompts)
+        self.cache = DecodingCache(prompts_read, owner, limit)
         self.rows = types.SimpleNamespace(**fields)
 
     def _begin(self, n):
         """Reads the next n prompts -> (their PromptCache, owner (B,), the fields of their rows)."""
-        read, h, _ = prefill(self.model, self.prompts[self.n_begun : self.n_begun + n])
+        first, end = self.n_begun, self.n_begun + n
+        self.n_begun = end
+        prompts_read, h, _ = prefill(self.model, self.prompts[first:end])
         owner = torch.arange(n, device=self.model.device).repeat_interleave(self.samples)
-        numbers = torch.arange(self.n_begun * self.samples, (self.n_begun + n) * self.samples)
-        self.n_begun += n
-        return read, owner, self.new_rows(numbers, h[owner], read.lengths[owner])
+        numbers = torch.arange(first * self.samples, end * self.samples)
+        fields = self.new_rows(numbers, h[owner], prompts_read.lengths[owner])
+        return prompts_read, owner, fields
 
     def refill(self, finish):
         """Before each step: rows that have ended leave, prompts that wait join. finish(indices of rows that
@@ -460,24 +507,25 @@ class Decoder:
         """Prompts that begin now, 0 if it is too few to be worth moving the memory for."""
         groups_live = -(-len(live) // self.samples)
         prompts_kept = len(self.cache.owner[live].unique())
-        free = min(len(self.prompts) - self.n_begun,
-                   self.max_prompts - groups_live,
-                   # a long row keeps its prompt: at most twice max_prompts are in memory.
-                   2 * self.max_prompts - prompts_kept)
-        worth_it = free * self.samples >= 0.25 * len(self.rows.live) or not len(live)
-        return free if free > 0 and worth_it else 0
+        waiting = len(self.prompts) - self.n_begun
+        free = self.max_prompts - groups_live
+        # a long row keeps its prompt: at most so many are in memory.
+        room = 2 * self.max_prompts - prompts_kept
+        n = min(waiting, free, room)
+        worth_it = n * self.samples >= 0.25 * len(self.rows.live) or not len(live)
+        return n if n > 0 and worth_it else 0
 
     def _exchange(self, live, n_join):
         """Only rows `live` (n,) stay, and n_join prompts begin."""
         fields = {name: t[live] for name, t in vars(self.rows).items()}
-        read = owner = None
+        prompts_read = owner = None
         if n_join:
-            read, owner, new = self._begin(n_join)
-            width = self.rows.latents.shape[1]
-            new["latents"] = F.pad(new["latents"], (0, 0, 0, width - new["latents"].shape[1]))
+            prompts_read, owner, new = self._begin(n_join)
+            missing = self.rows.latents.shape[1] - new["latents"].shape[1]
+            new["latents"] = F.pad(new["latents"], (0, 0, 0, missing))
             fields = {name: torch.cat([t, new[name]]) for name, t in fields.items()}
             self.last_join = self.step
-        self.cache.change(live, read, owner)
+        self.cache.change(live, prompts_read, owner)
         self.recorded = None
         self.rows = types.SimpleNamespace(**fields)
 
@@ -487,16 +535,17 @@ class Decoder:
         if missing > 0:
             self.rows.latents = F.pad(self.rows.latents, (0, 0, 0, missing + 8))
 
-    def who(self, inside):
-        """-> (rows that sample a token, rows that run the projector), indices. On CUDA choosing them would
-        force a sync: there all rows sample, and the projector runs on those that can be inside a block before
-        the next look."""
-        if self.model.device.type in WAITS:
-            return self.everyone(), self.may_project
-        return (~inside).nonzero()[:, 0], inside.nonzero()[:, 0]
+    def who(self, inside, everyone=False):
+        """-> (rows that sample a token, rows that run the projector), indices.
 
-    def everyone(self):
-        return torch.arange(len(self.rows.live), device=self.model.device)
+        On CUDA choosing them would force a sync: there all rows sample, and the projector runs on those that
+        can be inside a block before the next look. everyone: all rows do both."""
+        rows = torch.arange(len(inside), device=inside.device)
+        if everyone:
+            return rows, rows
+        if self.model.device.type in WAITS:
+            return rows, self.may_project
+        return (~inside).nonzero()[:, 0], inside.nonzero()[:, 0]
 
     def forward(self, x, positions):
         """One slot for every row: embeddings x (B, D) at positions (B,) -> states (B, D).
@@ -530,7 +579,8 @@ class Decoder:
         except RuntimeError as e:
             self.model.graphs = False
             why = str(e).partition("\n")[0]
-            print(f"warning: the decoding step cannot be recorded as a CUDA graph ({why}); it runs without", file=sys.stderr)
+            print(f"warning: the decoding step cannot be recorded as a CUDA graph ({why}); it runs without",
+                  file=sys.stderr)
             return None
 
 
@@ -572,54 +622,65 @@ class TagTable:
     the start. classes (V,); next_state, fires and starts (classes, states). A few seconds for the real Qwen2
     vocabulary, once per tokenizer."""
 
-    def __init__(self, read_char, start, alphabet, begun, texts, only_resets, vocab_size, device):
-        """read_char(state, char) -> (state, n): n > 0 where a tag has ended; `alphabet` is every character
-        that it tells apart. begun(state): a tag is so far written that it can be nothing else. only_resets: a
-        pattern of texts that lead to `start` from everywhere. texts: of the vocabulary."""
+    def __init__(self, read_char, start, alphabet, has_begun, only_resets, texts, vocab_size, device):
+        """texts: of the vocabulary's entries. read_char(state, char) -> (state, n): n > 0 where a tag has
+        ended.
+
+        alphabet: every character that read_char tells apart. has_begun(state): so much of a tag is written
+        that it can be nothing else. only_resets: a pattern of texts that lead to `start` from every state."""
         # (1) Every state that some text can reach, as a small integer; 0 is the start.
         other = "\0"  # stands for any character outside the alphabet
+        chars = [*alphabet, other]
         states = {start: 0}
-        for state in (queue := [start]):
-            for char in [*alphabet, other]:
+        queue = [start]
+        for state in queue:
+            for char in chars:
                 reached, _ = read_char(state, char)
                 if reached not in states:
                     states[reached] = len(states)
                     queue.append(reached)
-        move, fire = {}, {}  # character -> (states,) next state, n
-        for char in [*alphabet, other]:
+        next_of, n_of = {}, {}  # character -> (states,) the next state, n
+        for char in chars:
             steps = [read_char(state, char) for state in queue]
-            move[char] = np.array([states[reached] for reached, _ in steps])
-            fire[char] = np.array([n for _, n in steps])
+            next_of[char] = np.array([states[reached] for reached, _ in steps])
+            n_of[char] = np.array([n for _, n in steps])
 
         # (2) The same for every token of the vocabulary, read character by character.
         nothing = np.zeros(len(queue), dtype=np.int64)
-        columns = {(nothing.tobytes(), nothing.tobytes()): 0}  # (next states, ns) -> class; class 0 resets
+        pairs = [(nothing, nothing)]  # one per class: (next states, ns); class 0 resets
+        class_of = {(nothing.tobytes(), nothing.tobytes()): 0}
         classes = np.zeros(vocab_size, dtype=np.int64)
-        for token, text in enumerate(texts[:vocab_size]):
+        for token, text in enumerate(texts):
             if only_resets.fullmatch(text):
                 continue
             at = np.arange(len(queue))
             n = nothing
             for char in text:
-                char = char if char in move else other
-                n = np.where(fire[char][at] > 0, fire[char][at], n)
-                at = move[char][at]
-            classes[token] = columns.setdefault((at.tobytes(), n.tobytes()), len(columns))
-        # (classes, 2, states)
-        table = np.array([[np.frombuffer(column, dtype=np.int64) for column in pair] for pair in columns])
+                char = char if char in next_of else other
+                fired = n_of[char][at]
+                n = np.where(fired > 0, fired, n)
+                at = next_of[char][at]
+            key = (at.tobytes(), n.tobytes())
+            if key not in class_of:
+                class_of[key] = len(pairs)
+                pairs.append((at, n))
+            classes[token] = class_of[key]
+        next_state = np.array([at for at, _ in pairs])  # (classes, states)
+        fires = np.array([n for _, n in pairs])
+        self.as_lists = classes.tolist(), next_state.tolist(), fires.tolist()  # for one row, on the host
         self.classes = torch.from_numpy(classes).to(device)
-        self.next_state, self.fires = torch.from_numpy(table).to(device).unbind(1)
+        self.next_state = torch.from_numpy(next_state).to(device)
+        self.fires = torch.from_numpy(fires).to(device)
 
         # (3) Which tokens start a tag, in which states.
-        has_begun = torch.tensor([begun(state) for state in queue], device=device)  # (states,)
-        self.starts = has_begun[self.next_state] | (self.fires > 0)
+        begun = torch.tensor([has_begun(state) for state in queue], device=device)  # (states,)
+        self.starts = begun[self.next_state] | (self.fires > 0)
+
         # (4) States from which a tag may end within LOOK - 1 tokens, so that its latents begin before the
         # next look.
         self.soon = (self.fires > 0).any(0)  # (states,)
         for _ in range(LOOK - 2):
             self.soon = self.soon | self.soon[self.next_state].any(0)
-        # For one row, on the host.
-        self.as_lists = classes.tolist(), table[:, 0].tolist(), table[:, 1].tolist()
 
     def step(self, state, token):
         """state (B,), sampled token (B,) -> (state (B,), n (B,)): n > 0 where this token ends a tag."""
@@ -627,7 +688,88 @@ class TagTable:
         return self.next_state[kind, state], self.fires[kind, state]
 
 
-# ============================================================ scoring: logits in chunks, rollouts by a budget
+# ============================================================
+# scoring: rows that share a prompt, rounds of text and latents, logits in chunks
+class Batch:
+    """Rollouts ordered by prompt, each prompt once, slots padded on the right.
+
+    prompts: lists of token ids. owner (B,): which prompt a row belongs to. rows: the rollouts in that order.
+    back: for each rollout, in the order in which they were given, the number of its row."""
+
+    def __init__(self, rollouts, device, padding):
+        number = {}  # prompt -> its number
+        owners = [number.setdefault(tuple(r.prompt_ids), len(number)) for r in rollouts]
+        order = sorted(range(len(rollouts)), key=owners.__getitem__)
+        self.prompts = [list(prompt) for prompt in number]
+        self.owner = torch.tensor(sorted(owners), device=device)
+        self.rows = [rollouts[i] for i in order]
+        self.slots, self.valid = slot_table(self.rows, device, padding)  # (B, S) each
+        self.back = torch.tensor(sorted(range(len(order)), key=order.__getitem__), device=device)
+
+
+def slot_table(rollouts, device, padding):
+    """The slots of rollouts, padded on the right -> slots (B, S), valid (B, S)."""
+    lengths = [len(r.slots) for r in rollouts]
+    S = max(lengths)
+    slots = [r.slots + [padding] * (S - n) for r, n in zip(rollouts, lengths)]
+    valid = torch.arange(S, device=device) < torch.tensor(lengths, device=device)[:, None]
+    return torch.tensor(slots, device=device), valid
+
+
+@dataclasses.dataclass
+class Piece:
+    """What litereason.unroll feeds in one forward pass; each list has an entry per row."""
+
+    starts: list  # the first slot that the row feeds
+    counts: list  # how many it feeds
+    is_latent: bool  # one latent per row, made right before; else text
+    carried: list = None  # of text: 1 where its first slot is a latent that was made before
+    made: list = None  # of latents: whether the row keeps what is made here
+
+
+def plan_rounds(rows):
+    """How unroll goes through rows of slots, known before anything is computed. rows: lists that say of each
+    slot whether it is a latent -> ([Piece], column (B, S)).
+
+    Rows have their tags at different places, so the batch advances in rounds: every row's text up to its next
+    block in one piece, then the block's latents one at a time. Nothing waits for the output of a block's last
+    latent, so that one is carried into the text after it. column[b, s]: where among all outputs (the prompt's
+    last is number 0) the one for slot s is."""
+    plan = []
+    at = [0] * len(rows)  # the next slot of each row
+    carried = [0] * len(rows)
+    while any(start < len(row) for start, row in zip(at, rows)):
+        counts = []
+        for row, start, waiting in zip(rows, at, carried):
+            counts.append(waiting + _run_length(row, start + waiting, False))
+        plan.append(Piece(at, counts, is_latent=False, carried=carried))
+        at = [start + count for start, count in zip(at, counts)]
+        blocks = [_run_length(row, start, True) for row, start in zip(rows, at)]  # latents that come next
+        carried = [int(n > 0) for n in blocks]
+        for k in range(max(blocks)):
+            fed = [int(k < n - 1) for n in blocks]  # all but the block's last
+            made = fed if k < max(blocks) - 1 else carried
+            plan.append(Piece(at, fed, is_latent=True, made=made))
+            at = [start + count for start, count in zip(at, fed)]
+
+    S = max(map(len, rows))
+    column = torch.zeros(len(rows), S + 1, dtype=torch.long)
+    columns = 1
+    for piece in plan:
+        for own, start, count in zip(column, piece.starts, piece.counts):
+            own[start + 1 : start + 1 + count] = torch.arange(columns, columns + count)
+        columns += max(piece.counts)
+    return plan, column[:, :S]
+
+
+def _run_length(row, start, kind):
+    """How many slots from `start` on are of one kind: latents (True) or text (False)."""
+    end = start
+    while end < len(row) and row[end] == kind:
+        end += 1
+    return end - start
+
+
 class TokenLogprobs(torch.autograd.Function):
     """log softmax((h W^T + bias) / temperature)[target] of states h (M, D) -> (M,), with its gradient by
     hand.
@@ -678,9 +820,13 @@ def token_logprobs(model, h, targets, temperature=1.0, chunk=None):
     # Once, for all chunks and both directions.
     weight = head.weight.to(torch.bfloat16) if model.bf16 else head.weight
     bias = None if head.bias is None else head.bias.to(weight.dtype)
-    parts = list(zip(h.split(chunk), targets.split(chunk))) if len(h) else []
-    logps = [TokenLogprobs.apply(some, weight, bias, wanted, temperature, len(parts) == 1) for some, wanted in parts]
-    return torch.cat(logps or [h[:, 0]])
+    if not len(h):
+        return h[:, 0]
+    one_chunk = len(h) <= chunk
+    logps = []
+    for some, wanted in zip(h.split(chunk), targets.split(chunk)):
+        logps.append(TokenLogprobs.apply(some, weight, bias, wanted, temperature, one_chunk))
+    return torch.cat(logps)
 
 
 def pack(rollouts, budget):

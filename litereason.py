@@ -4,26 +4,28 @@ A policy LM may write <implicit_thought>N</implicit_thought>. The next N positio
 Reasoning Projector P maps the last hidden state to the next input embedding, N times, and sampling continues
 (paper Sec. 3):
 
-    h_0 = LM(context)[-1]                  the state that the LM head reads, at the last token of the closing tag
-    z_1 = P(h_0),  z_{k+1} = P(h_k)        h_k = LM(context, z_1 .. z_k)[-1]
-    next token ~ softmax(W_head h_N)       z_N is read by the model; the token after the block is predicted there
+    h_0 = LM(context)[-1]              the state that the LM head reads, at the last token of the closing tag
+    z_1 = P(h_0),  z_{k+1} = P(h_k)    h_k = LM(context, z_1 .. z_k)[-1]
+    next token ~ softmax(W_head h_N)   z_N is read by the model; the token after the block is predicted there
 
 One representation, one rule. A trajectory is a prompt and a list of SLOTS, each a token id or LATENT, plus
 the latent vectors. The output at slot t is scored iff slot t+1 is a token that the policy sampled:
 
     slots        a    <..>   3   </..>  LATENT LATENT LATENT   b    .   EOS
     fed as      E[a]  E[..] E[3] E[..]   z_1    z_2    z_3    E[b] E[.]
-    predicted   by the prompt's last output, then each token by the output of the slot before it; `b` by that of z_3.
-                Nothing predicts a LATENT: the outputs at </..>, z_1 and z_2 go to the projector, not to the LM head.
+    predicted   the first token by the prompt's last output, each other one by the output of the slot before
+                it, so `b` by that of z_3. Nothing predicts a LATENT: the outputs at </..>, z_1 and z_2 go to
+                the projector, not to the LM head.
 
 Letters in the shape comments:
-    P prompts   B rows (rollouts)   G rows of one prompt   L prompt length   S own slots of a row
+    P prompts   B rows (rollouts)   G rows of one prompt   L prompt length   S own slots   n some of them
     D hidden size   V vocabulary   H heads   K key/value heads   R = H / K   d head size   M scored positions
 
 The definition comes first, as slowly as possible; then the tag, the projector, decoding, scoring, the latent
 roll-out and its loss, GRPO. What is called engine.something is there for speed, what is called runs.something
-reads and writes files: neither changes a number, and both can be skipped. Stages 1 and 2 are in
-train_projector.py, stage 3 is in train_rl.py. """
+reads files and checks what people type: neither changes a number, and both can be skipped. Stages 1 and 2 are
+in train_projector.py, stage 3 is in train_rl.py.
+"""
 import copy
 import dataclasses
 import re
@@ -33,7 +35,7 @@ import transformers
 
 import engine
 import runs
-from runs import UserError, save  # save(model, tokenizer, path) is part of this file's interface
+from runs import UserError, save  # save(model, tokenizer, path) belongs to this file's interface
 
 LATENT = -1  # the slot value of a latent position
 CAP = 5  # a tag's N is clamped to this; a checkpoint carries its own (config.litereason_max_reasoning_steps)
@@ -41,25 +43,24 @@ PROJECTOR_LAYERS = 3
 
 
 # ============================================================ the definition
-# One row, no cache, no batch: for every slot the whole prefix goes through the model again. All that follows is held
-# against these two functions (tests/test_decode.py, tests/test_train.py).
+# One row, no cache, no batch: for every slot the whole prefix goes through the model again. All that follows
+# is held against these two functions (tests/test_decode.py, tests/test_train.py).
 @dataclasses.dataclass
 class Rollout:
-    """One trajectory. Everything later (scoring, masks, loss) is derived from these records, never from token
-    values."""
+    """One trajectory. All that comes later (scoring, masks, loss) is derived from these records, never from
+    text."""
 
     prompt_ids: list  # token ids
     slots: list  # token ids and LATENTs, in order, the stop token included
     latents: torch.Tensor  # (n, D), one per LATENT slot, as fed
-    # (len(slots),), of the sampled tokens under the untruncated distribution; 0 at latents.
-    logprobs: torch.Tensor = None
+    logprobs: torch.Tensor = None  # (len(slots),), of the sampled tokens, nothing cut; 0 at latents
     text: str = ""  # what the policy wrote, without the stop token
     finished: bool = True  # it ended by itself, not by the length limit
     prompt: int = 0  # which of generate's prompts
 
     @property
     def n_latents(self):
-        return sum(s == LATENT for s in self.slots)
+        return self.slots.count(LATENT)
 
     @property
     def n_tokens(self):
@@ -68,20 +69,23 @@ class Rollout:
     @property
     def n_tags(self):
         """Tags that ran: blocks of LATENTs."""
-        return sum(s == LATENT and (i == 0 or self.slots[i - 1] != LATENT) for i, s in enumerate(self.slots))
+        return sum(slot == LATENT and last != LATENT for slot, last in zip(self.slots, [None] + self.slots))
 
 
 @torch.no_grad()
 def naive_generate(model, tokenizer, prompt_ids, draws, temperature=1.0, top_p=1.0, top_k=0):
-    """Decodes one row (Sec. 3.1) -> Rollout. draws (limit,): a random number in [0, 1) for each slot, and so
-    the length limit."""
+    """Decodes one row (Sec. 3.1) -> Rollout.
+
+    draws (limit,): a random number in [0, 1) for each slot; with the last one the row is cut."""
     embed = model.get_input_embeddings()
-    fed = list(embed(torch.tensor(prompt_ids, device=model.device)))  # the input embeddings so far, (D,) each
-    slots, latents, logprobs, written = [], [], [], ""
-    latents_left, memory, finished = 0, None, False
+    fed = list(embed(torch.tensor(prompt_ids, device=model.device)))  # the inputs so far, (D,) each
+    slots, logprobs, latents = [], [], []
+    written = ""
+    latents_left = 0
+    memory = None  # of a recurrent projector; the paper's has none
+    finished = False
     for u in draws:
-        # (1, D)
-        h = model.model(inputs_embeds=torch.stack(fed)[None], use_cache=False).last_hidden_state[:, -1]
+        h = _last_state(model, fed)  # (1, D)
         if latents_left > 0:  # inside a block: no token is sampled, the next input is z = P(h)
             z, memory = model.reasoning_projector(h, memory)
             slots.append(LATENT)
@@ -94,31 +98,31 @@ def naive_generate(model, tokenizer, prompt_ids, draws, temperature=1.0, top_p=1
         slots.append(int(token))
         logprobs.append(logprob)
         fed.append(embed(token)[0])
-        finished = slots[-1] in runs.stop_tokens(model, tokenizer)
+        finished = int(token) in runs.stop_tokens(model, tokenizer)
         if finished:
             break
         tags_before = parse_tags(written)
         written = tokenizer.decode([s for s in slots if s != LATENT], clean_up_tokenization_spaces=False)
         tags = parse_tags(written, model.config.litereason_max_reasoning_steps)
-        # a tag in the policy's own words has just been closed: N latents follow.
-        if len(tags) > len(tags_before):
+        if len(tags) > len(tags_before):  # this token closes a tag of the policy's own: N latents follow
             latents_left = tags[-1][2]
             memory = None
-    latents = torch.cat(latents) if latents else embed.weight.new_zeros(0, embed.weight.shape[1])
-    return Rollout(list(prompt_ids), slots, latents, torch.cat(logprobs), written, finished)
+    latents = torch.cat(latents) if latents else torch.zeros(0, len(fed[0]))
+    return Rollout(list(prompt_ids), slots, latents.to(fed[0]), torch.cat(logprobs), written, finished)
 
 
 def naive_score(model, prompt_ids, slots):
-    """Scores given slots (Sec. 3.4), latents made again -> (h (S, D), latents (n, D), log-probs (S,), 0 at
-    latents); differentiable.
+    """Scores given slots (Sec. 3.4), their latents made again; differentiable.
 
-    h[s] is the state that predicts slot s."""
+    -> (h (S, D), the states that predict each slot, latents (n, D), log-probs (S,), 0 at latents)"""
     embed = model.get_input_embeddings()
-    fed = list(embed(torch.tensor(prompt_ids)))  # not embed.weight: Gemma scales its embeddings
-    states, latents, logprobs, memory = [], [fed[0].new_zeros(0, len(fed[0]))], [], None
+    # Not embed.weight: Gemma scales embeddings.
+    fed = list(embed(torch.tensor(prompt_ids, device=model.device)))
+    states, logprobs = [], []
+    latents = [torch.zeros(0, len(fed[0])).to(fed[0])]
+    memory = None
     for slot in slots:
-        # (1, D)
-        h = model.model(inputs_embeds=torch.stack(fed)[None], use_cache=False).last_hidden_state[:, -1]
+        h = _last_state(model, fed)  # (1, D)
         states.append(h)
         if slot == LATENT:
             z, memory = model.reasoning_projector(h, memory)
@@ -126,16 +130,23 @@ def naive_score(model, prompt_ids, slots):
             logprobs.append(h.new_zeros(()))
             fed.append(z[0])
         else:
-            memory = None  # the next block starts with an empty one
+            memory = None  # each block starts without one
             logprobs.append(model.lm_head(h[0]).log_softmax(-1)[slot])
-            fed.append(embed(torch.tensor(slot)))
+            fed.append(embed(torch.tensor(slot, device=model.device)))
     return torch.cat(states), torch.cat(latents), torch.stack(logprobs)
 
 
+def _last_state(model, fed):
+    """h (1, D): what the LM head reads after the inputs `fed`, (D,) each."""
+    out = model.model(inputs_embeds=torch.stack(fed)[None], use_cache=False)
+    return out.last_hidden_state[:, -1]
+
+
 # ============================================================ the tag (paper Sec. 3.1)
-# Plain text, no new vocabulary. N is written in ASCII digits, with ASCII spaces around it if the model likes, and is at
-# least 1. Anything else between the tags is ordinary text, and so is a tag opened right inside another. Ours: only tags in
-# the policy's own output fire; the released code runs those of a prompt too, so that a story could drive the model.
+# Plain text, no new vocabulary. N is written in ASCII digits, with ASCII spaces around it if the model likes,
+# and is at least 1. Anything else between the tags is ordinary text, and so is a tag opened right inside
+# another. Ours: only tags in the policy's own output fire; the released code also runs those of a prompt, so
+# a story could drive the model.
 OPEN, CLOSE = "<implicit_thought>", "</implicit_thought>"
 TAG = re.compile(rf"((?:{OPEN}\s*(?:[0-9]+\s*)?)*){OPEN}\s*([0-9]+)\s*{CLOSE}", re.ASCII)
 SPACE, DIGITS = " \t\n\r\f\v", "0123456789"
@@ -146,10 +157,11 @@ def parse_tags(text, cap=CAP):
     `watcher`."""
     tags = []
     for match in TAG.finditer(text):
+        is_nested = match.group(1)
         digits = match.group(2).lstrip("0")
-        if digits and not match.group(1):  # N >= 1, and not nested in an open tag
-            # int() refuses numbers of thousands of digits.
-            n = cap if len(digits) > 9 else min(int(digits), cap)
+        if digits and not is_nested:  # N >= 1
+            # More digits are above any cap, and int() refuses thousands of them.
+            n = min(int(digits[:9]), cap)
             tags.append((match.start(), match.end(), n))
     return tags
 
@@ -159,28 +171,30 @@ def _read_char(state, char, cap):
     else 0).
 
     States: ("open", j, nested)  j characters of OPEN have been read, inside an open tag or not
-            ("number", n, part)  inside the tags; n = -1 for a nested one, part 0/1/2 = before/in/after the digits
+            ("number", n, part)  inside the tags; n = -1 for a nested one, part 0/1/2 = before/in/after digits
             ("close", n, j)      j characters of CLOSE have been read
     """
     kind, a, b = state
     if kind == "open" and char == OPEN[a]:
-        complete = a + 1 == len(OPEN)
-        return (("number", -1 if b else 0, 0) if complete else ("open", a + 1, b)), 0
+        if a + 1 < len(OPEN):
+            return ("open", a + 1, b), 0
+        return ("number", -1 if b else 0, 0), 0
     if kind == "number":
         if char in DIGITS and b < 2:
-            return ("number", a if a < 0 else min(10 * a + int(char), cap), 1), 0
+            n = a if a < 0 else min(10 * a + int(char), cap)
+            return ("number", n, 1), 0
         if char in SPACE:
             return ("number", a, 0 if b == 0 else 2), 0
         if char == "<":
             return ("close", a, 1), 0
     if kind == "close":
-        if char == CLOSE[b] and b + 1 == len(CLOSE):
-            return ("open", 0, False), max(a, 0)
         if char == CLOSE[b]:
-            return ("close", a, b + 1), 0
+            if b + 1 < len(CLOSE):
+                return ("close", a, b + 1), 0
+            return ("open", 0, False), max(a, 0)
         if b == 1 and char == OPEN[1]:
             return ("open", 2, True), 0
-    # a mismatch; "<" stands only at the start of a tag, so no other fallback.
+    # A mismatch. "<" stands only at the start of a tag, so there is no other fallback.
     return ("open", int(char == "<"), False), 0
 
 
@@ -188,15 +202,19 @@ def tag_table(tokenizer, cap, vocab_size, device):
     """The automaton as an engine.TagTable over the ids of a vocabulary.
 
     BPE may merge neighbours into the tag's ends (`.<`, `>\\n`): the merged token ends the tag."""
+
+    def has_begun(state):  # beyond "<i", which may stand in any text (<i> is italics)
+        kind, length, _ = state
+        return kind != "open" or length > 2
+
     alphabet = sorted(set(OPEN + CLOSE + SPACE + DIGITS))
-    only_resets = re.compile("[^" + re.escape("".join(alphabet)) + "][^<>]*")
     return engine.TagTable(
         read_char=lambda state, char: _read_char(state, char, cap),
         start=("open", 0, False),
         alphabet=alphabet,
-        begun=lambda state: state[0] != "open" or state[1] > 2,  # beyond "<i", which may stand in any text (<i> is italics)
-        texts=runs.token_texts(tokenizer),
-        only_resets=only_resets,
+        has_begun=has_begun,
+        only_resets=re.compile("[^" + re.escape("".join(alphabet)) + "][^<>]*"),
+        texts=runs.token_texts(tokenizer)[:vocab_size],
         vocab_size=vocab_size,
         device=device)
 
@@ -216,16 +234,17 @@ def insert_latents(model, tokenizer, ids):
     classes, next_state, fires = watcher(model, tokenizer).as_lists
     state, slots = 0, []
     for token in ids:
-        n = fires[classes[token]][state]
-        state = next_state[classes[token]][state]
-        slots += [token] + [LATENT] * n
+        kind = classes[token]
+        slots += [token] + [LATENT] * fires[kind][state]
+        state = next_state[kind][state]
     return slots
 
 
 # ============================================================ the Reasoning Projector (paper Sec. 3.2)
-# A latent step of one's own is a class like these two and its name in PROJECTORS: start(model, layers) makes the module that
-# stage 2 begins with; forward(h, memory) -> (z, memory). `memory` (n, memory_size), in the projector's dtype, goes from
-# latent to latent within a block and is None or zeros at its first one; the paper's projector has none.
+# A latent step of your own is a class like these two and its name in PROJECTORS: start(model, layers) makes
+# the module that stage 2 begins with; forward(h, memory) -> (z, memory). `memory` (n, memory_size), in the
+# projector's dtype, goes from latent to latent within a block, and is None or zeros at its first one; the
+# paper's projector has none.
 class ReasoningProjector(torch.nn.ModuleList):
     """P(h) = MLP_3(MLP_2(MLP_1(h))): last hidden state (.., D) -> next input embedding (.., D).
 
@@ -238,7 +257,8 @@ class ReasoningProjector(torch.nn.ModuleList):
     def start(cls, model, layers=PROJECTOR_LAYERS):
         """The warm start: `layers` independent copies of the last block's MLP."""
         mlp = model.model.layers[-1].mlp
-        return cls(copy.deepcopy(mlp) for _ in range(layers)).to(model.device, projector_dtype(model))
+        copies = [copy.deepcopy(mlp) for _ in range(layers)]
+        return cls(copies).to(model.device, projector_dtype(model))
 
     def forward(self, h, memory=None):
         with torch.autocast(h.device.type, enabled=False):
@@ -261,13 +281,14 @@ class PauseToken(torch.nn.Module):
     @classmethod
     def start(cls, model, layers=None):
         """The mean embedding."""
-        return cls(model.get_input_embeddings().weight.detach().to(projector_dtype(model)).mean(0))
+        embeddings = model.get_input_embeddings().weight.detach()
+        return cls(embeddings.to(projector_dtype(model)).mean(0))
 
     def forward(self, h, memory=None):
         return self.vector.to(h.dtype).expand_as(h), memory
 
 
-# a checkpoint names its own in config.litereason_projector.
+# A checkpoint names its own in config.litereason_projector.
 PROJECTORS = {"mlp": ReasoningProjector, "pause": PauseToken}
 
 
@@ -276,8 +297,9 @@ def projector_dtype(model):
 
 
 def start_projector(model, name):
-    """Puts the start of another latent step in the projector's place: a name in PROJECTORS, or "random": the
-    present one's layers with random weights (a control)."""
+    """Puts the start of another latent step in the projector's place.
+
+    name: one of PROJECTORS, or "random": the present one's layers with random weights (a control)."""
     if name == "random":
         for module in model.reasoning_projector.modules():
             if hasattr(module, "reset_parameters"):
@@ -288,14 +310,10 @@ def start_projector(model, name):
     model.config.litereason_projector = name
 
 
-def projector_of(model, latent="projector"):
-    """The module that runs the latent steps: the model's own, or the one that `latent` is."""
-    return latent if isinstance(latent, torch.nn.Module) else model.reasoning_projector
-
-
 def empty_memory(model, rows, latent="projector"):
     """(rows, memory_size): what a block begins with."""
-    return torch.zeros(rows, projector_of(model, latent).memory_size, device=model.device, dtype=projector_dtype(model))
+    projector = latent if isinstance(latent, torch.nn.Module) else model.reasoning_projector
+    return torch.zeros(rows, projector.memory_size, device=model.device, dtype=projector_dtype(model))
 
 
 def latent_step(model, h, memory, latent="projector", *place):
@@ -304,23 +322,24 @@ def latent_step(model, h, memory, latent="projector", *place):
     latent: "projector" (the method), another module to be run in its place, "zeros" (a control), or any
     function h, *place -> z. While decoding, place is (u, k), each (n,): a number in [0, 1) of the row's own,
     the same in any batch, and how many latents the row has run before."""
+    if latent == "projector":
+        return model.reasoning_projector(h, memory)
+    if isinstance(latent, torch.nn.Module):
+        return latent(h, memory)
     if latent == "zeros":
         return torch.zeros_like(h), memory
-    if latent == "projector" or isinstance(latent, torch.nn.Module):
-        return projector_of(model, latent)(h, memory)
     return latent(h, *place), memory
 
 
 # ============================================================ load and attach
-def load(name_or_path, device=None, dtype=None):
+def load(name_or_path, device=None, dtype=torch.float32):
     """A causal LM with one more submodule, `reasoning_projector`, and its tokenizer.
 
     name_or_path: "tiny" (shipped), a directory, a hub id, or a short name (Qwen2.5-1.5B ->
-    Qwen/Qwen2.5-1.5B). device: default cuda if there is one, else cpu. dtype: default float32, for weights
-    and compute. A checkpoint without projector weights gets the warm start and the default cap. Files are
-    data: safetensors only, no pickle, no code of the checkpoint's own; a directory is read without a network.
-    Raises UserError, in one line, if there is no such model, it cannot be fetched, or its files do not fit
-    together."""
+    Qwen/Qwen2.5-1.5B). device: default cuda if there is one, else cpu. dtype: of weights and compute. A
+    checkpoint without projector weights gets the warm start and the default cap. Files are data: safetensors
+    only, no pickle, no code of the checkpoint's own; a directory is read without a network. Raises UserError,
+    in one line, if there is no such model, it cannot be fetched, or its files do not fit together."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer, weights = runs.read_checkpoint(name_or_path, dtype or torch.float32)
     model = attach(model.to(device), weights)
@@ -334,14 +353,16 @@ def attach(model, weights=None):
     """Adds the projector (from `weights`, else its start), its config entries and our attention to a causal
     LM."""
     cap, layers = runs.check_model(model)
-    cap = cap or CAP
-    layers = layers or PROJECTOR_LAYERS
-    config = model.config
     older_pause = set(weights or {}) == {"vector"}  # saved before checkpoints named their projector
-    kind = getattr(config, "litereason_projector", "pause" if older_pause else "mlp")
+    kind = getattr(model.config, "litereason_projector", "pause" if older_pause else "mlp")
     if kind not in PROJECTORS:
-        raise UserError(f"config.json: litereason_projector is {kind!r}, expected one of {', '.join(PROJECTORS)}")
-    model.reasoning_projector = PROJECTORS[kind].start(model, layers).to(model.device)
+        known = ", ".join(PROJECTORS)
+        raise UserError(f"config.json: litereason_projector is {kind!r}, expected one of {known}")
+    config = model.config
+    config.is_litereason_model = True  # the released code reads and writes these three entries
+    config.litereason_num_reasoning_layers = layers or PROJECTOR_LAYERS
+    config.litereason_max_reasoning_steps = cap or CAP
+    start_projector(model, kind)
     model.projector_trained = bool(weights)
     if weights:
         try:
@@ -349,42 +370,44 @@ def attach(model, weights=None):
         except RuntimeError as e:
             why = str(e).splitlines()[1].strip()
             raise UserError(f"the checkpoint's reasoning_projector does not fit: {why}") from e
-    config.is_litereason_model = True  # the released code reads and writes these three entries
-    config.litereason_num_reasoning_layers = layers
-    config.litereason_max_reasoning_steps = cap
-    config.litereason_projector = kind
-    model.generation_config = transformers.GenerationConfig(eos_token_id=runs.stop_ids(model), pad_token_id=config.pad_token_id)
+    model.generation_config = transformers.GenerationConfig(eos_token_id=runs.stop_ids(model),
+                                                            pad_token_id=config.pad_token_id)
     model.bf16 = model.device.type == "cuda" and model.dtype == torch.float32  # see engine.compute
     model.graphs = False  # see engine.Decoder
     engine.use_few_rows(model)
-    # See the caches in engine.py; anything else still goes through sdpa.
+    # The caches of engine.py; anything else still goes through sdpa.
     model.set_attn_implementation("litereason")
     return model.eval()  # no dropout anywhere: sampling and scoring must see the same network
 
 
 # ============================================================ the mixed decoding loop (paper Sec. 3.1)
 def sample(logits, u, temperature, top_k, top_p):
-    """One token per row by inverting the cumulative distribution at u: a row's draw does not depend on the
-    other rows.
+    """One token per row by inverting the cumulative distribution at u: a draw does not depend on the other
+    rows.
 
     logits (B, V), u (B,) uniform in [0, 1) -> tokens (B,), log-probs (B,) under softmax(logits /
     temperature). top-k and top-p cut the distribution that is drawn from, not the log-prob: train with them
     off, or the two differ."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (B, V)
-    logp = (logits if temperature in (0, 1) else logits / temperature).log_softmax(-1)
+    scaled = logits if temperature in (0, 1) else logits / temperature
+    logp = scaled.log_softmax(-1)
     if temperature == 0:
         token = logits.argmax(-1)
         return token, logp.gather(-1, token[:, None])[:, 0]
     p = logp.exp()
     if 0 < top_k < p.shape[-1]:
-        p = p.masked_fill(p < p.topk(top_k).values[:, -1:], 0)
+        smallest_kept = p.topk(top_k).values[:, -1:]
+        p = p.masked_fill(p < smallest_kept, 0)
     if top_p < 1:
         ranked, order = p.sort(descending=True)
         ranked = ranked / ranked.sum(-1, keepdim=True)
-        beyond = ranked.cumsum(-1) - ranked >= top_p  # the mass before this token already suffices
-        p = p.masked_fill(beyond.scatter(-1, order, beyond), 0)
+        mass_before = ranked.cumsum(-1) - ranked
+        # Back in the vocabulary's order.
+        cut = (mass_before >= top_p).scatter(-1, order, mass_before >= top_p)
+        p = p.masked_fill(cut, 0)
     cdf = p.cumsum(-1)  # (B, V)
-    u = u.to(cdf.dtype).clamp(max=1 - torch.finfo(cdf.dtype).eps / 2)  # rounding must not make a 1 of it
+    below_one = 1 - torch.finfo(cdf.dtype).eps / 2  # rounding must not make a 1 of u
+    u = u.to(cdf.dtype).clamp(max=below_one)
     token = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0]  # never one with p = 0
     token = token.clamp(max=cdf.shape[-1] - 1)  # only non-finite logits get here
     return token, logp.gather(-1, token[:, None])[:, 0]
@@ -392,7 +415,8 @@ def sample(logits, u, temperature, top_k, top_p):
 
 @torch.no_grad()
 def generate(model, tokenizer, prompts, samples=1, max_new_tokens=256, temperature=1.0, top_p=1.0, top_k=0,
-             latent="projector", generator=None, rows=512, stats=None, tag=None, start=0, leave=None, feed=None):
+             latent="projector", generator=None, rows=512, stats=None, tag=None,
+             start=0, leave=None, feed=None):
     """The mixed decoding loop: every row either samples a token or runs a latent step, all in one batch ->
     [Rollout].
 
@@ -407,7 +431,8 @@ def generate(model, tokenizer, prompts, samples=1, max_new_tokens=256, temperatu
     LATENT: continue (drawn: what the LM head would say); feed(h, token) -> (n, D), fed for a sampled token.
     Raises UserError for an empty prompt or one that does not fit the model's positions."""
     if samples < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
-        raise UserError("generate needs samples and max_new_tokens of 1 or more, temperature and top_k of 0 or more, 0 < top_p <= 1")
+        raise UserError("generate needs samples and max_new_tokens of 1 or more, temperature and top_k of 0 "
+                        "or more, 0 < top_p <= 1")
     ids = [runs.encode_prompt(model, tokenizer, p) if isinstance(p, str) else list(p) for p in prompts]
     runs.check_lengths(model, ids, max_new_tokens)
     # One uniform number per row and slot, drawn up front: a rollout's text depends on its seed and its own
@@ -415,8 +440,10 @@ def generate(model, tokenizer, prompts, samples=1, max_new_tokens=256, temperatu
     draws = torch.rand(len(ids) * samples, max_new_tokens, generator=generator, dtype=torch.float64)
     if not ids:
         return []
-    rollouts, computed = _decode(model, tokenizer, ids, draws, samples, max(1, rows // samples), (temperature, top_k, top_p),
-                                 latent, tag, start, leave, feed)
+    sampling = (temperature, top_k, top_p)
+    max_prompts = max(1, rows // samples)
+    rollouts, computed = _decode(model, tokenizer, ids, draws, samples, max_prompts, sampling, latent, tag,
+                                 start, leave, feed)
     if stats is not None:
         stats["forwards"] = stats.get("forwards", 0) + computed
     return rollouts
@@ -427,6 +454,7 @@ def _decode(model, tokenizer, prompts, draws, samples, max_prompts, sampling, la
     """generate, for token ids and random numbers draws (all rollouts, limit) -> (rollouts, positions
     computed)."""
     watch = watcher(model, tokenizer)
+    embed = model.get_input_embeddings()
     stop_ids = runs.stop_tokens(model, tokenizer)
     stop = torch.tensor(stop_ids, device=model.device)
     limit = draws.shape[1]
@@ -443,7 +471,7 @@ def _decode(model, tokenizer, prompts, draws, samples, max_prompts, sampling, la
     while decoder.refill(finish):  # rows that have ended leave, prompts that wait join
         r = decoder.rows  # one tensor per field, see _new_rows
         inside = r.latents_left > 0  # (B,) in a block: no token is sampled there
-        drawing, projecting = decoder.who(inside) if leave is None else [decoder.everyone()] * 2
+        drawing, projecting = decoder.who(inside, everyone=leave is not None)  # indices
 
         # (1) Outside a block, sample a token.
         token = torch.full_like(r.latents_left, LATENT)  # (B,)
@@ -451,9 +479,10 @@ def _decode(model, tokenizer, prompts, draws, samples, max_prompts, sampling, la
         if len(drawing):
             logits = model.lm_head(r.h[drawing])  # (n, V)
             if tag == "forbidden":  # a control: other tokens keep their odds among each other
-                logits = logits.masked_fill(watch.starts[watch.classes, r.tag_state[drawing, None]], -torch.inf)
-            # (B,) each row's own random number.
-            u = r.u.gather(1, r.n_slots.clamp(max=limit - 1)[:, None])[:, 0]
+                tag_state = r.tag_state[drawing, None]
+                logits = logits.masked_fill(watch.starts[watch.classes, tag_state], -torch.inf)
+            column = r.n_slots.clamp(max=limit - 1)[:, None]
+            u = r.u.gather(1, column)[:, 0]  # (B,) each row's own random number
             token[drawing], logprob[drawing] = sample(logits, u[drawing], *sampling)
         if leave is not None:  # another method's rule for where a block ends
             word = leave(r.h, token, r.number, r.latents_run)
@@ -463,11 +492,10 @@ def _decode(model, tokenizer, prompts, draws, samples, max_prompts, sampling, la
         logprob = torch.where(inside, 0.0, logprob)
 
         # (2) The next input: the token's embedding; inside a block z = P(h).
-        embedded = token.clamp(min=0)
-        x = model.get_input_embeddings()(embedded) if feed is None else feed(r.h, embedded)  # (B, D)
+        word = token.clamp(min=0)
+        x = embed(word) if feed is None else feed(r.h, word)  # (B, D)
         if len(projecting):
-            # See latent_step; scrambled, as u draws a token too.
-            place = r.u[projecting, 0] * 1e6 % 1, r.latents_run[projecting]
+            place = (r.own_number[projecting], r.latents_run[projecting])  # see latent_step
             z, memory = latent_step(model, r.h[projecting], r.memory[projecting], latent, *place)
             x[projecting] = torch.where(inside[projecting, None], z, x[projecting])
             r.memory[projecting] = memory
@@ -478,15 +506,19 @@ def _decode(model, tokenizer, prompts, draws, samples, max_prompts, sampling, la
         r.logprobs.scatter_(1, column, logprob[:, None])
         if len(projecting):
             scratch = r.latents.shape[1] - 1
-            r.latents[projecting, torch.where(inside[projecting], r.latents_run[projecting], scratch)] = z
+            column = torch.where(inside, r.latents_run, scratch)
+            r.latents[projecting, column[projecting]] = z
 
-        # (4) A tag that ends with this token opens a block of n latents.
-        tag_state, n = watch.step(r.tag_state, token.clamp(min=0))
-        n = n if tag in (None, "forbidden") else (n > 0) * tag
-        r.latents_left = torch.where(inside, r.latents_left - 1, 0 if latent == "none" else n)
+        # (4) A tag that ends with this token opens a block of n latents, with an empty memory.
+        tag_state, n = watch.step(r.tag_state, word)
+        if isinstance(tag, int):
+            n = (n > 0) * tag
+        if latent == "none":
+            n = torch.zeros_like(n)
+        r.latents_left = torch.where(inside, r.latents_left - 1, n)
         r.latents_run = r.latents_run + inside
         r.tag_state = torch.where(inside, r.tag_state, tag_state)
-        r.memory = torch.where(inside[:, None], r.memory, 0.0)  # a block starts with an empty one
+        r.memory = torch.where(inside[:, None], r.memory, 0.0)
 
         # (5) A stop token ends a row (it is its last slot); so does the length limit, inside a block too.
         stops = r.live & ~inside & torch.isin(token, stop)
@@ -500,211 +532,150 @@ def _decode(model, tokenizer, prompts, draws, samples, max_prompts, sampling, la
 
 
 def _new_rows(model, u, numbers, h, prompt_lengths, start, latent):
-    """What is known of rows that begin: a dict of tensors, one entry per row each. Replace them, never write
-    into one (several are the same zeros), but for the record at the end."""
-    limit = u.shape[1]
+    """What is known of rows that begin: a dict of tensors, one entry per row each.
+
+    Replace a tensor, never write into it (several are the same zeros), but for memory and the record at the
+    end."""
+    device, limit = h.device, u.shape[1]
+    rows = len(prompt_lengths)
+    precise = torch.promote_types(h.dtype, torch.float32)
     zero = torch.zeros_like(prompt_lengths)  # (B,)
+    u = u.to(device)
     return {
-        "number": numbers.to(h.device),  # which rollout a row becomes
-        "u": u.to(h.device),  # (B, limit) its random numbers
+        "number": numbers.to(device),  # which rollout a row becomes
+        "u": u,  # (B, limit) its random numbers, one per slot
+        # (B,) one more, for latent_step: scrambled, as u itself draws a token.
+        "own_number": u[:, 0] * 1e6 % 1,
         "h": h,  # (B, D) the output at the last slot
         "tag_state": zero,  # where the tag's automaton stands
         "latents_left": zero + start,  # latent steps still to run: > 0 means inside a block
         "latents_run": zero,  # latent steps run so far
-        "memory": empty_memory(model, len(zero), latent),  # (B, memory_size) of the projector, within a block
+        "memory": empty_memory(model, rows, latent),  # (B, memory_size) of the projector, within a block
         "n_slots": zero,  # slots so far
         "prompt_length": prompt_lengths,
         "live": zero == 0,
         "length": zero + limit,  # slots at its end: the limit, unless it stops before
         # The record, with a scratch column at the end.
-        "slots": torch.full((len(zero), limit + 1), LATENT, device=h.device),
-        "logprobs": torch.zeros(len(zero), limit + 1, dtype=torch.promote_types(h.dtype, torch.float32), device=h.device),
-        "latents": h.new_zeros(len(zero), 1, h.shape[1])}  # (B, most latents so far + 1, D), grows as needed
+        "slots": torch.full((rows, limit + 1), LATENT, device=device),
+        "logprobs": torch.zeros(rows, limit + 1, dtype=precise, device=device),
+        "latents": h.new_zeros(rows, 1, h.shape[1])}  # (B, most latents of a row + 1, D), grows as needed
 
 
 def _recorded(r, ended, prompts, samples, stop_ids, tokenizer):
     """What was recorded of the rows `ended` (n,) -> [(number, Rollout)]."""
-    numbers, lengths, slot_rows = (t[ended].tolist() for t in (r.number, r.length, r.slots))
-    logprobs, latents = (t[ended].cpu() for t in (r.logprobs, r.latents))
+    numbers = r.number[ended].tolist()
+    lengths = r.length[ended].tolist()
+    all_slots = r.slots[ended].tolist()
+    logprobs = r.logprobs[ended].cpu()
+    latents = r.latents[ended].cpu()
     out = []
     for i, number in enumerate(numbers):
-        slots = slot_rows[i][: lengths[i]]
+        slots = all_slots[i][: lengths[i]]
         finished = slots[-1] in stop_ids
         words = [s for s in slots if s != LATENT]
         text = tokenizer.decode(words[:-1] if finished else words, clean_up_tokenization_spaces=False)
+        own_latents = latents[i, : slots.count(LATENT)].clone()
+        own_logprobs = logprobs[i, : lengths[i]].clone()
         prompt = number // samples
-        rollout = Rollout(prompts[prompt], slots, latents[i, : slots.count(LATENT)].clone(), logprobs[i, : lengths[i]].clone(),
-                          text, finished, prompt)
+        rollout = Rollout(prompts[prompt], slots, own_latents, own_logprobs, text, finished, prompt)
         out.append((number, rollout))
     return out
 
 
 # ============================================================ scoring (paper Sec. 3.4)
-class _Batch:
-    """Rollouts ordered by prompt, each prompt once, slots padded with LATENT on the right."""
-
-    def __init__(self, rollouts, device):
-        number = {}  # prompt -> its number
-        owners = [number.setdefault(tuple(r.prompt_ids), len(number)) for r in rollouts]
-        order = sorted(range(len(rollouts)), key=owners.__getitem__)
-        self.prompts = [list(prompt) for prompt in number]
-        self.owner = torch.tensor(sorted(owners), device=device)  # (B,)
-        self.rows = [rollouts[i] for i in order]
-        self.slots, self.valid, _ = _slot_table(self.rows, device)  # (B, S) each
-        # The order in which the rollouts were given.
-        self.back = sorted(range(len(order)), key=order.__getitem__)
-
-
-def _slot_table(rollouts, device):
-    """slots (B, S) padded with LATENT, valid (B, S), scored (B, S): valid and sampled by the policy."""
-    S = max(len(r.slots) for r in rollouts)
-    slots = torch.tensor([r.slots + [LATENT] * (S - len(r.slots)) for r in rollouts], device=device)
-    lengths = torch.tensor([[len(r.slots)] for r in rollouts], device=device)  # (B, 1)
-    valid = torch.arange(S, device=device) < lengths
-    return slots, valid, valid & (slots != LATENT)
-
-
 @engine.computes
 def states(model, rollouts):
     """The same slots, teacher-forced in one batched forward, latents as given constants (paper Sec. 3.4).
 
-    -> (h (B, S, D), slots (B, S), valid (B, S)): h[b, s] is the output that predicts slot s. Gradients reach the base, also
-    through its attention over the latents' keys and values; never the projector."""
-    batch = _Batch(rollouts, model.device)
+    -> (h (B, S, D), slots (B, S), valid (B, S)): h[b, s] is the output that predicts slot s. Gradients reach the
+    base, also through its attention over the latents' keys and values; never the projector."""
+    batch = engine.Batch(rollouts, model.device, padding=LATENT)
     # Each prompt goes through the model once, with its graph: the gradients of its rows meet in it.
     prompts, h_prompt, x = engine.prefill(model, batch.prompts, batch.slots.clamp(min=0))
     cache = engine.ScoringCache(prompts, batch.owner)
-    # (all latents, D), row by row.
-    latents = torch.cat([r.latents.detach() for r in batch.rows]).to(model.device, x.dtype)
-    x = x.masked_scatter(((batch.slots == LATENT) & batch.valid)[..., None], latents)  # (B, S, D)
+    latents = torch.cat([r.latents.detach() for r in batch.rows])  # (all latents, D), row by row
+    is_latent = (batch.slots == LATENT) & batch.valid
+    x = x.masked_scatter(is_latent[..., None], latents.to(model.device, x.dtype))  # (B, S, D)
     cache.begin(batch.valid)
-    h = engine.forward(model, x, cache.start[:, None] + torch.arange(x.shape[1], device=model.device), cache)
-    # (B, S, D): the output at slot s - 1 predicts slot s.
-    h = torch.cat([h_prompt[batch.owner, None], h[:, :-1]], 1)
-    back = torch.tensor(batch.back, device=model.device)
-    return h[back], batch.slots[back], batch.valid[back]
+    positions = cache.start[:, None] + torch.arange(x.shape[1], device=model.device)
+    h = engine.forward(model, x, positions, cache)
+    h_before_first = h_prompt[batch.owner, None]  # (B, 1, D)
+    h = torch.cat([h_before_first, h[:, :-1]], 1)  # (B, S, D): the output at slot s - 1 predicts slot s
+    return h[batch.back], batch.slots[batch.back], batch.valid[batch.back]
 
 
 @engine.computes
 def logprobs(model, rollouts, temperature=1.0):
-    """-> (logp (B, S), scored (B, S)): log-probs of the sampled tokens, 0 where nothing was sampled;
-    gradients as in `states`.
+    """-> (logp (B, S), scored (B, S)): log-probs of the sampled tokens, 0 where nothing was sampled.
 
-    Use the temperature that the rollouts were sampled with. Ours: gradients reach the input embeddings too;
-    in the released code they do not, for rollouts with a tag."""
+    Gradients as in `states`. Use the temperature that the rollouts were sampled with. Ours: gradients reach
+    the input embeddings too; in the released code they do not, for rollouts with a tag."""
     h, slots, valid = states(model, rollouts)
     scored = valid & (slots != LATENT)
     logp = torch.zeros(slots.shape, dtype=torch.promote_types(h.dtype, torch.float32), device=h.device)
-    own = engine.token_logprobs(model, h[scored], slots[scored], temperature)  # (M,)
-    return logp.masked_scatter(scored, own.to(logp.dtype)), scored
+    of_tokens = engine.token_logprobs(model, h[scored], slots[scored], temperature)  # (M,)
+    return logp.masked_scatter(scored, of_tokens.to(logp.dtype)), scored
 
 
 # ============================================================ the latent roll-out with gradient (Sec. 3.3)
 @engine.computes
 def unroll(model, rollouts, latent="projector"):
-    """Runs the latent steps of given slots again: full back-propagation through all steps of all tags, cached
-    and exact.
+    """Runs the latent steps of given slots again: full back-propagation through all steps of all tags,
+    cached, exact.
 
     A latent costs one position, not one prefix as in the released code, and gradients run through the cache:
     nothing is detached. -> (h (B, S, D), latents, a list of (n, D) per row): h[b, s] is the output that
-    predicts slot s. With the base frozen the prompts' part carries no graph. Call under torch.no_grad() to
-    only recompute the latents."""
-    batch = _Batch(rollouts, model.device)
-    plan, column = _plan([r.slots for r in batch.rows])
-    B, S = batch.slots.shape
+    predicts slot s. With the base frozen the prompts' part carries no graph. Under torch.no_grad() it only
+    recomputes the latents."""
+    batch = engine.Batch(rollouts, model.device, padding=LATENT)
+    plan, column = engine.plan_rounds([[slot == LATENT for slot in r.slots] for r in batch.rows])
     prompts, h_prompt, embedded = engine.prefill(model, batch.prompts, batch.slots.clamp(min=0))
     cache = engine.ScoringCache(prompts, batch.owner)
+    rows = torch.arange(len(batch.rows), device=model.device)
     last = h_prompt[batch.owner]  # (B, D): the output at each row's last slot so far
     z = last
-    memory = empty_memory(model, B, latent)
-    outputs, made = [last[:, None]], []
+    memory = empty_memory(model, len(rows), latent)
+    outputs = [last[:, None]]
+    made = []  # (z (B, D), which rows keep it)
     for piece in plan:
         starts = torch.tensor(piece.starts, device=model.device)[:, None]  # (B, 1)
-        counts = torch.tensor(piece.counts, device=model.device)[:, None]
+        counts = torch.tensor(piece.counts, device=model.device)[:, None]  # (B, 1)
+        step = torch.arange(max(piece.counts), device=model.device)  # (n,)
         if piece.is_latent:  # z_{k+1} = P(h_k); for rows that are at their block's last latent, z_n again
             z, new_memory = latent_step(model, last, memory, latent)
             memory = torch.where(counts > 0, new_memory, memory)
             made.append((z, piece.made))
             x = z[:, None]
-        elif max(piece.counts):  # text; its first slot may be the last latent of the block before
-            index = starts + torch.arange(max(piece.counts), device=model.device)  # (B, n)
-            x = embedded.gather(1, index.clamp(max=S - 1)[..., None].expand(-1, -1, embedded.shape[2]))
+        elif len(step):  # text; its first slot may be the last latent of the block before
+            index = (starts + step).clamp(max=embedded.shape[1] - 1)[..., None]  # (B, n, 1)
+            x = embedded.gather(1, index.expand(-1, -1, embedded.shape[2]))
             carried = torch.tensor(piece.carried, device=model.device)[:, None] > 0
-            x = torch.cat([torch.where(carried, z, x[:, 0])[:, None], x[:, 1:]], 1)  # (B, n, D)
+            first = torch.where(carried, z, x[:, 0])
+            x = torch.cat([first[:, None], x[:, 1:]], 1)  # (B, n, D)
             memory = torch.zeros_like(memory)
-        if max(piece.counts):
-            step = torch.arange(x.shape[1], device=model.device)
-            real = step < counts  # (B, n)
-            cache.begin(real)
-            h = engine.forward(model, x, cache.start[:, None] + starts + step, cache)  # (B, n, D)
-            outputs.append(h)
-            newest = h[torch.arange(B, device=model.device), (real.sum(1) - 1).clamp(min=0)]
-            last = torch.where(counts > 0, newest, last)
+        if not len(step):
+            continue
+        cache.begin(step < counts)
+        h = engine.forward(model, x, cache.start[:, None] + starts + step, cache)  # (B, n, D)
+        outputs.append(h)
+        newest = h[rows, (counts[:, 0] - 1).clamp(min=0)]
+        last = torch.where(counts > 0, newest, last)
     h = torch.cat(outputs, 1)  # (B, columns, D)
-    h = h.gather(1, column.to(model.device)[..., None].expand(-1, -1, h.shape[2]))  # (B, S, D)
+    index = column.to(model.device)[..., None].expand(-1, -1, h.shape[2])
+    h = h.gather(1, index)  # (B, S, D)
     latents = []
-    for b in batch.back:
-        own = [z[b] for z, rows in made if rows[b]]
+    for row in batch.back.tolist():
+        own = [z[row] for z, kept in made if kept[row]]
         latents.append(torch.stack(own) if own else h.new_zeros(0, h.shape[2]))
-    return h[torch.tensor(batch.back, device=model.device)], latents
-
-
-@dataclasses.dataclass
-class _Piece:
-    """Slots that unroll feeds in one forward pass: counts[b] slots of row b from slot starts[b] on; lists
-    with an entry per row."""
-
-    starts: list
-    counts: list
-    is_latent: bool  # one latent per row, made right before; else text
-    carried: list = None  # of text: 1 where its first slot is a latent that was made before
-    made: list = None  # of latents: whether the row keeps what is made here
-
-
-def _plan(rows):
-    """How unroll goes through rows of slots, known before anything is computed -> ([_Piece], column (B, S)).
-
-    Rows have their tags at different places, so the batch advances in rounds: every row's text up to its next
-    block in one piece, then the block's latents one at a time, but for each block's last: nothing waits for
-    its output, so it is carried into the text after it. column[b, s]: where among all outputs (the prompt's
-    last is number 0) the one for slot s is."""
-    plan = []
-    at = [0] * len(rows)  # the next slot of each row
-    carried = [0] * len(rows)
-    while any(a < len(slots) for a, slots in zip(at, rows)):
-        counts = [c + _run_length(slots, a + c, latents=False) for a, c, slots in zip(at, carried, rows)]
-        plan.append(_Piece(at, counts, False, carried=carried))
-        at = [a + c for a, c in zip(at, counts)]
-        blocks = [_run_length(slots, a, latents=True) for a, slots in zip(at, rows)]
-        for k in range(max(blocks)):
-            fed = [int(k < n - 1) for n in blocks]
-            is_last = k == max(blocks) - 1
-            plan.append(_Piece(at, fed, True, made=[n > 0 for n in blocks] if is_last else fed))
-            at = [a + f for a, f in zip(at, fed)]
-        carried = [int(n > 0) for n in blocks]
-
-    column = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-    width = 1
-    for piece in plan:
-        for own, start, count in zip(column, piece.starts, piece.counts):
-            own[start + 1 : start + 1 + count] = torch.arange(width, width + count)[: max(0, len(own) - start - 1)]
-        width += max(piece.counts)
-    return plan, column
-
-
-def _run_length(slots, start, latents):
-    """How many slots from `start` on are latents (True), or are not (False)."""
-    end = start
-    while end < len(slots) and (slots[end] == LATENT) == latents:
-        end += 1
-    return max(0, end - start)
+    return h[batch.back], latents
 
 
 @torch.no_grad()
 def recompute_latents(model, rollouts):
-    """The rollouts with their latents made by the current weights (the released code does this before every
+    """The rollouts with latents made by the current weights (the released code does this before every
     scoring)."""
-    return [dataclasses.replace(r, latents=z) for r, z in zip(rollouts, unroll(model, rollouts)[1])]
+    _, latents = unroll(model, rollouts)
+    return [dataclasses.replace(r, latents=z) for r, z in zip(rollouts, latents)]
 
 
 def projector_loss(model, traces, latent="projector"):
@@ -713,30 +684,33 @@ def projector_loss(model, traces, latent="projector"):
 
     traces: Rollouts whose latents are made here. -> (sum of the losses, number of scored tokens); their
     quotient over several calls does not depend on how traces are batched. latent="none" scores the same
-    tokens with no latents at all."""
-    first = [r.slots.index(LATENT) if LATENT in r.slots else len(r.slots) for r in traces]
+    tokens with no latents."""
+    first = [(r.slots + [LATENT]).index(LATENT) for r in traces]  # slots before the first block
     if latent == "none":
         traces = [dataclasses.replace(r, slots=[s for s in r.slots if s != LATENT]) for r in traces]
     h, _ = unroll(model, traces, latent)
-    slots, _, scored = _slot_table(traces, model.device)
-    after = torch.arange(slots.shape[1], device=model.device) >= torch.tensor(first, device=model.device)[:, None]
-    scored = scored & after
-    return -engine.token_logprobs(model, h[scored], slots[scored]).sum(), int(scored.sum())
+    slots, valid = engine.slot_table(traces, model.device, padding=LATENT)
+    step = torch.arange(slots.shape[1], device=model.device)
+    after_first = step >= torch.tensor(first, device=model.device)[:, None]
+    scored = valid & (slots != LATENT) & after_first
+    logp = engine.token_logprobs(model, h[scored], slots[scored])  # (M,)
+    return -logp.sum(), len(logp)
 
 
 # ============================================================ GRPO (paper Sec. 3.4; DeepSeekMath)
-# An RL rule is one function and its name in RULES: rewards (P, G), sampled tokens (P, G) and the length limit ->
-# (advantages (P, G), divisors (P, G)). The sum over a rollout's tokens is divided by its divisor, see policy_loss.
+# An RL rule is one function and its name in RULES: rewards (P, G), sampled tokens (P, G) and the length limit
+# -> (advantages (P, G), divisors (P, G)). The sum over a rollout's tokens is divided by its divisor, see
+# policy_loss.
 def group_advantages(rewards, eps=1e-4):
     """rewards (P, G) -> (r - mean) / (std + eps) within each group, (P, G); 0 where a group's rewards are all
     equal.
 
     eps: ours; the released 1e-9 turns rounding noise between equal real-valued rewards into full-size
     advantages."""
-    mean = rewards.mean(1, keepdim=True)
-    std = ((rewards - mean).square().sum(1, keepdim=True) / max(1, rewards.shape[1] - 1)).sqrt()
+    centred = rewards - rewards.mean(1, keepdim=True)
+    variance = centred.square().sum(1, keepdim=True) / max(1, rewards.shape[1] - 1)
     differ = rewards.amax(1, keepdim=True) > rewards.amin(1, keepdim=True)
-    return torch.where(differ, (rewards - mean) / (std + eps), 0.0)
+    return torch.where(differ, centred / (variance.sqrt() + eps), 0.0)
 
 
 def grpo(rewards, tokens, limit):
@@ -752,8 +726,7 @@ def rloo(rewards, tokens, limit):
 
 
 def dr_grpo(rewards, tokens, limit):
-    """Dr. GRPO (arXiv 2503.20783): no division by the deviation, and by the same length, the limit, for all
-    rollouts."""
+    """Dr. GRPO (arXiv 2503.20783): no division by the deviation; one length, the limit, for all rollouts."""
     return rewards - rewards.mean(1, keepdim=True), torch.full_like(tokens, limit)
 
 
@@ -768,10 +741,12 @@ def policy_loss(logp, old_logp, advantages, scored, n_rollouts, clip=0.2, diviso
     divided, by default its own token count. n_rollouts: of the whole update, not of this micro-batch. Both
     are known before the first micro-batch, so gradients summed over micro-batches of any size are the same
     (the released code takes the mean over the tokens of each micro-batch). -> (loss, ratio (B, S), 1 where
-    nothing was sampled)."""
+    nothing was sampled)"""
     ratio = torch.where(scored, logp - old_logp, 0.0).exp()  # (B, S)
+    clipped = ratio.clamp(1 - clip, 1 + clip)
     a = advantages[:, None]
-    gain = torch.minimum(ratio * a, ratio.clamp(1 - clip, 1 + clip) * a)  # (B, S)
-    divisors = scored.sum(1).clamp(min=1) if divisors is None else divisors
+    gain = torch.minimum(ratio * a, clipped * a)  # (B, S)
+    if divisors is None:
+        divisors = scored.sum(1).clamp(min=1)
     per_rollout = (gain * scored).sum(1) / divisors  # (B,)
     return -per_rollout.sum() / n_rollouts, ratio
