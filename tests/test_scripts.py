@@ -1,91 +1,147 @@
-"""The scripts as a user runs them: in a process of their own, for two steps, and with everything spelled wrong."""
+"""The scripts do what their command lines say: help, two steps of every stage, and one plain line for a wrong word."""
+import contextlib
+import io
 import json
 import os
 import runpy
 import subprocess
 import sys
+import types
+from unittest import mock
 
 import pytest
+import torch
+from conftest import ROOT
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SCRIPTS = ["train_projector.py", "train_rl.py", "eval.py"]
+import runs
+from data import next_chapter
+
+SCRIPTS = ["train_projector.py", "train_rl.py", "eval.py", "baselines.py", "data/tiny/prepare.py",
+           "results/reproduce.py", "results/needed.py", "tests/bench.py"]
+# A run of train_rl.py that is as short as it can be and still has groups with a winner and a loser.
+SHORT = ("--steps", 2, "--prompts", 4, "--group", 4, "--n", 0, "--max-new-tokens", 100)
 
 
-def script(*words, cwd=ROOT):
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, os.path.join(ROOT, words[0]), *map(str, words[1:])], cwd=cwd, env=env,
-                          capture_output=True, text=True, timeout=300)
+def process(*words):
+    """python SCRIPT .., in a process of its own -> what came of it. An interpreter takes 4 s to import torch."""
+    command = [sys.executable, os.path.join(ROOT, words[0]), *map(str, words[1:])]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("name", SCRIPTS + ["baselines.py", "data/tiny/prepare.py", "results/reproduce.py", "results/needed.py", "tests/bench.py"])
+def script(*words):
+    """The same in this process, which it leaves as it found it."""
+    out, err = io.StringIO(), io.StringIO()
+    code = 0
+    with contextlib.ExitStack() as stack:
+        for manager in (runs.signals_restored(), torch.random.fork_rng(devices=[]), mock.patch.dict(os.environ),
+                        contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)):
+            stack.enter_context(manager)
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        patch.setattr(sys, "argv", [str(word) for word in words])
+        patch.setattr(sys, "path", list(sys.path))
+        patch.setattr(next_chapter, "settings", dict(next_chapter.settings))
+        patch.setattr(runs, "stop_tokens", runs.stop_tokens)  # the benchmarks put their own in its place
+        patch.chdir(ROOT)
+        try:
+            runpy.run_path(os.path.join(ROOT, words[0]), run_name="__main__")
+        except SystemExit as end:
+            code = end.code or 0
+    return types.SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+
+
+def metrics(out):
+    with open(out / "metrics.jsonl") as f:
+        return [json.loads(line) for line in f]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The README's first command, all three stages, cut to two steps: the directory that it leaves."""
+    out = tmp_path_factory.mktemp("trained") / "rl"
+    done = process("train_rl.py", "--steps", 2, "--train-prompts", 8, "--projector-steps", 2, "--trace-prompts", 8, "--n", 4,
+                   "--val", 4, "--prompts", 4, "--group", 4, "--max-new-tokens", 100, "--out", out)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+# ---------------------------------------------------------------- help
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_every_script_answers_help(name):
-    got = script(name, "--help")
-    assert got.returncode == 0 and "usage:" in got.stdout
+    run = process if name == "train_rl.py" else script
+    done = run(name, "--help")
+    assert done.returncode == 0 and "usage:" in done.stdout
 
 
+# ---------------------------------------------------------------- runs
 def test_the_gpu_measurements_are_ready_to_run(tmp_path):
     """On a toy shape and a CPU; nobody has run them on a GPU yet."""
     for row in ("f", "h24", "i"):
-        got = script("tests/bench_gpu.py", "--device", "cpu", "--small", "--rows", row, "--json", tmp_path / "g.json")
-        assert got.returncode == 0, got.stderr
-        assert all(v > 0 for k, v in json.load(open(tmp_path / "g.json"))[row].items() if k.endswith(("_s", "_ms")) and v is not None)
+        words = ("--device", "cpu", "--small", "--rows", row, "--json", tmp_path / "g.json")
+        done = script("tests/bench_gpu.py", *words)
+        assert done.returncode == 0, done.stderr
+        numbers = json.load(open(tmp_path / "g.json"))[row]
+        assert all(value > 0 for name, value in numbers.items() if name.endswith(("_s", "_ms")) and value is not None)
 
 
-def test_all_three_stages_run_for_two_steps_and_leave_what_they_promise(tmp_path):
-    out = tmp_path / "rl"
-    got = script("train_rl.py", "--steps", 2, "--train-prompts", 8, "--projector-steps", 2, "--trace-prompts", 16, "--n", 8, "--prompts", 4, "--group", 4, "--out", out)
-    assert got.returncode == 0, got.stderr
-    assert json.load(open(out / "config.json"))["steps"] == 2
-    lines = [json.loads(line) for line in open(out / "metrics.jsonl")]
+def test_all_three_stages_run_for_two_steps_and_leave_what_they_promise(trained):
+    assert json.load(open(trained / "config.json"))["steps"] == 2
+    lines = metrics(trained)
     assert [m["step"] for m in lines] == [1, 2]
-    for key in ("reward", "accuracy", "text_tokens", "latent_steps", "tags", "tag_share", "zero_variance", "truncated", "max_dlogp",
-                "grad_norm", "seconds", "peak_memory_gib"):
+    for key in ("reward", "accuracy", "text_tokens", "latent_steps", "tags", "tag_share", "zero_variance", "truncated",
+                "max_dlogp", "grad_norm", "seconds", "peak_memory_gib"):
         assert key in lines[0], key
     assert lines[0]["peak_memory_gib"].keys() == lines[0]["seconds"].keys() >= {"sample", "update", "step"}
     assert lines[0]["refresh_loss"] is None and lines[1]["refresh_loss"] > 0  # 8 prompts, 4 a step: an epoch of two steps
-    assert max(m["max_dlogp"] for m in lines) < 1e-3  # fp32, and warm-start latents of length 1,000; exact in test_decode.py
-    table = json.load(open(out / "results.json"))
-    assert [r["model"] for r in table] == ["base, explicit reasoning", "base, tag prompt", "LiteReason before RL", "LiteReason",
-                                          "  its latents taken away"]
-    # ... and its output directory is a model for the other scripts, by name
-    got = script("eval.py", "--model", out, "tiny:plain", "--n", 4, "--show", 1, "--json", tmp_path / "e.json")
-    assert got.returncode == 0, got.stderr
+    # fp32, and warm-start latents of length 1,000; exact in test_decode.py
+    assert max(m["max_dlogp"] for m in lines) < 1e-3
+    table = json.load(open(trained / "results.json"))
+    assert [row["model"] for row in table] == ["base, explicit reasoning", "base, tag prompt", "LiteReason before RL",
+                                               "LiteReason", "  its latents taken away"]
+
+
+def test_a_runs_directory_is_a_model_for_the_other_scripts(trained, tmp_path):
+    done = script("eval.py", "--model", trained, "tiny:plain", "--n", 4, "--show", 1, "--json", tmp_path / "e.json")
+    assert done.returncode == 0, done.stderr
     first, second = json.load(open(tmp_path / "e.json"))
     assert (first["prompt"], second["prompt"]) == ("tag", "plain") and second["latent_steps"] == 0
-    for key in ("accuracy", "accuracy_ci95", "tokens", "text_tokens", "latent_steps", "tags", "truncated", "n_examples", "samples", "seconds"):
+    for key in ("accuracy", "accuracy_ci95", "tokens", "text_tokens", "latent_steps", "tags", "truncated", "n_examples",
+                "samples", "seconds"):
         assert key in first, key
-    got = script("train_rl.py", "--model", out, "--steps", 1, "--n", 4, "--prompts", 2, "--out", tmp_path / "again")
-    assert got.returncode == 0 and "stage 1" not in got.stdout, got.stderr  # it has a trained projector already
+    words = ("--steps", 1, "--n", 1, "--prompts", 2, "--group", 4, "--out", tmp_path / "again")
+    done = script("train_rl.py", "--model", trained, *words)
+    assert done.returncode == 0 and "stage 1" not in done.stdout, done.stderr  # it has a trained projector already
 
 
-def test_rl_without_latents_and_with_recomputed_ones_run(tmp_path):
-    small = ("--steps", 2, "--n", 0, "--prompts", 4, "--group", 4, "--trace-prompts", 16)
-    got = script("train_rl.py", "--method", "grpo", *small, "--out", tmp_path / "grpo")
-    assert got.returncode == 0, got.stderr
-    assert all(json.loads(line)["latent_steps"] == 0 for line in open(tmp_path / "grpo" / "metrics.jsonl"))
-    got = script("train_rl.py", "--recompute-latents", "--overlong-buffer", 40, "--minibatches", 2, "--projector-steps", 1, *small,
-                 "--out", tmp_path / "re")
-    assert got.returncode == 0, got.stderr
-    first = json.loads(open(tmp_path / "re" / "metrics.jsonl").readline())
+def test_rl_without_latents_and_with_recomputed_ones_run(trained, tmp_path):
+    done = script("train_rl.py", "--method", "grpo", *SHORT, "--out", tmp_path / "grpo")
+    assert done.returncode == 0, done.stderr
+    assert all(m["latent_steps"] == 0 for m in metrics(tmp_path / "grpo"))
+    words = ("--model", trained, "--recompute-latents", "--overlong-buffer", 40, "--minibatches", 2)
+    done = script("train_rl.py", *words, *SHORT, "--out", tmp_path / "re")
+    assert done.returncode == 0, done.stderr
+    first = metrics(tmp_path / "re")[0]
+    assert first["latent_steps"] > 0
     assert first["max_dlogp"] < 1e-2  # before the first update recomputed latents are the stored ones
 
 
 def test_stages_1_and_2_keep_their_traces_for_a_second_run(tmp_path):
-    words = ("train_projector.py", "--steps", 2, "--prompts", 12, "--n", 4, "--out", tmp_path / "p")
-    got = script(*words)
-    assert got.returncode == 0 and "kept" in got.stdout, got.stderr
+    words = ("train_projector.py", "--steps", 2, "--prompts", 8, "--samples", 2, "--n", 4, "--out", tmp_path / "p")
+    done = script(*words)
+    assert done.returncode == 0 and "kept" in done.stdout, done.stderr
     for what in ("no latents", "zeros", "warm start", "trained", "accuracy with the tag prompt"):
-        assert what in got.stdout
+        assert what in done.stdout
     again = script(*words)
     assert "traces from" in again.stdout
 
 
 def test_the_second_task_of_the_tiny_world_runs_too(tmp_path):
-    got = script("train_rl.py", "--task", "tiny.next_chapter", "--steps", 2, "--projector-steps", 2, "--trace-prompts", 40, "--n", 4, "--prompts", 2,
-                 "--group", 4, "--out", tmp_path / "n")
-    assert got.returncode == 0, got.stderr
+    words = ("--task", "tiny.next_chapter", "--projector-steps", 2, "--trace-prompts", 16, *SHORT, "--n", 2)
+    done = script("train_rl.py", *words, "--out", tmp_path / "n")
+    assert done.returncode == 0, done.stderr
 
 
+# ---------------------------------------------------------------- wrong words
 @pytest.mark.parametrize("words, says", [
     (("eval.py", "--model", "nowhere/at/all"), "no model directory"),
     (("eval.py", "--model", "Qwen2.5-1.5B"), "Without a network"),
@@ -99,14 +155,9 @@ def test_the_second_task_of_the_tiny_world_runs_too(tmp_path):
     (("train_projector.py", "--model", "README.md"), "no model directory"),
     (("train_rl.py", "--learning-rate", "1"), "--learning-rate"),
 ])
-def test_a_wrong_word_ends_in_one_line_and_exit_code_2(words, says, tmp_path, capsys, monkeypatch):
+def test_a_wrong_word_ends_in_one_line_and_exit_code_2(words, says, tmp_path):
     if words[0] != "eval.py" and "--out" not in words:
         words += ("--out", tmp_path / "o")
-    # In this process: eleven more interpreters would take most of a minute. What it prints and its exit code are the same.
-    monkeypatch.setattr(sys, "argv", [str(w) for w in words])
-    monkeypatch.chdir(ROOT)
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(os.path.join(ROOT, words[0]), run_name="__main__")
-    said = capsys.readouterr().err
-    assert end.value.code == 2, said
-    assert "Traceback" not in said and says in said.strip().splitlines()[-1]
+    done = script(*words)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr and says in done.stderr.strip().splitlines()[-1]
