@@ -1,24 +1,24 @@
-"""Evaluation: accuracy with its interval, and what it cost in tokens, latent steps, forward positions and seconds.
+"""Evaluation: accuracy with its interval, and what it cost in tokens, latent steps, positions and seconds.
 
-One row of the table is one model under one prompt. Latents count as tokens, as in the paper: tokens = text tokens +
-latent steps, both counted while decoding, never read off the text.
+One row of the table is one model under one prompt. Latents count as tokens, as in the paper: tokens = text tokens
++ latent steps, both counted while decoding, never read off the text.
 
-Left out, and why: (1) no pass@k or majority vote: the paper reports mean reward over samples. (2) The paper samples at
-temperature 0.7, top-p 0.8, top-k 20; the default here is the distribution that RL trained (temperature 1, nothing cut),
-since cutting hides the base's slips. The flags give the paper's. (3) Length penalties: score what the task scores.
+Left out, and why: (1) no pass@k or majority vote: the paper reports mean reward over samples. (2) The paper
+samples at temperature 0.7, top-p 0.8, top-k 20; the default here is the distribution that RL trained (temperature
+1, nothing cut), since cutting hides the base's slips. The flags give the paper's. (3) Length penalties: score what
+the task scores.
 
-    python eval.py --model tiny --task tiny                         # the base with the tag prompt: 5 seconds
-    python eval.py --model tiny:plain tiny out/rl --task tiny       # one table: explicit reasoning, tags, a trained run
-    python eval.py --model out/rl --task tiny --show 3              # three answers, latents with their nearest words
-    python eval.py --model out/rl --task tiny --controls            # what its latents do: zeros, noise, another story's, none, ..
-    python eval.py --model out/rl --show 20 --html answers.html     # the same as a page that unfolds, for a browser
-    python eval.py --model out/rl --alone 20 --json rl.json         # .. and the seconds of an answer decoded alone
-    python eval.py --curve rl.json base.json --plot curve.svg       # score against tokens, FLOPs and seconds (matplotlib)
-    python eval.py --training out/rl out/grpo --plot training.svg   # reward, tokens, latents, tags against steps and tokens sampled
-    python eval.py --model out/next --task next_chapter --write 5 --out out/chapters     # the chapters themselves, to be read
+    python eval.py --model tiny --task tiny                      # the base with the tag prompt: 5 seconds
+    python eval.py --model tiny:plain tiny out/rl --task tiny    # one table: plain prompt, tags, a trained run
+    python eval.py --model out/rl --task tiny --show 3           # three answers, latents as nearest words
+    python eval.py --model out/rl --task tiny --controls         # what its latents do: zeros, noise, none, ..
+    python eval.py --model out/rl --show 20 --html answers.html  # the same as a page, to be unfolded
+    python eval.py --model out/rl --alone 20 --json rl.json      # .. and the seconds of an answer decoded alone
+    python eval.py --curve rl.json base.json --plot curve.svg    # score against tokens, FLOPs and seconds
+    python eval.py --training out/rl out/grpo --plot t.svg       # reward, tokens, .. against steps and tokens
+    python eval.py --model out/next --task next_chapter --write 5 --out out/chapters   # the chapters
 """
 import argparse
-import json
 import math
 import os
 import time
@@ -27,39 +27,59 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import load_task, score, start_task, task_flags
+import data
+import report
+import runs
 from litereason import ReasoningProjector, UserError, generate, load
-from runs import encode_prompt
-from report import (answer_on_page, collect, controls_table, curve, nearest_words, page, readable, table, training, write_chapters)
-from runs import check_arguments, device_flags, is_small, run_script, run_settings, write_json, write_text
 
 
+# ============================================================================ what an answer costs
 def flops(model, rollouts, samples=1, latent="projector", feed=None):
-    """Forward FLOPs per answer, a multiplication and an addition being two; n(M) is the count of weights in the linear maps of M:
+    """Forward FLOPs per answer, a multiplication and an addition being two. n(M): weights in the linear maps
+    of M.
 
-        one position in context c (itself included)    2 * n(layers) + 4 * H * d * layers * c      its maps; q k^T and w v
-        one answer    its prompt's positions / samples (a group reads it once) + those of its own slots but the last, which is never fed
-                      + tokens * 2 * n(LM head) + latents * 2 * n(projector)
+        one position    2 * n(layers) + 4 * H * d * layers * context
+                        its maps; q k^T and w v over its context, itself included
+        one answer      its prompt's positions / samples (a group reads it once)
+                        + those of its own slots but the last, which is never fed
+                        + tokens * 2 * n(LM head) + latents * 2 * n(projector)
 
-    Left out: norms, softmax, embedding, sampling (no matrix products), and what a batch wastes (padding; rows that have ended and not yet
-    left). A `latent` or `feed` function that costs something else than the projector (or nothing) says so: latent.flops = per latent.
-    """
-    linear = lambda module: 2 * sum(m.weight.numel() for m in module.modules() if isinstance(m, torch.nn.Linear))
-    layers, head, upto = linear(model.model.layers), linear(model.lm_head), lambda n: n * (n + 1) // 2
-    attention = 4 * sum(layer.self_attn.q_proj.out_features for layer in model.model.layers)  # 4 * H * d * layers
-    latent = getattr(latent, "flops", 0 if latent in ("zeros", "none") else linear(model.reasoning_projector))
+    Left out: norms, softmax, embedding, sampling (no matrix products), and what a batch wastes (padding; rows
+    that have ended and not yet left). A `latent` or `feed` function that costs something else than the
+    projector (or nothing) says so: latent.flops = per latent."""
+    layers = _linear_flops(model.model.layers)
+    head = _linear_flops(model.lm_head)
+    widths = [layer.self_attn.q_proj.out_features for layer in model.model.layers]  # H * d, for each layer
+    attention = 4 * sum(widths)
+    projector = 0 if latent in ("zeros", "none") else _linear_flops(model.reasoning_projector)
+    per_latent = getattr(latent, "flops", projector)
+    per_token = head + getattr(feed, "flops", 0)
     total = 0
     for r in rollouts:
-        L, S = len(r.prompt_ids), len(r.slots) - 1
-        total += (L * layers + attention * upto(L)) / samples  # contexts 1 .. L
-        total += S * layers + attention * (upto(L + S) - upto(L))  # contexts L + 1 .. L + S
-        total += r.n_tokens * (head + getattr(feed, "flops", 0)) + r.n_latents * latent
+        prompt = len(r.prompt_ids)
+        own = len(r.slots) - 1
+        contexts = _sum_up_to(prompt + own) - _sum_up_to(prompt)  # prompt + 1 .. prompt + own
+        total += (prompt * layers + attention * _sum_up_to(prompt)) / samples
+        total += own * layers + attention * contexts
+        total += r.n_tokens * per_token + r.n_latents * per_latent
     return total / len(rollouts)
 
 
+def _linear_flops(module):
+    """Of one position through all linear maps of a module."""
+    return 2 * sum(m.weight.numel() for m in module.modules() if isinstance(m, torch.nn.Linear))
+
+
+def _sum_up_to(n):
+    """1 + 2 + .. + n"""
+    return n * (n + 1) // 2
+
+
 def seconds_alone(model, tokenizer, prompts, seed=0, **sampling):
-    """Median seconds of an answer when answers are decoded one at a time: what a person waits, where `seconds` is what a batch costs."""
-    generator, times = torch.Generator().manual_seed(seed), []
+    """Median seconds of an answer when answers are decoded one at a time: what a person waits, where
+    `seconds` is what a batch costs."""
+    generator = torch.Generator().manual_seed(seed)
+    times = []
     for prompt in prompts:
         start = time.time()
         generate(model, tokenizer, [prompt], generator=generator, **sampling)
@@ -67,255 +87,475 @@ def seconds_alone(model, tokenizer, prompts, seed=0, **sampling):
     return float(np.median(times))
 
 
-def evaluate(model, tokenizer, task, examples, latent_prompt=True, samples=1, seed=0, batch=64, progress=None, at_once=False, alone=0,
-             **sampling):
-    """Samples answers and scores them -> (a dict of means, at its end those of task.report; the rollouts). `sampling` goes to generate.
+# ============================================================================ one row of the table
+def evaluate(model, tokenizer, task, examples, latent_prompt=True, samples=1, seed=0, batch=64, progress=None,
+             at_once=False, alone=0, **sampling):
+    """Samples answers and scores them -> (a dict of means, at its end those of task.report; the rollouts).
 
-    at_once: the answer's opening (task.ANSWER, default \\boxed{) is put into the model's mouth, so that nothing can be reasoned.
-    accuracy_ci95: over examples (the mean of an example's samples is one observation), normal approximation.
-    per_example: the same observations one by one, for paired tests.
-    flops, seconds_each: per answer; seconds_alone: of the first `alone` examples' answers, decoded one at a time.
+    latent_prompt: the prompt that offers the tag. batch: examples per call of generate, to which `sampling`
+    goes. progress: the name of a progress bar, None for none. at_once: the answer's opening (task.ANSWER,
+    default \\boxed{) is put into the model's mouth, so that nothing can be reasoned.
+
+    Of the result, beside what report.table explains:
+
+    accuracy_ci95    over examples (the mean of an example's samples is one observation), normal approximation
+    per_example      the same observations one by one, for paired tests
+    flops            per answer, see flops
+    seconds_each     per answer, in these batches
+    seconds_alone    per answer of the first `alone` examples, decoded one at a time
     """
-    generator, opening = torch.Generator().manual_seed(seed), getattr(task, "ANSWER", "\\boxed{") if at_once else ""
-    encode = lambda e: encode_prompt(model, tokenizer, task.prompt(e, latent_prompt), opening)
-    start, stats, means, rollouts, asked = time.time(), {}, [], [], []
+    generator = torch.Generator().manual_seed(seed)
+    opening = getattr(task, "ANSWER", "\\boxed{") if at_once else ""
+    start = time.time()
+    prompts = [runs.encode_prompt(model, tokenizer, task.prompt(e, latent_prompt), opening) for e in examples]
+    rollouts, asked, scores, stats = [], [], [], {}
     bar = tqdm(total=len(examples), desc=progress, leave=False, disable=progress is None)
     for i in range(0, len(examples), batch):
-        part = examples[i : i + batch]
-        got = generate(model, tokenizer, [encode(e) for e in part], samples, generator=generator, stats=stats, **sampling)
-        for r in got:
+        some = examples[i : i + batch]
+        answers = generate(model, tokenizer, prompts[i : i + batch], samples,
+                           generator=generator, stats=stats, **sampling)
+        for r in answers:
             r.text = opening + r.text  # as the reward reads it
-        rewards = score(task, [part[r.prompt] for r in got], [r.text for r in got])
-        means += torch.tensor(rewards).view(len(part), samples).mean(1).tolist()
-        rollouts += got
-        asked += [part[r.prompt] for r in got]
-        bar.update(len(part))
+        examples_of_answers = [some[r.prompt] for r in answers]
+        rewards = data.score(task, examples_of_answers, [r.text for r in answers])
+        scores += torch.tensor(rewards).view(len(some), samples).mean(1).tolist()
+        rollouts += answers
+        asked += examples_of_answers
+        bar.update(len(some))
     bar.close()
-    seconds, n, accuracy = time.time() - start, len(means), sum(means) / len(means)
-    lonely = {"seconds_alone": seconds_alone(model, tokenizer, [encode(e) for e in examples[:alone]], seed, **sampling)} if alone else {}
-    half = 1.96 * math.sqrt(sum((m - accuracy) ** 2 for m in means) / max(1, n - 1) / n)
-    mean = lambda f: sum(map(f, rollouts)) / len(rollouts)
-    text, latents = mean(lambda r: r.n_tokens), mean(lambda r: r.n_latents)
-    tokens = torch.tensor([len(r.slots) for r in rollouts], dtype=torch.float64).view(n, samples).mean(1).tolist()
-    return {"accuracy": accuracy, "accuracy_ci95": [accuracy - half, accuracy + half], "tokens": text + latents,
-            "text_tokens": text, "latent_steps": latents, "tags": mean(lambda r: r.n_tags),
-            "truncated": mean(lambda r: not r.finished), "forward_positions": stats["forwards"] / len(rollouts),
-            "n_examples": n, "samples": samples, "per_example": {"score": means, "tokens": tokens},
-            "flops": flops(model, rollouts, samples, sampling.get("latent", "projector"), sampling.get("feed")),
-            "seconds_each": seconds / len(rollouts), **lonely, "seconds": seconds,
-            **(task.report(asked, [r.text for r in rollouts]) if hasattr(task, "report") else {})}, rollouts
+    seconds = time.time() - start
+
+    n = len(scores)
+    accuracy = _mean(scores)
+    half = 1.96 * math.sqrt(sum((score - accuracy) ** 2 for score in scores) / max(1, n - 1) / n)
+    text_tokens = _mean([r.n_tokens for r in rollouts])
+    latent_steps = _mean([r.n_latents for r in rollouts])
+    lengths = np.reshape([len(r.slots) for r in rollouts], (n, samples))
+    result = {
+        "accuracy": accuracy,
+        "accuracy_ci95": [accuracy - half, accuracy + half],
+        "tokens": text_tokens + latent_steps,
+        "text_tokens": text_tokens,
+        "latent_steps": latent_steps,
+        "tags": _mean([r.n_tags for r in rollouts]),
+        "truncated": _mean([not r.finished for r in rollouts]),
+        "forward_positions": stats["forwards"] / len(rollouts),
+        "n_examples": n,
+        "samples": samples,
+        "per_example": {"score": scores, "tokens": lengths.mean(1).tolist()},
+        "flops": flops(model, rollouts, samples, sampling.get("latent", "projector"), sampling.get("feed")),
+        "seconds_each": seconds / len(rollouts)}
+    if alone:
+        result["seconds_alone"] = seconds_alone(model, tokenizer, prompts[:alone], seed, **sampling)
+    result["seconds"] = seconds  # report.table reads what comes after this as the task's own
+    if hasattr(task, "report"):
+        result.update(task.report(asked, [r.text for r in rollouts]))
+    return result, rollouts
 
 
-# ---------------------------------------------------------------- controls: what do the latents do?
+def _mean(numbers):
+    return sum(numbers) / len(numbers)
+
+
+# ============================================================================ controls: what the latents do
 LATENTS = {  # what a latent step feeds: see latent_of
-    "projector": "the method", "zeros": "all-zero vectors", "noise": "a random direction, as long as the projector's output would be",
-    "mean": "the mean of the latents of other stories", "other": "the latents of one other story, in their order",
-    "warm": "the projector's warm start (fresh copies of the last block's MLP)", "none": "nothing: the tag is written, no latent is run"}
-CONTROLS = [("plain", {})] + [(f"latents: {k}", {"latent": k}) for k in LATENTS if k != "projector"] + [
-    *((f"{k} latent{'s' * (k > 1)} per tag", {"tag": k}) for k in range(1, 9)), ("tag forbidden", {"tag": "forbidden"}),
-    ("answer forced at once", {"at_once": True})]
+    "projector": "the method",
+    "zeros": "all-zero vectors",
+    "noise": "a random direction, as long as the projector's output would be",
+    "mean": "the mean of the latents of other stories",
+    "other": "the latents of one other story, in their order",
+    "warm": "the projector's warm start (fresh copies of the last block's MLP)",
+    "none": "nothing: the tag is written, no latent is run"}
+
+# [(name, what differs from the plain run, as arguments of evaluate)]
+CONTROLS = [("plain", {})]
+CONTROLS += [(f"latents: {name}", {"latent": name}) for name in LATENTS if name != "projector"]
+CONTROLS += [(f"{n} latent{'s' * (n > 1)} per tag", {"tag": n}) for n in range(1, 9)]
+CONTROLS += [("tag forbidden", {"tag": "forbidden"}), ("answer forced at once", {"at_once": True})]
 
 
 def latents_of_others(model, tokenizer, task, examples, **settings):
-    """A first pass on other examples -> the latents they ran, [(n, D)] of those that ran any. mean and other take them from there."""
-    return [r.latents for r in evaluate(model, tokenizer, task, examples, **settings)[1] if len(r.latents)]
+    """A first pass on other examples -> the latents they ran, [(n, D)] of those that ran any: `mean` and
+    `other` feed these."""
+    _, rollouts = evaluate(model, tokenizer, task, examples, **settings)
+    return [r.latents for r in rollouts if len(r.latents)]
 
 
 def latent_of(name, model, others=(), seed=0):
-    """The latent step of that name as generate takes it: a word it knows, or a function (h (B, D), u (B,), k (B,)) -> z (B, D).
+    """The latent step of that name as generate expects it: a word it knows, or a function (h (B, D), u (B,),
+    k (B,)) -> z (B, D). u: a random number of the row's own; k: how many latents it has run.
 
-    What a row gets depends on its u and k only (see latent_step), hence not on the batch. others: see latents_of_others.
-    """
+    What a row gets depends on its u and k only (see litereason.latent_step), hence not on the batch. others:
+    what latents_of_others returns."""
     if name in ("projector", "zeros", "none"):
         return name
     if name == "warm":
-        warm = ReasoningProjector.start(model, len(model.reasoning_projector))
-        return lambda h, u, k: warm(h)[0]
-    if name == "noise":  # one of 1,024 directions; 617 has no divisor in common with that, so a row's latents all differ
-        table = torch.randn(1024, model.config.hidden_size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        table = torch.nn.functional.normalize(table, dim=-1).to(model.device, model.dtype)  # (1024, D)
-        return lambda h, u, k: table[((u * 1024).long() + 617 * k) % 1024].to(h.dtype) * model.reasoning_projector(h)[0].norm(dim=-1, keepdim=True)
-    if not len(others):
-        raise UserError(f"--latent {name} takes the latents of other stories, and on those read first the model ran none")
-    if name == "mean":
-        mean = torch.cat(list(others)).double().mean(0).to(model.device)  # (D,)
-        same = lambda h, u, k: mean.to(h.dtype).expand_as(h)
-        same.flops = 0
-        return same
-    flat, counts = torch.cat(list(others)).to(model.device), torch.tensor([len(z) for z in others], device=model.device)
-    first = counts.cumsum(0) - counts  # story i's k-th latent is flat[first[i] + k]; a row that runs more begins again
-    shuffle = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed)).to(model.device)
+        return _warm_start(model)
+    if name == "noise":
+        return _noise(model, seed)
+    if not others:
+        raise UserError(f"--latent {name} takes the latents of other stories, "
+                        f"and on those read first the model ran none")
+    return _mean_latent(model, others) if name == "mean" else _another_storys(model, others, seed)
 
-    def another(h, u, k):
-        story = shuffle[(u * len(others)).long()]
-        return flat[first[story] + k % counts[story]].to(h.dtype)
 
-    another.flops = 0
-    return another
+def _warm_start(model):
+    """The projector as stage 2 found it."""
+    warm = ReasoningProjector.start(model, len(model.reasoning_projector))
+
+    def warm_start(h, u, k):
+        z, _ = warm(h)
+        return z
+
+    return warm_start
+
+
+def _noise(model, seed):
+    """One of 1,024 random directions, at the length of the projector's output."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(1024, model.config.hidden_size, generator=generator, dtype=torch.float64)
+    directions = torch.nn.functional.normalize(directions, dim=-1).to(model.device, model.dtype)  # (1024, D)
+
+    def noise(h, u, k):
+        z, _ = model.reasoning_projector(h)
+        which = ((u * 1024).long() + 617 * k) % 1024  # 617 is prime to 1,024: the latents of a row all differ
+        return directions[which].to(h.dtype) * z.norm(dim=-1, keepdim=True)
+
+    return noise
+
+
+def _mean_latent(model, others):
+    """The same vector at every latent step."""
+    mean = torch.cat(list(others)).double().mean(0).to(model.device)  # (D,)
+
+    def mean_latent(h, u, k):
+        return mean.to(h.dtype).expand_as(h)
+
+    mean_latent.flops = 0
+    return mean_latent
+
+
+def _another_storys(model, others, seed):
+    """A row's u chooses the story; a row that runs more latents than the story has begins again."""
+    latents = torch.cat(list(others)).to(model.device)  # of all stories, one after another
+    counts = torch.tensor([len(z) for z in others], device=model.device)
+    first = counts.cumsum(0) - counts  # latents[first[i] + k] is story i's k-th
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = torch.randperm(len(others), generator=generator).to(model.device)
+
+    def another_storys(h, u, k):
+        story = shuffled[(u * len(others)).long()]
+        return latents[first[story] + k % counts[story]].to(h.dtype)
+
+    another_storys.flops = 0
+    return another_storys
 
 
 def mcnemar(a, b):
-    """Exact two-sided p for paired right/wrong scores: of the examples on which the runs differ, as many go either way by a fair coin."""
-    up, down = sum(x > y for x, y in zip(a, b)), sum(x < y for x, y in zip(a, b))  # for graded scores this is the sign test
-    return min(1.0, 2 * sum(math.comb(up + down, i) for i in range(min(up, down) + 1)) / 2 ** (up + down))
+    """Exact two-sided p for paired right/wrong scores: the chance that fair coins, one for each example on which
+    the runs differ, come out at least as unequal. For graded scores this is the sign test."""
+    up = sum(x > y for x, y in zip(a, b))
+    down = sum(x < y for x, y in zip(a, b))
+    n = up + down
+    one_side = sum(math.comb(n, i) for i in range(min(up, down) + 1))
+    return min(1.0, 2 * one_side / 2**n)
 
 
 def bootstrap(differences, seed=0, resamples=10000):
-    """95 % interval of the mean of paired differences: examples are drawn anew with replacement, in blocks that fit any memory."""
-    d, rng = np.asarray(differences, dtype=np.float64), np.random.default_rng(seed)
-    means = np.concatenate([d[rng.integers(0, len(d), (100, len(d)))].mean(1) for _ in range(resamples // 100)])
-    return np.quantile(means, [0.025, 0.975]).tolist()
+    """95 % interval of the mean of paired differences: examples are drawn again with replacement."""
+    differences = np.asarray(differences, dtype=np.float64)
+    n = len(differences)
+    generator = np.random.default_rng(seed)
+    means = []
+    for _ in range(resamples // 100):  # in blocks, which fit any memory
+        drawn = generator.integers(0, n, (100, n))
+        means.append(differences[drawn].mean(1))
+    return np.quantile(np.concatenate(means), [0.025, 0.975]).tolist()
 
 
 def against(result, plain, seed=0):
     """A control's paired tests against the plain run on the same examples."""
-    (a, b), (s, t) = ((result["per_example"][k], plain["per_example"][k]) for k in ("score", "tokens"))
-    scores, tokens = np.subtract(a, b), np.subtract(s, t)
-    return {"accuracy": float(scores.mean()), "accuracy_ci95": bootstrap(scores, seed), "better": int((scores > 0).sum()),
-            "worse": int((scores < 0).sum()), "mcnemar_p": mcnemar(a, b), "tokens": float(tokens.mean()), "tokens_ci95": bootstrap(tokens, seed)}
+    ours, theirs = result["per_example"], plain["per_example"]
+    scores = np.subtract(ours["score"], theirs["score"])
+    tokens = np.subtract(ours["tokens"], theirs["tokens"])
+    return {
+        "accuracy": float(scores.mean()),
+        "accuracy_ci95": bootstrap(scores, seed),
+        "better": int((scores > 0).sum()),
+        "worse": int((scores < 0).sum()),
+        "mcnemar_p": mcnemar(ours["score"], theirs["score"]),
+        "tokens": float(tokens.mean()),
+        "tokens_ci95": bootstrap(tokens, seed)}
 
 
 def run_controls(model, tokenizer, task, examples, elsewhere, seed=0, progress=None, **settings):
-    """Every control on the same examples with the same seed, elsewhere: examples for the first pass -> [(name, result)], plain first.
+    """Every control on the same examples with the same seed -> [(name, result)], plain first. elsewhere:
+    examples for the first pass.
 
-    The same seed is the same random numbers: where nothing differs nothing changes, and a difference is the control's."""
-    say = lambda what: progress and f"{progress}, {what}"
-    others, rows = latents_of_others(model, tokenizer, task, elsewhere, seed=seed, progress=say("other stories"), **settings), []
-    for name, choice in CONTROLS:
-        if choice.get("latent") in ("mean", "other") and not others:
+    The same seed is the same random numbers: where nothing differs nothing changes, and a difference is the
+    control's."""
+
+    def bar(what):
+        return progress and f"{progress}, {what}"
+
+    others = latents_of_others(model, tokenizer, task, elsewhere,
+                               seed=seed, progress=bar("other stories"), **settings)
+    rows = []
+    for name, changed in CONTROLS:
+        latent = changed.get("latent", "projector")
+        if latent in ("mean", "other") and not others:
             continue  # no story read first has run a latent
-        choice = {**choice, "latent": latent_of(choice.get("latent", "projector"), model, others, seed)}
-        rows.append((name, evaluate(model, tokenizer, task, examples, seed=seed, progress=say(name), **choice, **settings)[0]))
-        rows[-1][1]["against_plain"] = against(rows[-1][1], rows[0][1], seed)
+        changed = {**changed, "latent": latent_of(latent, model, others, seed)}
+        result, _ = evaluate(model, tokenizer, task, examples,
+                             seed=seed, progress=bar(name), **changed, **settings)
+        rows.append((name, result))
+        plain = rows[0][1]
+        result["against_plain"] = against(result, plain, seed)
     return rows
 
 
-def main():
+# ============================================================================ the script
+def parse_arguments():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     g = ap.add_argument_group("what")
-    g.add_argument("--model", nargs="+", default=["tiny"], metavar="NAME", help="models or run directories; NAME:plain uses "
-                   "the prompt without the tag (the default for runs of --method grpo)")
-    task_flags(g)
+    g.add_argument("--model", nargs="+", default=["tiny"], metavar="NAME", help="models or run directories; "
+                   "NAME:plain uses the prompt without the tag (the default for runs of --method grpo)")
+    data.task_flags(g)
     g.add_argument("--split", default="test", help="train, val or test")
     g.add_argument("--n", type=int, default=None, help="examples, from the split's first (default all)")
     g.add_argument("--samples", type=int, default=1, help="answers per example")
-    g.add_argument("--alone", type=int, default=0, metavar="N", help="also time N answers decoded one at a time")
+    g.add_argument("--alone", type=int, default=0, metavar="N",
+                   help="also time N answers decoded one at a time")
     g = ap.add_argument_group("decoding")
-    g.add_argument("--max-new-tokens", type=int, default=None, help="slots per answer, latents included (default: 160 for a "
-                   "small model, else 2048)")
+    g.add_argument("--max-new-tokens", type=int, default=None,
+                   help="slots per answer, latents included (default: 160 for a small model, else 2048)")
     g.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (the paper: 0.7)")
     g.add_argument("--top-p", type=float, default=1.0, help="0 to 1 (the paper: 0.8)")
     g.add_argument("--top-k", type=int, default=0, help="0 is off (the paper: 20)")
     g.add_argument("--rows", type=int, default=256, help="answers decoded at once: memory; changes no result")
     g.add_argument("--at-once", action="store_true", help="force the answer without reasoning")
+    meanings = "; ".join(f"{name}: {meaning}" for name, meaning in LATENTS.items())
     g.add_argument("--latent", default="projector", choices=list(LATENTS),
-                   help="what a latent step feeds: " + "; ".join(f"{k}: {v}" for k, v in LATENTS.items()))
-    g.add_argument("--tag", default="free", choices=["free", "forbidden"], help="forbidden: no tag can be started")
-    g.add_argument("--n-latents", type=int, default=None, metavar="K", help="0 to 8: every tag runs K latents, whatever number it says")
+                   help=f"what a latent step feeds: {meanings}")
+    g.add_argument("--tag", default="free", choices=["free", "forbidden"],
+                   help="forbidden: no tag can be started")
+    g.add_argument("--n-latents", type=int, default=None, metavar="K",
+                   help="0 to 8: every tag runs K latents, whatever number it says")
     g = ap.add_argument_group("instead of evaluating")
-    g.add_argument("--controls", action="store_true", help="all of these in turn, same stories and seed, with paired tests against the plain run")
-    g.add_argument("--collect", nargs="+", metavar="DIR", help="average the tables that runs of train_rl.py left, row by row")
-    g.add_argument("--curve", nargs="+", metavar="FILE", help="draw score against tokens, FLOPs and seconds from JSON files of results")
-    g.add_argument("--training", nargs="+", metavar="DIR", help="draw the training curves of runs of train_rl.py")
-    g.add_argument("--plot", default="plot.svg", metavar="FILE", help="where --curve and --training draw (svg or png; default plot.svg)")
+    g.add_argument("--controls", action="store_true", help="all of these in turn, same stories and seed, "
+                   "with paired tests against the plain run")
+    g.add_argument("--collect", nargs="+", metavar="DIR",
+                   help="average the tables that runs of train_rl.py left, row by row")
+    g.add_argument("--curve", nargs="+", metavar="FILE",
+                   help="draw score against tokens, FLOPs and seconds from JSON files of results")
+    g.add_argument("--training", nargs="+", metavar="DIR",
+                   help="draw the training curves of runs of train_rl.py")
+    g.add_argument("--plot", default="plot.svg", metavar="FILE",
+                   help="where --curve and --training draw (svg or png; default plot.svg)")
     g = ap.add_argument_group("run")
     g.add_argument("--seed", type=int, default=0)
-    device_flags(g)
-    g.add_argument("--json", default=None, metavar="FILE", help="write the numbers there (a list if several models)")
+    runs.device_flags(g)
+    g.add_argument("--json", default=None, metavar="FILE",
+                   help="write the numbers there (a list if several models)")
     g.add_argument("--out", default=None, metavar="DIR", help="write config.json and results.json there")
     g.add_argument("--show", type=int, default=0, metavar="N", help="print N answers with their latents")
-    g.add_argument("--html", default=None, metavar="FILE", help="write the answers of --show there instead, as a page to be opened and read")
-    g.add_argument("--write", type=int, default=0, metavar="N", help="next chapters: have the frozen LM write N of them with the plan, without "
-                   "and with another's, into chapters.md in --out")
-    args = ap.parse_args()
-    check_arguments(args)
+    g.add_argument("--html", default=None, metavar="FILE",
+                   help="write the answers of --show there instead, as a page to be opened and read")
+    g.add_argument("--write", type=int, default=0, metavar="N", help="next chapters: have the frozen LM write "
+                   "N of them with the plan, without and with another's, into chapters.md in --out")
+    return ap.parse_args()
+
+
+def main():
+    args = parse_arguments()
+    runs.check_arguments(args)
     if args.collect:
-        rows = collect(args.collect)
-        print(table(rows))
-        print("\n" + "; ".join(f"{name}: {r['runs']} runs, accuracy {r['spread'][0]:.3f} to {r['spread'][1]:.3f}" for name, r in rows))
-        if args.json:
-            write_json(args.json, dict(rows))
+        show_collected(args)
         return
     if args.curve or args.training:
-        if args.curve and args.training:
-            raise UserError("--curve and --training are two pictures: choose one")
-        curve(collect(args.curve), args.plot) if args.curve else training(args.training, args.plot)
-        print(f"drawn: {args.plot}")
+        draw(args)
         return
+    check_flags(args)
 
+    rows, sections = [], []  # of the table, and of the page
+    task = None
+    for name in args.model:
+        path = name.partition(":")[0]
+        model, tokenizer = load(path, args.device)
+        model.graphs = args.graphs
+        if task is None:  # the first model's size may choose the task
+            task, examples, elsewhere = start_task(args, model, path)
+        settings = settings_of(args, name, model)
+        if args.controls:
+            rows += rows_of_controls(args, name, model, tokenizer, task, examples, elsewhere, settings)
+            continue
+        row, rollouts = row_of_model(args, name, model, tokenizer, task, examples, elsewhere, settings)
+        rows.append(row)
+        answers = list(zip(examples, rollouts[:: args.samples]))  # each example's first
+        if args.html:
+            sections.append((row, [report.answer_on_page(model, tokenizer, task, example, rollout, i + 1)
+                                   for i, (example, rollout) in enumerate(answers[: args.show])]))
+        else:
+            print_answers(name, model, tokenizer, task, answers[: args.show])
+        if args.write:
+            write_chapters(args, name, task, answers, is_first=len(rows) == 1)
+
+    if not args.controls:
+        print_table(rows)
+    if args.html:
+        runs.write_text(args.html, report.page(sections))
+        print(f"page: {args.html}")
+    write_results(args, rows)
+
+
+# ---------------------------------------------------------------------------- before the models
+def show_collected(args):
+    """--collect: the table of means, and each row's runs and spread."""
+    rows = report.collect(args.collect)
+    print(report.table(rows))
+    spreads = []
+    for name, row in rows:
+        low, high = row["spread"]
+        spreads.append(f"{name}: {row['runs']} runs, accuracy {low:.3f} to {high:.3f}")
+    print("\n" + "; ".join(spreads))
+    if args.json:
+        runs.write_json(args.json, dict(rows))
+
+
+def draw(args):
+    """--curve or --training."""
+    if args.curve and args.training:
+        raise UserError("--curve and --training are two pictures: choose one")
+    if args.curve:
+        report.curve(report.collect(args.curve), args.plot)
+    else:
+        report.training(args.training, args.plot)
+    print(f"drawn: {args.plot}")
+
+
+def check_flags(args):
+    """UserError for flags that exclude each other or need another one."""
     if args.n_latents is not None and args.n_latents > 8:
         raise UserError(f"--n-latents is {args.n_latents}; it must be at most 8")
-    if (args.n_latents is not None) + (args.tag == "forbidden") + args.at_once > 1:
+    changes = [args.tag == "forbidden", args.n_latents is not None, args.at_once]
+    if sum(changes) > 1:
         raise UserError("--tag forbidden, --n-latents and --at-once are alternatives: choose one")
-    chosen = args.tag != "free", args.n_latents is not None, args.at_once, args.show, args.write, args.alone
-    if args.controls and (args.latent != "projector" or any(chosen)):
-        raise UserError("--controls runs every --latent, --tag and --n-latents by itself, and shows and times no answers: leave those flags out")
+    if args.controls and (args.latent != "projector" or any([*changes, args.show, args.write, args.alone])):
+        raise UserError("--controls runs every --latent, --tag and --n-latents by itself, "
+                        "and shows and times no answers: leave those flags out")
     if args.write and not args.out:
         raise UserError("--write needs --out DIR: the chapters go into chapters.md there")
     if args.html and not args.show:
         raise UserError("--html needs --show N: that many answers go onto the page")
-    rows, sections = [], []
-    for name in args.model:
-        path, _, suffix = name.partition(":")
-        model, tokenizer = load(path, args.device)
-        model.graphs = args.graphs
-        if not rows:  # the first model's size may choose the task
-            task = start_task(args, model, path)
-            try:
-                examples = task.examples(args.split)[: args.n]
-                elsewhere = []  # other stories: --latent mean and other take their latents from these
-                if args.controls or args.latent in ("mean", "other"):
-                    elsewhere = task.examples("train" if args.split == "val" else "val")[: args.n or 200]
-            except ValueError as e:
-                raise UserError(str(e)) from e
-            if args.write and not hasattr(task, "chapter_prompt"):
-                raise UserError(f"--write is for tasks whose answers are plans of chapters (next_chapter); {args.task} is none")
-        made = run_settings(path)
-        if made.get("script") == "baselines.py":
-            raise UserError(f"{path} is a run of baselines.py, whose methods decode in their own ways: it has its table in its results.json")
-        latent_prompt = suffix != "plain" and made.get("method") != "grpo"
-        feeds = "none" if made.get("method") == "tag" and args.latent == "projector" else args.latent  # its tags have always been text
-        sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
-        settings = {"latent_prompt": latent_prompt, "seed": args.seed, "progress": name, "rows": args.rows, **sampling,
-                    "max_new_tokens": args.max_new_tokens or (160 if is_small(model) else 2048)}
-        if args.controls:
-            found = run_controls(model, tokenizer, task, examples, elsewhere, samples=args.samples, **settings)
-            print(f"\n{name}, {len(examples)} of {args.task} {args.split}\n{controls_table(found)}", flush=True)
-            rows += [(name, {"model": name, "control": control, "task": args.task, "prompt": "tag" if latent_prompt else "plain", **r}) for control, r in found]
-            continue
-        others = latents_of_others(model, tokenizer, task, elsewhere, **settings) if elsewhere else []
-        result, rollouts = evaluate(model, tokenizer, task, examples, samples=args.samples, at_once=args.at_once, alone=args.alone,
-                                    latent=latent_of(feeds, model, others, args.seed),
-                                    tag="forbidden" if args.tag == "forbidden" else args.n_latents, **settings)
-        rows.append((name, {"model": name, "task": args.task, "prompt": "tag" if latent_prompt else "plain", **result}))
-        shown = list(zip(examples, rollouts[:: args.samples]))[: args.show]  # each example's first answer
-        if args.html:
-            sections.append((rows[-1][1], [answer_on_page(model, tokenizer, task, e, r, i + 1) for i, (e, r) in enumerate(shown)]))
-            shown = []
-        for example, r in shown:
-            print(f"\n--- {name}, reward {score(task, [example], [r.text])[0]:.2f}\n{tokenizer.decode(r.prompt_ids)}\n>>> {readable(tokenizer, r)}")
-            for i, (words, norm, said) in enumerate(nearest_words(model, tokenizer, r.latents)):
-                print(f"    latent {i + 1}: nearest {words}; the head says {said}; length {norm:.2f} of an embedding's")
-        if args.write:
-            with open(os.path.join(args.out, "chapters.md"), "a" if len(rows) > 1 else "w", encoding="utf-8") as f:
-                f.write(f"\n# {name}\n")
-                write_chapters(task, examples, [task.plan_of(r.text) for r in rollouts[:: args.samples]], args.write, sampling, f)
-            print(f"chapters in {f.name}")
-    if not args.controls:
-        print(table(rows) + "\n")
-        for name, r in rows:
-            print(f"{name}: {r['flops']:.3g} FLOPs and {r['seconds_each']:.2g} s an answer" +
-                  (f", {r['seconds_alone']:.2g} s alone" if "seconds_alone" in r else ""))
-    if args.html:
-        write_text(args.html, page(sections))
-        print(f"page: {args.html}")
-    results = [r for _, r in rows]
-    for file in [args.json] + ([os.path.join(args.out, "results.json")] if args.out else []):
-        if file:
-            write_json(file, results[0] if len(results) == 1 else results)
+
+
+def start_task(args, model, path):
+    """-> (task, its examples, examples elsewhere: the latents of --latent mean and other come from these)"""
+    task = data.start_task(args, model, path)
+    elsewhere = []
+    try:
+        examples = task.examples(args.split)[: args.n]
+        if args.controls or args.latent in ("mean", "other"):
+            elsewhere = task.examples("train" if args.split == "val" else "val")[: args.n or 200]
+    except ValueError as e:
+        raise UserError(str(e)) from e
+    if args.write and not hasattr(task, "chapter_prompt"):
+        raise UserError(f"--write is for tasks whose answers are plans of chapters (next_chapter); "
+                        f"{args.task} is none")
+    return task, examples, elsewhere
+
+
+# ---------------------------------------------------------------------------- each model
+def settings_of(args, name, model):
+    """What all evaluations of a model share, as arguments of evaluate."""
+    path, _, suffix = name.partition(":")
+    made = runs.run_settings(path)
+    if made.get("script") == "baselines.py":
+        raise UserError(f"{path} is a run of baselines.py, whose methods decode in their own ways: "
+                        f"it has its table in its results.json")
+    return {
+        "latent_prompt": suffix != "plain" and made.get("method") != "grpo",
+        "seed": args.seed,
+        "progress": name,
+        "rows": args.rows,
+        "max_new_tokens": args.max_new_tokens or (160 if runs.is_small(model) else 2048),
+        **sampling_of(args)}
+
+
+def sampling_of(args):
+    return {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
+
+
+def heading(args, name, settings, **control):
+    """What a row of results belongs to."""
+    prompt = "tag" if settings["latent_prompt"] else "plain"
+    return {"model": name, **control, "task": args.task, "prompt": prompt}
+
+
+def row_of_model(args, name, model, tokenizer, task, examples, elsewhere, settings):
+    """-> (the row, the rollouts)"""
+    latent = args.latent
+    made = runs.run_settings(name.partition(":")[0])
+    if latent == "projector" and made.get("method") == "tag":
+        latent = "none"  # its tags have always been text
+    others = latents_of_others(model, tokenizer, task, elsewhere, **settings) if elsewhere else []
+    result, rollouts = evaluate(
+        model, tokenizer, task, examples, samples=args.samples, at_once=args.at_once, alone=args.alone,
+        latent=latent_of(latent, model, others, args.seed),
+        tag="forbidden" if args.tag == "forbidden" else args.n_latents, **settings)
+    return {**heading(args, name, settings), **result}, rollouts
+
+
+def rows_of_controls(args, name, model, tokenizer, task, examples, elsewhere, settings):
+    """--controls: prints their table -> its rows"""
+    results = run_controls(model, tokenizer, task, examples, elsewhere, samples=args.samples, **settings)
+    print(f"\n{name}, {len(examples)} of {args.task} {args.split}")
+    print(report.controls_table(results), flush=True)
+    return [{**heading(args, name, settings, control=control), **result} for control, result in results]
+
+
+def print_answers(name, model, tokenizer, task, answers):
+    """--show: [(example, rollout)], each with a line per latent."""
+    for example, rollout in answers:
+        reward = data.score(task, [example], [rollout.text])[0]
+        print(f"\n--- {name}, reward {reward:.2f}\n{tokenizer.decode(rollout.prompt_ids)}\n"
+              f">>> {report.readable(tokenizer, rollout)}")
+        for i, (near, length, head) in enumerate(report.nearest_words(model, tokenizer, rollout.latents)):
+            print(f"    latent {i + 1}: nearest {near}; the head says {head}; "
+                  f"length {length:.2f} of an embedding's")
+
+
+def write_chapters(args, name, task, answers, is_first):
+    """--write: chapters.md, one section per model."""
+    examples = [example for example, _ in answers]
+    plans = [task.plan_of(rollout.text) for _, rollout in answers]
+    path = os.path.join(args.out, "chapters.md")
+    with open(path, "w" if is_first else "a", encoding="utf-8") as f:
+        f.write(f"\n# {name}\n")
+        report.write_chapters(task, examples, plans, args.write, sampling_of(args), f)
+    print(f"chapters in {path}")
+
+
+# ---------------------------------------------------------------------------- after the models
+def print_table(rows):
+    named = [(row["model"], row) for row in rows]
+    print(report.table(named) + "\n")
+    for name, row in named:
+        alone = f", {row['seconds_alone']:.2g} s alone" if "seconds_alone" in row else ""
+        print(f"{name}: {row['flops']:.3g} FLOPs and {row['seconds_each']:.2g} s an answer{alone}")
+
+
+def write_results(args, rows):
+    """--json and --out."""
+    files = [args.json]
     if args.out:
-        write_json(os.path.join(args.out, "config.json"), vars(args))
+        files.append(os.path.join(args.out, "results.json"))
+    for file in files:
+        if file:
+            runs.write_json(file, rows[0] if len(rows) == 1 else rows)
+    if args.out:
+        runs.write_json(os.path.join(args.out, "config.json"), vars(args))
 
 
 if __name__ == "__main__":
-    run_script(main)
+    runs.run_script(main)

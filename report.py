@@ -1,4 +1,13 @@
-"""What people look at."""
+"""What people look at; nothing here is in the paper, and a reader of the paper may skip it.
+
+    forecast, pace                  said before a run: its memory and its hours
+    step_line, warn, put_aside, ..  said during training
+    table, controls_table, collect  results as tables
+    curve, training                 results as pictures (the only part that needs matplotlib)
+    readable, nearest_words         an answer with its latents, as text
+    answer_on_page, page            the same as an HTML page
+    write_chapters                  chapters written from plans, beside the true ones
+"""
 import html
 import itertools
 import json
@@ -10,66 +19,345 @@ import time
 import numpy as np
 import torch
 
-from data import score
-from engine import LOGITS, compute
+import data
+import engine
+import runs
 from litereason import CLOSE, LATENT, OPEN, TAG, generate, logprobs
-from runs import UserError, run_settings, write_json
+from runs import UserError
+
+GIB = 2.0**30
 
 
+# ============================================================================ before a run
+def forecast(model, args, longest, scorer=None):
+    """The sizes of a run and the memory that it needs, as text, from the configuration; on CUDA also whether
+    it fits and, if not, which flags to change.
+
+    longest: tokens of the longest prompt. scorer: the frozen model of the task's reward, if there is one. An
+    estimate from shapes, rounded up: every rollout as long as allowed, every prompt as long as the
+    longest."""
+    batch = args.prompts * args.group  # rollouts
+    rows = min(batch, _groups_at_once(args) * args.group)  # decoded at once
+    tokens = max(args.tokens_per_forward, longest + args.max_new_tokens)  # scored at once, whole rollouts
+    always, sampling, update = _memory(model, args, longest, scorer, rows, tokens)
+    peak = sum(always.values()) + max(sum(sampling.values()), sum(update.values()))
+    positions = batch * args.max_new_tokens + args.prompts * longest
+    text = (f"per rollout batch: {batch} rollouts, {rows} rows at a time, "
+            f"up to {args.max_new_tokens} decoding steps; "
+            f"the update reads up to {positions:,} positions, {tokens:,} at a time\n"
+            f"memory at most, GiB: {_in_gib(always)}; "
+            f"sampling: {_in_gib(sampling)}; update: {_in_gib(update)}; peak {peak / GIB:.1f}")
+    if model.device.type != "cuda":
+        return text
+    card = torch.cuda.get_device_properties(model.device).total_memory
+    if peak > 0.95 * card:
+        text += (f"\nthis card has {card / GIB:.1f} GiB, so it may not fit: lower --rows (sampling) or "
+                 f"--tokens-per-forward (update), say --checkpoint-layers, --offload, "
+                 f"shorten --max-new-tokens, or take a smaller model")
+    return text
+
+
+def _memory(model, args, longest, scorer, rows, tokens):
+    """What takes memory: all the time, while sampling, and during the update -> three times {what: bytes}."""
+    config = model.config
+    layers, hidden = config.num_hidden_layers, config.hidden_size
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    head_size = getattr(config, "head_dim", None) or hidden // heads
+    per_activation = 2 if model.bf16 else 4  # bytes
+    per_weight = 2 if args.offload else 4  # bytes on the card; a gradient takes the same
+    parameters = _parameters(model)
+    base = parameters - _parameters(model.reasoning_projector)
+    always = {
+        "weights": per_weight * parameters,
+        "AdamW": 0 if args.offload else 8 * base,
+        "16-bit copies": 2 * base if model.bf16 and not args.offload else 0,
+        "scorer": 4 * _parameters(scorer) if scorer else 0}
+
+    keys_and_values = 2 * kv_heads * head_size * per_activation  # of one position in one layer
+    prompts = min(args.prompts, 2 * rows // args.group)  # a long answer keeps its own while others begin
+    cached = rows * args.max_new_tokens + prompts * longest  # positions
+    sampling = {
+        "keys and values": layers * keys_and_values * cached,
+        "logits": 5 * 4 * rows * config.vocab_size}
+
+    # One layer's activations per token: norms and residuals in fp32; q, k, v and output; the MLP's four; and
+    # the attention weights of each slot.
+    layer = 28 * hidden
+    layer += per_activation * (2 * (heads + kv_heads) * head_size + 4 * config.intermediate_size)
+    layer += (5 + 2 * per_activation) * heads * (longest + args.max_new_tokens)
+    per_token = layers * layer
+    if args.checkpoint_layers:  # each layer's input, keys and values; all of one layer, made again
+        per_token = layers * (4 * hidden + keys_and_values) + 2 * layer
+    update = {
+        "gradients": per_weight * base,
+        "activations": tokens * per_token,
+        "logits": 2 * 4 * min(engine.LOGITS, tokens * config.vocab_size)}
+    return always, sampling, update
+
+
+def _parameters(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def _groups_at_once(args):
+    """How many groups are decoded together."""
+    return max(1, args.rows // args.group)
+
+
+def _in_gib(sizes):
+    return ", ".join(f"{what} {size / GIB:.2f}" for what, size in sizes.items())
+
+
+def pace(model, tokenizer, prompts, args, steps=16):
+    """How long a run may take on this machine, as text. Measured: one group of the longest prompt is decoded
+    for a few steps and scored.
+
+    An upper estimate: every rollout as long as allowed, no row makes room before, and a step with all rows
+    taken is counted as expensive as one with a single group per forward."""
+    longest = max(prompts, key=len)
+    times = [time.time()]
+    for n_steps in (1, steps + 1):  # the difference is `steps` steps without the prompt
+        rollouts = generate(model, tokenizer, [longest], args.group, n_steps)
+        times.append(time.time())
+    logprobs(model, rollouts)[0].sum().backward()
+    model.zero_grad(set_to_none=True)
+    times.append(time.time())
+    with_one_step, with_all_steps, update = np.diff(times).tolist()  # seconds
+
+    # From the measured group to a rollout batch.
+    seconds_per_step = max(0.0, with_all_steps - with_one_step) / steps
+    forwards = math.ceil(args.prompts / _groups_at_once(args))  # groups are decoded in so many rounds
+    sample = forwards * (with_one_step + seconds_per_step * args.max_new_tokens)
+    measured = len(longest) + sum(len(r.slots) for r in rollouts)  # positions
+    update *= args.prompts * (len(longest) + args.group * args.max_new_tokens) / measured
+    batches = args.steps / args.minibatches
+    hours = batches * (sample + update) / 3600
+    return (f"time at most, from a short measurement: {sample:.0f} s to sample and {update:.0f} s to update "
+            f"per rollout batch; {batches:.0f} batches: {hours:.1f} hours, "
+            f"without evaluation and stages 1 and 2")
+
+
+# ============================================================================ during training
+def step_line(m, steps):
+    """A step of training in one line. m: its metrics (train_rl.metrics says what they are); steps: of the
+    whole run."""
+    norm = math.nan if m["grad_norm"] is None else m["grad_norm"]
+    seconds = m["seconds"]
+    memory = m["peak_memory_gib"]
+    fields = [
+        f"step {m['step']:4d}/{steps}",
+        f"reward {m['reward']:6.3f}",
+        f"text {m['text_tokens']:6.1f}",
+        f"latent {m['latent_steps']:5.1f}",
+        f"tags {m['tags']:4.2f}",
+        f"zero-var {m['zero_variance']:4.2f}",
+        f"cut {m['truncated']:4.2f}",
+        f"gnorm {norm:6.3f}",
+        f"dlogp {m['max_dlogp']:.0e}",
+        f"{sum(seconds.values()):5.1f}s (sample {seconds.get('sample', 0):.1f})",
+        f"GiB {memory.get('sample', 0):.2f} {memory['update']:.2f}"]
+    if m["refresh_loss"] is not None:
+        fields.append(f"refresh loss {m['refresh_loss']:.3f}")
+    return " | ".join(fields)
+
+
+def warn(m, latent, n_groups, texts):
+    """Prints what is wrong with a step, if anything is. m: its metrics; latent: whether tags run latents;
+    texts: what its rollouts wrote."""
+    warnings = []
+    if latent and m["tag_share"] == 0:
+        warnings.append(f"0 of {n_groups} groups' rollouts ran a tag: there is no latent reasoning left")
+    if m["zero_variance"] == 1:
+        warnings.append(f"in all {n_groups} groups every rollout earned the same (mean {m['reward']:.3f}): "
+                        f"nothing to learn from")
+    if len(set(texts)) == 1:
+        warnings.append(f"all {len(texts)} rollouts wrote the same: {texts[0][:60]!r}")
+    elif not any(TAG.sub("", text).strip() for text in texts):
+        warnings.append(f"all {len(texts)} rollouts wrote tags and nothing else")
+    for warning in warnings:
+        print(f"warning: step {m['step']}: {warning}", flush=True)
+
+
+def warn_of_validation(metrics, val):
+    """After a check on the val examples: prints a warning if, since the check before, the train reward rose
+    and validation fell by more than half the width of its interval.
+
+    metrics: all steps so far, this one included; val: the result of this check."""
+    checks = [-1] + [i for i, m in enumerate(metrics) if m["val_accuracy"] is not None]
+    if len(checks) < 3:
+        return
+    start, middle, end = checks[-3:]  # lines of the file: two spans between three checks
+    before = _mean_reward(metrics[start + 1 : middle + 1])
+    since = _mean_reward(metrics[middle + 1 : end + 1])
+    earlier = metrics[middle]["val_accuracy"]
+    low, high = val["accuracy_ci95"]
+    half = (high - low) / 2
+    if since > before and earlier - val["accuracy"] > half:
+        print(f"warning: step {end + 1}: since step {middle + 1} the train reward rose from {before:.3f} to "
+              f"{since:.3f}, but the accuracy on {val['n_examples']} val examples fell from {earlier:.3f} to "
+              f"{val['accuracy']:.3f} (plus or minus {half:.3f})", flush=True)
+
+
+def _mean_reward(metrics):
+    return sum(m["reward"] for m in metrics) / len(metrics)
+
+
+def put_aside(out, step, rollouts, earned, which):
+    """Writes the rollouts that caused trouble to a file, to be read -> its path. which: their numbers."""
+    path = os.path.join(out, "bad-rollouts.json")
+    rows = []
+    for b in which:
+        rollout = rollouts[b]
+        rows.append({
+            "step": step + 1,
+            "rollout": b,
+            "reward": float(earned[b]),
+            "latents_finite": bool(rollout.latents.isfinite().all()),
+            "prompt_ids": rollout.prompt_ids,
+            "slots": rollout.slots,
+            "text": rollout.text,
+            "logprobs": rollout.logprobs.tolist()})
+    runs.write_json(path, rows)
+    return path
+
+
+# ============================================================================ tables
 def table(rows):
-    """rows: [(name, result of evaluate)] -> the lines of a plain-text table that is Markdown as well."""
-    out = ["| model | accuracy | 95 % interval | tokens | text | latent | tags | cut off | positions | seconds |",
-           "|---|---|---|---|---|---|---|---|---|---|"]
+    """rows: [(name, result of eval.evaluate)] -> a table as text, which is Markdown as well, and under it
+    what the task itself reports. Its columns:
+
+    accuracy    mean reward, and its 95 % interval over examples
+    tokens      per answer: text + latent
+    text        sampled tokens per answer, those of the tags included
+    latent      latent steps per answer
+    tags        tags per answer that ran latents
+    cut off     share of answers that reached the length limit
+    positions   computed per answer, those of its prompt and those wasted on rows that had ended included
+    seconds     for all answers together
+    """
+    lines = ["| model | accuracy | 95 % interval | tokens | text | latent "
+             "| tags | cut off | positions | seconds |",
+             "|---|---|---|---|---|---|---|---|---|---|"]
     width = max(len(name) for name, _ in rows)
-    for name, r in rows:
-        lo, hi = r["accuracy_ci95"]
-        out.append(f"| {name:{width}} | {r['accuracy']:.3f} | {lo:.3f} to {hi:.3f} | {r['tokens']:.1f} | {r['text_tokens']:.1f} | "
-                   f"{r['latent_steps']:.1f} | {r['tags']:.2f} | {r['truncated']:.3f} | {r['forward_positions']:.1f} | {r['seconds']:.1f} |")
-    for name, r in rows:  # under it what the task itself reports, which comes after the seconds
-        own = {k: r[k] for k in list(r)[list(r).index("seconds") + 1:]}
+    for name, row in rows:
+        cells = [
+            *_first_cells(name, width, row),
+            f"{row['tags']:.2f}",
+            f"{row['truncated']:.3f}",
+            f"{row['forward_positions']:.1f}",
+            f"{row['seconds']:.1f}"]
+        lines.append(_table_line(cells))
+    for name, row in rows:
+        keys = list(row)
+        own = keys[keys.index("seconds") + 1 :]  # the task's own figures come after the seconds
         if own:
-            say = lambda v: " to ".join(f"{x:.3f}" for x in v) if isinstance(v, list) else f"{v:.3f}"
-            out.append(f"\n{name.strip()}: " + ", ".join(f"{k} {say(v)}" for k, v in own.items()))
-    return "\n".join(out)
+            figures = [f"{key} {_number_or_interval(row[key])}" for key in own]
+            lines.append(f"\n{name.strip()}: {', '.join(figures)}")
+    return "\n".join(lines)
 
 
 def controls_table(rows):
-    """The lines of the controls' table; the differences are to the plain run, p is McNemar's."""
-    out = ["| control | accuracy | 95 % interval | tokens | text | latent | accuracy gained | 95 % interval | p | tokens gained | 95 % interval |",
-           "|---|---|---|---|---|---|---|---|---|---|---|"]
+    """rows: [(control, result)] of eval.run_controls -> a table as text. What is gained is gained over the
+    plain run, which comes first; p is McNemar's (eval.mcnemar), and for graded scores the sign test's."""
+    lines = ["| control | accuracy | 95 % interval | tokens | text | latent "
+             "| accuracy gained | 95 % interval | p | tokens gained | 95 % interval |",
+             "|---|---|---|---|---|---|---|---|---|---|---|"]
     width = max(len(name) for name, _ in rows)
-    for name, r in rows:
-        d, cell = r["against_plain"], lambda pair, f: f"{pair[0]:{f}} to {pair[1]:{f}}"
-        out.append(f"| {name:{width}} | {r['accuracy']:.3f} | {cell(r['accuracy_ci95'], '.3f')} | {r['tokens']:.1f} | {r['text_tokens']:.1f} | "
-                   f"{r['latent_steps']:.1f} | " + ("| | | | |" if r is rows[0][1] else
-                   f"{d['accuracy']:+.3f} | {cell(d['accuracy_ci95'], '+.3f')} | {d['mcnemar_p']:.2g} | {d['tokens']:+.1f} | {cell(d['tokens_ci95'], '+.1f')} |"))
-    return "\n".join(out)
+    for i, (name, row) in enumerate(rows):
+        cells = _first_cells(name, width, row)
+        if i == 0:
+            lines.append(_table_line(cells) + " | | | | |")
+            continue
+        gained = row["against_plain"]
+        cells += [
+            f"{gained['accuracy']:+.3f}",
+            _interval(gained["accuracy_ci95"], "+.3f"),
+            f"{gained['mcnemar_p']:.2g}",
+            f"{gained['tokens']:+.1f}",
+            _interval(gained["tokens_ci95"], "+.1f")]
+        lines.append(_table_line(cells))
+    return "\n".join(lines)
+
+
+def _first_cells(name, width, row):
+    """Those that both tables have."""
+    return [
+        f"{name:{width}}",
+        f"{row['accuracy']:.3f}",
+        _interval(row["accuracy_ci95"]),
+        f"{row['tokens']:.1f}",
+        f"{row['text_tokens']:.1f}",
+        f"{row['latent_steps']:.1f}"]
+
+
+def _table_line(cells):
+    return f"| {' | '.join(cells)} |"
+
+
+def _interval(numbers, digits=".3f"):
+    return " to ".join(f"{x:{digits}}" for x in numbers)
+
+
+def _number_or_interval(value):
+    return _interval(value) if isinstance(value, list) else f"{value:.3f}"
 
 
 def collect(files):
-    """JSON files as --json writes them (one row, a list, or {name: row}), or runs of train_rl.py, whose results.json is meant ->
-    [(row name, means over the runs that have the row)]; `spread`: lowest, highest."""
-    found = {}
+    """Tables of several runs -> [(row name, means over the runs that have the row)]; in each mean `runs`: how
+    many, `spread`: their lowest and highest accuracy.
+
+    files: JSON as --json writes it (one row, a list, or {name: row}), or directories of train_rl.py, whose
+    results.json is meant."""
+    rows_by_name = {}
     for file in files:
-        file = os.path.join(file, "results.json") if os.path.isdir(file) else file
+        if os.path.isdir(file):
+            file = os.path.join(file, "results.json")
         try:
-            with open(file) as f:
-                rows = json.load(f)
-            if isinstance(rows, dict):
-                rows = [rows] if "accuracy" in rows else [{"name": name, **row} for name, row in rows.items()]
-            for row in rows:
+            for row in _rows_of_file(file):
                 name = row.get("name") or row.get("control") or row["model"]
-                found.setdefault(name.strip(), []).append({"runs": 1, "spread": [row["accuracy"]] * 2, **row})
+                row = {"runs": 1, "spread": [row["accuracy"]] * 2, **row}
+                rows_by_name.setdefault(name.strip(), []).append(row)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
             raise UserError(f"{file} is not a table of results ({e})") from e
-    out = []
-    for name, rows in found.items():
-        mean = {"runs": sum(r["runs"] for r in rows), "spread": [min(r["spread"][0] for r in rows), max(r["spread"][1] for r in rows)]}
-        for k in (k for k in rows[0] if k not in mean and all(isinstance(r.get(k), (int, float, list)) for r in rows)):
-            values = [r[k] for r in rows]  # numbers, or lists of numbers (intervals)
-            mean[k] = [sum(v) / len(v) for v in zip(*values)] if isinstance(values[0], list) else sum(values) / len(values)
-        out.append((name, mean))
-    return out
+    return [(name, _mean_row(rows)) for name, rows in rows_by_name.items()]
+
+
+def _rows_of_file(file):
+    with open(file) as f:
+        rows = json.load(f)
+    if isinstance(rows, list):
+        return rows
+    if "accuracy" in rows:
+        return [rows]
+    return [{"name": name, **row} for name, row in rows.items()]
+
+
+def _mean_row(rows):
+    """The rows of one name in one: means of what is a number, or a list of numbers, in all of them."""
+    lowest = min(row["spread"][0] for row in rows)
+    highest = max(row["spread"][1] for row in rows)
+    mean = {"runs": sum(row["runs"] for row in rows), "spread": [lowest, highest]}
+    for key in rows[0]:
+        values = [row.get(key) for row in rows]
+        if key in mean or not all(isinstance(value, (int, float, list)) for value in values):
+            continue
+        if isinstance(values[0], list):  # an interval
+            mean[key] = [sum(ends) / len(ends) for ends in zip(*values)]
+        else:
+            mean[key] = sum(values) / len(values)
+    return mean
+
+
+# ============================================================================ pictures
+COLOURS = ["#1f5f99", "#c45a00", "#2a7f2a", "#b3261e", "#6f4aa8",  # dark enough for text
+           "#7a4b3a", "#b8479b", "#555555", "#7d7d00", "#0f7f8c"]
+COSTS = {  # key of a result: (what it is, in which unit)
+    "tokens": ("tokens per answer (text + latents)", 1),
+    "flops": ("forward GFLOPs per answer", 1e-9),
+    "seconds_each": ("seconds per answer, full batch", 1),
+    "seconds_alone": ("seconds per answer, decoded alone", 1)}
+TRAINING_CURVES = ("reward", "tokens per rollout (text + latents)", "latent steps per rollout",
+                   "share of rollouts with a tag")
 
 
 def figure(path, panels, rows=1, height=4.2):
@@ -82,144 +370,237 @@ def figure(path, panels, rows=1, height=4.2):
     if not path.endswith((".svg", ".png")):
         raise UserError(f"--plot is {path!r}; it must end in .svg or .png")
     rcParams["svg.hashsalt"] = "litereason"  # else the names inside an svg are drawn by chance
-    out = Figure((4.8 * panels, height * rows), dpi=120, layout="constrained")
-    return out, out.subplots(rows, panels, squeeze=False)
+    picture = Figure((4.8 * panels, height * rows), dpi=120, layout="constrained")
+    return picture, picture.subplots(rows, panels, squeeze=False)
 
 
-def save_figure(out, path):
+def save_figure(picture, path):
+    """Without the date: the same numbers make the same file."""
+    metadata = {"Date": None} if path.endswith(".svg") else None
     try:
-        out.savefig(path, metadata={"Date": None} if path.endswith(".svg") else None)  # the same numbers, the same file
+        picture.savefig(path, metadata=metadata)
     except OSError as e:
         raise UserError(f"cannot write {path}: {e.strerror}") from e
 
 
-COLOURS = "#1f5f99 #c45a00 #2a7f2a #b3261e #6f4aa8 #7a4b3a #b8479b #555555 #7d7d00 #0f7f8c".split()  # dark enough for text
-
-
-COSTS = {"tokens": ("tokens per answer (text + latents)", 1), "flops": ("forward GFLOPs per answer", 1e-9),  # key: (what it is, its unit)
-         "seconds_each": ("seconds per answer, full batch", 1), "seconds_alone": ("seconds per answer, decoded alone", 1)}
-
-
 def curve(rows, path):
-    """Score against each cost that any row has. Bars: lowest and highest run, or the 95 % interval over examples if there is one run."""
-    for _, r in rows:
-        if "seconds" in r and "n_examples" in r:  # a table of before seconds_each was written
-            r.setdefault("seconds_each", r["seconds"] / r["n_examples"] / r.get("samples", 1))
-    panels = {key: [(name, r[key] * COSTS[key][1], r["accuracy"], COLOURS[i % 10]) for i, (name, r) in enumerate(rows) if key in r] for key in COSTS}
-    panels = {key: dots for key, dots in panels.items() if dots}
-    out, axes = figure(path, len(panels), height=4.2 + 0.1 * max(0, len(rows) - 6))
-    out.supxlabel("bars: lowest to highest run; 95 % interval over examples if one run", fontsize=9)
-    bars = {name: r["spread"] if r["runs"] > 1 else r.get("accuracy_ci95", r["spread"]) for name, r in rows}
-    for at, (key, dots) in zip(axes[0], panels.items()):
+    """Draws score against each cost that any row has. rows: from collect.
+
+    Bars: lowest and highest run, or the 95 % interval over examples if there is one run."""
+    for _, row in rows:
+        if "seconds" in row and "n_examples" in row:  # older tables have no seconds_each
+            answers = row["n_examples"] * row.get("samples", 1)
+            row.setdefault("seconds_each", row["seconds"] / answers)
+    panels = {cost: _dots(rows, cost) for cost in COSTS}
+    panels = {cost: dots for cost, dots in panels.items() if dots}
+    bars = {name: _bar(row) for name, row in rows}
+
+    height = 4.2 + 0.1 * max(0, len(rows) - 6)
+    picture, axes = figure(path, len(panels), height=height)
+    picture.supxlabel("bars: lowest to highest run; 95 % interval over examples if one run", fontsize=9)
+    for panel, (cost, dots) in zip(axes[0], panels.items()):
         for name, x, y, colour in dots:
-            at.plot([x, x], bars[name], color=colour, linewidth=1.5)
-            at.plot(x, y, "o", color=colour)
-        at.set(xlabel=COSTS[key][0], ylabel="score", xlim=(0, 1.1 * max(x for _, x, _, _ in dots) or 1))
-        at.margins(y=0.1)
-        at.locator_params(axis="x", nbins=6)
-        at.grid(alpha=0.3)
-    out.draw_without_rendering()  # from here on the axes stand where they will stand
-    for at, dots in zip(axes[0], panels.values()):
-        label(at, dots)
-    save_figure(out, path)
+            panel.plot([x, x], bars[name], color=colour, linewidth=1.5)
+            panel.plot(x, y, "o", color=colour)
+        most = max(x for _, x, _, _ in dots)
+        panel.set(xlabel=COSTS[cost][0], ylabel="score", xlim=(0, 1.1 * most or 1))
+        panel.margins(y=0.1)
+        panel.locator_params(axis="x", nbins=6)
+        panel.grid(alpha=0.3)
+    picture.draw_without_rendering()  # from here on the axes stand where they will stand
+    for panel, dots in zip(axes[0], panels.values()):
+        label(panel, dots)
+    save_figure(picture, path)
 
 
-def label(at, dots):
-    """Writes the names of dots (name, x, y, colour) into the axes: each in the nearest place around its dot where it covers no name, dot or bar."""
-    points, frame = 72 / at.figure.dpi, at.get_window_extent()
-    taken = [line.get_window_extent().padded(4) for line in at.lines]
-    for name, x, y, colour in sorted(dots, key=lambda d: d[1]):
-        style = {"textcoords": "offset points", "fontsize": 8, "ha": "center", "va": "center", "color": colour}
-        note = at.annotate(name, (x, y), (0, 0), **style)
-        size, (px, py) = note.get_window_extent(), at.transData.transform((x, y))
-        note.remove()
-        for i in range(16 * 30):  # places on growing circles, from the right side on
-            angle, far = 2 * math.pi * (i % 16) / 16, 7 + 7 * (i // 16)  # pixels
-            dx, dy = math.cos(angle) * (far + size.width / 2), math.sin(angle) * (far + size.height / 2)
-            box = size.translated(px + dx - size.x0 - size.width / 2, py + dy - size.y0 - size.height / 2)
-            if not any(map(box.overlaps, taken)) and frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1:
-                break
+def _bar(row):
+    """(lowest, highest) of several runs, or the interval of one."""
+    return row["spread"] if row["runs"] > 1 else row.get("accuracy_ci95", row["spread"])
+
+
+def _dots(rows, cost):
+    """[(name, x, y, colour)] of the rows in which this cost is known; a row has the same colour in each
+    panel."""
+    unit = COSTS[cost][1]
+    dots = []
+    for (name, row), colour in zip(rows, itertools.cycle(COLOURS)):
+        if cost in row:
+            dots.append((name, row[cost] * unit, row["accuracy"], colour))
+    return dots
+
+
+def label(panel, dots):
+    """Writes the names of dots (name, x, y, colour) beside them, from left to right."""
+    points_per_pixel = 72 / panel.figure.dpi
+    taken = [line.get_window_extent().padded(4) for line in panel.lines]
+    for name, x, y, colour in sorted(dots, key=lambda dot: dot[1]):
+        style = {"color": colour, "fontsize": 8, "textcoords": "offset points", "ha": "center", "va": "center"}
+        trial = panel.annotate(name, (x, y), (0, 0), **style)
+        size = trial.get_window_extent()
+        trial.remove()
+        dot = panel.transData.transform((x, y))
+        distance, offset, box = _free_place(size, dot, taken, panel.get_window_extent())
         taken.append(box.padded(2))
-        line = {"arrowstyle": "-", "linewidth": 0.6, "color": colour, "shrinkA": 0} if far > 14 else None
-        at.annotate(name, (x, y), (dx * points, dy * points), arrowprops=line, **style).set_in_layout(False)
+        line = None
+        if distance > 14:
+            line = {"arrowstyle": "-", "linewidth": 0.6, "color": colour, "shrinkA": 0}
+        note = panel.annotate(name, (x, y), offset * points_per_pixel, arrowprops=line, **style)
+        note.set_in_layout(False)
+
+
+def _free_place(size, dot, taken, frame):
+    """The nearest place around a dot where its name covers no name, dot or bar and stays within the frame; if
+    there is none, the last one tried -> (distance, offset from the dot, box), in pixels. size: the name's
+    box, wherever it is."""
+    half = np.array([size.width / 2, size.height / 2])
+    for i in range(16 * 30):  # places on growing circles, from the right side on
+        angle = 2 * math.pi * (i % 16) / 16
+        distance = 7 + 7 * (i // 16)
+        offset = np.array([math.cos(angle), math.sin(angle)]) * (distance + half)
+        box = size.translated(*(dot + offset - size.min - half))
+        is_inside = np.all(frame.min <= box.min) and np.all(box.max <= frame.max)
+        if is_inside and not any(map(box.overlaps, taken)):
+            break
+    return distance, offset, box
 
 
 def training(directories, path):
-    """metrics.jsonl of several runs: reward, tokens, latent steps and tag share against steps (top) and training tokens (bottom)."""
-    panels = {"reward": lambda m: m["reward"], "tokens per rollout (text + latents)": lambda m: m["text_tokens"] + m["latent_steps"],
-              "latent steps per rollout": lambda m: m["latent_steps"], "share of rollouts with a tag": lambda m: m["tag_share"]}
-    out, axes = figure(path, len(panels), 2)
-    for d in directories:
+    """Draws metrics.jsonl of several runs: reward, tokens, latent steps and tag share against steps (top) and
+    against the tokens sampled in training (bottom)."""
+    picture, axes = figure(path, len(TRAINING_CURVES), 2)
+    for directory in directories:
         try:
-            with open(os.path.join(d, "metrics.jsonl")) as f:
-                lines = [json.loads(line) for line in f]
-            config = run_settings(d)
-            rollouts = config["prompts"] * config["group"] / config.get("minibatches", 1)  # new ones per optimiser step
-            steps = [m["step"] for m in lines]
-            tokens = np.cumsum([(m["text_tokens"] + m["latent_steps"]) * rollouts for m in lines]) / 1e6
-            for column, (panel, value) in zip(axes.T, panels.items()):
-                for at, x in zip(column, (steps, tokens)):
-                    at.plot(x, [value(m) for m in lines], label=os.path.normpath(d), linewidth=1.2)
-                    at.set(ylabel=panel, xlabel="step" if x is steps else "tokens sampled in training, millions (text + latents)")
-                    at.grid(alpha=0.3)
-                    at.set(ylim=(-0.02, 1.02)) if "share" in panel else None
+            _draw_run(axes, directory)
         except (OSError, ValueError, TypeError, KeyError) as e:
-            raise UserError(f"{d} is not a run of train_rl.py: metrics.jsonl or config.json ({e})") from e
-    out.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=min(6, len(directories)))
-    save_figure(out, path)
+            raise UserError(f"{directory} is not a run of train_rl.py: "
+                            f"metrics.jsonl or config.json ({e})") from e
+    lines = axes[0, 0].get_legend_handles_labels()
+    picture.legend(*lines, loc="outside lower center", ncols=min(6, len(directories)))
+    save_figure(picture, path)
 
 
+def _draw_run(axes, directory):
+    """The curves of one run into the axes (2, 4)."""
+    with open(os.path.join(directory, "metrics.jsonl")) as f:
+        metrics = [json.loads(line) for line in f]
+    settings = runs.run_settings(directory)
+    batch = settings["prompts"] * settings["group"]
+    rollouts = batch / settings.get("minibatches", 1)  # new ones per optimiser step
+    steps, reward, text, latents, tag_share = (
+        np.array([m[key] for m in metrics])
+        for key in ("step", "reward", "text_tokens", "latent_steps", "tag_share"))
+    tokens = text + latents
+    millions = np.cumsum(tokens * rollouts) / 1e6
+    against_steps = (axes[0], steps, "step")
+    against_tokens = (axes[1], millions, "tokens sampled in training, millions (text + latents)")
+    for panels, x, xlabel in (against_steps, against_tokens):
+        for panel, ylabel, y in zip(panels, TRAINING_CURVES, (reward, tokens, latents, tag_share)):
+            panel.plot(x, y, label=os.path.normpath(directory), linewidth=1.2)
+            panel.set(xlabel=xlabel, ylabel=ylabel)
+            panel.grid(alpha=0.3)
+            if ylabel.startswith("share"):
+                panel.set(ylim=(-0.02, 1.02))
+
+
+# ============================================================================ an answer as text
 def pieces(tokenizer, rollout):
     """A rollout's slots as a list of texts and, where a block of latents stands, of their number."""
-    runs = [(latent, list(run)) for latent, run in itertools.groupby(rollout.slots, LATENT.__eq__)]
-    return [len(run) if latent else tokenizer.decode(run) for latent, run in runs]
+    out = []
+    for is_latent, block in itertools.groupby(rollout.slots, LATENT.__eq__):
+        slots = list(block)
+        out.append(len(slots) if is_latent else tokenizer.decode(slots))
+    return out
 
 
 def readable(tokenizer, rollout):
     """A rollout's text with its latent blocks shown as such: .. </implicit_thought>[3 latents] .."""
-    show = lambda p: f"[{p} latent{'s' * (p > 1)}] " if isinstance(p, int) else p
-    return "".join(map(show, pieces(tokenizer, rollout))) + ("" if rollout.finished else " [cut off]")
+    text = ""
+    for piece in pieces(tokenizer, rollout):
+        text += piece if isinstance(piece, str) else f"[{_n_latents(piece)}] "
+    return text if rollout.finished else text + " [cut off]"
+
+
+def _n_latents(n):
+    return f"{n} latent{'s' * (n > 1)}"
 
 
 @torch.no_grad()
-def read_out(model, tokenizer, latents, k=3):
-    """For each latent (n, D): the k vocabulary words whose embeddings point its way, with the cosine; its length against the mean length of
-    an embedding; and the k words that the LM head would say if the latent were its input (through the final norm), with probability."""
+def read_out(model, tokenizer, latents, n_words=3):
+    """What the vocabulary says of latents (n, D) -> [(near, length, head)], one for each.
+
+    near      the n_words words whose embeddings point its way: [(word, cosine)]
+    length    its norm, in units of the mean norm of an embedding
+    head      the n_words words that the LM head says if the latent goes through the final norm:
+              [(word, probability)]
+    """
     embed = model.get_input_embeddings()
-    table = embed(torch.arange(embed.num_embeddings, device=model.device)).float()  # (V, D); Gemma's are scaled
-    z = latents.to(table.device).float()
-    cos = torch.nn.functional.normalize(z, dim=-1) @ torch.nn.functional.normalize(table, dim=-1).T  # (n, V)
-    with compute(model):
-        said = model.lm_head(model.model.norm(z.to(model.dtype))).float().softmax(-1)  # (n, V)
-    words = lambda top: [[(tokenizer.decode([i]), c) for i, c in zip(*row)] for row in zip(top.indices.tolist(), top.values.tolist())]
-    return list(zip(words(cos.topk(k)), (z.norm(dim=-1) / table.norm(dim=-1).mean()).tolist(), words(said.topk(k))))
+    ids = torch.arange(embed.num_embeddings, device=model.device)
+    vocabulary = embed(ids).float()  # (V, D); not embed.weight: Gemma scales
+    z = latents.to(vocabulary.device).float()
+    directions = torch.nn.functional.normalize(vocabulary, dim=-1)
+    cosines = torch.nn.functional.normalize(z, dim=-1) @ directions.T  # (n, V)
+    with engine.compute(model):
+        logits = model.lm_head(model.model.norm(z.to(model.dtype)))
+        probabilities = logits.float().softmax(-1)  # (n, V)
+    lengths = z.norm(dim=-1) / vocabulary.norm(dim=-1).mean()  # (n,)
+    near = _top_words(tokenizer, cosines, n_words)
+    head = _top_words(tokenizer, probabilities, n_words)
+    return list(zip(near, lengths.tolist(), head))
 
 
-def nearest_words(model, tokenizer, latents, k=3):
+def _top_words(tokenizer, scores, n_words):
+    """scores (n, V) -> for each row its best [(word, score)]."""
+    top = scores.topk(n_words)
+    return [[(tokenizer.decode([i]), value) for i, value in zip(ids, values)]
+            for ids, values in zip(top.indices.tolist(), top.values.tolist())]
+
+
+def nearest_words(model, tokenizer, latents, n_words=3):
     """The same with the words as text."""
-    say = lambda words: ", ".join(f"{word!r} {c:.2f}" for word, c in words)
-    return [(say(near), length, say(said)) for near, length, said in read_out(model, tokenizer, latents, k)]
+    lines = read_out(model, tokenizer, latents, n_words)
+    return [(_listed(near), length, _listed(head)) for near, length, head in lines]
 
 
-# One page, light and dark, no script: the Content-Security-Policy forbids any, so that a story cannot bring one even if an escape were forgotten.
-PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'"><title>Answers with their latents</title><style>
-:root { color-scheme: light dark; --back: #fdfdfb; --text: #1c1c1c; --soft: #5c5c5c; --line: #d4d4ce; --box: #f1f1ec; --latent: #6a3fb0;
+def _listed(words):
+    return ", ".join(f"{word!r} {value:.2f}" for word, value in words)
+
+
+# ============================================================================ answers as a page
+# Light and dark, no script: the Content-Security-Policy forbids any, so that a story cannot bring one even if
+# an escape were forgotten.
+PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>Answers with their latents</title><style>
+:root { color-scheme: light dark;
+  --back: #fdfdfb; --text: #1c1c1c; --soft: #5c5c5c; --line: #d4d4ce; --box: #f1f1ec; --latent: #6a3fb0;
   --ok: #1d6b34; --no: #a8271c }
 @media (prefers-color-scheme: dark) { :root {
-  --back: #17181a; --text: #e8e6e1; --soft: #a5a39d; --line: #3d3f43; --box: #222428; --latent: #c0a2f5; --ok: #77cf91; --no: #ff9385 } }
+  --back: #17181a; --text: #e8e6e1; --soft: #a5a39d; --line: #3d3f43; --box: #222428; --latent: #c0a2f5;
+  --ok: #77cf91; --no: #ff9385 } }
 * { box-sizing: border-box }
-body { margin: 0 auto; padding: .75rem; max-width: 60rem; background: var(--back); color: var(--text); font: 1rem/1.6 system-ui, sans-serif }
-h1 { font-size: 1.5rem } h2 { font-size: 1.25rem; margin-top: 2.5rem; overflow-wrap: anywhere } h3 { font-size: 1rem; margin: 0 0 .5rem }
-article { border: 1px solid var(--line); border-radius: .5rem; padding: .75rem; margin: 1rem 0 } article > p { margin: 0 }
+body { margin: 0 auto; padding: .75rem; max-width: 60rem;
+  background: var(--back); color: var(--text); font: 1rem/1.6 system-ui, sans-serif }
+h1 { font-size: 1.5rem }
+h2 { font-size: 1.25rem; margin-top: 2.5rem; overflow-wrap: anywhere }
+h3 { font-size: 1rem; margin: 0 0 .5rem }
+article { border: 1px solid var(--line); border-radius: .5rem; padding: .75rem; margin: 1rem 0 }
+article > p { margin: 0 }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; margin: .5rem 0 }
 .prompt { color: var(--soft); padding-left: .75rem; border-left: 3px solid var(--line) }
-.tag, .soft { color: var(--soft); font-weight: normal } .tag { font-size: .8rem } .right { color: var(--ok) } .wrong { color: var(--no) }
-summary { cursor: pointer } summary:focus-visible { outline: 3px solid var(--latent); outline-offset: 2px }
-.latents { display: inline-block; white-space: normal; margin: 0 .2rem } .latents[open] { display: block; margin: .5rem 0 }
-.latents summary { display: inline-block; color: var(--latent); border: 1px solid; border-radius: 1rem; padding: 0 .7rem; line-height: 1.4 }
+.tag, .soft { color: var(--soft); font-weight: normal }
+.tag { font-size: .8rem }
+.right { color: var(--ok) }
+.wrong { color: var(--no) }
+summary { cursor: pointer }
+summary:focus-visible { outline: 3px solid var(--latent); outline-offset: 2px }
+.latents { display: inline-block; white-space: normal; margin: 0 .2rem }
+.latents[open] { display: block; margin: .5rem 0 }
+.latents summary { display: inline-block; color: var(--latent);
+  border: 1px solid; border-radius: 1rem; padding: 0 .7rem; line-height: 1.4 }
 .latents summary::-webkit-details-marker { display: none }
-.latents summary::before { content: "\\25b8  " } .latents[open] summary::before { content: "\\25be  " }
+.latents summary::before { content: "\\25b8  " }
+.latents[open] summary::before { content: "\\25be  " }
 table { border-collapse: collapse; width: 100%; font-size: .875rem; margin-top: .5rem; background: var(--box) }
 th, td { text-align: left; vertical-align: top; padding: .35rem .4rem; border-top: 1px solid var(--line) }
 td div { display: flex; align-items: baseline; justify-content: space-between; gap: .4rem; max-width: 15rem }
@@ -230,155 +611,122 @@ small, .number { font-variant-numeric: tabular-nums; color: var(--soft) }
   background: linear-gradient(var(--text), var(--text)) 25% 0 / 2px 100% no-repeat }
 .bar i { display: block; height: 100%; background: var(--latent); opacity: .75 }
 </style></head><body><h1>Answers with their latents</h1><details open><summary>How to read this page</summary>
-<p>Each box is one answer; what the model was asked unfolds at its top. Where the model stopped writing and ran latent steps stands <b>4 latents</b>:
-unfold it for one line per latent. <b>Head</b>: the words, with their probability, that the LM head reads off the latent if it goes through the final
-norm. <b>Embedding</b>: the words whose embeddings point its way, with the cosine. <b>Length</b>: how many times as long as the mean embedding; the
-bar is logarithmic, its mark is at 1, a quarter of it is a factor of 100. The words near a latent do not prove what it does; eval.py --controls
-tests that.</p>
+<p>Each box is one answer; what the model was asked unfolds at its top. Where the model stopped writing and
+ran latent steps stands <b>4 latents</b>: unfold it for one line per latent. <b>Head</b>: the words, with
+their probability, that the LM head reads off the latent if it goes through the final norm.
+<b>Embedding</b>: the words whose embeddings point its way, with the cosine. <b>Length</b>: how many times
+as long as the mean embedding; the bar is logarithmic, its mark is at 1, a quarter of it is a factor of 100.
+The words near a latent do not prove what it does; eval.py --controls tests that.</p>
 </details>"""
 
 
 def answer_on_page(model, tokenizer, task, example, rollout, number):
     """One answer as HTML. Every text of a story or a model goes through html.escape."""
-    reward, body, gold, k = score(task, [example], [rollout.text])[0], "", "", 0  # k: latents so far
+    reward = data.score(task, [example], [rollout.text])[0]
     verdict = f"reward {reward:.2f}"
+    gold = ""
     if hasattr(task, "answer"):
-        verdict = '<span class="right">✓ right</span>' if reward > 0 else '<span class="wrong">✗ wrong</span>'
+        is_right = reward > 0
+        verdict = '<span class="right">✓ right</span>' if is_right else '<span class="wrong">✗ wrong</span>'
         gold = f'<p class="soft">Right would be: {html.escape(task.answer(example))}</p>'
-    cell = lambda words: "".join(f"<div><code>{html.escape(w).replace(chr(10), '⏎')}</code> <small>{c:.2f}</small></div>" for w, c in words)
-    rows = []
-    for i, (near, length, said) in enumerate(read_out(model, tokenizer, rollout.latents)):
-        width = 12.5 * min(8, max(0, 2 + math.log10(max(length, 1e-9))))  # percent: 0.01 is empty, 1 a quarter, a million full
-        rows.append(f'<tr><td>{i + 1}</td><td>{cell(said)}</td><td>{cell(near)}</td><td><span class="number">{length:,.3g}</span>'
-                    f'<span class="bar"><i style="width:{width:.0f}%"></i></span></td></tr>')
+
+    latents = read_out(model, tokenizer, rollout.latents)
+    lines = [_latent_on_page(i + 1, *latent) for i, latent in enumerate(latents)]
+    body = ""
+    latents_shown = 0
     for piece in pieces(tokenizer, rollout):
         if isinstance(piece, str):
-            body += re.sub(f"({html.escape(OPEN)}|{html.escape(CLOSE)})", r'<span class="tag">\1</span>', html.escape(piece))
+            body += _text_on_page(piece)
         else:
-            body += (f'<details class="latents"><summary>{piece} latent{"s" * (piece > 1)}</summary><table><thead><tr><th>#</th><th>Head</th>'
-                     f"<th>Embedding</th><th>Length</th></tr></thead><tbody>{''.join(rows[k : k + piece])}</tbody></table></details>")
-            k += piece
-    return (f'<article><h3>{number}. {verdict} <span class="soft">· {len(rollout.slots)} tokens, {rollout.n_latents} of them latents'
-            f'{"" if rollout.finished else ", cut off"}</span></h3><details><summary>What it was asked ({len(rollout.prompt_ids)} tokens)</summary>'
-            f'<div class="text prompt">{html.escape(tokenizer.decode(rollout.prompt_ids))}</div></details><div class="text">{body}</div>{gold}'
-            "</article>\n")
+            body += _block_on_page(lines[latents_shown : latents_shown + piece])
+            latents_shown += piece
+
+    n_tokens = f"{len(rollout.slots)} tokens, {rollout.n_latents} of them latents"
+    cut_off = "" if rollout.finished else ", cut off"
+    prompt = html.escape(tokenizer.decode(rollout.prompt_ids))
+    return (f'<article><h3>{number}. {verdict} <span class="soft">· {n_tokens}{cut_off}</span></h3>'
+            f"<details><summary>What it was asked ({len(rollout.prompt_ids)} tokens)</summary>"
+            f'<div class="text prompt">{prompt}</div></details>'
+            f'<div class="text">{body}</div>{gold}</article>\n')
+
+
+def _text_on_page(text):
+    """Escaped; the ends of tags are made small."""
+    tag_ends = f"({html.escape(OPEN)}|{html.escape(CLOSE)})"
+    return re.sub(tag_ends, r'<span class="tag">\1</span>', html.escape(text))
+
+
+def _block_on_page(lines):
+    """A block of latents, to be unfolded. lines: of its table."""
+    return (f'<details class="latents"><summary>{_n_latents(len(lines))}</summary>'
+            f"<table><thead><tr><th>#</th><th>Head</th><th>Embedding</th><th>Length</th></tr></thead>"
+            f"<tbody>{''.join(lines)}</tbody></table></details>")
+
+
+def _latent_on_page(number, near, length, head):
+    """A line of a block's table, from what read_out says of the latent."""
+    decades = math.log10(max(length, 1e-9))
+    width = 12.5 * min(8, max(0, 2 + decades))  # percent: 0.01 is empty, 1 a quarter, a million full
+    return (f"<tr><td>{number}</td><td>{_words_on_page(head)}</td><td>{_words_on_page(near)}</td>"
+            f'<td><span class="number">{length:,.3g}</span>'
+            f'<span class="bar"><i style="width:{width:.0f}%"></i></span></td></tr>')
+
+
+def _words_on_page(words):
+    cells = ""
+    for word, value in words:
+        shown = html.escape(word).replace("\n", "⏎")
+        cells += f"<div><code>{shown}</code> <small>{value:.2f}</small></div>"
+    return cells
 
 
 def page(sections):
-    """[(row of the table, its answers as HTML)] -> one HTML page that needs nothing else, no network and no script."""
-    out = PAGE
-    for r, answers in sections:
-        low, high = r["accuracy_ci95"]
-        out += (f"<h2>{html.escape(r['model'])}, task {html.escape(r['task'])}</h2><p>Score <b>{r['accuracy']:.3f}</b> (95 % interval {low:.3f} to "
-                f"{high:.3f}, {r['n_examples']} examples) with <b>{r['tokens']:.1f}</b> tokens per answer: {r['text_tokens']:.1f} of text, "
-                f"{r['latent_steps']:.1f} latents. {len(answers)} of the answers:</p>\n{''.join(answers)}")
-    return out + "</body></html>\n"
+    """[(row of the table, its answers as HTML)] -> one HTML page that needs nothing else, no network and no
+    script."""
+    text = PAGE
+    for row, answers in sections:
+        model = html.escape(row["model"])
+        task = html.escape(row["task"])
+        text += (f"<h2>{model}, task {task}</h2><p>Score <b>{row['accuracy']:.3f}</b> "
+                 f"(95 % interval {_interval(row['accuracy_ci95'])}, {row['n_examples']} examples) "
+                 f"with <b>{row['tokens']:.1f}</b> tokens per answer: {row['text_tokens']:.1f} of text, "
+                 f"{row['latent_steps']:.1f} latents. {len(answers)} of the answers:</p>\n")
+        text += "".join(answers)
+    return text + "</body></html>\n"
 
 
+# ============================================================================ chapters
 def write_chapters(task, examples, plans, n, sampling, file):
-    """For people to read: the frozen LM writes the next chapter of n examples with its plan, without one, and with the plan of the next
-    example, in a table beside the true one. Same random numbers for all three, at most the true chapter's length; after each example
-    the file is flushed, so that a stop loses nothing."""
+    """For people to read: the frozen LM writes the next chapter of n examples with its plan, without one, and
+    with the plan of the next example, in a table beside the true one.
+
+    The random numbers are the same for all three, and none is longer than the true chapter. After each
+    example the file is flushed, so that a stop loses nothing."""
     model, tokenizer = task.scorer()
-    encode = lambda text: tokenizer.encode(text, split_special_tokens=True)
-    cell = lambda text: html.escape(text.strip()).replace("|", "&#124;").replace("\n", "<br>")
     for i, example in enumerate(examples[:n]):
-        three = plans[i], "", plans[(i + 1) % len(plans)]
-        prompts, most = [encode(task.chapter_prompt(example, p)) for p in three], len(encode(example["chapter"]))
-        texts = [generate(model, tokenizer, [p], 1, max(1, min(most, model.config.max_position_embeddings - len(p))), latent="none",
-                          generator=torch.Generator().manual_seed(i), **sampling)[0].text for p in prompts]
-        file.write(f"\n## {example.get('book', 'Story')}, {example.get('number', i + 1)}\n\nIts plan: {cell(three[0]) or '(none)'}\n\n"
-                   f"The other plan: {cell(three[2]) or '(none)'}\n\n| with its plan | without a plan | with the other plan | the true chapter |\n"
-                   f"|---|---|---|---|\n| " + " | ".join(map(cell, texts + [example["chapter"]])) + " |\n")
+        own_plan = plans[i]
+        other_plan = plans[(i + 1) % len(plans)]
+        chapters = [_write_chapter(model, tokenizer, task, example, plan, i, sampling)
+                    for plan in (own_plan, "", other_plan)]
+        cells = [_in_a_cell(text) for text in (*chapters, example["chapter"])]
+        file.write(f"\n## {example.get('book', 'Story')}, {example.get('number', i + 1)}\n\n"
+                   f"Its plan: {_in_a_cell(own_plan) or '(none)'}\n\n"
+                   f"The other plan: {_in_a_cell(other_plan) or '(none)'}\n\n"
+                   f"| with its plan | without a plan | with the other plan | the true chapter |\n"
+                   f"|---|---|---|---|\n"
+                   f"{_table_line(cells)}\n")
         file.flush()
 
 
-def forecast(model, args, longest, scorer=None):
-    """Sizes of this run and the memory it will want, as text, from the configuration; on CUDA also whether it fits, and what to turn.
-
-    An estimate from shapes, rounded up: every rollout as long as allowed, every prompt as long as the longest (in tokens)."""
-    c, gib = model.config, 2.0**30
-    H, K, D, V, layers = c.num_attention_heads, c.num_key_value_heads, c.hidden_size, c.vocab_size, c.num_hidden_layers
-    d, width, S = getattr(c, "head_dim", None) or D // H, 2 if model.bf16 else 4, args.max_new_tokens
-    numbers = sum(p.numel() for p in model.parameters())
-    base = numbers - sum(p.numel() for p in model.reasoning_projector.parameters())
-    batch = args.prompts * args.group
-    rows = min(batch, max(1, args.rows // args.group) * args.group)  # decoded at once
-    read = min(args.prompts, 2 * rows // args.group)  # prompts in memory, at most: a long answer keeps its own while others begin
-    tokens = max(args.tokens_per_forward, longest + S)
-    # One layer's activations per token: norms and residuals in fp32, q k v and output, the MLP's four; and each slot's attention weights.
-    layer = 28 * D + width * (2 * (H + K) * d + 4 * c.intermediate_size) + (5 + 2 * width) * H * (longest + S)
-    kept = 2 if args.offload else 4  # bytes per weight, and per gradient, on the card
-    always = {"weights": kept * numbers, "AdamW": 0 if args.offload else 8 * base, "16-bit copies": 2 * base * (model.bf16 and not args.offload),
-              "scorer": 4 * sum(p.numel() for p in scorer.parameters()) if scorer else 0}
-    sampling = {"keys and values": 2 * layers * K * d * width * (rows * S + read * longest), "logits": 5 * 4 * rows * V}
-    update = {"gradients": kept * base, "activations": tokens * (layers * (4 * D + 2 * K * d * width) + 2 * layer if args.checkpoint_layers else layers * layer),
-              "logits": 2 * 4 * min(LOGITS, tokens * V)}
-    peak = sum(always.values()) + max(sum(sampling.values()), sum(update.values()))
-    say = lambda sizes: ", ".join(f"{k} {v / gib:.2f}" for k, v in sizes.items())
-    text = (f"per rollout batch: {batch} rollouts, {rows} rows at a time, up to {S} decoding steps; the update reads up to "
-            f"{batch * S + args.prompts * longest:,} positions, {tokens:,} at a time\n"
-            f"memory at most, GiB: {say(always)}; sampling: {say(sampling)}; update: {say(update)}; "
-            f"peak {peak / gib:.1f}")
-    card = torch.cuda.get_device_properties(model.device).total_memory if model.device.type == "cuda" else None
-    if card and peak > 0.95 * card:
-        text += (f"\nthis card has {card / gib:.1f} GiB, so it may not fit: lower --rows (sampling) or --tokens-per-forward (update), say "
-                 f"--checkpoint-layers, --offload, shorten --max-new-tokens, or take a smaller model")
-    return text
+def _write_chapter(model, tokenizer, task, example, plan, seed, sampling):
+    prompt = tokenizer.encode(task.chapter_prompt(example, plan), split_special_tokens=True)
+    true_length = len(tokenizer.encode(example["chapter"], split_special_tokens=True))
+    room = model.config.max_position_embeddings - len(prompt)
+    rollout, = generate(model, tokenizer, [prompt], 1, max(1, min(true_length, room)), latent="none",
+                        generator=torch.Generator().manual_seed(seed), **sampling)
+    return rollout.text
 
 
-def pace(model, tokenizer, prompts, args, steps=16):
-    """How long this run may take on this machine, as text: one group of the longest prompt is decoded for a few steps and scored.
-
-    An upper estimate: every rollout as long as allowed, no row makes room before, and a step with all rows taken to cost what it costs with
-    one group per forward."""
-    longest, clock, spent = max(prompts, key=len), time.time(), []
-    for n in (1, steps + 1):  # the difference is `steps` steps without the prompt
-        rollouts = generate(model, tokenizer, [longest], args.group, n)
-        spent.append(time.time() - clock)
-        clock = time.time()
-    logprobs(model, rollouts)[0].sum().backward()
-    model.zero_grad(set_to_none=True)
-    update = (time.time() - clock) / (len(longest) + sum(len(r.slots) for r in rollouts))  # seconds per position
-    forwards = -(-args.prompts // max(1, args.rows // args.group))  # batches of rows
-    sample = forwards * (spent[0] + max(0.0, spent[1] - spent[0]) / steps * args.max_new_tokens)
-    update *= args.prompts * (len(longest) + args.group * args.max_new_tokens)
-    batches = args.steps / args.minibatches
-    return (f"time at most, from a short measurement: {sample:.0f} s to sample and {update:.0f} s to update per rollout batch; {batches:.0f} batches: "
-            f"{batches * (sample + update) / 3600:.1f} hours, without evaluation and stages 1 and 2")
-
-
-def warn(m, latent, n_groups, texts):
-    """m: the metrics of a step; texts: what its rollouts wrote."""
-    say = lambda what: print(f"warning: step {m['step']}: {what}", flush=True)
-    if latent and m["tag_share"] == 0:
-        say(f"0 of {n_groups} groups' rollouts ran a tag: there is no latent reasoning left")
-    if m["zero_variance"] == 1:
-        say(f"in all {n_groups} groups every rollout earned the same (mean {m['reward']:.3f}): nothing to learn from")
-    if len(set(texts)) == 1:
-        say(f"all {len(texts)} rollouts wrote the same: {texts[0][:60]!r}")
-    elif not any(TAG.sub("", text).strip() for text in texts):
-        say(f"all {len(texts)} rollouts wrote tags and nothing else")
-
-
-def warn_of_validation(metrics, val):
-    """After a check: if the train reward since the check before rose, and validation fell by more than half its interval's width."""
-    checks = [-1] + [i for i, m in enumerate(metrics) if m["val_accuracy"] is not None]
-    if len(checks) < 3:
-        return
-    a, b, c = checks[-3:]  # lines of the file: the two spans between three checks
-    before, since = (sum(m["reward"] for m in span) / len(span) for span in (metrics[a + 1 : b + 1], metrics[b + 1 : c + 1]))
-    fell, half = metrics[b]["val_accuracy"] - val["accuracy"], (val["accuracy_ci95"][1] - val["accuracy_ci95"][0]) / 2
-    if since > before and fell > half:
-        print(f"warning: step {c + 1}: since step {b + 1} the train reward rose from {before:.3f} to {since:.3f}, but the accuracy on "
-              f"{val['n_examples']} val examples fell from {metrics[b]['val_accuracy']:.3f} to {val['accuracy']:.3f} (plus or minus {half:.3f})",
-              flush=True)
-
-
-def put_aside(out, step, rollouts, earned, which):
-    """Writes the rollouts that caused a trouble, to be read; -> where."""
-    path = os.path.join(out, "bad-rollouts.json")
-    write_json(path, [{"step": step + 1, "rollout": b, "reward": float(earned[b]), "latents_finite": bool(rollouts[b].latents.isfinite().all()),
-                       "prompt_ids": rollouts[b].prompt_ids, "slots": rollouts[b].slots, "text": rollouts[b].text,
-                       "logprobs": rollouts[b].logprobs.tolist()} for b in which])
-    return path
+def _in_a_cell(text):
+    """As the text of one cell of a Markdown table."""
+    return html.escape(text.strip()).replace("|", "&#124;").replace("\n", "<br>")

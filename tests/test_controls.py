@@ -1,4 +1,4 @@
-"""The controls of eval.py: each does what its line says and nothing else, and the paired tests are right on examples done by hand."""
+"""The controls of eval.py do what their lines say and nothing else, and the paired tests agree with examples worked out by hand."""
 import json
 import math
 import types
@@ -6,13 +6,12 @@ import types
 import pytest
 import torch
 from conftest import LATENTS, LIMIT, PROMPTS, TEXTS, close, project, tag, write
-from test_scripts import script
 
 import eval as evaluation
 import litereason
 from eval import against, bootstrap, latent_of, latents_of_others, mcnemar, run_controls
-from report import nearest_words
-from litereason import LATENT, TagWatcher, UserError, generate, insert_latents, logprobs
+from litereason import LATENT, UserError, generate, insert_latents, logprobs, tag_table
+from report import controls_table, nearest_words
 
 OTHERS = [torch.randn(n, 32, generator=torch.Generator().manual_seed(n), dtype=torch.float64) for n in (2, 7, 1, 4)]
 
@@ -28,7 +27,7 @@ def test_a_control_changes_what_a_latent_is_and_nothing_of_where_it_stands(model
     rows = decoded(model, tok, name)
     for r, plain, row, mask in zip(rows, rollouts, *logprobs(model, rows)):
         assert r.slots == plain.slots and r.text == plain.text  # the texts are scripted
-        close(row[mask], r.logprobs[r.logprobs != 0])  # and the rest is decoding as ever: scored, it has the same log-probs
+        close(row[mask], r.logprobs[r.logprobs != 0])  # and the rest is decoding as usual: scored, it has the same log-probs
         assert not r.n_latents or (r.latents - plain.latents).abs().max() > 1e-3
 
 
@@ -144,11 +143,11 @@ def test_forbidden_tokens_are_the_ones_that_start_a_tag_and_the_rest_keep_their_
 
 def test_a_vocabulary_of_whole_words_and_the_real_one_are_covered(real_tok):
     tiny = litereason.load("tiny", "cpu")[1]
-    watch = TagWatcher(tiny, 5, len(tiny), "cpu")
+    watch = tag_table(tiny, 5, len(tiny), "cpu")
     assert [tiny.decode([i]) for i in watch.starts[watch.classes, 0].nonzero()[:, 0]] == ["<implicit_thought>"]
-    watch = TagWatcher(real_tok, 5, len(real_tok), "cpu")
+    watch = tag_table(real_tok, 5, len(real_tok), "cpu")
     after, _ = watch.step(torch.tensor([0]), torch.tensor(real_tok.encode("<")))
-    assert not watch.starts[watch.classes, 0].any()  # Qwen2 has no token that begins with "<im" and goes on like the tag
+    assert not watch.starts[watch.classes, 0].any()  # Qwen2 has no token that begins with "<im" and continues like the tag
     assert {real_tok.decode([i]) for i in watch.starts[watch.classes, after].nonzero()[:, 0]} == {"im", "imp", "impl", "implicit"}
 
 
@@ -191,7 +190,7 @@ def test_all_controls_run_on_the_same_examples_and_without_tags_only_the_forced_
         assert sum(r["per_example"]["score"]) / 4 == r["accuracy"] and sum(r["per_example"]["tokens"]) / 4 == r["tokens"]
         if name != "answer forced at once":
             assert d["better"] == d["worse"] == 0 and d["mcnemar_p"] == 1 and d["tokens_ci95"] == [0, 0]
-    assert len(evaluation.controls_table(rows).splitlines()) == 2 + len(rows)
+    assert len(controls_table(rows).splitlines()) == 2 + len(rows)
 
 
 def test_the_nearest_words_of_an_embedding_are_that_word_first_and_what_the_head_says_of_it(model, tok):
@@ -203,11 +202,12 @@ def test_the_nearest_words_of_an_embedding_are_that_word_first_and_what_the_head
     assert said.startswith(f"{tok.decode(best.indices)!r} {best.values.item():.2f}") and said.count("'") >= 6
 
 
-def test_the_command_runs_them_all_and_writes_them_down(tmp_path):
-    got = script("eval.py", "--controls", "--n", 6, "--max-new-tokens", 40, "--json", tmp_path / "c.json")
-    assert got.returncode == 0, got.stderr
+def test_the_command_runs_them_all_and_writes_them_down(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["eval.py", "--controls", "--n", "2", "--max-new-tokens", "24", "--json", str(tmp_path / "c.json")])
+    evaluation.main()
+    printed = capsys.readouterr().out
     rows = json.load(open(tmp_path / "c.json"))
-    assert [r["control"] for r in rows] == [name for name, _ in evaluation.CONTROLS] and all(r["control"] in got.stdout for r in rows)
+    assert [r["control"] for r in rows] == [name for name, _ in evaluation.CONTROLS] and all(r["control"] in printed for r in rows)
     by = {r["control"]: r for r in rows}
     assert by["plain"]["latent_steps"] > 0 == by["latents: none"]["latent_steps"] == by["tag forbidden"]["latent_steps"] == by["tag forbidden"]["tags"]
     assert by["plain"]["against_plain"]["mcnemar_p"] == 1 and by["answer forced at once"]["tokens"] < 10

@@ -1,20 +1,21 @@
-"""What eval.py counts and draws: FLOPs against torch's own counter, the curves, and the page on which answers are read."""
+"""What people are shown is right: FLOPs are those that torch counts, curves show the numbers of the files, and the page of answers
+shows every latent and lets no story's HTML through."""
 import html.parser
+import importlib
 import json
-import subprocess
 import sys
 import types
 
 import pytest
 from conftest import LATENTS, PROMPTS, TAGS, tag, write
-from test_scripts import ROOT
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import eval as evaluation
+import report
 from eval import evaluate, flops
-from report import answer_on_page, page, pieces, read_out, readable
 from litereason import OPEN, UserError
+from report import answer_on_page, page, pieces, read_out, readable
 
 TASK = types.SimpleNamespace(prompt=lambda e, latent: e, reward=lambda e, text: float(len(text) % 2))
 
@@ -72,7 +73,7 @@ def results(tmp_path):
 
 
 def test_results_of_every_shape_are_read_and_runs_of_one_name_averaged(tmp_path):
-    rows = dict(evaluation.collect(results(tmp_path)))
+    rows = dict(report.collect(results(tmp_path)))
     assert list(rows) == ["out/rl", "base", "collected"]
     assert rows["base"]["runs"] == 2 and rows["base"]["spread"] == [0.6, 0.7] and rows["base"]["accuracy"] == pytest.approx(0.65)
     assert rows["collected"]["runs"] == 3 and rows["collected"]["spread"] == [0.5, 0.95] and rows["out/rl"]["flops"] == 3e8
@@ -93,20 +94,22 @@ def test_without_matplotlib_one_line_says_how_to_get_it(words, tmp_path, monkeyp
     assert "\n" not in str(e.value)
 
 
-def test_nothing_else_needs_matplotlib(tmp_path):
-    code = "import sys; sys.modules['matplotlib'] = None; import eval; eval.main()"
-    words = ["--collect", results(tmp_path)[0]]
-    table = {"tags": 1.0, "truncated": 0.0, "model": "m", **ROW}
-    (tmp_path / "one.json").write_text(json.dumps([table]))
-    got = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True)
-    assert got.returncode == 0 and "| m" in got.stdout, got.stderr
+def test_nothing_else_needs_matplotlib(tmp_path, monkeypatch, capsys):
+    (tmp_path / "one.json").write_text(json.dumps([{"tags": 1.0, "truncated": 0.0, "model": "m", **ROW}]))
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"] + ["matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
+    for name in ("eval", "report"):
+        monkeypatch.delitem(sys.modules, name)  # imported again, without it
+    monkeypatch.setattr("sys.argv", ["eval.py", "--collect", str(tmp_path / "one.json")])
+    importlib.import_module("eval").main()
+    assert sys.modules["eval"] is not evaluation and "| m" in capsys.readouterr().out
 
 
 def drawn(monkeypatch, *words):
     """main() of --curve or --training -> the figure of matplotlib that was saved."""
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed (requirements.txt leaves it out: only the curves want it)")
-    kept, save = [], evaluation.save_figure
-    monkeypatch.setattr(evaluation, "save_figure", lambda out, path: kept.append(out) or save(out, path))
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (requirements.txt leaves it out: only the curves need it)")
+    kept, save = [], report.save_figure
+    monkeypatch.setattr(report, "save_figure", lambda out, path: kept.append(out) or save(out, path))
     main(monkeypatch, *words)
     return kept[0]
 
@@ -160,7 +163,7 @@ def test_training_curves_stand_against_steps_and_against_the_tokens_sampled(tmp_
     (("--curve", "one.json", "--plot", "no/where.svg"), "cannot write"), (("--training", "nowhere"), "nowhere"),
     (("--curve", "one.json", "--training", "x"), "choose one")])
 def test_what_cannot_be_drawn_ends_in_one_line(words, says, tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed (requirements.txt leaves it out: only the curves want it)")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (requirements.txt leaves it out: only the curves need it)")
     results(tmp_path)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=says) as e:
