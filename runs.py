@@ -101,10 +101,11 @@ def read_checkpoint(name_or_path, dtype):
         if is_local:
             raise UserError(f"cannot load the model in {path!r}: {why}") from e
         if any(sign in str(e) for sign in ("gated repo", "401 Client Error", "403 Client Error")):
-            raise UserError(f"{path!r} is gated on the hub: accept its terms on https://huggingface.co/{path}, "
-                            f"then `hf auth login` (or set HF_TOKEN)") from e
-        raise UserError(f"cannot fetch {path!r} from the hub ({why}). Without a network these work: 'tiny', or a directory; "
-                        f"where there is one: `hf download {path} --local-dir DIR`, then pass DIR") from e
+            raise UserError(f"{path!r} is gated on the hub: accept its terms on "
+                            f"https://huggingface.co/{path}, then `hf auth login` (or set HF_TOKEN)") from e
+        raise UserError(f"cannot fetch {path!r} from the hub ({why}). Without a network these work: 'tiny', "
+                        f"or a directory; where there is one: `hf download {path} --local-dir DIR`, then "
+                        "pass DIR") from e
     finally:
         transformers.logging.set_verbosity(verbosity)
 
@@ -131,7 +132,8 @@ def _read_files(path, dtype, only):
     config._attn_implementation = "sdpa"
     model, keys = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, use_safetensors=True,
                                                        output_loading_info=True, **only)
-    odd = sorted(keys["missing_keys"]) + sorted(k for k in keys["unexpected_keys"] if k.startswith("model.layers."))
+    unexpected = [key for key in keys["unexpected_keys"] if key.startswith("model.layers.")]
+    odd = sorted(keys["missing_keys"]) + sorted(unexpected)
     if odd:  # transformers would continue, with random weights for what is missing
         raise ValueError(f"its weights and its config.json do not fit: {odd[0]}")
     if len(tokenizer) > model.config.vocab_size:
@@ -179,7 +181,8 @@ def check_model(model):
         raise UserError(f"{type(model).__name__} is not a plain causal LM (model.layers, each with an mlp); "
                         f"Qwen2, Qwen3, Llama, Gemma 1 and 3 are")
     if any(getattr(config, key, None) for key in ("attn_logit_softcapping", "final_logit_softcapping")):
-        raise UserError(f"{type(model).__name__} caps its logits by a tanh (as Gemma 2 does), which LiteReason does not support")
+        raise UserError(f"{type(model).__name__} caps its logits by a tanh (as Gemma 2 does), which "
+                        "LiteReason does not support")
     numbers = []
     for key in ("litereason_max_reasoning_steps", "litereason_num_reasoning_layers"):
         value = getattr(config, key, None)
@@ -219,7 +222,7 @@ def save(model, tokenizer, path):
         if os.path.exists(path):
             os.rename(path, old)
         os.rename(new, path)
-    except Exception as e:  # a full disk is an OSError, a SafetensorError, or, of a tokenizer, a plain Exception
+    except Exception as e:  # a full disk is an OSError, a SafetensorError or, of a tokenizer, a plain Exception
         shutil.rmtree(new, ignore_errors=True)
         raise UserError(f"cannot write {path}: {getattr(e, 'strerror', None) or e}") from e
     shutil.rmtree(old, ignore_errors=True)
@@ -267,7 +270,8 @@ def chat_parts(model, tokenizer):
         before, _, after = render(turns[:1], add_generation_prompt=True).partition(user)
     except Exception as e:  # a template is a program of somebody else's: anything may come
         why = str(e).splitlines()[0]
-        raise UserError(f"the tokenizer's chat template does not work for a user and an assistant turn: {why}") from e
+        raise UserError(f"the tokenizer's chat template does not work for a user and an assistant turn: "
+                        f"{why}") from e
     places = {tail.find(str(tokenizer.convert_ids_to_tokens(i))): i for i in stop_tokens(model, tokenizer)}
     places.pop(-1, None)
     return (before, after, places[min(places)]) if places else ("", "", tokenizer.eos_token_id)
@@ -287,7 +291,10 @@ def encode_prompt(model, tokenizer, text, opening=""):
     special = "|".join(re.escape(token.content) for token in tokenizer.added_tokens_decoder.values())
     start = max([match.end() for match in re.finditer(special, before)], default=0)
     end = min([match.start() for match in re.finditer(special, after)], default=len(after))
-    parts = [(before[:start], False), (before[start:] + text + after[:end], True), (after[end:] + opening, False)]
+    parts = [
+        (before[:start], False),
+        (before[start:] + text + after[:end], True),
+        (after[end:] + opening, False)]
     ids = []
     for part, is_text in parts:
         ids += tokenizer.encode(part, add_special_tokens=False, split_special_tokens=is_text)
@@ -301,8 +308,9 @@ def check_lengths(model, prompts, max_new_tokens):
         if not prompt:
             raise UserError(f"prompt {i} is empty")
         if len(prompt) + max_new_tokens > limit:
-            raise UserError(f"prompt {i} has {len(prompt)} tokens; with {max_new_tokens} new ones that is more than the model's "
-                            f"{limit} positions: lower --max-new-tokens, or prepare shorter texts")
+            raise UserError(f"prompt {i} has {len(prompt)} tokens; with {max_new_tokens} new ones that is "
+                            f"more than the model's {limit} positions: lower --max-new-tokens, or prepare "
+                            "shorter texts")
 
 
 # ============================================================ states: a run can be resumed
@@ -343,7 +351,8 @@ def write_state(out, step, tensors, rest, keep=2):
     shutil.rmtree(new, ignore_errors=True)
     try:
         os.makedirs(new)
-        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, os.path.join(new, "tensors.safetensors"))
+        plain = {name: t.detach().contiguous() for name, t in tensors.items()}
+        save_file(plain, os.path.join(new, "tensors.safetensors"))
         with open(os.path.join(new, "rest.json"), "w") as f:
             json.dump(rest, f)
         with open(os.path.join(new, "crc32"), "w") as f:
@@ -552,13 +561,14 @@ def device_flags(group):
     """Where a script runs, and how a GPU is used."""
     group.add_argument("--device", default=None, help="cpu or cuda (default: cuda if there is one)")
     group.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=False,
-                       help="on CUDA, record the decoding step as a graph and replay it; where that fails it runs without "
-                       "(not yet tried on a GPU)")
+                       help="on CUDA, record the decoding step as a graph and replay it; where that fails it "
+                       "runs without (not yet tried on a GPU)")
 
 
-LEAST = {"n": 1, "seed": 0, "val": 0, "steps": 0, "projector_steps": 0, "overlong_buffer": 0, "show_every": 0, "show": 0,
-         # Of other numbers: 0 if it may be a fraction, else 1.
-         "write": 0, "alone": 0, "top_k": 0, "n_latents": 0}
+# The least that a number may be; of others it is 0 if it may be a fraction, else 1.
+LEAST = {
+    "n": 1, "seed": 0, "val": 0, "steps": 0, "projector_steps": 0, "overlong_buffer": 0, "show_every": 0,
+    "show": 0, "write": 0, "alone": 0, "top_k": 0, "n_latents": 0}
 
 
 def check_arguments(args, n=1):
@@ -575,7 +585,8 @@ def check_arguments(args, n=1):
     if not (device == "cpu" or device.startswith("cuda")):
         raise UserError(f"--device is {args.device!r}; it must be cpu or cuda")
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("--device cuda: this machine has no CUDA device that torch can use; leave the flag out or say cpu")
+        raise UserError("--device cuda: this machine has no CUDA device that torch can use; leave the flag "
+                        "out or say cpu")
     if args.out:
         make_directory(args.out)
 
@@ -596,8 +607,8 @@ def parse_resumable(parser, script, free=("device", "graphs")):
     changed = [name for name, value in settings.items() if getattr(args, name) != value and name not in free]
     if changed:
         flags = " and ".join(f"--{name}" for name in free)
-        raise UserError(f"--{changed[0].replace('_', '-')}: a resumed run keeps the settings of {args.resume}/config.json, "
-                        f"save {flags}")
+        raise UserError(f"--{changed[0].replace('_', '-')}: a resumed run keeps the settings of "
+                        f"{args.resume}/config.json, save {flags}")
     return args
 
 
@@ -607,7 +618,8 @@ def write_settings(args, script):
     if os.path.isdir(args.model):
         args.model = os.path.abspath(args.model)
     settings = {name: value for name, value in vars(args).items() if name != "resume"}
-    write_json(os.path.join(args.out, "config.json"), {"script": script, "base": base_of(args.model), **settings})
+    settings = {"script": script, "base": base_of(args.model), **settings}
+    write_json(os.path.join(args.out, "config.json"), settings)
 
 
 def run_settings(path):

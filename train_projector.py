@@ -10,10 +10,10 @@ Left out, and why: (1) spaCy: sentences end at [.!?] or a newline. (2) The relea
 it joins sentences again; here the text between them stays. (3) Its loss is summed over 16 micro-batches by
 accident, so that its clip of 0.2 bites harder; here the mean over a batch's tokens is clipped.
 
-    python train_projector.py                                  # the tiny model: half a minute on 2 cores
-    python train_projector.py --model Qwen2.5-1.5B --out out/projector     # the paper's plot holes, on one GPU
-    python train_projector.py --steps 2 --prompts 8 --n 8      # a smoke run
-    python train_projector.py --resume out/projector           # continue a stopped run, exactly: on a CPU bit for bit
+    python train_projector.py                                # the tiny model: half a minute on 2 cores
+    python train_projector.py --model Qwen2.5-1.5B --out out/projector   # the paper's plot holes, on one GPU
+    python train_projector.py --steps 2 --prompts 8 --n 8    # a smoke run
+    python train_projector.py --resume out/projector         # continue a stopped run, exactly: on a CPU bit for bit
 """
 import argparse
 import contextlib
@@ -33,8 +33,8 @@ import data
 import engine
 import runs
 from eval import evaluate
-from litereason import (CAP, CLOSE, LATENT, OPEN, Rollout, UserError, generate, insert_latents, load, parse_tags,
-                        projector_loss)
+from litereason import (CAP, CLOSE, LATENT, OPEN, Rollout, UserError, generate, insert_latents, load,
+                        parse_tags, projector_loss)
 
 # Share of the sentences that become tags; versions per trace and ratio (paper Sec. 3.3)
 RATIOS, VERSIONS = (0.10, 0.25), 5
@@ -57,7 +57,8 @@ def collect_traces(model, tokenizer, task, examples, k, max_new_tokens, seed, pa
     lines = _lines_already_there(path, header)
     starts = range(0, len(examples), AT_ONCE)
     if lines:
-        print(f"stage 1: {sum(map(len, lines))} traces from {path}, {len(lines)} of {len(starts)} lines of it")
+        n_traces = sum(map(len, lines))
+        print(f"stage 1: {n_traces} traces from {path}, {len(lines)} of {len(starts)} lines of it")
     with open(path + ".tmp", "w") as f:
         f.writelines(json.dumps(line) + "\n" for line in [header] + lines)
         f.flush()
@@ -68,12 +69,15 @@ def collect_traces(model, tokenizer, task, examples, k, max_new_tokens, seed, pa
             asked = examples[start : start + AT_ONCE]
             prompts = [task.prompt(example, True) for example in asked]
             generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-            rollouts = generate(model, tokenizer, prompts, k, max_new_tokens, temperature=0.7, top_p=0.8, top_k=20,
-                                latent="none", generator=generator)
+            rollouts = generate(model, tokenizer, prompts, k, max_new_tokens, temperature=0.7, top_p=0.8,
+                                top_k=20, latent="none", generator=generator)
             rewards = data.score(task, [asked[r.prompt] for r in rollouts], [r.text for r in rollouts])
-            kept = [r for r, reward in zip(rollouts, rewards) if reward > 0 and r.finished]
-            lines.append([{"example": start + r.prompt, "prompt": prompts[r.prompt], "text": r.text} for r in kept])
-            f.write(json.dumps(lines[-1]) + "\n")
+            line = []
+            for r, reward in zip(rollouts, rewards):
+                if reward > 0 and r.finished:
+                    line.append({"example": start + r.prompt, "prompt": prompts[r.prompt], "text": r.text})
+            lines.append(line)
+            f.write(json.dumps(line) + "\n")
             f.flush()
             os.fsync(f.fileno())
     traces = list(itertools.chain(*lines))
@@ -84,9 +88,16 @@ def collect_traces(model, tokenizer, task, examples, k, max_new_tokens, seed, pa
 def _settings_of_traces(model, task, examples, k, max_new_tokens, seed):
     """All that decides what stage 1 samples."""
     own = getattr(task, "settings", {"reward": None, "scorer": None})
-    scorer = own["scorer"] and own["scorer"][0].config._name_or_path
-    return {"model": model.config._name_or_path, "task": task.__name__, "prompts": len(examples), "k": k,
-            "max_new_tokens": max_new_tokens, "at_once": AT_ONCE, "seed": seed, "reward": own["reward"], "scorer": scorer}
+    return {
+        "model": model.config._name_or_path,
+        "task": task.__name__,
+        "prompts": len(examples),
+        "k": k,
+        "max_new_tokens": max_new_tokens,
+        "at_once": AT_ONCE,
+        "seed": seed,
+        "reward": own["reward"],
+        "scorer": own["scorer"] and own["scorer"][0].config._name_or_path}
 
 
 def _lines_already_there(path, header):
@@ -107,7 +118,8 @@ def _lines_already_there(path, header):
 
 
 # ============================================================ stage 1: tags in the place of sentences
-# A run of characters up to [.!?] and what closes it, or to the line's end; the look-behind: a run of dots is tried once, not n times.
+# A run of characters up to [.!?] and what closes it, or to the line's end; the look-behind: a run of dots is
+# tried once, not n times.
 SENTENCE = re.compile(r"\s*[^\n]*?(?:(?<![.!?])[.!?]+[\"')\]]*(?=\s)|\n|$)")
 
 
@@ -175,14 +187,15 @@ def mask_all(model, tokenizer, traces, marker, rng):
     train = [row for story, row in rows if story not in held_out]
     held = [row for story, row in rows if story in held_out]
     if not train or not held:
-        raise UserError(f"stage 1 kept {len(traces)} traces, too few with a sentence to mask: this model earns too little reward "
-                        f"on this task with the tag prompt (give more --prompts, or a stronger --model)")
+        raise UserError(f"stage 1 kept {len(traces)} traces, too few with a sentence to mask: this model "
+                        "earns too little reward on this task with the tag prompt (give more --prompts, or "
+                        "a stronger --model)")
     return train, rng.sample(held, min(256, len(held)))
 
 
 # ============================================================ stage 2: the projector learns, the base is frozen
-def fit_projector(model, traces, lr, batch, steps=None, schedule=True, clip=0.2, seed=0, budget=12_000, progress=None, states=None,
-                  every=50, carried=None):
+def fit_projector(model, traces, lr, batch, steps=None, schedule=True, clip=0.2, seed=0, budget=12_000,
+                  progress=None, states=None, every=50, carried=None):
     """Trains the projector and nothing else on traces, one epoch or `steps` steps -> the last steps' mean
     loss.
 
@@ -216,9 +229,9 @@ def fit_projector(model, traces, lr, batch, steps=None, schedule=True, clip=0.2,
             # (1) The learning rate of this step.
             optimizer.param_groups[0]["lr"] = lr * (_warm_up_and_cosine(step, steps) if schedule else 1.0)
 
-            # (2) The loss, in micro-batches. Its denominator is known before the first of them: text tokens after the first
-            #     tag, over the whole batch.
-            tokens = sum(s != LATENT for r in rows for s in r.slots[r.slots.index(LATENT):])
+            # (2) The loss, in micro-batches. Its denominator is known before the first of them: text tokens after
+            #     the first tag, over the whole batch.
+            tokens = sum(_scored_tokens(r.slots) for r in rows)
             total = 0.0
             for part in engine.pack(rows, budget):
                 loss = projector_loss(model, [rows[i] for i in part])[0] / tokens
@@ -251,9 +264,11 @@ def _resume_fit(states, parameters, optimizer):
 @contextlib.contextmanager
 def _base_frozen(model):
     """Inside, no weight but the projector's gets a gradient."""
-    frozen = [p for name, p in model.named_parameters() if p.requires_grad and not name.startswith("reasoning_projector.")]
-    for p in frozen:
-        p.requires_grad_(False)
+    frozen = []
+    for name, p in model.named_parameters():
+        if p.requires_grad and not name.startswith("reasoning_projector."):
+            frozen.append(p)
+            p.requires_grad_(False)
     try:
         yield
     finally:
@@ -276,6 +291,12 @@ def _batches(traces, size, seed):
         yield rows
 
 
+def _scored_tokens(slots):
+    """Text tokens after the first tag."""
+    after_first = slots[slots.index(LATENT) :]
+    return len(after_first) - after_first.count(LATENT)
+
+
 def _warm_up_and_cosine(step, steps):
     """The share of the peak rate: up over the first tenth of the steps, then a cosine down to 0.1."""
     warm_up = max(1, steps // 10)
@@ -285,9 +306,13 @@ def _warm_up_and_cosine(step, steps):
 
 def mean_loss(model, traces, latent, budget=12_000):
     """Loss after the first tag over all traces, per token."""
+    total, tokens = 0.0, 0
     with torch.no_grad():
-        parts = [projector_loss(model, [traces[i] for i in part], latent) for part in engine.pack(traces, budget)]
-    return float(sum(loss for loss, _ in parts)) / max(1, sum(n for _, n in parts))
+        for part in engine.pack(traces, budget):
+            loss, n = projector_loss(model, [traces[i] for i in part], latent)
+            total = total + loss
+            tokens += n
+    return float(total) / max(1, tokens)
 
 
 # ============================================================ both stages
@@ -313,23 +338,33 @@ def run(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, every=50, **
     print(f"stage 2: {len(train)} masked traces, {len(held)} more held out; the base is frozen", flush=True)
 
     checked = task.examples("val")[:n]
-    evaluate_now = lambda: evaluate(model, tokenizer, task, checked, latent_prompt=True, seed=seed, max_new_tokens=max_new_tokens)[0]
+
+    def evaluate_now():
+        figures, _ = evaluate(model, tokenizer, task, checked, latent_prompt=True, seed=seed,
+                              max_new_tokens=max_new_tokens)
+        return figures
+
     states = os.path.join(out, "stage-2")
     found = runs.read_state(states)
     if found:
         losses, before = found[2]["carried"]
     else:
-        losses = {"no latents": mean_loss(model, held, "none"), "zeros": mean_loss(model, held, "zeros"),
-                  "warm start": mean_loss(model, held, "projector")}
+        losses = {
+            "no latents": mean_loss(model, held, "none"),
+            "zeros": mean_loss(model, held, "zeros"),
+            "warm start": mean_loss(model, held, "projector")}
         before = evaluate_now()
-    fit_projector(model, train, cfg["lr"], cfg["batch"], cfg["steps"], seed=seed, progress="stage 2", states=states, every=every,
-                  carried=[dict(losses), before])
+    fit_projector(model, train, cfg["lr"], cfg["batch"], cfg["steps"], seed=seed, progress="stage 2",
+                  states=states, every=every, carried=[dict(losses), before])
     losses["trained"] = mean_loss(model, held, "projector")
     after = evaluate_now()
-    print("stage 2: validation loss after the first tag: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
-    print(f"stage 2: accuracy with the tag prompt on {len(checked)} val stories: {before['accuracy']:.3f} with the warm start, "
-          f"{after['accuracy']:.3f} trained; both stages {time.time() - started:.0f}s", flush=True)
-    return {"kept": len(traces), "sampled": cfg["k"] * len(examples), "losses": losses, "before": before, "after": after}
+    said = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+    print(f"stage 2: validation loss after the first tag: {said}")
+    print(f"stage 2: accuracy with the tag prompt on {len(checked)} val stories: {before['accuracy']:.3f} "
+          f"with the warm start, {after['accuracy']:.3f} trained; "
+          f"both stages {time.time() - started:.0f}s", flush=True)
+    sampled = cfg["k"] * len(examples)
+    return {"kept": len(traces), "sampled": sampled, "losses": losses, "before": before, "after": after}
 
 
 def _setting(name, value):
@@ -343,21 +378,23 @@ def parse_arguments():
     g = ap.add_argument_group("what")
     g.add_argument("--model", default="tiny", help="tiny, a directory, or a hub name such as Qwen2.5-1.5B")
     data.task_flags(g)
-    g.add_argument("--out", default="out/projector", metavar="DIR", help="traces, settings, figures and the model go there")
+    g.add_argument("--out", default="out/projector", metavar="DIR", help="traces, settings, figures and the "
+                                                                         "model go there")
     g = ap.add_argument_group("stage 1 (default: set by the model's size, see RELEASED and SMALL)")
     g.add_argument("--prompts", type=int, default=None, help="train prompts to sample traces for")
     g.add_argument("--samples", type=int, default=None, help="traces per prompt")
-    g.add_argument("--max-new-tokens", type=int, default=None, help="slots per trace, latents included (default: 160 for a "
-                   "small model, else 2048)")
+    g.add_argument("--max-new-tokens", type=int, default=None, help="slots per trace, latents included "
+                   "(default: 160 for a small model, else 2048)")
     g = ap.add_argument_group("stage 2")
     g.add_argument("--steps", type=int, default=None, help="optimiser steps")
     g.add_argument("--batch", type=int, default=None, help="traces per optimiser step")
     g.add_argument("--lr", type=float, default=None, help="peak learning rate, of AdamW")
     g = ap.add_argument_group("run")
-    g.add_argument("--resume", default=None, metavar="DIR", help="continue the run in DIR, by its own settings; only --device "
-                   "and --graphs may stand beside it")
-    g.add_argument("--save-every", type=int, default=50, help="steps of stage 2 between two states on the disk, from which "
-                   "--resume continues; the last two are kept. Stage 1 keeps each 32 prompts' traces")
+    g.add_argument("--resume", default=None, metavar="DIR", help="continue the run in DIR, by its own "
+                   "settings; only --device and --graphs may stand beside it")
+    g.add_argument("--save-every", type=int, default=50, help="steps of stage 2 between two states on the "
+                   "disk, from which --resume continues; the last two are kept. Stage 1 keeps each 32 "
+                   "prompts' traces")
     g.add_argument("--n", type=int, default=200, help="val stories for the accuracy before and after")
     g.add_argument("--seed", type=int, default=0)
     runs.device_flags(g)

@@ -6,15 +6,17 @@ vectors are constants in the policy-gradient pass. The projector learns only by 
 again after each epoch from that epoch's own rewarded rollouts. The loop is `train` below; its seven numbered
 steps are the README's.
 
-Left out, and why: (1) no KL term and no reference model: the released runs set the coefficient to 0. (2) No second pass
-for the old log-probs: the sampler's own are exact (tests/test_decode.py). (3) A small model gets one optimiser step
-per rollout batch, where the released script takes 16 (and so does a real model here): the ratio is then 1 and the clip idle.
-(4) Latents are replayed as they were sampled; --recompute-latents makes them again with the current weights, as released.
+Left out, and why: (1) no KL term and no reference model: the released runs set the coefficient to 0. (2) No
+second pass for the old log-probs: the sampler's own are exact (tests/test_decode.py). (3) A small model gets
+one optimiser step per rollout batch, where the released script takes 16 (and so does a real model here): the
+ratio is then 1 and the clip idle. (4) Latents are replayed as they were sampled; --recompute-latents makes
+them again with the current weights, as released.
 
-    python train_rl.py                                  # the tiny model, all stages, the table: under 2 minutes on 2 cores
-    python train_rl.py --method grpo --out out/grpo     # the same RL without latents, for comparison
-    python train_rl.py --resume out/rl                  # continue a stopped run, exactly: on a CPU bit for bit
-    python train_rl.py --model Qwen2.5-1.5B             # the paper's plot holes on one GPU; data/flawed_fictions/prepare.py first
+    python train_rl.py                                # the tiny model, all stages, the table: 2 minutes on 2 cores
+    python train_rl.py --method grpo --out out/grpo   # the same RL without latents, for comparison
+    python train_rl.py --resume out/rl                # continue a stopped run, exactly: on a CPU bit for bit
+    python train_rl.py --model Qwen2.5-1.5B           # the paper's plot holes on one GPU; before it, once:
+                                                      #   python data/flawed_fictions/prepare.py
 """
 import os
 
@@ -35,40 +37,44 @@ import engine
 import report
 import runs
 from eval import evaluate
-from litereason import (PROJECTORS, RULES, Rollout, UserError, generate, load, logprobs, policy_loss, recompute_latents,
-                        start_projector)
+from litereason import (PROJECTORS, RULES, Rollout, UserError, generate, load, logprobs, policy_loss,
+                        recompute_latents, start_projector)
 from train_projector import RATIOS, fit_projector, masked_trace, run as run_stages_1_and_2
 
 # ============================================================ settings that depend on the model's size
-# RELEASED is the authors' script. 2880 steps are 30 passes over 290 stories: 6 rollout batches each, 16 steps per batch. Only the
-# last four are not theirs (they have several GPUs and vLLM): how much is in memory at once, and how often the whole state is
-# written to the disk (here after each rollout batch; the tiny model's four steps are half a minute). These four change no result.
-RELEASED = {"lr": 5e-7, "group": 16, "prompts": 48, "minibatches": 16, "steps": 2880, "max_new_tokens": 2048, "clip": 0.2,
-            "refresh_lr": 1e-4, "refresh_share": 0.1,
-            "rows": 256, "tokens_per_forward": 16_384, "checkpoint_layers": True, "save_every": 16}
-SMALL = {"lr": 1.5e-4, "group": 16, "prompts": 16, "minibatches": 1, "steps": 48, "max_new_tokens": 160, "clip": 0.2,
-         "refresh_lr": 1e-4, "refresh_share": 0.1,
-         "rows": 512, "tokens_per_forward": 12_000, "checkpoint_layers": False, "save_every": 4}
+# RELEASED is the authors' script. 2880 steps are 30 passes over 290 stories: 6 rollout batches each, 16 steps
+# per batch. Only the last four are not theirs (they have several GPUs and vLLM): how much is in memory at
+# once, and how often the whole state is written to the disk (here after each rollout batch; the tiny model's
+# four steps are half a minute). These four change no result.
+RELEASED = {
+    "lr": 5e-7, "group": 16, "prompts": 48, "minibatches": 16, "steps": 2880, "max_new_tokens": 2048,
+    "clip": 0.2, "refresh_lr": 1e-4, "refresh_share": 0.1,
+    "rows": 256, "tokens_per_forward": 16_384, "checkpoint_layers": True, "save_every": 16}
+SMALL = {
+    "lr": 1.5e-4, "group": 16, "prompts": 16, "minibatches": 1, "steps": 48, "max_new_tokens": 160,
+    "clip": 0.2, "refresh_lr": 1e-4, "refresh_share": 0.1,
+    "rows": 512, "tokens_per_forward": 12_000, "checkpoint_layers": False, "save_every": 4}
 OURS = ("rows", "tokens_per_forward", "checkpoint_layers", "save_every")
-# Most that sampler and scorer may differ, by whether the model computes in bf16; before an update only.
+# Most that sampler and scorer may differ, by whether the model computes in bf16.
 DLOGP = {False: 1e-2, True: 2.0}
 NAMES = {"litereason": "LiteReason", "grpo": "RL without latents", "tag": "RL with tags, no latents"}
 
 
 # ============================================================ stage 3
 def train(args, model, tokenizer, task, examples, vals, rows, saved):
-    """The loop. rows: of the table so far; saved: what runs.read_state found, None for a new run. Leaves
-    model/ in args.out."""
-    tags = args.method != "grpo"  # the prompt offers the tag
-    latent = "projector" if args.method == "litereason" else "none"  # a tag runs latents
-    prompts = [runs.encode_prompt(model, tokenizer, task.prompt(e, tags)) for e in examples]
-    # Rollout batches in one pass; the rest is other prompts in every epoch.
+    """The loop; leaves model/ in args.out. rows: of the final table, so far; saved: what runs.read_state
+    found, or None."""
+    prompts = encode_prompts(args, model, tokenizer, task, examples)
+    # Rollout batches; what is left over differs from epoch to epoch.
     per_epoch = max(1, len(examples) // args.prompts)
-    base = base_parameters(model)
-    masters = engine.offload(base) if args.offload else base  # what the optimizer steps on
+    base = [p for name, p in model.named_parameters() if not name.startswith("reasoning_projector.")]
+    masters = engine.offload(base) if args.offload else base  # what the optimiser steps on
     optimizer = torch.optim.AdamW(masters, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    state = runs.State.new(args, rows) if saved is None else runs.State.restore(*saved, model, masters, optimizer, Rollout)
-    engine.weights_from_masters(base, masters)
+    if saved is None:
+        state = runs.State.new(args, rows)
+    else:
+        state = runs.State.restore(*saved, model, masters, optimizer, Rollout)
+        engine.weights_from_masters(base, masters)
     keep = runs.keeper(args, state, model, masters, optimizer, is_saved=saved is not None)
     log = runs.open_log(args.out, state.carried["metrics"])
     # Before step (6) a signal discards the step; after it, the step is finished first.
@@ -76,36 +82,32 @@ def train(args, model, tokenizer, task, examples, vals, rows, saved):
 
     for step in range(state.step, args.steps):
         number, part = divmod(step, args.minibatches)  # rollout batch, and which minibatch of it
-        epoch = number // per_epoch
-        index = prompts_of_batch(args, len(examples), epoch, number % per_epoch)  # which train prompts
+        epoch, place = divmod(number, per_epoch)
+        index = prompts_of_batch(args, len(examples), epoch, place)  # which train prompts
         phases = runs.Phases(model.device)
         if part == 0:
             # (1) Sample a group of rollouts for each prompt.
-            generator = torch.Generator().manual_seed(args.seed * 1_000_003 + number)
-            state.rollouts = generate(model, tokenizer, [prompts[i] for i in index], args.group, args.max_new_tokens,
-                                      generator=generator, rows=args.rows, latent=latent)
+            state.rollouts = sample_groups(args, model, tokenizer, [prompts[i] for i in index], number)
             phases.end("sample")
 
-            # (2) Reward what the policy wrote; the optional length penalty comes on top.
+            # (2) Reward what the policy wrote.
             asked = [examples[index[r.prompt]] for r in state.rollouts]
-            # (B,)
-            state.earned = torch.tensor(data.score(task, asked, [r.text for r in state.rollouts], number + 1))
+            earned = data.score(task, asked, [r.text for r in state.rollouts], number + 1)
+            state.earned = torch.tensor(earned)  # (B,)
             stop_if_a_reward_is_not_finite(args, step, state, index)
-        rewards = state.earned + length_penalty(args, state.rollouts)
 
         # (3) Advantages: each rollout against the other rollouts of its prompt.
+        rewards = state.earned + length_penalty(args, state.rollouts)  # (B,)
         groups = rewards.view(len(index), args.group)  # (P, G)
         tokens = torch.tensor([r.n_tokens for r in state.rollouts]).view_as(groups)
-        # (B,) each.
-        advantages, divisors = (x.flatten() for x in RULES[args.rule](groups, tokens, args.max_new_tokens))
+        advantages, divisors = RULES[args.rule](groups, tokens, args.max_new_tokens)  # (P, G) each
+        advantages, divisors = advantages.flatten(), divisors.flatten()  # (B,) each
         phases.end("reward")
 
         # (4) The old log-probs are those that the sampler stored: no extra pass.
-        # (5) The clipped loss, in micro-batches. Rollouts without an advantage have no gradient and are not run; they count in
-        #     the denominator.
+        # (5) The clipped loss, in micro-batches.
         chosen = minibatch(args, number, part, len(index))  # rollouts, whole groups
-        batch = [b for b in chosen if advantages[b] != 0]
-        gap = add_gradients_with_one_retry(args, step, model, state, batch, advantages, divisors, len(chosen))
+        gap = add_gradients_with_one_retry(args, step, model, state, chosen, advantages, divisors)
         phases.end("update")
         if part == 0 and not args.recompute_latents:
             stop_if_sampler_and_scorer_differ(args, step, model, state, index, gap)
@@ -114,33 +116,30 @@ def train(args, model, tokenizer, task, examples, vals, rows, saved):
             # (6) One optimiser step on the base; the projector is not in the optimiser and gets no gradient.
             engine.gradients_to_masters(base, masters)
             norm = float(torch.nn.utils.clip_grad_norm_(masters, 1.0))
-            # a NaN loss has a NaN gradient.
-            finite = math.isfinite(norm) and all(r.latents.isfinite().all() for r in state.rollouts)
-            if finite:
+            step_is_finite = all_finite(norm, state.rollouts)
+            if step_is_finite:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             engine.weights_from_masters(base, masters)
-            count_skipped(state, finite)
             phases.end("step")
 
             # (7) At the end of each epoch the projector is refreshed on the epoch's own rewarded rollouts.
-            if latent == "projector" and part == 0 and not args.no_refresh:
-                note_rewarded(state, index)
-            refreshed = val = None
+            if part == 0 and args.method == "litereason" and not args.no_refresh:
+                remember_rewarded(state, index)
+            refresh_loss = val = None
             if (step + 1) % (per_epoch * args.minibatches) == 0:
-                refreshed = refresh(args, model, tokenizer, task, state, examples, prompts, epoch)
+                refresh_loss = refresh(args, model, tokenizer, task, state, examples, prompts, epoch)
                 runs.save(model, tokenizer, os.path.join(args.out, "model"))
                 phases.end("refresh")
-                val = validate(args, model, tokenizer, task, vals, tags, latent)
+                val = validate(args, model, tokenizer, task, vals)
                 phases.end("validate")
 
-            m = metrics(state, step, epoch, groups, gap, norm, refreshed, val, phases)
-            tell(args, tokenizer, log, state, m, val, len(index), latent == "projector", part == 0)
+            count_skipped(state, step_is_finite)
+            m = metrics(state, step, epoch, groups, gap, norm, refresh_loss, val, phases)
+            tell(args, tokenizer, log, state, m, val, is_new_batch=part == 0)
+            set_aside_if_skipped(args, step, state, chosen, step_is_finite)
             state.step = step + 1
-            if not finite:
-                set_aside_skipped(args, step, state, chosen)
-            if state.step % args.save_every == 0 or state.step == args.steps or state.carried["skipped_in_a_row"] >= 3:
-                keep()
+            keep_if_due(args, state, keep)
             stop_if_three_in_a_row_were_skipped(args, state)
     log.close()
     runs.save(model, tokenizer, os.path.join(args.out, "model"))
@@ -148,39 +147,57 @@ def train(args, model, tokenizer, task, examples, vals, rows, saved):
 
 
 # ============================================================ the parts of a step, in the order of the loop
-def base_parameters(model):
-    return [p for name, p in model.named_parameters() if not name.startswith("reasoning_projector.")]
+def latent_of_method(args):
+    """What a tag of the policy runs."""
+    return "projector" if args.method == "litereason" else "none"
+
+
+def encode_prompts(args, model, tokenizer, task, examples):
+    """Token ids; the prompt offers the tag, but not to the method without tags."""
+    offers_tag = args.method != "grpo"
+    return [runs.encode_prompt(model, tokenizer, task.prompt(example, offers_tag)) for example in examples]
 
 
 def prompts_of_batch(args, n_examples, epoch, place):
-    """The numbers of the train prompts of rollout batch `place` of an epoch: a function of (seed, epoch)
+    """The numbers of the train prompts in rollout batch `place` of an epoch: a function of (seed, epoch)
     alone."""
     order = random.Random(f"{args.seed} {epoch}").sample(range(n_examples), n_examples)
     return order[place * args.prompts :][: args.prompts]
 
 
+def sample_groups(args, model, tokenizer, prompts, number):
+    """Step (1): args.group rollouts for each prompt; the draws are a function of (seed, number of the batch)
+    alone."""
+    generator = torch.Generator().manual_seed(args.seed * 1_000_003 + number)
+    return generate(model, tokenizer, prompts, args.group, args.max_new_tokens, generator=generator,
+                    rows=args.rows, latent=latent_of_method(args))
+
+
 def length_penalty(args, rollouts):
-    """DAPO's soft overlong penalty -> (B,): from 0 at max_new_tokens - overlong_buffer slots down to -1 at
-    max_new_tokens."""
+    """DAPO's soft overlong penalty -> (B,): 0 up to max_new_tokens - overlong_buffer slots, then down to -1
+    at the limit."""
     if not args.overlong_buffer:
         return torch.zeros(len(rollouts))
     length = torch.tensor([len(r.slots) for r in rollouts])  # (B,) latents count
-    return ((args.max_new_tokens - args.overlong_buffer - length) / args.overlong_buffer).clamp(-1, 0)
+    begins = args.max_new_tokens - args.overlong_buffer
+    return ((begins - length) / args.overlong_buffer).clamp(-1, 0)
 
 
 def minibatch(args, number, part, n_prompts):
-    """The rollouts of one minibatch of rollout batch `number`, in order: every so-manieth group of a shuffled
-    list."""
+    """The rollouts of minibatch `part` of rollout batch `number`, whole groups, in order."""
     shuffled = random.Random(f"{args.seed} {number} minibatches").sample(range(n_prompts), n_prompts)
     groups = sorted(shuffled[part :: args.minibatches])
-    return [p * args.group + i for p in groups for i in range(args.group)]
+    return [group * args.group + i for group in groups for i in range(args.group)]
 
 
-def add_gradients(args, model, rollouts, batch, advantages, divisors, n_rollouts):
-    """Step (5) for the rollouts `batch` (their numbers), as many at once as the budget allows, each with its
-    share of the whole mean -> how far sampler and scorer differ at most in a log-prob, and in which
-    rollout."""
+def add_gradients(args, model, rollouts, chosen, advantages, divisors):
+    """Step (5) for the rollouts `chosen` (their numbers) -> (how far sampler and scorer differ at most in a
+    log-prob, in which rollout).
+
+    As many at once as the budget of positions allows, each with its share of the whole mean. Rollouts without
+    an advantage have no gradient and are not run; they count in the denominator."""
     largest, worst = 0.0, None
+    batch = [b for b in chosen if advantages[b] != 0]
     for part in engine.pack([rollouts[b] for b in batch], args.tokens_per_forward):
         micro = [batch[i] for i in part]
         some = [rollouts[b] for b in micro]
@@ -188,41 +205,51 @@ def add_gradients(args, model, rollouts, batch, advantages, divisors, n_rollouts
             some = recompute_latents(model, some)
         logp, scored = logprobs(model, some)  # (b, S)
         old_logp = torch.nn.utils.rnn.pad_sequence([r.logprobs for r in some], batch_first=True).to(logp)
-        loss, _ = policy_loss(logp, old_logp, advantages[micro].to(logp), scored, n_rollouts, args.clip,
+        loss, _ = policy_loss(logp, old_logp, advantages[micro].to(logp), scored, len(chosen), args.clip,
                               divisors[micro].to(logp.device))
         loss.backward()
-        off = torch.where(scored, (logp.detach() - old_logp).abs(), 0.0).amax(1)  # (b,)
-        if off.max() > largest:
-            largest, worst = float(off.max()), micro[int(off.argmax())]
+        gaps = torch.where(scored, (logp.detach() - old_logp).abs(), 0.0).amax(1)  # (b,)
+        if gaps.max() > largest:
+            largest = float(gaps.max())
+            worst = micro[int(gaps.argmax())]
     return largest, worst
 
 
-def add_gradients_with_one_retry(args, step, model, state, batch, advantages, divisors, n_rollouts):
+def add_gradients_with_one_retry(args, step, model, state, chosen, advantages, divisors):
     """Out of memory: the same with half the positions per forward pass, once; no result changes."""
     for is_retry in (False, True):
         try:
-            return add_gradients(args, model, state.rollouts, batch, advantages, divisors, n_rollouts)
+            return add_gradients(args, model, state.rollouts, chosen, advantages, divisors)
         except torch.OutOfMemoryError as e:
             if is_retry:
-                raise UserError(f"step {step + 1}: out of memory with --tokens-per-forward {args.tokens_per_forward} too: start "
-                                f"with less, or with --checkpoint-layers or --offload") from e
+                raise UserError(f"step {step + 1}: out of memory with --tokens-per-forward "
+                                f"{args.tokens_per_forward} too: start with less, or with "
+                                "--checkpoint-layers or --offload") from e
         model.zero_grad(set_to_none=True)  # here the exception, and what it held, is gone
         torch.cuda.empty_cache()
-        args.tokens_per_forward = state.carried["tokens_per_forward"] = max(1, args.tokens_per_forward // 2)
-        print(f"step {step + 1}: out of memory in the update; from here on --tokens-per-forward is {args.tokens_per_forward}", flush=True)
+        args.tokens_per_forward = max(1, args.tokens_per_forward // 2)
+        state.carried["tokens_per_forward"] = args.tokens_per_forward
+        print(f"step {step + 1}: out of memory in the update; from here on --tokens-per-forward is "
+              f"{args.tokens_per_forward}", flush=True)
 
 
-def note_rewarded(state, index):
-    """Remembers the batch's rewarded rollouts for the refresh: (number of the train prompt, text)."""
+def all_finite(norm, rollouts):
+    """A NaN loss has a NaN gradient; a NaN latent may have none."""
+    return math.isfinite(norm) and all(r.latents.isfinite().all() for r in rollouts)
+
+
+def remember_rewarded(state, index):
+    """The batch's rewarded rollouts, for the refresh: (number of the train prompt, text)."""
     for rollout, reward in zip(state.rollouts, state.earned.tolist()):
         if reward > 0:
             state.carried["epoch_rollouts"].append((index[rollout.prompt], rollout.text))
 
 
 def refresh(args, model, tokenizer, task, state, examples, prompts, epoch):
-    """Step (7), paper Sec. 3.4: a random share of the epoch's rewarded rollouts, each once per ratio; tags
-    already there stay and are never replaced; the target ends in the gold answer in exactly the format that
-    the reward parses -> the loss, or None."""
+    """Step (7), paper Sec. 3.4 -> the loss, or None if there was nothing to learn from.
+
+    A random share of the epoch's rewarded rollouts, each once per ratio; tags already there stay and are
+    never replaced; the target ends in the gold answer in exactly the format that the reward parses."""
     rewarded = state.carried["epoch_rollouts"]
     state.carried["epoch_rollouts"] = []
     if not rewarded:
@@ -232,159 +259,197 @@ def refresh(args, model, tokenizer, task, state, examples, prompts, epoch):
     traces = []
     for i, text in rng.sample(rewarded, max(1, int(args.refresh_share * len(rewarded)))):
         gold = task.answer(examples[i]) if hasattr(task, "answer") else None
-        traces += [masked_trace(model, tokenizer, rng, prompts[i], text, gold, marker, ratio) for ratio in RATIOS]
-    traces = [trace for trace in traces if trace is not None]
+        for ratio in RATIOS:
+            trace = masked_trace(model, tokenizer, rng, prompts[i], text, gold, marker, ratio)
+            if trace is not None:
+                traces.append(trace)
     if not traces:
         return None
-    return fit_projector(model, traces, args.refresh_lr, batch=16, schedule=False, seed=epoch, budget=args.tokens_per_forward)
+    return fit_projector(model, traces, args.refresh_lr, batch=16, schedule=False, seed=epoch,
+                         budget=args.tokens_per_forward)
 
 
-def validate(args, model, tokenizer, task, vals, tags, latent):
-    """The result of eval.evaluate on the val examples, None if there are none; with a generator of its own,
-    so that no draw of the training changes."""
+def validate(args, model, tokenizer, task, vals):
+    """The figures of the val examples, None without any; by a generator of its own, so no draw of the
+    training changes."""
     if not vals:
         return None
-    return evaluate(model, tokenizer, task, vals, tags, seed=args.seed, rows=args.rows, max_new_tokens=args.max_new_tokens,
-                    latent=latent)[0]
+    figures, _ = evaluate(model, tokenizer, task, vals, args.method != "grpo", seed=args.seed, rows=args.rows,
+                          max_new_tokens=args.max_new_tokens, latent=latent_of_method(args))
+    return figures
 
 
-def metrics(state, step, epoch, groups, gap, norm, refreshed, val, phases):
+def metrics(state, step, epoch, groups, gap, norm, refresh_loss, val, phases):
     """One line of metrics.jsonl. The loss is not among them: with one update per batch its value is 0 by
     construction."""
-    mean = lambda of: sum(map(of, state.rollouts)) / len(state.rollouts)
+
+    def mean(of):
+        return sum(map(of, state.rollouts)) / len(state.rollouts)
+
+    lowest, highest = groups.amin(1), groups.amax(1)  # (P,)
     return {
         "step": step + 1,
         "epoch": epoch,
         "reward": float(groups.mean()),  # what is trained on, length penalty included
         "accuracy": float(state.earned.mean()),  # the task's reward alone
         "text_tokens": mean(lambda r: r.n_tokens),  # sampled tokens per rollout
-        "latent_steps": mean(lambda r: r.n_latents),
+        "latent_steps": mean(lambda r: r.n_latents),  # per rollout
         "tags": mean(lambda r: r.n_tags),  # that ran latents, per rollout
-        "tag_share": mean(lambda r: r.n_tags > 0),  # of the rollouts
+        "tag_share": mean(lambda r: r.n_tags > 0),  # share of rollouts in which one did
         # Share of groups with nothing to learn from.
-        "zero_variance": float((groups.amax(1) == groups.amin(1)).float().mean()),
-        "truncated": mean(lambda r: not r.finished),
-        # How far sampler and scorer differ at most; before the first update it is rounding.
-        "max_dlogp": gap[0],
-        "grad_norm": norm if math.isfinite(norm) else None,
+        "zero_variance": float((highest == lowest).float().mean()),
+        "truncated": mean(lambda r: not r.finished),  # share of rollouts cut by the length limit
+        "max_dlogp": gap[0],  # how far sampler and scorer differ at most; on a first update it is rounding
+        "grad_norm": norm if math.isfinite(norm) else None,  # before clipping
         "skipped": state.carried["skipped"],  # steps so far that were not finite
-        "refresh_loss": refreshed,
+        "refresh_loss": refresh_loss,
         "val_accuracy": val and val["accuracy"],
-        "seconds": phases.seconds,
-        "peak_memory_gib": phases.memory}
+        "seconds": phases.seconds,  # by phase
+        "peak_memory_gib": phases.memory}  # by phase; on CUDA the allocator's, on a CPU the process's so far
 
 
-def tell(args, tokenizer, log, state, m, val, n_groups, latent, is_new_batch):
-    """Metrics to the file, the step's line, two rollouts now and then, and warnings to the screen."""
+def tell(args, tokenizer, log, state, m, val, is_new_batch):
+    """Metrics to the file; the step's line, two rollouts now and then, and warnings to the screen."""
     state.carried["metrics"].append(json.dumps(m) + "\n")
     log.write(state.carried["metrics"][-1])
     log.flush()
     print(report.step_line(m, args.steps), flush=True)
     if args.show_every and (m["step"] - 1) % args.show_every == 0:
-        shown = list(zip(state.rollouts, state.earned.tolist()))[: 2 * args.group : args.group]
-        for rollout, reward in shown:
-            print(f"    [{reward:g}] {report.readable(tokenizer, rollout)}", flush=True)
+        for b in (0, args.group):
+            if b < len(state.rollouts):
+                shown = report.readable(tokenizer, state.rollouts[b])
+                print(f"    [{float(state.earned[b]):g}] {shown}", flush=True)
     if is_new_batch:
-        report.warn(m, latent, n_groups, [r.text for r in state.rollouts])
+        n_groups = len(state.rollouts) // args.group
+        report.warn(m, args.method == "litereason", n_groups, [r.text for r in state.rollouts])
     if val:
         report.warn_of_validation([json.loads(line) for line in state.carried["metrics"]], val)
+
+
+def keep_if_due(args, state, keep):
+    is_due = state.step % args.save_every == 0 or state.step == args.steps
+    if is_due or state.carried["skipped_in_a_row"] >= 3:
+        keep()
 
 
 # ============================================================ tripwires: what goes wrong without a crash
 def check_answers(task, examples):
     """Before the first step, on real rows: the refresh's target, the label and the reward agree. For tasks
-    with an `answer`."""
+    with `answer`."""
     marker = getattr(task, "ANSWER", "\\boxed{")
     for i, example in enumerate(examples if hasattr(task, "answer") else []):
         answer = task.answer(example)
         earned = data.score(task, [example], ["Some reasoning.\n" + answer])[0]
         if earned != 1 or not answer.startswith(marker):
-            raise UserError(f"train example {i}: its own answer {answer!r} earns {earned:g}, not 1, or does not begin with {marker!r}: "
-                            f"the label, the answer and the reward of this task do not agree")
+            raise UserError(f"train example {i}: its own answer {answer!r} earns {earned:g}, not 1, or does "
+                            f"not begin with {marker!r}: the label, the answer and the reward of this task "
+                            "do not agree")
 
 
 def stop_if_a_reward_is_not_finite(args, step, state, index):
     bad = (~state.earned.isfinite()).nonzero().flatten().tolist()
     if bad:
-        aside = report.put_aside(args.out, step, state.rollouts, state.earned, bad)
+        reward = float(state.earned[bad[0]])
         prompt = index[state.rollouts[bad[0]].prompt]
-        raise UserError(f"step {step + 1}: the reward of a rollout of train prompt {prompt} is {float(state.earned[bad[0]])}; "
+        aside = report.put_aside(args.out, step, state.rollouts, state.earned, bad)
+        raise UserError(f"step {step + 1}: the reward of a rollout of train prompt {prompt} is {reward}; "
                         f"its text is in {aside}")
 
 
 def stop_if_sampler_and_scorer_differ(args, step, model, state, index, gap):
+    """Before an update only: after one they must differ."""
     largest, worst = gap
     allowed = DLOGP[model.bf16 or args.offload]
     if largest > allowed:
-        aside = report.put_aside(args.out, step, state.rollouts, state.earned, [worst])
         prompt = index[state.rollouts[worst].prompt]
-        raise UserError(f"step {step + 1}: sampler and scorer differ by {largest:.3g} in a log-prob of rollout {worst} (train prompt "
-                        f"{prompt}); more than {allowed:g} means that what is trained is not what was sampled; it is in {aside}")
+        aside = report.put_aside(args.out, step, state.rollouts, state.earned, [worst])
+        raise UserError(f"step {step + 1}: sampler and scorer differ by {largest:.3g} in a log-prob of "
+                        f"rollout {worst} (train prompt {prompt}); more than {allowed:g} means that what is "
+                        f"trained is not what was sampled; it is in {aside}")
 
 
-def count_skipped(state, finite):
-    state.carried["skipped"] += not finite
-    state.carried["skipped_in_a_row"] = 0 if finite else state.carried["skipped_in_a_row"] + 1
+def count_skipped(state, step_is_finite):
+    in_a_row = state.carried["skipped_in_a_row"]
+    state.carried["skipped"] += not step_is_finite
+    state.carried["skipped_in_a_row"] = 0 if step_is_finite else in_a_row + 1
 
 
-def set_aside_skipped(args, step, state, chosen):
-    aside = report.put_aside(args.out, step, state.rollouts, state.earned, chosen)
-    print(f"warning: step {step + 1}: a loss, gradient or latent is not finite; step skipped, {state.carried['skipped']} so far; "
-          f"its rollouts are in {aside}", flush=True)
+def set_aside_if_skipped(args, step, state, chosen, step_is_finite):
+    if not step_is_finite:
+        aside = report.put_aside(args.out, step, state.rollouts, state.earned, chosen)
+        print(f"warning: step {step + 1}: a loss, gradient or latent is not finite; step skipped, "
+              f"{state.carried['skipped']} so far; its rollouts are in {aside}", flush=True)
 
 
 def stop_if_three_in_a_row_were_skipped(args, state):
     if state.carried["skipped_in_a_row"] >= 3:
-        raise UserError(f"steps {state.step - 2} to {state.step} were not finite and were skipped: stopped; the weights before "
-                        f"them are in {args.out}/state-{state.step}")
+        raise UserError(f"steps {state.step - 2} to {state.step} were not finite and were skipped: stopped; "
+                        f"the weights before them are in {args.out}/state-{state.step}")
 
 
 # ============================================================ the script
 def parse_arguments():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     g = ap.add_argument_group("what")
-    g.add_argument("--model", default="tiny", help="tiny, a directory (a run of train_projector.py too), or a hub name")
+    g.add_argument("--model", default="tiny",
+                   help="tiny, a directory (a run of train_projector.py too), or a hub name")
     data.task_flags(g)
-    g.add_argument("--out", default="out/rl", metavar="DIR", help="settings, metrics.jsonl, the model and the table go there")
-    g.add_argument("--method", default="litereason", choices=list(NAMES), help="grpo: the same RL with the plain prompt, no tags "
-                   "and no latents; tag: with the tag prompt, but a tag is text")
+    g.add_argument("--out", default="out/rl", metavar="DIR",
+                   help="settings, metrics.jsonl, the model and the table go there")
+    g.add_argument("--method", default="litereason", choices=list(NAMES),
+                   help="grpo: the same RL with the plain prompt, no tags and no latents; tag: with the tag "
+                   "prompt, but a tag is text")
     g = ap.add_argument_group("rollouts (default: set by the model's size, see RELEASED and SMALL)")
-    g.add_argument("--steps", type=int, default=None, help="optimiser steps")
-    g.add_argument("--prompts", type=int, default=None, help="prompts per rollout batch")
-    g.add_argument("--train-prompts", type=int, default=None, help="use only so many train prompts: one pass over them is an epoch")
-    g.add_argument("--group", type=int, default=None, help="rollouts per prompt, 2 or more")
-    g.add_argument("--max-new-tokens", type=int, default=None, help="slots per rollout, latents included")
-    g.add_argument("--overlong-buffer", type=int, default=0, help="soft length penalty (DAPO): from 0 at max-new-tokens minus "
-                   "this many slots down to -1 at max-new-tokens; 0 is off")
-    g.add_argument("--rows", type=int, default=None, help="rollouts decoded at once, whole groups: memory for their keys and "
-                   "values; changes no result")
+    g.add_argument("--steps", type=int, help="optimiser steps")
+    g.add_argument("--prompts", type=int, help="prompts per rollout batch")
+    g.add_argument("--train-prompts", type=int,
+                   help="use only so many train prompts: one pass over them is an epoch")
+    g.add_argument("--group", type=int, help="rollouts per prompt, 2 or more")
+    g.add_argument("--max-new-tokens", type=int, help="slots per rollout, latents included")
+    g.add_argument("--overlong-buffer", type=int, default=0,
+                   help="soft length penalty (DAPO): from 0 at max-new-tokens minus this many slots down to "
+                   "-1 at max-new-tokens; 0 is off")
+    g.add_argument("--rows", type=int,
+                   help="rollouts decoded at once, whole groups: memory for their keys and values; changes "
+                        "no result")
     g = ap.add_argument_group("update")
-    g.add_argument("--rule", default="grpo", choices=list(RULES), help="advantages, and how a rollout's tokens are averaged")
-    g.add_argument("--lr", type=float, default=None, help="learning rate of AdamW, constant")
-    g.add_argument("--clip", type=float, default=None, help="of the probability ratio")
-    g.add_argument("--minibatches", type=int, default=None, help="optimiser steps per rollout batch")
-    g.add_argument("--tokens-per-forward", type=int, default=None, help="positions per forward pass, a group's prompt counted "
-                   "once: the memory dial; changes no result")
-    g.add_argument("--checkpoint-layers", action=argparse.BooleanOptionalAction, default=None, help="keep no activations inside "
-                   "layers: less memory, a third more time")
-    g.add_argument("--recompute-latents", action="store_true", help="score with latents made by the current weights")
-    g.add_argument("--offload", action="store_true", help="bf16 weights on the card, fp32 masters and AdamW's moments on the host")
+    g.add_argument("--rule", default="grpo", choices=list(RULES),
+                   help="advantages, and how a rollout's tokens are averaged (default: grpo, the paper's)")
+    g.add_argument("--lr", type=float, help="learning rate of AdamW, constant")
+    g.add_argument("--clip", type=float, help="of the probability ratio")
+    g.add_argument("--minibatches", type=int, help="optimiser steps per rollout batch")
+    g.add_argument("--tokens-per-forward", type=int,
+                   help="positions per forward pass, a group's prompt counted once: the memory dial; changes "
+                        "no result")
+    g.add_argument("--checkpoint-layers", action=argparse.BooleanOptionalAction,
+                   help="keep no activations inside layers: less memory, a third more time")
+    g.add_argument("--recompute-latents", action="store_true", help="score with latents made by the current "
+                                                                    "weights")
+    g.add_argument("--offload", action="store_true",
+                   help="bf16 weights on the card, fp32 masters and AdamW's moments on the host")
     g = ap.add_argument_group("projector")
-    g.add_argument("--projector-steps", type=int, default=None, help="optimiser steps of stage 2, if it is run")
-    g.add_argument("--trace-prompts", type=int, default=None, help="train prompts that stage 1 samples traces for, if it is run")
-    g.add_argument("--projector", default="warm", choices=["warm", "random", *(name for name in PROJECTORS if name != "mlp")],
-                   help="what stage 2 starts from: copies of the last MLP (the paper), random weights (a control), or another "
-                   "latent step, such as one learned vector for every latent, pause (a control)")
+    g.add_argument("--projector-steps", type=int, help="optimiser steps of stage 2, if it is run")
+    g.add_argument("--trace-prompts", type=int, help="train prompts that stage 1 samples traces for, if it "
+                                                     "is run")
+    others = [name for name in PROJECTORS if name != "mlp"]
+    g.add_argument("--projector", default="warm", choices=["warm", "random", *others],
+                   help="what stage 2 starts from: copies of the last MLP (warm, the paper), random weights "
+                   "(a control), or another latent step, such as one learned vector for every latent (pause, "
+                   "a control)")
     g.add_argument("--no-refresh", action="store_true", help="leave the projector as stage 2 made it")
     g = ap.add_argument_group("run")
-    g.add_argument("--resume", default=None, metavar="DIR", help="continue the run in DIR, by its own settings; only --steps, "
-                   "--device and --graphs may stand beside it")
-    g.add_argument("--save-every", type=int, default=None, help="steps between two states on the disk, from which --resume "
-                   "continues; the last two are kept")
+    g.add_argument("--resume", metavar="DIR",
+                   help="continue the run in DIR, by its own settings; only --steps, --device and --graphs "
+                   "may stand beside it")
+    g.add_argument("--save-every", type=int,
+                   help="steps between two states on the disk, from which --resume continues; the last two "
+                        "are kept")
     g.add_argument("--n", type=int, default=500, help="test stories for the final table; 0 leaves it out")
-    g.add_argument("--val", type=int, default=100, help="val examples evaluated after each epoch, to warn if validation falls "
-                   "while the train reward rises; 0 leaves it out")
-    g.add_argument("--show-every", type=int, default=20, help="print two rollouts every so many steps; 0 never")
+    g.add_argument("--val", type=int, default=100,
+                   help="val examples evaluated after each epoch, to warn if validation falls while the "
+                   "train reward rises; 0 leaves it out")
+    g.add_argument("--show-every", type=int, default=20, help="print two rollouts every so many steps; 0 "
+                                                              "never")
     g.add_argument("--seed", type=int, default=0)
     runs.device_flags(g)
     return runs.parse_resumable(ap, "train_rl.py", ("steps", "device", "graphs"))
@@ -394,9 +459,11 @@ def parse_arguments():
 def main():
     args = parse_arguments()
     runs.check_arguments(args, n=0)
-    lock_file = runs.lock(args.out)  # noqa: F841  held until the process ends
+    lock_file = runs.lock(args.out)  # noqa: F841, held until the process ends
     saved = runs.read_state(args.out) if args.resume else None
     check_what_is_there(args, saved)
+
+    # The model, with the settings for its size, and the task.
     model, tokenizer = load(args.model, args.device)
     model.graphs = args.graphs
     task = data.start_task(args, model, args.model)
@@ -405,62 +472,69 @@ def main():
             setattr(args, name, value)
     if args.checkpoint_layers:
         engine.checkpoint_layers(model)
-    if args.projector != "warm":
-        choose_projector(args, model)
-    tags = args.method != "grpo"
+    choose_projector(args, model)
     examples = task.examples("train")[: args.train_prompts]
     vals = task.examples("val")[: args.val]
-    asked = [runs.encode_prompt(model, tokenizer, task.prompt(e, tags)) for e in examples + vals]
-    runs.check_lengths(model, asked, args.max_new_tokens)  # now, not in the middle of an epoch
+    tests = task.examples("test")[: args.n]
+
+    # What cannot work is said now, not in the middle of an epoch.
+    prompts = encode_prompts(args, model, tokenizer, task, examples + vals)
+    runs.check_lengths(model, prompts, args.max_new_tokens)
     check_answers(task, examples[:8])
     if not args.resume:
         delete_earlier_run(args)
     runs.write_settings(args, "train_rl.py")
-    say_what_runs(args, model, tokenizer, task, asked[: len(examples)])
+    say_what_runs(args, model, tokenizer, task, prompts[: len(examples)])
 
-    # The table: one row per model that is evaluated on the test examples, none of them twice in a resumed
-    # run.
-    tests = task.examples("test")[: args.n]
+    # The rows of the final table that come before RL, stages 1 and 2 among them; a resumed run has them in
+    # its state.
     started = time.time()
-    rows_path = os.path.join(args.out, "first-rows")
-    rows = saved[2]["carried"]["rows"] if saved else (runs.read_state(rows_path) or (0, {}, []))[2]
+    first_rows = os.path.join(args.out, "first-rows")
+    if saved:
+        rows = saved[2]["carried"]["rows"]
+    else:
+        rows = (runs.read_state(first_rows) or (0, {}, []))[2]
 
-    def add_row(name, latent_prompt, latent="projector"):
+    def add_row(name, latent_prompt, latent):
+        """One row, unless it is there."""
         if tests and name not in dict(rows):
-            row = evaluate(model, tokenizer, task, tests, latent_prompt, seed=args.seed, progress=name, latent=latent, alone=8,
-                           max_new_tokens=args.max_new_tokens)[0]
-            rows.append((name, row))
+            figures, _ = evaluate(model, tokenizer, task, tests, latent_prompt, seed=args.seed, progress=name,
+                                  latent=latent, alone=8, max_new_tokens=args.max_new_tokens)
+            rows.append((name, figures))
             if not runs.saved_states(args.out):
-                runs.write_state(rows_path, len(rows), {}, rows)
+                runs.write_state(first_rows, len(rows), {}, rows)
 
-    if saved is None:  # else the state has all that comes of it
-        add_row("base, explicit reasoning", False)
-        if tags:
+    if saved is None:
+        add_row("base, explicit reasoning", False, "projector")
+        if args.method != "grpo":
             add_row("base, tag prompt", True, "none")  # a plain LM: its tags are text
         if args.method == "litereason":
             if not model.projector_trained:
-                run_stages_1_and_2(model, tokenizer, task, args.out, args.max_new_tokens, args.seed, n=min(200, args.n or 200),
-                                   every=args.save_every, steps=args.projector_steps, prompts=args.trace_prompts)
+                run_stages_1_and_2(model, tokenizer, task, args.out, args.max_new_tokens, args.seed,
+                                   n=min(200, args.n or 200), every=args.save_every,
+                                   steps=args.projector_steps, prompts=args.trace_prompts)
                 runs.save(model, tokenizer, os.path.join(args.out, "model"))
-            add_row("LiteReason before RL", True)
+            add_row("LiteReason before RL", True, "projector")
 
     train(args, model, tokenizer, task, examples, vals, rows, saved)
 
-    add_row(NAMES[args.method], tags, "projector" if args.method == "litereason" else "none")
+    add_row(NAMES[args.method], args.method != "grpo", latent_of_method(args))
     if args.method == "litereason":
         add_row("  its latents taken away", True, "none")
     if rows:
-        runs.write_json(os.path.join(args.out, "results.json"), [{"model": name, **row} for name, row in rows])
-        print(f"\n{report.table(rows)}\n\n{len(tests)} test stories, seed {args.seed}, {time.time() - started:.0f}s for everything; "
-              f"numbers in {args.out}/results.json")
+        results = [{"model": name, **figures} for name, figures in rows]
+        runs.write_json(os.path.join(args.out, "results.json"), results)
+        print(f"\n{report.table(rows)}\n\n{len(tests)} test stories, seed {args.seed}, "
+              f"{time.time() - started:.0f}s for everything; numbers in {args.out}/results.json")
 
 
 def check_what_is_there(args, saved):
     """UserError if the command line does not go with what is in the output directory already."""
-    states, asked_for = runs.saved_states(args.out), runs.run_settings(args.out).get("steps")
-    if states and not args.resume and states[-1] < (asked_for or 0):
-        raise UserError(f"{args.out} holds a run that was stopped at step {states[-1]} of {asked_for}: go on with --resume {args.out}, "
-                        f"choose another --out, or delete {args.out}/state-*")
+    states = runs.saved_states(args.out)
+    asked_for = runs.run_settings(args.out).get("steps") or 0
+    if states and not args.resume and states[-1] < asked_for:
+        raise UserError(f"{args.out} holds a run that was stopped at step {states[-1]} of {asked_for}: go on "
+                        f"with --resume {args.out}, choose another --out, or delete {args.out}/state-*")
     if saved and args.steps < saved[0]:
         raise UserError(f"--steps is {args.steps}, but the run in {args.out} is at step {saved[0]} already")
     if args.group is not None and args.group < 2:
@@ -468,29 +542,33 @@ def check_what_is_there(args, saved):
 
 
 def choose_projector(args, model):
+    if args.projector == "warm":
+        return
     if model.projector_trained:
-        raise UserError(f"--projector {args.projector} is where stage 2 starts, but {args.model} has a trained projector")
+        raise UserError(f"--projector {args.projector} is where stage 2 starts, but {args.model} has a "
+                        f"trained projector")
     torch.manual_seed(args.seed)
     start_projector(model, args.projector)
 
 
 def delete_earlier_run(args):
-    for name in [f"state-{step}" for step in runs.saved_states(args.out)] + ["stage-2", "first-rows"]:
+    states = [f"state-{step}" for step in runs.saved_states(args.out)]
+    for name in [*states, "stage-2", "first-rows"]:
         shutil.rmtree(os.path.join(args.out, name), ignore_errors=True)
 
 
 def say_what_runs(args, model, tokenizer, task, prompts):
-    """The sizes, the settings beside the released ones and, of a real model, the memory and the hours that
-    the run may need."""
-    parameters = sum(p.numel() for p in model.parameters())
+    """The sizes, the settings beside the released ones and, of a real model, the memory and hours that a run
+    may need."""
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
     longest = max(map(len, prompts))
-    print(f"{args.method} on {args.task}: {args.model}, {parameters / 1e6:.1f} M parameters, {model.device}, fp32 weights; "
-          f"{len(prompts)} train prompts of up to {longest} tokens")
+    print(f"{args.method} on {args.task}: {args.model}, {millions:.1f} M parameters, {model.device}, fp32 "
+          f"weights; {len(prompts)} train prompts of up to {longest} tokens")
     settings = []
     for name, released in RELEASED.items():
         value = getattr(args, name)
-        differs = name not in OURS and value != released
-        settings.append(f"{name} {value:g}" + (f" (released: {released:g})" if differs else ""))
+        beside = f" (released: {released:g})" if name not in OURS and value != released else ""
+        settings.append(f"{name} {value:g}{beside}")
     print("settings: " + ", ".join(settings))
     if not runs.is_small(model):
         scorer = getattr(task, "settings", {}).get("scorer", ())[:1]
