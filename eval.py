@@ -1,12 +1,12 @@
 """Evaluation: accuracy with its interval, and what it cost in tokens, latent steps, positions and seconds.
 
-One row of the table is one model under one prompt. Latents count as tokens, as in the paper: tokens = text tokens
-+ latent steps, both counted while decoding, never read off the text.
+One row of the table is one model under one prompt. Latents count as tokens, as in the paper: tokens = text
+tokens + latent steps, both counted while decoding, never read off the text.
 
 Left out, and why: (1) no pass@k or majority vote: the paper reports mean reward over samples. (2) The paper
-samples at temperature 0.7, top-p 0.8, top-k 20; the default here is the distribution that RL trained (temperature
-1, nothing cut), since cutting hides the base's slips. The flags give the paper's. (3) Length penalties: score what
-the task scores.
+samples at temperature 0.7, top-p 0.8, top-k 20; the default here is the distribution that RL trained
+(temperature 1, nothing cut), since cutting hides the base's slips. The flags give the paper's. (3) Length
+penalties: score what the task scores.
 
     python eval.py --model tiny --task tiny                      # the base with the tag prompt: 5 seconds
     python eval.py --model tiny:plain tiny out/rl --task tiny    # one table: plain prompt, tags, a trained run
@@ -33,7 +33,7 @@ import runs
 from litereason import ReasoningProjector, UserError, generate, load
 
 
-# ============================================================================ what an answer costs
+# ============================================================ what an answer costs
 def flops(model, rollouts, samples=1, latent="projector", feed=None):
     """Forward FLOPs per answer, a multiplication and an addition being two. n(M): weights in the linear maps
     of M.
@@ -47,12 +47,12 @@ def flops(model, rollouts, samples=1, latent="projector", feed=None):
     Left out: norms, softmax, embedding, sampling (no matrix products), and what a batch wastes (padding; rows
     that have ended and not yet left). A `latent` or `feed` function that costs something else than the
     projector (or nothing) says so: latent.flops = per latent."""
-    layers = _linear_flops(model.model.layers)
-    head = _linear_flops(model.lm_head)
+    layers = matrix_flops(model.model.layers)
+    head = matrix_flops(model.lm_head)
     widths = [layer.self_attn.q_proj.out_features for layer in model.model.layers]  # H * d, for each layer
     attention = 4 * sum(widths)
-    projector = 0 if latent in ("zeros", "none") else _linear_flops(model.reasoning_projector)
-    per_latent = getattr(latent, "flops", projector)
+    projector = latent if isinstance(latent, torch.nn.Module) else model.reasoning_projector
+    per_latent = 0 if latent in ("zeros", "none") else getattr(latent, "flops", matrix_flops(projector))
     per_token = head + getattr(feed, "flops", 0)
     total = 0
     for r in rollouts:
@@ -65,9 +65,9 @@ def flops(model, rollouts, samples=1, latent="projector", feed=None):
     return total / len(rollouts)
 
 
-def _linear_flops(module):
-    """Of one position through all linear maps of a module."""
-    return 2 * sum(m.weight.numel() for m in module.modules() if isinstance(m, torch.nn.Linear))
+def matrix_flops(module):
+    """Of one position through all weight matrices of a module: linear maps, a recurrent cell's too."""
+    return 2 * sum(p.numel() for p in module.parameters() if p.dim() == 2)
 
 
 def _sum_up_to(n):
@@ -87,7 +87,7 @@ def seconds_alone(model, tokenizer, prompts, seed=0, **sampling):
     return float(np.median(times))
 
 
-# ============================================================================ one row of the table
+# ============================================================ one row of the table
 def evaluate(model, tokenizer, task, examples, latent_prompt=True, samples=1, seed=0, batch=64, progress=None,
              at_once=False, alone=0, **sampling):
     """Samples answers and scores them -> (a dict of means, at its end those of task.report; the rollouts).
@@ -157,7 +157,7 @@ def _mean(numbers):
     return sum(numbers) / len(numbers)
 
 
-# ============================================================================ controls: what the latents do
+# ============================================================ controls: what the latents do
 LATENTS = {  # what a latent step feeds: see latent_of
     "projector": "the method",
     "zeros": "all-zero vectors",
@@ -182,32 +182,23 @@ def latents_of_others(model, tokenizer, task, examples, **settings):
 
 
 def latent_of(name, model, others=(), seed=0):
-    """The latent step of that name as generate expects it: a word it knows, or a function (h (B, D), u (B,),
-    k (B,)) -> z (B, D). u: a random number of the row's own; k: how many latents it has run.
+    """The latent step of that name as generate expects it: a word it knows, a module in the projector's
+    place, or a function (h (B, D), u (B,), k (B,)) -> z (B, D). u: a random number of the row's own; k: how
+    many latents it has run.
 
     What a row gets depends on its u and k only (see litereason.latent_step), hence not on the batch. others:
     what latents_of_others returns."""
     if name in ("projector", "zeros", "none"):
         return name
     if name == "warm":
-        return _warm_start(model)
+        layers = model.config.litereason_num_reasoning_layers
+        return type(model.reasoning_projector).start(model, layers).to(model.device)
     if name == "noise":
         return _noise(model, seed)
     if not others:
         raise UserError(f"--latent {name} takes the latents of other stories, "
                         f"and on those read first the model ran none")
     return _mean_latent(model, others) if name == "mean" else _another_storys(model, others, seed)
-
-
-def _warm_start(model):
-    """The projector as stage 2 found it."""
-    warm = ReasoningProjector.start(model, len(model.reasoning_projector))
-
-    def warm_start(h, u, k):
-        z, _ = warm(h)
-        return z
-
-    return warm_start
 
 
 def _noise(model, seed):
@@ -252,8 +243,8 @@ def _another_storys(model, others, seed):
 
 
 def mcnemar(a, b):
-    """Exact two-sided p for paired right/wrong scores: the chance that fair coins, one for each example on which
-    the runs differ, come out at least as unequal. For graded scores this is the sign test."""
+    """Exact two-sided p for paired right/wrong scores: the chance that fair coins, one for each example on
+    which the runs differ, come out at least as unequal. For graded scores this is the sign test."""
     up = sum(x > y for x, y in zip(a, b))
     down = sum(x < y for x, y in zip(a, b))
     n = up + down
@@ -314,7 +305,7 @@ def run_controls(model, tokenizer, task, examples, elsewhere, seed=0, progress=N
     return rows
 
 
-# ============================================================================ the script
+# ============================================================ the script
 def parse_arguments():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     g = ap.add_argument_group("what")
@@ -384,7 +375,7 @@ def main():
         model, tokenizer = load(path, args.device)
         model.graphs = args.graphs
         if task is None:  # the first model's size may choose the task
-            task, examples, elsewhere = start_task(args, model, path)
+            task, examples, elsewhere = task_and_examples(args, model, path)
         settings = settings_of(args, name, model)
         if args.controls:
             rows += rows_of_controls(args, name, model, tokenizer, task, examples, elsewhere, settings)
@@ -398,7 +389,7 @@ def main():
         else:
             print_answers(name, model, tokenizer, task, answers[: args.show])
         if args.write:
-            write_chapters(args, name, task, answers, is_first=len(rows) == 1)
+            append_chapters(args, name, task, answers, is_first=len(rows) == 1)
 
     if not args.controls:
         print_table(rows)
@@ -449,7 +440,7 @@ def check_flags(args):
         raise UserError("--html needs --show N: that many answers go onto the page")
 
 
-def start_task(args, model, path):
+def task_and_examples(args, model, path):
     """-> (task, its examples, examples elsewhere: the latents of --latent mean and other come from these)"""
     task = data.start_task(args, model, path)
     elsewhere = []
@@ -525,7 +516,7 @@ def print_answers(name, model, tokenizer, task, answers):
                   f"length {length:.2f} of an embedding's")
 
 
-def write_chapters(args, name, task, answers, is_first):
+def append_chapters(args, name, task, answers, is_first):
     """--write: chapters.md, one section per model."""
     examples = [example for example, _ in answers]
     plans = [task.plan_of(rollout.text) for _, rollout in answers]

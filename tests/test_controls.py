@@ -1,4 +1,5 @@
-"""The controls of eval.py do what their lines say and nothing else, and the paired tests agree with examples worked out by hand."""
+"""The controls of eval.py do what their lines say and nothing else, and the paired tests agree with examples worked
+out by hand."""
 import json
 import math
 import types
@@ -13,12 +14,14 @@ from eval import against, bootstrap, latent_of, latents_of_others, mcnemar, run_
 from litereason import LATENT, UserError, generate, insert_latents, logprobs, tag_table
 from report import controls_table, nearest_words
 
-OTHERS = [torch.randn(n, 32, generator=torch.Generator().manual_seed(n), dtype=torch.float64) for n in (2, 7, 1, 4)]
+OTHERS = [torch.randn(n, 32, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+          for n in (2, 7, 1, 4)]
 
 
 def decoded(model, tok, name="projector", others=OTHERS, seed=0, **settings):
     """The rows of TEXTS with the latent step of that name."""
-    return write(model, tok, PROMPTS, TEXTS, LIMIT, samples=2, latent=latent_of(name, model, others, seed), **settings)
+    latent = latent_of(name, model, others, seed)
+    return write(model, tok, PROMPTS, TEXTS, LIMIT, samples=2, latent=latent, **settings)
 
 
 # ---------------------------------------------------------------- what a latent step feeds
@@ -27,7 +30,7 @@ def test_a_control_changes_what_a_latent_is_and_nothing_of_where_it_stands(model
     rows = decoded(model, tok, name)
     for r, plain, row, mask in zip(rows, rollouts, *logprobs(model, rows)):
         assert r.slots == plain.slots and r.text == plain.text  # the texts are scripted
-        close(row[mask], r.logprobs[r.logprobs != 0])  # and the rest is decoding as usual: scored, it has the same log-probs
+        close(row[mask], r.logprobs[r.logprobs != 0])  # decoding as usual: scored, it has the same log-probs
         assert not r.n_latents or (r.latents - plain.latents).abs().max() > 1e-3
 
 
@@ -39,7 +42,8 @@ def test_what_a_row_gets_does_not_depend_on_its_batch(model, tok, name):
 
 
 def test_noise_has_the_length_of_the_projectors_output_and_a_direction_of_its_own(model, tok):
-    h, u, k = torch.randn(200, 32, dtype=torch.float64), torch.rand(200, dtype=torch.float64), torch.arange(200) % 5
+    h = torch.randn(200, 32, dtype=torch.float64)
+    u, k = torch.rand(200, dtype=torch.float64), torch.arange(200) % 5
     step = latent_of("noise", model, seed=1)
     close(step(h, u, k).norm(dim=-1), project(model, h).norm(dim=-1))
     cosines = torch.nn.functional.cosine_similarity(step(h, u, k), project(model, h), dim=-1)
@@ -76,14 +80,15 @@ def test_warm_is_copies_of_the_last_mlp_whatever_the_projector_has_become(model,
     h = z = torch.randn(3, 32, dtype=torch.float64)
     for _ in range(3):
         z = model.model.layers[-1].mlp(z)
-    close(latent_of("warm", model)(h, None, None), z)
+    close(latent_of("warm", model)(h)[0], z)
 
 
 # ---------------------------------------------------------------- the enter rule
 @pytest.mark.parametrize("k", [1, 3, 8])
 def test_every_tag_runs_k_latents_whatever_it_says_the_cap_or_the_text(model, tok, k):
     for r, text in zip(decoded(model, tok, tag=k), TEXTS):
-        slots, plain = [], insert_latents(model, tok, tok.encode(text) + tok.encode("x") * LIMIT * (not text.endswith("<eos>")))
+        filler = [] if text.endswith("<eos>") else tok.encode("x") * LIMIT
+        slots, plain = [], insert_latents(model, tok, tok.encode(text) + filler)
         for before, s in zip([None] + plain, plain):
             slots += [s] if s != LATENT else [LATENT] * k if before != LATENT else []
         assert r.slots == slots[:LIMIT] and len(r.latents) == r.slots.count(LATENT)
@@ -101,9 +106,10 @@ def test_k_of_what_the_tags_say_is_the_plain_run(model, tok):
     close(a.logprobs, b.logprobs)
 
 
-def obedient(texts, tok, banned):
-    """A `sample` that writes texts[0] token by token, but x where the token is not allowed; what was not is noted in `banned`."""
-    script = iter(tok.encode(texts))
+def obedient(text, tok, banned):
+    """A `sample` that writes the text token by token, but x where a token is not allowed; which were not is noted in
+    `banned`."""
+    script = iter(tok.encode(text))
 
     def sample(logits, u, temperature, top_k, top_p):
         token = next(script, tok.encode("x")[0])
@@ -115,8 +121,9 @@ def obedient(texts, tok, banned):
     return sample
 
 
-@pytest.mark.parametrize("text, without", [(f"ab{tag(3)}c", ["implicit_"]), (f"a<{tag(2)}", ["implicit_"]), ("a <b> < i </p> <i>implicit_thought 3>", []),
-                                           (f".{tag(1)}><imp", ["implicit_", "m"])])
+@pytest.mark.parametrize("text, without", [
+    (f"ab{tag(3)}c", ["implicit_"]), (f"a<{tag(2)}", ["implicit_"]), ("a <b> < i </p> <i>implicit_thought 3>", []),
+    (f".{tag(1)}><imp", ["implicit_", "m"])])
 def test_forbidden_lets_no_tag_begin_and_leaves_all_other_text_alone(model, tok, monkeypatch, text, without):
     banned = []
     monkeypatch.setattr(litereason, "sample", obedient(text, tok, banned))
@@ -131,11 +138,14 @@ def test_forbidden_tokens_are_the_ones_that_start_a_tag_and_the_rest_keep_their_
     monkeypatch.setattr(litereason, "sample", lambda logits, *a: seen.append(logits) or sample(logits, *a))
     model.lm_head.bias = torch.nn.Parameter(torch.zeros(model.config.vocab_size, dtype=torch.float64))
     model.lm_head.bias.data[tok.encode("<")] = 3.0  # many rows stand at a "<"
-    runs = [generate(model, tok, PROMPTS, 4, 20, generator=torch.Generator().manual_seed(0), tag=t) for t in (None, "forbidden")]
-    same = [(a.slots, b.slots) for a, b in zip(*runs) if "<" not in a.text]  # at a "<" the same draw may be another token
+    free, forbidden = (generate(model, tok, PROMPTS, 4, 20, generator=torch.Generator().manual_seed(0), tag=t)
+                       for t in (None, "forbidden"))
+    # At a "<" the same draw may be another token.
+    same = [(a.slots, b.slots) for a, b in zip(free, forbidden) if "<" not in a.text]
     assert same and all(a == b for a, b in same)
     masked = [x.isinf() for x in seen]
-    assert {i for x in masked for i in x.nonzero()[:, 1].tolist()} <= {tok.encode(w)[0] for w in ("m", "implicit_")} and any(x.any() for x in masked)
+    banned = {i for x in masked for i in x.nonzero()[:, 1].tolist()}
+    assert banned and banned <= {tok.encode(w)[0] for w in ("m", "implicit_")}
     first = next(i for i, x in enumerate(masked) if x.any())  # until then the rows are those of the free run
     step = first - len(seen) // 2  # of the same step there
     close(seen[first][~masked[first]], seen[step][~masked[first]])
@@ -147,8 +157,9 @@ def test_a_vocabulary_of_whole_words_and_the_real_one_are_covered(real_tok):
     assert [tiny.decode([i]) for i in watch.starts[watch.classes, 0].nonzero()[:, 0]] == ["<implicit_thought>"]
     watch = tag_table(real_tok, 5, len(real_tok), "cpu")
     after, _ = watch.step(torch.tensor([0]), torch.tensor(real_tok.encode("<")))
-    assert not watch.starts[watch.classes, 0].any()  # Qwen2 has no token that begins with "<im" and continues like the tag
-    assert {real_tok.decode([i]) for i in watch.starts[watch.classes, after].nonzero()[:, 0]} == {"im", "imp", "impl", "implicit"}
+    assert not watch.starts[watch.classes, 0].any()  # no token of Qwen2 begins with "<im" and continues like the tag
+    starts = {real_tok.decode([i]) for i in watch.starts[watch.classes, after].nonzero()[:, 0]}
+    assert starts == {"im", "imp", "impl", "implicit"}
 
 
 # ---------------------------------------------------------------- the paired tests
@@ -166,12 +177,16 @@ def test_the_bootstrap_interval_is_seeded_and_close_to_the_textbooks():
     half = 1.96 * math.sqrt(sum((x - mean) ** 2 for x in d) / len(d) / len(d))
     assert abs(low - (mean - half)) < 0.02 and abs(high - (mean + half)) < 0.02
     assert bootstrap(d) == [low, high] and bootstrap([0.5] * 7) == [0.5, 0.5]
-    got = against(*({"per_example": {"score": s, "tokens": t}} for s, t in (([1, 0, 1], [9, 9, 9]), ([0, 0, 0], [10, 11, 12]))))
-    assert (got["accuracy"], got["better"], got["worse"], got["mcnemar_p"], got["tokens"]) == (2 / 3, 2, 0, 0.5, -2)
+    control = {"per_example": {"score": [1, 0, 1], "tokens": [9, 9, 9]}}
+    plain = {"per_example": {"score": [0, 0, 0], "tokens": [10, 11, 12]}}
+    got = against(control, plain)
+    keys = ("accuracy", "better", "worse", "mcnemar_p", "tokens")
+    assert [got[key] for key in keys] == [2 / 3, 2, 0, 0.5, -2]
 
 
 # ---------------------------------------------------------------- all of them
-TASK = types.SimpleNamespace(prompt=lambda e, latent: e, reward=lambda e, text: float(len(text) % 2), ANSWER="answer")
+TASK = types.SimpleNamespace(prompt=lambda e, latent: e, reward=lambda e, text: float(len(text) % 2),
+                             ANSWER="answer")
 
 
 def test_the_first_pass_keeps_the_latents_of_the_stories_that_ran_any(model, tok, monkeypatch, rollouts):
@@ -183,11 +198,12 @@ def test_the_first_pass_keeps_the_latents_of_the_stories_that_ran_any(model, tok
 def test_all_controls_run_on_the_same_examples_and_without_tags_only_the_forced_answer_differs(model, tok):
     rows = run_controls(model, tok, TASK, PROMPTS, PROMPTS[:2], max_new_tokens=12)
     names = [name for name, _ in rows]
-    assert names == [n for n, _ in evaluation.CONTROLS if n not in ("latents: mean", "latents: other")]  # nothing to take them from
+    without = ("latents: mean", "latents: other")  # nothing to take them from
+    assert names == [n for n, _ in evaluation.CONTROLS if n not in without]
     for name, r in rows:
-        d = r["against_plain"]
-        assert len(r["per_example"]["score"]) == len(r["per_example"]["tokens"]) == r["n_examples"] == 4
-        assert sum(r["per_example"]["score"]) / 4 == r["accuracy"] and sum(r["per_example"]["tokens"]) / 4 == r["tokens"]
+        d, scores, tokens = r["against_plain"], r["per_example"]["score"], r["per_example"]["tokens"]
+        assert len(scores) == len(tokens) == r["n_examples"] == 4
+        assert sum(scores) / 4 == r["accuracy"] and sum(tokens) / 4 == r["tokens"]
         if name != "answer forced at once":
             assert d["better"] == d["worse"] == 0 and d["mcnemar_p"] == 1 and d["tokens_ci95"] == [0, 0]
     assert len(controls_table(rows).splitlines()) == 2 + len(rows)
@@ -203,18 +219,22 @@ def test_the_nearest_words_of_an_embedding_are_that_word_first_and_what_the_head
 
 
 def test_the_command_runs_them_all_and_writes_them_down(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["eval.py", "--controls", "--n", "2", "--max-new-tokens", "24", "--json", str(tmp_path / "c.json")])
+    words = ["--controls", "--n", "2", "--max-new-tokens", "24", "--json", str(tmp_path / "c.json")]
+    monkeypatch.setattr("sys.argv", ["eval.py", *words])
     evaluation.main()
     printed = capsys.readouterr().out
     rows = json.load(open(tmp_path / "c.json"))
-    assert [r["control"] for r in rows] == [name for name, _ in evaluation.CONTROLS] and all(r["control"] in printed for r in rows)
+    assert [r["control"] for r in rows] == [name for name, _ in evaluation.CONTROLS]
+    assert all(r["control"] in printed for r in rows)
     by = {r["control"]: r for r in rows}
-    assert by["plain"]["latent_steps"] > 0 == by["latents: none"]["latent_steps"] == by["tag forbidden"]["latent_steps"] == by["tag forbidden"]["tags"]
+    assert by["plain"]["latent_steps"] > 0 == by["latents: none"]["latent_steps"]
+    assert by["tag forbidden"]["latent_steps"] == by["tag forbidden"]["tags"] == 0
     assert by["plain"]["against_plain"]["mcnemar_p"] == 1 and by["answer forced at once"]["tokens"] < 10
 
 
-@pytest.mark.parametrize("words, says", [(("--controls", "--latent", "zeros"), "--controls"), (("--n-latents", 9), "at most 8"),
-                                         (("--n-latents", 2, "--tag", "forbidden"), "choose one")])
+@pytest.mark.parametrize("words, says", [
+    (("--controls", "--latent", "zeros"), "--controls"), (("--n-latents", 9), "at most 8"),
+    (("--n-latents", 2, "--tag", "forbidden"), "choose one")])
 def test_flags_that_do_not_go_together_end_in_one_line(words, says, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["eval.py", *map(str, words)])
     with pytest.raises(UserError, match=says):
