@@ -1,4 +1,6 @@
-"""Real model families on tiny random configs in float64, and prompts as token ids: what a chat model, a base model and a story may do."""
+"""Every model family that the README names decodes and scores as the definition says, and its prompts are the right token ids.
+
+Tiny random configs in float64; what a chat model, a base model, a template and a story may do to a prompt."""
 import copy
 import types
 
@@ -13,6 +15,7 @@ from transformers.models.llama import modeling_llama
 from transformers.models.qwen3 import modeling_qwen3
 
 import litereason
+import runs
 from engine import checkpoint_layers
 from litereason import UserError, generate, load, logprobs, projector_loss, save, unroll
 from runs import encode_prompt, stop_tokens
@@ -132,7 +135,7 @@ def test_a_chat_models_prompt_is_what_its_template_makes_of_the_whole_text(real_
     ids = encode_prompt(chat([151645, 151643]), real_tok, text)
     whole = real_tok.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
     assert ids == real_tok.encode(whole)
-    assert litereason.chat_parts(chat([151645, 151643]), real_tok)[2] == 151645  # and its traces end in <|im_end|>
+    assert runs.chat_parts(chat([151645, 151643]), real_tok)[2] == 151645  # and its traces end in <|im_end|>
     opened = encode_prompt(chat([151645, 151643]), real_tok, text, "In summary:")
     assert opened == ids + real_tok.encode("In summary:")  # after the header of the answer
 
@@ -142,7 +145,7 @@ def test_a_base_model_with_a_template_gets_the_plain_text(real_tok):
     base = chat(151643)
     assert real_tok.chat_template and encode_prompt(base, real_tok, "A story.") == real_tok.encode("A story.")
     assert encode_prompt(base, real_tok, "A story.", "So") == real_tok.encode("A story. So")
-    assert litereason.chat_parts(base, real_tok)[2] == 151643
+    assert runs.chat_parts(base, real_tok)[2] == 151643
 
 
 @pytest.mark.parametrize("eos", [151643, [151645, 151643]])
@@ -177,7 +180,7 @@ def test_a_prompt_has_one_bos_and_the_end_of_turn_may_be_the_checkpoints_alone(t
     words.chat_template = "{{ bos_token }}{% for m in messages %}<turn>{{ m['content'] | trim }}<end>\n{% endfor %}<turn>"
     assert encode_prompt(chat(0), words, "ab<end>c") == [bos] + tok.encode("ab<end>c")
     assert encode_prompt(chat([0, end]), words, "ab<end>c") == [bos, turn] + tok.encode("ab<end>c") + [end] + tok.encode("\n") + [turn]
-    assert litereason.chat_parts(chat([0, end]), words)[2] == end and litereason.chat_parts(chat(0), words)[2] == 0
+    assert runs.chat_parts(chat([0, end]), words)[2] == end and runs.chat_parts(chat(0), words)[2] == 0
 
 
 def test_the_tiny_worlds_ids_are_the_words(tok):
@@ -193,8 +196,9 @@ def test_a_gated_model_without_a_token_ends_in_one_line(monkeypatch):
     def refuse(*_, **__):
         raise OSError("You are trying to access a gated repo.\nMake sure to have access to it at https://huggingface.co/google/gemma-3-1b-it.")
 
-    monkeypatch.setattr(litereason, "hub_answers", lambda: True)
-    monkeypatch.setattr(litereason.AutoTokenizer, "from_pretrained", refuse)
-    with pytest.raises(UserError, match="gated on the hub: accept its terms on https://.*/google/gemma-3-1b-it, then `hf auth login`") as e:
+    monkeypatch.setattr(runs, "hub_answers", lambda: True)
+    monkeypatch.setattr(runs.AutoTokenizer, "from_pretrained", refuse)
+    says = "gated on the hub: accept its terms on https://.*/google/gemma-3-1b-it, then `hf auth login`"
+    with pytest.raises(UserError, match=says) as e:
         load("google/gemma-3-1b-it")
     assert "\n" not in str(e.value)

@@ -1,5 +1,7 @@
-"""Nothing in the text drives the machine: 100,000 random token sequences against the tag watcher, prompts and stories that carry
-tags and delimiters, texts made to be slow, and checkpoints that are damaged or want to run code. All seeded and bounded."""
+"""No text and no checkpoint that somebody else made can drive the machine, make it slow, or run code on it.
+
+100,000 random token sequences are read by the tag table and, slowly, by hand; prompts and stories carry tags and
+delimiters; checkpoints are damaged or bring code. All of it is seeded and bounded."""
 import bisect
 import functools
 import itertools
@@ -10,21 +12,30 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 from conftest import ROOT, close, naive, tag, write
 from safetensors.torch import load_file, save_file
 
+from data import boxed, perplexity
 from data.flawed_fictions import quotes, reward, verdict
 from data.next_chapter import plan_of
-from data import boxed, perplexity
-from litereason import (CLOSE, DIGITS, LATENT, OPEN, SPACE, TagWatcher, UserError, attach, insert_latents,
-                        load, parse_tags, save)
+from litereason import (CLOSE, DIGITS, LATENT, OPEN, SPACE, UserError, attach, insert_latents, load, parse_tags, save,
+                        watcher)
 from train_projector import mask_sentences
 
 
-# ---------------------------------------------------------------- the watcher against the rule, read off the bytes
+# ---------------------------------------------------------------- the tag table against the rule, read off the bytes
+def table_of(tok, cap=5):
+    """The table that decoding uses, made once per tokenizer and cap; at its end are ids that no text has."""
+    vocab_size = 151936 if len(tok) > 1000 else len(tok) + 3  # Qwen's own, or conftest's
+    config = types.SimpleNamespace(litereason_max_reasoning_steps=cap, vocab_size=vocab_size)
+    return watcher(types.SimpleNamespace(config=config, device="cpu"), tok)
+
+
+@functools.cache
 def pieces_of(tok):
     """What each vocabulary entry stands for, as bytes, without decoding: a byte-level BPE piece need not be valid UTF-8 on its own."""
     texts = tok.convert_ids_to_tokens(list(range(len(tok))))
@@ -112,9 +123,10 @@ def test_the_watcher_agrees_with_the_slow_reading_of_100000_random_sequences(req
     expected = [by_reading([read[i] for i in s], cap) for s in sequences]
     hits = sum(map(bool, expected))
     assert count / 4 < hits < 3 * count / 4, hits  # neither all tags nor none
-    watch = TagWatcher(tok, cap, len(pieces) + 3, "cpu")
-    assert [(s, f, e) for s, f, e in zip(sequences, fired(watch, sequences), expected) if f != e][:1] == []
-    for s, e in list(zip(sequences, expected))[:1500]:  # the reference is right about what a reader sees, as far as the tokenizer reads
+    answers = zip(sequences, fired(table_of(tok, cap), sequences), expected)
+    assert [(s, f, e) for s, f, e in answers if f != e][:1] == []
+    # The reference is right about what a reader sees, as far as the tokenizer reads.
+    for s, e in list(zip(sequences, expected))[:1500]:
         s = list(itertools.takewhile(lambda i: i < len(pieces), s))
         seen = parse_tags(tok.decode(s, clean_up_tokenization_spaces=False), cap)
         assert [n for _, _, n in seen] == [n for t, n in e if t < len(s)]
@@ -127,13 +139,13 @@ def test_every_merge_of_the_real_vocabulary_around_a_tag_ends_the_tag(real_tok):
     assert len(starts) > 90 and len(ends) > 250  # "(<", " <", "\"><", ..; ">\n\n", "></", ">(", ..
     encode = functools.cache(real_tok.encode)
     sequences = [[i, *encode(OPEN[a:] + "3" + CLOSE[:-b]), j] for (i, a), (j, b) in itertools.product(starts, ends)]
-    assert fired(TagWatcher(real_tok, 5, len(pieces), "cpu"), sequences) == [[(len(s) - 1, 3)] for s in sequences]
+    assert fired(table_of(real_tok), sequences) == [[(len(s) - 1, 3)] for s in sequences]
 
 
 @pytest.mark.parametrize("which", ["tok", "real_tok"])
 def test_thousands_of_digits_spaces_or_open_tags_are_read_like_few(request, which):
     tok = request.getfixturevalue(which)
-    pieces, watch = pieces_of(tok), TagWatcher(tok, 5, len(tok), "cpu")
+    pieces, watch = pieces_of(tok), table_of(tok)
     many = [("9" * 5000, [5]), ("0" * 5000, []), ("0" * 5000 + "4", [4]), (" " * 5000 + "3", [3]), ("3" + "\n" * 5000, [3]), ("3" * 5000 + "٣", []),
             ("3" + " " * 5000 + "3", []), (OPEN * 400 + "3", []), (CLOSE * 400 + "3", []), ((OPEN + "3") * 400, [])]
     for inside, expected in many:
@@ -161,7 +173,7 @@ def test_a_prompt_opens_no_block_not_even_together_with_what_the_policy_writes(m
     continued = [f"3{CLOSE} on", f"{CLOSE} on", "> on", f"{tag(2)} on", "on", "<|im_end|> on", f"{OPEN}1", f"{CLOSE}{tag(0)}"]
     prompts = [p for p in HOSTILE for _ in continued]
     rollouts = write(model, tok, prompts, continued * len(HOSTILE), limit=30)
-    assert [r.n_latents for r in rollouts] == [2 * (c == f"{tag(2)} on") for c in continued] * len(HOSTILE)  # its own tag does, as ever
+    assert [r.n_latents for r in rollouts] == [2 * (c == f"{tag(2)} on") for c in continued] * len(HOSTILE)  # its own tag does, as usual
     assert all(len(r.slots) == 30 and not r.finished and r.text.startswith(c) for r, c in zip(rollouts, continued * len(HOSTILE)))
 
 
@@ -198,11 +210,15 @@ def test_what_stands_in_a_story_never_scores():
 
 # ---------------------------------------------------------------- text that is made to be slow
 @pytest.mark.parametrize("read", [parse_tags, boxed, verdict, quotes, plan_of, None], ids=lambda f: getattr(f, "__name__", "mask_sentences"))
-def test_no_text_takes_long_to_read(tok, read):
+def test_no_text_takes_long_to_read(read):
     """2,048 tokens of real Qwen can be 131,072 dots or spaces: what takes n * n steps would stand still."""
-    n, read = 60_000, read or (lambda text: mask_sentences(random.Random(0), tok, text, 0.1))
+    n = 60_000
+    letters = types.SimpleNamespace(encode=lambda text, **_: list(text))  # a tokenizer takes its time, not ours
+    read = read or (lambda text: mask_sentences(random.Random(0), letters, text, 0.1))
     units = [".", " ", "\n", "#", "# ", "9", "{", "<", "<|", '."', "“", "\\boxed{", "<contradicted_lines>", OPEN, OPEN + "1 "]
-    texts = [start + u * (n // len(u) if len(u) < 3 else 400) + end for u in units for start in ("", "In summary:" + OPEN, "\\boxed{") for end in ("", "x. y. z. w.")]
+    long = [unit * (n // len(unit) if len(unit) < 3 else 400) for unit in units]
+    starts, ends = ("", "In summary:" + OPEN, "\\boxed{"), ("", "x. y. z. w.")
+    texts = [start + middle + end for middle, start, end in itertools.product(long, starts, ends)]
 
     def stop(*_):
         raise TimeoutError("this text takes longer than 3 s of this process")

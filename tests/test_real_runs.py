@@ -1,4 +1,4 @@
-"""The scripts on the real tasks: real stories and the real Qwen2 tokenizer, on a model of random weights that is made to write.
+"""All stages run on the paper's two real tasks: real stories, the real Qwen2 tokenizer, a random model that is made to write.
 
 What is in ../shared is looked for there; where it is absent these tests skip. No number here says anything about a trained model."""
 import json
@@ -10,8 +10,11 @@ import transformers
 from conftest import tag
 from test_real_tasks import jsonl, one_line, run, shared, stories
 
+import data
 import eval as evaluation
 import litereason
+import report
+import runs
 import train_projector
 import train_rl
 from data import flawed_fictions as ff, next_chapter as nc
@@ -23,7 +26,8 @@ EOS = [151645, 151643]  # a chat model: it ends at <|im_end|>
 
 
 @pytest.fixture
-def data(tmp_path, monkeypatch):
+def data_folder(tmp_path, monkeypatch):
+    """A new LITEREASON_DATA, and what a script puts into the task's settings is taken out again."""
     monkeypatch.setenv("LITEREASON_DATA", str(tmp_path / "data"))
     monkeypatch.setattr(nc, "settings", dict(nc.settings))
     return tmp_path / "data"
@@ -58,13 +62,13 @@ def forced(monkeypatch, real_tok):
     decode = litereason._decode
     monkeypatch.setattr(litereason, "_decode", lambda *a: (state.update(at=0), decode(*a))[1])
     monkeypatch.setattr(litereason, "sample", sample)
-    monkeypatch.setattr(litereason, "_load_tokenizer", lambda *_, **__: real_tok)  # its table of tags is built once, not per load
+    monkeypatch.setattr(runs, "_read_tokenizer", lambda *_, **__: real_tok)  # its table of tags is built once, not per load
     monkeypatch.setattr(train_projector, "VERSIONS", 1)
     return script
 
 
-def test_all_stages_of_the_plot_hole_task_run_on_real_stories(tmp_path, data, real_tok, forced, capsys):
-    run(ff_prepare, "--from", shared("flawed_fictions_subset.jsonl"), "--out", data / "flawed_fictions")
+def test_all_stages_of_the_plot_hole_task_run_on_real_stories(tmp_path, data_folder, real_tok, forced, capsys):
+    run(ff_prepare, "--from", shared("flawed_fictions_subset.jsonl"), "--out", data_folder / "flawed_fictions")
     base = random_model(tmp_path / "base", real_tok, 151936, EOS)
     forced("He left at noon. " + tag(2) + " She waited for him. \\boxed{{}}", ("Yes", "No"))
     run(train_rl, "--model", base, "--task", "flawed_fictions", "--device", "cpu", "--max-new-tokens", 60, "--train-prompts", 4, "--prompts", 2,
@@ -86,8 +90,8 @@ def test_all_stages_of_the_plot_hole_task_run_on_real_stories(tmp_path, data, re
     assert got["no_verdict"] == 0 and got["text_tokens"] == 3 and got["truncated"] == 0
 
 
-def test_all_stages_of_the_next_chapter_task_run_on_a_real_book(tmp_path, data, real_tok, forced, capsys):
-    run(nc_prepare, "--from", shared("fairytales_val.jsonl"), "--out", data / "next_chapter", "--story-tokens", 150, "--chapter-tokens", 20)
+def test_all_stages_of_the_next_chapter_task_run_on_a_real_book(tmp_path, data_folder, real_tok, forced, capsys):
+    run(nc_prepare, "--from", shared("fairytales_val.jsonl"), "--out", data_folder / "next_chapter", "--story-tokens", 150, "--chapter-tokens", 20)
     base = random_model(tmp_path / "base", real_tok, 151936, EOS)
     forced(f"The king was old. {tag(1)} His son was not.\nIn summary: the{{}} comes.", (" king", " son"))
     common = ("--task", "next_chapter", "--device", "cpu", "--max-new-tokens", 60, "--n", 2)
@@ -107,11 +111,11 @@ def test_all_stages_of_the_next_chapter_task_run_on_a_real_book(tmp_path, data, 
 
 def test_chapters_written_before_a_stop_are_kept(tmp_path, monkeypatch, model, tok):
     made = iter(["one", "two", "three"])
-    monkeypatch.setattr(evaluation, "generate", lambda *_, **__: [types.SimpleNamespace(text=next(made))])
+    monkeypatch.setattr(report, "generate", lambda *_, **__: [types.SimpleNamespace(text=next(made))])
     task = types.SimpleNamespace(scorer=lambda: (model, tok), chapter_prompt=nc.chapter_prompt)
     rows = [{"book": f"b{i}", "number": i, "story": "s", "chapter": "a | <b>\nc"} for i in (1, 2)]
     with open(tmp_path / "c.md", "w") as f, pytest.raises(StopIteration):
-        evaluation.write_chapters(task, rows, ["plan <1>", "p|2"], 2, {}, f)
+        report.write_chapters(task, rows, ["plan <1>", "p|2"], 2, {}, f)
     text = (tmp_path / "c.md").read_text()
     assert "## b1, 1" in text and "b2" not in text and "| one | two | three | a &#124; &lt;b&gt;<br>c |" in text and "plan &lt;1&gt;" in text
 
@@ -128,28 +132,28 @@ def arguments(**changes):
 
 def test_the_tasks_default_is_that_of_the_models_size(small):
     model, args = load(small, "cpu")[0], arguments()
-    assert evaluation.start_task(args, model, str(small)).__name__ == "data.tiny" and args.task == "tiny"
+    assert data.start_task(args, model, str(small)).__name__ == "data.tiny" and args.task == "tiny"
     large, args = types.SimpleNamespace(parameters=lambda: [torch.empty(10**8, device="meta")]), arguments()
-    assert evaluation.start_task(args, large, "x") is ff and args.task == "flawed_fictions"
+    assert data.start_task(args, large, "x") is ff and args.task == "flawed_fictions"
 
 
-def test_reward_and_scorer_go_to_tasks_with_a_scorer_only(small, data):
+def test_reward_and_scorer_go_to_tasks_with_a_scorer_only(small, data_folder):
     model = load(small, "cpu")[0]
     for flag in ({"reward": "vrcli"}, {"scorer": "tiny"}):
-        one_line("--reward and --scorer are for tasks with a scorer .*; flawed_fictions has none", evaluation.start_task,
+        one_line("--reward and --scorer are for tasks with a scorer .*; flawed_fictions has none", data.start_task,
                  arguments(task="flawed_fictions", **flag), model, str(small))
-    evaluation.start_task(arguments(task="next_chapter", reward="thresholded"), model, str(small))
+    data.start_task(arguments(task="next_chapter", reward="thresholded"), model, str(small))
     assert (nc.settings["reward"], nc.settings["seed"]) == ("thresholded", 3)
     assert not any(p.requires_grad for p in nc.settings["scorer"][0].parameters())
-    evaluation.start_task(arguments(task="next_chapter", scorer="tiny"), model, str(small))
+    data.start_task(arguments(task="next_chapter", scorer="tiny"), model, str(small))
     assert nc.settings["scorer"][0].config.vocab_size != model.config.vocab_size
 
 
-def test_the_step_reaches_the_task_and_evaluation_is_step_0(data, monkeypatch):
+def test_the_step_reaches_the_task_and_evaluation_is_step_0(data_folder, monkeypatch):
     seen = []
     monkeypatch.setattr(nc, "rewards", lambda e, c: seen.append(nc.settings["step"]) or [0.0])
-    evaluation.score(nc, [{}], ["x"], 7)
-    evaluation.score(nc, [{}], ["x"])
+    data.score(nc, [{}], ["x"], 7)
+    data.score(nc, [{}], ["x"])
     assert seen == [7, 0]
 
 
@@ -159,9 +163,9 @@ def test_tables_of_several_runs_average_lists_too(tmp_path):
     for i in (0, 1):
         (tmp_path / str(i)).mkdir()
         (tmp_path / str(i) / "results.json").write_text(json.dumps([{**row, "f1": 0.2 + 0.2 * i, "improvement_ci95": [1.0 + i, 2.0 + i]}]))
-    rows = evaluation.collect([str(tmp_path / "0"), str(tmp_path / "1")])
+    rows = report.collect([str(tmp_path / "0"), str(tmp_path / "1")])
     assert rows[0][1]["improvement_ci95"] == [1.5, 2.5] and rows[0][1]["f1"] == pytest.approx(0.3) and rows[0][1]["runs"] == 2
-    assert evaluation.table(rows).endswith("\nm: improvement_ci95 1.500 to 2.500, f1 0.300")
+    assert report.table(rows).endswith("\nm: improvement_ci95 1.500 to 2.500, f1 0.300")
 
 
 def test_the_forecast_follows_the_flags_and_names_them_when_the_card_is_too_small(monkeypatch):
@@ -169,14 +173,14 @@ def test_the_forecast_follows_the_flags_and_names_them_when_the_card_is_too_smal
                                       num_key_value_heads=2, tie_word_embeddings=True)  # Qwen2.5-1.5B
     with torch.device("meta"):
         whole = transformers.AutoModelForCausalLM.from_config(config)
-        whole.reasoning_projector = litereason.ReasoningProjector.warm_start(whole)
+        whole.reasoning_projector = litereason.ReasoningProjector.start(whole)
     model = types.SimpleNamespace(config=config, bf16=True, parameters=whole.parameters, reasoning_projector=whole.reasoning_projector,
                                   device=torch.device("cuda"))
     card = types.SimpleNamespace(total_memory=80 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
 
     def peak(**changes):
-        text = train_rl.forecast(model, types.SimpleNamespace(**{**train_rl.RELEASED, "offload": False, **changes}), 1700)
+        text = report.forecast(model, types.SimpleNamespace(**{**train_rl.RELEASED, "offload": False, **changes}), 1700)
         return float(text.split("; peak ")[1].split()[0]), text
 
     usual, text = peak()
@@ -189,13 +193,13 @@ def test_the_forecast_follows_the_flags_and_names_them_when_the_card_is_too_smal
 
 
 # ---------------------------------------------------------------- bad input
-def test_unprepared_data_and_stories_that_do_not_fit_end_in_one_line(tmp_path, data, small, tok):
+def test_unprepared_data_and_stories_that_do_not_fit_end_in_one_line(tmp_path, data_folder, small, tok):
     words = ("--model", small, "--task", "flawed_fictions", "--device", "cpu")
     one_line("flawed_fictions/train.jsonl is not there yet; make it with: python data/flawed_fictions/prepare.py", run, train_rl, *words, "--out",
              tmp_path / "o")
     one_line("flawed_fictions/test.jsonl is not there yet", run, evaluation, *words)
     one_line("next_chapter/train.jsonl is not there yet", run, train_projector, *words[:3], "next_chapter", *words[4:], "--out", tmp_path / "o")
-    run(ff_prepare, "--from", jsonl(tmp_path / "a.jsonl", stories(40)), "--out", data / "flawed_fictions")
+    run(ff_prepare, "--from", jsonl(tmp_path / "a.jsonl", stories(40)), "--out", data_folder / "flawed_fictions")
     one_line("prompt 0 has [0-9]+ tokens; with 4000 new ones that is more than the model's 4096 positions: lower --max-new-tokens", run, train_rl,
              *words, "--max-new-tokens", 4000, "--out", tmp_path / "o")
     assert not (tmp_path / "o" / "traces.jsonl").exists()
@@ -210,7 +214,7 @@ def test_the_pace_is_measured_on_this_machine_and_grows_with_the_run(small, tok)
     model, tokenizer = load(small, "cpu")
     args = types.SimpleNamespace(**{**train_rl.RELEASED, "group": 2, "prompts": 4, "rows": 4, "max_new_tokens": 50})
     hours = lambda text: float(text.split("batches: ")[1].split()[0])
-    text = train_rl.pace(model, tokenizer, [[5, 6, 7], [5] * 20], args)
+    text = report.pace(model, tokenizer, [[5, 6, 7], [5] * 20], args)
     args.steps = 10**7
-    assert "180 batches" in text and hours(train_rl.pace(model, tokenizer, [[5] * 20], args)) > hours(text)
+    assert "180 batches" in text and hours(report.pace(model, tokenizer, [[5] * 20], args)) > hours(text)
     assert all(p.grad is None for p in model.parameters())
