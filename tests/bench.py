@@ -11,7 +11,7 @@ process of its own: what ran before decides how the C library's malloc treats la
 (a) decode, short prompts: tiny model, 16 prompts x 8 samples x 64 tokens        against transformers' generate
 (b) decode, long prompts: 1,024 tokens x 8 samples x 64 slots, latents in them    against transformers' generate
 (c) score and back-propagate the same shape                                       against rows padded, each with its own prompt
-(d) make 6 x 3 latents anew in a 1,024-slot row                                   against one pass over the prefix per latent
+(d) make 6 x 3 latents again in a 1,024-slot row                                   against one pass over the prefix per latent
 (e) a GRPO step on the tiny task: sample, score, back-propagate, update           against generate and padded scoring
 (w) prompts that wait: 16 prompts of 256 tokens x 4 through 16 rows, lengths of 24 on average, 96 at most
                                                                                   against our own loop, one batch after the other
@@ -32,12 +32,13 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import litereason
+import runs
 from data import tiny
 from litereason import (LATENT, Rollout, attach, generate, group_advantages, load, logprobs, policy_loss,
                         unroll)
 from runs import TINY
 
-ROWS = {"a": "decode, short prompts", "b": "decode, long prompt", "c": "score + backward", "d": "latents anew", "e": "GRPO step, tiny task",
+ROWS = {"a": "decode, short prompts", "b": "decode, long prompt", "c": "score + backward", "d": "latents again", "e": "GRPO step, tiny task",
         "w": "prompts that wait"}
 NEVER = -7  # a stop token that is never sampled: all rows run to the same length on both sides
 

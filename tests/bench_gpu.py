@@ -3,7 +3,7 @@
     python tests/bench_gpu.py --json results/gpu.json      # all rows, each in a process of its own, on the first CUDA device
     python tests/bench_gpu.py --rows f --device cpu --small        # a toy shape, to see that the harness works
 
-(f) one decoding step of 128 rows (8 prompts of 1,024 tokens x 16), as ever and recorded as a CUDA graph: beside the time to read weights and
+(f) one decoding step of 128 rows (8 prompts of 1,024 tokens x 16), plain and recorded as a CUDA graph: beside the time to read weights and
     cache once at the measured bandwidth (the floor), and beside transformers' generate in bf16
 (g) one GRPO step at the paper's shape (48 prompts x 16 samples, 1,024 + 256 tokens): seconds by phase, peak memory, utilisation of the update;
     from them, on paper, the hours of the paper's plot-hole run (290 stories x 16 x 30 epochs), at 256 slots an answer and at the paper's means,
@@ -23,7 +23,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 import torch
 from transformers import AutoConfig, Qwen2Config, Qwen2ForCausalLM
 
-import litereason
+import runs
 from bench import NEVER, tags_fire, their_generate
 from engine import checkpoint_layers, pack
 from litereason import (LATENT, Rollout, attach, generate, group_advantages, load, logprobs, policy_loss,

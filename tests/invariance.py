@@ -4,8 +4,8 @@
     python tests/invariance.py --n 64 --device cuda
 
 The rollouts are sampled once, in float32. Then each is scored alone, and the same rollouts in every other way that the scripts know:
-all in one batch, in runs of so many positions (litereason.pack), in another order, with the layers' activations computed again, and
-after a resume: rollouts and weights written as a state of train_rl.py, read back into a model loaded anew, each scored alone.
+all in one batch, in runs of so many positions (engine.pack), in another order, with the layers' activations computed again, and
+after a resume: rollouts and weights written as a state of train_rl.py, read back into a model loaded again, each scored alone.
 A cell is max |difference| of a sampled token's log-prob (gradient: of the largest entry, relative to it) from the rollout scored alone
 in the same type. (In float64 too, transformers takes the RMS norm in float32: gradients agree to 1e-7, log-probs to nothing lost.)
 Two rows are no invariance but belong beside it: what sampling itself wrote down, and the distance to float64.
@@ -23,9 +23,8 @@ import torch
 from data import tiny
 from data.tiny import next_chapter
 from engine import checkpoint_layers, compute, pack
-from litereason import generate, load, logprobs
-from runs import read_state
-from train_rl import restore_state, save_state
+from litereason import Rollout, generate, load, logprobs
+from runs import State, read_state
 
 TYPES = {"float64": (torch.float64, False), "float32": (torch.float32, False), "bf16 compute": (torch.float32, True)}
 
@@ -54,11 +53,11 @@ def resumed(model, rollouts, fresh):
     parts = lambda m: [p for n, p in m.named_parameters() if not n.startswith("reasoning_projector.")]
     start = lambda m: torch.optim.AdamW(parts(m))
     with tempfile.TemporaryDirectory() as at:
-        save_state(at, 1, model, parts(model), start(model), rollouts, torch.zeros(len(rollouts)), {})
+        State(1, rollouts, torch.zeros(len(rollouts)), {}).save(at, model, parts(model), start(model))
         with torch.no_grad():
             for p in fresh.parameters():
                 p.zero_()  # what is not read back shows
-        rollouts = restore_state(fresh, parts(fresh), start(fresh), *read_state(at)[1:])[0]
+        rollouts = State.restore(*read_state(at), fresh, parts(fresh), start(fresh), Rollout).rollouts
     fresh.bf16 = model.bf16
     return fresh, rollouts
 

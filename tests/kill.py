@@ -23,7 +23,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import torch
 from safetensors.torch import load_file
 
-import litereason
+import runs
 import train_projector
 import train_rl
 
@@ -31,7 +31,7 @@ torch.set_num_threads(1)
 train_projector.SMALL["k"], train_projector.VERSIONS, train_projector.AT_ONCE = 1, 1, 4  # stage 1 in 120 short batches
 SIZES = ["--device", "cpu", "--n", "2", "--val", "2", "--train-prompts", "8", "--prompts", "4", "--group", "4", "--minibatches", "2",
          "--max-new-tokens", "80", "--save-every", "1", "--show-every", "0", "--trace-prompts", "480"]
-DISK = [(os, "mkdir"), (os, "makedirs"), (os, "rename"), (os, "replace"), (os, "fsync"), (shutil, "rmtree"), (litereason, "save_file")]
+DISK = [(os, "mkdir"), (os, "makedirs"), (os, "rename"), (os, "replace"), (os, "fsync"), (shutil, "rmtree"), (runs, "save_file")]
 
 
 def kill_at(n, half):
@@ -67,7 +67,7 @@ def start(words, log, n=0, half=False):
         sys.argv = ["train_rl.py", *words]
         if n:
             kill_at(n, half)
-        litereason.run_script(train_rl.main)
+        runs.run_script(train_rl.main)
         code = 0
     except SystemExit as e:
         code = e.code
@@ -80,9 +80,9 @@ def start(words, log, n=0, half=False):
 
 def stage(out):
     """Where a run is, by what it has left so far."""
-    if litereason.saved_states(out):
+    if runs.saved_states(out):
         return "RL"
-    return "projector" if litereason.saved_states(os.path.join(out, "stage-2")) else "traces"
+    return "projector" if runs.saved_states(os.path.join(out, "stage-2")) else "traces"
 
 
 def result(out):

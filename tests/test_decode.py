@@ -7,7 +7,6 @@ import torch
 from conftest import LATENTS, LIMIT, PROMPTS, TAGS, TEXTS, close, naive, scripted, tag, write
 
 import engine
-import litereason
 from data import improvement, perplexity
 from litereason import generate, insert_latents, LATENT, logprobs, naive_generate, sample, UserError
 

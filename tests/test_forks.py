@@ -1,15 +1,16 @@
 """Each of the three forks that the README shows touches one place: a new latent step, a new RL rule, a new task.
 
-The latent step is a GRU, whose memory goes from latent to latent within a block; the rules are RLOO and Dr. GRPO; the task is
-a module with three functions. Each is run through decoding, the latent roll-out, scoring and training."""
+The latent step is the README's GRU, whose memory goes from latent to latent within a block; the rules are RLOO and Dr. GRPO;
+the task is a module with three functions. Each is run through decoding, the latent roll-out, scoring and training."""
 import json
+import os
 import sys
 import types
 
 import pytest
 import torch
-from conftest import LIMIT, PROMPTS, TEXTS, close, naive, random_qwen2, scripted, write
-from test_train import gradients, close_gradients, some_number
+from conftest import LIMIT, PROMPTS, ROOT, TEXTS, close, naive, random_qwen2, scripted, write
+from test_train import close_gradients, gradients, some_number
 
 import data
 import litereason
@@ -21,22 +22,18 @@ from runs import UserError
 
 
 # ---------------------------------------------------------------- a latent step: one class and its name
-class GRU(torch.nn.Module):
-    """The README's example: z_{k+1} = W m_{k+1}, m_{k+1} = GRU(h_k, m_k), m_0 = 0."""
+README = open(os.path.join(ROOT, "README.md"), encoding="utf-8").read()
 
-    def __init__(self, width, memory_size=24):
-        super().__init__()
-        self.memory_size = memory_size
-        self.cell = torch.nn.GRUCell(width, memory_size)
-        self.out = torch.nn.Linear(memory_size, width)
 
-    @classmethod
-    def start(cls, model, layers):
-        return cls(model.config.hidden_size).to(model.device, litereason.projector_dtype(model))
+def shown(begins, ends):
+    """The README's own lines from the one that begins so to the one that begins so, run -> the names that they define."""
+    code = begins + README.split("\n" + begins)[1].split("\n" + ends)[0]
+    names = {"torch": torch, "projector_dtype": litereason.projector_dtype}
+    exec(code.replace("memory_size=256", "memory_size=24"), names)
+    return names
 
-    def forward(self, h, memory=None):
-        memory = self.cell(h.to(self.out.weight.dtype), memory)
-        return self.out(memory).to(h.dtype), memory
+
+GRU = shown("class GRU", "PROJECTORS")["GRU"]
 
 
 @pytest.fixture
@@ -171,6 +168,7 @@ def test_rloo_compares_each_rollout_with_the_mean_of_the_others():
     advantages, divisors = RULES["rloo"](REWARDS, TOKENS, 40)
     close(advantages, torch.tensor([[1.0, -1 / 3, -1 / 3, -1 / 3], [-4.0, -4 / 3, 4 / 3, 4.0]]), 1e-6)
     assert divisors.tolist() == [[1] * 4] * 2  # a whole rollout is one action: its tokens' log-probs are summed
+    assert all(torch.equal(a, b) for a, b in zip(shown("def rloo", "RULES")["rloo"](REWARDS, TOKENS, 40), (advantages, divisors)))
 
 
 def test_dr_grpo_divides_neither_by_the_deviation_nor_by_a_rollouts_own_length():

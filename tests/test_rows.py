@@ -162,7 +162,7 @@ def test_a_recorded_step_gives_what_the_step_gives(model, tok, rows, recorded):
     assert len(recorded) < sum(len(times) for times in recorded) / 2, "recorded again and again"
 
 
-def test_a_recording_serves_many_columns_and_is_made_anew_when_they_are_full(tok, recorded, monkeypatch):
+def test_a_recording_serves_many_columns_and_is_made_again_when_they_are_full(tok, recorded, monkeypatch):
     model = with_projector(random_qwen2(len(tok) + 3, tok.eos_token_id))
     monkeypatch.setattr(runs, "stop_tokens", lambda *_: [-7])
     plain, again = [], []
@@ -172,7 +172,7 @@ def test_a_recording_serves_many_columns_and_is_made_anew_when_they_are_full(tok
     assert [len(times) for times in recorded] == [64] * 6 + [15]  # up to 64, 128, .. 384 and 400 columns
 
 
-def test_where_nothing_can_be_recorded_it_runs_as_ever_and_says_so_once(model, tok, capsys):
+def test_where_nothing_can_be_recorded_it_runs_without_and_says_so_once(model, tok, capsys):
     plain, _ = run(model, tok, 6)
     model.graphs = True
     again, _ = run(model, tok, 6)
