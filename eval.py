@@ -15,7 +15,7 @@ penalties: score what the task scores.
     python eval.py --model out/rl --show 20 --html answers.html  # the same as a page, to be unfolded
     python eval.py --model out/rl --alone 20 --json rl.json      # .. and the seconds of an answer decoded alone
     python eval.py --curve rl.json base.json --plot curve.svg    # score against tokens, FLOPs and seconds
-    python eval.py --training out/rl out/grpo --plot t.svg       # reward, tokens, .. against steps and tokens
+    python eval.py --training out/rl out/grpo --plot training.svg   # reward, tokens, .. against steps, tokens
     python eval.py --model out/next --task next_chapter --write 5 --out out/chapters   # the chapters
 """
 import argparse
@@ -30,7 +30,7 @@ from tqdm import tqdm
 import data
 import report
 import runs
-from litereason import ReasoningProjector, UserError, generate, load
+from litereason import UserError, generate, load
 
 
 # ============================================================ what an answer costs

@@ -28,7 +28,7 @@ from runs import UserError
 GIB = 2.0**30
 
 
-# ============================================================================ before a run
+# ============================================================ before a run
 def forecast(model, args, longest, scorer=None):
     """The sizes of a run and the memory that it needs, as text, from the configuration; on CUDA also whether
     it fits and, if not, which flags to change.
@@ -137,7 +137,7 @@ def pace(model, tokenizer, prompts, args, steps=16):
             f"without evaluation and stages 1 and 2")
 
 
-# ============================================================================ during training
+# ============================================================ during training
 def step_line(m, steps):
     """A step of training in one line. m: its metrics (train_rl.metrics says what they are); steps: of the
     whole run."""
@@ -221,7 +221,7 @@ def put_aside(out, step, rollouts, earned, which):
     return path
 
 
-# ============================================================================ tables
+# ============================================================ tables
 def table(rows):
     """rows: [(name, result of eval.evaluate)] -> a table as text, which is Markdown as well, and under it
     what the task itself reports. Its columns:
@@ -348,7 +348,7 @@ def _mean_row(rows):
     return mean
 
 
-# ============================================================================ pictures
+# ============================================================ pictures
 COLOURS = ["#1f5f99", "#c45a00", "#2a7f2a", "#b3261e", "#6f4aa8",  # dark enough for text
            "#7a4b3a", "#b8479b", "#555555", "#7d7d00", "#0f7f8c"]
 COSTS = {  # key of a result: (what it is, in which unit)
@@ -502,7 +502,7 @@ def _draw_run(axes, directory):
                 panel.set(ylim=(-0.02, 1.02))
 
 
-# ============================================================================ an answer as text
+# ============================================================ an answer as text
 def pieces(tokenizer, rollout):
     """A rollout's slots as a list of texts and, where a block of latents stands, of their number."""
     out = []
@@ -565,7 +565,7 @@ def _listed(words):
     return ", ".join(f"{word!r} {value:.2f}" for word, value in words)
 
 
-# ============================================================================ answers as a page
+# ============================================================ answers as a page
 # Light and dark, no script: the Content-Security-Policy forbids any, so that a story cannot bring one even if
 # an escape were forgotten.
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">
@@ -695,7 +695,7 @@ def page(sections):
     return text + "</body></html>\n"
 
 
-# ============================================================================ chapters
+# ============================================================ chapters
 def write_chapters(task, examples, plans, n, sampling, file):
     """For people to read: the frozen LM writes the next chapter of n examples with its plan, without one, and
     with the plan of the next example, in a table beside the true one.

@@ -1,5 +1,5 @@
-"""The controls of eval.py do what their lines say and nothing else, and the paired tests agree with examples worked
-out by hand."""
+"""The controls of eval.py do what their lines say and nothing else, and the paired tests agree with examples
+worked out by hand."""
 import json
 import math
 import types
@@ -107,8 +107,8 @@ def test_k_of_what_the_tags_say_is_the_plain_run(model, tok):
 
 
 def obedient(text, tok, banned):
-    """A `sample` that writes the text token by token, but x where a token is not allowed; which were not is noted in
-    `banned`."""
+    """A `sample` that writes the text token by token, but x where a token is not allowed; `banned` gets those
+    that were not."""
     script = iter(tok.encode(text))
 
     def sample(logits, u, temperature, top_k, top_p):
@@ -122,8 +122,8 @@ def obedient(text, tok, banned):
 
 
 @pytest.mark.parametrize("text, without", [
-    (f"ab{tag(3)}c", ["implicit_"]), (f"a<{tag(2)}", ["implicit_"]), ("a <b> < i </p> <i>implicit_thought 3>", []),
-    (f".{tag(1)}><imp", ["implicit_", "m"])])
+    (f"ab{tag(3)}c", ["implicit_"]), (f"a<{tag(2)}", ["implicit_"]),
+    ("a <b> < i </p> <i>implicit_thought 3>", []), (f".{tag(1)}><imp", ["implicit_", "m"])])
 def test_forbidden_lets_no_tag_begin_and_leaves_all_other_text_alone(model, tok, monkeypatch, text, without):
     banned = []
     monkeypatch.setattr(litereason, "sample", obedient(text, tok, banned))
@@ -157,7 +157,8 @@ def test_a_vocabulary_of_whole_words_and_the_real_one_are_covered(real_tok):
     assert [tiny.decode([i]) for i in watch.starts[watch.classes, 0].nonzero()[:, 0]] == ["<implicit_thought>"]
     watch = tag_table(real_tok, 5, len(real_tok), "cpu")
     after, _ = watch.step(torch.tensor([0]), torch.tensor(real_tok.encode("<")))
-    assert not watch.starts[watch.classes, 0].any()  # no token of Qwen2 begins with "<im" and continues like the tag
+    # No token of Qwen2 begins with "<im" and continues like the tag.
+    assert not watch.starts[watch.classes, 0].any()
     starts = {real_tok.decode([i]) for i in watch.starts[watch.classes, after].nonzero()[:, 0]}
     assert starts == {"im", "imp", "impl", "implicit"}
 

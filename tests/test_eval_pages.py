@@ -1,5 +1,5 @@
-"""What people are shown is right: FLOPs are those that torch counts, curves show the numbers of the files, and the page of answers
-shows every latent and lets no story's HTML through."""
+"""What people are shown is right: FLOPs are those that torch counts, curves show the numbers of the files,
+and the page of answers shows every latent and lets no story's HTML through."""
 import html.parser
 import importlib
 import json
@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import eval as evaluation
 import report
 from eval import evaluate, flops
-from litereason import OPEN, UserError
+from litereason import UserError
 from report import answer_on_page, page, pieces, read_out, readable
 
 TASK = types.SimpleNamespace(prompt=lambda e, latent: e, reward=lambda e, text: float(len(text) % 2))
@@ -22,23 +22,27 @@ TASK = types.SimpleNamespace(prompt=lambda e, latent: e, reward=lambda e, text: 
 
 # ---------------------------------------------------------------- what an answer costs
 def test_flops_are_those_that_torch_counts(model, tok):
-    """Exactly, with prompts of one length and rows that all run to the limit (nothing wasted), once the one difference in convention is
-    taken off: torch counts the prompts' causal attention as the full square."""
+    """Exactly, with prompts of one length and rows that all run to the limit (nothing wasted), once the one
+    difference in convention is taken off: torch counts the prompts' causal attention as the full square."""
     model = model.float()
     prompts, limit = [tok.encode("the story of Karl"), tok.encode("a story of Otto !")], 30
     assert len(prompts[0]) == len(prompts[1]) > 10
-    texts = [f"ab{OPEN}3</implicit_thought>c", "no tag", f"{OPEN}5</implicit_thought>", f"{OPEN}1</implicit_thought>{OPEN}2</implicit_thought>"]
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the CPU's fused kernel is not in torch's books
+    texts = [f"ab{tag(3)}c", "no tag", tag(5), tag(1) + tag(2)]
+    # The CPU's fused attention is not in torch's books.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         got = write(model, tok, prompts, texts, limit, samples=2)
     assert [r.n_latents for r in got] == [3, 0, 5, 3] and all(len(r.slots) == limit for r in got)
     L, config = len(prompts[0]), model.config
-    square = 2 * config.num_hidden_layers * config.hidden_size * (L * L - L)  # what lies above the diagonal; H * d = D here
+    above_the_diagonal = L * L - L
+    square = 2 * config.num_hidden_layers * config.hidden_size * above_the_diagonal  # H * d = D here
     ours = 4 * flops(model, got, samples=2) + 2 * square
     assert counter.get_total_flops() == ours
 
 
 def test_a_latent_costs_the_projector_unless_its_function_says_something_else(rollouts, model):
-    one, latents = sum(2 * p.numel() for p in model.reasoning_projector.parameters()), sum(r.n_latents for r in rollouts) / len(rollouts)
+    one = sum(2 * p.numel() for p in model.reasoning_projector.parameters())
+    latents = sum(r.n_latents for r in rollouts) / len(rollouts)
+    tokens = sum(r.n_tokens for r in rollouts) / len(rollouts)
     own = lambda h, u, k: h
     own.flops = 1000
     base = flops(model, rollouts, 2, "zeros")
@@ -46,20 +50,21 @@ def test_a_latent_costs_the_projector_unless_its_function_says_something_else(ro
     assert more == [latents * one, 0, latents * 1000, latents * one]
     feed = lambda h, token: h
     feed.flops = 10
-    assert flops(model, rollouts, 2, "zeros", feed) - base == 10 * sum(r.n_tokens for r in rollouts) / len(rollouts)
+    assert flops(model, rollouts, 2, "zeros", feed) - base == 10 * tokens
 
 
 def test_costs_stand_in_the_result_before_the_tasks_own_figures(model, tok):
     task = types.SimpleNamespace(report=lambda asked, texts: {"own": 1.0}, **vars(TASK))
     r, rollouts = evaluate(model, tok, task, PROMPTS, max_new_tokens=12, alone=2)
-    assert r["flops"] == flops(model, rollouts) and r["seconds_each"] == r["seconds"] / 4 and r["seconds_alone"] > 0
+    assert r["flops"] == flops(model, rollouts)
+    assert r["seconds_each"] == r["seconds"] / 4 and r["seconds_alone"] > 0
     assert list(r)[-2:] == ["seconds", "own"]  # `table` reads what comes after the seconds as the task's own
     assert "seconds_alone" not in evaluate(model, tok, TASK, PROMPTS, max_new_tokens=12)[0]
 
 
 # ---------------------------------------------------------------- pictures
-ROW = {"accuracy": 0.8, "accuracy_ci95": [0.7, 0.9], "tokens": 100.0, "text_tokens": 90.0, "latent_steps": 10.0, "seconds": 5.0, "n_examples": 50,
-       "samples": 1, "forward_positions": 200.0}
+ROW = {"accuracy": 0.8, "accuracy_ci95": [0.7, 0.9], "tokens": 100.0, "text_tokens": 90.0, "latent_steps": 10.0,
+       "seconds": 5.0, "n_examples": 50, "samples": 1, "forward_positions": 200.0}
 
 
 def results(tmp_path):
@@ -75,8 +80,10 @@ def results(tmp_path):
 def test_results_of_every_shape_are_read_and_runs_of_one_name_averaged(tmp_path):
     rows = dict(report.collect(results(tmp_path)))
     assert list(rows) == ["out/rl", "base", "collected"]
-    assert rows["base"]["runs"] == 2 and rows["base"]["spread"] == [0.6, 0.7] and rows["base"]["accuracy"] == pytest.approx(0.65)
-    assert rows["collected"]["runs"] == 3 and rows["collected"]["spread"] == [0.5, 0.95] and rows["out/rl"]["flops"] == 3e8
+    assert rows["base"]["runs"] == 2 and rows["base"]["spread"] == [0.6, 0.7]
+    assert rows["base"]["accuracy"] == pytest.approx(0.65)
+    assert rows["collected"]["runs"] == 3 and rows["collected"]["spread"] == [0.5, 0.95]
+    assert rows["out/rl"]["flops"] == 3e8
 
 
 def main(monkeypatch, *words):
@@ -105,9 +112,14 @@ def test_nothing_else_needs_matplotlib(tmp_path, monkeypatch, capsys):
     assert sys.modules["eval"] is not evaluation and "| m" in capsys.readouterr().out
 
 
+def needs_matplotlib():
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (requirements.txt leaves it out: "
+                        "only the curves need it)")
+
+
 def drawn(monkeypatch, *words):
     """main() of --curve or --training -> the figure of matplotlib that was saved."""
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed (requirements.txt leaves it out: only the curves need it)")
+    needs_matplotlib()
     kept, save = [], report.save_figure
     monkeypatch.setattr(report, "save_figure", lambda out, path: kept.append(out) or save(out, path))
     main(monkeypatch, *words)
@@ -130,8 +142,11 @@ def test_the_curve_has_a_panel_for_each_cost_that_is_known_and_names_every_row_o
 
 
 def test_names_cover_neither_each_other_nor_a_dot_where_all_rows_stand_together(tmp_path, monkeypatch):
-    rows = [{**ROW, "model": f"a method of a rather long name, {i}", "tokens": 100 + i % 3, "accuracy": 0.8 + 0.001 * i} for i in range(15)]
-    (tmp_path / "m.json").write_text(json.dumps(rows + [{**ROW, "model": "far", "tokens": 180, "accuracy": 0.2}]))
+    name = "a method of a rather long name"
+    rows = [{**ROW, "model": f"{name}, {i}", "tokens": 100 + i % 3, "accuracy": 0.8 + 0.001 * i}
+            for i in range(15)]
+    rows.append({**ROW, "model": "far", "tokens": 180, "accuracy": 0.2})
+    (tmp_path / "m.json").write_text(json.dumps(rows))
     axes = drawn(monkeypatch, "--curve", tmp_path / "m.json", "--plot", tmp_path / "m.png").axes
     for at in axes:
         boxes = [words_of(note) for note in at.texts]
@@ -148,14 +163,18 @@ def words_of(note):
 def test_training_curves_stand_against_steps_and_against_the_tokens_sampled(tmp_path, monkeypatch):
     for name, minibatches in (("a", 1), ("b", 2)):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps({"prompts": 2, "group": 4, "minibatches": minibatches}))
-        lines = [{"step": i, "reward": i / 4, "text_tokens": 25.0, "latent_steps": 5.0, "tag_share": 0.5} for i in (1, 2, 3, 4)]
+        config = {"prompts": 2, "group": 4, "minibatches": minibatches}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        lines = [{"step": i, "reward": i / 4, "text_tokens": 25.0, "latent_steps": 5.0, "tag_share": 0.5}
+                 for i in (1, 2, 3, 4)]
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in lines))
     axes = drawn(monkeypatch, "--training", tmp_path / "a", tmp_path / "b", "--plot", tmp_path / "t.svg").axes
     assert len(axes) == 8 and [len(a.lines) for a in axes] == [2] * 8
     x = [[round(v * 1e6) for v in line.get_xdata()] for line in axes[4].lines]
-    assert x == [[240, 480, 720, 960], [120, 240, 360, 480]]  # 30 tokens, 8 rollouts; two optimiser steps share them in b
-    assert list(axes[1].lines[0].get_ydata()) == [30.0] * 4 and list(axes[0].lines[0].get_xdata()) == [1, 2, 3, 4]
+    # 30 tokens, 8 rollouts; two optimiser steps share them in b.
+    assert x == [[240, 480, 720, 960], [120, 240, 360, 480]]
+    assert list(axes[1].lines[0].get_ydata()) == [30.0] * 4
+    assert list(axes[0].lines[0].get_xdata()) == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("words, says", [
@@ -163,7 +182,7 @@ def test_training_curves_stand_against_steps_and_against_the_tokens_sampled(tmp_
     (("--curve", "one.json", "--plot", "no/where.svg"), "cannot write"), (("--training", "nowhere"), "nowhere"),
     (("--curve", "one.json", "--training", "x"), "choose one")])
 def test_what_cannot_be_drawn_ends_in_one_line(words, says, tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed (requirements.txt leaves it out: only the curves need it)")
+    needs_matplotlib()
     results(tmp_path)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=says) as e:
@@ -173,8 +192,8 @@ def test_what_cannot_be_drawn_ends_in_one_line(words, says, tmp_path, monkeypatc
 
 # ---------------------------------------------------------------- the page
 HOSTILE = '<script>document.title = "x"</script><img src=x onerror="alert(1)"> & </div></details>'
-SUMMARY = {"model": "a <b>", "task": "tiny", "accuracy_ci95": [0.7, 0.9], "accuracy": 0.8, "n_examples": 5, "tokens": 3.0,
-           "text_tokens": 2.0, "latent_steps": 1.0}
+SUMMARY = {"model": "a <b>", "task": "tiny", "accuracy_ci95": [0.7, 0.9], "accuracy": 0.8, "n_examples": 5,
+           "tokens": 3.0, "text_tokens": 2.0, "latent_steps": 1.0}
 
 
 class Reader(html.parser.HTMLParser):
@@ -203,7 +222,8 @@ def test_a_rollout_in_pieces_is_its_text_and_its_latents_in_order(rollouts, tok)
     for r, latents, tags in zip(rollouts, LATENTS, TAGS):
         numbers = [p for p in pieces(tok, r) if isinstance(p, int)]
         assert sum(numbers) == latents and len(numbers) == tags
-    assert readable(tok, rollouts[0]) == f"ab{tag(3)}[3 latents] cd{tag(2)}[2 latents] .<eos>" and readable(tok, rollouts[1]).endswith(" [cut off]")
+    assert readable(tok, rollouts[0]) == f"ab{tag(3)}[3 latents] cd{tag(2)}[2 latents] .<eos>"
+    assert readable(tok, rollouts[1]).endswith(" [cut off]")
 
 
 def test_every_latent_has_its_line_and_every_word_is_read_off_the_model(model, tok, rollouts):
@@ -211,9 +231,11 @@ def test_every_latent_has_its_line_and_every_word_is_read_off_the_model(model, t
     for r, latents, tags in zip(rollouts, LATENTS, TAGS):
         text = answer_on_page(model, tok, task, "", r, 1)
         got = Reader(text)
-        assert got.elements.count("details") == 1 + tags and got.elements.count("tr") == tags + latents and got.elements.count("summary") == 1 + tags
+        assert got.elements.count("details") == got.elements.count("summary") == 1 + tags
+        assert got.elements.count("tr") == tags + latents
         for near, length, said in read_out(model, tok, r.latents):
-            assert f"{length:,.3g}" in got.words and all(f"{p:.2f}" in got.words for _, p in near + said) and len(near) == len(said) == 3
+            assert len(near) == len(said) == 3
+            assert f"{length:,.3g}" in got.words and all(f"{p:.2f}" in got.words for _, p in near + said)
             assert all(1 >= a[1] >= b[1] for words in (near, said) for a, b in zip(words, words[1:]))
         assert "right" in got.words and "gold & co" in got.words
 
@@ -225,13 +247,15 @@ def test_a_story_with_a_script_in_it_is_words_on_the_page_and_nothing_else(model
     assert got.words.count(HOSTILE) == 3 and "a <b>, task tiny" in got.words
     assert not {"script", "img", "link", "iframe"} & set(got.elements)
     assert not [a for a, _ in got.attributes if a in ("src", "href") or a.startswith("on")]
-    assert "url(" not in text and "@import" not in text and "default-src 'none'" in text  # nothing is fetched, nothing is run
+    # Nothing is fetched, nothing is run.
+    assert "url(" not in text and "@import" not in text and "default-src 'none'" in text
 
 
 def test_the_command_writes_the_page_and_prints_the_table(tmp_path, monkeypatch, capsys):
     main(monkeypatch, "--n", 4, "--show", 3, "--max-new-tokens", 60, "--html", tmp_path / "a.html")
     said, got = capsys.readouterr().out, Reader((tmp_path / "a.html").read_text(encoding="utf-8"))
-    assert got.elements.count("article") == 3 and ">>>" not in said and "| tiny |" in said and "tiny, task tiny" in got.words
+    assert got.elements.count("article") == 3 and "tiny, task tiny" in got.words
+    assert ">>>" not in said and "| tiny |" in said
     with pytest.raises(UserError, match="--show"):
         main(monkeypatch, "--n", 4, "--html", tmp_path / "b.html")
     with pytest.raises(UserError, match="cannot write"):
