@@ -1,25 +1,30 @@
-"""The other methods of the paper's table, each in its smallest honest form: same data, same loop, same counting of tokens.
+"""The other methods of the paper's table, each in its smallest honest form: same data, same loop, same
+counting of tokens.
 
-    method          what is fed where no token is sampled     begins     ends                                   training
-    soft-thinking   the mean embedding of the likeliest words  at once    the answer's first word is likeliest    none
-    moi             (every token is fed mixed with its rivals) never                                              none
-    coconut         the last hidden state itself               at once    after a fixed number                    SFT in stages
-    colar           a draw from N(mu(h), sigma(h))             at once    the LM head draws the answer's word     SFT, then GRPO
+    method          fed where no token is sampled        a block ends when                      training
+    soft-thinking   the mean embedding of likely words   the answer's first word is likeliest   none
+    moi             (every token, mixed with rivals)     (there are no blocks)                  none
+    coconut         the last hidden state itself         a fixed number has been run            SFT in stages
+    colar           a draw from N(mu(h), sigma(h))       the LM head draws the answer's word    SFT, then GRPO
 
-All of them are `generate` of litereason.py with another latent step and another rule for where a block begins and ends (its arguments
-latent, start, leave, feed). They get the plain prompt, no tags. The rest of the table is train_rl.py: RL without latents (--method grpo),
-with a length penalty (--overlong-buffer), the tag without a projector (--method tag), pause tokens (--projector pause), a
-projector from random numbers (--projector random) and one that is never refreshed (--no-refresh).
+All of them are `generate` of litereason.py with another latent step and other rules for where a block begins
+and ends (its arguments latent, start, leave, feed); a block begins at the answer's first position. They get
+the plain prompt, no tags. The rest of the table is train_rl.py: RL without latents (--method grpo), with a
+length penalty (--overlong-buffer), the tag without a projector (--method tag), pause tokens (--projector
+pause), a projector from random numbers (--projector random) and one that is never refreshed (--no-refresh).
 
-Left out, and why: (1) special tokens around a block: the tiny world has no room for new words, and the answer's first word (of
-task.ANSWER) ends a block as well. (2) Each method's own sampling: all are compared at temperature 1, nothing cut, as the policy that RL
-trains; --temperature changes it. (3) LoRA: the base is trained whole, as the paper's author did.
+Left out, and why: (1) special tokens around a block: the tiny world has no room for new words, and the
+answer's first word (of task.ANSWER) ends a block as well. (2) Each method's own sampling: all are compared at
+temperature 1, nothing cut, as the policy that RL trains; --temperature changes it. (3) LoRA: the base is
+trained whole, as the paper's author did.
 
-    python baselines.py --method soft-thinking --out out/soft-thinking      # training-free: 10 seconds on one core
-    python baselines.py --method coconut --out out/coconut                  # SFT on own traces
-    python baselines.py --method colar --out out/colar                      # SFT on own traces, then GRPO
+    python baselines.py --method soft-thinking --out out/soft-thinking    # training-free: 10 seconds on a core
+    python baselines.py --method coconut --out out/coconut                # SFT on own traces
+    python baselines.py --method colar --out out/colar                    # SFT on own traces, then GRPO
 """
 import argparse
+import functools
+import itertools
 import json
 import math
 import os
@@ -29,109 +34,159 @@ import time
 import torch
 from tqdm import tqdm
 
-from data import score, start_task, task_flags
-from engine import pack, token_logprobs
+import data
+import engine
+import report
+import runs
 from eval import evaluate
-from litereason import LATENT, Rollout, UserError, generate, group_advantages, load, logprobs, policy_loss, projector_loss, states
-from report import table
-from runs import base_of, chat_parts, check_arguments, device_flags, encode_prompt, is_small, lock, run_script, save, write_json
+from litereason import (LATENT, Rollout, UserError, generate, group_advantages, load, logprobs, policy_loss,
+                        projector_loss, states)
 from train_projector import SENTENCE, split_answer
 
-# The papers' settings (Coconut and CoLaR as LiteReason's author ran them on plot holes), and what a small model trained from scratch wants.
-RELEASED = {"prompts": None, "batch": 128, "coconut_lr": 5e-5, "stages": 5, "per_stage": 2, "colar_lr": 1e-4, "colar_epochs": 50, "rl_lr": 5e-7,
-            "rl_steps": 180, "rl_prompts": 48, "max_new_tokens": 2048}
-SMALL = {"prompts": 160, "batch": 32, "coconut_lr": 3e-4, "stages": 8, "per_stage": 2, "colar_lr": 1e-3, "colar_epochs": 12, "rl_lr": 1.5e-4,
-         "rl_steps": 48, "rl_prompts": 16, "max_new_tokens": 160}
+# The papers' settings (Coconut and CoLaR as LiteReason's author ran them on plot holes), and what a small
+# model trained from scratch needs.
+RELEASED = {"prompts": None, "batch": 128, "coconut_lr": 5e-5, "stages": 5, "per_stage": 2, "colar_lr": 1e-4,
+            "colar_epochs": 50, "rl_lr": 5e-7, "rl_steps": 180, "rl_prompts": 48, "max_new_tokens": 2048}
+SMALL = {"prompts": 160, "batch": 32, "coconut_lr": 3e-4, "stages": 8, "per_stage": 2, "colar_lr": 1e-3,
+         "colar_epochs": 12, "rl_lr": 1.5e-4, "rl_steps": 48, "rl_prompts": 16, "max_new_tokens": 160}
+TRACES = 5  # sampled per train prompt
+GROUP = 16  # rollouts per prompt in CoLaR's GRPO
+COMPRESSION = 5  # reasoning tokens that become one latent of CoLaR
+MOST_LATENTS = 64  # of a CoLaR answer, as released
 
 
-# ============================================================================ without training
+# ============================================================ Soft Thinking (arXiv 2505.15778)
 def predicted(model, h):
     """log p of the next word for states h (n, D) -> (n, V), in fp32 or better."""
     logits = model.lm_head(h)
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits.log_softmax(-1)
 
 
 def soft_thinking(model, end, top_k=10, certain=0.01, patience=256, temperature=1.0):
-    """Soft Thinking (arXiv 2505.15778): while it thinks, the next input is sum_i p_i E[i] over the top_k likeliest words. It stops thinking
-    when the likeliest word is `end`, or when the entropy (nats) has been below `certain` for `patience` steps ("cold stop").
+    """Thinking in mixtures of words, without training -> arguments for `generate`.
 
-    Ours: `end` stands for </think>, which the models here never write; it is put down in either case."""
-    table, calm = model.get_input_embeddings(), {}
+    The paper: while the model thinks, the next input is sum_i p_i E[i] over the top_k likeliest words. It
+    stops thinking when the likeliest word is </think>, or when the entropy (nats) has been below `certain`
+    for `patience` steps in a row ("cold stop"). Ours: the word `end` stands for </think>, which the models
+    here never write; in either case `end` is the word that follows the block."""
+    embed = model.get_input_embeddings()
+    certain_steps = torch.zeros(0, dtype=torch.long, device=model.device)  # in a row, of each rollout so far
 
     def step(h, *_):
-        logp, word = predicted(model, h).topk(min(top_k, model.config.vocab_size))  # (n, top_k) each
+        n_words = min(top_k, model.config.vocab_size)
+        logp, word = predicted(model, h).topk(n_words)  # (n, top_k) each
         p = (logp / temperature).softmax(-1)
-        return (p.to(h.dtype)[..., None] * table(word)).sum(1)  # (n, D)
-
-    step.flops = 2 * model.lm_head.weight.numel()  # for eval.flops
+        return (p.to(h.dtype)[..., None] * embed(word)).sum(1)  # (n, D)
 
     def leave(h, drawn, row, taken):
+        nonlocal certain_steps
         logp = predicted(model, h)  # (n, V)
-        sure = -(logp.exp() * logp).sum(-1) < certain  # (n,)
-        steps = calm.get("steps", row[:0])  # sure steps in a row, of every rollout so far; rows may begin late, so it grows
-        calm["steps"] = steps = torch.cat([steps, steps.new_zeros(max(0, int(row.max()) + 1 - len(steps)))])
-        steps[row] = torch.where(sure, torch.where(taken > 0, steps[row], 0) + 1, 0)  # taken = 0: a rollout begins, maybe of another call
-        return torch.where((logp.argmax(-1) == end) | (steps[row] >= patience), end, LATENT)
+        entropy = -(logp.exp() * logp).sum(-1)  # (n,)
 
+        # Rollouts may begin late, so the list of counts grows.
+        lacking = max(0, int(row.max()) + 1 - len(certain_steps))
+        certain_steps = torch.cat([certain_steps, certain_steps.new_zeros(lacking)])
+        before = certain_steps[row]  # (n,)
+        before = torch.where(taken > 0, before, 0)  # taken = 0: a rollout begins, maybe of another call
+        certain_steps[row] = torch.where(entropy < certain, before + 1, 0)
+
+        is_likeliest = logp.argmax(-1) == end  # (n,)
+        is_certain = certain_steps[row] >= patience  # (n,)
+        return torch.where(is_likeliest | is_certain, end, LATENT)
+
+    step.flops = 2 * model.lm_head.weight.numel()  # for eval.flops
     return {"latent": step, "leave": leave}
 
 
+# ============================================================ Mixture of Inputs (arXiv 2505.14827)
 def mixture_of_inputs(model, beta=1.0):
-    """MoI (arXiv 2505.14827): a word is sampled as ever, but what is fed is the mean embedding under the posterior of a Dirichlet prior
-    that follows the distribution p it was drawn from: w_i = (H p_i + (beta + 1 - H) [i is the word]) / (beta + 1), H in 0..1."""
-    table = model.get_input_embeddings()
+    """Every sampled word is fed mixed with its rivals, without training -> arguments for `generate`.
+
+    The paper: a word is sampled as usual from p, but what is fed is the mean embedding under the posterior
+    of a Dirichlet prior that follows p: w_i = (H p_i + (beta + 1 - H) [i is the word]) / (beta + 1), with H
+    the entropy of p, 0 to 1. Ours is the same."""
+    embed = model.get_input_embeddings()
 
     def feed(h, token):
         logp = predicted(model, h)  # (n, V)
         p = logp.exp()
-        H = -(p * logp).sum(-1, keepdim=True) / math.log(p.shape[-1])  # (n, 1) entropy, 1 if all words are alike
-        every = table(torch.arange(p.shape[-1], device=h.device))  # (V, D)
-        return (H.to(h.dtype) * (p.to(h.dtype) @ every) + (beta + 1 - H).to(h.dtype) * table(token)) / (beta + 1)
+        V = p.shape[-1]
+        entropy = -(p * logp).sum(-1, keepdim=True)  # (n, 1)
+        H = entropy / math.log(V)  # 1 if all words are equally likely
+        all_words = embed(torch.arange(V, device=h.device))  # (V, D)
+        expected = p.to(h.dtype) @ all_words  # (n, D)
+        mixed = H.to(h.dtype) * expected + (beta + 1 - H).to(h.dtype) * embed(token)
+        return mixed / (beta + 1)
 
-    feed.flops = 2 * table.weight.numel()  # beside the LM head, which is counted for every word
+    feed.flops = 2 * embed.weight.numel()  # beside the LM head, which is counted for every word
     return {"feed": feed}
 
 
-# ============================================================================ what the trained ones share
+# ============================================================ what the trained methods share
 def own_traces(model, tokenizer, task, examples, k, max_new_tokens, seed):
-    """Stage 1 of the paper with the plain prompt: the base's own rewarded answers -> [(prompt ids, reasoning, answer)], tokens sampled."""
-    traces, spent, generator = [], 0, torch.Generator().manual_seed(seed)
+    """Stage 1 of LiteReason with the plain prompt: k samples per prompt, those with a reward are kept.
+
+    -> ([(prompt ids, reasoning, answer)], tokens sampled). UserError if no sample earned a reward."""
+    marker = getattr(task, "ANSWER", "\\boxed{")
+    generator = torch.Generator().manual_seed(seed)
+    traces = []
+    spent = 0
     for i in tqdm(range(0, len(examples), 32), desc="traces", leave=False):
-        part = examples[i : i + 32]
-        prompts = [encode_prompt(model, tokenizer, task.prompt(e, False)) for e in part]
-        got = generate(model, tokenizer, prompts, k, max_new_tokens, temperature=0.7, top_p=0.8, top_k=20, latent="none", generator=generator)
-        spent += sum(len(r.slots) for r in got)
-        for r, reward in zip(got, score(task, [part[r.prompt] for r in got], [r.text for r in got])):
-            reasoning, answer = split_answer(r.text, getattr(task, "ANSWER", "\\boxed{"))
-            if reward > 0 and r.finished and reasoning.strip():
-                traces.append((r.prompt_ids, reasoning, answer))
+        some = examples[i : i + 32]
+        prompts = [runs.encode_prompt(model, tokenizer, task.prompt(example, False)) for example in some]
+        rollouts = generate(model, tokenizer, prompts, k, max_new_tokens, latent="none", generator=generator,
+                            temperature=0.7, top_p=0.8, top_k=20)
+        spent += sum(len(rollout.slots) for rollout in rollouts)
+        for rollout, reward in zip(rollouts, rewards_of(task, some, rollouts)):
+            reasoning, answer = split_answer(rollout.text, marker)
+            if reward > 0 and rollout.finished and reasoning.strip():
+                traces.append((rollout.prompt_ids, reasoning, answer))
     if not traces:
-        raise UserError("no sampled answer earned a reward: there is nothing to train on (give more --prompts, or a stronger --model)")
-    print(f"kept {len(traces)} of {k * len(examples)} traces (reward > 0), {spent:,} tokens sampled", flush=True)
+        raise UserError("no sampled answer earned a reward: there is nothing to train on (give more "
+                        "--prompts, or a stronger --model)")
+    print(f"kept {len(traces)} of {k * len(examples)} traces (reward > 0), {spent:,} tokens sampled",
+          flush=True)
     return traces, spent
 
 
+def rewards_of(task, examples, rollouts, step=0):
+    """The rewards of rollouts of these examples' prompts -> list of floats. step: of the training."""
+    asked = [examples[rollout.prompt] for rollout in rollouts]
+    texts = [rollout.text for rollout in rollouts]
+    return data.score(task, asked, texts, step)
+
+
+def plain_encoder(tokenizer):
+    """text -> token ids, with no special token added or recognised."""
+    return functools.partial(tokenizer.encode, add_special_tokens=False, split_special_tokens=True)
+
+
 def epochs(rows, batch, seed):
-    """Whole batches of rows, anew shuffled for each epoch, for ever."""
+    """Whole batches of rows, shuffled again for each epoch, without end."""
     rng = random.Random(seed)
+    n = len(rows)
     while True:
-        order = rng.sample(range(len(rows)), len(rows))
-        for i in range(0, max(1, len(rows) - batch + 1), batch):
-            yield [rows[j] for j in order[i : i + batch]]
+        order = rng.sample(range(n), n)
+        for start in range(0, max(1, n - batch + 1), batch):
+            yield [rows[i] for i in order[start : start + batch]]
 
 
 def descend(optimizer):
     """One step with the gradient clipped at 1; a gradient that is not finite is dropped."""
-    if torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0).isfinite():
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if torch.nn.utils.clip_grad_norm_(parameters, 1.0).isfinite():
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
 
 def base_parameters(model):
-    return [p for n, p in model.named_parameters() if not n.startswith("reasoning_projector.")]
+    """All but the projector's, which these methods have no use for."""
+    named = model.named_parameters()
+    return [p for name, p in named if not name.startswith("reasoning_projector.")]
 
 
-# ============================================================================ Coconut (arXiv 2412.06769)
+# ============================================================ Coconut (arXiv 2412.06769)
 def feed_back(h, *_):
     """Coconut's latent step: the next input is the last hidden state."""
     return h
@@ -139,212 +194,434 @@ def feed_back(h, *_):
 
 feed_back.flops = 0
 
-def train_coconut(model, tokenizer, traces, cfg, budget, seed):
-    """Stage s: the first s reasoning sentences of each trace are deleted and s latents put at the answer's beginning; after the last
-    stage all reasoning goes. Cross-entropy on the text that is left, back-propagated through the latents; a fresh optimiser per stage.
 
-    Ours: one latent per sentence (the paper's maths has two, the author's plot-hole runs one). -> the number of latents to begin with."""
-    end = chat_parts(model, tokenizer)[2]
-    encode = lambda text: tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-    none = torch.zeros(0, model.config.hidden_size)
+def train_coconut(model, tokenizer, traces, cfg, budget, seed):
+    """Trains the base to think in its own hidden states -> the number of latents that an answer begins with.
+
+    The paper: in stage s the first s reasoning sentences of each trace are deleted and latents put at the
+    answer's beginning; after the last stage all reasoning is deleted. Cross-entropy on the text that is
+    left, back-propagated through the latents; a new optimiser per stage. Ours: one latent per sentence (the
+    paper's maths has two, the author's plot-hole runs one). budget: positions per forward pass."""
+    steps = cfg["per_stage"] * max(1, len(traces) // cfg["batch"])
     for stage in tqdm(range(cfg["stages"] + 2), desc="coconut, stages", leave=False):
-        rows, latents = [], min(stage, cfg["stages"])
-        for prompt, reasoning, answer in traces:
-            sentences = [s for s in SENTENCE.findall(reasoning) if s.strip()]
-            left = "" if stage > cfg["stages"] else "".join(sentences[stage:])
-            rows.append(Rollout(prompt, [LATENT] * latents + encode((left + " " + answer).strip()) + [end], none))
+        rows = coconut_rows(model, tokenizer, traces, stage, cfg["stages"])
         optimizer = torch.optim.AdamW(base_parameters(model), lr=cfg["coconut_lr"], weight_decay=0.01)
         batches = epochs(rows, cfg["batch"], f"{seed} {stage}")
-        for _ in range(cfg["per_stage"] * max(1, len(rows) // cfg["batch"])):
-            batch = next(batches)
-            tokens = sum(r.n_tokens for r in batch)
-            for part in pack(batch, budget):
-                some = [batch[i] for i in part]
-                loss = projector_loss(model, some, feed_back)[0] if latents else -logprobs(model, some)[0].sum()
-                (loss / tokens).backward()
+        for batch in itertools.islice(batches, steps):
+            add_coconut_gradients(model, batch, budget)
             descend(optimizer)
     return cfg["stages"]
 
 
-# ============================================================================ CoLaR (arXiv 2505.16552)
-class LatentHead(torch.nn.Module):
-    """From the last hidden state h (n, D) the mean and the deviation, (n, D) each, of the next latent, in units of the embeddings' spread."""
+def coconut_rows(model, tokenizer, traces, stage, last_stage):
+    """The traces as they are trained on in a stage: latents, the sentences that are left, the answer, the
+    end of the turn."""
+    encode = plain_encoder(tokenizer)
+    _, _, end = runs.chat_parts(model, tokenizer)
+    no_latents = torch.zeros(0, model.config.hidden_size)  # they are made in the forward pass
+    rows = []
+    for prompt, reasoning, answer in traces:
+        sentences = SENTENCE.findall(reasoning)
+        sentences = [sentence for sentence in sentences if sentence.strip()]
+        left = sentences[stage:] if stage <= last_stage else []
+        text = ("".join(left) + " " + answer).strip()
+        slots = [LATENT] * min(stage, last_stage) + encode(text) + [end]
+        rows.append(Rollout(prompt, slots, no_latents))
+    return rows
 
-    def __init__(self, D):
+
+def add_coconut_gradients(model, batch, budget):
+    """Cross-entropy on the text of the rows, mean over the batch's tokens. All rows have equally many
+    latents."""
+    tokens = sum(row.n_tokens for row in batch)
+    for part in engine.pack(batch, budget):
+        some = [batch[i] for i in part]
+        if some[0].n_latents:
+            loss, _ = projector_loss(model, some, feed_back)
+        else:
+            logp, _ = logprobs(model, some)  # (b, S)
+            loss = -logp.sum()
+        (loss / tokens).backward()
+
+
+# ============================================================ CoLaR (arXiv 2505.16552): its latents
+class LatentHead(torch.nn.Module):
+    """From the last hidden state h (n, D) to a normal distribution over the next latent: its mean and
+    deviation, (n, D) each.
+
+    They are in units of `spread`, the deviation of the model's embeddings."""
+
+    def __init__(self, D, spread):
         super().__init__()
         linear = torch.nn.Linear
+        self.spread = spread
         self.trunk = torch.nn.Sequential(linear(D, D), torch.nn.GELU(), linear(D, D), torch.nn.LayerNorm(D))
-        self.mean, self.log_std = linear(D, D), linear(D, D)
+        self.mean = linear(D, D)
+        self.log_std = linear(D, D)
 
     def forward(self, h):
         h = self.trunk(h.to(self.mean.weight.dtype))
         return self.mean(h), self.log_std(h).exp()
 
     def logprob(self, h, z):
-        """Of latents z (n, D), per dimension (CoLaR's average) -> (n,)."""
+        """log-density of z (n, D), latents in units of the spread, mean over the dimensions (as CoLaR has
+        it) -> (n,)."""
         mean, std = self(h)
         return torch.distributions.Normal(mean, std).log_prob(z.to(mean.dtype)).mean(-1)
 
 
 def normal_numbers(u, k, D):
-    """(n, D) standard normal numbers that depend on a row's u and k (n,) only, hence not on its batch: a hash (splitmix64) and Box-Muller."""
-    x = ((u * 2**40).long() * 65_537 + k)[:, None] * 1_000_003 + torch.arange(2 * D, device=u.device)  # (n, 2 D)
+    """(n, D) standard normal numbers that depend on a row's u and k (n,) only, hence not on its batch.
+
+    u: 0 to 1, k: whole numbers. A hash (splitmix64) of (u, k, place) gives two uniform numbers each,
+    Box-Muller a normal one."""
+    seed = (u * 2**40).long() * 65_537 + k  # (n,)
+    place = torch.arange(2 * D, device=u.device)
+    x = seed[:, None] * 1_000_003 + place  # (n, 2 D)
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685), (31, 1)):
-        x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor
-    a, b = ((x >> 11 & (1 << 53) - 1).double() + 0.5).div(2**53).split(D, 1)
-    return (-2 * a.log()).sqrt() * (2 * math.pi * b).cos()
+        mask = (1 << 64 - shift) - 1  # makes >> a shift of unsigned numbers
+        x = x ^ (x >> shift & mask)
+        x = x * factor
+    bits = x >> 11 & (1 << 53) - 1
+    uniform = (bits.double() + 0.5).div(2**53)
+    a, b = uniform.split(D, 1)
+    radius = (-2 * a.log()).sqrt()
+    return radius * (2 * math.pi * b).cos()
 
 
-def colar(model, head, spread, end):
-    """How CoLaR decodes: latents from the first position on, until the LM head draws the answer's first word."""
+def colar(model, head, end):
+    """How CoLaR decodes: latents from the first position on, until the LM head draws the answer's first
+    word, `end`.
+
+    -> arguments for `generate`."""
 
     def step(h, u, k):
         mean, std = head(h)
-        return ((mean + std * normal_numbers(u, k, h.shape[1]).to(mean)) * spread).to(h.dtype)
+        z = mean + std * normal_numbers(u, k, h.shape[1]).to(mean)
+        return (z * head.spread).to(h.dtype)
 
-    step.flops = 2 * (model.lm_head.weight.numel() + sum(p.numel() for p in head.parameters()))
-    return {"latent": step, "leave": lambda h, drawn, row, taken: torch.where((drawn == end) & (taken > 0), drawn, LATENT)}
+    def leave(h, drawn, row, taken):
+        return torch.where((drawn == end) & (taken > 0), drawn, LATENT)
+
+    weights = sum(p.numel() for p in head.parameters())
+    step.flops = 2 * (model.lm_head.weight.numel() + weights)
+    return {"latent": step, "leave": leave}
 
 
-def sft_colar(model, tokenizer, head, spread, traces, cfg, budget, seed, r=5):
-    """Each r reasoning tokens become one latent, the sum of their embeddings / sqrt(r). At a latent's place the LM head learns a random one
-    of its tokens, and the latent head the latent itself: the squared error of a draw, E (mu + sigma e - z)^2 = (mu - z)^2 + sigma^2.
+# ============================================================ CoLaR: supervised
+def sft_colar(model, tokenizer, head, traces, cfg, budget, seed):
+    """Trains base and head to reason in latents that stand for several tokens each.
 
-    Ours: r is always 5 (the paper draws it from 1 to 5 and says it in the prompt), and latents are constants for the embeddings."""
-    end, embed = chat_parts(model, tokenizer)[2], model.get_input_embeddings()
-    encode = lambda text: tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-    rows = [(prompt, encode(reasoning.strip()), encode(answer.strip()) + [end]) for prompt, reasoning, answer in traces]
-    optimizer = torch.optim.AdamW(base_parameters(model) + list(head.parameters()), lr=cfg["colar_lr"], weight_decay=0.01)
-    batches, rng, said = epochs(rows, cfg["batch"], seed), random.Random(seed), []
-    for _ in tqdm(range(cfg["colar_epochs"] * max(1, len(rows) // cfg["batch"])), desc="colar, SFT", leave=False):
-        batch, members = [], []
+    The paper: each r reasoning tokens become one latent, the sum of their embeddings / sqrt(r). At a
+    latent's place the LM head learns one of its tokens, drawn by chance, and the latent head the latent
+    itself. Ours: r is always 5 (the paper draws it from 1 to 5 and says it in the prompt), and latents are
+    constants for the embeddings. budget: positions per forward pass."""
+    rows = colar_rows(model, tokenizer, traces)
+    parameters = base_parameters(model) + list(head.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=cfg["colar_lr"], weight_decay=0.01)
+    batches = epochs(rows, cfg["batch"], seed)
+    rng = random.Random(seed)
+    costs = []  # nats of the latest words of answers
+    steps = cfg["colar_epochs"] * max(1, len(rows) // cfg["batch"])
+    for _ in tqdm(range(steps), desc="colar, SFT", leave=False):
+        batch = []
+        targets = []  # what the LM head learns, for each slot of a row
         for prompt, thought, answer in next(batches):
-            groups = [thought[i : i + r] for i in range(0, len(thought), r)]
-            with torch.no_grad():
-                flat, owner = torch.tensor(thought, device=model.device), torch.arange(len(thought), device=model.device) // r
-                z = torch.zeros(len(groups), embed.embedding_dim, device=model.device).index_add(0, owner, embed(flat).float())  # (groups, D)
-                z = z / torch.tensor([[len(g) ** 0.5] for g in groups], device=model.device)
-            batch.append(Rollout(prompt, [LATENT] * len(groups) + answer, z))
-            members.append([rng.choice(g) for g in groups] + answer)
-        words, latents = sum(map(len, members)), sum(r.n_latents for r in batch)
-        for part in pack(batch, budget):
-            some = [batch[i] for i in part]
-            h, slots, valid = states(model, some)  # (b, S, D), (b, S), (b, S)
-            targets = torch.tensor([t for i in part for t in members[i]], device=model.device)  # of all valid slots, row by row
-            mean, std = head(h[valid & (slots == LATENT)])
-            gold = torch.cat([r.latents for r in some]).to(mean) / spread
-            logp = token_logprobs(model, h[valid], targets)
-            loss = -logp.sum() / words + ((mean - gold).square() + std.square()).mean(-1).sum() / latents
-            loss.backward()
-            said += (-logp[slots[valid] != LATENT]).tolist()  # the words of the answers
+            slots = [LATENT] * len(thought) + answer
+            batch.append(Rollout(prompt, slots, compress(model, thought)))
+            drawn = [rng.choice(tokens) for tokens in thought]
+            targets.append(drawn + answer)
+        costs += add_sft_gradients(model, head, batch, targets, budget)
+        costs = costs[-2000:]
         descend(optimizer)
-        said = said[-2000:]
-    print(f"colar, SFT: after the latents of its own trace a word of the answer costs {sum(said) / len(said):.4f} nats at the end", flush=True)
+    mean = sum(costs) / len(costs)
+    print(f"colar, SFT: after the latents of its own trace a word of the answer costs {mean:.4f} nats at the "
+          f"end", flush=True)
 
 
-def rl_colar(model, tokenizer, task, head, spread, examples, cfg, decode, budget, seed, log):
-    """GRPO in which latents are actions: their Gaussian log-prob counts, beside the answer's. -> tokens sampled."""
-    prompts = [encode_prompt(model, tokenizer, task.prompt(e, False)) for e in examples]
-    optimizer = torch.optim.AdamW(base_parameters(model) + list(head.parameters()), lr=cfg["rl_lr"], betas=(0.9, 0.95), weight_decay=0.0)
-    per_epoch, G, spent = max(1, len(examples) // cfg["rl_prompts"]), 16, 0
+def colar_rows(model, tokenizer, traces):
+    """The traces as [(prompt ids, [the tokens of each latent], the answer's tokens and the end of the
+    turn)]."""
+    encode = plain_encoder(tokenizer)
+    _, _, end = runs.chat_parts(model, tokenizer)
+    rows = []
+    for prompt, reasoning, answer in traces:
+        tokens = encode(reasoning.strip())
+        starts = range(0, len(tokens), COMPRESSION)
+        thought = [tokens[start : start + COMPRESSION] for start in starts]
+        rows.append((prompt, thought, encode(answer.strip()) + [end]))
+    return rows
+
+
+@torch.no_grad()
+def compress(model, thought):
+    """One latent for each list of tokens: the sum of their embeddings / sqrt(their number) -> (latents,
+    D)."""
+    embed = model.get_input_embeddings()
+    n = len(thought)
+    tokens = torch.tensor(list(itertools.chain(*thought)), device=model.device)  # (tokens,)
+    sizes = torch.tensor([len(own) for own in thought], device=model.device)  # (latents,)
+    owner = torch.arange(n, device=model.device)
+    owner = owner.repeat_interleave(sizes)  # (tokens,) the latent of each
+    sums = torch.zeros(n, embed.embedding_dim, device=model.device)
+    sums = sums.index_add(0, owner, embed(tokens).float())
+    return sums / sizes.sqrt()[:, None]
+
+
+def add_sft_gradients(model, head, batch, targets, budget):
+    """Cross-entropy of the LM head at all slots, mean over the batch, and the latent head's squared error,
+    mean over its latents -> nats of each word of the answers.
+
+    The squared error is that of a draw: E (mu + sigma e - z)^2 = (mu - z)^2 + sigma^2."""
+    n_slots = sum(map(len, targets))
+    n_latents = sum(row.n_latents for row in batch)
+    costs = []
+    for part in engine.pack(batch, budget):
+        some = [batch[i] for i in part]
+        h, slots, valid = states(model, some)  # (b, S, D), (b, S), (b, S)
+
+        # The latent head, at the latents.
+        is_latent = valid & (slots == LATENT)
+        mean, std = head(h[is_latent])  # (latents, D) each
+        z = torch.cat([row.latents for row in some])
+        z = z.to(mean) / head.spread
+        squared_error = (mean - z).square() + std.square()
+        squared_error = squared_error.mean(-1)  # (latents,)
+
+        # The LM head, at all slots, row by row.
+        words = list(itertools.chain(*[targets[i] for i in part]))
+        words = torch.tensor(words, device=model.device)  # (slots,)
+        logp = engine.token_logprobs(model, h[valid], words)
+        loss = -logp.sum() / n_slots + squared_error.sum() / n_latents
+        loss.backward()
+        is_answer = slots[valid] != LATENT
+        costs += (-logp[is_answer]).tolist()
+    return costs
+
+
+# ============================================================ CoLaR: GRPO
+def rl_colar(model, tokenizer, task, head, examples, cfg, decoding, budget, seed, log):
+    """GRPO in which latents are actions: their log-density under the head counts beside the answer's
+    log-probs.
+
+    decoding: arguments for `generate`; budget: positions per forward pass; log: a file that gets a line of
+    JSON per step. -> tokens sampled."""
+    prompts = [runs.encode_prompt(model, tokenizer, task.prompt(example, False)) for example in examples]
+    parameters = base_parameters(model) + list(head.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=cfg["rl_lr"], betas=(0.9, 0.95), weight_decay=0.0)
+    spent = 0
     for step in range(cfg["rl_steps"]):
-        start, (epoch, at) = time.time(), divmod(step, per_epoch)
-        order = random.Random(f"{seed} {epoch}").sample(range(len(examples)), len(examples))
-        index = order[at * cfg["rl_prompts"] :][: cfg["rl_prompts"]]
-        rollouts = generate(model, tokenizer, [prompts[i] for i in index], G, generator=torch.Generator().manual_seed(seed * 1_000_003 + step), **decode)
-        earned = torch.tensor(score(task, [examples[index[r.prompt]] for r in rollouts], [r.text for r in rollouts], step + 1))  # (B,)
-        advantages = group_advantages(earned.view(len(index), G)).flatten()  # (B,)
-        batch = [b for b in range(len(rollouts)) if advantages[b] != 0]
-        for part in pack([rollouts[b] for b in batch], budget):
-            some = [rollouts[batch[i]] for i in part]
-            h, slots, valid = states(model, some)
-            of_latents, of_words = valid & (slots == LATENT), valid & (slots != LATENT)
-            z = torch.cat([r.latents for r in some]).to(h.device) / spread
-            logp = torch.zeros(slots.shape, device=h.device).masked_scatter(of_latents, head.logprob(h[of_latents], z).float())
-            logp = logp.masked_scatter(of_words, token_logprobs(model, h[of_words], slots[of_words]).float())
-            a = advantages[[batch[i] for i in part]].to(logp)
-            # One update per batch, so the old log-probs are these: the ratio is 1. CoLaR adds the two losses, each a mean of its own.
-            loss = sum(policy_loss(logp, logp.detach(), a, of, len(rollouts))[0] for of in (of_latents, of_words))
-            loss.backward()
+        start = time.time()
+        epoch, index = prompts_of_step(len(examples), cfg["rl_prompts"], step, seed)
+
+        # Sample a group of rollouts for each prompt.
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        some = [prompts[i] for i in index]
+        rollouts = generate(model, tokenizer, some, GROUP, generator=generator, **decoding)
+        spent += sum(len(rollout.slots) for rollout in rollouts)
+
+        # Reward them, and compare each with the other rollouts of its prompt.
+        rewards = rewards_of(task, [examples[i] for i in index], rollouts, step + 1)
+        rewards = torch.tensor(rewards)  # (B,)
+        groups = rewards.view(len(index), GROUP)
+        advantages = group_advantages(groups).flatten()  # (B,)
+
+        # One update per batch.
+        add_policy_gradients(model, head, rollouts, advantages, budget)
         descend(optimizer)
-        mean = lambda f: sum(map(f, rollouts)) / len(rollouts)
-        spent += sum(len(r.slots) for r in rollouts)
-        m = {"step": step + 1, "epoch": epoch, "reward": float(earned.mean()), "accuracy": float(earned.mean()), "text_tokens": mean(lambda r: r.n_tokens),
-             "latent_steps": mean(lambda r: r.n_latents), "tags": 1.0, "tag_share": 1.0, "seconds": {"all": round(time.time() - start, 3)}}
-        log.write(json.dumps(m) + "\n")
-        log.flush()
-        print(f"step {step + 1:4d}/{cfg['rl_steps']} | reward {m['reward']:6.3f} | text {m['text_tokens']:6.1f} | latent {m['latent_steps']:5.1f} | "
-              f"{time.time() - start:5.1f}s", flush=True)
+        tell_step(log, step, cfg["rl_steps"], epoch, rollouts, rewards, start)
     return spent
 
 
-# ============================================================================ the script
-def main():
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    g = ap.add_argument_group("what")
-    g.add_argument("--method", required=True, choices=["soft-thinking", "moi", "coconut", "colar"])
-    g.add_argument("--model", default="tiny", help="the base: tiny, a directory, or a hub name such as Qwen2.5-1.5B")
-    task_flags(g)
-    g.add_argument("--out", default=None, metavar="DIR", help="settings, the table and what was trained go there (default out/METHOD)")
-    g = ap.add_argument_group("decoding")
-    g.add_argument("--temperature", type=float, default=1.0, help="of the sampled words, and of Soft Thinking's mixture")
-    g.add_argument("--max-new-tokens", type=int, default=None, help="slots per answer, latents included (default: 160 for a small model, else 2048)")
-    g.add_argument("--top", type=int, default=10, help="soft-thinking: words in a mixture")
-    g.add_argument("--patience", type=int, default=256, help="soft-thinking: certain steps in a row that stop it")
-    g.add_argument("--beta", type=float, default=1.0, help="moi: weight of the sampled word (its paper: 0.5 to 2)")
-    g = ap.add_argument_group("training (default: set by the model's size, see RELEASED and SMALL)")
-    g.add_argument("--prompts", type=int, default=None, help="train prompts to sample traces for, 5 each")
-    g.add_argument("--steps", type=int, default=None, help="colar: GRPO steps; 0 is SFT only")
-    g.add_argument("--tokens-per-forward", type=int, default=12_000, help="positions per forward pass: the memory dial; changes no result")
-    g = ap.add_argument_group("run")
-    g.add_argument("--n", type=int, default=500, help="test examples")
-    g.add_argument("--seed", type=int, default=0)
-    device_flags(g)
-    args = ap.parse_args()
+def prompts_of_step(n_examples, n_prompts, step, seed):
+    """(epoch, the numbers of the train prompts of a step)."""
+    per_epoch = max(1, n_examples // n_prompts)
+    epoch, place = divmod(step, per_epoch)
+    rng = random.Random(f"{seed} {epoch}")
+    order = rng.sample(range(n_examples), n_examples)
+    start = place * n_prompts
+    return epoch, order[start : start + n_prompts]
+
+
+def add_policy_gradients(model, head, rollouts, advantages, budget):
+    """CoLaR adds two policy losses, over the latents and over the words of a rollout, each a mean of its own.
+
+    Rollouts without an advantage (B,) have no gradient and are not run; they count in the means."""
+    batch = [b for b in range(len(rollouts)) if advantages[b] != 0]
+    for part in engine.pack([rollouts[b] for b in batch], budget):
+        micro = [batch[i] for i in part]
+        some = [rollouts[b] for b in micro]
+        h, slots, valid = states(model, some)  # (b, S, D), (b, S), (b, S)
+        is_latent = valid & (slots == LATENT)
+        is_word = valid & (slots != LATENT)
+
+        # Log-probs: of latents under the head, of words under the LM head.
+        z = torch.cat([rollout.latents for rollout in some])
+        z = z.to(h.device) / head.spread
+        of_latents = head.logprob(h[is_latent], z)
+        of_words = engine.token_logprobs(model, h[is_word], slots[is_word])
+        logp = torch.zeros(slots.shape, device=h.device)  # (b, S)
+        logp = logp.masked_scatter(is_latent, of_latents.float())
+        logp = logp.masked_scatter(is_word, of_words.float())
+
+        # With one update per batch the old log-probs are these: the ratio is 1.
+        own_advantages = advantages[micro].to(logp)  # (b,)
+        loss = 0
+        for scored in (is_latent, is_word):
+            own_loss, _ = policy_loss(logp, logp.detach(), own_advantages, scored, len(rollouts))
+            loss = loss + own_loss
+        loss.backward()
+
+
+def tell_step(log, step, n_steps, epoch, rollouts, rewards, start):
+    """The step's figures, to the log (as train_rl.py writes them) and in one line."""
+    n = len(rollouts)
+    text = sum(rollout.n_tokens for rollout in rollouts) / n
+    latents = sum(rollout.n_latents for rollout in rollouts) / n
+    reward = float(rewards.mean())
+    seconds = time.time() - start
+    metrics = {
+        "step": step + 1,
+        "epoch": epoch,
+        "reward": reward,
+        "accuracy": reward,
+        "text_tokens": text,
+        "latent_steps": latents,
+        "tags": 1.0,
+        "tag_share": 1.0,
+        "seconds": {"all": round(seconds, 3)},
+    }
+    log.write(json.dumps(metrics) + "\n")
+    log.flush()
+    print(f"step {step + 1:4d}/{n_steps} | reward {reward:6.3f} | text {text:6.1f} | latent {latents:5.1f} | "
+          f"{seconds:5.1f}s", flush=True)
+
+
+# ============================================================ the script
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser.add_argument_group("what")
+    group.add_argument("--method", required=True, choices=["soft-thinking", "moi", "coconut", "colar"])
+    group.add_argument("--model", default="tiny",
+                       help="the base: tiny, a directory, or a hub name such as Qwen2.5-1.5B")
+    data.task_flags(group)
+    group.add_argument("--out", default=None, metavar="DIR",
+                       help="settings, the table and what was trained go there (default out/METHOD)")
+    group = parser.add_argument_group("decoding")
+    group.add_argument("--temperature", type=float, default=1.0,
+                       help="of the sampled words, and of Soft Thinking's mixture")
+    group.add_argument("--max-new-tokens", type=int, default=None,
+                       help="slots per answer, latents included (default: 160 for a small model, else 2048)")
+    group.add_argument("--top", type=int, default=10, help="soft-thinking: words in a mixture")
+    group.add_argument("--patience", type=int, default=256,
+                       help="soft-thinking: certain steps in a row that stop it")
+    group.add_argument("--beta", type=float, default=1.0,
+                       help="moi: weight of the sampled word (its paper: 0.5 to 2)")
+    group = parser.add_argument_group("training (default: set by the model's size, see RELEASED and SMALL)")
+    group.add_argument("--prompts", type=int, default=None, help="train prompts to sample traces for, 5 each")
+    group.add_argument("--steps", type=int, default=None, help="colar: GRPO steps; 0 is SFT only")
+    group.add_argument("--tokens-per-forward", type=int, default=12_000,
+                       help="positions per forward pass: the memory dial; changes no result")
+    group = parser.add_argument_group("run")
+    group.add_argument("--n", type=int, default=500, help="test examples")
+    group.add_argument("--seed", type=int, default=0)
+    runs.device_flags(group)
+    args = parser.parse_args()
     args.out = args.out or os.path.join("out", args.method)
-    check_arguments(args)
-    held = lock(args.out)  # until the process ends
+    runs.check_arguments(args)
+    return args
+
+
+def settings(args, model):
+    """RELEASED or SMALL, with what the command line says instead."""
+    cfg = dict(SMALL if runs.is_small(model) else RELEASED)
+    if args.prompts is not None:
+        cfg["prompts"] = args.prompts
+    if args.steps is not None:
+        cfg["rl_steps"] = args.steps
+    if args.max_new_tokens is not None:
+        cfg["max_new_tokens"] = args.max_new_tokens
+    return cfg
+
+
+def answers_first_word(tokenizer, task):
+    return tokenizer.encode(getattr(task, "ANSWER", "\\boxed{"), add_special_tokens=False)[0]
+
+
+def new_head(model, seed):
+    """CoLaR's latent head, from random numbers."""
+    torch.manual_seed(seed)
+    embeddings = model.get_input_embeddings().weight.detach()
+    spread = float(embeddings.float().std())
+    head = LatentHead(model.config.hidden_size, spread)
+    return head.to(model.device)
+
+
+def main():
+    args = parse_arguments()
+    held = runs.lock(args.out)  # noqa: F841, until the process ends
     model, tokenizer = load(args.model, args.device)
     model.graphs = args.graphs
-    task = start_task(args, model, args.model)
-    cfg = dict(SMALL if is_small(model) else RELEASED)
-    for name, value in (("prompts", args.prompts), ("rl_steps", args.steps), ("max_new_tokens", args.max_new_tokens)):
-        cfg[name] = cfg[name] if value is None else value
-    write_json(os.path.join(args.out, "config.json"), {"script": "baselines.py", "base": base_of(args.model), **vars(args), "settings": cfg,
-                                                       "prompts": cfg["rl_prompts"], "group": 16})
-    end = tokenizer.encode(getattr(task, "ANSWER", "\\boxed{"), add_special_tokens=False)[0]  # the answer's first word
-    examples, tests, start, spent, steps = task.examples("train"), task.examples("test")[: args.n], time.time(), 0, cfg["max_new_tokens"]
+    task = data.start_task(args, model, args.model)
+    cfg = settings(args, model)
+    runs.write_json(os.path.join(args.out, "config.json"), {
+        "script": "baselines.py",
+        "base": runs.base_of(args.model),
+        **vars(args),
+        "settings": cfg,
+        "prompts": cfg["rl_prompts"],  # this and the next as in train_rl.py, for results/reproduce.py
+        "group": GROUP,
+    })
+    examples = task.examples("train")
+    tests = task.examples("test")[: args.n]
+    end = answers_first_word(tokenizer, task)
+    budget = args.tokens_per_forward
+    limit = cfg["max_new_tokens"]
+    start = time.time()
+    spent = 0  # tokens sampled in training
+    rows = []
+
+    def test(name, decoding):
+        """Adds the method's row to the table."""
+        seconds = time.time() - start
+        result, _ = evaluate(model, tokenizer, task, tests, latent_prompt=False, progress=name, alone=8,
+                             seed=args.seed, max_new_tokens=limit, temperature=args.temperature,
+                             tag=0, **decoding)  # tag=0: to these methods a tag is text
+        rows.append((name, {"model": name, "training_tokens": spent, "training_seconds": seconds, **result}))
+
+    # The training-free methods; the others learn from the base's own traces.
     if args.method == "soft-thinking":
-        decode = {**soft_thinking(model, end, args.top, patience=args.patience, temperature=args.temperature or 1.0), "start": steps}
+        decoding = soft_thinking(model, end, args.top, patience=args.patience,
+                                 temperature=args.temperature or 1.0)
+        test("soft-thinking", {**decoding, "start": limit})
     elif args.method == "moi":
-        decode = mixture_of_inputs(model, args.beta)
+        test("moi", mixture_of_inputs(model, args.beta))
     else:
-        traces, spent = own_traces(model, tokenizer, task, examples[: cfg["prompts"]], 5, steps, args.seed)
-        if args.method == "coconut":
-            decode = {"latent": feed_back, "start": train_coconut(model, tokenizer, traces, cfg, args.tokens_per_forward, args.seed)}
-        else:
-            torch.manual_seed(args.seed)
-            head, spread = LatentHead(model.config.hidden_size).to(model.device), float(model.get_input_embeddings().weight.detach().float().std())
-            sft_colar(model, tokenizer, head, spread, traces, cfg, args.tokens_per_forward, args.seed)
-            decode = {**colar(model, head, spread, end), "start": 64}  # at most 64 latents, as released
-    rows, say = [], dict(seed=args.seed, max_new_tokens=steps, temperature=args.temperature, tag=0)  # tag=0: a tag is text to these methods
+        asked = examples[: cfg["prompts"]]
+        traces, spent = own_traces(model, tokenizer, task, asked, TRACES, limit, args.seed)
 
-    def note(name, **how):
-        began = time.time()
-        result = evaluate(model, tokenizer, task, tests, latent_prompt=False, progress=name, alone=8, **say, **how)[0]
-        rows.append((name, {"model": name, "training_tokens": spent, "training_seconds": began - start, **result}))
+    if args.method == "coconut":
+        n_latents = train_coconut(model, tokenizer, traces, cfg, budget, args.seed)
+        test("coconut", {"latent": feed_back, "start": n_latents})
 
-    note(args.method + (", SFT" if args.method == "colar" else ""), **decode)
-    if args.method == "colar" and cfg["rl_steps"]:
-        with open(os.path.join(args.out, "metrics.jsonl"), "w") as log:
-            spent += rl_colar(model, tokenizer, task, head, spread, examples, cfg, {**decode, "max_new_tokens": steps, "tag": 0},
-                              args.tokens_per_forward, args.seed, log)
-        note("colar", **decode)
+    if args.method == "colar":
+        head = new_head(model, args.seed)
+        sft_colar(model, tokenizer, head, traces, cfg, budget, args.seed)
+        decoding = {**colar(model, head, end), "start": MOST_LATENTS}
+        test("colar, SFT", decoding)
+        if cfg["rl_steps"]:
+            with open(os.path.join(args.out, "metrics.jsonl"), "w") as log:
+                spent += rl_colar(model, tokenizer, task, head, examples, cfg,
+                                  {**decoding, "max_new_tokens": limit, "tag": 0}, budget, args.seed, log)
+            test("colar", decoding)
+
     if args.method in ("coconut", "colar"):
-        save(model, tokenizer, os.path.join(args.out, "model"))
-    write_json(os.path.join(args.out, "results.json"), [r for _, r in rows])
-    print(f"{table(rows)}\n\n{len(tests)} test examples, seed {args.seed}, {time.time() - start:.0f}s; numbers in {args.out}/results.json")
+        runs.save(model, tokenizer, os.path.join(args.out, "model"))
+    runs.write_json(os.path.join(args.out, "results.json"), [result for _, result in rows])
+    print(f"{report.table(rows)}\n\n{len(tests)} test examples, seed {args.seed}, {time.time() - start:.0f}s; "
+          f"numbers in {args.out}/results.json")
 
 
 if __name__ == "__main__":
-    run_script(main)
+    runs.run_script(main)

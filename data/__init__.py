@@ -1,25 +1,29 @@
 """What a task is, and what tasks share. To add a task, this page is all that has to be known.
 
-A task is a module: `--task NAME` is data/NAME/__init__.py (and tiny.next_chapter is data/tiny/next_chapter.py) with
+A task is a module with three functions; `--task NAME` is data/NAME/__init__.py (tiny.next_chapter:
+data/tiny/next_chapter.py).
 
-    examples(split)                the examples of "train", "val" or "test": a list of dicts, the same at every call;
-                                   ValueError for another split
-    prompt(example, latent)        what the policy reads: text, without a chat template; `latent`: offer the tag in it
-    reward(example, completion)    what a completion (text) earns, a number. Above 0: it is good enough to learn from
+    examples(split)        the examples of "train", "val" or "test": a list of dicts, the same at every call;
+                           ValueError for another split
+    prompt(example, latent)        what the policy reads: text, without a chat template; with `latent` it
+                           offers the tag
+    reward(example, completion)    what a completion (text) earns, a number; above 0 it is good enough to
+                           learn from
 
-and, where it has a use for them,
+Where it has a use for them, it may also have these:
 
-    ANSWER                         the words that an answer begins with, by default \\boxed{; what stands before the last of
-                                   them is reasoning, where sentences may become tags
-    answer(example)                the right answer, in the form that `reward` reads: the refresh trains on it (paper
-                                   Sec. 3.4), eval.py shows it
+    ANSWER                 the words that an answer begins with, by default \\boxed{. What stands before the
+                           last of them is reasoning, where sentences may become tags
+    answer(example)        the right answer, in the form that `reward` reads: the projector's refresh trains
+                           on it (paper Sec. 3.4), eval.py shows it
     rewards(examples, completions) the rewards of many at once, for a scorer model that reads in batches
     report(examples, completions)  {name: number or [low, high]}: what eval.py prints beside the accuracy
-    settings                       a dict that scripts fill in: "reward" (its kind), "scorer" (the frozen model and its
-                                   tokenizer), "seed", "step" (of the training; 0 in evaluation)
-    plan_of, chapter_prompt, scorer  for eval.py --write: see data/next_chapter
+    settings               a dict that scripts fill in: "reward" (its kind), "scorer" (the frozen model and its
+                           tokenizer), "seed", "step" (of the training; 0 in evaluation)
+    plan_of, chapter_prompt, scorer    for eval.py --write, see data/next_chapter
 
-Examples that a prepare.py has written are read by `read_split`. The smallest task to copy from is data/tiny/__init__.py.
+Examples that a prepare.py has written are read by `read_split`. The smallest task to copy from is
+data/tiny/__init__.py.
 """
 import csv
 import hashlib
@@ -37,17 +41,19 @@ from runs import UserError, base_of, is_small
 HERE = os.path.dirname(os.path.abspath(__file__))
 SPLITS = ("train", "val", "test")
 
-# ============================================================================ what prompts and rewards are made of
+# ============================================================ what prompts and rewards are made of
 # The paper's offer of the tag, for prompts of real tasks. "number" is not a number, so this is no tag.
-OFFER = """You may also think without words. Where a sentence of your reasoning would come next, you can write \
-<implicit_thought>number</implicit_thought> in its place and leave the sentence out. The number goes from 1 to 5: the harder the \
-thought, the higher. This works best in the middle of your reasoning rather than at its beginning or its end.
+OFFER = """You may also think without words. Where a sentence of your reasoning would come next, you can \
+write <implicit_thought>number</implicit_thought> in its place and leave the sentence out. The number goes \
+from 1 to 5: the harder the thought, the higher. This works best in the middle of your reasoning rather than \
+at its beginning or its end.
 
 """
 
 
 def boxed(text):
-    """The content of the last \\boxed{..}, braces balanced, \\text{..} unwrapped; None if there is none or it is cut."""
+    """The content of the last \\boxed{..}, braces balanced, \\text{..} unwrapped; None if there is none or
+    it is cut."""
     opening = "\\boxed{"
     start = text.rfind(opening)
     if start < 0:
@@ -65,8 +71,8 @@ def boxed(text):
 def perplexity(model, tokenizer, contexts, continuations, rows=64):
     """Per-token perplexity of each continuation after its context, both lists of texts -> list of floats.
 
-    They are read as plain text, whatever they contain: no special token, no tag. rows: how many are read at once.
-    UserError if one of them has no token."""
+    They are read as plain text, whatever they contain: no special token, no tag. rows: how many are read at
+    once. UserError if one of them has no token."""
     no_latents = torch.zeros(0, model.config.hidden_size)
     perplexities = []
     for i in range(0, len(contexts), rows):
@@ -87,7 +93,7 @@ def improvement(before, after):
     return 100.0 * (before - after) / before
 
 
-# ============================================================================ finding a task and scoring with it
+# ============================================================ finding a task and scoring with it
 def load_task(name):
     """The task module data.NAME; UserError that lists the tasks if there is none."""
     try:
@@ -99,15 +105,15 @@ def load_task(name):
         if isinstance(e, ModuleNotFoundError) and e.name not in of_the_task:
             raise  # the task is there, but not something that it imports
     known = [d for d in sorted(os.listdir(HERE)) if os.path.exists(os.path.join(HERE, d, "__init__.py"))]
-    raise UserError(f"no task {name!r}; there are {', '.join(known)} (a task is a folder under data/ with examples, "
-                    f"prompt and reward; tiny.next_chapter is the tiny world's second)")
+    raise UserError(f"no task {name!r}; there are {', '.join(known)} (a task is a folder under data/ with "
+                    f"examples, prompt and reward; tiny.next_chapter is the tiny world's second)")
 
 
 def task_flags(group):
     """Adds the flags that say what is to be done, the same for all scripts, to an argparse group."""
     group.add_argument("--task", default=None,
-                       help="a folder under data/, or tiny.next_chapter (default: tiny for a small model, else "
-                            "flawed_fictions)")
+                       help="a folder under data/, or tiny.next_chapter (default: tiny for a small model, "
+                            "else flawed_fictions)")
     group.add_argument("--reward", default=None, choices=["contrastive", "vrcli", "thresholded"],
                        help="of next_chapter (default contrastive)")
     group.add_argument("--scorer", default=None, metavar="NAME",
@@ -117,8 +123,9 @@ def task_flags(group):
 def start_task(args, model, name):
     """The task module of args.task, by default the one that fits the model's size (then set in args).
 
-    A task with `settings` is given --reward, the seed and its scorer: never the policy itself, but --scorer or a copy of
-    the base that `name` was trained from. UserError if there is no such task, or it has no use for these flags."""
+    A task with `settings` is given --reward, the seed and its scorer: never the policy itself, but --scorer
+    or a copy of the base that `name` was trained from. UserError if there is no such task, or it has no use
+    for these flags."""
     args.task = args.task or ("tiny" if is_small(model) else "flawed_fictions")
     task = load_task(args.task)
     if hasattr(task, "settings"):
@@ -126,7 +133,8 @@ def start_task(args, model, name):
         task.settings.update(reward=args.reward or task.settings["reward"], seed=args.seed,
                              scorer=(reader.requires_grad_(False), tokenizer))
     elif args.reward or args.scorer:
-        raise UserError(f"--reward and --scorer are for tasks with a scorer (next_chapter); {args.task} has none")
+        raise UserError(f"--reward and --scorer are for tasks with a scorer (next_chapter); {args.task} has "
+                        f"none")
     return task
 
 
@@ -141,14 +149,15 @@ def score(task, examples, completions, step=0):
     return [float(task.reward(example, completion)) for example, completion in zip(examples, completions)]
 
 
-# ============================================================================ prepared examples, a .jsonl per split
+# ============================================================ prepared examples, a .jsonl per split
 def folder(task):
     """Where a task's prepared files are: LITEREASON_DATA/TASK if that is set, else beside the task's code."""
     return os.path.join(os.environ.get("LITEREASON_DATA") or HERE, task)
 
 
 def read_split(task, split, expected):
-    """The examples of a prepared split, dicts. expected: {field: type}, the fields that all of them must have.
+    """The examples of a prepared split, dicts. expected: {field: type}, the fields that all of them must
+    have.
 
     ValueError: there is no such split. UserError: it is not prepared yet, or damaged."""
     if split not in SPLITS:
@@ -163,13 +172,15 @@ def read_split(task, split, expected):
         for field, kind in expected.items():
             value = row.get(field)
             if not isinstance(value, kind):
-                raise UserError(f"{where}: {field!r} must be a {kind.__name__}, found {type(value).__name__}; "
+                found = type(value).__name__
+                raise UserError(f"{where}: {field!r} must be a {kind.__name__}, found {found}; "
                                 f"run data/{task}/prepare.py again")
     return [row for _, row in rows]
 
 
 def write_splits(out, splits):
-    """{split: examples} -> out/SPLIT.jsonl, all complete before the first takes its name. -> sha256 of all, 16 digits.
+    """{split: examples} -> out/SPLIT.jsonl, all complete before the first takes its name. -> sha256 of all,
+    16 digits.
 
     UserError if that fails; files that were there before are then unchanged."""
     digest = hashlib.sha256()
@@ -194,7 +205,7 @@ def write_splits(out, splits):
     return digest.hexdigest()[:16]
 
 
-# ============================================================================ reading other people's files
+# ============================================================ reading other people's files
 def read_text(path):
     """A UTF-8 file as a str with \\n line ends; UserError naming file and line if it is something else."""
     try:

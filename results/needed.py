@@ -1,24 +1,26 @@
-"""Can latents carry what an answer needs? A probe, as favourable as it can be, of the world, the recipe and the method
-(README, What came out).
+"""Can latents carry what an answer needs? A probe, as favourable as it can be, of the world, the recipe and
+the method (README, What came out).
 
-In the trained policy of the tiny world latents are idle: what is true is looked up in words. Here the look-up is taken
-away: the answer to the plot-hole prompt begins with K latents, so whatever is not said after them goes through them, or the
-verdict is a guess (0.5). Gold answers, 4,000 stories, the base frozen, greedy decoding, and three things to vary:
+In the trained policy of the tiny world latents are idle: what is true is looked up in words. Here the
+look-up is taken away: the answer to the plot-hole prompt begins with K latents, so whatever is not said
+after them goes through them, or the verdict is a guess (0.5). Gold answers, 4,000 stories, the base frozen,
+greedy decoding, and three things to vary:
 
-    things   events that have to be read: a story of 1, 2 or 8 things, each put and fetched once (the base has read stories
-             of 8)
+    things   events that have to be read: a story of 1, 2 or 8 things, each put and fetched once (the base has
+             read stories of 8)
     K        length of the unroll
-    recipe   paper: stage 2 as in the paper: the projector starts as copies of the last MLP, cross-entropy on the box after
-                 the block
-             words: no stage 2; the projector learns on written look-ups to feed the embedding of the word that comes next,
-                 by squared error
+    recipe   paper: stage 2 as in the paper: the projector starts as copies of the last MLP, cross-entropy on
+                 the box after the block
+             words: no stage 2; the projector learns on written look-ups to feed the embedding of the word
+                 that comes next, by squared error
              words, then paper: one after the other, the second with a tenth of the learning rate
-             base too: as paper, but the base is trained as well (Coconut's SFT without stages, with a projector)
+             base too: as paper, but the base is trained as well (Coconut's SFT without stages, with a
+                 projector)
 
-Each is then run with its own latents and with those of another story in their order. If the first is right and the second
-a guess, the latents carry the answer.
+Each is then run with its own latents and with those of another story in their order. If the first is right
+and the second a guess, the latents carry the answer.
 
-    python results/needed.py            # 15 minutes on one core; writes results/needed.json and the README's table
+    python results/needed.py    # 15 minutes on one core; writes results/needed.json and the README's table
 """
 import argparse
 import functools
@@ -78,8 +80,8 @@ def warm_up_and_decay(step, steps, floor):
 
 @functools.cache
 def words_first(things, steps=1500, peak=2e-3):
-    """P(h_t) = the embedding of word t + 1 of a written look-up, by squared error; the base is frozen -> P's weights, and
-    the error on new stories as a share of the embeddings' own spread."""
+    """P(h_t) = the embedding of word t + 1 of a written look-up, by squared error; the base is frozen ->
+    P's weights, and the error on new stories as a share of the embeddings' own spread."""
     model, tokenizer = load("tiny")
     torch.manual_seed(0)
     start_projector(model, "random")  # the warm start's outputs are a million embeddings long
@@ -88,8 +90,10 @@ def words_first(things, steps=1500, peak=2e-3):
     no_latents = torch.zeros(0, model.config.hidden_size)
 
     def error(rows):
-        written = [Rollout(tokenizer.encode(tiny.prompt(row, True)), tokenizer.encode(look_up(row) + tiny.answer(row)), no_latents)
-                   for row in rows]
+        written = []
+        for row in rows:
+            slots = tokenizer.encode(look_up(row) + tiny.answer(row))
+            written.append(Rollout(tokenizer.encode(tiny.prompt(row, True)), slots, no_latents))
         with torch.no_grad():
             h, slots, valid = states(model, written)  # h[b, s] predicts slots[b, s]
             gold = model.get_input_embeddings()(slots[valid])  # (M, D)
@@ -119,7 +123,8 @@ def optimizer_of(model, recipe):
 
 
 def learn_to_answer(model, tokenizer, recipe, things, K, steps):
-    """Stage 2 on answers that follow K latents at once -> the last batch's loss per token; None without a step."""
+    """Stage 2 on answers that follow K latents at once -> the last batch's loss per token; None without a
+    step."""
     optimizer = optimizer_of(model, recipe)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     peaks = [group["lr"] for group in optimizer.param_groups]
@@ -131,8 +136,9 @@ def learn_to_answer(model, tokenizer, recipe, things, K, steps):
             group["lr"] = peak * warm_up_and_decay(step, steps, 0.1)
         traces = []
         for row in rows:
+            prompt = tokenizer.encode(tiny.prompt(row, True))
             answer = tokenizer.encode(tiny.answer(row)) + [tokenizer.eos_token_id]
-            traces.append(Rollout(tokenizer.encode(tiny.prompt(row, True)), [LATENT] * K + answer, no_latents))
+            traces.append(Rollout(prompt, [LATENT] * K + answer, no_latents))
         loss, tokens = projector_loss(model, traces)
         (loss / tokens).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -143,7 +149,8 @@ def learn_to_answer(model, tokenizer, recipe, things, K, steps):
 
 
 def probe(recipe, things, K, steps):
-    """One run: trains, then answers test stories with its own latents and with those of another story -> its row."""
+    """One run: trains, then answers test stories with its own latents and with those of another story ->
+    its row."""
     model, tokenizer = load("tiny")
     error = None
     if recipe.startswith("words"):
@@ -165,8 +172,8 @@ def probe(recipe, things, K, steps):
 
 def table_of(rows):
     """-> Markdown."""
-    lines = ["| recipe | things | K | text | right, its own latents | 95 % interval | right, another story's | 95 % interval |",
-             "|---|---|---|---|---|---|---|---|"]
+    lines = ["| recipe | things | K | text | right, its own latents | 95 % interval | right, another story's | "
+             "95 % interval |", "|---|---|---|---|---|---|---|---|"]
     for row in rows:
         cells = [row["recipe"], row["things"], row["K"], f"{row['text_tokens']:.1f}"]
         for latents in ("own", "other"):
@@ -177,10 +184,12 @@ def table_of(rows):
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=400, help="optimiser steps of stage 2, of 32 stories each")
-    parser.add_argument("--runs", type=int, nargs="+", default=range(len(RUNS)), choices=range(len(RUNS)), metavar="I",
-                        help="which of RUNS, from 0")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=400,
+                        help="optimiser steps of stage 2, of 32 stories each")
+    parser.add_argument("--runs", type=int, nargs="+", default=range(len(RUNS)), choices=range(len(RUNS)),
+                        metavar="I", help="which of RUNS, from 0")
     return parser.parse_args()
 
 
@@ -191,8 +200,9 @@ def main():
         start = time.time()
         row = probe(*RUNS[i], args.steps)
         rows.append({**row, "seconds": time.time() - start})
-        print("{recipe:17} things {things} K {K:2d} | own latents {own:.3f} | another story's {other:.3f} | "
-              "text {text_tokens:.1f} | loss {loss} | words' error {words_error} | {seconds:.0f}s".format(**rows[-1]), flush=True)
+        line = ("{recipe:17} things {things} K {K:2d} | own latents {own:.3f} | another story's {other:.3f} | "
+                "text {text_tokens:.1f} | loss {loss} | words' error {words_error} | {seconds:.0f}s")
+        print(line.format(**rows[-1]), flush=True)
     if len(rows) == len(RUNS):
         runs.write_json(os.path.join(HERE, "needed.json"), rows)
         into_readme("needed", table_of(rows))

@@ -1,13 +1,13 @@
-"""Makes the README's comparison from nothing: runs what is missing, then writes the tables and pictures. Stop it when you
-like; started again, it continues.
+"""Makes the README's comparison from nothing: runs what is missing, then writes the tables and pictures.
+Stop it when you like; started again, it continues.
 
 A run is one method on one task with one seed, in its own process on one core, with its output in
-out/results/TASK/METHOD-SEED. A run that has its results.json is done; one of train_rl.py that was stopped is resumed from
-its last state; any other begins again.
+out/results/TASK/METHOD-SEED. A run that has its results.json is done; one of train_rl.py that was stopped
+is resumed from its last state; any other begins again.
 
-    python results/reproduce.py                            # all: an hour and a half on 2 cores, two runs at a time
-    python results/reproduce.py --tasks tiny --seeds 0     # some of it
-    python results/reproduce.py --tables                   # only the tables, from the runs that are there
+    python results/reproduce.py                         # all: an hour and a half on 2 cores, two runs at once
+    python results/reproduce.py --tasks tiny --seeds 0  # some of it
+    python results/reproduce.py --tables                # only the tables, from the runs that are there
 """
 import argparse
 import json
@@ -41,17 +41,20 @@ METHODS = [
     ("projector never refreshed", "no-refresh", "train_rl.py --no-refresh"),
     ("projector from random numbers", "random", "train_rl.py --projector random"),
 ]
-ORDER = ["base, explicit reasoning", "base, tag prompt", "MoI", "Soft Thinking", "Coconut", "CoLaR", "RL without latents",
-         "RL + length penalty", "RL + late length penalty", "LiteReason before RL", "LiteReason",
-         "LiteReason, its latents taken away", "LiteReason + length penalty", "RL with tags, no latents", "pause tokens",
-         "projector never refreshed", "projector from random numbers"]
-CONTROLS = ("controls", "eval.py --controls --model {litereason}")  # of each seed's LiteReason, when that has been trained
-# The length penalty grows from the first token to 1 at the limit of 160; the late one begins 60 tokens before it. The paper
-# does not give its own. Next chapters earn percents, beside which a penalty of at most 1 is nothing: none is run there.
+ORDER = ["base, explicit reasoning", "base, tag prompt", "MoI", "Soft Thinking", "Coconut", "CoLaR",
+         "RL without latents", "RL + length penalty", "RL + late length penalty", "LiteReason before RL",
+         "LiteReason", "LiteReason, its latents taken away", "LiteReason + length penalty",
+         "RL with tags, no latents", "pause tokens", "projector never refreshed",
+         "projector from random numbers"]
+# Of each seed's LiteReason, when that has been trained.
+CONTROLS = ("controls", "eval.py --controls --model {litereason}")
+# The length penalty grows from the first token to 1 at the limit of 160; the late one begins 60 tokens
+# before it. The paper does not give its own. Next chapters earn percents, beside which a penalty of at most
+# 1 is nothing: none is run there.
 TASKS = {"tiny": {"most": 160, "late": 60}, "tiny.next_chapter": {}}
 
 
-# ============================================================================ running what is missing
+# ============================================================ running what is missing
 def methods_of(task):
     """The METHODS that are run on a task."""
     return [method for method in METHODS if "{" not in method[2] or TASKS[task]]
@@ -98,7 +101,8 @@ def missing_jobs(tasks, seeds):
 
 
 def note_end(process, job, began, done):
-    """Adds the seconds to seconds.json, which counts all the times the run was started, and says how the run ended."""
+    """Adds the seconds to seconds.json, which counts all the times the run was started, and says how the
+    run ended."""
     task, method, _, seed = job
     seconds = time.time() - began
     path = os.path.join(directory(task, method, seed), "seconds.json")
@@ -135,10 +139,11 @@ def run_missing(tasks, seeds, n_jobs):
         for process in running:
             process.wait()
     if failed:
-        raise UserError(f"{len(failed)} runs failed, see {', '.join(failed)}; run this again for what is missing")
+        raise UserError(f"{len(failed)} runs failed, see {', '.join(failed)}; run this again for what is "
+                        f"missing")
 
 
-# ============================================================================ from runs to rows
+# ============================================================ from runs to rows
 def tokens_sampled(out):
     """How many tokens, latents included, a run's RL sampled; None if it had none."""
     if not os.path.exists(os.path.join(out, "metrics.jsonl")):
@@ -178,12 +183,14 @@ def rows_of(task, seeds):
                 if row["model"] != own["model"]:
                     is_control = row["model"].startswith(" ")
                     other = f"LiteReason, {row['model'].strip()}" if is_control else row["model"]
-                    found.setdefault(other, {})[seed] = {**row, "sampled": None, "run_seconds": None, "command": ""}
+                    free = {"sampled": None, "run_seconds": None, "command": ""}
+                    found.setdefault(other, {})[seed] = {**row, **free}
     return {name: found[name] for name in sorted(found, key=ORDER.index)}
 
 
 def summary(rows):
-    """{seed: row} -> means over seeds; accuracy_ci95: bootstrap over the test examples of the seeds' mean score."""
+    """{seed: row} -> means over seeds; accuracy_ci95: bootstrap over the test examples of the seeds' mean
+    score."""
     seeds = list(rows.values())
 
     def mean(key):
@@ -191,8 +198,8 @@ def summary(rows):
 
     by_example = zip(*(row["per_example"]["score"] for row in seeds))
     accuracies = [row["accuracy"] for row in seeds]
-    means = ("tokens", "text_tokens", "latent_steps", "tags", "truncated", "forward_positions", "flops", "seconds_each",
-             "seconds_alone", "sampled", "run_seconds")
+    means = ("tokens", "text_tokens", "latent_steps", "tags", "truncated", "forward_positions", "flops",
+             "seconds_each", "seconds_alone", "sampled", "run_seconds")
     return {
         "seeds": sorted(rows),
         "runs": len(rows),
@@ -217,18 +224,20 @@ def controls_of(task, seeds):
     return found
 
 
-# ============================================================================ from rows to Markdown
+# ============================================================ from rows to Markdown
 def in_cell(value, digits, unit=1):
     """A number for a cell of the table, in units of `unit`; "" for None."""
     return "" if value is None else f"{value / unit:.{digits}f}"
 
 
 def table_of(task, found):
-    """-> Markdown. Differences that are too small to mean anything are for the reader to see: the interval stands beside them."""
+    """-> Markdown. Differences that are too small to mean anything are for the reader to see: the interval
+    stands beside them."""
     digits = 3 if task == "tiny" else 1
     score = "accuracy" if task == "tiny" else "reward, %"
-    lines = [f"| {task}, test split | {score} | 95 % interval | by seed | tokens | text | latent | GFLOP an answer | "
-             "s alone | M tokens sampled in RL | s in all | command |", "|---|---|---|---|---|---|---|---|---|---|---|---|"]
+    lines = [f"| {task}, test split | {score} | 95 % interval | by seed | tokens | text | latent | "
+             "GFLOP an answer | s alone | M tokens sampled in RL | s in all | command |",
+             "|---|---|---|---|---|---|---|---|---|---|---|---|"]
     for name, row in found.items():
         low, high = row["accuracy_ci95"]
         lines.append("| " + " | ".join([
@@ -251,22 +260,30 @@ def table_of(task, found):
 def headline(found):
     """The README's first table: the claim, and beside it the row that it has to be read with."""
     lines = ["| plot holes, tiny world | accuracy | tokens |", "|---|---|---|"]
-    for name in ("base, explicit reasoning", "LiteReason before RL", "LiteReason", "RL without latents", "RL with tags, no latents"):
+    for name in ("base, explicit reasoning", "LiteReason before RL", "LiteReason", "RL without latents",
+                 "RL with tags, no latents"):
         if name in found:
             lines.append(f"| {name} | {found[name]['accuracy']:.3f} | {found[name]['tokens']:.1f} |")
     return "\n".join(lines)
 
 
-PLAINLY = {"plain": "as trained", "latents: zeros": "zeros for latents", "latents: noise": "noise of the same length",
-           "latents: mean": "one vector, the mean latent", "latents: other": "another story's latents",
-           "latents: warm": "the warm start's latents", "latents: none": "no latents"}
+PLAINLY = {
+    "plain": "as trained",
+    "latents: zeros": "zeros for latents",
+    "latents: noise": "noise of the same length",
+    "latents: mean": "one vector, the mean latent",
+    "latents: other": "another story's latents",
+    "latents: warm": "the warm start's latents",
+    "latents: none": "no latents",
+}
 
 
 def controls_table(found):
     """-> Markdown, with each seed's figures in a cell.
 
     p is McNemar's against the same model as trained, without a correction for the many tests."""
-    lines = ["| control | accuracy by seed | gained, mean | tokens by seed | p by seed |", "|---|---|---|---|---|"]
+    lines = ["| control | accuracy by seed | gained, mean | tokens by seed | p by seed |",
+             "|---|---|---|---|---|"]
     for name, rows in found.items():
         against = [row["against_plain"] for row in rows]
         gained = f" {sum(own['accuracy'] for own in against) / len(against):+.3f} "
@@ -293,11 +310,12 @@ def into_readme(name, text):
         runs.write_text(path, before + begin + text + end + after)
 
 
-# ============================================================================ the script
+# ============================================================ the script
 def draw(task, seed, table):
     """The two pictures of a task: the methods' accuracy over tokens, and the training of some of them."""
     folders = [directory(task, method, seed) for method in ("litereason", "rl", "tag", "pause")]
-    trained = [os.path.relpath(path) for path in folders if os.path.exists(os.path.join(path, "metrics.jsonl"))]
+    trained = [path for path in folders if os.path.exists(os.path.join(path, "metrics.jsonl"))]
+    trained = [os.path.relpath(path) for path in trained]
     try:  # matplotlib is not among the requirements
         report.curve(report.collect([table]), os.path.join(HERE, f"curve-{task}.svg"))
         report.training(trained, os.path.join(HERE, f"training-{task}.svg"))
@@ -325,7 +343,8 @@ def write_tables(tasks, seeds):
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")

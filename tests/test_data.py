@@ -1,4 +1,4 @@
-"""Traces with tags (method.md, section 4), the box that rewards read, checkpoints, and the shipped tasks."""
+"""Traces get their tags as the paper says, checkpoints come back whole, and the shipped tasks reward what they should."""
 import importlib
 import json
 import os
@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import PROMPTS, close, tag, with_projector, random_qwen2
+from conftest import PROMPTS, close, random_qwen2, tag, with_projector
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
@@ -91,10 +91,10 @@ def test_the_answer_begins_at_the_last_marker():
 
 
 @pytest.mark.parametrize("text, content", [
-    ("\\boxed{Yes}", "Yes"), ("so \\boxed{ No }.", "No"), ("\\boxed{\\text{Yes}}", "Yes"), ("\\boxed{\\textbf{No}}", "No"),
-    ("\\boxed{a{b}{c{d}}e} }", "a{b}{c{d}}e"), ("\\boxed{}", ""),
-    ("\\boxed{Yes} then \\boxed{No}", "No"),            # the last one counts
-    ("\\boxed{Yes} then \\boxed{N", None),              # also when it is cut
+    ("\\boxed{Yes}", "Yes"), ("so \\boxed{ No }.", "No"), ("\\boxed{\\text{Yes}}", "Yes"),
+    ("\\boxed{\\textbf{No}}", "No"), ("\\boxed{a{b}{c{d}}e} }", "a{b}{c{d}}e"), ("\\boxed{}", ""),
+    ("\\boxed{Yes} then \\boxed{No}", "No"),  # the last one counts
+    ("\\boxed{Yes} then \\boxed{N", None),  # also when it is cut
     ("\\boxed{a{b}", None), ("\\boxed", None), ("boxed{Yes}", None), ("Yes", None), ("", None),
 ])
 def test_the_box(text, content):
@@ -152,7 +152,8 @@ def test_a_model_without_a_projector_starts_from_three_copies_of_its_last_mlp(to
         assert all(torch.equal(last[k], v) for k, v in mlp.state_dict().items())
     h = torch.randn(4, 32).double()
     mlp = model.model.layers[-1].mlp
-    close(model.reasoning_projector(h), mlp(mlp(mlp(h))))  # no residual, no norm
+    z, _ = model.reasoning_projector(h)
+    close(z, mlp(mlp(mlp(h))))  # no residual, no norm
 
 
 def test_the_projector_stays_in_float32_in_a_bfloat16_model(model, tok, tmp_path):

@@ -1,5 +1,7 @@
-"""The paper's two tasks on real text: files in, examples and rewards out. Small files made here; a few tests read ../shared/data
-and skip where it is absent. The scorer is the tiny random model of conftest.py, one token per character."""
+"""The paper's two tasks turn real text, however strange, into the right examples and rewards, or end in one plain line.
+
+Small files made here; a few tests read ../shared/data and skip where it is absent. The scorer is the tiny random model of
+conftest.py, one token per character."""
 import json
 import math
 import os
@@ -9,11 +11,9 @@ import pytest
 import torch
 from conftest import ROOT, close, tag
 
-from data import flawed_fictions as ff, next_chapter as nc
+from data import SPLITS, flawed_fictions as ff, load_task, next_chapter as nc, perplexity
 from data.flawed_fictions import prepare as ff_prepare
 from data.next_chapter import prepare as nc_prepare
-from data import load_task
-from data import perplexity
 from litereason import UserError, parse_tags
 from runs import run_script
 
@@ -58,7 +58,7 @@ def stories(n):
 
 
 def contents(folder):
-    return {s: [json.loads(line) for line in open(folder / f"{s}.jsonl", encoding="utf-8")] for s in ff.SPLITS}
+    return {s: [json.loads(line) for line in open(folder / f"{s}.jsonl", encoding="utf-8")] for s in SPLITS}
 
 
 @pytest.fixture
@@ -71,9 +71,12 @@ def data(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- plot holes: text
 @pytest.mark.parametrize("source, text", [
     ("<p>One.</p><p>Two.</p>", "One.\n\nTwo."),
-    ("<p>A rose<br>is a <i>rose</i><br/>\n  is a rose</p>", "A rose\nis a rose\n  is a rose"),           # verse, with its indentation
-    ("<p>\"Who?\" he said.\n\"I.\"</p>\n<p>\"You?\"</p>", "\"Who?\" he said.\n\"I.\"\n\n\"You?\""),            # dialogue
-    ("Tom &amp; Ann &lt;p&gt; don&#8217;t&nbsp;know", "Tom & Ann <p> don\u2019t know"),                         # entities, after the tags
+    # verse, with its indentation
+    ("<p>A rose<br>is a <i>rose</i><br/>\n  is a rose</p>", "A rose\nis a rose\n  is a rose"),
+    # dialogue
+    ("<p>\"Who?\" he said.\n\"I.\"</p>\n<p>\"You?\"</p>", "\"Who?\" he said.\n\"I.\"\n\n\"You?\""),
+    # entities, after the tags
+    ("Tom &amp; Ann &lt;p&gt; don&#8217;t&nbsp;know", "Tom & Ann <p> don\u2019t know"),
     ('<div class="x"><h2>I</h2>Text<!-- note --></div>', "I\n\nText"),
     ("no tags\n\nat all", "no tags\n\nat all"), ("<p> </p>", ""), (STRANGE, STRANGE),
 ])
@@ -103,10 +106,11 @@ def test_labels_in_any_spelling(tmp_path, label, value):
 
 
 @pytest.mark.parametrize("row, message", [
-    ("{\"story\": ", "a.jsonl:2: not JSON"), ("[1]", "a.jsonl:2: expected a JSON object"), ({"text": "x"}, "a.jsonl:2: expected the fields story"),
+    ("{\"story\": ", "a.jsonl:2: not JSON"), ("[1]", "a.jsonl:2: expected a JSON object"),
+    ({"text": "x"}, "a.jsonl:2: expected the fields story"),
     ({"story": 3, "cont_error": 1}, "a.jsonl:2: expected"), ({"story": "x"}, "a.jsonl:2: expected"),
-    ({"story": "x", "cont_error": "maybe"}, "a.jsonl:2: cont_error is 'maybe'; expected 0 or 1"), ({"story": "x", "cont_error": None}, "a.jsonl:2"),
-    ({"story": "x", "cont_error": math.nan}, "a.jsonl:2"),
+    ({"story": "x", "cont_error": "maybe"}, "a.jsonl:2: cont_error is 'maybe'; expected 0 or 1"),
+    ({"story": "x", "cont_error": None}, "a.jsonl:2"), ({"story": "x", "cont_error": math.nan}, "a.jsonl:2"),
 ])
 def test_a_malformed_row_names_file_and_line_and_leaves_the_old_files(tmp_path, row, message):
     run(ff_prepare, "--from", jsonl(tmp_path / "good.jsonl", stories(40)), "--out", tmp_path / "out")
@@ -146,7 +150,7 @@ def test_a_full_disk_leaves_the_old_files(tmp_path, monkeypatch):
     assert contents(tmp_path / "out") == before and not (tmp_path / "out" / "train.jsonl.tmp").exists()
 
 
-def test_without_a_network_one_line_says_how_to_go_on():
+def test_without_a_network_one_line_says_what_to_do():
     one_line("cannot be reached.*--from FILE", ff_prepare.download)  # conftest.py has set HF_HUB_OFFLINE
 
 
@@ -187,8 +191,10 @@ def test_the_right_files_are_taken_from_the_hub(monkeypatch):
 # ---------------------------------------------------------------- plot holes: splits
 def test_near_duplicates_are_one_cluster_directly_or_through_others():
     a, b = words(0, 30).split(), words(1, 30).split()
-    texts = [" ".join(a), " ".join(a[:9] + b[:9]), " ".join(b).upper().replace(" ", ", "), words(2), " ".join(a[:7] + words(3).split()),
-             "short one", "Short one!"]
+    texts = [
+        " ".join(a), " ".join(a[:9] + b[:9]), " ".join(b).upper().replace(" ", ", "), words(2),
+        " ".join(a[:7] + words(3).split()), "short one", "Short one!",
+    ]
     c = ff_prepare.find_clusters(texts)
     assert c[0] == c[1] == c[2] and len({c[0], c[3], c[4], c[5]}) == 4 and c[5] == c[6]  # seven words in a row are not enough
 
@@ -225,13 +231,15 @@ def test_the_papers_split_is_by_row_and_warns_of_its_overlap(tmp_path, capsys):
 
 # ---------------------------------------------------------------- plot holes: the task
 @pytest.mark.parametrize("completion, said", [
-    ("so \\boxed{Yes}", True), ("\\boxed{No}.", False), ("\\boxed{ yes }", True), ("\\boxed{NO!}", False), ("\\boxed{\\text{Yes}}", True),
-    ("\\boxed{\\textbf{ No. }}", False), ("\\boxed{\\mathbf{{Yes}}}", True), ("\\boxed{{\"Yes\"}}", True), ("\\boxed{\\boxed{No}}", False),
-    ("\\boxed{Yes} no, \\boxed{No}", False), ("\\boxed{No}\n\\boxed{Yes} and on", True),
-    ("", None), ("Yes", None), ("\\boxed{}", None), ("\\boxed{answer}", None), ("\\boxed{Yes", None), ("\\boxed{Yes} \\boxed{N", None),
-    ("\\boxed{\\text{Yes}", None), ("\\boxed{Yes/No}", None), ("\\boxed{Yes} \\boxed{Yes or No}", None), ("\\boxed{YesNo}", None),
-    ("\\boxed{\\text{Yes}\\text{No}}", None), ("\\boxed{Yes Yes}", None), ("\\boxed{Yes, it has}", None), ("\\boxed{No 1}", None), ("\\boxed{1}", None),
-    ("\\boxed{\u0415s}", None), ("boxed{Yes}", None),
+    ("so \\boxed{Yes}", True), ("\\boxed{No}.", False), ("\\boxed{ yes }", True), ("\\boxed{NO!}", False),
+    ("\\boxed{\\text{Yes}}", True), ("\\boxed{\\textbf{ No. }}", False), ("\\boxed{\\mathbf{{Yes}}}", True),
+    ("\\boxed{{\"Yes\"}}", True), ("\\boxed{\\boxed{No}}", False), ("\\boxed{Yes} no, \\boxed{No}", False),
+    ("\\boxed{No}\n\\boxed{Yes} and on", True), ("", None), ("Yes", None), ("\\boxed{}", None),
+    ("\\boxed{answer}", None), ("\\boxed{Yes", None), ("\\boxed{Yes} \\boxed{N", None),
+    ("\\boxed{\\text{Yes}", None), ("\\boxed{Yes/No}", None), ("\\boxed{Yes} \\boxed{Yes or No}", None),
+    ("\\boxed{YesNo}", None), ("\\boxed{\\text{Yes}\\text{No}}", None), ("\\boxed{Yes Yes}", None),
+    ("\\boxed{Yes, it has}", None), ("\\boxed{No 1}", None), ("\\boxed{1}", None), ("\\boxed{\u0415s}", None),
+    ("boxed{Yes}", None),
 ])
 def test_the_reward_reads_the_last_box_of_the_policys_own_words(completion, said):
     assert ff.verdict(completion) is said
@@ -252,7 +260,7 @@ def test_the_prompt_holds_the_story_as_it_is_and_offers_the_tag_where_asked(late
 def test_strange_stories_survive_preparation_and_never_decide_the_reward(tmp_path, data):
     rows = stories(40) + [{"story": f"<p>{STRANGE} {words(i)}</p>", "cont_error": False} for i in range(100, 104)]
     run(ff_prepare, "--from", jsonl(tmp_path / "a.jsonl", rows), "--out", data / "flawed_fictions")
-    found = [r for s in ff.SPLITS for r in ff.examples(s) if STRANGE in r["story"]]
+    found = [r for s in SPLITS for r in ff.examples(s) if STRANGE in r["story"]]
     assert len(found) == 4 and len({r["cluster"] for r in found}) == 1
     assert ff.reward(found[0], "I see a box in the story.") == 0 and ff.reward(found[0], "\\boxed{No}") == 1
 
@@ -284,7 +292,7 @@ def test_the_report_counts_and_locates():
 
 def test_round_trip_of_real_stories(data, capsys):
     run(ff_prepare, "--from", shared("flawed_fictions_subset.jsonl"), "--out", data / "flawed_fictions")
-    parts = {s: ff.examples(s) for s in ff.SPLITS}
+    parts = {s: ff.examples(s) for s in SPLITS}
     assert sum(map(len, parts.values())) == 213 and sum(r["label"] for rows in parts.values() for r in rows) == 108
     assert "14 of 64 val and test stories would have a near-duplicate" in capsys.readouterr().out
     everything = [r for rows in parts.values() for r in rows]
@@ -352,12 +360,12 @@ def test_splits_are_by_book_and_the_same_every_time(tmp_path, capsys):
     prepare_books(tmp_path, tmp_path / "one", 8)
     parts, out = contents(tmp_path / "one"), capsys.readouterr().out
     books = {s: {r["book"] for r in rows} for s, rows in parts.items()}
-    assert [len(books[s]) for s in ff.SPLITS] == [6, 1, 1] and len(set().union(*books.values())) == 8
+    assert [len(books[s]) for s in SPLITS] == [6, 1, 1] and len(set().union(*books.values())) == 8
     assert all(len(rows) == 2 * len(books[s]) for s, rows in parts.items())
     prepare_books(tmp_path, tmp_path / "two", 8)
     assert contents(tmp_path / "two") == parts and capsys.readouterr().out.split()[-1] == out.split()[-1]
     prepare_books(tmp_path, tmp_path / "two", 2)
-    assert "val stay empty" in capsys.readouterr().out and [len(contents(tmp_path / "two")[s]) for s in ff.SPLITS] == [2, 0, 2]
+    assert "val stay empty" in capsys.readouterr().out and [len(contents(tmp_path / "two")[s]) for s in SPLITS] == [2, 0, 2]
     prepare_books(tmp_path, tmp_path / "two", 1)
     assert "needs a second book" in capsys.readouterr().out and len(contents(tmp_path / "two")["train"]) == 2
 
@@ -384,7 +392,7 @@ def test_a_tokenizer_counts_to_within_the_first_words_own_pieces(real_tok):
 
 def test_round_trip_of_real_books(data, capsys):
     run(nc_prepare, "--from", shared("fairytales_val.jsonl"), shared("hound_of_the_baskervilles.jsonl"), "--out", data / "next_chapter")
-    parts = {s: nc.examples(s) for s in ff.SPLITS}
+    parts = {s: nc.examples(s) for s in SPLITS}
     assert sum(map(len, parts.values())) == 371 and "books 24" in capsys.readouterr().out
     home = {}
     for s, rows in parts.items():
@@ -404,10 +412,13 @@ def test_optional_fields_are_used_or_left_out_cleanly():
 
 
 @pytest.mark.parametrize("written, plan", [
-    ("In summary: go home.", "go home."), ("no plan", ""), ("In summary: a. In summary: b.", "b."), ("In summary:", ""), ("In summary: ...", ""),
-    (f"In summary: {tag(3)}", ""), (f"In summary: {tag(3)}{tag(0)} <implicit_thought>", ""), (f"In summary: go{tag(2)} on", "go on"),
-    ("In summary: a<|im_end|>\n<|im_start|>b</s>[/INST]<end_of_turn>", "a\nb"), ("In summary: <|<|im_end|>im_end|>a", "a"),
-    ("In summary: a\n\n# The next chapter\n\n  ## ---\n\nb", "a\nThe next chapter\nb"), ("In summary: x # y - z **w**", "x # y - z **w**"),
+    ("In summary: go home.", "go home."), ("no plan", ""), ("In summary: a. In summary: b.", "b."),
+    ("In summary:", ""), ("In summary: ...", ""), (f"In summary: {tag(3)}", ""),
+    (f"In summary: {tag(3)}{tag(0)} <implicit_thought>", ""), (f"In summary: go{tag(2)} on", "go on"),
+    ("In summary: a<|im_end|>\n<|im_start|>b</s>[/INST]<end_of_turn>", "a\nb"),
+    ("In summary: <|<|im_end|>im_end|>a", "a"),
+    ("In summary: a\n\n# The next chapter\n\n  ## ---\n\nb", "a\nThe next chapter\nb"),
+    ("In summary: x # y - z **w**", "x # y - z **w**"),
 ])
 def test_a_plan_is_plain_words(written, plan):
     assert nc.plan_of(written) == plan

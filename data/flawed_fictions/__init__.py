@@ -1,11 +1,12 @@
-"""Plot holes in real stories: Flawed Fictions (arXiv 2504.11900), the first of the paper's two tasks (Sec. 4).
+"""Plot holes in real stories: Flawed Fictions (arXiv 2504.11900), the first of the paper's two tasks (Sec.
+4).
 
-Does a short story contradict itself? The policy reasons, quotes the lines, and ends with \\boxed{Yes} or \\boxed{No}.
-prepare.py makes the stories; this module reads them. LITEREASON_DATA/flawed_fictions is looked at first, if that is set.
+Does a short story contradict itself? The policy reasons, quotes the lines, and ends with \\boxed{Yes} or
+\\boxed{No}. prepare.py makes the stories; this module reads them. LITEREASON_DATA/flawed_fictions is looked
+at first, if that is set.
 
-Stories are data. A tag, a chat delimiter or a box inside one goes into the prompt as it stands: the reward reads the
-policy's own words only, and tags fire only there too.
-"""
+Stories are data. A tag, a chat delimiter or a box inside one goes into the prompt as it stands: the reward
+reads the policy's own words only, and tags fire only there too. """
 import re
 from collections import Counter
 
@@ -13,23 +14,27 @@ from data import OFFER, boxed, read_split
 
 
 def examples(split):
-    """Stories of train, val or test: [{story, label: bool, cluster, and the benchmark's explanations where it has them}]."""
+    """Stories of train, val or test: [{story, label: bool, cluster, and the benchmark's explanations where
+    it has them}]."""
     return read_split("flawed_fictions", split, {"story": str, "label": bool})
 
 
 def prompt(example, latent):
-    """The question and the story as text, without a chat template; with `latent`, the offer of the tag before the story."""
-    return f"""A story has a continuity error if it contradicts itself: something happens, is said, or is the case that cannot be \
-true together with what the story established earlier. Read the story below and decide whether it has such an error.
+    """The question and the story as text, without a chat template; with `latent`, the offer of the tag
+    before the story."""
+    return f"""A story has a continuity error if it contradicts itself: something happens, is said, or is the \
+case that cannot be true together with what the story established earlier. Read the story below and decide \
+whether it has such an error.
 
-Reason step by step. If you find an error, quote the lines that contradict each other between <contradicted_lines> and \
-</contradicted_lines>. Then end with your verdict: \\boxed{{Yes}} if the story has a continuity error, \\boxed{{No}} if it has none.
+Reason step by step. If you find an error, quote the lines that contradict each other between \
+<contradicted_lines> and </contradicted_lines>. Then end with your verdict: \\boxed{{Yes}} if the story has a \
+continuity error, \\boxed{{No}} if it has none.
 
 {OFFER if latent else ""}<story>
 {example["story"]}
 </story>
 
-Take care, and check your reasoning before you give the verdict in \\boxed{{}}."""  # an empty box: repeating this is no verdict
+Take care, and check your reasoning before you give the verdict in \\boxed{{}}."""  # empty: repeating it is no verdict
 
 
 def answer(example):
@@ -37,16 +42,20 @@ def answer(example):
     return "\\boxed{Yes}" if example["label"] else "\\boxed{No}"
 
 
-def verdict(completion):
-    """True (Yes), False (No) or None: what the completion's last box says, if it says just one of the two words.
+# What may stand in a box beside the verdict: commands that choose a type, and punctuation.
+TYPE = re.compile(r"\\(?:text|math|emph|underline|bf|rm|it|Large|large)[a-z]*(?![a-zA-Z])")
+WORD = re.compile(r"[\s*_`'\"“‘(\[{$.:]*(yes|no)[\s*_`'\"”’)\]}$.,;:!]*")
 
-    Quoted lines are the story's words, not the verdict. In the box only type (\\text{..}) and punctuation are passed over:
-    \\neg Yes is no Yes.
-    """
+
+def verdict(completion):
+    """True (Yes), False (No) or None: what the completion's last box says, if it says just one of the two
+    words.
+
+    Quoted lines are the story's words, not the verdict. In the box only type (\\text{..}) and punctuation
+    are passed over: \\neg Yes is no Yes. """
     own_words = re.sub(r"<contradicted_lines>.*?</contradicted_lines>", "", completion, flags=re.DOTALL)
-    content = boxed(own_words) or ""
-    content = re.sub(r"\\(?:text|math|emph|underline|bf|rm|it|Large|large)[a-z]*(?![a-zA-Z])", " ", content)  # braces stay
-    word = re.fullmatch(r"[\s*_`'\"“‘(\[{$.:]*(yes|no)[\s*_`'\"”’)\]}$.,;:!]*", content.lower())
+    content = TYPE.sub(" ", boxed(own_words) or "")  # the braces stay, as punctuation
+    word = WORD.fullmatch(content.lower())
     return word and word.group(1) == "yes"
 
 
@@ -55,14 +64,15 @@ def reward(example, completion):
     return float(verdict(completion) is example["label"])
 
 
-# ============================================================================ what eval.py prints beside the accuracy
+# ============================================================ what eval.py prints beside the accuracy
 def words_of(text):
     """The words of a text in lower case, without punctuation."""
     return re.findall(r"\w+", text.lower())
 
 
 def quotes(completion):
-    """What a completion quotes, as lists of words: lines between <contradicted_lines> tags, and all in double quotes."""
+    """What a completion quotes, as lists of words: lines between <contradicted_lines> tags, and all in
+    double quotes."""
     lines = []
     for block in re.findall(r"<contradicted_lines>(.*?)(?:</contradicted_lines>|$)", completion, re.DOTALL):
         lines += block.split("\n")
@@ -71,7 +81,8 @@ def quotes(completion):
 
 
 def dice(a, b):
-    """How alike two lists of words are, 0 to 1: twice the number of common words over the number of all words."""
+    """How alike two lists of words are, 0 to 1: twice the number of common words over the number of all
+    words."""
     common = Counter(a) & Counter(b)
     return 2 * sum(common.values()) / (len(a) + len(b))
 
@@ -79,16 +90,17 @@ def dice(a, b):
 def located(lines, completion):
     """Share, 0 to 1, of the labelled lines that a quotation matches: `dice` is 0.5 or more.
 
-    So half a line counts and a line in other punctuation does; a quotation of the whole story matches nothing.
-    """
+    So half a line counts and a line in other punctuation does; a quotation of the whole story matches
+    nothing. """
     quoted = quotes(completion)
     matched = [any(dice(words_of(line), quotation) >= 0.5 for quotation in quoted) for line in lines]
     return sum(matched) / len(lines)
 
 
 def report(examples, completions):
-    """Precision, recall and F1 (an error is the positive class; 0 where undefined), the accuracy of always giving the
-    commoner answer, the share of answers without a verdict, and `located` where lines are labelled."""
+    """Precision, recall and F1 (an error is the positive class; 0 where undefined), the accuracy of always
+    giving the commoner answer, the share of answers without a verdict, and `located` where lines are
+    labelled."""
     verdicts = [verdict(completion) for completion in completions]
     labels = [example["label"] for example in examples]
     hits = sum(said is True and label for said, label in zip(verdicts, labels))

@@ -1,12 +1,13 @@
 """Makes train.jsonl, val.jsonl and test.jsonl of the plot-hole task from the Flawed Fictions benchmark.
 
-No near-duplicates across splits: the benchmark has several versions of one tale, and a split by row puts one in train and
-its sister in test. Stories that share 8 words in a row are one cluster here, and a cluster is never divided.
-Nothing is written before everything has been read, so that a bad file leaves an older preparation as it was.
+No near-duplicates across splits: the benchmark has several versions of one tale, and a split by row puts
+one in train and its sister in test. Stories that share 8 words in a row are one cluster here, and a cluster
+is never divided. Nothing is written before everything has been read, so that a bad file leaves an older
+preparation as it was.
 
-    python data/flawed_fictions/prepare.py                            # download from the hub, split by cluster
-    python data/flawed_fictions/prepare.py --from stories.jsonl       # your own file: story and cont_error in each row
-    python data/flawed_fictions/prepare.py --split paper              # the released row-level split, for comparison
+    python data/flawed_fictions/prepare.py                       # download from the hub, split by cluster
+    python data/flawed_fictions/prepare.py --from stories.jsonl  # your own rows, with story and cont_error
+    python data/flawed_fictions/prepare.py --split paper         # the released split by row, for comparison
 """
 import argparse
 import html
@@ -36,7 +37,8 @@ INLINE = "a|abbr|b|big|body|center|cite|code|em|font|html|i|q|s|small|span|stron
 
 
 def clean(text):
-    """HTML -> plain text: a paragraph per block, a line per <br> or line end (verse, dialogue), entities resolved.
+    """HTML -> plain text: a paragraph per block, a line per <br> or line end (verse, dialogue), entities
+    resolved.
 
     Only HTML's own tags go. <implicit_thought>, <|im_end|> or a < b are words of the story and stay.
     """
@@ -50,16 +52,18 @@ def clean(text):
 
 
 def strip_ending(story):
-    """The story without what its makers left at the end: a row of dashes, and an editor's <No modifications needed>.
+    """The story without what its makers left at the end: a row of dashes, and an editor's <No modifications
+    needed>.
 
-    It gives the label away: of 213 stories of the benchmark that we could read, 86 of 108 with an error end in seven
-    dashes and none of 105 without (5 of those end in 68). Whoever looks at nothing else is right in 90 % of the cases.
-    """
+    It gives the label away: of 213 stories of the benchmark that we could read, 86 of 108 with an error end
+    in seven dashes and none of 105 without (5 of those end in 68). Whoever looks at nothing else is right
+    in 90 % of the cases. """
     return re.sub(r"(?:\s|(?<!-)-{3,}(?!-)|<No modifications needed>)+$", "", story)
 
 
 def as_lines(value):
-    """A field of quoted lines, in whatever form it came (list, text with line ends, absent) -> list of plain lines."""
+    """A field of quoted lines, in whatever form it came (list, text with line ends, absent) -> list of
+    plain lines."""
     if isinstance(value, str) and value.strip().startswith("["):
         try:
             value = json.loads(value)
@@ -74,7 +78,8 @@ def label_of(where, row):
     """cont_error, however it is spelled, as a bool."""
     spelled = str(row["cont_error"]).strip().lower().removesuffix(".0")
     if spelled not in LABELS:
-        raise UserError(f"{where}: cont_error is {row['cont_error']!r}; expected 0 or 1, true or false, yes or no")
+        raise UserError(f"{where}: cont_error is {row['cont_error']!r}; expected 0 or 1, true or false, yes or "
+                        f"no")
     return LABELS[spelled]
 
 
@@ -92,7 +97,8 @@ def example_of(story, label, row):
 
 
 def load_stories(paths, keep_endings=False):
-    """Rows of the files, cleaned: [{story, label, ..}]. UserError for a row that is malformed, naming file and line."""
+    """Rows of the files, cleaned: [{story, label, ..}]. UserError for a row that is malformed, naming file
+    and line."""
     stories = []
     empty = []  # where they are
     endings = Counter()  # label -> stories that have an ending which gives it away
@@ -125,8 +131,8 @@ def print_endings(endings, stories, kept):
     by_dashes = endings[True] + stories[False] - endings[False]  # right answers of "dashes mean an error"
     by_none = endings[False] + stories[True] - endings[True]  # .. of "dashes mean no error"
     share = 100 * max(by_dashes, by_none) / sum(stories.values())
-    print(f"endings that give the label away (a row of dashes): {endings[True]} of {stories[True]} stories with an error, "
-          f"{endings[False]} of {stories[False]} without; going by them alone is {share:.0f} % right; "
+    print(f"endings that give the label away (a row of dashes): {endings[True]} of {stories[True]} stories with "
+          f"an error, {endings[False]} of {stories[False]} without; going by them alone is {share:.0f} % right; "
           f"{'kept' if kept else 'removed'}")
 
 
@@ -139,11 +145,12 @@ def is_wanted(file):
 
 
 def download():
-    """The benchmark's main file from the hub -> [path]; one UserError line that says what to do if it cannot be had."""
+    """The benchmark's main file from the hub -> [path]; one UserError line that says what to do if it
+    cannot be had."""
     from huggingface_hub import HfApi, hf_hub_download
 
-    by_hand = (f"get the file of the {NAME} split from https://huggingface.co/datasets/{REPO} on a machine that can, "
-               f"and pass it with --from FILE (jsonl, json or csv)")
+    by_hand = (f"get the file of the {NAME} split from https://huggingface.co/datasets/{REPO} on a machine that "
+               f"can, and pass it with --from FILE (jsonl, json or csv)")
     if not hub_answers():  # the hub's library would try for half a minute
         raise UserError(f"the hub cannot be reached from here: {by_hand}")
     try:
@@ -155,7 +162,7 @@ def download():
         paths = [hf_hub_download(REPO, file, repo_type="dataset") for file in files]
     except UserError:
         raise
-    except Exception as e:  # no network, a gate, a wrong token, a full disk: the hub's many exceptions all end here
+    except Exception as e:  # no network, a gate, a wrong token, a full disk: the hub has many exceptions
         why = (str(e).strip().splitlines() or [type(e).__name__])[0][:160]
         is_gate = re.search("40[13]|gated|token", str(e), re.I)
         gate = "; if it asks for a token, run `hf auth login` first" if is_gate else ""
@@ -164,7 +171,8 @@ def download():
 
 
 def parquet_to_jsonl(path):
-    """The path of a temporary .jsonl with a parquet file's rows; needs pyarrow, which this project does not."""
+    """The path of a temporary .jsonl with a parquet file's rows; needs pyarrow, which this project does
+    not."""
     try:
         import pyarrow.parquet
     except ImportError as e:
@@ -177,7 +185,7 @@ def parquet_to_jsonl(path):
     return out
 
 
-# ============================================================================ near-duplicates and splits
+# ============================================================ near-duplicates and splits
 def ngrams(text, n=8):
     """All runs of n words."""
     words = words_of(text)
@@ -185,8 +193,9 @@ def ngrams(text, n=8):
 
 
 def find_clusters(stories, n=8):
-    """Cluster numbers, one per text: texts that share n words in a row, directly or through others, have the same one."""
-    parent = list(range(len(stories)))  # a forest: the trees are the clusters, a root is the number of its cluster
+    """Cluster numbers, one per text: texts that share n words in a row, directly or through others, have
+    the same one."""
+    parent = list(range(len(stories)))  # a forest: a tree is a cluster, its root the cluster's number
     first_with = {}  # run of words -> the first story that has it
 
     def root(i):
@@ -218,7 +227,8 @@ def split_by_row(labels, seed):
 
 
 def split_by_cluster(labels, clusters, seed):
-    """split_by_row with every cluster gathered where most of it was, then evened out with stories that are alone.
+    """split_by_row with every cluster gathered where most of it was, then evened out with stories that are
+    alone.
 
     -> (split names, number of stories that moved, the row-level split names).
     """
@@ -249,7 +259,8 @@ def split_by_cluster(labels, clusters, seed):
 
 
 def split_as_released(n, seed=42):
-    """The released code's rows: shuffled as the datasets library does it, the last 2 x 15 % are val and test."""
+    """The released code's rows: shuffled as the datasets library does it, the last 2 x 15 % are val and
+    test."""
     order = np.random.default_rng(seed).permutation(n)
     size = int(0.15 * n)
     split = ["train"] * n
@@ -267,17 +278,21 @@ def overlap(split, clusters):
     return sum(len(splits_of[cluster]) > 1 for cluster in held_out), len(held_out)
 
 
-# ============================================================================ the script
+# ============================================================ the script
 def parse_arguments():
     here = os.path.dirname(os.path.abspath(__file__))
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--from", dest="files", nargs="+", metavar="FILE",
                         help="local jsonl, json or csv files instead of the download")
-    parser.add_argument("--out", default=here, metavar="DIR", help="where the three files go (default: beside this script)")
+    parser.add_argument("--out", default=here, metavar="DIR",
+                        help="where the three files go (default: beside this script)")
     parser.add_argument("--split", default="cluster", choices=["cluster", "paper"],
                         help="keep near-duplicates together, or the released rows")
-    parser.add_argument("--keep-endings", action="store_true", help="leave the rows of dashes that give the label away")
-    parser.add_argument("--seed", type=int, default=0, help="of the cluster split (the paper's is fixed at 42)")
+    parser.add_argument("--keep-endings", action="store_true",
+                        help="leave the rows of dashes that give the label away")
+    parser.add_argument("--seed", type=int, default=0,
+                        help="of the cluster split (the paper's is fixed at 42)")
     return parser.parse_args()
 
 
@@ -287,8 +302,8 @@ def main():
     labels = [story["label"] for story in stories]
     clusters = find_clusters([story["story"] for story in stories])
     sizes = [n for n in Counter(clusters).values() if n > 1]
-    print(f"{len(stories)} stories, {sum(labels)} with an error; {sum(sizes)} of them have near-duplicates (8 words in a row), in "
-          f"{len(sizes)} clusters of up to {max(sizes, default=1)}")
+    print(f"{len(stories)} stories, {sum(labels)} with an error; {sum(sizes)} of them have near-duplicates "
+          f"(8 words in a row), in {len(sizes)} clusters of up to {max(sizes, default=1)}")
 
     if args.split == "paper":
         split = split_as_released(len(stories))
@@ -305,7 +320,8 @@ def main():
     for story, cluster, name in zip(stories, clusters, split):
         examples[name].append({**story, "cluster": cluster})
     if not all(examples.values()):
-        raise UserError(f"{len(stories)} stories in {len(set(clusters))} clusters are too few for three splits")
+        n_clusters = len(set(clusters))
+        raise UserError(f"{len(stories)} stories in {n_clusters} clusters are too few for three splits")
     digest = write_splits(args.out, examples)
     for name, rows in examples.items():
         print(f"{name:5} {len(rows):4} stories, {sum(row['label'] for row in rows)} with an error")

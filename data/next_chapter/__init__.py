@@ -1,16 +1,17 @@
-"""Plan the next chapter of a real book: the second of the paper's two tasks (Sec. 4; VR-CLI, arXiv 2503.22828).
+"""Plan the next chapter of a real book: the second of the paper's two tasks (Sec. 4; VR-CLI, arXiv
+2503.22828).
 
-The policy reads what came before, reasons, and writes a plan after "In summary:". A frozen LM, the scorer, then reads the
-TRUE next chapter y with and without the plan. No gold plan is needed:
+The policy reads what came before, reasons, and writes a plan after "In summary:". A frozen LM, the scorer,
+then reads the TRUE next chapter y with and without the plan. No gold plan is needed:
 
     I(y) = 100 * (PPL(y | story) - PPL(y | story, plan)) / PPL(y | story)        percent
     vrcli         R = I(y)
-    contrastive   R = I(y) - 0.5 * I(y_other)      y_other: a chapter of another book, drawn once per prompt and step
+    contrastive   R = I(y) - 0.5 * I(y_other)      y_other: a chapter of another book, one per prompt and step
     thresholded   R = 0 below 0.05, 0.5 up to 1, 0.9 up to 2, 1 above
 
-prepare.py makes the examples; LITEREASON_DATA/next_chapter is looked at first, if that is set. A script sets `settings`.
-The scorer sees the plan as ordinary text: no latents, no tags, no special tokens, no headings.
-"""
+prepare.py makes the examples; LITEREASON_DATA/next_chapter is looked at first, if that is set. A script
+sets `settings`. The scorer sees the plan as ordinary text: no latents, no tags, no special tokens, no
+headings. """
 import functools
 import hashlib
 import json
@@ -26,8 +27,8 @@ from litereason import Rollout, UserError, load, logprobs
 
 settings = {
     "reward": "contrastive",  # or vrcli, thresholded
-    "scorer": None,           # a name or path for litereason.load, or a pair (model, tokenizer): the frozen reader
-    "step": 0,                # of the draw of the other chapter; a script that needs a new one per step sets it
+    "scorer": None,           # the frozen reader: a name for litereason.load, or a pair (model, tokenizer)
+    "step": 0,                # of the draw of the other chapter; a script sets it for a new one per step
     "seed": 0,
     "rows": 16,               # texts that the scorer reads at once; changes memory, not results
 }
@@ -42,12 +43,13 @@ CHAPTER_HEADING = "\n\n# The next chapter\n\n"
 
 
 def examples(split):
-    """[{book, number, story (text before), chapter (the true next one), split, and title and FIELDS where known}]."""
+    """[{book, number, story (text before), chapter (the true next one), split, and title and FIELDS where
+    known}]."""
     rows = read_split("next_chapter", split, {"book": str, "story": str, "chapter": str})
     return [{**row, "split": split} for row in rows]
 
 
-# ============================================================================ prompts
+# ============================================================ prompts
 def sources(example):
     """Everything known before the chapter, one heading each; what a book does not have is left out."""
     sections = [(heading, example.get(field)) for field, heading in FIELDS.items()]
@@ -65,15 +67,17 @@ def prompt(example, latent):
 
 # Your task
 
-Reason step by step about what the next chapter should bring: events, whom they involve and how these people change, tone, and how it \
-takes up what came before. Say for each thought which passage of the material it rests on and what follows from it.
+Reason step by step about what the next chapter should bring: events, whom they involve and how these people \
+change, tone, and how it takes up what came before. Say for each thought which passage of the material it \
+rests on and what follows from it.
 
-{OFFER if latent else ""}Only the last paragraph that you write is passed on to the writer: a detailed plan of the next chapter, \
-which begins with "{ANSWER}"."""  # nothing after it: a completion that repeats this prompt holds no plan
+{OFFER if latent else ""}Only the last paragraph that you write is passed on to the writer: a detailed plan of \
+the next chapter, which begins with "{ANSWER}"."""  # nothing after it: a completion that repeats this prompt holds no plan
 
 
 def chapter_prompt(example, plan=""):
-    """What a frozen LM reads before it scores or writes the chapter: the sources, then the plan if there is one."""
+    """What a frozen LM reads before it scores or writes the chapter: the sources, then the plan if there is
+    one."""
     return sources(example) + (PLAN_HEADING + plan if plan else "") + CHAPTER_HEADING
 
 
@@ -81,7 +85,7 @@ def chapter_prompt(example, plan=""):
 INVISIBLE = re.compile("[\u200b\u2060\ufeff]")
 LINE_ENDS = re.compile("[\r\v\f\x1c-\x1e\x85\u2028\u2029]")  # all that begins a line
 NOT_PLAIN = [
-    re.compile(r"<implicit_thought>\s*(?:\w+\s*)?</implicit_thought>|</?implicit_thought>"),  # also tags that are not valid
+    re.compile(r"<implicit_thought>\s*(?:\w+\s*)?</implicit_thought>|</?implicit_thought>"),  # valid or not
     re.compile(r"<\|[^<>|\n]*\|>|</?s>|<(?:bos|eos|pad|unk|start_of_turn|end_of_turn)>|\[/?INST\]|<</?SYS>>"),
     re.compile(r"(?m)^[^\S\n]*(?:(?:#+|={3,}|-{3,}|\*{3,})[^\S\n]*)+"),  # a heading becomes a line of text
 ]
@@ -90,7 +94,8 @@ NOT_PLAIN = [
 def plan_of(completion):
     """The text after the last "In summary:", as plain words; "" if there is none, or none with a word in it.
 
-    Tags go, and so do the special tokens of the chat templates we know (<|..|>, <s>, [INST], <start_of_turn>, ..)."""
+    Tags go, and so do the special tokens of the chat templates we know (<|..|>, <s>, [INST],
+    <start_of_turn>, ..)."""
     plan = completion.rpartition(ANSWER)[2] if ANSWER in completion else ""
     plan = LINE_ENDS.sub("\n", INVISIBLE.sub("", plan))
     before = None
@@ -102,13 +107,13 @@ def plan_of(completion):
     return plan if re.search(r"\w", plan) else ""
 
 
-# ============================================================================ the scorer
+# ============================================================ the scorer
 def scorer():
     """(model, tokenizer) that reads chapters; frozen, and the same object for the same name."""
     chosen = settings["scorer"]
     if chosen is None:
-        raise UserError("the next_chapter reward needs a frozen model that reads the chapters: set its scorer (a model name or "
-                        "directory)")
+        raise UserError("the next_chapter reward needs a frozen model that reads the chapters: set its scorer "
+                        "(a model name or directory)")
     return chosen if isinstance(chosen, tuple) else _load(str(chosen))
 
 
@@ -121,8 +126,8 @@ def _load(name):
 def scoring_row(model, tokenizer, example, plan, chapter):
     """What the scorer reads, as (Rollout, tokens of the chapter, its last slots).
 
-    The sources are the prompt, which all rows of one example share, so that logprobs reads them once. Everything is
-    encoded as text: a <|im_end|> in a story or a plan is ten ordinary characters."""
+    The sources are the prompt, which all rows of one example share, so that logprobs reads them once.
+    Everything is encoded as text: a <|im_end|> in a story or a plan is ten ordinary characters."""
     encode = functools.partial(tokenizer.encode, add_special_tokens=False, split_special_tokens=True)
     known = encode(sources(example), add_special_tokens=True)
     heading = encode(CHAPTER_HEADING)
@@ -130,10 +135,10 @@ def scoring_row(model, tokenizer, example, plan, chapter):
     limit = model.config.max_position_embeddings
     room = limit - len(known) - len(heading) - len(own)
     if room < 0 or not known or not own:
-        raise UserError(f"{example['book']}, chapter {example.get('number', '?')}: {len(known)} tokens of story and {len(own)} of "
-                        f"chapter (neither may be 0) do not fit the scorer's {limit} positions; prepare with smaller "
-                        f"--story-tokens and --chapter-tokens")
-    planned = encode(PLAN_HEADING + plan)[:room] if plan else []  # a plan too long for the scorer loses its end
+        raise UserError(f"{example['book']}, chapter {example.get('number', '?')}: {len(known)} tokens of story "
+                        f"and {len(own)} of chapter (neither may be 0) do not fit the scorer's {limit} "
+                        f"positions; prepare with smaller --story-tokens and --chapter-tokens")
+    planned = encode(PLAN_HEADING + plan)[:room] if plan else []  # a plan that is too long loses its end
     no_latents = torch.zeros(0, model.config.hidden_size)
     return Rollout(known, planned + heading + own, no_latents), len(own)
 
@@ -155,8 +160,8 @@ def perplexities(batch):
 
 @functools.lru_cache(maxsize=2)
 def fingerprint(model):
-    """16 digits that change with the weights or their precision, so that a cached perplexity of another scorer is never
-    used. Computed once per model object: a scorer is frozen."""
+    """16 digits that change with the weights or their precision, so that a cached perplexity of another
+    scorer is never used. Computed once per model object: a scorer is frozen."""
     digest = hashlib.sha256(str(model.dtype).encode())
     for name, weight in model.named_parameters():
         if "reasoning_projector" not in name:
@@ -183,7 +188,8 @@ def read_known(path):
 
 
 def unaided(pairs):
-    """Perplexities without a plan of [(example, chapter)] -> floats; each is computed once and kept in perplexities.jsonl.
+    """Perplexities without a plan of [(example, chapter)] -> floats; each is computed once and kept in
+    perplexities.jsonl.
 
     The key is a hash of the scorer's weights, what it reads and the chapter."""
     path = os.path.join(folder("next_chapter"), "perplexities.jsonl")
@@ -209,11 +215,12 @@ def unaided(pairs):
             with open(path, "a", encoding="utf-8") as file:
                 file.write("\n" + "".join(lines))  # a line end first: the last line may be cut
         except OSError as e:
-            print(f"warning: perplexities are not kept in {path} ({e.strerror}); they will be computed again next time")
+            print(f"warning: perplexities are not kept in {path} ({e.strerror}); they will be computed again "
+                  f"next time")
     return [known[key] for key in keys]
 
 
-# ============================================================================ rewards
+# ============================================================ rewards
 @functools.lru_cache(maxsize=8)
 def _chapters(directory, split):
     """[(book, chapter)] of a split. directory: where it was read from, for the cache."""
@@ -223,16 +230,16 @@ def _chapters(directory, split):
 def draw(example, step):
     """A chapter of another book, the same for all rollouts of a prompt in a step.
 
-    From the example's own split, so that training never sees val or test text; if that split has no other book, from
-    train's."""
+    From the example's own split, so that training never sees val or test text; if that split has no other
+    book, from train's."""
     rng = random.Random(f"{settings['seed']}/{step}/{example['book']}/{example.get('number')}")
     for split in (example.get("split", "train"), "train"):
         chapters = _chapters(folder("next_chapter"), split)
         others = [chapter for book, chapter in chapters if book != example["book"]]
         if others:
             return rng.choice(others)
-    raise UserError(f"the contrastive reward needs a second book beside {example['book']!r}: prepare more, or choose the reward "
-                    f"vrcli")
+    raise UserError(f"the contrastive reward needs a second book beside {example['book']!r}: prepare more, or "
+                    f"choose the reward vrcli")
 
 
 def gains(examples, plans, chapters):
@@ -275,7 +282,7 @@ def reward(example, completion):
     return rewards([example], [completion])[0]
 
 
-# ============================================================================ what eval.py prints beside the reward
+# ============================================================ what eval.py prints beside the reward
 def identity(example):
     """What tells the examples of a prompt from those of another."""
     return example["book"], example.get("number"), example["chapter"]
@@ -292,8 +299,9 @@ def plans_of_others(examples, plans):
 
 
 def report(examples, completions):
-    """Mean improvement in percent with its 95 % interval (over examples), share of prompts improved, words per plan, share
-    without a plan, and the control: the mean improvement with the plan of another example (an empty plan's is 0)."""
+    """Mean improvement in percent with its 95 % interval (over examples), share of prompts improved, words
+    per plan, share without a plan, and the control: the mean improvement with the plan of another example
+    (an empty plan's is 0)."""
     plans = [plan_of(completion) for completion in completions]
     chapters = [example["chapter"] for example in examples]
     by_prompt = {}  # an example's gains, one per sample

@@ -1,15 +1,18 @@
 """Makes train.jsonl, val.jsonl and test.jsonl of the next-chapter task from books that you have.
 
-Every chapter but a book's first becomes an example: what came before it, and the chapter. Books are never divided between
-splits. What --from takes, files and folders in any mixture:
+Every chapter but a book's first becomes an example: what came before it, and the chapter. Books are never
+divided between splits. What --from takes, files and folders in any mixture:
 
     jsonl or json   a chapter per row: text, and where known book, chapter (a number), title
                     or a whole tale per row: sections (a list of texts), and a name in book or story
-    txt or md       a book with chapter headings ("Chapter 1", "CHAPTER IV. The Storm", "# Home"), alone on their lines
-    a folder        all of these in it; text files without headings are together one book, a chapter each, by file name
+    txt or md       a book with chapter headings ("Chapter 1", "CHAPTER IV. The Storm", "# Home") on lines of
+                    their own
+    a folder        all of these in it; text files without headings are together one book, a chapter each, by
+                    file name
 
-A row of chapters or of sections may have high_level_plan, prior_summary, character_sheets, next_synopsis: texts for the example
-whose NEXT chapter the row is (for sections: one text for all, or a list with one per section).
+A row of chapters or of sections may have high_level_plan, prior_summary, character_sheets, next_synopsis:
+texts for the example whose NEXT chapter the row is (for sections: one text for all, or a list with one per
+section).
 
     python data/next_chapter/prepare.py --from books/                                   # all that is in there
     python data/next_chapter/prepare.py --from a.txt b.jsonl --story-tokens 1000        # shorter prompts
@@ -37,7 +40,7 @@ HEADING = re.compile(rf"(?:chapter {NUMBER}\b.{{0,70}}|(?:prologue|epilogue)\b.{
 ROMAN = re.compile(r"[IVXLC]+\.?")  # only where there are no others: inside chapters it numbers their parts
 
 
-# ============================================================================ reading books
+# ============================================================ reading books
 def field_text(where, name, value):
     """An optional field as text: a text, or a list of texts (one paragraph each); None stays None."""
     if isinstance(value, list) and all(isinstance(v, str) for v in value):
@@ -66,7 +69,8 @@ def chapters_of_row(where, row):
 
 
 def chapters_of_tale(where, row):
-    """The chapters of a row with sections; each optional field is one text for all of them, or a list with one per section."""
+    """The chapters of a row with sections; each optional field is one text for all of them, or a list with
+    one per section."""
     texts = row["sections"]
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise UserError(f"{where}: sections must be a list of texts")
@@ -82,7 +86,8 @@ def chapters_of_tale(where, row):
 
 
 def chapters_of_text(text):
-    """Chapters of a plain book by its headings; [] if it has fewer than two. Text before the first heading is no chapter."""
+    """Chapters of a plain book by its headings; [] if it has fewer than two. Text before the first heading
+    is no chapter."""
     text = re.split(r"(?m)^\*\*\* ?START OF TH[^\n]*$", text)[-1]  # Gutenberg's frame
     text = re.split(r"(?m)^\*\*\* ?END OF TH[^\n]*$", text)[0]
     for heading in (HEADING, ROMAN):
@@ -103,7 +108,8 @@ def number_key(name):
 
 
 def files_of(path):
-    """A file, or a folder's text and json files in the order in which people number them: [(file, its folder or None)]."""
+    """A file, or a folder's text and json files in the order in which people number them: [(file, its
+    folder or None)]."""
     if not os.path.isdir(path):
         return [(path, None)]
     files = []
@@ -118,13 +124,15 @@ def files_of(path):
 
 
 def collect_books(paths):
-    """{book: [chapter, ..]}, all that is in the files; UserError if two files have a book of the same name."""
+    """{book: [chapter, ..]}, all that is in the files; UserError if two files have a book of the same
+    name."""
     books = {}
     came_from = {}  # the file or folder that a book was first seen in
 
     def add(name, chapters, source):
         if came_from.setdefault(name, source) != source:
-            raise UserError(f"the book {name!r} is in {came_from[name]} and in {source}; give one of them another name")
+            raise UserError(f"the book {name!r} is in {came_from[name]} and in {source}; give one of them "
+                            f"another name")
         books.setdefault(name, []).extend(chapters)
 
     for path in paths:
@@ -176,8 +184,8 @@ def read_books(paths):
         pairs = [f"{name} (as {same})" for name, same in repeated.items()]
         print(f"left out {len(repeated)} books with the same text as another: {some(pairs)}")
     if not books:
-        raise UserError(f"no book with two or more chapters in {', '.join(paths)} (text files need headings such as \"Chapter 1\", "
-                        f"or a folder with one file per chapter)")
+        raise UserError(f"no book with two or more chapters in {', '.join(paths)} (text files need headings such "
+                        f"as \"Chapter 1\", or a folder with one file per chapter)")
     return books
 
 
@@ -186,9 +194,10 @@ def some(names):
     return ", ".join(names[:3]) + (" .." if len(names) > 3 else "")
 
 
-# ============================================================================ lengths
+# ============================================================ lengths
 def make_ruler(tokenizer=None):
-    """A function text -> (where its units start, tokens per unit): words at 1.3 tokens, or the tokenizer's own tokens."""
+    """A function text -> (where its units start, tokens per unit): words at 1.3 tokens, or the tokenizer's
+    own tokens."""
     def words(text):
         return [match.start() for match in re.finditer(r"\S+", text)], 1.3
 
@@ -206,7 +215,8 @@ def length(ruler, text):
 
 
 def newest(ruler, text, budget):
-    """The end of a text that fits the budget (tokens), from a paragraph's start if one is near, else from a word's."""
+    """The end of a text that fits the budget (tokens), from a paragraph's start if one is near, else from a
+    word's."""
     starts, price = ruler(text)
     keep = int(budget / price)
     if len(starts) <= keep:
@@ -232,10 +242,11 @@ def first(ruler, text, budget):
 
 
 def fit_story(ruler, chapters, sizes, room, summary=None):
-    """The text before a chapter that fits `room` (tokens) -> (story, summary, whether something was left out).
+    """The text before a chapter that fits `room` (tokens) -> (story, summary, whether something was left
+    out).
 
-    chapters: all before it, sizes: their tokens. With a summary of the earlier chapters the story is the last one alone;
-    otherwise as many of the last as there is room for."""
+    chapters: all before it, sizes: their tokens. With a summary of the earlier chapters the story is the
+    last one alone; otherwise as many of the last as there is room for."""
     start = len(chapters) - 1
     while not summary and start > 0 and sum(sizes[start:]) < room:
         start -= 1
@@ -243,19 +254,21 @@ def fit_story(ruler, chapters, sizes, room, summary=None):
     story = newest(ruler, whole, room)
     if not summary:
         return story, summary, story != whole or start > 0
-    shorter = newest(ruler, summary, room - length(ruler, story))  # older than the last chapter, so cut before it
+    # The summary is older than the last chapter, so it is what is cut.
+    shorter = newest(ruler, summary, room - length(ruler, story))
     return story, shorter, story != whole or shorter != summary
 
 
 def make_examples(book, chapters, ruler, story_tokens, chapter_tokens):
-    """One example per chapter from the second on -> (examples, Counter of those with a cut story, a cut chapter, and of those
-    that did not fit)."""
+    """One example per chapter from the second on -> (examples, Counter of those with a cut story, a cut
+    chapter, and of those that did not fit)."""
     examples = []
     counts = Counter()
     sizes = [length(ruler, chapter["text"]) for chapter in chapters]
     for i in range(1, len(chapters)):
         given = {field: chapters[i][field] for field in FIELDS + ("title",) if chapters[i].get(field)}
-        room = story_tokens - sum(length(ruler, given.get(field)) for field in FIELDS if field != "prior_summary")
+        beside = [given.get(field) for field in FIELDS if field != "prior_summary"]
+        room = story_tokens - sum(length(ruler, text) for text in beside)
         if room < story_tokens / 4:  # a story of a few words behind long sheets is no story
             counts["unfit"] += 1
             continue
@@ -272,7 +285,8 @@ def make_examples(book, chapters, ruler, story_tokens, chapter_tokens):
 
 
 def split_books(books, seed):
-    """{book: split}: 15 % of the books, and at least one, in val and in test; two books make train and test, one makes train."""
+    """{book: split}: 15 % of the books, and at least one, in val and in test; two books make train and
+    test, one makes train."""
     names = sorted(books)
     random.Random(seed).shuffle(names)
     n = max(1, round(0.15 * len(names))) if len(names) > 2 else 0
@@ -284,12 +298,15 @@ def split_books(books, seed):
     return split_of
 
 
-# ============================================================================ the script
+# ============================================================ the script
 def parse_arguments():
     here = os.path.dirname(os.path.abspath(__file__))
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--from", dest="files", nargs="+", required=True, metavar="PATH", help="files and folders, see above")
-    parser.add_argument("--out", default=here, metavar="DIR", help="where the three files go (default: beside this script)")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--from", dest="files", nargs="+", required=True, metavar="PATH",
+                        help="files and folders, see above")
+    parser.add_argument("--out", default=here, metavar="DIR",
+                        help="where the three files go (default: beside this script)")
     parser.add_argument("--story-tokens", type=int, default=2048,
                         help="tokens of everything before the chapter; the oldest text is cut first")
     parser.add_argument("--chapter-tokens", type=int, default=1024,
@@ -335,8 +352,8 @@ def main():
           f"in {counts['stories cut']} the oldest text was cut to fit {args.story_tokens} {unit}, "
           f"in {counts['chapters cut']} the chapter's end to fit {args.chapter_tokens}")
     if counts["unfit"]:
-        print(f"left out {counts['unfit']} examples whose plan, sheets and synopsis leave less than a quarter of the tokens to "
-              f"the story")
+        print(f"left out {counts['unfit']} examples whose plan, sheets and synopsis leave less than a quarter of "
+              f"the tokens to the story")
     if not made:
         raise UserError("no examples are left; raise --story-tokens")
 

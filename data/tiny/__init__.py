@@ -1,14 +1,14 @@
 """The tiny world, task 1 of 2: is there a plot hole? (the shape of Flawed Fictions, paper Sec. 4)
 
-In act one eight people put things somewhere, in act two, in another order, they fetch them again. `attic` is where
-`upstairs` is, and so on. In half of the stories one thing, and only one, is fetched from a place where it was not put. A
-reader asks about one thing: the wrong one, or any if all is well. The answer says whether the story holds an error.
+In act one eight people put things somewhere, in act two, in another order, they fetch them again. `attic`
+is where `upstairs` is, and so on. In half of the stories one thing, and only one, is fetched from a place
+where it was not put. A reader asks about one thing: the wrong one, or any if all is well. The answer says
+whether the story holds an error.
 
     Karl hides upstairs cup . Mara leaves outside key . .. Mara finds ship key . .. Karl gets attic cup . ..
 
-Every word is one token, so a reader can count. A story's split is a function of its text (`split_of`), hence no
-story can be in two splits, and the base model in `base/` was trained on the train part only.
-"""
+Every word is one token, so a reader can count. A story's split is a function of its text (`split_of`),
+hence no story can be in two splits, and the base model in `base/` was trained on the train part only. """
 import random
 import zlib
 
@@ -32,7 +32,8 @@ def split_of(story):
 
 
 def make_story(rng, errors, things=8):
-    """One story of 2 * things events with so many errors and, for the trace writer of prepare.py, what a careful reader notes.
+    """One story of 2 * things events with so many errors and, for the trace writer of prepare.py, what a
+    careful reader notes.
 
     Returns {story, label, steps, asked}: steps are (thing, place in act one, place in act two).
     """
@@ -48,7 +49,8 @@ def make_story(rng, errors, things=8):
         found[thing] = NAMES[place]
     cast = list(zip(people, things))
     act_one = [f"{person} {rng.choice(HIDE)} {put[thing]} {thing} ." for person, thing in cast]
-    act_two = [f"{person} {rng.choice(FETCH)} {found[thing]} {thing} ." for person, thing in rng.sample(cast, len(cast))]
+    order = rng.sample(cast, len(cast))
+    act_two = [f"{person} {rng.choice(FETCH)} {found[thing]} {thing} ." for person, thing in order]
     return {
         "story": " ".join(act_one + act_two),
         "label": errors > 0,
@@ -78,7 +80,8 @@ def examples(split):
 
 
 def prompt(example, latent):
-    """The story and the question; with `latent`, the offer of the tag (the paper's prompt in this world's words)."""
+    """The story and the question; with `latent`, the offer of the tag (the paper's prompt in this world's
+    words)."""
     offer = " or skip with <implicit_thought> number </implicit_thought>" if latent else ""
     question = f"find the hole . reader asks about {example['asked']}"
     return f"{example['story']} task : {question} . think aloud{offer} . answer :"

@@ -1,13 +1,13 @@
 """The tiny world, task 2 of 2: plan the next chapter (the shape of the paper's NCP task, Sec. 4).
 
-The story tells who hid which thing where and who wants which thing. The next chapter is then a matter of course:
-everybody goes where the wanted thing is, under the place's other name (`attic` is where `upstairs` is).
+The story tells who hid which thing where and who wants which thing. The next chapter is then a matter of
+course: everybody goes where the wanted thing is, under the place's other name (`attic` is where `upstairs`
+is).
 
     Karl hides upstairs cup . .. cup tempts Mara . ..        next chapter: Mara goes attic and finds cup . ..
 
-The policy writes a plan after "In summary :"; a frozen copy of the base model reads the TRUE next chapter with and without
-it, and the reward is how much easier the plan made the reading.
-"""
+The policy writes a plan after "In summary :"; a frozen copy of the base model reads the TRUE next chapter
+with and without it, and the reward is how much easier the plan made the reading. """
 import functools
 import random
 
@@ -20,11 +20,13 @@ ANSWER = "In summary :"  # what follows is the plan, the only part that the scor
 
 
 def make_story(rng):
-    """8 events: five things hidden, three wanted. Returns {story, wants: [(person, thing, place)], chapter}."""
+    """8 events: five things hidden, three wanted. Returns {story, wants: [(person, thing, place)],
+    chapter}."""
     hiders = rng.sample(PEOPLE, 5)
     things = rng.sample(THINGS, 5)
     place = {thing: rng.choice(PUT) for thing in things}
-    act_one = [f"{person} {rng.choice(HIDE)} {place[thing]} {thing} ." for person, thing in zip(hiders, things)]
+    cast = zip(hiders, things)
+    act_one = [f"{person} {rng.choice(HIDE)} {place[thing]} {thing} ." for person, thing in cast]
     tempted = zip(rng.sample(hiders, 3), rng.sample(things, 3))
     wants = [(person, thing, place[thing]) for person, thing in tempted]
     act_two = [f"{thing} tempts {person} ." for person, thing, _ in wants]
@@ -39,7 +41,8 @@ def chapter(wants):
 def examples(split):
     """The split's stories; each carries `other`, the chapter of another story, for the contrastive reward.
 
-    The paper draws the other chapter again at every step; a fixed one keeps reward() a function of its arguments."""
+    The paper draws the other chapter again at every step; a fixed one keeps reward() a function of its
+    arguments."""
     if split not in SIZES:
         raise ValueError(f"the tiny.next_chapter task has the splits {', '.join(SIZES)}, not {split!r}")
     rng = random.Random(100 + SEEDS[split])
@@ -66,13 +69,15 @@ def gold_plan(example):
 
 
 def plan_of(completion):
-    """The text after the last "In summary :", without tags and without the words that would end the scorer's prompt."""
+    """The text after the last "In summary :", without tags and without the words that would end the
+    scorer's prompt."""
     if ANSWER not in completion:
         return ""
     plan = completion.rsplit(ANSWER, 1)[1]
     for start, end, _ in reversed(parse_tags(plan)):
         plan = plan[:start] + plan[end:]
-    return " ".join(word for word in plan.split() if word not in ("chapter", "plan", "task", ":", "<|endoftext|>"))
+    structure = ("chapter", "plan", "task", ":", "<|endoftext|>")
+    return " ".join(word for word in plan.split() if word not in structure)
 
 
 @functools.cache
@@ -99,7 +104,8 @@ def gains(examples, plans, chapters):
 
 
 def rewards(examples, completions):
-    """VR-CLI, contrastive (paper Sec. 4): I(true chapter) - 0.5 * I(another story's chapter), I in percent."""
+    """VR-CLI, contrastive (paper Sec. 4): I(true chapter) - 0.5 * I(another story's chapter), I in
+    percent."""
     plans = [plan_of(completion) for completion in completions]
     own = gains(examples, plans, [example["chapter"] for example in examples])
     other = gains(examples, plans, [example["other"] for example in examples])

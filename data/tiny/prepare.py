@@ -1,9 +1,10 @@
 """Makes the tiny world's base model: `python data/tiny/prepare.py` (needs no download, no GPU).
 
-The base stands for the pretrained LM that the paper starts from. It is a Qwen2 of 0.6 M parameters, trained from random
-weights on text of the tiny world: what readers of different care wrote after the two kinds of prompt. Like a pretrained
-LM it has seen good and bad reasoning, and samples both; RL can then select. What each reader writes is below, and
-readme.md states what that makes the base able to do, and what follows for the claims.
+The base stands for the pretrained LM that the paper starts from. It is a Qwen2 of 0.6 M parameters, trained
+from random weights on text of the tiny world: what readers of different care wrote after the two kinds of
+prompt. Like a pretrained LM it has seen good and bad reasoning, and samples both; RL can then select. What
+each reader writes is below, and readme.md states what that makes the base able to do, and what follows for
+the claims.
 
     python data/tiny/prepare.py                     # the shipped base
     python data/tiny/prepare.py --steps 20 --out /tmp/base      # a smoke run
@@ -24,11 +25,11 @@ from data import tiny
 from data.tiny import next_chapter
 from litereason import CLOSE, OPEN
 
-# ============================================================================ how readers write
+# ============================================================ how readers write
 MISREAD = 0.05  # chance that a step looks up a wrong place
 BLIND = 0.15    # chance that a step sees what it expects where the places differ
 HASTY = 0.06    # share of readers who answer at once, by a coin
-FIRST = 0.5     # share of readers who look for the thing that is asked for first; the rest of the order is chance
+FIRST = 0.5     # share of readers who look for the thing that is asked for first; all else is in any order
 SKIPPERS_FIRST = 0.9  # the same for readers who may skip; they skip nothing before their first step
 KEPT = 0.9      # chance that a skipper whose first step is another still writes down the step about that thing
 SHORT = 0.9     # share of skippers who skip all they may; the others skip each step with a chance of their own
@@ -40,7 +41,8 @@ EOS = "<|endoftext|>"
 
 
 def skip_some(rng, sentences, keep=None):
-    """Replaces stretches of sentences by one tag each: a few, most or all; the first sentence, and `keep`, are spared."""
+    """Replaces stretches of sentences by one tag each: a few, most or all; the first sentence, and `keep`,
+    are spared."""
     chance = 1.0 if rng.random() < SHORT else rng.uniform(0.1, 0.9)
     written = []
     skipping = False
@@ -55,7 +57,8 @@ def skip_some(rng, sentences, keep=None):
 
 
 def hole_trace(rng, row, latent, slips=True):
-    """One reader's answer to the plot-hole prompt: thing by thing in any order; without `slips`, a careful reader's."""
+    """One reader's answer to the plot-hole prompt: thing by thing in any order; without `slips`, a careful
+    reader's."""
     if not latent and slips and rng.random() < HASTY:
         return f"\\boxed{{ {rng.choice(['Yes', 'No'])} }}"
     order = rng.sample(row["steps"], len(row["steps"]))
@@ -71,7 +74,8 @@ def hole_trace(rng, row, latent, slips=True):
         elif slips and rng.random() < MISREAD:
             put = rng.choice(tiny.PUT)
         verdict = "fine" if tiny.NAMES[put] == found else "clash"
-        # Either look-up may come first, so that neither can be guessed from the other: half the steps to learn them.
+        # Either look-up may come first, so that neither can be guessed from the other: half the steps to
+        # learn them.
         one, two = rng.sample([f"put {thing} {put}", f"got {thing} {found}"], 2)
         sentence = f"look for the {thing} in the story : {one} , {two} , {verdict} ."
         sentences.append(sentence)
@@ -122,8 +126,9 @@ def train_story(rng, kind, school, things):
 def make_text(rng, school=None, things=8):
     """One training text, (prompt, continuation), from a story of the train part.
 
-    school: careful readers, few tags, up to two thirds of the things misplaced: with the task's own 0 or 1 error "it is
-    where it was" is nearly always right, and looking is hardly learned. Later the readers are those described above."""
+    school: careful readers, few tags, up to two thirds of the things misplaced: with the task's own 0 or 1
+    error "it is where it was" is nearly always right, and looking is hardly learned. Later the readers are
+    those described above."""
     kind = rng.choices(KINDS, SCHOOL if school else PARTS)[0]
     row = train_story(rng, kind, school, things)
     latent = rng.random() < (0.25 if school else 0.5)
@@ -131,16 +136,17 @@ def make_text(rng, school=None, things=8):
         return tiny.prompt(row, latent), hole_trace(rng, row, latent, not school)
     if kind == "plan":
         return next_chapter.prompt(row, latent), plan_trace(rng, row, latent)
-    # The scorer's two readings. A chapter follows its plan, whatever the plan; without one its people go anywhere: a
-    # reader who could foresee the chapter silently would gain nothing from a plan.
+    # The scorer's two readings. A chapter follows its plan, whatever the plan; without one its people go
+    # anywhere: a reader who could foresee the chapter silently would gain nothing from a plan.
     wants = [(person, thing, rng.choice(tiny.PUT)) for person, thing, _ in row["wants"]]
     plan = next_chapter.gold_plan({"wants": wants}) if rng.random() < 0.6 else None
     return next_chapter.chapter_prompt(row, plan), next_chapter.chapter(wants)
 
 
-# ============================================================================ tokenizer and model: one word, one token
+# ============================================================ tokenizer and model: one word, one token
 def make_tokenizer():
-    """The words of the tiny world -> a tokenizer; words stand between spaces, tags and boxes are found without spaces too."""
+    """The words of the tiny world -> a tokenizer; words stand between spaces, tags and boxes are found
+    without spaces too."""
     words = set(tiny.PEOPLE + tiny.THINGS + tiny.PUT + tiny.FOUND + "1 2 3 4 5".split())
     rng = random.Random(0)
     for _ in range(3000):
@@ -156,9 +162,10 @@ def make_tokenizer():
 def make_model(vocab_size, pad):
     """A Qwen2 of 0.6 M parameters with random weights."""
     return Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=vocab_size, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, rope_theta=10000.0, initializer_range=0.05,
-        tie_word_embeddings=True, bos_token_id=None, eos_token_id=pad, pad_token_id=pad, attn_implementation="eager"))
+        vocab_size=vocab_size, hidden_size=128, intermediate_size=256, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, rope_theta=10000.0,
+        initializer_range=0.05, tie_word_embeddings=True, bos_token_id=None, eos_token_id=pad, pad_token_id=pad,
+        attn_implementation="eager"))
 
 
 def make_batch(vocab, pad, pairs):
@@ -173,7 +180,7 @@ def make_batch(vocab, pad, pairs):
     return ids, targets, [len(prompt) for prompt in prompts]
 
 
-# ============================================================================ what has been learned
+# ============================================================ what has been learned
 def val_stories():
     """(plot-hole stories, next-chapter stories) of the val part."""
     rng = random.Random(10**6)
@@ -185,7 +192,8 @@ def val_stories():
 
 @torch.no_grad()
 def check(model, vocab, pad, rng, holes, plans):
-    """Teacher-forced on val stories: share of look-ups and verdicts that are right, and how much a plan helps the scorer."""
+    """Teacher-forced on val stories: share of look-ups and verdicts that are right, and how much a plan
+    helps the scorer."""
     model.eval()
     learned = {**check_look_ups(model, vocab, pad, rng, holes),
                "ch_plan": chapter_nats(model, vocab, pad, plans, with_plan=True),
@@ -195,7 +203,8 @@ def check(model, vocab, pad, rng, holes, plans):
 
 
 def check_look_ups(model, vocab, pad, rng, rows):
-    """Shares right: the first look-up of a step, the second (also: where the places differ), the verdict by what it is."""
+    """Shares right: the first look-up of a step, the second (also: where the places differ), the verdict by
+    what it is."""
     traces = [hole_trace(rng, row, False, slips=False) for row in rows]
     prompts = [tiny.prompt(row, False) for row in rows]
     ids, _, starts = make_batch(vocab, pad, list(zip(prompts, traces)))
@@ -205,7 +214,8 @@ def check_look_ups(model, vocab, pad, rng, rows):
     def hits(word):
         return hit.gather(1, steps + word - 1)  # (B, 8)
 
-    clash = torch.tensor([["clash" in sentence for sentence in trace.split(" . ")[:8]] for trace in traces])  # (B, 8)
+    written = [trace.split(" . ")[:8] for trace in traces]
+    clash = torch.tensor([["clash" in sentence for sentence in sentences] for sentences in written])  # (B, 8)
     return {"first": hits(10).mean(), "second": hits(14).mean(), "wrong": hits(14)[clash].mean(),
             "clash": hits(16)[clash].mean(), "fine": hits(16)[~clash].mean()}
 
@@ -224,14 +234,17 @@ def chapter_nats(model, vocab, pad, rows, with_plan):
     return sum(costs) / len(costs)
 
 
-# ============================================================================ training
+# ============================================================ training
 def parse_arguments():
     here = os.path.dirname(os.path.abspath(__file__))
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default=os.path.join(here, "base"), help="directory for the model")
     parser.add_argument("--steps", type=int, default=1000, help="optimiser steps after school")
-    parser.add_argument("--school", type=int, default=2000, help="most steps at school, which ends when looking is learned")
-    parser.add_argument("--grow", type=int, default=350, help="steps over which stories grow from 2 things to 8")
+    parser.add_argument("--school", type=int, default=2000,
+                        help="most steps at school, which ends when looking is learned")
+    parser.add_argument("--grow", type=int, default=350,
+                        help="steps over which stories grow from 2 things to 8")
     parser.add_argument("--lr", type=float, default=2e-3,
                         help="peak learning rate (AdamW); falls to a half at school, then to 5 %%")
     parser.add_argument("--init", default=None, help="a model that has left school: DIR/school of another run")
@@ -281,9 +294,11 @@ def main():
         # One step on new texts.
         texts = [make_text(rng, school, things) for _ in range(args.batch * 8 // things)]
         ids, targets, _ = make_batch(vocab, pad, texts)
-        with torch.autocast("cpu", torch.bfloat16):  # weights stay fp32; 4 times the speed where the CPU has bf16 units
+        # Weights stay fp32; bf16 products are 4 times as fast where the CPU has units for them.
+        with torch.autocast("cpu", torch.bfloat16):
             logits = model(ids).logits[:, :-1].float()
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten(), ignore_index=-100)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten(),
+                                                 ignore_index=-100)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
