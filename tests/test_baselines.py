@@ -190,7 +190,7 @@ def test_every_method_runs_on_both_tasks(method, rows, tmp_path, monkeypatch):
     limit = 160 if method == "colar" else 60  # a trace of all eight steps has 148 words
     words = ["--method", method, "--task", task, "--n", 4, "--prompts", 2, "--steps", 1, "--max-new-tokens", limit,
              "--out", tmp_path / "o"]
-    shorter = {"stages": 1, "per_stage": 1, "colar_epochs": 2, "rl_prompts": 1}
+    shorter = {"stages": 1, "per_stage": 1, "colar_epochs": 6, "rl_prompts": 1}
     monkeypatch.setattr(baselines, "SMALL", {**baselines.SMALL, **shorter})
     monkeypatch.setattr(baselines, "GROUP", 4)
     monkeypatch.setattr(baselines, "MOST_LATENTS", 8)
