@@ -1,7 +1,8 @@
 """What people look at; nothing here is in the paper, and a reader of the paper may skip it.
 
-    forecast, pace                  said before a run: its memory and its hours
-    step_line, warn, put_aside, ..  said during training
+    say_what_runs, forecast, pace   before a run: its settings, its memory and its hours
+    step_line, warn, ..             during training
+    stop_if_.., put_aside           what goes wrong without a crash: said, and set aside to be read
     table, controls_table, collect  results as tables
     curve, training                 results as pictures (the only part that needs matplotlib)
     readable, nearest_words         an answer with its latents, as text
@@ -29,6 +30,25 @@ GIB = 2.0**30
 
 
 # ============================================================ before a run
+def say_what_runs(args, model, tokenizer, task, prompts, released, ours):
+    """The sizes, the settings beside the released ones and, of a real model, the memory and hours that a run
+    may need."""
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    longest = max(map(len, prompts))
+    print(f"{args.method} on {args.task}: {args.model}, {millions:.1f} M parameters, {model.device}, fp32 "
+          f"weights; {len(prompts)} train prompts of up to {longest} tokens")
+    settings = []
+    for name, theirs in released.items():
+        value = getattr(args, name)
+        beside = f" (released: {theirs:g})" if name not in ours and value != theirs else ""
+        settings.append(f"{name} {value:g}{beside}")
+    print("settings: " + ", ".join(settings))
+    if not runs.is_small(model):
+        scorer = getattr(task, "settings", {}).get("scorer", ())[:1]
+        print(forecast(model, args, longest, *scorer), flush=True)
+        print(pace(model, tokenizer, prompts, args), flush=True)
+
+
 def forecast(model, args, longest, scorer=None):
     """The sizes of a run and the memory that it needs, as text, from the configuration; on CUDA also whether
     it fits and, if not, which flags to change.
@@ -200,6 +220,59 @@ def warn_of_validation(metrics, val):
 
 def _mean_reward(metrics):
     return sum(m["reward"] for m in metrics) / len(metrics)
+
+
+# ============================================================ tripwires: what goes wrong without a crash
+# Most that sampler and scorer may differ, by whether the model computes in bf16.
+DLOGP = {False: 1e-2, True: 2.0}
+
+
+def check_answers(task, examples):
+    """Before the first step, on real rows: the refresh's target, the label and the reward agree. For tasks
+    with `answer`."""
+    marker = getattr(task, "ANSWER", "\\boxed{")
+    for i, example in enumerate(examples if hasattr(task, "answer") else []):
+        answer = task.answer(example)
+        earned = data.score(task, [example], ["Some reasoning.\n" + answer])[0]
+        if earned != 1 or not answer.startswith(marker):
+            raise UserError(f"train example {i}: its own answer {answer!r} earns {earned:g}, not 1, or does "
+                            f"not begin with {marker!r}: the label, the answer and the reward of this task "
+                            "do not agree")
+
+
+def stop_if_a_reward_is_not_finite(args, step, state, index):
+    bad = (~state.earned.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        reward = float(state.earned[bad[0]])
+        prompt = index[state.rollouts[bad[0]].prompt]
+        aside = put_aside(args.out, step, state.rollouts, state.earned, bad)
+        raise UserError(f"step {step + 1}: the reward of a rollout of train prompt {prompt} is {reward}; "
+                        f"its text is in {aside}")
+
+
+def stop_if_sampler_and_scorer_differ(args, step, model, state, index, gap):
+    """Before an update only: after one they must differ."""
+    largest, worst = gap
+    allowed = DLOGP[model.bf16 or args.offload]
+    if largest > allowed:
+        prompt = index[state.rollouts[worst].prompt]
+        aside = put_aside(args.out, step, state.rollouts, state.earned, [worst])
+        raise UserError(f"step {step + 1}: sampler and scorer differ by {largest:.3g} in a log-prob of "
+                        f"rollout {worst} (train prompt {prompt}); more than {allowed:g} means that what is "
+                        f"trained is not what was sampled; it is in {aside}")
+
+
+def set_aside_if_skipped(args, step, state, chosen, step_is_finite):
+    if not step_is_finite:
+        aside = put_aside(args.out, step, state.rollouts, state.earned, chosen)
+        print(f"warning: step {step + 1}: a loss, gradient or latent is not finite; step skipped, "
+              f"{state.carried['skipped']} so far; its rollouts are in {aside}", flush=True)
+
+
+def stop_if_three_in_a_row_were_skipped(args, state):
+    if state.carried["skipped_in_a_row"] >= 3:
+        raise UserError(f"steps {state.step - 2} to {state.step} were not finite and were skipped: stopped; "
+                        f"the weights before them are in {args.out}/state-{state.step}")
 
 
 def put_aside(out, step, rollouts, earned, which):

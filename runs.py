@@ -448,6 +448,11 @@ class State:
                    "tokens_per_forward": args.tokens_per_forward}
         return cls(0, [], torch.zeros(0), carried)
 
+    def count_skipped(self, step_is_finite):
+        in_a_row = self.carried["skipped_in_a_row"]
+        self.carried["skipped"] += not step_is_finite
+        self.carried["skipped_in_a_row"] = 0 if step_is_finite else in_a_row + 1
+
     def save(self, out, model, masters, optimizer, in_batch=True):
         """out/state-STEP, with weights (offloaded: the fp32 masters), AdamW's moments and the projector.
         in_batch: the batch has minibatches to go, so its rollouts are needed."""
@@ -637,6 +642,25 @@ def base_of(name):
     """The model that a run directory was trained from; any other model is its own base."""
     base = run_settings(name).get("base", name)
     return os.path.abspath(base) if os.path.isdir(base) else base
+
+
+def check_what_is_there(args, saved):
+    """UserError if the command line does not go with what is in the output directory already."""
+    states = saved_states(args.out)
+    asked_for = run_settings(args.out).get("steps") or 0
+    if states and not args.resume and states[-1] < asked_for:
+        raise UserError(f"{args.out} holds a run that was stopped at step {states[-1]} of {asked_for}: go on "
+                        f"with --resume {args.out}, choose another --out, or delete {args.out}/state-*")
+    if saved and args.steps < saved[0]:
+        raise UserError(f"--steps is {args.steps}, but the run in {args.out} is at step {saved[0]} already")
+    if args.group is not None and args.group < 2:
+        raise UserError("--group must be 2 or more: an advantage compares the rollouts of one prompt")
+
+
+def delete_earlier_run(args):
+    states = [f"state-{step}" for step in saved_states(args.out)]
+    for name in [*states, "stage-2", "first-rows"]:
+        shutil.rmtree(os.path.join(args.out, name), ignore_errors=True)
 
 
 def make_directory(path):

@@ -12,7 +12,7 @@ one optimiser step per rollout batch, where the released script takes 16 (and so
 ratio is then 1 and the clip idle. (4) Latents are replayed as they were sampled; --recompute-latents makes
 them again with the current weights, as released.
 
-    python train_rl.py                                # the tiny model, all stages, the table: 2 minutes on 2 cores
+    python train_rl.py                                # the tiny model, all stages, a table: 2 minutes, 2 cores
     python train_rl.py --method grpo --out out/grpo   # the same RL without latents, for comparison
     python train_rl.py --resume out/rl                # continue a stopped run, exactly: on a CPU bit for bit
     python train_rl.py --model Qwen2.5-1.5B           # the paper's plot holes on one GPU; before it, once:
@@ -27,7 +27,6 @@ import argparse
 import json
 import math
 import random
-import shutil
 import time
 
 import torch
@@ -55,8 +54,6 @@ SMALL = {
     "clip": 0.2, "refresh_lr": 1e-4, "refresh_share": 0.1,
     "rows": 512, "tokens_per_forward": 12_000, "checkpoint_layers": False, "save_every": 4}
 OURS = ("rows", "tokens_per_forward", "checkpoint_layers", "save_every")
-# Most that sampler and scorer may differ, by whether the model computes in bf16.
-DLOGP = {False: 1e-2, True: 2.0}
 NAMES = {"litereason": "LiteReason", "grpo": "RL without latents", "tag": "RL with tags, no latents"}
 
 
@@ -94,7 +91,7 @@ def train(args, model, tokenizer, task, examples, vals, rows, saved):
             asked = [examples[index[r.prompt]] for r in state.rollouts]
             earned = data.score(task, asked, [r.text for r in state.rollouts], number + 1)
             state.earned = torch.tensor(earned)  # (B,)
-            stop_if_a_reward_is_not_finite(args, step, state, index)
+            report.stop_if_a_reward_is_not_finite(args, step, state, index)
 
         # (3) Advantages: each rollout against the other rollouts of its prompt.
         rewards = state.earned + length_penalty(args, state.rollouts)  # (B,)
@@ -110,7 +107,7 @@ def train(args, model, tokenizer, task, examples, vals, rows, saved):
         gap = add_gradients_with_one_retry(args, step, model, state, chosen, advantages, divisors)
         phases.end("update")
         if part == 0 and not args.recompute_latents:
-            stop_if_sampler_and_scorer_differ(args, step, model, state, index, gap)
+            report.stop_if_sampler_and_scorer_differ(args, step, model, state, index, gap)
 
         with uninterrupted():
             # (6) One optimiser step on the base; the projector is not in the optimiser and gets no gradient.
@@ -134,13 +131,13 @@ def train(args, model, tokenizer, task, examples, vals, rows, saved):
                 val = validate(args, model, tokenizer, task, vals)
                 phases.end("validate")
 
-            count_skipped(state, step_is_finite)
+            state.count_skipped(step_is_finite)
             m = metrics(state, step, epoch, groups, gap, norm, refresh_loss, val, phases)
             tell(args, tokenizer, log, state, m, val, is_new_batch=part == 0)
-            set_aside_if_skipped(args, step, state, chosen, step_is_finite)
+            report.set_aside_if_skipped(args, step, state, chosen, step_is_finite)
             state.step = step + 1
             keep_if_due(args, state, keep)
-            stop_if_three_in_a_row_were_skipped(args, state)
+            report.stop_if_three_in_a_row_were_skipped(args, state)
     log.close()
     runs.save(model, tokenizer, os.path.join(args.out, "model"))
     print(f"saved {args.out}/model")
@@ -332,61 +329,6 @@ def keep_if_due(args, state, keep):
         keep()
 
 
-# ============================================================ tripwires: what goes wrong without a crash
-def check_answers(task, examples):
-    """Before the first step, on real rows: the refresh's target, the label and the reward agree. For tasks
-    with `answer`."""
-    marker = getattr(task, "ANSWER", "\\boxed{")
-    for i, example in enumerate(examples if hasattr(task, "answer") else []):
-        answer = task.answer(example)
-        earned = data.score(task, [example], ["Some reasoning.\n" + answer])[0]
-        if earned != 1 or not answer.startswith(marker):
-            raise UserError(f"train example {i}: its own answer {answer!r} earns {earned:g}, not 1, or does "
-                            f"not begin with {marker!r}: the label, the answer and the reward of this task "
-                            "do not agree")
-
-
-def stop_if_a_reward_is_not_finite(args, step, state, index):
-    bad = (~state.earned.isfinite()).nonzero().flatten().tolist()
-    if bad:
-        reward = float(state.earned[bad[0]])
-        prompt = index[state.rollouts[bad[0]].prompt]
-        aside = report.put_aside(args.out, step, state.rollouts, state.earned, bad)
-        raise UserError(f"step {step + 1}: the reward of a rollout of train prompt {prompt} is {reward}; "
-                        f"its text is in {aside}")
-
-
-def stop_if_sampler_and_scorer_differ(args, step, model, state, index, gap):
-    """Before an update only: after one they must differ."""
-    largest, worst = gap
-    allowed = DLOGP[model.bf16 or args.offload]
-    if largest > allowed:
-        prompt = index[state.rollouts[worst].prompt]
-        aside = report.put_aside(args.out, step, state.rollouts, state.earned, [worst])
-        raise UserError(f"step {step + 1}: sampler and scorer differ by {largest:.3g} in a log-prob of "
-                        f"rollout {worst} (train prompt {prompt}); more than {allowed:g} means that what is "
-                        f"trained is not what was sampled; it is in {aside}")
-
-
-def count_skipped(state, step_is_finite):
-    in_a_row = state.carried["skipped_in_a_row"]
-    state.carried["skipped"] += not step_is_finite
-    state.carried["skipped_in_a_row"] = 0 if step_is_finite else in_a_row + 1
-
-
-def set_aside_if_skipped(args, step, state, chosen, step_is_finite):
-    if not step_is_finite:
-        aside = report.put_aside(args.out, step, state.rollouts, state.earned, chosen)
-        print(f"warning: step {step + 1}: a loss, gradient or latent is not finite; step skipped, "
-              f"{state.carried['skipped']} so far; its rollouts are in {aside}", flush=True)
-
-
-def stop_if_three_in_a_row_were_skipped(args, state):
-    if state.carried["skipped_in_a_row"] >= 3:
-        raise UserError(f"steps {state.step - 2} to {state.step} were not finite and were skipped: stopped; "
-                        f"the weights before them are in {args.out}/state-{state.step}")
-
-
 # ============================================================ the script
 def parse_arguments():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -461,7 +403,7 @@ def main():
     runs.check_arguments(args, n=0)
     lock_file = runs.lock(args.out)  # noqa: F841, held until the process ends
     saved = runs.read_state(args.out) if args.resume else None
-    check_what_is_there(args, saved)
+    runs.check_what_is_there(args, saved)
 
     # The model, with the settings for its size, and the task.
     model, tokenizer = load(args.model, args.device)
@@ -480,11 +422,11 @@ def main():
     # What cannot work is said now, not in the middle of an epoch.
     prompts = encode_prompts(args, model, tokenizer, task, examples + vals)
     runs.check_lengths(model, prompts, args.max_new_tokens)
-    check_answers(task, examples[:8])
+    report.check_answers(task, examples[:8])
     if not args.resume:
-        delete_earlier_run(args)
+        runs.delete_earlier_run(args)
     runs.write_settings(args, "train_rl.py")
-    say_what_runs(args, model, tokenizer, task, prompts[: len(examples)])
+    report.say_what_runs(args, model, tokenizer, task, prompts[: len(examples)], RELEASED, OURS)
 
     # The rows of the final table that come before RL, stages 1 and 2 among them; a resumed run has them in
     # its state.
@@ -528,19 +470,6 @@ def main():
               f"{time.time() - started:.0f}s for everything; numbers in {args.out}/results.json")
 
 
-def check_what_is_there(args, saved):
-    """UserError if the command line does not go with what is in the output directory already."""
-    states = runs.saved_states(args.out)
-    asked_for = runs.run_settings(args.out).get("steps") or 0
-    if states and not args.resume and states[-1] < asked_for:
-        raise UserError(f"{args.out} holds a run that was stopped at step {states[-1]} of {asked_for}: go on "
-                        f"with --resume {args.out}, choose another --out, or delete {args.out}/state-*")
-    if saved and args.steps < saved[0]:
-        raise UserError(f"--steps is {args.steps}, but the run in {args.out} is at step {saved[0]} already")
-    if args.group is not None and args.group < 2:
-        raise UserError("--group must be 2 or more: an advantage compares the rollouts of one prompt")
-
-
 def choose_projector(args, model):
     if args.projector == "warm":
         return
@@ -549,31 +478,6 @@ def choose_projector(args, model):
                         f"trained projector")
     torch.manual_seed(args.seed)
     start_projector(model, args.projector)
-
-
-def delete_earlier_run(args):
-    states = [f"state-{step}" for step in runs.saved_states(args.out)]
-    for name in [*states, "stage-2", "first-rows"]:
-        shutil.rmtree(os.path.join(args.out, name), ignore_errors=True)
-
-
-def say_what_runs(args, model, tokenizer, task, prompts):
-    """The sizes, the settings beside the released ones and, of a real model, the memory and hours that a run
-    may need."""
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
-    longest = max(map(len, prompts))
-    print(f"{args.method} on {args.task}: {args.model}, {millions:.1f} M parameters, {model.device}, fp32 "
-          f"weights; {len(prompts)} train prompts of up to {longest} tokens")
-    settings = []
-    for name, released in RELEASED.items():
-        value = getattr(args, name)
-        beside = f" (released: {released:g})" if name not in OURS and value != released else ""
-        settings.append(f"{name} {value:g}{beside}")
-    print("settings: " + ", ".join(settings))
-    if not runs.is_small(model):
-        scorer = getattr(task, "settings", {}).get("scorer", ())[:1]
-        print(report.forecast(model, args, longest, *scorer), flush=True)
-        print(report.pace(model, tokenizer, prompts, args), flush=True)
 
 
 if __name__ == "__main__":

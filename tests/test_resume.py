@@ -355,6 +355,6 @@ def test_a_scorer_that_disagrees_with_the_sampler_stops_the_run(pair, monkeypatc
 
 def test_a_task_whose_label_answer_and_reward_do_not_agree_is_refused():
     task = types.SimpleNamespace(answer=lambda e: "\\boxed{Yes}", reward=lambda e, c: float(e["label"] and "Yes" in c))
-    train_rl.check_answers(task, [{"label": True}])
+    report.check_answers(task, [{"label": True}])
     with pytest.raises(UserError, match="train example 1: its own answer .* earns 0, not 1"):
-        train_rl.check_answers(task, [{"label": True}, {"label": False}])
+        report.check_answers(task, [{"label": True}, {"label": False}])
