@@ -214,8 +214,7 @@ def train_coconut(model, tokenizer, traces, cfg, budget, seed):
 
 
 def coconut_rows(model, tokenizer, traces, stage, last_stage):
-    """The traces as they are trained on in a stage: latents, the sentences that are left, the answer, the
-    end of the turn."""
+    """The traces as a stage trains on them: latents, the sentences that are left, the answer, its end."""
     encode = plain_encoder(tokenizer)
     _, _, end = runs.chat_parts(model, tokenizer)
     no_latents = torch.zeros(0, model.config.hidden_size)  # they are made in the forward pass
@@ -231,8 +230,7 @@ def coconut_rows(model, tokenizer, traces, stage, last_stage):
 
 
 def add_coconut_gradients(model, batch, budget):
-    """Cross-entropy on the text of the rows, mean over the batch's tokens. All rows have equally many
-    latents."""
+    """Cross-entropy on the text of the rows, mean over the batch's tokens; all have equally many latents."""
     tokens = sum(row.n_tokens for row in batch)
     for part in engine.pack(batch, budget):
         some = [batch[i] for i in part]
@@ -246,10 +244,9 @@ def add_coconut_gradients(model, batch, budget):
 
 # ============================================================ CoLaR (arXiv 2505.16552): its latents
 class LatentHead(torch.nn.Module):
-    """From the last hidden state h (n, D) to a normal distribution over the next latent: its mean and
-    deviation, (n, D) each.
+    """The last hidden state h (n, D) -> mean and deviation of the next latent, (n, D) each.
 
-    They are in units of `spread`, the deviation of the model's embeddings."""
+    They are in units of `spread`, the standard deviation of the model's embeddings."""
 
     def __init__(self, D, spread):
         super().__init__()
@@ -264,8 +261,7 @@ class LatentHead(torch.nn.Module):
         return self.mean(h), self.log_std(h).exp()
 
     def logprob(self, h, z):
-        """log-density of z (n, D), latents in units of the spread, mean over the dimensions (as CoLaR has
-        it) -> (n,)."""
+        """log-density of z (n, D), in units of the spread, mean over dimensions (as in CoLaR) -> (n,)."""
         mean, std = self(h)
         return torch.distributions.Normal(mean, std).log_prob(z.to(mean.dtype)).mean(-1)
 
@@ -290,8 +286,7 @@ def normal_numbers(u, k, D):
 
 
 def colar(model, head, end):
-    """How CoLaR decodes: latents from the first position on, until the LM head draws the answer's first
-    word, `end`.
+    """How CoLaR decodes: latents until the LM head draws `end`, the answer's first word.
 
     -> arguments for `generate`."""
 
@@ -340,8 +335,7 @@ def sft_colar(model, tokenizer, head, traces, cfg, budget, seed):
 
 
 def colar_rows(model, tokenizer, traces):
-    """The traces as [(prompt ids, [the tokens of each latent], the answer's tokens and the end of the
-    turn)]."""
+    """The traces as [(prompt ids, [the tokens of each latent], the tokens of the answer and its end)]."""
     encode = plain_encoder(tokenizer)
     _, _, end = runs.chat_parts(model, tokenizer)
     rows = []
@@ -355,8 +349,7 @@ def colar_rows(model, tokenizer, traces):
 
 @torch.no_grad()
 def compress(model, thought):
-    """One latent for each list of tokens: the sum of their embeddings / sqrt(their number) -> (latents,
-    D)."""
+    """A latent for each list of tokens: the sum of their embeddings / sqrt(their number) -> (latents, D)."""
     embed = model.get_input_embeddings()
     n = len(thought)
     tokens = torch.tensor(list(itertools.chain(*thought)), device=model.device)  # (tokens,)
@@ -401,8 +394,7 @@ def add_sft_gradients(model, head, batch, targets, budget):
 
 # ============================================================ CoLaR: GRPO
 def rl_colar(model, tokenizer, task, head, examples, cfg, decoding, budget, seed, log):
-    """GRPO in which latents are actions: their log-density under the head counts beside the answer's
-    log-probs.
+    """GRPO in which latents are actions: their log-densities count beside the log-probs of the answer.
 
     decoding: arguments for `generate`; budget: positions per forward pass; log: a file that gets a line of
     JSON per step. -> tokens sampled."""

@@ -1,6 +1,7 @@
 """Each of the other methods computes what its paper says, and baselines.py runs them all.
 
-The methods are held against a plain way of saying the same, in float64; then come the scripts as a user runs them."""
+The methods are held against a plain way of saying the same, in float64; then come the scripts as a user
+runs them."""
 import json
 import sys
 
@@ -156,7 +157,8 @@ def test_a_row_alone_is_the_same_row_in_a_batch(model, tok, rule):
         close(a.latents, b.latents)
 
 
-# ---------------------------------------------------------------- in train_rl.py: pause tokens, random projectors
+# ---------------------------------------------------------------- in train_rl.py: pause tokens, random
+# projectors
 def test_a_pause_token_is_one_vector_everywhere_and_is_saved_like_a_projector(tmp_path):
     model, tok = load("tiny")
     start_projector(model, "pause")

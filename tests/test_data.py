@@ -1,4 +1,4 @@
-"""Traces get their tags as the paper says, checkpoints come back whole, and the shipped tasks reward what they should."""
+"""Traces get their tags as in the paper, checkpoints come back whole, tasks reward the right answer."""
 import importlib
 import json
 import os
@@ -17,7 +17,8 @@ from runs import run_script
 from train_projector import mask_sentences, split_answer
 
 STORY = "One fine day it rained. Was it cold? It was!\nNobody \"knew.\" It was 3.5 degrees. The end came late"
-SENTENCES = ["One fine day it rained.", "Was it cold?", "It was!", "Nobody \"knew.\"", "It was 3.5 degrees.", "The end came late"]
+SENTENCES = ["One fine day it rained.", "Was it cold?", "It was!", "Nobody \"knew.\"", "It was 3.5 degrees.",
+             "The end came late"]
 
 
 def mask(tok, text, ratio, seed=0, cap=CAP):
@@ -135,7 +136,8 @@ def test_the_checkpoint_has_the_names_of_the_released_code(model, tok, tmp_path)
 
 def test_the_checkpoint_is_still_an_ordinary_model_for_transformers(model, tok, tmp_path):
     save(model, tok, tmp_path / "out")
-    plain, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float64), torch.tensor([tok.encode("abc")])
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float64)
+    ids = torch.tensor([tok.encode("abc")])
     close(plain(ids).logits, model(ids).logits)
 
 
@@ -266,10 +268,12 @@ def test_the_plot_hole_reward_reads_the_gold_answer_and_the_last_box_alone():
     for row, other in ((yes, no), (no, yes)):
         right, wrong = task.answer(row), task.answer(other)
         assert right != wrong and boxed(right)
-        assert task.reward(row, right) == task.reward(row, f"{PROMPTS[0]}. {right}") == task.reward(row, f"{wrong} {right}") == 1
+        for text in (right, f"{PROMPTS[0]}. {right}", f"{wrong} {right}"):
+            assert task.reward(row, text) == 1
         assert task.reward(row, f"{right} {wrong}") == task.reward(row, wrong) == 0
         both = right.replace(boxed(right), "Yes No")
-        for text in ("", "Yes No", boxed(right), right[:-1], both, f"{right} \\boxed{{", right.replace(boxed(right), "")):
+        empty = right.replace(boxed(right), "")
+        for text in ("", "Yes No", boxed(right), right[:-1], both, f"{right} \\boxed{{", empty):
             assert task.reward(row, text) == 0
 
 

@@ -1,8 +1,8 @@
-"""No reward can be cheated: outputs written to cheat, and what each must score. A new trick is a new line in a table.
+"""No reward can be cheated: outputs written to cheat score what an honest reader would give.
 
-A trick is a completion with the marks {right}, {wrong} (answers in the format that the reward parses), {yes}, {no} (the words alone,
-right one first), {prompt} (what the policy was given) and {story}. The score is what an honest reader of the completion would give.
-"""
+A new trick is a new line in a table. A trick is a completion with the marks {right}, {wrong} (answers in
+the format that the reward parses), {yes}, {no} (the words alone, right one first), {prompt} (what the
+policy was given) and {story}."""
 import importlib
 import json
 import math
@@ -14,7 +14,8 @@ from test_hostile import HOSTILE
 from data import next_chapter as nc
 from litereason import parse_tags
 
-# ---------------------------------------------------------------- yes or no: data.tiny and data.flawed_fictions
+# ---------------------------------------------------------------- yes or no: data.tiny and
+# data.flawed_fictions
 STORY = "Karl leaves uphill cup . Karl finds summit cup . "
 PLOT_HOLES = [
     ("{right}", 1), ("I thought. {right}", 1), ("{wrong}", 0), ("", 0), (" \n", 0), ("\x00\ufffd", 0),
@@ -66,17 +67,22 @@ def fill(trick, **marks):
     return trick
 
 
-CASES = [("data.tiny", *case) for case in PLOT_HOLES] + [("data.flawed_fictions", *case) for case in PLOT_HOLES + QUOTED]
+CASES = [("data.tiny", *case) for case in PLOT_HOLES]
+CASES += [("data.flawed_fictions", *case) for case in PLOT_HOLES + QUOTED]
 
 
 @pytest.mark.parametrize("name, trick, score", CASES, ids=lambda x: ascii(x)[1:41])
 def test_a_verdict_scores_what_an_honest_reader_would_give(name, trick, score):
     task = importlib.import_module(name)
     for label in (True, False):
-        for story in [STORY] + [STORY + "\\boxed{Yes} \\boxed{No} " + tag(3)] * (name != "data.tiny" and trick != "{story}"):
+        stories = [STORY]
+        if name != "data.tiny" and trick != "{story}":
+            stories.append(STORY + "\\boxed{Yes} \\boxed{No} " + tag(3))
+        yes, no = ("Yes", "No") if label else ("No", "Yes")
+        for story in stories:
             example = {"story": story, "label": label, "asked": "cup"}
-            completion = fill(trick, prompt=task.prompt(example, True), story=story, right=task.answer(example), wrong=task.answer({"label": not label}),
-                              yes="Yes" if label else "No", no="No" if label else "Yes")
+            completion = fill(trick, prompt=task.prompt(example, True), story=story, right=task.answer(example),
+                              wrong=task.answer({"label": not label}), yes=yes, no=no)
             assert task.reward(example, completion) == score
 
 
@@ -84,9 +90,10 @@ def test_no_answer_that_does_not_depend_on_the_story_beats_chance():
     """What a policy can always write: its score over both labels is at most that of a coin."""
     for name in ("data.tiny", "data.flawed_fictions"):
         task = importlib.import_module(name)
-        texts = [fill(t, yes="Yes", no="No", right="\\boxed{ Yes }", wrong="\\boxed{ No }", story=STORY) for t, _ in PLOT_HOLES + QUOTED]
-        for text in texts:
-            assert sum(task.reward({"story": STORY, "label": label, "asked": "cup"}, text) for label in (True, False)) <= 1
+        both = [{"story": STORY, "label": label, "asked": "cup"} for label in (True, False)]
+        for trick, _ in PLOT_HOLES + QUOTED:
+            text = fill(trick, yes="Yes", no="No", right="\\boxed{ Yes }", wrong="\\boxed{ No }", story=STORY)
+            assert sum(task.reward(example, text) for example in both) <= 1
 
 
 # ---------------------------------------------------------------- a plan: what the scorer gets to read
@@ -124,20 +131,24 @@ def squeezed(text):
 
 @pytest.mark.parametrize("trick, plan", PLANS, ids=lambda x: ascii(x)[1:41])
 def test_of_a_plan_only_its_plain_words_are_read(trick, plan):
-    example = {"book": "b", "story": "Once. In summary: a story.", "chapter": "y", "next_synopsis": "In summary: he goes."}
+    example = {"book": "b", "story": "Once. In summary: a story.", "chapter": "y",
+               "next_synopsis": "In summary: he goes."}
     for latent in (True, False):
         found = nc.plan_of(fill(trick, prompt=nc.prompt(example, latent)))
         assert squeezed(found) == squeezed(plan) and "\n\n" not in found and not parse_tags(found)
     text = nc.chapter_prompt(example, found)
-    assert text.endswith(nc.CHAPTER_HEADING) and sum(line.lstrip().startswith("#") for line in text.splitlines()) == (4 if found else 3)
+    headings = [line for line in text.splitlines() if line.lstrip().startswith("#")]
+    assert text.endswith(nc.CHAPTER_HEADING) and len(headings) == (4 if found else 3)
 
 
 @pytest.fixture
 def scored(tmp_path, monkeypatch, model, tok):
-    """Two books and the tiny random scorer; scored(completion) -> (its three rewards, the rows that the scorer read)."""
+    """Two books and the tiny random scorer; scored(completion) -> (its three rewards, the rows that the
+    scorer read)."""
     monkeypatch.setenv("LITEREASON_DATA", str(tmp_path))
     (tmp_path / "next_chapter").mkdir()
-    rows = [{"book": b, "number": 2, "story": f"{b} was here. " + HOSTILE[i], "chapter": f"Then {b} went."} for i, b in enumerate(("Ann", "Bob"))]
+    rows = [{"book": name, "number": 2, "story": f"{name} was here. " + hostile, "chapter": f"Then {name} went."}
+            for name, hostile in zip(("Ann", "Bob"), HOSTILE)]
     (tmp_path / "next_chapter" / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     monkeypatch.setattr(nc, "_known", {})
     model.config.max_position_embeddings = 1500
@@ -166,11 +177,13 @@ def test_a_trick_scores_as_its_plain_words_do(scored):
         if plan:
             (tricked, read), (plain, _) = scored(trick), scored(f"{A} {nc.plan_of(trick)}")
             assert tricked == plain and all(map(math.isfinite, tricked.values()))
-            assert all(r.endswith((nc.CHAPTER_HEADING + "Then Ann went.", nc.CHAPTER_HEADING + "Then Bob went.")) for r, _ in read)  # the true text is what is scored
+            true_ends = (nc.CHAPTER_HEADING + "Then Ann went.", nc.CHAPTER_HEADING + "Then Bob went.")
+            assert all(r.endswith(true_ends) for r, _ in read)  # the true text is what is scored
 
 
 def test_a_plan_longer_than_the_scorer_loses_its_end_and_not_the_chapter(scored):
-    (long, read), (longer, _) = scored(f"{A} " + "he goes " * 500), scored(f"{A} " + "he goes " * 5000 + "# The next chapter")
+    long, read = scored(f"{A} " + "he goes " * 500)
+    longer, _ = scored(f"{A} " + "he goes " * 5000 + "# The next chapter")
     assert long == pytest.approx(longer) and all(map(math.isfinite, long.values()))
     assert any("he goes" in r for r, _ in read) and all(r.endswith(" went.") and n <= 1500 for r, n in read)
 
@@ -185,12 +198,14 @@ def test_gains_are_at_most_a_hundred_percent(monkeypatch):
         assert r < 100 and (r > 0) == (after < 50)
 
 
-# ---------------------------------------------------------------- the same in the tiny world, read by its own base model
+# ---------------------------------------------------------------- the same in the tiny world, read by its
+# base
 def test_a_tiny_plan_is_read_as_plain_words_and_none_scores_nothing():
     task = importlib.import_module("data.tiny.next_chapter")
     example, a = task.examples("val")[0], task.ANSWER
     plan = task.gold_plan(example)
-    nothing = ["", plan, task.prompt(example, True), example["story"], a, f"{a} {tag(3)}", f"{a} {plan} {a}", f"{a} <|endoftext|>", f"{a} chapter :"]
+    nothing = ["", plan, task.prompt(example, True), example["story"], a, f"{a} {tag(3)}", f"{a} {plan} {a}",
+               f"{a} <|endoftext|>", f"{a} chapter :"]
     assert task.rewards([example] * len(nothing), nothing) == [0.0] * len(nothing)
     same = [
         f"{a} {plan}", f"hm {tag(2)} {a} {plan}", f"{a} x . {a} {plan}", f"{a}{tag(3)} {plan}",

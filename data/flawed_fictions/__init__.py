@@ -6,7 +6,7 @@ Does a short story contradict itself? The policy reasons, quotes the lines, and 
 at first, if that is set.
 
 Stories are data. A tag, a chat delimiter or a box inside one goes into the prompt as it stands: the reward
-reads the policy's own words only, and tags fire only there too. """
+reads the policy's own words only, and tags fire only there too."""
 import re
 from collections import Counter
 
@@ -52,7 +52,7 @@ def verdict(completion):
     words.
 
     Quoted lines are the story's words, not the verdict. In the box only type (\\text{..}) and punctuation
-    are passed over: \\neg Yes is no Yes. """
+    are passed over: \\neg Yes is no Yes."""
     own_words = re.sub(r"<contradicted_lines>.*?</contradicted_lines>", "", completion, flags=re.DOTALL)
     content = TYPE.sub(" ", boxed(own_words) or "")  # the braces stay, as punctuation
     word = WORD.fullmatch(content.lower())
@@ -91,7 +91,7 @@ def located(lines, completion):
     """Share, 0 to 1, of the labelled lines that a quotation matches: `dice` is 0.5 or more.
 
     So half a line counts and a line in other punctuation does; a quotation of the whole story matches
-    nothing. """
+    nothing."""
     quoted = quotes(completion)
     matched = [any(dice(words_of(line), quotation) >= 0.5 for quotation in quoted) for line in lines]
     return sum(matched) / len(lines)

@@ -57,7 +57,7 @@ def strip_ending(story):
 
     It gives the label away: of 213 stories of the benchmark that we could read, 86 of 108 with an error end
     in seven dashes and none of 105 without (5 of those end in 68). Whoever looks at nothing else is right
-    in 90 % of the cases. """
+    in 90 % of the cases."""
     return re.sub(r"(?:\s|(?<!-)-{3,}(?!-)|<No modifications needed>)+$", "", story)
 
 

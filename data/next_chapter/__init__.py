@@ -11,7 +11,7 @@ then reads the TRUE next chapter y with and without the plan. No gold plan is ne
 
 prepare.py makes the examples; LITEREASON_DATA/next_chapter is looked at first, if that is set. A script
 sets `settings`. The scorer sees the plan as ordinary text: no latents, no tags, no special tokens, no
-headings. """
+headings."""
 import functools
 import hashlib
 import json

@@ -8,7 +8,7 @@ whether the story holds an error.
     Karl hides upstairs cup . Mara leaves outside key . .. Mara finds ship key . .. Karl gets attic cup . ..
 
 Every word is one token, so a reader can count. A story's split is a function of its text (`split_of`),
-hence no story can be in two splits, and the base model in `base/` was trained on the train part only. """
+hence no story can be in two splits, and the base model in `base/` was trained on the train part only."""
 import random
 import zlib
 

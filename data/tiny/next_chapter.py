@@ -7,7 +7,7 @@ is).
     Karl hides upstairs cup . .. cup tempts Mara . ..        next chapter: Mara goes attic and finds cup . ..
 
 The policy writes a plan after "In summary :"; a frozen copy of the base model reads the TRUE next chapter
-with and without it, and the reward is how much easier the plan made the reading. """
+with and without it, and the reward is how much easier the plan made the reading."""
 import functools
 import random
 
