@@ -1,26 +1,27 @@
 """What a task is, and what tasks share. To add a task, this page is all that has to be known.
 
-A task is a module with three functions; `--task NAME` is data/NAME/__init__.py (tiny.next_chapter:
+A task is a module with three functions; `--task NAME` is data/NAME/__init__.py (and tiny.next_chapter is
 data/tiny/next_chapter.py).
 
-    examples(split)        the examples of "train", "val" or "test": a list of dicts, the same at every call;
-                           ValueError for another split
-    prompt(example, latent)        what the policy reads: text, without a chat template; with `latent` it
-                           offers the tag
-    reward(example, completion)    what a completion (text) earns, a number; above 0 it is good enough to
-                           learn from
+    examples(split)                  the examples of "train", "val" or "test": a list of dicts, the same at
+                                     every call; ValueError for another split
+    prompt(example, latent)          what the policy reads, as text without a chat template; with `latent`
+                                     it offers the tag
+    reward(example, completion)      what a completion (text) earns, a number; above 0 it is good enough to
+                                     learn from
 
 Where it has a use for them, it may also have these:
 
-    ANSWER                 the words that an answer begins with, by default \\boxed{. What stands before the
-                           last of them is reasoning, where sentences may become tags
-    answer(example)        the right answer, in the form that `reward` reads: the projector's refresh trains
-                           on it (paper Sec. 3.4), eval.py shows it
-    rewards(examples, completions) the rewards of many at once, for a scorer model that reads in batches
-    report(examples, completions)  {name: number or [low, high]}: what eval.py prints beside the accuracy
-    settings               a dict that scripts fill in: "reward" (its kind), "scorer" (the frozen model and its
-                           tokenizer), "seed", "step" (of the training; 0 in evaluation)
-    plan_of, chapter_prompt, scorer    for eval.py --write, see data/next_chapter
+    ANSWER                           the words that an answer begins with, by default \\boxed{. What stands
+                                     before the last of them is reasoning, where sentences may become tags
+    answer(example)                  the right answer, in the form that `reward` reads: the projector's
+                                     refresh trains on it (paper Sec. 3.4), eval.py shows it
+    rewards(examples, completions)   the rewards of many at once, for a scorer model that reads in batches
+    report(examples, completions)    {name: number or [low, high]}: what eval.py prints beside the accuracy
+    settings                         a dict that scripts fill in: "reward" (its kind), "scorer" (the frozen
+                                     model and its tokenizer), "seed", "step" (of the training; 0 in
+                                     evaluation)
+    plan_of, chapter_prompt, scorer  for eval.py --write, see data/next_chapter
 
 Examples that a prepare.py has written are read by `read_split`. The smallest task to copy from is
 data/tiny/__init__.py.
@@ -52,8 +53,7 @@ at its beginning or its end.
 
 
 def boxed(text):
-    """The content of the last \\boxed{..}, braces balanced, \\text{..} unwrapped; None if there is none or
-    it is cut."""
+    """What the last \\boxed{..} holds, braces balanced, \\text{..} unwrapped; None without one, or if cut."""
     opening = "\\boxed{"
     start = text.rfind(opening)
     if start < 0:
@@ -156,8 +156,7 @@ def folder(task):
 
 
 def read_split(task, split, expected):
-    """The examples of a prepared split, dicts. expected: {field: type}, the fields that all of them must
-    have.
+    """The examples of a prepared split, dicts. expected: {field: type}, what all of them must have.
 
     ValueError: there is no such split. UserError: it is not prepared yet, or damaged."""
     if split not in SPLITS:

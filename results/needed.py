@@ -123,8 +123,7 @@ def optimizer_of(model, recipe):
 
 
 def learn_to_answer(model, tokenizer, recipe, things, K, steps):
-    """Stage 2 on answers that follow K latents at once -> the last batch's loss per token; None without a
-    step."""
+    """Stage 2 on answers that follow K latents at once -> the last batch's loss per token, if any."""
     optimizer = optimizer_of(model, recipe)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     peaks = [group["lr"] for group in optimizer.param_groups]
@@ -149,8 +148,7 @@ def learn_to_answer(model, tokenizer, recipe, things, K, steps):
 
 
 def probe(recipe, things, K, steps):
-    """One run: trains, then answers test stories with its own latents and with those of another story ->
-    its row."""
+    """One run: trains, then answers test stories with its own latents and with another story's -> a row."""
     model, tokenizer = load("tiny")
     error = None
     if recipe.startswith("words"):

@@ -101,8 +101,7 @@ def missing_jobs(tasks, seeds):
 
 
 def note_end(process, job, began, done):
-    """Adds the seconds to seconds.json, which counts all the times the run was started, and says how the
-    run ended."""
+    """Adds the seconds to seconds.json, a sum over all its starts, and says how it ended."""
     task, method, _, seed = job
     seconds = time.time() - began
     path = os.path.join(directory(task, method, seed), "seconds.json")
@@ -189,8 +188,7 @@ def rows_of(task, seeds):
 
 
 def summary(rows):
-    """{seed: row} -> means over seeds; accuracy_ci95: bootstrap over the test examples of the seeds' mean
-    score."""
+    """{seed: row} -> means over seeds; accuracy_ci95: bootstrap over test examples, of the mean of seeds."""
     seeds = list(rows.values())
 
     def mean(key):

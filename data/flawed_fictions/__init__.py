@@ -14,8 +14,7 @@ from data import OFFER, boxed, read_split
 
 
 def examples(split):
-    """Stories of train, val or test: [{story, label: bool, cluster, and the benchmark's explanations where
-    it has them}]."""
+    """Stories of a split: [{story, label: bool, cluster, the benchmark's explanations where it has them}]."""
     return read_split("flawed_fictions", split, {"story": str, "label": bool})
 
 
@@ -48,8 +47,7 @@ WORD = re.compile(r"[\s*_`'\"“‘(\[{$.:]*(yes|no)[\s*_`'\"”’)\]}$.,;:!]*"
 
 
 def verdict(completion):
-    """True (Yes), False (No) or None: what the completion's last box says, if it says just one of the two
-    words.
+    """True (Yes), False (No) or None: what the completion's last box says, if that is one of the two.
 
     Quoted lines are the story's words, not the verdict. In the box only type (\\text{..}) and punctuation
     are passed over: \\neg Yes is no Yes."""
@@ -71,8 +69,7 @@ def words_of(text):
 
 
 def quotes(completion):
-    """What a completion quotes, as lists of words: lines between <contradicted_lines> tags, and all in
-    double quotes."""
+    """What a completion quotes, as lists of words: lines in <contradicted_lines>, all in double quotes."""
     lines = []
     for block in re.findall(r"<contradicted_lines>(.*?)(?:</contradicted_lines>|$)", completion, re.DOTALL):
         lines += block.split("\n")
@@ -81,8 +78,7 @@ def quotes(completion):
 
 
 def dice(a, b):
-    """How alike two lists of words are, 0 to 1: twice the number of common words over the number of all
-    words."""
+    """How alike two lists of words are, 0 to 1: twice the common words over all words."""
     common = Counter(a) & Counter(b)
     return 2 * sum(common.values()) / (len(a) + len(b))
 
@@ -90,8 +86,7 @@ def dice(a, b):
 def located(lines, completion):
     """Share, 0 to 1, of the labelled lines that a quotation matches: `dice` is 0.5 or more.
 
-    So half a line counts and a line in other punctuation does; a quotation of the whole story matches
-    nothing."""
+    So half a line counts and a line in other punctuation does; quoting the whole story matches nothing."""
     quoted = quotes(completion)
     matched = [any(dice(words_of(line), quotation) >= 0.5 for quotation in quoted) for line in lines]
     return sum(matched) / len(lines)

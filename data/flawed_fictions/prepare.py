@@ -37,8 +37,7 @@ INLINE = "a|abbr|b|big|body|center|cite|code|em|font|html|i|q|s|small|span|stron
 
 
 def clean(text):
-    """HTML -> plain text: a paragraph per block, a line per <br> or line end (verse, dialogue), entities
-    resolved.
+    """HTML -> plain text: a paragraph per block, a line per <br> or line end, entities resolved.
 
     Only HTML's own tags go. <implicit_thought>, <|im_end|> or a < b are words of the story and stay.
     """
@@ -52,8 +51,7 @@ def clean(text):
 
 
 def strip_ending(story):
-    """The story without what its makers left at the end: a row of dashes, and an editor's <No modifications
-    needed>.
+    """The story without what its makers left at the end: a row of dashes, <No modifications needed>.
 
     It gives the label away: of 213 stories of the benchmark that we could read, 86 of 108 with an error end
     in seven dashes and none of 105 without (5 of those end in 68). Whoever looks at nothing else is right
@@ -62,8 +60,7 @@ def strip_ending(story):
 
 
 def as_lines(value):
-    """A field of quoted lines, in whatever form it came (list, text with line ends, absent) -> list of
-    plain lines."""
+    """A field of quoted lines, in whatever form (list, text with line ends, absent) -> list of plain lines."""
     if isinstance(value, str) and value.strip().startswith("["):
         try:
             value = json.loads(value)
@@ -171,8 +168,7 @@ def download():
 
 
 def parquet_to_jsonl(path):
-    """The path of a temporary .jsonl with a parquet file's rows; needs pyarrow, which this project does
-    not."""
+    """The path of a temporary .jsonl with a parquet file's rows; needs pyarrow."""
     try:
         import pyarrow.parquet
     except ImportError as e:
@@ -227,8 +223,7 @@ def split_by_row(labels, seed):
 
 
 def split_by_cluster(labels, clusters, seed):
-    """split_by_row with every cluster gathered where most of it was, then evened out with stories that are
-    alone.
+    """split_by_row with every cluster gathered where most of it was, then evened out by single stories.
 
     -> (split names, number of stories that moved, the row-level split names).
     """
@@ -259,8 +254,7 @@ def split_by_cluster(labels, clusters, seed):
 
 
 def split_as_released(n, seed=42):
-    """The released code's rows: shuffled as the datasets library does it, the last 2 x 15 % are val and
-    test."""
+    """The released code's rows: shuffled as by the datasets library, then 70, 15 and 15 %."""
     order = np.random.default_rng(seed).permutation(n)
     size = int(0.15 * n)
     split = ["train"] * n

@@ -43,8 +43,7 @@ CHAPTER_HEADING = "\n\n# The next chapter\n\n"
 
 
 def examples(split):
-    """[{book, number, story (text before), chapter (the true next one), split, and title and FIELDS where
-    known}]."""
+    """[{book, number, story (before), chapter (the true next one), split, title and FIELDS where known}]."""
     rows = read_split("next_chapter", split, {"book": str, "story": str, "chapter": str})
     return [{**row, "split": split} for row in rows]
 
@@ -72,12 +71,11 @@ change, tone, and how it takes up what came before. Say for each thought which p
 rests on and what follows from it.
 
 {OFFER if latent else ""}Only the last paragraph that you write is passed on to the writer: a detailed plan of \
-the next chapter, which begins with "{ANSWER}"."""  # nothing after it: a completion that repeats this prompt holds no plan
+the next chapter, which begins with "{ANSWER}"."""  # nothing after it: repeating this prompt makes no plan
 
 
 def chapter_prompt(example, plan=""):
-    """What a frozen LM reads before it scores or writes the chapter: the sources, then the plan if there is
-    one."""
+    """What a frozen LM reads before it scores or writes the chapter: the sources, the plan if there is one."""
     return sources(example) + (PLAN_HEADING + plan if plan else "") + CHAPTER_HEADING
 
 
@@ -188,8 +186,7 @@ def read_known(path):
 
 
 def unaided(pairs):
-    """Perplexities without a plan of [(example, chapter)] -> floats; each is computed once and kept in
-    perplexities.jsonl.
+    """Perplexities without a plan of [(example, chapter)] -> floats; computed once, kept in perplexities.jsonl.
 
     The key is a hash of the scorer's weights, what it reads and the chapter."""
     path = os.path.join(folder("next_chapter"), "perplexities.jsonl")

@@ -124,8 +124,7 @@ def files_of(path):
 
 
 def collect_books(paths):
-    """{book: [chapter, ..]}, all that is in the files; UserError if two files have a book of the same
-    name."""
+    """{book: [chapter, ..]}, all that is in the files; UserError if a book is in two of them."""
     books = {}
     came_from = {}  # the file or folder that a book was first seen in
 
@@ -215,8 +214,7 @@ def length(ruler, text):
 
 
 def newest(ruler, text, budget):
-    """The end of a text that fits the budget (tokens), from a paragraph's start if one is near, else from a
-    word's."""
+    """The end of a text that fits the budget (tokens), from a paragraph's start if near, else from a word's."""
     starts, price = ruler(text)
     keep = int(budget / price)
     if len(starts) <= keep:
@@ -242,8 +240,7 @@ def first(ruler, text, budget):
 
 
 def fit_story(ruler, chapters, sizes, room, summary=None):
-    """The text before a chapter that fits `room` (tokens) -> (story, summary, whether something was left
-    out).
+    """The text before a chapter that fits `room` (tokens) -> (story, summary, is it cut?).
 
     chapters: all before it, sizes: their tokens. With a summary of the earlier chapters the story is the
     last one alone; otherwise as many of the last as there is room for."""

@@ -20,8 +20,7 @@ ANSWER = "In summary :"  # what follows is the plan, the only part that the scor
 
 
 def make_story(rng):
-    """8 events: five things hidden, three wanted. Returns {story, wants: [(person, thing, place)],
-    chapter}."""
+    """Five things hidden, three wanted. Returns {story, wants: [(person, thing, place)], chapter}."""
     hiders = rng.sample(PEOPLE, 5)
     things = rng.sample(THINGS, 5)
     place = {thing: rng.choice(PUT) for thing in things}
@@ -41,8 +40,7 @@ def chapter(wants):
 def examples(split):
     """The split's stories; each carries `other`, the chapter of another story, for the contrastive reward.
 
-    The paper draws the other chapter again at every step; a fixed one keeps reward() a function of its
-    arguments."""
+    The paper draws the other chapter again at every step; a fixed one makes reward() a function."""
     if split not in SIZES:
         raise ValueError(f"the tiny.next_chapter task has the splits {', '.join(SIZES)}, not {split!r}")
     rng = random.Random(100 + SEEDS[split])
@@ -104,8 +102,7 @@ def gains(examples, plans, chapters):
 
 
 def rewards(examples, completions):
-    """VR-CLI, contrastive (paper Sec. 4): I(true chapter) - 0.5 * I(another story's chapter), I in
-    percent."""
+    """VR-CLI, contrastive (paper Sec. 4): I(true chapter) - 0.5 * I(another's chapter), I in percent."""
     plans = [plan_of(completion) for completion in completions]
     own = gains(examples, plans, [example["chapter"] for example in examples])
     other = gains(examples, plans, [example["other"] for example in examples])

@@ -41,8 +41,7 @@ EOS = "<|endoftext|>"
 
 
 def skip_some(rng, sentences, keep=None):
-    """Replaces stretches of sentences by one tag each: a few, most or all; the first sentence, and `keep`,
-    are spared."""
+    """Replaces stretches of sentences by one tag each: a few, most or all, but the first and `keep`."""
     chance = 1.0 if rng.random() < SHORT else rng.uniform(0.1, 0.9)
     written = []
     skipping = False
@@ -57,8 +56,7 @@ def skip_some(rng, sentences, keep=None):
 
 
 def hole_trace(rng, row, latent, slips=True):
-    """One reader's answer to the plot-hole prompt: thing by thing in any order; without `slips`, a careful
-    reader's."""
+    """One reader's answer to the plot-hole prompt: thing by thing; a careful one's without `slips`."""
     if not latent and slips and rng.random() < HASTY:
         return f"\\boxed{{ {rng.choice(['Yes', 'No'])} }}"
     order = rng.sample(row["steps"], len(row["steps"]))
@@ -203,8 +201,7 @@ def check(model, vocab, pad, rng, holes, plans):
 
 
 def check_look_ups(model, vocab, pad, rng, rows):
-    """Shares right: the first look-up of a step, the second (also: where the places differ), the verdict by
-    what it is."""
+    """Shares right: the first look-up of a step, the second (and where places differ), the verdict by kind."""
     traces = [hole_trace(rng, row, False, slips=False) for row in rows]
     prompts = [tiny.prompt(row, False) for row in rows]
     ids, _, starts = make_batch(vocab, pad, list(zip(prompts, traces)))
