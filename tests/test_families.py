@@ -1,4 +1,4 @@
-"""Every model family that the README names decodes and scores as the definition says, and its prompts are the right token ids.
+"""Every model family of the README decodes and scores as the definition says, from the right prompt ids.
 
 Tiny random configs in float64; what a chat model, a base model, a template and a story may do to a prompt."""
 import copy

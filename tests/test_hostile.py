@@ -1,7 +1,7 @@
 """No text and no checkpoint that somebody else made can drive the machine, make it slow, or run code on it.
 
-100,000 random token sequences are read by the tag table and, slowly, by hand; prompts and stories carry tags and
-delimiters; checkpoints are damaged or bring code. All of it is seeded and bounded."""
+100,000 random token sequences are read by the tag table and, slowly, by hand; prompts and stories carry tags
+and delimiters; checkpoints are damaged or bring code. All of it is seeded and bounded."""
 import bisect
 import functools
 import itertools
@@ -22,12 +22,12 @@ from safetensors.torch import load_file, save_file
 from data import boxed, perplexity
 from data.flawed_fictions import quotes, reward, verdict
 from data.next_chapter import plan_of
-from litereason import (CLOSE, DIGITS, LATENT, OPEN, SPACE, UserError, attach, insert_latents, load, parse_tags, save,
-                        watcher)
+from litereason import (CLOSE, DIGITS, LATENT, OPEN, SPACE, UserError, attach, insert_latents, load,
+                        parse_tags, save, watcher)
 from train_projector import mask_sentences
 
 
-# ---------------------------------------------------------------- the tag table against the rule, read off the bytes
+# ---------------------------------------------------------------- the tag table against the rule, in bytes
 def table_of(tok, cap=5):
     """The table that decoding uses, made once per tokenizer and cap; at its end are ids that no text has."""
     vocab_size = 151936 if len(tok) > 1000 else len(tok) + 3  # Qwen's own, or conftest's
@@ -173,7 +173,8 @@ def test_a_prompt_opens_no_block_not_even_together_with_what_the_policy_writes(m
     continued = [f"3{CLOSE} on", f"{CLOSE} on", "> on", f"{tag(2)} on", "on", "<|im_end|> on", f"{OPEN}1", f"{CLOSE}{tag(0)}"]
     prompts = [p for p in HOSTILE for _ in continued]
     rollouts = write(model, tok, prompts, continued * len(HOSTILE), limit=30)
-    assert [r.n_latents for r in rollouts] == [2 * (c == f"{tag(2)} on") for c in continued] * len(HOSTILE)  # its own tag does, as usual
+    # Its own tag does, as usual.
+    assert [r.n_latents for r in rollouts] == [2 * (c == f"{tag(2)} on") for c in continued] * len(HOSTILE)
     assert all(len(r.slots) == 30 and not r.finished and r.text.startswith(c) for r, c in zip(rollouts, continued * len(HOSTILE)))
 
 
@@ -213,7 +214,7 @@ def test_what_stands_in_a_story_never_scores():
 def test_no_text_takes_long_to_read(read):
     """2,048 tokens of real Qwen can be 131,072 dots or spaces: what takes n * n steps would stand still."""
     n = 60_000
-    letters = types.SimpleNamespace(encode=lambda text, **_: list(text))  # a tokenizer takes its time, not ours
+    letters = types.SimpleNamespace(encode=lambda text, **_: list(text))  # a tokenizer's time is not ours
     read = read or (lambda text: mask_sentences(random.Random(0), letters, text, 0.1))
     units = [".", " ", "\n", "#", "# ", "9", "{", "<", "<|", '."', "“", "\\boxed{", "<contradicted_lines>", OPEN, OPEN + "1 "]
     long = [unit * (n // len(unit) if len(unit) < 3 else 400) for unit in units]

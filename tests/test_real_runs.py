@@ -1,6 +1,7 @@
-"""All stages run on the paper's two real tasks: real stories, the real Qwen2 tokenizer, a random model that is made to write.
+"""All stages run on the paper's two real tasks: real stories and the real Qwen2 tokenizer.
 
-What is in ../shared is looked for there; where it is absent these tests skip. No number here says anything about a trained model."""
+The model is random and made to write; no number here says anything about a trained one. What is in ../shared
+is looked for there; where it is absent these tests skip."""
 import json
 import types
 
@@ -37,69 +38,90 @@ def random_model(path, tokenizer, vocab, eos, positions=4096):
     """A Qwen2 of random weights, saved as a hub checkpoint is: no projector. -> its path"""
     torch.manual_seed(0)
     model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
-        vocab_size=vocab, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=positions, bos_token_id=None, eos_token_id=eos, tie_word_embeddings=True))
+        vocab_size=vocab, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=positions, bos_token_id=None, eos_token_id=eos,
+        tie_word_embeddings=True))
     save(model, tokenizer, path)
     return path
 
 
 @pytest.fixture
-def forced(monkeypatch, real_tok):
-    """Makes every rollout write the same words, but for the {} in them, which each row draws from two; -> set(text, (one, other))."""
-    state = {}
+def force(monkeypatch, real_tok):
+    """force(text, pair): from now on every rollout writes this text, with one of the pair for its {}."""
+    tokens, place = [], 0  # what may come next, place by place; where decoding is
 
-    def script(text, pair):
+    def write(text, pair):
         before, after = text.split("{}")
-        ids = lambda t: real_tok.encode(t)
-        state.update(tokens=[[i] for i in ids(before)] + [[ids(w)[0] for w in pair]] + [[i] for i in ids(after)] + [[EOS[0]]])
+        drawn = [real_tok.encode(word)[0] for word in pair]
+        tokens[:] = [[i] for i in real_tok.encode(before)]
+        tokens.append(drawn)
+        tokens.extend([i] for i in [*real_tok.encode(after), EOS[0]])
 
     def sample(logits, u, temperature, top_k, top_p):
-        choice = state["tokens"][min(state["at"], len(state["tokens"]) - 1)]
-        state["at"] += 1
+        nonlocal place
+        choice = tokens[min(place, len(tokens) - 1)]
+        place += 1
         token = torch.tensor([choice[int(x * len(choice))] for x in u.tolist()])
         return token, (logits / temperature).log_softmax(-1).gather(-1, token[:, None])[:, 0]
 
     decode = litereason._decode
-    monkeypatch.setattr(litereason, "_decode", lambda *a: (state.update(at=0), decode(*a))[1])
+
+    def decode_from_the_start(*args):
+        nonlocal place
+        place = 0
+        return decode(*args)
+
+    monkeypatch.setattr(litereason, "_decode", decode_from_the_start)
     monkeypatch.setattr(litereason, "sample", sample)
-    monkeypatch.setattr(runs, "_read_tokenizer", lambda *_, **__: real_tok)  # its table of tags is built once, not per load
+    monkeypatch.setattr(runs, "_read_tokenizer", lambda *_, **__: real_tok)  # one tag table, not one per load
     monkeypatch.setattr(train_projector, "VERSIONS", 1)
-    return script
+    return write
 
 
-def test_all_stages_of_the_plot_hole_task_run_on_real_stories(tmp_path, data_folder, real_tok, forced, capsys):
-    run(ff_prepare, "--from", shared("flawed_fictions_subset.jsonl"), "--out", data_folder / "flawed_fictions")
+def test_all_stages_of_the_plot_hole_task_run_on_real_stories(tmp_path, data_folder, real_tok, force, capsys):
+    source = shared("flawed_fictions_subset.jsonl")
+    run(ff_prepare, "--from", source, "--out", data_folder / "flawed_fictions")
     base = random_model(tmp_path / "base", real_tok, 151936, EOS)
-    forced("He left at noon. " + tag(2) + " She waited for him. \\boxed{{}}", ("Yes", "No"))
-    run(train_rl, "--model", base, "--task", "flawed_fictions", "--device", "cpu", "--max-new-tokens", 60, "--train-prompts", 4, "--prompts", 2,
-        "--group", 4, "--minibatches", 2, "--steps", 4, "--trace-prompts", 3, "--projector-steps", 1, "--n", 2, "--out", tmp_path / "rl")
+    force("He left at noon. " + tag(2) + " She waited for him. \\boxed{{}}", ("Yes", "No"))
+    common = ("--task", "flawed_fictions", "--device", "cpu")
+    run(train_rl, "--model", base, *common, "--max-new-tokens", 60, "--train-prompts", 4, "--prompts", 2,
+        "--group", 4, "--minibatches", 2, "--steps", 4, "--trace-prompts", 3, "--projector-steps", 1,
+        "--n", 1, "--val", 2, "--out", tmp_path / "rl")
     said = capsys.readouterr().out
-    assert "lr 0.00015 (released: 5e-07)" in said and "clip 0.2," in said and "stage 2: validation loss" in said and "precision" in said
+    for what in ("lr 0.00015 (released: 5e-07)", "clip 0.2,", "stage 2: validation loss", "precision"):
+        assert what in said
     metrics = [json.loads(line) for line in open(tmp_path / "rl" / "metrics.jsonl")]
     assert all(m["latent_steps"] == 2 and m["tags"] == 1 and m["truncated"] == 0 for m in metrics)
     assert metrics[0]["max_dlogp"] < 1e-3 and metrics[3]["refresh_loss"] > 0 and max(m["grad_norm"] for m in metrics) > 0
     assert json.load(open(tmp_path / "rl" / "config.json"))["base"] == str(base)
     rows = {r["model"]: r for r in json.load(open(tmp_path / "rl" / "results.json"))}
-    assert rows["base, tag prompt"]["latent_steps"] == 0 and rows["LiteReason"]["latent_steps"] == 2 and "f1" in rows["LiteReason"]
+    assert rows["base, tag prompt"]["latent_steps"] == 0
+    assert rows["LiteReason"]["latent_steps"] == 2 and "f1" in rows["LiteReason"]
     # the answer forced at once: its opening stands after the header of the answer
-    forced("{}}", ("Yes", "No"))
-    run(evaluation, "--model", tmp_path / "rl", "--task", "flawed_fictions", "--at-once", "--n", 4, "--show", 1, "--max-new-tokens", 5,
-        "--device", "cpu", "--json", tmp_path / "e.json")
+    force("{}}", ("Yes", "No"))
+    run(evaluation, "--model", tmp_path / "rl", *common, "--at-once", "--n", 4, "--show", 1,
+        "--max-new-tokens", 5, "--json", tmp_path / "e.json")
     assert "assistant\n\\boxed{\n>>> " in capsys.readouterr().out
-    got = json.load(open(tmp_path / "e.json"))
-    assert got["no_verdict"] == 0 and got["text_tokens"] == 3 and got["truncated"] == 0
+    row = json.load(open(tmp_path / "e.json"))
+    assert row["no_verdict"] == 0 and row["text_tokens"] == 3 and row["truncated"] == 0
 
 
-def test_all_stages_of_the_next_chapter_task_run_on_a_real_book(tmp_path, data_folder, real_tok, forced, capsys):
-    run(nc_prepare, "--from", shared("fairytales_val.jsonl"), "--out", data_folder / "next_chapter", "--story-tokens", 150, "--chapter-tokens", 20)
+def test_all_stages_of_the_next_chapter_task_run_on_a_real_book(
+        tmp_path, data_folder, real_tok, force, capsys):
+    source = shared("fairytales_val.jsonl")
+    run(nc_prepare, "--from", source, "--out", data_folder / "next_chapter", "--story-tokens", 150,
+        "--chapter-tokens", 20)
     base = random_model(tmp_path / "base", real_tok, 151936, EOS)
-    forced(f"The king was old. {tag(1)} His son was not.\nIn summary: the{{}} comes.", (" king", " son"))
-    common = ("--task", "next_chapter", "--device", "cpu", "--max-new-tokens", 60, "--n", 2)
-    run(train_rl, "--model", base, *common, "--train-prompts", 4, "--prompts", 2, "--group", 3, "--steps", 2, "--trace-prompts", 3,
-        "--reward", "vrcli", "--projector-steps", 1, "--out", tmp_path / "rl")
+    force(f"The king was old. {tag(1)} His son was not.\nIn summary: the{{}} comes.", (" king", " son"))
+    common = ("--task", "next_chapter", "--device", "cpu", "--max-new-tokens", 60)
+    run(train_rl, "--model", base, *common, "--train-prompts", 4, "--prompts", 2, "--group", 3, "--steps", 2,
+        "--trace-prompts", 3, "--reward", "vrcli", "--projector-steps", 1, "--n", 1, "--val", 2,
+        "--out", tmp_path / "rl")
     metrics = [json.loads(line) for line in open(tmp_path / "rl" / "metrics.jsonl")]
-    assert all(m["latent_steps"] == 1 for m in metrics) and metrics[0]["zero_variance"] < 1 and nc.settings["reward"] == "vrcli"
-    run(evaluation, "--model", tmp_path / "rl", *common, "--write", 2, "--out", tmp_path / "chapters")
+    assert all(m["latent_steps"] == 1 for m in metrics) and metrics[0]["zero_variance"] < 1
+    assert nc.settings["reward"] == "vrcli"
+    words = ("--n", 2, "--write", 2, "--out", tmp_path / "chapters")
+    run(evaluation, "--model", tmp_path / "rl", *common, *words)
     assert "improvement_other_plan" in capsys.readouterr().out
     reader, policy = nc.settings["scorer"][0], load(tmp_path / "rl", "cpu")[0]
     a, b, c = (m.model.layers[0].mlp.up_proj.weight for m in (reader, load(base, "cpu")[0], policy))
@@ -117,7 +139,8 @@ def test_chapters_written_before_a_stop_are_kept(tmp_path, monkeypatch, model, t
     with open(tmp_path / "c.md", "w") as f, pytest.raises(StopIteration):
         report.write_chapters(task, rows, ["plan <1>", "p|2"], 2, {}, f)
     text = (tmp_path / "c.md").read_text()
-    assert "## b1, 1" in text and "b2" not in text and "| one | two | three | a &#124; &lt;b&gt;<br>c |" in text and "plan &lt;1&gt;" in text
+    assert "## b1, 1" in text and "b2" not in text and "plan &lt;1&gt;" in text
+    assert "| one | two | three | a &#124; &lt;b&gt;<br>c |" in text
 
 
 # ---------------------------------------------------------------- the hooks, with the small tokenizer
@@ -140,8 +163,9 @@ def test_the_tasks_default_is_that_of_the_models_size(small):
 def test_reward_and_scorer_go_to_tasks_with_a_scorer_only(small, data_folder):
     model = load(small, "cpu")[0]
     for flag in ({"reward": "vrcli"}, {"scorer": "tiny"}):
-        one_line("--reward and --scorer are for tasks with a scorer .*; flawed_fictions has none", data.start_task,
-                 arguments(task="flawed_fictions", **flag), model, str(small))
+        args = arguments(task="flawed_fictions", **flag)
+        one_line("--reward and --scorer are for tasks with a scorer .*; flawed_fictions has none",
+                 data.start_task, args, model, str(small))
     data.start_task(arguments(task="next_chapter", reward="thresholded"), model, str(small))
     assert (nc.settings["reward"], nc.settings["seed"]) == ("thresholded", 3)
     assert not any(p.requires_grad for p in nc.settings["scorer"][0].parameters())
@@ -158,33 +182,40 @@ def test_the_step_reaches_the_task_and_evaluation_is_step_0(data_folder, monkeyp
 
 
 def test_tables_of_several_runs_average_lists_too(tmp_path):
-    row = {"model": "m", "accuracy": 0.5, "accuracy_ci95": [0.4, 0.6], "tokens": 1, "text_tokens": 1, "latent_steps": 0, "tags": 0, "truncated": 0,
-           "forward_positions": 3, "seconds": 1, "improvement_ci95": [1.0, 2.0], "f1": 0.2}
+    row = {"model": "m", "accuracy": 0.5, "accuracy_ci95": [0.4, 0.6], "tokens": 1, "text_tokens": 1,
+           "latent_steps": 0, "tags": 0, "truncated": 0, "forward_positions": 3, "seconds": 1,
+           "improvement_ci95": [1.0, 2.0], "f1": 0.2}
     for i in (0, 1):
         (tmp_path / str(i)).mkdir()
-        (tmp_path / str(i) / "results.json").write_text(json.dumps([{**row, "f1": 0.2 + 0.2 * i, "improvement_ci95": [1.0 + i, 2.0 + i]}]))
+        changed = {**row, "f1": 0.2 + 0.2 * i, "improvement_ci95": [1.0 + i, 2.0 + i]}
+        (tmp_path / str(i) / "results.json").write_text(json.dumps([changed]))
     rows = report.collect([str(tmp_path / "0"), str(tmp_path / "1")])
-    assert rows[0][1]["improvement_ci95"] == [1.5, 2.5] and rows[0][1]["f1"] == pytest.approx(0.3) and rows[0][1]["runs"] == 2
+    mean = rows[0][1]
+    assert mean["improvement_ci95"] == [1.5, 2.5] and mean["f1"] == pytest.approx(0.3) and mean["runs"] == 2
     assert report.table(rows).endswith("\nm: improvement_ci95 1.500 to 2.500, f1 0.300")
 
 
 def test_the_forecast_follows_the_flags_and_names_them_when_the_card_is_too_small(monkeypatch):
-    config = transformers.Qwen2Config(vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
-                                      num_key_value_heads=2, tie_word_embeddings=True)  # Qwen2.5-1.5B
+    qwen = transformers.Qwen2Config(  # Qwen2.5-1.5B
+        vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
+        num_attention_heads=12, num_key_value_heads=2, tie_word_embeddings=True)
     with torch.device("meta"):
-        whole = transformers.AutoModelForCausalLM.from_config(config)
+        whole = transformers.AutoModelForCausalLM.from_config(qwen)
         whole.reasoning_projector = litereason.ReasoningProjector.start(whole)
-    model = types.SimpleNamespace(config=config, bf16=True, parameters=whole.parameters, reasoning_projector=whole.reasoning_projector,
-                                  device=torch.device("cuda"))
+    model = types.SimpleNamespace(config=qwen, bf16=True, parameters=whole.parameters,
+                                  reasoning_projector=whole.reasoning_projector, device=torch.device("cuda"))
     card = types.SimpleNamespace(total_memory=80 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
 
     def peak(**changes):
-        text = report.forecast(model, types.SimpleNamespace(**{**train_rl.RELEASED, "offload": False, **changes}), 1700)
+        args = types.SimpleNamespace(**{**train_rl.RELEASED, "offload": False, **changes})
+        text = report.forecast(model, args, 1700)
         return float(text.split("; peak ")[1].split()[0]), text
 
     usual, text = peak()
-    assert "weights 6.21, AdamW 11.50" in text and "gradients 5.75" in text and "768 rollouts" in text and "may not fit" not in text
+    for what in ("weights 6.21, AdamW 11.50", "gradients 5.75", "768 rollouts"):
+        assert what in text
+    assert "may not fit" not in text
     assert peak(checkpoint_layers=False)[0] > 2 * usual and peak(tokens_per_forward=8192)[0] < usual < peak(rows=768)[0]
     card.total_memory = 24 * 2**30
     text = peak()[1]
@@ -195,19 +226,23 @@ def test_the_forecast_follows_the_flags_and_names_them_when_the_card_is_too_smal
 # ---------------------------------------------------------------- bad input
 def test_unprepared_data_and_stories_that_do_not_fit_end_in_one_line(tmp_path, data_folder, small, tok):
     words = ("--model", small, "--task", "flawed_fictions", "--device", "cpu")
-    one_line("flawed_fictions/train.jsonl is not there yet; make it with: python data/flawed_fictions/prepare.py", run, train_rl, *words, "--out",
-             tmp_path / "o")
+    out = ("--out", tmp_path / "o")
+    one_line("flawed_fictions/train.jsonl is not there yet; make it with: "
+             "python data/flawed_fictions/prepare.py", run, train_rl, *words, *out)
     one_line("flawed_fictions/test.jsonl is not there yet", run, evaluation, *words)
-    one_line("next_chapter/train.jsonl is not there yet", run, train_projector, *words[:3], "next_chapter", *words[4:], "--out", tmp_path / "o")
-    run(ff_prepare, "--from", jsonl(tmp_path / "a.jsonl", stories(40)), "--out", data_folder / "flawed_fictions")
-    one_line("prompt 0 has [0-9]+ tokens; with 4000 new ones that is more than the model's 4096 positions: lower --max-new-tokens", run, train_rl,
-             *words, "--max-new-tokens", 4000, "--out", tmp_path / "o")
+    other = (*words, "--task", "next_chapter")
+    one_line("next_chapter/train.jsonl is not there yet", run, train_projector, *other, *out)
+    source = jsonl(tmp_path / "a.jsonl", stories(40))
+    run(ff_prepare, "--from", source, "--out", data_folder / "flawed_fictions")
+    one_line("prompt 0 has [0-9]+ tokens; with 4000 new ones that is more than the model's 4096 positions: "
+             "lower --max-new-tokens", run, train_rl, *words, "--max-new-tokens", 4000, *out)
     assert not (tmp_path / "o" / "traces.jsonl").exists()
 
 
 def test_write_needs_a_place_and_a_task_with_chapters(tmp_path, small):
-    one_line("--write needs --out", run, evaluation, "--model", small, "--device", "cpu", "--write", 1)
-    one_line("--write is for tasks .*; tiny is none", run, evaluation, "--model", small, "--device", "cpu", "--write", 1, "--out", tmp_path / "o")
+    words = ("--model", small, "--device", "cpu", "--write", 1)
+    one_line("--write needs --out", run, evaluation, *words)
+    one_line("--write is for tasks .*; tiny is none", run, evaluation, *words, "--out", tmp_path / "o")
 
 
 def test_the_pace_is_measured_on_this_machine_and_grows_with_the_run(small, tok):

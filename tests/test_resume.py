@@ -1,5 +1,6 @@
-"""A stopped run continues as if it had never stopped; a damaged state, a second process and a full disk end in one line.
+"""A stopped run continues as if it had never stopped; what cannot continue ends in one plain line.
 
+The disk may be full or read-only, the newest state damaged, memory used up, another process may be writing.
 kill.py is the long form: it kills real processes at any moment."""
 import functools
 import json
@@ -25,7 +26,8 @@ from data import tiny
 from litereason import UserError, load, save
 
 SIZES = ("--device", "cpu", "--n", 1, "--train-prompts", 8, "--prompts", 4, "--group", 4, "--minibatches", 2,
-         "--max-new-tokens", 60, "--save-every", 1, "--show-every", 0, "--projector-steps", 2, "--trace-prompts", 8, "--val", 2)
+         "--max-new-tokens", 60, "--save-every", 1, "--show-every", 0, "--projector-steps", 2,
+         "--trace-prompts", 8, "--val", 2)
 NO_TABLE = ("--n", 0)  # for tests that do not read it
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -81,11 +83,12 @@ def stopped(module, name, call, number, *words):
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """whole: 4 steps, an epoch and a refresh, from the base through all stages. half: the same, stopped in the second of
-    stage 2's two steps and within step 4 of stage 3, in the middle of a batch."""
+    """whole: 4 steps, an epoch and a refresh, from the base through all stages. half: the same, stopped in
+    the second of stage 2's two steps and within step 4 of stage 3, in the middle of a batch."""
     at = tmp_path_factory.mktemp("pair")
     run(train_rl, *SIZES, "--steps", 4, "--out", at / "whole")
-    said = stopped(train_projector, "projector_loss", 5, signal.SIGTERM, train_rl, *SIZES, "--steps", 4, "--out", at / "half")
+    words = (*SIZES, "--steps", 4, "--out", at / "half")
+    said = stopped(train_projector, "projector_loss", 5, signal.SIGTERM, train_rl, *words)
     assert said == f"step 1 of 2 of stage 2 is saved; go on with --resume {at / 'half'}"
     checksum = runs._checksum
 
@@ -105,8 +108,8 @@ def pair(tmp_path_factory):
 
 
 def test_stages_1_and_2_stopped_halfway_continue_bit_for_bit(tmp_path, capsys):
-    words = ("--device", "cpu", "--prompts", 40, "--samples", 1, "--steps", 5, "--batch", 4, "--save-every", 2, "--n", 1,
-             "--max-new-tokens", 60)
+    words = ("--device", "cpu", "--prompts", 40, "--samples", 1, "--steps", 5, "--batch", 4,
+             "--save-every", 2, "--n", 1, "--max-new-tokens", 60)
     whole, half = tmp_path / "whole", tmp_path / "half"
     run(train_projector, *words, "--out", whole)
     # in the second 32 prompts
@@ -118,7 +121,8 @@ def test_stages_1_and_2_stopped_halfway_continue_bit_for_bit(tmp_path, capsys):
         f.write('[{"example": 32, "pro')
     capsys.readouterr()
     # 3 losses before the first step
-    said = stopped(train_projector, "projector_loss", 3 + 4, signal.SIGTERM, train_projector, "--resume", half)
+    words = ("--resume", half)
+    said = stopped(train_projector, "projector_loss", 3 + 4, signal.SIGTERM, train_projector, *words)
     assert said == f"step 3 of 5 of stage 2 is saved; go on with --resume {half}"
     assert runs.saved_states(half / "stage-2") == [2, 3]
     assert "1 of 2 lines of it" in capsys.readouterr().out
@@ -158,10 +162,13 @@ def test_a_damaged_newest_state_falls_back_to_the_one_before_and_says_so(pair, c
 
 
 def test_what_may_stand_beside_resume_and_what_a_stopped_run_is_guarded_against(pair, tmp_path):
-    for words, says in (((*SIZES, "--steps", 4, "--out", pair / "half"), "stopped at step 3 of 4: go on with --resume"),
-                        (("--resume", pair / "half", "--lr", 1), "--lr: a resumed run keeps the settings"),
-                        (("--resume", pair / "half", "--steps", 2), "is at step 3 already"),
-                        (("--resume", tmp_path), "nothing to resume")):
+    half = pair / "half"
+    for words, says in (
+        ((*SIZES, "--steps", 4, "--out", half), "stopped at step 3 of 4: go on with --resume"),
+        (("--resume", half, "--lr", 1), "--lr: a resumed run keeps the settings"),
+        (("--resume", half, "--steps", 2), "is at step 3 already"),
+        (("--resume", tmp_path), "nothing to resume"),
+    ):
         with pytest.raises(UserError, match=says):
             run(train_rl, *words)
 
@@ -215,7 +222,8 @@ def in_one_line(capsys, *words):
 
 
 def test_a_disk_that_is_full_during_a_run_ends_in_one_line(pair, tmp_path, capsys, monkeypatch):
-    for name, script, words in (("metrics.jsonl", train_rl, ("--model", pair / "whole", *SIZES, "--steps", 1)),
+    one_step = ("--model", pair / "whole", *SIZES, *NO_TABLE, "--steps", 1)
+    for name, script, words in (("metrics.jsonl", train_rl, one_step),
                                 ("traces.jsonl", train_projector, ("--prompts", 2, "--device", "cpu"))):
         (tmp_path / name).mkdir()
         (tmp_path / name / f"{name}.tmp").symlink_to("/dev/full")
@@ -232,7 +240,8 @@ def test_a_disk_that_is_full_during_a_run_ends_in_one_line(pair, tmp_path, capsy
     assert not [name for name in os.listdir(tmp_path) if "writing" in name]
 
 
-def test_a_directory_that_becomes_read_only_ends_in_one_line_and_the_run_continues_from_there(pair, capsys, monkeypatch):
+def test_a_directory_that_becomes_read_only_ends_in_one_line_and_the_run_continues_from_there(
+        pair, capsys, monkeypatch):
     real, calls, root = train_rl.policy_loss, iter(range(1, 99)), os.geteuid() == 0
     with tempfile.TemporaryDirectory() as out:
 
@@ -261,10 +270,11 @@ def test_a_directory_that_becomes_read_only_ends_in_one_line_and_the_run_continu
 
 
 # ---------------------------------------------------------------- out of memory
-def test_out_of_memory_in_the_update_halves_the_budget_once_a_step_and_changes_nothing_else(pair, tmp_path, monkeypatch,
-                                                                                            capsys):
-    words = ("--model", pair / "whole", *SIZES, *NO_TABLE, "--steps", 3, "--train-prompts", 4, "--minibatches", 1)
-    real, calls, fails = train_rl.logprobs, iter(range(1, 99)), {2}  # a step is an epoch
+def test_out_of_memory_in_the_update_halves_the_budget_once_a_step_and_changes_nothing_else(
+        pair, tmp_path, monkeypatch, capsys):
+    words = ("--model", pair / "whole", *SIZES, *NO_TABLE, "--steps", 3)
+    words += ("--train-prompts", 4, "--minibatches", 1)  # a step is an epoch
+    real, calls, fails = train_rl.logprobs, iter(range(1, 99)), {2}
 
     def logprobs(*args):
         if next(calls) in fails:
@@ -289,7 +299,11 @@ def test_out_of_memory_in_the_update_halves_the_budget_once_a_step_and_changes_n
 # ---------------------------------------------------------------- tripwires
 def test_a_reward_that_is_not_finite_ends_the_run_before_any_update(pair, tmp_path, monkeypatch):
     real = data.score
-    monkeypatch.setattr(data, "score", lambda *args: [float("nan") if i == 5 else r for i, r in enumerate(real(*args))])
+
+    def score(*args):
+        return [float("nan") if i == 5 else reward for i, reward in enumerate(real(*args))]
+
+    monkeypatch.setattr(data, "score", score)
     says = r"step 1: the reward of a rollout of train prompt \d is nan; its text is in .*bad-rollouts.json"
     with pytest.raises(UserError, match=says):
         run(train_rl, "--model", pair / "whole", *SIZES, *NO_TABLE, "--steps", 1, "--out", tmp_path)
@@ -322,8 +336,8 @@ def test_a_reward_that_rises_while_validation_falls_is_said(capsys):
         assert is_said == bool(capsys.readouterr().out)
     report.warn_of_validation(rows, val(0.6, 0.1))
     assert capsys.readouterr().out == (
-        "warning: step 4: since step 2 the train reward rose from 0.200 to 0.550, but the accuracy on 50 val examples fell "
-        "from 0.800 to 0.600 (plus or minus 0.100)\n")
+        "warning: step 4: since step 2 the train reward rose from 0.200 to 0.550, but the accuracy on "
+        "50 val examples fell from 0.800 to 0.600 (plus or minus 0.100)\n")
 
 
 def test_steps_that_are_not_finite_are_skipped_and_three_in_a_row_stop_the_run(pair, monkeypatch, capsys):
@@ -333,8 +347,10 @@ def test_steps_that_are_not_finite_are_skipped_and_three_in_a_row_stop_the_run(p
     shutil.copytree(pair / "half", out)
     with pytest.raises(UserError, match="steps 4 to 6 were not finite"):
         run(train_rl, "--resume", out, "--steps", 9)
-    assert [m["skipped"] for m in metrics(out)] == [0, 0, 0, 1, 2, 3] and metrics(out)[-1]["grad_norm"] is None
-    assert json.load(open(out / "bad-rollouts.json"))[0]["step"] == 6 and "3 so far" in capsys.readouterr().out
+    lines = metrics(out)
+    assert [m["skipped"] for m in lines] == [0, 0, 0, 1, 2, 3] and lines[-1]["grad_norm"] is None
+    assert json.load(open(out / "bad-rollouts.json"))[0]["step"] == 6
+    assert "3 so far" in capsys.readouterr().out
     before, after = (runs.read_state(pair / name)[1] for name in ("half", "nan"))
     assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("weight "))
 

@@ -1,4 +1,4 @@
-"""The scripts do what their command lines say: help, two steps of every stage, and one plain line for a wrong word."""
+"""The scripts do what their command lines say: help, two steps of every stage, one line for a wrong word."""
 import contextlib
 import io
 import json
@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+import litereason
 import runs
 from data import next_chapter
 
@@ -23,7 +24,7 @@ SHORT = ("--steps", 2, "--prompts", 4, "--group", 4, "--n", 0, "--max-new-tokens
 
 
 def process(*words):
-    """python SCRIPT .., in a process of its own -> what came of it. An interpreter takes 4 s to import torch."""
+    """python SCRIPT .., in a process of its own -> what came of it. Importing torch there takes 4 s."""
     command = [sys.executable, os.path.join(ROOT, words[0]), *map(str, words[1:])]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
@@ -34,14 +35,16 @@ def script(*words):
     out, err = io.StringIO(), io.StringIO()
     code = 0
     with contextlib.ExitStack() as stack:
-        for manager in (runs.signals_restored(), torch.random.fork_rng(devices=[]), mock.patch.dict(os.environ),
-                        contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)):
-            stack.enter_context(manager)
+        stack.enter_context(contextlib.redirect_stdout(out))
+        stack.enter_context(contextlib.redirect_stderr(err))
+        stack.enter_context(runs.signals_restored())
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        # The benchmarks put functions of their own into litereason and runs.
+        for names in (os.environ, next_chapter.settings, vars(litereason), vars(runs)):
+            stack.enter_context(mock.patch.dict(names))
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setattr(sys, "argv", [str(word) for word in words])
         patch.setattr(sys, "path", list(sys.path))
-        patch.setattr(next_chapter, "settings", dict(next_chapter.settings))
-        patch.setattr(runs, "stop_tokens", runs.stop_tokens)  # the benchmarks put their own in its place
         patch.chdir(ROOT)
         try:
             runpy.run_path(os.path.join(ROOT, words[0]), run_name="__main__")
@@ -59,8 +62,9 @@ def metrics(out):
 def trained(tmp_path_factory):
     """The README's first command, all three stages, cut to two steps: the directory that it leaves."""
     out = tmp_path_factory.mktemp("trained") / "rl"
-    done = process("train_rl.py", "--steps", 2, "--train-prompts", 8, "--projector-steps", 2, "--trace-prompts", 8, "--n", 4,
-                   "--val", 4, "--prompts", 4, "--group", 4, "--max-new-tokens", 100, "--out", out)
+    words = ("--steps", 2, "--train-prompts", 8, "--projector-steps", 2, "--trace-prompts", 8, "--n", 2,
+             "--val", 2, "--prompts", 4, "--group", 4, "--max-new-tokens", 100, "--out", out)
+    done = process("train_rl.py", *words)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -81,36 +85,40 @@ def test_the_gpu_measurements_are_ready_to_run(tmp_path):
         done = script("tests/bench_gpu.py", *words)
         assert done.returncode == 0, done.stderr
         numbers = json.load(open(tmp_path / "g.json"))[row]
-        assert all(value > 0 for name, value in numbers.items() if name.endswith(("_s", "_ms")) and value is not None)
+        times = [value for name, value in numbers.items() if name.endswith(("_s", "_ms"))]
+        assert all(value > 0 for value in times if value is not None)
 
 
 def test_all_three_stages_run_for_two_steps_and_leave_what_they_promise(trained):
     assert json.load(open(trained / "config.json"))["steps"] == 2
     lines = metrics(trained)
     assert [m["step"] for m in lines] == [1, 2]
-    for key in ("reward", "accuracy", "text_tokens", "latent_steps", "tags", "tag_share", "zero_variance", "truncated",
-                "max_dlogp", "grad_norm", "seconds", "peak_memory_gib"):
+    for key in ("reward", "accuracy", "text_tokens", "latent_steps", "tags", "tag_share", "zero_variance",
+                "truncated", "max_dlogp", "grad_norm", "seconds", "peak_memory_gib"):
         assert key in lines[0], key
     assert lines[0]["peak_memory_gib"].keys() == lines[0]["seconds"].keys() >= {"sample", "update", "step"}
     assert lines[0]["refresh_loss"] is None and lines[1]["refresh_loss"] > 0  # 8 prompts, 4 a step: an epoch of two steps
     # fp32, and warm-start latents of length 1,000; exact in test_decode.py
     assert max(m["max_dlogp"] for m in lines) < 1e-3
     table = json.load(open(trained / "results.json"))
-    assert [row["model"] for row in table] == ["base, explicit reasoning", "base, tag prompt", "LiteReason before RL",
-                                               "LiteReason", "  its latents taken away"]
+    assert [row["model"] for row in table] == [
+        "base, explicit reasoning", "base, tag prompt", "LiteReason before RL", "LiteReason",
+        "  its latents taken away"]
 
 
 def test_a_runs_directory_is_a_model_for_the_other_scripts(trained, tmp_path):
-    done = script("eval.py", "--model", trained, "tiny:plain", "--n", 4, "--show", 1, "--json", tmp_path / "e.json")
+    words = ("--n", 4, "--show", 1, "--json", tmp_path / "e.json")
+    done = script("eval.py", "--model", trained, "tiny:plain", *words)
     assert done.returncode == 0, done.stderr
     first, second = json.load(open(tmp_path / "e.json"))
     assert (first["prompt"], second["prompt"]) == ("tag", "plain") and second["latent_steps"] == 0
-    for key in ("accuracy", "accuracy_ci95", "tokens", "text_tokens", "latent_steps", "tags", "truncated", "n_examples",
-                "samples", "seconds"):
+    for key in ("accuracy", "accuracy_ci95", "tokens", "text_tokens", "latent_steps", "tags", "truncated",
+                "n_examples", "samples", "seconds"):
         assert key in first, key
     words = ("--steps", 1, "--n", 1, "--prompts", 2, "--group", 4, "--out", tmp_path / "again")
     done = script("train_rl.py", "--model", trained, *words)
-    assert done.returncode == 0 and "stage 1" not in done.stdout, done.stderr  # it has a trained projector already
+    assert done.returncode == 0, done.stderr
+    assert "stage 1" not in done.stdout  # it has a trained projector already
 
 
 def test_rl_without_latents_and_with_recomputed_ones_run(trained, tmp_path):
@@ -126,12 +134,12 @@ def test_rl_without_latents_and_with_recomputed_ones_run(trained, tmp_path):
 
 
 def test_stages_1_and_2_keep_their_traces_for_a_second_run(tmp_path):
-    words = ("train_projector.py", "--steps", 2, "--prompts", 8, "--samples", 2, "--n", 4, "--out", tmp_path / "p")
-    done = script(*words)
+    words = ("--steps", 2, "--prompts", 8, "--samples", 2, "--n", 4, "--out", tmp_path / "p")
+    done = script("train_projector.py", *words)
     assert done.returncode == 0 and "kept" in done.stdout, done.stderr
     for what in ("no latents", "zeros", "warm start", "trained", "accuracy with the tag prompt"):
         assert what in done.stdout
-    again = script(*words)
+    again = script("train_projector.py", *words)
     assert "traces from" in again.stdout
 
 
