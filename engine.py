@@ -1,18 +1,18 @@
-"""Speed: the same numbers sooner, or in less memory. Nothing in this file changes a result, so a first
-reading can skip it.
+"""Speed and memory: without this file the method is the same, up to rounding, so a first reading can skip it.
 
-    forward, prefill, compute     the model on embeddings; each prompt read once; bf16 products, fp32 weights
+    forward, prefill, autocast    the model on embeddings; each prompt read once; bf16 products, fp32 weights
     PromptCache                   keys and values while the prompts are read
     ScoringCache                  .. of given slots, several at a time, with their gradients
-    DecodingCache                 .. of one new slot per row and step, in memory that is allocated once
+    DecodingCache                 .. of one new slot per row and step, written in place
     Decoder                       which rows are decoded: ended ones leave, waiting prompts join; CUDA graphs
     TagTable                      the grammar of the tag as a table over token ids
     token_logprobs, pack          logits in chunks; rollouts split by a budget of positions
     checkpoint_layers, offload    less memory for the update
     FewRows                       a few rows times a large matrix, on a CPU
 
-The letters in the shape comments are those of litereason.py; n is a number of columns or of rows, as the
-comment says. """
+Letters in the shape comments are those of litereason.py, and:
+    H heads   K key/value heads   R = H / K   d head size   n columns of own slots, or rows
+"""
 import copy
 import dataclasses
 import functools
@@ -32,7 +32,7 @@ WAITS = ("cuda",)  # devices where data-dependent shapes force a sync
 
 
 # ============================================================ the model on embeddings
-def compute(model):
+def autocast(model):
     """The context in which the base computes: bf16 matrix products on CUDA from fp32 weights (`model.bf16`;
     False on a CPU).
 
@@ -40,13 +40,13 @@ def compute(model):
     return torch.autocast(model.device.type, torch.bfloat16, enabled=model.bf16)
 
 
-def computes(function):
+def with_autocast(function):
     """Runs function(model, ..) in that context: within one call each weight is cast once, however many
     forwards there are."""
 
     @functools.wraps(function)
     def run(model, *args, **kwargs):
-        with compute(model):
+        with autocast(model):
             return function(model, *args, **kwargs)
 
     return run
@@ -55,7 +55,7 @@ def computes(function):
 def forward(model, x, positions, cache):
     """Embeddings x (rows, S, D) at positions (rows, S) -> states after the final norm (rows, S, D), what the
     LM head reads."""
-    # a 4-D mask is passed through as it is; the cache knows who attends to whom.
+    # A 4-D mask is passed through as it is; the cache knows who attends to whom.
     unread = x.new_empty(1, 1, 1, 1)
     out = model.model(inputs_embeds=x, position_ids=positions, attention_mask=unread, past_key_values=cache,
                       use_cache=True)
@@ -69,12 +69,12 @@ def prefill(model, prompts, slots=None):
     slots: None or (B, S) ids, looked up together with the prompts: the gradient of a look-up is as large as
     the whole table."""
     embed = model.get_input_embeddings()
-    lengths = torch.tensor([len(p) for p in prompts], device=model.device)  # (P,)
-    # (P, L), padded on the right.
-    ids = torch.zeros(len(prompts), max(len(p) for p in prompts), dtype=torch.long)
+    lengths = [len(prompt) for prompt in prompts]
+    ids = torch.zeros(len(prompts), max(lengths), dtype=torch.long)  # (P, L), padded on the right
     for row, prompt in zip(ids, prompts):
         row[: len(prompt)] = torch.tensor(prompt)
     ids = ids.to(model.device)
+    lengths = torch.tensor(lengths, device=model.device)  # (P,)
     if slots is None:
         x = embed(ids)  # (P, L, D)
         x_slots = None
@@ -96,10 +96,10 @@ def prefill(model, prompts, slots=None):
 #     row 1  -----/                                      [ s0  s1  s2 ]      and its own slots 0..i,
 #     row 2  -----> [ q0  q1  pad pad pad ]              [ s0  s1  s2 ]      never another row's
 #
-# A cache is given to transformers as `past_key_values`: each layer calls `update` with its new keys and values, then
-# our attention function, which calls `attend`. Positions restart after the prompt, so a group's rows give the same
-# numbers as if each had been run alone on prompt + slots. Each cache has `layers`: per layer, the (keys, values) that
-# it adds to.
+# A cache is given to transformers as `past_key_values`: each layer calls `update` with its new keys and
+# values, then our attention function, which calls `attend`. Positions restart after the prompt, so a group's
+# rows give the same numbers as if each had been run alone on prompt + slots. Each cache has `layers`: per
+# layer, the (keys, values) that it adds to.
 class PromptCache:
     """Keys and values of P prompts while they are read: plain causal attention; padding stands to the right
     of all it could disturb."""
@@ -129,7 +129,7 @@ class PromptCache:
         return out.transpose(1, 2)
 
 
-def padding(lengths, L):
+def pad_mask(lengths, L):
     """True where a prompt has ended, (P, 1, 1, L); None if all of them, lengths (P,), are equally long."""
     pad = torch.arange(L, device=lengths.device) >= lengths[:, None]  # (P, L)
     return pad[:, None, None] if pad.any() else None
@@ -229,14 +229,14 @@ class ScoringCache:
     Tensors keep their graph: nothing is detached or copied in place, so the gradients of a group's rows meet
     in its prompt."""
 
-    # New slots per row above which, on a CPU, rows get copies of their prompt's keys: smaller than the
-    # weights they save.
+    # On a CPU, from more new slots per row on, each row gets a copy of its prompt's keys: smaller than the
+    # attention weights that need not be kept then.
     FUSED = 8
 
     def __init__(self, prompts, owner):
         """prompts: a PromptCache; owner (B,): which prompt each row belongs to, in order."""
         self.prompts = prompts.layers
-        self.pad = padding(prompts.lengths, prompts.layers[0][0].shape[2])
+        self.pad = pad_mask(prompts.lengths, prompts.layers[0][0].shape[2])
         self.owner = owner
         self.start = prompts.lengths[owner]  # (B,) position of a row's first slot
         self.groups = Groups(owner, len(prompts.lengths))
@@ -278,8 +278,9 @@ class ScoringCache:
 
     def _attend_fused(self, prompt, own, q, scale, window):
         """Fused attention never keeps the weights, which on a CPU is faster than sharing the products."""
-        # (B, K, L + n, d)
-        keys, values = (torch.cat([p.index_select(0, self.owner), o], 2) for p, o in zip(prompt, own))
+        keys, values = (
+            torch.cat([of_prompt.index_select(0, self.owner), of_row], 2)
+            for of_prompt, of_row in zip(prompt, own))  # (B, K, L + n, d)
         if window not in self.bias:
             self.bias[window] = self.joint_bias(q, prompt[0].shape[2], window)
         out = F.scaled_dot_product_attention(q, keys, values, self.bias[window], scale=scale, enable_gqa=True)
@@ -337,7 +338,7 @@ class DecodingCache:
     def _assign(self, owner):
         """Rows owner (B,), in order, on the prompts that there are."""
         self.owner = owner
-        self.pad = padding(self.lengths, self.prompts[0][0].shape[2])
+        self.pad = pad_mask(self.lengths, self.prompts[0][0].shape[2])
         self.groups = Groups(owner, len(self.lengths))
 
     def set_reach(self, rounded):
@@ -372,12 +373,16 @@ class DecodingCache:
         own = tuple(t[:, :, : self.reach] for t in self.layers[layer])
         far, hide_own = None, self.hidden
         if window:
-            start = self.lengths[self.owner] - self.began  # (B,) position of column 0
-            keys = start[:, None] + torch.arange(self.reach, device=start.device)  # (B, n)
-            queries = (start + self.column)[:, None]  # (B, 1)
-            far, far_own = beyond_window(window, queries, keys, prompt[0].shape[2])
+            far, far_own = self.beyond(window, prompt[0].shape[2])
             hide_own = far_own if hide_own is None else hide_own | far_own
         return attend_shared(q.to(prompt[1].dtype), scale, prompt, own, self.groups, self.pad, far, hide_own)
+
+    def beyond(self, window, L):
+        start = self.lengths[self.owner] - self.began  # (B,) position of column 0
+        column = torch.arange(self.reach, device=start.device)
+        keys = start[:, None] + column  # (B, n)
+        queries = (start + self.column)[:, None]  # (B, 1)
+        return beyond_window(window, queries, keys, L)
 
     def change(self, rows, prompts=None, owner=None):
         """Between two steps: only `rows` (n,) stay, and the prompts that they need; behind them come new
@@ -464,7 +469,8 @@ class Decoder:
         self.max_prompts = min(max_prompts, len(prompts))
         self.new_rows = new_rows
         self.watch = watch
-        self.computed = sum(map(len, prompts))  # positions that go through the model, the prompts' included
+        # Positions that go through the model, the prompts' included.
+        self.n_positions = sum(map(len, prompts))
         self.n_begun = 0  # prompts that have begun
         self.step = 0
         self.last_join = 0  # the step in which prompts joined last
@@ -509,7 +515,7 @@ class Decoder:
         prompts_kept = len(self.cache.owner[live].unique())
         waiting = len(self.prompts) - self.n_begun
         free = self.max_prompts - groups_live
-        # a long row keeps its prompt: at most so many are in memory.
+        # A prompt stays in memory while any row of its group lives: at most twice max_prompts do.
         room = 2 * self.max_prompts - prompts_kept
         n = min(waiting, free, room)
         worth_it = n * self.samples >= 0.25 * len(self.rows.live) or not len(live)
@@ -531,7 +537,8 @@ class Decoder:
 
     def _widen_latents(self):
         """The record of latents has room until the next look, and a scratch column behind."""
-        missing = int(self.rows.latents_run.max()) + LOOK + 1 - self.rows.latents.shape[1]
+        needed = int(self.rows.latents_run.max()) + LOOK + 1
+        missing = needed - self.rows.latents.shape[1]
         if missing > 0:
             self.rows.latents = F.pad(self.rows.latents, (0, 0, 0, missing + 8))
 
@@ -562,7 +569,7 @@ class Decoder:
             self.cache.set_reach(rounded=False)
             h = self._one_slot(x, positions)
         self.cache.filled += 1
-        self.computed += len(x)
+        self.n_positions += len(x)
         return h
 
     def _one_slot(self, x, positions):
@@ -688,8 +695,7 @@ class TagTable:
         return self.next_state[kind, state], self.fires[kind, state]
 
 
-# ============================================================
-# scoring: rows that share a prompt, rounds of text and latents, logits in chunks
+# ============================================================ scoring: shared prompts, rounds, chunks of logits
 class Batch:
     """Rollouts ordered by prompt, each prompt once, slots padded on the right.
 
@@ -698,7 +704,10 @@ class Batch:
 
     def __init__(self, rollouts, device, padding):
         number = {}  # prompt -> its number
-        owners = [number.setdefault(tuple(r.prompt_ids), len(number)) for r in rollouts]
+        owners = []  # of each rollout
+        for rollout in rollouts:
+            prompt = tuple(rollout.prompt_ids)
+            owners.append(number.setdefault(prompt, len(number)))
         order = sorted(range(len(rollouts)), key=owners.__getitem__)
         self.prompts = [list(prompt) for prompt in number]
         self.owner = torch.tensor(sorted(owners), device=device)
@@ -709,10 +718,14 @@ class Batch:
 
 def slot_table(rollouts, device, padding):
     """The slots of rollouts, padded on the right -> slots (B, S), valid (B, S)."""
-    lengths = [len(r.slots) for r in rollouts]
-    S = max(lengths)
-    slots = [r.slots + [padding] * (S - n) for r, n in zip(rollouts, lengths)]
-    valid = torch.arange(S, device=device) < torch.tensor(lengths, device=device)[:, None]
+    S = max(len(r.slots) for r in rollouts)
+    slots, lengths = [], []
+    for rollout in rollouts:
+        n = len(rollout.slots)
+        slots.append(rollout.slots + [padding] * (S - n))
+        lengths.append([n])
+    lengths = torch.tensor(lengths, device=device)  # (B, 1)
+    valid = torch.arange(S, device=device) < lengths
     return torch.tensor(slots, device=device), valid
 
 
@@ -804,9 +817,13 @@ class TokenLogprobs(torch.autograd.Function):
         p = p.to(weight.dtype)
         g = -g[:, None] / ctx.temperature  # (M, 1)
         needs_h, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        to_h = (g * (p @ weight)).to(h.dtype) if needs_h else None
-        to_weight = p.T @ (g * h).to(weight.dtype) if needs_weight else None
-        to_bias = (p.T @ g.to(p.dtype))[:, 0] if needs_bias else None
+        to_h = to_weight = to_bias = None
+        if needs_h:
+            to_h = (g * (p @ weight)).to(h.dtype)
+        if needs_weight:
+            to_weight = p.T @ (g * h).to(weight.dtype)
+        if needs_bias:
+            to_bias = (p.T @ g.to(p.dtype))[:, 0]
         return to_h, to_weight, to_bias, None, None, None
 
 
@@ -914,11 +931,14 @@ class FewRows(torch.nn.Linear):
 
     def forward(self, x):
         n = x.numel() // self.in_features
-        if x.device.type != "cpu" or not 0 < n <= 8 or self.weight.numel() < 2**17:
+        is_large = self.weight.numel() >= 2**17
+        if x.device.type != "cpu" or not 0 < n <= 8 or not is_large:
             return super().forward(x)
-        rows = F.pad(x.reshape(n, self.in_features), (0, 0, 0, n % 2))  # (n or n + 1, in)
-        y = torch.cat([(self.weight @ part.T).T for part in rows.split(4)])[:n]
-        y = y.view(*x.shape[:-1], self.out_features)
+        rows = x.reshape(n, self.in_features)
+        rows = F.pad(rows, (0, 0, 0, n % 2))  # (n or n + 1, in)
+        products = [self.weight @ few.T for few in rows.split(4)]  # (out, 2 or 4) each
+        y = torch.cat([product.T for product in products])
+        y = y[:n].view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
 

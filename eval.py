@@ -139,7 +139,7 @@ def evaluate(model, tokenizer, task, examples, latent_prompt=True, samples=1, se
         "latent_steps": latent_steps,
         "tags": _mean([r.n_tags for r in rollouts]),
         "truncated": _mean([not r.finished for r in rollouts]),
-        "forward_positions": stats["forwards"] / len(rollouts),
+        "forward_positions": stats["positions"] / len(rollouts),
         "n_examples": n,
         "samples": samples,
         "per_example": {"score": scores, "tokens": lengths.mean(1).tolist()},

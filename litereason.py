@@ -1,4 +1,4 @@
-"""LiteReason (arXiv 2512.02240): everything the paper defines, in one file and in the paper's order.
+"""LiteReason (arXiv 2512.02240): the whole method in one file, from its definition to its losses.
 
 A policy LM may write <implicit_thought>N</implicit_thought>. The next N positions are then not sampled: the
 Reasoning Projector P maps the last hidden state to the next input embedding, N times, and sampling continues
@@ -17,14 +17,17 @@ the latent vectors. The output at slot t is scored iff slot t+1 is a token that 
                 it, so `b` by that of z_3. Nothing predicts a LATENT: the outputs at </..>, z_1 and z_2 go to
                 the projector, not to the LM head.
 
-Letters in the shape comments:
-    P prompts   B rows (rollouts)   G rows of one prompt   L prompt length   S own slots   n some of them
-    D hidden size   V vocabulary   H heads   K key/value heads   R = H / K   d head size   M scored positions
+Letters in the shape comments (P is a number there, the projector elsewhere):
+    P prompts   B rows (rollouts)   G rows of one prompt   L prompt length   S own slots of a row
+    D hidden size   V vocabulary   M scored positions   n any other count, named where it stands
 
 The definition comes first, as slowly as possible; then the tag, the projector, decoding, scoring, the latent
-roll-out and its loss, GRPO. What is called engine.something is there for speed, what is called runs.something
-reads files and checks what people type: neither changes a number, and both can be skipped. Stages 1 and 2 are
-in train_projector.py, stage 3 is in train_rl.py.
+roll-out and its loss, GRPO. What is called engine.something is there for speed and memory (on CUDA it brings
+bf16 rounding), what is called runs.something for files, chat templates and the command line. Neither is in
+the paper; a first reading can skip both. Stages 1 and 2 are in train_projector.py, stage 3 is in train_rl.py.
+
+"Sec. 3.1" and the like follow the order of the paper's method and may be off by one in your copy: only its
+abstract and the released code could be read while this was written. "As released" means that code.
 """
 import copy
 import dataclasses
@@ -53,7 +56,7 @@ class Rollout:
     prompt_ids: list  # token ids
     slots: list  # token ids and LATENTs, in order, the stop token included
     latents: torch.Tensor  # (n, D), one per LATENT slot, as fed
-    logprobs: torch.Tensor = None  # (len(slots),), of the sampled tokens, nothing cut; 0 at latents
+    logprobs: torch.Tensor = None  # (len(slots),) of the sampled tokens, before top-k and top-p; 0 at latents
     text: str = ""  # what the policy wrote, without the stop token
     finished: bool = True  # it ended by itself, not by the length limit
     prompt: int = 0  # which of generate's prompts
@@ -79,7 +82,7 @@ def naive_generate(model, tokenizer, prompt_ids, draws, temperature=1.0, top_p=1
     draws (limit,): a random number in [0, 1) for each slot; with the last one the row is cut."""
     embed = model.get_input_embeddings()
     fed = list(embed(torch.tensor(prompt_ids, device=model.device)))  # the inputs so far, (D,) each
-    slots, logprobs, latents = [], [], []
+    slots, logps, latents = [], [], []
     written = ""
     latents_left = 0
     memory = None  # of a recurrent projector; the paper's has none
@@ -89,26 +92,26 @@ def naive_generate(model, tokenizer, prompt_ids, draws, temperature=1.0, top_p=1
         if latents_left > 0:  # inside a block: no token is sampled, the next input is z = P(h)
             z, memory = model.reasoning_projector(h, memory)
             slots.append(LATENT)
-            logprobs.append(h.new_zeros(1))
+            logps.append(h.new_zeros(1))
             latents.append(z)
             fed.append(z[0])
             latents_left -= 1
             continue
-        token, logprob = sample(model.lm_head(h), u[None], temperature, top_k, top_p)
+        token, logp = sample(model.lm_head(h), u[None], temperature, top_k, top_p)
         slots.append(int(token))
-        logprobs.append(logprob)
+        logps.append(logp)
         fed.append(embed(token)[0])
         finished = int(token) in runs.stop_tokens(model, tokenizer)
         if finished:
             break
-        tags_before = parse_tags(written)
+        n_tags = len(parse_tags(written))
         written = tokenizer.decode([s for s in slots if s != LATENT], clean_up_tokenization_spaces=False)
         tags = parse_tags(written, model.config.litereason_max_reasoning_steps)
-        if len(tags) > len(tags_before):  # this token closes a tag of the policy's own: N latents follow
+        if len(tags) > n_tags:  # this token has ended one more tag: its N latents follow
             latents_left = tags[-1][2]
             memory = None
     latents = torch.cat(latents) if latents else torch.zeros(0, len(fed[0]))
-    return Rollout(list(prompt_ids), slots, latents.to(fed[0]), torch.cat(logprobs), written, finished)
+    return Rollout(list(prompt_ids), slots, latents.to(fed[0]), torch.cat(logps), written, finished)
 
 
 def naive_score(model, prompt_ids, slots):
@@ -118,22 +121,22 @@ def naive_score(model, prompt_ids, slots):
     embed = model.get_input_embeddings()
     # Not embed.weight: Gemma scales embeddings.
     fed = list(embed(torch.tensor(prompt_ids, device=model.device)))
-    states, logprobs = [], []
+    hs, logps = [], []
     latents = [torch.zeros(0, len(fed[0])).to(fed[0])]
     memory = None
     for slot in slots:
         h = _last_state(model, fed)  # (1, D)
-        states.append(h)
+        hs.append(h)
         if slot == LATENT:
             z, memory = model.reasoning_projector(h, memory)
             latents.append(z)
-            logprobs.append(h.new_zeros(()))
+            logps.append(h.new_zeros(()))
             fed.append(z[0])
         else:
             memory = None  # each block starts without one
-            logprobs.append(model.lm_head(h[0]).log_softmax(-1)[slot])
+            logps.append(model.lm_head(h[0]).log_softmax(-1)[slot])
             fed.append(embed(torch.tensor(slot, device=model.device)))
-    return torch.cat(states), torch.cat(latents), torch.stack(logprobs)
+    return torch.cat(hs), torch.cat(latents), torch.stack(logps)
 
 
 def _last_state(model, fed):
@@ -143,10 +146,10 @@ def _last_state(model, fed):
 
 
 # ============================================================ the tag (paper Sec. 3.1)
-# Plain text, no new vocabulary. N is written in ASCII digits, with ASCII spaces around it if the model likes,
-# and is at least 1. Anything else between the tags is ordinary text, and so is a tag opened right inside
-# another. Ours: only tags in the policy's own output fire; the released code also runs those of a prompt, so
-# a story could drive the model.
+# Plain text, no new vocabulary. N is written in ASCII digits, with ASCII whitespace around it if the model
+# likes, and is at least 1. Anything else between the tags is ordinary text, and so is a tag opened right
+# inside another. Ours: only tags in the policy's own output fire. The released training passes expand tags in
+# the prompt too, where its sampler does not: a story with a tag is scored otherwise than it was sampled.
 OPEN, CLOSE = "<implicit_thought>", "</implicit_thought>"
 TAG = re.compile(rf"((?:{OPEN}\s*(?:[0-9]+\s*)?)*){OPEN}\s*([0-9]+)\s*{CLOSE}", re.ASCII)
 SPACE, DIGITS = " \t\n\r\f\v", "0123456789"
@@ -157,7 +160,7 @@ def parse_tags(text, cap=CAP):
     `watcher`."""
     tags = []
     for match in TAG.finditer(text):
-        is_nested = match.group(1)
+        is_nested = match.group(1) != ""
         digits = match.group(2).lstrip("0")
         if digits and not is_nested:  # N >= 1
             # More digits are above any cap, and int() refuses thousands of them.
@@ -241,10 +244,10 @@ def insert_latents(model, tokenizer, ids):
 
 
 # ============================================================ the Reasoning Projector (paper Sec. 3.2)
-# A latent step of your own is a class like these two and its name in PROJECTORS: start(model, layers) makes
-# the module that stage 2 begins with; forward(h, memory) -> (z, memory). `memory` (n, memory_size), in the
-# projector's dtype, goes from latent to latent within a block, and is None or zeros at its first one; the
-# paper's projector has none.
+# To add a latent step of your own, write a class like these two and name it in PROJECTORS: start(model,
+# layers) makes the module that stage 2 begins with; forward(h, memory) -> (z, memory). A recurrent one has
+# memory_size > 0: `memory` (n, memory_size), in the projector's dtype, is handed from latent to latent within
+# a block, and is None or zeros at the first. The paper's projector has none.
 class ReasoningProjector(torch.nn.ModuleList):
     """P(h) = MLP_3(MLP_2(MLP_1(h))): last hidden state (.., D) -> next input embedding (.., D).
 
@@ -297,7 +300,7 @@ def projector_dtype(model):
 
 
 def start_projector(model, name):
-    """Puts the start of another latent step in the projector's place.
+    """Replaces model.reasoning_projector by an untrained one.
 
     name: one of PROJECTORS, or "random": the present one's layers with random weights (a control)."""
     if name == "random":
@@ -316,19 +319,19 @@ def empty_memory(model, rows, latent="projector"):
     return torch.zeros(rows, projector.memory_size, device=model.device, dtype=projector_dtype(model))
 
 
-def latent_step(model, h, memory, latent="projector", *place):
+def latent_step(model, h, memory, latent="projector", *row_info):
     """The next input embedding z (n, D) from the last hidden state h (n, D) -> (z, memory (n, memory_size)).
 
     latent: "projector" (the method), another module to be run in its place, "zeros" (a control), or any
-    function h, *place -> z. While decoding, place is (u, k), each (n,): a number in [0, 1) of the row's own,
-    the same in any batch, and how many latents the row has run before."""
+    function h, *row_info -> z. row_info is given while decoding: u (n,), a random number in [0, 1) of each
+    row's own that does not depend on the batch, and k (n,), how many latents the row has run before."""
     if latent == "projector":
         return model.reasoning_projector(h, memory)
     if isinstance(latent, torch.nn.Module):
         return latent(h, memory)
     if latent == "zeros":
         return torch.zeros_like(h), memory
-    return latent(h, *place), memory
+    return latent(h, *row_info), memory
 
 
 # ============================================================ load and attach
@@ -336,10 +339,11 @@ def load(name_or_path, device=None, dtype=torch.float32):
     """A causal LM with one more submodule, `reasoning_projector`, and its tokenizer.
 
     name_or_path: "tiny" (shipped), a directory, a hub id, or a short name (Qwen2.5-1.5B ->
-    Qwen/Qwen2.5-1.5B). device: default cuda if there is one, else cpu. dtype: of weights and compute. A
-    checkpoint without projector weights gets the warm start and the default cap. Files are data: safetensors
-    only, no pickle, no code of the checkpoint's own; a directory is read without a network. Raises UserError,
-    in one line, if there is no such model, it cannot be fetched, or its files do not fit together."""
+    Qwen/Qwen2.5-1.5B). device: default cuda if there is one, else cpu. dtype: of the weights; on CUDA fp32
+    weights compute in bf16 (engine.autocast). A checkpoint without projector weights gets the warm start and
+    the default cap. Files are data: safetensors only, no pickle, no code of the checkpoint's own; a directory
+    is read without a network. Raises UserError, in one line, if there is no such model, it cannot be fetched,
+    or its files do not fit together."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer, weights = runs.read_checkpoint(name_or_path, dtype or torch.float32)
     model = attach(model.to(device), weights)
@@ -352,7 +356,7 @@ def load(name_or_path, device=None, dtype=torch.float32):
 def attach(model, weights=None):
     """Adds the projector (from `weights`, else its start), its config entries and our attention to a causal
     LM."""
-    cap, layers = runs.check_model(model)
+    cap, layers = runs.check_model(model, CAP, PROJECTOR_LAYERS)
     older_pause = set(weights or {}) == {"vector"}  # saved before checkpoints named their projector
     kind = getattr(model.config, "litereason_projector", "pause" if older_pause else "mlp")
     if kind not in PROJECTORS:
@@ -360,8 +364,8 @@ def attach(model, weights=None):
         raise UserError(f"config.json: litereason_projector is {kind!r}, expected one of {known}")
     config = model.config
     config.is_litereason_model = True  # the released code reads and writes these three entries
-    config.litereason_num_reasoning_layers = layers or PROJECTOR_LAYERS
-    config.litereason_max_reasoning_steps = cap or CAP
+    config.litereason_num_reasoning_layers = layers
+    config.litereason_max_reasoning_steps = cap
     start_projector(model, kind)
     model.projector_trained = bool(weights)
     if weights:
@@ -372,7 +376,7 @@ def attach(model, weights=None):
             raise UserError(f"the checkpoint's reasoning_projector does not fit: {why}") from e
     model.generation_config = transformers.GenerationConfig(eos_token_id=runs.stop_ids(model),
                                                             pad_token_id=config.pad_token_id)
-    model.bf16 = model.device.type == "cuda" and model.dtype == torch.float32  # see engine.compute
+    model.bf16 = model.device.type == "cuda" and model.dtype == torch.float32  # see engine.autocast
     model.graphs = False  # see engine.Decoder
     engine.use_few_rows(model)
     # The caches of engine.py; anything else still goes through sdpa.
@@ -417,18 +421,23 @@ def sample(logits, u, temperature, top_k, top_p):
 def generate(model, tokenizer, prompts, samples=1, max_new_tokens=256, temperature=1.0, top_p=1.0, top_k=0,
              latent="projector", generator=None, rows=512, stats=None, tag=None,
              start=0, leave=None, feed=None):
-    """The mixed decoding loop: every row either samples a token or runs a latent step, all in one batch ->
+    """The mixed decoding loop: every row samples a token or runs a latent step, all in one batch ->
     [Rollout].
 
-    prompts: texts or lists of token ids. samples: rollouts per prompt; they come back grouped by prompt, in
-    order. max_new_tokens: slots per rollout, latents included. temperature 0 is greedy. Nothing is read from
-    a generation_config but the stop ids. generator: a CPU torch.Generator. latent: see latent_step; "none"
-    leaves tags as plain text. tag: None (a tag runs as many latents as it says), a number K (K latents,
-    whatever it says), or "forbidden" (none can start). rows: most rows decoded at once (but at least one
-    whole group); changes no result. stats: a dict that receives `forwards`, the number of positions computed.
-    What other methods do differently (baselines.py): every row begins with `start` latents; leave(h (n, D),
-    drawn (n,), numbers of the rollouts (n,), latents run (n,)) -> (n,) tokens that end a row's block here, or
-    LATENT: continue (drawn: what the LM head would say); feed(h, token) -> (n, D), fed for a sampled token.
+    prompts         texts, or lists of token ids
+    samples         rollouts per prompt; they come back grouped by prompt, in order
+    max_new_tokens  slots per rollout, latents included
+    temperature     0 is greedy. Of a generation_config only the stop ids are used
+    latent          see latent_step; "none" leaves tags as plain text
+    generator       a CPU torch.Generator
+    rows            most rows decoded at once (but at least one whole group); changes no result
+    stats           a dict to whose "positions" the number of positions computed is added
+    tag             None: a tag runs as many latents as it says; K: every tag runs K; "forbidden": none begins
+    What other methods do differently (baselines.py):
+    start           latents that every row begins with
+    leave           (h (n, D), drawn (n,), numbers of the rollouts (n,), latents run (n,)) -> (n,) tokens that end
+                    a row's block here, or LATENT: continue. drawn: what the LM head would say
+    feed            (h, token) -> (n, D), fed for a sampled token
     Raises UserError for an empty prompt or one that does not fit the model's positions."""
     if samples < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
         raise UserError("generate needs samples and max_new_tokens of 1 or more, temperature and top_k of 0 "
@@ -442,14 +451,14 @@ def generate(model, tokenizer, prompts, samples=1, max_new_tokens=256, temperatu
         return []
     sampling = (temperature, top_k, top_p)
     max_prompts = max(1, rows // samples)
-    rollouts, computed = _decode(model, tokenizer, ids, draws, samples, max_prompts, sampling, latent, tag,
+    rollouts, n_positions = _decode(model, tokenizer, ids, draws, samples, max_prompts, sampling, latent, tag,
                                  start, leave, feed)
     if stats is not None:
-        stats["forwards"] = stats.get("forwards", 0) + computed
+        stats["positions"] = stats.get("positions", 0) + n_positions
     return rollouts
 
 
-@engine.computes
+@engine.with_autocast
 def _decode(model, tokenizer, prompts, draws, samples, max_prompts, sampling, latent, tag, start, leave, feed):
     """generate, for token ids and random numbers draws (all rollouts, limit) -> (rollouts, positions
     computed)."""
@@ -471,7 +480,9 @@ def _decode(model, tokenizer, prompts, draws, samples, max_prompts, sampling, la
     while decoder.refill(finish):  # rows that have ended leave, prompts that wait join
         r = decoder.rows  # one tensor per field, see _new_rows
         inside = r.latents_left > 0  # (B,) in a block: no token is sampled there
-        drawing, projecting = decoder.who(inside, everyone=leave is not None)  # indices
+        # Rows (indices) for the LM head and for the projector; on CUDA some of them for nothing, see
+        # engine.py.
+        drawing, projecting = decoder.who(inside, everyone=leave is not None)
 
         # (1) Outside a block, sample a token.
         token = torch.full_like(r.latents_left, LATENT)  # (B,)
@@ -481,36 +492,37 @@ def _decode(model, tokenizer, prompts, draws, samples, max_prompts, sampling, la
             if tag == "forbidden":  # a control: other tokens keep their odds among each other
                 tag_state = r.tag_state[drawing, None]
                 logits = logits.masked_fill(watch.starts[watch.classes, tag_state], -torch.inf)
-            column = r.n_slots.clamp(max=limit - 1)[:, None]
-            u = r.u.gather(1, column)[:, 0]  # (B,) each row's own random number
+            next_slot = r.n_slots.clamp(max=limit - 1)[:, None]
+            u = r.u.gather(1, next_slot)[:, 0]  # (B,) each row's own random number
             token[drawing], logprob[drawing] = sample(logits, u[drawing], *sampling)
         if leave is not None:  # another method's rule for where a block ends
-            word = leave(r.h, token, r.number, r.latents_run)
-            token = torch.where(inside, word, token)
-            inside = inside & (word == LATENT)
+            ended_by = leave(r.h, token, r.number, r.latents_run)  # (B,) tokens, or LATENT: continue
+            token = torch.where(inside, ended_by, token)
+            inside = inside & (ended_by == LATENT)
         token = torch.where(inside, LATENT, token)
         logprob = torch.where(inside, 0.0, logprob)
 
         # (2) The next input: the token's embedding; inside a block z = P(h).
-        word = token.clamp(min=0)
-        x = embed(word) if feed is None else feed(r.h, word)  # (B, D)
+        token_or_0 = token.clamp(min=0)
+        x = embed(token_or_0) if feed is None else feed(r.h, token_or_0)  # (B, D)
         if len(projecting):
-            place = (r.own_number[projecting], r.latents_run[projecting])  # see latent_step
-            z, memory = latent_step(model, r.h[projecting], r.memory[projecting], latent, *place)
+            row_info = (r.own_number[projecting], r.latents_run[projecting])
+            z, memory = latent_step(model, r.h[projecting], r.memory[projecting], latent, *row_info)
             x[projecting] = torch.where(inside[projecting, None], z, x[projecting])
             r.memory[projecting] = memory
+        r.memory = torch.where(inside[:, None], r.memory, 0.0)  # outside a block it is empty
 
         # (3) Record slot, log-prob and latent; writes to be ignored go to the scratch column at the end.
-        column = r.n_slots.clamp(max=limit)[:, None]
-        r.slots.scatter_(1, column, token[:, None])
-        r.logprobs.scatter_(1, column, logprob[:, None])
+        at = r.n_slots.clamp(max=limit)[:, None]
+        r.slots.scatter_(1, at, token[:, None])
+        r.logprobs.scatter_(1, at, logprob[:, None])
         if len(projecting):
             scratch = r.latents.shape[1] - 1
-            column = torch.where(inside, r.latents_run, scratch)
-            r.latents[projecting, column[projecting]] = z
+            latent_at = torch.where(inside, r.latents_run, scratch)
+            r.latents[projecting, latent_at[projecting]] = z
 
-        # (4) A tag that ends with this token opens a block of n latents, with an empty memory.
-        tag_state, n = watch.step(r.tag_state, word)
+        # (4) A tag that ends with this token opens a block of n latents.
+        tag_state, n = watch.step(r.tag_state, token_or_0)
         if isinstance(tag, int):
             n = (n > 0) * tag
         if latent == "none":
@@ -518,7 +530,6 @@ def _decode(model, tokenizer, prompts, draws, samples, max_prompts, sampling, la
         r.latents_left = torch.where(inside, r.latents_left - 1, n)
         r.latents_run = r.latents_run + inside
         r.tag_state = torch.where(inside, r.tag_state, tag_state)
-        r.memory = torch.where(inside[:, None], r.memory, 0.0)
 
         # (5) A stop token ends a row (it is its last slot); so does the length limit, inside a block too.
         stops = r.live & ~inside & torch.isin(token, stop)
@@ -528,14 +539,14 @@ def _decode(model, tokenizer, prompts, draws, samples, max_prompts, sampling, la
         # (6) One forward pass, one slot per row.
         r.h = decoder.forward(x, r.prompt_length + r.n_slots)  # (B, D)
         r.n_slots = r.n_slots + 1
-    return rollouts, decoder.computed
+    return rollouts, decoder.n_positions
 
 
 def _new_rows(model, u, numbers, h, prompt_lengths, start, latent):
     """What is known of rows that begin: a dict of tensors, one entry per row each.
 
-    Replace a tensor, never write into it (several are the same zeros), but for memory and the record at the
-    end."""
+    Fields are replaced, not written into (several share one tensor of zeros); only memory, slots, logprobs
+    and latents are written in place."""
     device, limit = h.device, u.shape[1]
     rows = len(prompt_lengths)
     precise = torch.promote_types(h.dtype, torch.float32)
@@ -544,7 +555,7 @@ def _new_rows(model, u, numbers, h, prompt_lengths, start, latent):
     return {
         "number": numbers.to(device),  # which rollout a row becomes
         "u": u,  # (B, limit) its random numbers, one per slot
-        # (B,) one more, for latent_step: scrambled, as u itself draws a token.
+        # (B,) one more, for latent_step: from other digits of the first, which itself draws a token.
         "own_number": u[:, 0] * 1e6 % 1,
         "h": h,  # (B, D) the output at the last slot
         "tag_state": zero,  # where the tag's automaton stands
@@ -572,8 +583,8 @@ def _recorded(r, ended, prompts, samples, stop_ids, tokenizer):
     for i, number in enumerate(numbers):
         slots = all_slots[i][: lengths[i]]
         finished = slots[-1] in stop_ids
-        words = [s for s in slots if s != LATENT]
-        text = tokenizer.decode(words[:-1] if finished else words, clean_up_tokenization_spaces=False)
+        tokens = [s for s in slots if s != LATENT]
+        text = tokenizer.decode(tokens[:-1] if finished else tokens, clean_up_tokenization_spaces=False)
         own_latents = latents[i, : slots.count(LATENT)].clone()
         own_logprobs = logprobs[i, : lengths[i]].clone()
         prompt = number // samples
@@ -583,12 +594,12 @@ def _recorded(r, ended, prompts, samples, stop_ids, tokenizer):
 
 
 # ============================================================ scoring (paper Sec. 3.4)
-@engine.computes
+@engine.with_autocast
 def states(model, rollouts):
-    """The same slots, teacher-forced in one batched forward, latents as given constants (paper Sec. 3.4).
+    """Scores given slots: each prompt once, then all slots in one batched forward, latents as constants.
 
-    -> (h (B, S, D), slots (B, S), valid (B, S)): h[b, s] is the output that predicts slot s. Gradients reach the
-    base, also through its attention over the latents' keys and values; never the projector."""
+    -> (h (B, S, D), slots (B, S), valid (B, S)): h[b, s] is the output that predicts slot s. Gradients reach
+    the base, also through its attention over the latents' keys and values; never the projector."""
     batch = engine.Batch(rollouts, model.device, padding=LATENT)
     # Each prompt goes through the model once, with its graph: the gradients of its rows meet in it.
     prompts, h_prompt, x = engine.prefill(model, batch.prompts, batch.slots.clamp(min=0))
@@ -604,7 +615,7 @@ def states(model, rollouts):
     return h[batch.back], batch.slots[batch.back], batch.valid[batch.back]
 
 
-@engine.computes
+@engine.with_autocast
 def logprobs(model, rollouts, temperature=1.0):
     """-> (logp (B, S), scored (B, S)): log-probs of the sampled tokens, 0 where nothing was sampled.
 
@@ -618,7 +629,7 @@ def logprobs(model, rollouts, temperature=1.0):
 
 
 # ============================================================ the latent roll-out with gradient (Sec. 3.3)
-@engine.computes
+@engine.with_autocast
 def unroll(model, rollouts, latent="projector"):
     """Runs the latent steps of given slots again: full back-propagation through all steps of all tags,
     cached, exact.
@@ -636,27 +647,32 @@ def unroll(model, rollouts, latent="projector"):
     z = last
     memory = empty_memory(model, len(rows), latent)
     outputs = [last[:, None]]
-    made = []  # (z (B, D), which rows keep it)
+    steps_made = []  # (z (B, D), which rows keep it)
+    # The batch goes in rounds: a piece of text per row, then latent steps until the longest block is done. A
+    # block's last latent is not fed by itself: it is the first input of the row's next piece of text
+    # ("carried").
     for piece in plan:
         starts = torch.tensor(piece.starts, device=model.device)[:, None]  # (B, 1)
         counts = torch.tensor(piece.counts, device=model.device)[:, None]  # (B, 1)
-        step = torch.arange(max(piece.counts), device=model.device)  # (n,)
-        if piece.is_latent:  # z_{k+1} = P(h_k); for rows that are at their block's last latent, z_n again
+        offset = torch.arange(max(piece.counts), device=model.device)  # (n,)
+        if piece.is_latent:
+            # z_{k+1} = P(h_k). A row whose block is done repeats its last z: its `last` and memory have not
+            # moved.
             z, new_memory = latent_step(model, last, memory, latent)
             memory = torch.where(counts > 0, new_memory, memory)
-            made.append((z, piece.made))
+            steps_made.append((z, piece.made))
             x = z[:, None]
-        elif len(step):  # text; its first slot may be the last latent of the block before
-            index = (starts + step).clamp(max=embedded.shape[1] - 1)[..., None]  # (B, n, 1)
+        elif len(offset):
+            index = (starts + offset).clamp(max=embedded.shape[1] - 1)[..., None]  # (B, n, 1)
             x = embedded.gather(1, index.expand(-1, -1, embedded.shape[2]))
             carried = torch.tensor(piece.carried, device=model.device)[:, None] > 0
             first = torch.where(carried, z, x[:, 0])
             x = torch.cat([first[:, None], x[:, 1:]], 1)  # (B, n, D)
             memory = torch.zeros_like(memory)
-        if not len(step):
+        if not len(offset):
             continue
-        cache.begin(step < counts)
-        h = engine.forward(model, x, cache.start[:, None] + starts + step, cache)  # (B, n, D)
+        cache.begin(offset < counts)
+        h = engine.forward(model, x, cache.start[:, None] + starts + offset, cache)  # (B, n, D)
         outputs.append(h)
         newest = h[rows, (counts[:, 0] - 1).clamp(min=0)]
         last = torch.where(counts > 0, newest, last)
@@ -665,7 +681,7 @@ def unroll(model, rollouts, latent="projector"):
     h = h.gather(1, index)  # (B, S, D)
     latents = []
     for row in batch.back.tolist():
-        own = [z[row] for z, kept in made if kept[row]]
+        own = [z[row] for z, kept in steps_made if kept[row]]
         latents.append(torch.stack(own) if own else h.new_zeros(0, h.shape[2]))
     return h[batch.back], latents
 
@@ -679,8 +695,8 @@ def recompute_latents(model, rollouts):
 
 
 def projector_loss(model, traces, latent="projector"):
-    """Paper Sec. 3.3: cross-entropy on the text after the FIRST tag, later tags, answer and stop token
-    included.
+    """Cross-entropy on the text after the FIRST tag, as released (Sec. 3.3); later tags, answer and stop
+    token included.
 
     traces: Rollouts whose latents are made here. -> (sum of the losses, number of scored tokens); their
     quotient over several calls does not depend on how traces are batched. latent="none" scores the same
@@ -690,17 +706,17 @@ def projector_loss(model, traces, latent="projector"):
         traces = [dataclasses.replace(r, slots=[s for s in r.slots if s != LATENT]) for r in traces]
     h, _ = unroll(model, traces, latent)
     slots, valid = engine.slot_table(traces, model.device, padding=LATENT)
-    step = torch.arange(slots.shape[1], device=model.device)
-    after_first = step >= torch.tensor(first, device=model.device)[:, None]
+    number = torch.arange(slots.shape[1], device=model.device)
+    after_first = number >= torch.tensor(first, device=model.device)[:, None]
     scored = valid & (slots != LATENT) & after_first
     logp = engine.token_logprobs(model, h[scored], slots[scored])  # (M,)
     return -logp.sum(), len(logp)
 
 
 # ============================================================ GRPO (paper Sec. 3.4; DeepSeekMath)
-# An RL rule is one function and its name in RULES: rewards (P, G), sampled tokens (P, G) and the length limit
-# -> (advantages (P, G), divisors (P, G)). The sum over a rollout's tokens is divided by its divisor, see
-# policy_loss.
+# An RL rule is a function and its name in RULES: (rewards (P, G), number of sampled tokens (P, G), length
+# limit) -> (advantages (P, G), divisors (P, G)). The sum over a rollout's tokens is divided by its divisor,
+# see policy_loss.
 def group_advantages(rewards, eps=1e-4):
     """rewards (P, G) -> (r - mean) / (std + eps) within each group, (P, G); 0 where a group's rewards are all
     equal.
@@ -714,13 +730,13 @@ def group_advantages(rewards, eps=1e-4):
 
 
 def grpo(rewards, tokens, limit):
-    """The paper's rule: every rollout counts the same, however long it is."""
+    """GRPO as DeepSeekMath writes it: every rollout counts the same, however long it is."""
     return group_advantages(rewards), tokens.clamp(min=1)
 
 
 def rloo(rewards, tokens, limit):
-    """REINFORCE leave-one-out (arXiv 2402.14740): against the mean of the others; a whole rollout is one
-    action."""
+    """REINFORCE leave-one-out (arXiv 2402.14740): each reward minus the mean of the group's others; log-probs
+    are summed over a rollout, not averaged."""
     others = (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
     return rewards - others, torch.ones_like(tokens)
 
@@ -737,8 +753,8 @@ def policy_loss(logp, old_logp, advantages, scored, n_rollouts, clip=0.2, diviso
     """DeepSeekMath Eq. 3 without KL: mean over rollouts of the mean over their sampled tokens of the clipped
     objective.
 
-    logp, old_logp, scored (B, S), advantages (B,). divisors (B,): by what a rollout's sum over tokens is
-    divided, by default its own token count. n_rollouts: of the whole update, not of this micro-batch. Both
+    logp, old_logp, scored (B, S), advantages (B,). divisors (B,): the sum over a rollout's tokens is divided
+    by its entry, by default its token count. n_rollouts: of the whole update, not of this micro-batch. Both
     are known before the first micro-batch, so gradients summed over micro-batches of any size are the same
     (the released code takes the mean over the tokens of each micro-batch). -> (loss, ratio (B, S), 1 where
     nothing was sampled)"""

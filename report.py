@@ -35,8 +35,9 @@ def say_what_runs(args, model, tokenizer, task, prompts, released, ours):
     may need."""
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     longest = max(map(len, prompts))
-    print(f"{args.method} on {args.task}: {args.model}, {millions:.1f} M parameters, {model.device}, fp32 "
-          f"weights; {len(prompts)} train prompts of up to {longest} tokens")
+    weights = "bf16 weights, fp32 masters on the host" if args.offload else "fp32 weights"
+    print(f"{args.method} on {args.task}: {args.model}, {millions:.1f} M parameters, {model.device}, {weights}; "
+          f"{len(prompts)} train prompts of up to {longest} tokens")
     settings = []
     for name, theirs in released.items():
         value = getattr(args, name)
@@ -612,7 +613,7 @@ def read_out(model, tokenizer, latents, n_words=3):
     z = latents.to(vocabulary.device).float()
     directions = torch.nn.functional.normalize(vocabulary, dim=-1)
     cosines = torch.nn.functional.normalize(z, dim=-1) @ directions.T  # (n, V)
-    with engine.compute(model):
+    with engine.autocast(model):
         logits = model.lm_head(model.model.norm(z.to(model.dtype)))
         probabilities = logits.float().softmax(-1)  # (n, V)
     lengths = z.norm(dim=-1) / vocabulary.norm(dim=-1).mean()  # (n,)

@@ -173,24 +173,22 @@ def _read_projector(path, local_files_only):
     return weights
 
 
-def check_model(model):
-    """UserError unless LiteReason works with this causal LM -> (the cap on N, projector layers) where its
-    config.json names them."""
+def check_model(model, cap, layers):
+    """UserError unless LiteReason works with this causal LM -> (cap on N, projector layers): what its config.json
+    says, else these defaults."""
     config = model.config
     if not hasattr(getattr(model, "model", None), "layers") or not hasattr(model.model.layers[-1], "mlp"):
         raise UserError(f"{type(model).__name__} is not a plain causal LM (model.layers, each with an mlp); "
                         f"Qwen2, Qwen3, Llama, Gemma 1 and 3 are")
     if any(getattr(config, key, None) for key in ("attn_logit_softcapping", "final_logit_softcapping")):
-        raise UserError(f"{type(model).__name__} caps its logits by a tanh (as Gemma 2 does), which "
-                        "LiteReason does not support")
-    numbers = []
-    for key in ("litereason_max_reasoning_steps", "litereason_num_reasoning_layers"):
-        value = getattr(config, key, None)
-        is_number = isinstance(value, int) and not isinstance(value, bool)
-        if value is not None and not (is_number and 1 <= value <= 64):
-            raise UserError(f"config.json: {key} is {value!r}, expected a whole number from 1 to 64")
-        numbers.append(value)
-    return numbers
+        raise UserError(f"{type(model).__name__} caps its logits by a tanh (as Gemma 2 does), which LiteReason "
+                        f"does not support")
+    cap = getattr(config, "litereason_max_reasoning_steps", cap)
+    layers = getattr(config, "litereason_num_reasoning_layers", layers)
+    for key, value in (("max_reasoning_steps", cap), ("num_reasoning_layers", layers)):
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 64:
+            raise UserError(f"config.json: litereason_{key} is {value!r}, expected a whole number from 1 to 64")
+    return cap, layers
 
 
 def hub_answers():
@@ -400,7 +398,7 @@ def optimizer_tensors(parameters, optimizer):
 
 @torch.no_grad()
 def restore_optimizer(parameters, optimizer, tensors):
-    """The way back, from read_state's tensors into parameters and optimizer."""
+    """The inverse: read_state's tensors into parameters and optimizer."""
     moments = {}
     for key, value in tensors.items():
         if key.startswith("adamw "):
@@ -433,7 +431,7 @@ def _sync(path):
 # ============================================================ the state of an RL run
 @dataclasses.dataclass
 class State:
-    """What goes from one step of train_rl.py to the next, beside weights and moments, and so into a state on
+    """What goes from one step of train_rl.py to the next, besides weights and moments, and so into a state on
     the disk. The order of the data and all draws follow from (seed, step): they need no state."""
 
     step: int  # optimiser steps that are done
@@ -453,12 +451,12 @@ class State:
         self.carried["skipped"] += not step_is_finite
         self.carried["skipped_in_a_row"] = 0 if step_is_finite else in_a_row + 1
 
-    def save(self, out, model, masters, optimizer, in_batch=True):
+    def save(self, out, model, masters, optimizer, is_in_batch=True):
         """out/state-STEP, with weights (offloaded: the fp32 masters), AdamW's moments and the projector.
-        in_batch: the batch has minibatches to go, so its rollouts are needed."""
+        is_in_batch: the batch has minibatches to go, so its rollouts are needed."""
         tensors = {f"projector {name}": p for name, p in model.reasoning_projector.named_parameters()}
         tensors |= optimizer_tensors(masters, optimizer)
-        rollouts = self.rollouts if in_batch else []
+        rollouts = self.rollouts if is_in_batch else []
         if rollouts:
             tensors["latents"] = torch.cat([r.latents for r in rollouts])
             tensors["logprobs"] = torch.cat([r.logprobs for r in rollouts])
@@ -469,7 +467,7 @@ class State:
     @classmethod
     @torch.no_grad()
     def restore(cls, step, tensors, rest, model, masters, optimizer, make_rollout):
-        """The way back, into model, masters and optimizer, from what read_state found. make_rollout:
+        """The inverse, into model, masters and optimizer, from what read_state found. make_rollout:
         litereason.Rollout."""
         for name, p in model.reasoning_projector.named_parameters():
             p.copy_(tensors[f"projector {name}"])
@@ -487,22 +485,20 @@ class State:
 
 def keeper(args, state, model, masters, optimizer, is_saved):
     """-> keep(), which writes the state unless it is on the disk, and says how to continue. It is called at
-    once: from here on stages 1 and 2 are saved, and their intermediate files are deleted."""
+    once: then stages 1 and 2 are saved, and their intermediate files can go."""
     kept = state.step if is_saved else None
 
     def keep():
         nonlocal kept
         if kept != state.step:
-            state.save(args.out, model, masters, optimizer, in_batch=state.step % args.minibatches > 0)
+            is_in_batch = state.step % args.minibatches > 0
+            state.save(args.out, model, masters, optimizer, is_in_batch)
         kept = state.step
         return f"step {kept} of {args.steps} is saved; go on with: python train_rl.py --resume {args.out}"
 
     keep()
     for name in ("stage-2", "first-rows"):
         shutil.rmtree(os.path.join(args.out, name), ignore_errors=True)
-    if is_saved:
-        args.tokens_per_forward = state.carried["tokens_per_forward"]
-        print(f"resumed from {args.out}/state-{state.step}", flush=True)
     return keep
 
 
@@ -518,17 +514,17 @@ def open_log(out, lines):
 
 
 # ============================================================ Ctrl-C and SIGTERM
-def on_stop(save):
-    """From now on Ctrl-C and SIGTERM end the run, once, by save() and what that says -> `uninterrupted`, a
-    context manager: inside it a signal is only noted, and obeyed at its end, so that what must not be cut in
-    two is not."""
+def on_stop(keep):
+    """From now on Ctrl-C and SIGTERM call keep() and end the run with what it returns.
+
+    -> `uninterrupted`, a context manager: a signal that arrives inside it takes effect at its end."""
     caught = []
     held = False
 
     def leave():
         nonlocal held
         held = True  # a second signal changes nothing any more
-        raise KeyboardInterrupt(caught[0], save())
+        raise KeyboardInterrupt(caught[0], keep())
 
     def handler(number, _):
         caught.append(number)
@@ -551,8 +547,7 @@ def on_stop(save):
 
 @contextlib.contextmanager
 def signals_restored():
-    """However what is inside ends (or the function that this decorates), Ctrl-C and SIGTERM do afterwards
-    what they did before."""
+    """Restores the handlers of Ctrl-C and SIGTERM at the end, however that comes; also a decorator."""
     former = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

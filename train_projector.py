@@ -1,19 +1,20 @@
-"""Stages 1 and 2 of the paper (Sec. 3.3): collect the model's own traces, put tags into them, train the
-projector.
+"""Stages 1 and 2 (paper Sec. 3.3): collect the model's own traces, put tags into them, train the projector.
 
-Stage 1: k samples per prompt from the base, with the tag prompt; those with reward > 0 are kept; in every
-kept trace random sentences are replaced by tags (10 % and 25 % of them, five versions each), N from the
-sentence's length. Stage 2: the base is frozen; cross-entropy on the text after the first tag trains the
-projector, through all latent steps of all tags.
+Stage 1: k samples per prompt from the base, with the tag prompt; those with reward > 0 that ended by
+themselves are kept (the released code also keeps those that the length limit cut); in every kept trace random
+sentences are replaced by tags (10 % and 25 % of them, five versions each), N from the sentence's length.
+Stage 2: the base is frozen; cross-entropy on the text after the first tag trains the projector, through all
+latent steps of all tags.
 
 Left out, and why: (1) spaCy: sentences end at [.!?] or a newline. (2) The released code drops paragraphs when
-it joins sentences again; here the text between them stays. (3) Its loss is summed over 16 micro-batches by
-accident, so that its clip of 0.2 bites harder; here the mean over a batch's tokens is clipped.
+it joins sentences again; here the text between them stays. (3) Its loss seems to be summed over 16
+micro-batches instead of averaged, so that its clip of 0.2 bites harder; here the gradient of the mean over a
+batch's tokens is clipped.
 
-    python train_projector.py                                # the tiny model: half a minute on 2 cores
-    python train_projector.py --model Qwen2.5-1.5B --out out/projector   # the paper's plot holes, on one GPU
-    python train_projector.py --steps 2 --prompts 8 --n 8    # a smoke run
-    python train_projector.py --resume out/projector         # continue a stopped run, exactly: on a CPU bit for bit
+    python train_projector.py                               # the tiny model: half a minute on 2 cores
+    python train_projector.py --model Qwen2.5-1.5B          # the paper's plot holes, on one GPU
+    python train_projector.py --steps 2 --prompts 8 --n 8   # a smoke run
+    python train_projector.py --resume out/projector        # continue a stopped run: on a CPU bit for bit
 """
 import argparse
 import contextlib
@@ -47,7 +48,8 @@ SMALL = {"prompts": 160, "k": 5, "lr": 1e-3, "batch": 16, "steps": 150}
 
 # ============================================================ stage 1: the model's own traces
 def collect_traces(model, tokenizer, task, examples, k, max_new_tokens, seed, path):
-    """Stage 1: k samples per example, those with reward > 0 kept -> [{"example", "prompt", "text"}].
+    """Stage 1: k samples per example, those with reward > 0 that are whole kept -> [{"example", "prompt",
+    "text"}].
 
     `path` has a line for the settings and one for each AT_ONCE prompts, written when they are done: what is
     there with the same settings is not sampled again. The draws of a line follow from the seed and its number
@@ -135,8 +137,8 @@ def mask_sentences(rng, tokenizer, reasoning, ratio, cap=CAP):
 
     The sentence is deleted: there is no target for the latents themselves. Tags already there are kept and
     never replaced. One space on each side of a tag. rng: random.Random. None if there is no sentence. Ours:
-    sentences end at [.!?] or a newline; the released code uses spaCy in stage 1, another splitter in stage
-    3."""
+    sentences end at [.!?] or a newline; the released code uses spaCy's model in stage 1, its rule-based
+    sentencizer in stage 3."""
     pieces, sentences = [], []  # texts that join to the reasoning; the numbers of those that are sentences
     start = 0
     for tag_start, tag_end, _ in parse_tags(reasoning, cap) + [(len(reasoning), len(reasoning), 0)]:
@@ -219,7 +221,7 @@ def fit_projector(model, traces, lr, batch, steps=None, schedule=True, clip=0.2,
 
     uninterrupted = contextlib.nullcontext
     if states:
-        keep()  # what `carried` says has cost an evaluation
+        keep()  # before the first step: `carried` holds an evaluation that should not be run again
         uninterrupted = runs.on_stop(keep)
     with _base_frozen(model):
         done = len(losses)
@@ -277,8 +279,8 @@ def _base_frozen(model):
 
 
 def _batches(traces, size, seed):
-    """Batches of a shuffled epoch after the other, without end; they follow from the seed, so no state needs
-    them."""
+    """Yields batches without end, one shuffled epoch after another; they follow from the seed, so no state
+    needs them."""
     rng = random.Random(seed)
     order = []
     while True:
@@ -316,7 +318,7 @@ def mean_loss(model, traces, latent, budget=12_000):
 
 
 # ============================================================ both stages
-def run(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, every=50, **changes):
+def stages_1_and_2(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, every=50, **changes):
     """Both stages; trains model.reasoning_projector in place and prints what came of it -> the figures
     printed.
 
@@ -415,7 +417,7 @@ def main():
     if not args.resume:  # an earlier run's
         shutil.rmtree(os.path.join(args.out, "stage-2"), ignore_errors=True)
     runs.write_settings(args, "train_projector.py")
-    result = run(model, tokenizer, task, args.out, args.max_new_tokens, args.seed, args.n, args.save_every,
+    result = stages_1_and_2(model, tokenizer, task, args.out, args.max_new_tokens, args.seed, args.n, args.save_every,
                  prompts=args.prompts, k=args.samples, lr=args.lr, batch=args.batch, steps=args.steps)
     runs.save(model, tokenizer, os.path.join(args.out, "model"))
     runs.write_json(os.path.join(args.out, "results.json"), result)

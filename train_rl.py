@@ -8,9 +8,11 @@ steps are the README's.
 
 Left out, and why: (1) no KL term and no reference model: the released runs set the coefficient to 0. (2) No
 second pass for the old log-probs: the sampler's own are exact (tests/test_decode.py). (3) A small model gets
-one optimiser step per rollout batch, where the released script takes 16 (and so does a real model here): the
-ratio is then 1 and the clip idle. (4) Latents are replayed as they were sampled; --recompute-latents makes
-them again with the current weights, as released.
+one optimiser step per rollout batch, so that its ratio is always 1 and the clip idle; a real model gets 16,
+as released. (4) Latents are replayed as they were sampled; --recompute-latents makes them again with the
+current weights, as released. (5) The learning rate is constant; the released script leaves it to OpenRLHF's
+default (a cosine after 3 % warm-up). (6) The refresh steps on 16 traces at a time, with a clipped gradient;
+the released one on single traces, unclipped.
 
     python train_rl.py                                # the tiny model, all stages, a table: 2 minutes, 2 cores
     python train_rl.py --method grpo --out out/grpo   # the same RL without latents, for comparison
@@ -38,13 +40,12 @@ import runs
 from eval import evaluate
 from litereason import (PROJECTORS, RULES, Rollout, UserError, generate, load, logprobs, policy_loss,
                         recompute_latents, start_projector)
-from train_projector import RATIOS, fit_projector, masked_trace, run as run_stages_1_and_2
+from train_projector import RATIOS, fit_projector, masked_trace, stages_1_and_2
 
 # ============================================================ settings that depend on the model's size
-# RELEASED is the authors' script. 2880 steps are 30 passes over 290 stories: 6 rollout batches each, 16 steps
-# per batch. Only the last four are not theirs (they have several GPUs and vLLM): how much is in memory at
-# once, and how often the whole state is written to the disk (here after each rollout batch; the tiny model's
-# four steps are half a minute). These four change no result.
+# RELEASED is the authors' script: 2880 steps are 30 passes over 290 stories, 6 rollout batches each, 16 steps
+# a batch. The last line of each is ours and changes no result: how much is in memory at once, and the steps
+# between two states on the disk.
 RELEASED = {
     "lr": 5e-7, "group": 16, "prompts": 48, "minibatches": 16, "steps": 2880, "max_new_tokens": 2048,
     "clip": 0.2, "refresh_lr": 1e-4, "refresh_share": 0.1,
@@ -58,38 +59,41 @@ NAMES = {"litereason": "LiteReason", "grpo": "RL without latents", "tag": "RL wi
 
 
 # ============================================================ stage 3
-def train(args, model, tokenizer, task, examples, vals, rows, saved):
-    """The loop; leaves model/ in args.out. rows: of the final table, so far; saved: what runs.read_state
-    found, or None."""
-    prompts = encode_prompts(args, model, tokenizer, task, examples)
-    # Rollout batches; what is left over differs from epoch to epoch.
+def train(args, model, tokenizer, task, examples, prompts, vals, table_rows, saved):
+    """The loop; leaves model/ in args.out. prompts: of the examples, token ids; table_rows: of the final
+    table, so far; saved: what runs.read_state found, or None."""
+    # Rollout batches per epoch. Prompts that fill no whole batch sit this epoch out: the next one has a new
+    # order.
     per_epoch = max(1, len(examples) // args.prompts)
     base = [p for name, p in model.named_parameters() if not name.startswith("reasoning_projector.")]
     masters = engine.offload(base) if args.offload else base  # what the optimiser steps on
     optimizer = torch.optim.AdamW(masters, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     if saved is None:
-        state = runs.State.new(args, rows)
+        state = runs.State.new(args, table_rows)
     else:
         state = runs.State.restore(*saved, model, masters, optimizer, Rollout)
         engine.weights_from_masters(base, masters)
+        args.tokens_per_forward = state.carried["tokens_per_forward"]
+        print(f"resumed from {args.out}/state-{state.step}", flush=True)
     keep = runs.keeper(args, state, model, masters, optimizer, is_saved=saved is not None)
     log = runs.open_log(args.out, state.carried["metrics"])
     # Before step (6) a signal discards the step; after it, the step is finished first.
     uninterrupted = runs.on_stop(keep)
 
     for step in range(state.step, args.steps):
-        number, part = divmod(step, args.minibatches)  # rollout batch, and which minibatch of it
-        epoch, place = divmod(number, per_epoch)
-        index = prompts_of_batch(args, len(examples), epoch, place)  # which train prompts
+        # Numbers of the rollout batch, and of the minibatch in it.
+        batch, minibatch = divmod(step, args.minibatches)
+        epoch, batch_in_epoch = divmod(batch, per_epoch)
+        index = prompts_of_batch(args, len(examples), epoch, batch_in_epoch)  # which train prompts
         phases = runs.Phases(model.device)
-        if part == 0:
+        if minibatch == 0:
             # (1) Sample a group of rollouts for each prompt.
-            state.rollouts = sample_groups(args, model, tokenizer, [prompts[i] for i in index], number)
+            state.rollouts = sample_groups(args, model, tokenizer, [prompts[i] for i in index], batch)
             phases.end("sample")
 
             # (2) Reward what the policy wrote.
             asked = [examples[index[r.prompt]] for r in state.rollouts]
-            earned = data.score(task, asked, [r.text for r in state.rollouts], number + 1)
+            earned = data.score(task, asked, [r.text for r in state.rollouts], batch + 1)
             state.earned = torch.tensor(earned)  # (B,)
             report.stop_if_a_reward_is_not_finite(args, step, state, index)
 
@@ -101,18 +105,19 @@ def train(args, model, tokenizer, task, examples, vals, rows, saved):
         advantages, divisors = advantages.flatten(), divisors.flatten()  # (B,) each
         phases.end("reward")
 
-        # (4) The old log-probs are those that the sampler stored: no extra pass.
+        # (4) Old log-probs: nothing to do, each rollout carries the sampler's own.
+
         # (5) The clipped loss, in micro-batches.
-        chosen = minibatch(args, number, part, len(index))  # rollouts, whole groups
+        chosen = rollouts_of_minibatch(args, batch, minibatch, len(index))
         gap = add_gradients_with_one_retry(args, step, model, state, chosen, advantages, divisors)
         phases.end("update")
-        if part == 0 and not args.recompute_latents:
+        if minibatch == 0 and not args.recompute_latents:  # there rounding moves every later latent
             report.stop_if_sampler_and_scorer_differ(args, step, model, state, index, gap)
 
         with uninterrupted():
             # (6) One optimiser step on the base; the projector is not in the optimiser and gets no gradient.
             engine.gradients_to_masters(base, masters)
-            norm = float(torch.nn.utils.clip_grad_norm_(masters, 1.0))
+            norm = float(torch.nn.utils.clip_grad_norm_(masters, 1.0))  # OpenRLHF's default
             step_is_finite = all_finite(norm, state.rollouts)
             if step_is_finite:
                 optimizer.step()
@@ -121,7 +126,7 @@ def train(args, model, tokenizer, task, examples, vals, rows, saved):
             phases.end("step")
 
             # (7) At the end of each epoch the projector is refreshed on the epoch's own rewarded rollouts.
-            if part == 0 and args.method == "litereason" and not args.no_refresh:
+            if minibatch == 0 and args.method == "litereason" and not args.no_refresh:
                 remember_rewarded(state, index)
             refresh_loss = val = None
             if (step + 1) % (per_epoch * args.minibatches) == 0:
@@ -133,7 +138,7 @@ def train(args, model, tokenizer, task, examples, vals, rows, saved):
 
             state.count_skipped(step_is_finite)
             m = metrics(state, step, epoch, groups, gap, norm, refresh_loss, val, phases)
-            tell(args, tokenizer, log, state, m, val, is_new_batch=part == 0)
+            tell(args, tokenizer, log, state, m, val, is_new_batch=minibatch == 0)
             report.set_aside_if_skipped(args, step, state, chosen, step_is_finite)
             state.step = step + 1
             keep_if_due(args, state, keep)
@@ -155,17 +160,16 @@ def encode_prompts(args, model, tokenizer, task, examples):
     return [runs.encode_prompt(model, tokenizer, task.prompt(example, offers_tag)) for example in examples]
 
 
-def prompts_of_batch(args, n_examples, epoch, place):
-    """The numbers of the train prompts in rollout batch `place` of an epoch: a function of (seed, epoch)
-    alone."""
+def prompts_of_batch(args, n_examples, epoch, batch_in_epoch):
+    """The numbers of a rollout batch's train prompts: their order is a function of (seed, epoch) alone."""
     order = random.Random(f"{args.seed} {epoch}").sample(range(n_examples), n_examples)
-    return order[place * args.prompts :][: args.prompts]
+    return order[batch_in_epoch * args.prompts :][: args.prompts]
 
 
-def sample_groups(args, model, tokenizer, prompts, number):
+def sample_groups(args, model, tokenizer, prompts, batch):
     """Step (1): args.group rollouts for each prompt; the draws are a function of (seed, number of the batch)
     alone."""
-    generator = torch.Generator().manual_seed(args.seed * 1_000_003 + number)
+    generator = torch.Generator().manual_seed(args.seed * 1_000_003 + batch)
     return generate(model, tokenizer, prompts, args.group, args.max_new_tokens, generator=generator,
                     rows=args.rows, latent=latent_of_method(args))
 
@@ -180,10 +184,11 @@ def length_penalty(args, rollouts):
     return ((begins - length) / args.overlong_buffer).clamp(-1, 0)
 
 
-def minibatch(args, number, part, n_prompts):
-    """The rollouts of minibatch `part` of rollout batch `number`, whole groups, in order."""
-    shuffled = random.Random(f"{args.seed} {number} minibatches").sample(range(n_prompts), n_prompts)
-    groups = sorted(shuffled[part :: args.minibatches])
+def rollouts_of_minibatch(args, batch, minibatch, n_prompts):
+    """Their numbers within the rollout batch, whole groups, in order."""
+    rng = random.Random(f"{args.seed} {batch} minibatches")
+    shuffled = rng.sample(range(n_prompts), n_prompts)
+    groups = sorted(shuffled[minibatch :: args.minibatches])
     return [group * args.group + i for group in groups for i in range(args.group)]
 
 
@@ -194,9 +199,9 @@ def add_gradients(args, model, rollouts, chosen, advantages, divisors):
     As many at once as the budget of positions allows, each with its share of the whole mean. Rollouts without
     an advantage have no gradient and are not run; they count in the denominator."""
     largest, worst = 0.0, None
-    batch = [b for b in chosen if advantages[b] != 0]
-    for part in engine.pack([rollouts[b] for b in batch], args.tokens_per_forward):
-        micro = [batch[i] for i in part]
+    useful = [b for b in chosen if advantages[b] != 0]
+    for indices in engine.pack([rollouts[b] for b in useful], args.tokens_per_forward):
+        micro = [useful[i] for i in indices]
         some = [rollouts[b] for b in micro]
         if args.recompute_latents and args.method == "litereason":
             some = recompute_latents(model, some)
@@ -277,7 +282,7 @@ def validate(args, model, tokenizer, task, vals):
 
 
 def metrics(state, step, epoch, groups, gap, norm, refresh_loss, val, phases):
-    """One line of metrics.jsonl. The loss is not among them: with one update per batch its value is 0 by
+    """One line of metrics.jsonl. The loss is not among them: under grpo, at ratio 1, it is 0 by
     construction."""
 
     def mean(of):
@@ -419,7 +424,7 @@ def main():
     vals = task.examples("val")[: args.val]
     tests = task.examples("test")[: args.n]
 
-    # What cannot work is said now, not in the middle of an epoch.
+    # Stop now if something cannot work, not in the middle of an epoch.
     prompts = encode_prompts(args, model, tokenizer, task, examples + vals)
     runs.check_lengths(model, prompts, args.max_new_tokens)
     report.check_answers(task, examples[:8])
@@ -433,18 +438,18 @@ def main():
     started = time.time()
     first_rows = os.path.join(args.out, "first-rows")
     if saved:
-        rows = saved[2]["carried"]["rows"]
+        table_rows = saved[2]["carried"]["rows"]
     else:
-        rows = (runs.read_state(first_rows) or (0, {}, []))[2]
+        table_rows = (runs.read_state(first_rows) or (0, {}, []))[2]
 
     def add_row(name, latent_prompt, latent):
-        """One row, unless it is there."""
-        if tests and name not in dict(rows):
+        """Evaluates one row of the table, unless it is there."""
+        if tests and name not in dict(table_rows):
             figures, _ = evaluate(model, tokenizer, task, tests, latent_prompt, seed=args.seed, progress=name,
                                   latent=latent, alone=8, max_new_tokens=args.max_new_tokens)
-            rows.append((name, figures))
+            table_rows.append((name, figures))
             if not runs.saved_states(args.out):
-                runs.write_state(first_rows, len(rows), {}, rows)
+                runs.write_state(first_rows, len(table_rows), {}, table_rows)
 
     if saved is None:
         add_row("base, explicit reasoning", False, "projector")
@@ -452,21 +457,21 @@ def main():
             add_row("base, tag prompt", True, "none")  # a plain LM: its tags are text
         if args.method == "litereason":
             if not model.projector_trained:
-                run_stages_1_and_2(model, tokenizer, task, args.out, args.max_new_tokens, args.seed,
-                                   n=min(200, args.n or 200), every=args.save_every,
-                                   steps=args.projector_steps, prompts=args.trace_prompts)
+                stages_1_and_2(model, tokenizer, task, args.out, args.max_new_tokens, args.seed,
+                               n=min(200, args.n or 200), every=args.save_every, steps=args.projector_steps,
+                               prompts=args.trace_prompts)
                 runs.save(model, tokenizer, os.path.join(args.out, "model"))
             add_row("LiteReason before RL", True, "projector")
 
-    train(args, model, tokenizer, task, examples, vals, rows, saved)
+    train(args, model, tokenizer, task, examples, prompts[: len(examples)], vals, table_rows, saved)
 
     add_row(NAMES[args.method], args.method != "grpo", latent_of_method(args))
     if args.method == "litereason":
         add_row("  its latents taken away", True, "none")
-    if rows:
-        results = [{"model": name, **figures} for name, figures in rows]
+    if table_rows:
+        results = [{"model": name, **figures} for name, figures in table_rows]
         runs.write_json(os.path.join(args.out, "results.json"), results)
-        print(f"\n{report.table(rows)}\n\n{len(tests)} test stories, seed {args.seed}, "
+        print(f"\n{report.table(table_rows)}\n\n{len(tests)} test stories, seed {args.seed}, "
               f"{time.time() - started:.0f}s for everything; numbers in {args.out}/results.json")
 
 

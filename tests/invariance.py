@@ -22,7 +22,7 @@ import torch
 
 from data import tiny
 from data.tiny import next_chapter
-from engine import checkpoint_layers, compute, pack
+from engine import autocast, checkpoint_layers, pack
 from litereason import Rollout, generate, load, logprobs
 from runs import State, read_state
 
@@ -42,7 +42,7 @@ def score(model, rollouts, parts):
 def gradient(model, rollouts, parts):
     """Of the sum of all log-probs, in these parts -> one long vector."""
     model.zero_grad(set_to_none=True)
-    with compute(model):
+    with autocast(model):
         for part in parts:
             logprobs(model, [rollouts[i] for i in part])[0].sum().backward()
     return torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])

@@ -193,9 +193,9 @@ def test_the_prompt_of_a_group_is_read_once_and_a_slot_costs_one_position(model,
     rows = write(model, tok, PROMPTS, TEXTS, LIMIT, samples=2, stats=stats)
     assert shapes[0] == (4, max(len(r.prompt_ids) for r in rows)) and {s for _, s in shapes[1:]} == {1}
     prompts = sum(len(r.prompt_ids) for r in rows[::2])
-    assert stats["forwards"] == prompts + sum(n for n, _ in shapes[1:])
+    assert stats["positions"] == prompts + sum(n for n, _ in shapes[1:])
     needed = sum(len(r.slots) - 1 for r in rows)  # nothing is predicted from a row's last slot
-    assert needed <= stats["forwards"] - prompts <= needed + 0.25 * LIMIT * len(rows)  # rows that ended leave the batch soon
+    assert needed <= stats["positions"] - prompts <= needed + 0.25 * LIMIT * len(rows)  # rows that ended leave the batch soon
 
     shapes.clear()
     logprobs(model, rows)

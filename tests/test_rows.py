@@ -65,7 +65,7 @@ def test_each_prompt_is_read_once_and_few_are_kept(model, tok, monkeypatch):
     assert len(kept) > 8 and max(kept) == 6, "prompts in memory: at most twice those of a full batch"
     assert sum(n for n, width in shapes if width == 11) <= 30
     decoded = sum(n for n, width in shapes if width == 1)
-    assert stats["forwards"] == decoded + sum(len(r.prompt_ids) for r in rollouts[::4])
+    assert stats["positions"] == decoded + sum(len(r.prompt_ids) for r in rollouts[::4])
     equal(rollouts, run(model, tok, 512, lengths)[0])
 
 
@@ -101,7 +101,7 @@ def test_no_step_is_run_for_rows_that_are_all_at_the_limit(model, tok, limit, mo
     stats, prompts = {}, [[5] * (1 + i) for i in range(6)]
     rollouts = generate(model, tok, prompts, 2, limit, rows=4, stats=stats)
     assert [r.prompt for r in rollouts] == [i for i in range(6) for _ in (0, 1)] and all(len(r.slots) == limit for r in rollouts)
-    assert stats["forwards"] == sum(map(len, prompts)) + 12 * (limit - 1)
+    assert stats["positions"] == sum(map(len, prompts)) + 12 * (limit - 1)
     assert generate(model, tok, [], 2, limit) == []
 
 
@@ -198,7 +198,7 @@ def test_where_rows_cannot_be_chosen_the_projector_runs_on_those_that_may_be_in_
     monkeypatch.setattr(litereason, "sample", sample)
     prompts, stats = [r.prompt_ids for r in plain[::2]], {}
     equal(generate(model, tok, prompts, 2, LIMIT, generator=torch.Generator().manual_seed(0), rows=10, stats=stats), plain)
-    assert sum(r.n_latents for r in plain) <= sum(seen) < 0.7 * (stats["forwards"] - sum(map(len, prompts)))
+    assert sum(r.n_latents for r in plain) <= sum(seen) < 0.7 * (stats["positions"] - sum(map(len, prompts)))
 
 
 def test_soon_names_the_states_from_which_three_tokens_can_end_a_tag(model, tok):
