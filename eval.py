@@ -30,7 +30,7 @@ from tqdm import tqdm
 import data
 import report
 import runs
-from litereason import UserError, generate, load
+from litereason import UserError, generate, latent_step, load
 
 
 # ============================================================ what an answer costs
@@ -208,7 +208,7 @@ def _noise(model, seed):
     directions = torch.nn.functional.normalize(directions, dim=-1).to(model.device, model.dtype)  # (1024, D)
 
     def noise(h, u, k):
-        z, _ = model.reasoning_projector(h)
+        z, _ = latent_step(model, h, None)
         which = ((u * 1024).long() + 617 * k) % 1024  # 617 is prime to 1,024: the latents of a row all differ
         return directions[which].to(h.dtype) * z.norm(dim=-1, keepdim=True)
 

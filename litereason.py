@@ -87,7 +87,7 @@ def naive_generate(model, tokenizer, prompt_ids, draws, temperature=1.0, top_p=1
     latents_left = 0
     memory = None  # of a recurrent projector; the paper's has none
     finished = False
-    for u in draws:
+    for u in draws.to(model.device):
         h = _last_state(model, fed)  # (1, D)
         if latents_left > 0:  # inside a block: no token is sampled, the next input is z = P(h)
             z, memory = model.reasoning_projector(h, memory)
@@ -111,7 +111,8 @@ def naive_generate(model, tokenizer, prompt_ids, draws, temperature=1.0, top_p=1
             latents_left = tags[-1][2]
             memory = None
     latents = torch.cat(latents) if latents else torch.zeros(0, len(fed[0]))
-    return Rollout(list(prompt_ids), slots, latents.to(fed[0]), torch.cat(logps), written, finished)
+    latents = latents.to(fed[0].dtype).cpu()
+    return Rollout(list(prompt_ids), slots, latents, torch.cat(logps).cpu(), written, finished)
 
 
 def naive_score(model, prompt_ids, slots):
@@ -264,10 +265,9 @@ class ReasoningProjector(torch.nn.ModuleList):
         return cls(copies).to(model.device, projector_dtype(model))
 
     def forward(self, h, memory=None):
-        with torch.autocast(h.device.type, enabled=False):
-            z = h.to(next(self.parameters()).dtype)
-            for mlp in self:
-                z = mlp(z)
+        z = h.to(next(self.parameters()).dtype)
+        for mlp in self:
+            z = mlp(z)
         return z.to(h.dtype), memory
 
 
@@ -326,10 +326,11 @@ def latent_step(model, h, memory, latent="projector", *row_info):
     function h, *row_info -> z. row_info is given while decoding: u (n,), a random number in [0, 1) of each
     row's own that does not depend on the batch, and k (n,), how many latents the row has run before."""
     if latent == "projector":
-        return model.reasoning_projector(h, memory)
+        latent = model.reasoning_projector
     if isinstance(latent, torch.nn.Module):
-        return latent(h, memory)
-    if latent == "zeros":
+        with torch.autocast(h.device.type, enabled=False):  # in the projector's own precision
+            return latent(h, memory)
+    if latent in ("zeros", "none"):  # "none" opens no block; on CUDA rows outside one come here too, for nothing
         return torch.zeros_like(h), memory
     return latent(h, *row_info), memory
 

@@ -123,6 +123,7 @@ def scripted(tok, texts, limit, seed=0):
 
     def sample(logits, u, temperature, top_k, top_p):
         token = torch.tensor([next(scripts[row_of[x]], after) for x in u.tolist()])
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return token, (logits / temperature).log_softmax(-1).gather(-1, token[:, None])[:, 0]
 
     original, litereason.sample = litereason.sample, sample

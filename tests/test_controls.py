@@ -191,7 +191,7 @@ TASK = types.SimpleNamespace(prompt=lambda e, latent: e, reward=lambda e, text: 
 
 
 def test_the_first_pass_keeps_the_latents_of_the_stories_that_ran_any(model, tok, monkeypatch, rollouts):
-    monkeypatch.setattr(evaluation, "generate", lambda *a, stats, **k: stats.update(forwards=1) or rollouts)
+    monkeypatch.setattr(evaluation, "generate", lambda *a, stats, **k: stats.update(positions=1) or rollouts)
     kept = latents_of_others(model, tok, TASK, PROMPTS, samples=2)
     assert [len(z) for z in kept] == [n for n in LATENTS if n]
 

@@ -60,6 +60,17 @@ def test_a_recurrent_projector_decodes_as_the_definition_does_in_any_batch(gru, 
         close(a.logprobs, b.logprobs)
 
 
+def test_under_bf16_compute_it_keeps_its_own_precision(gru, tok):
+    """As on CUDA; there the GRU's cell would otherwise compute in bf16, which its fp32 memory does not fit."""
+    gru = gru.float()
+    gru.bf16 = True
+    seen = []
+    gru.reasoning_projector.register_forward_hook(lambda module, given, made: seen.append(made[1].dtype))
+    rollouts = write(gru, tok, PROMPTS, TEXTS, LIMIT, samples=2)
+    unroll(gru, rollouts)
+    assert set(seen) == {torch.float32} and sum(r.n_latents for r in rollouts) == 25
+
+
 def test_its_memory_goes_from_latent_to_latent_and_not_from_block_to_block(gru, tok):
     r = write(gru, tok, ["abc"], TEXTS[:1])[0]
     h = naive(gru, r.prompt_ids, r.slots)[0]  # (S, D)

@@ -201,6 +201,20 @@ def test_where_rows_cannot_be_chosen_the_projector_runs_on_those_that_may_be_in_
     assert sum(r.n_latents for r in plain) <= sum(seen) < 0.7 * (stats["positions"] - sum(map(len, prompts)))
 
 
+@pytest.mark.parametrize("latent", ["none", "zeros"])
+def test_where_rows_cannot_be_chosen_no_latents_and_zeros_are_what_they_are_elsewhere(model, tok, latent, monkeypatch):
+    settings = dict(samples=4, max_new_tokens=30, latent=latent)
+    prompts = [f"abc{OPEN}"[:n] for n in (2, 7, 21)]
+    draws = lambda: torch.Generator().manual_seed(5)
+    watch = litereason.watcher(model, tok)
+    monkeypatch.setattr(watch, "fires", torch.where(torch.arange(watch.fires.shape[1]) == 0, (watch.fires + 1).clamp(max=2), watch.fires))
+    monkeypatch.setattr(watch, "soon", torch.ones_like(watch.soon))  # any token may end a tag: all rows project at all times
+    plain = generate(model, tok, prompts, generator=draws(), **settings)
+    monkeypatch.setattr(engine, "WAITS", ("cpu",))
+    equal(generate(model, tok, prompts, generator=draws(), **settings), plain)
+    assert any(r.n_latents for r in plain) == (latent == "zeros")
+
+
 def test_soon_names_the_states_from_which_three_tokens_can_end_a_tag(model, tok):
     watch = litereason.watcher(model, tok)
     for before, soon in (("", False), ("<implicit_", False), (OPEN, False), (OPEN + "3", False), (OPEN + "3</", True), (tag(3)[:-1], True), (tag(3), False)):
