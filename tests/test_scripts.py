@@ -62,7 +62,7 @@ def metrics(out):
 def trained(tmp_path_factory):
     """The README's first command, all three stages, cut to two steps: the directory that it leaves."""
     out = tmp_path_factory.mktemp("trained") / "rl"
-    words = ("--steps", 2, "--train-prompts", 8, "--projector-steps", 2, "--trace-prompts", 8, "--n", 2,
+    words = ("--steps", 2, "--train-prompts", 8, "--projector-steps", 2, "--trace-prompts", 8, "--n", 1,
              "--val", 2, "--prompts", 4, "--group", 4, "--max-new-tokens", 100, "--out", out)
     done = process("train_rl.py", *words)
     assert done.returncode == 0, done.stderr
@@ -144,7 +144,7 @@ def test_stages_1_and_2_keep_their_traces_for_a_second_run(tmp_path):
 
 
 def test_the_second_task_of_the_tiny_world_runs_too(tmp_path):
-    words = ("--task", "tiny.next_chapter", "--projector-steps", 2, "--trace-prompts", 16, *SHORT, "--n", 2)
+    words = ("--task", "tiny.next_chapter", "--projector-steps", 2, "--trace-prompts", 16, *SHORT, "--n", 1)
     done = script("train_rl.py", *words, "--out", tmp_path / "n")
     assert done.returncode == 0, done.stderr
 
