@@ -16,7 +16,7 @@ import types
 
 import pytest
 import torch
-from conftest import ROOT, close, naive, tag, write
+from conftest import ROOT, close, naive, random_qwen2, tag, with_projector, write
 from safetensors.torch import load_file, save_file
 
 from data import boxed, perplexity
@@ -344,19 +344,37 @@ def test_no_code_of_a_checkpoint_runs_and_nobody_is_asked(damaged, tmp_path, mon
     assert not mark.exists()
 
 
-def test_a_directory_is_loaded_without_a_network(damaged):
-    """In a process of its own: conftest.py has told this one's hub client to stay offline."""
-    mine = damaged()
-    shutil.copytree(mine, hub := f"{mine}_too")
-    entries = {**json.load(open(mine / "config.json")), "_name_or_path": "nobody/nothing", "_attn_implementation": "kernels-community/flash-attn"}
-    (mine / "config.json").write_text(json.dumps(entries))
-    code = f"""import socket, sys; sys.path.insert(0, {ROOT!r})
+OFFLINE = """import socket, sys
 def no(*args, **kwargs): print('NETWORK', args); raise OSError('no network')
 socket.socket.connect = socket.socket.connect_ex = socket.create_connection = socket.getaddrinfo = no
 import litereason
-for path in ('tiny', {str(mine)!r}, {str(hub)!r}):
+for path in ('tiny', *sys.argv[1:]):
     litereason.load(path, device='cpu')
 print('loaded')"""
-    env = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
-    assert done.stdout == "loaded\n", done.stdout + done.stderr[-2000:]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def offline(tok, tmp_path_factory):
+    """A process of its own, beside these tests; this one's hub client stays offline (see conftest.py)."""
+    plain, named = (str(tmp_path_factory.mktemp("offline") / name) for name in ("plain", "named"))
+    for path in (plain, named):
+        save(with_projector(random_qwen2(len(tok) + 3, tok.eos_token_id)), tok, path)
+    with open(os.path.join(named, "config.json")) as f:
+        entries = json.load(f)
+    entries.update(_name_or_path="nobody/nothing", _attn_implementation="kernels-community/flash-attn")
+    with open(os.path.join(named, "config.json"), "w") as f:
+        json.dump(entries, f)
+    environment = {**os.environ, "PYTHONPATH": ROOT}
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        environment.pop(name, None)
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", OFFLINE, plain, named]
+    process = subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_directory_is_loaded_without_a_network(offline):
+    out, err = offline.communicate(timeout=120)
+    assert out == "loaded\n", out + err[-2000:]

@@ -23,15 +23,16 @@ SCRIPTS = ["train_projector.py", "train_rl.py", "eval.py", "baselines.py", "data
 SHORT = ("--steps", 2, "--prompts", 4, "--group", 4, "--n", 0, "--max-new-tokens", 100)
 
 
-def process(*words):
-    """python SCRIPT .., in a process of its own -> what came of it. Importing torch there takes 4 s."""
+def start(*words):
+    """python SCRIPT .. -> a process of its own, under way. Importing torch there takes 4 s."""
     command = [sys.executable, os.path.join(ROOT, words[0]), *map(str, words[1:])]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
 
 
 def script(*words):
-    """The same in this process, which it leaves as it found it."""
+    """python SCRIPT .. in this process, which it leaves as it found it -> what came of it."""
     out, err = io.StringIO(), io.StringIO()
     code = 0
     with contextlib.ExitStack() as stack:
@@ -58,22 +59,32 @@ def metrics(out):
         return [json.loads(line) for line in f]
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """The README's first command, all three stages, cut to two steps: the directory that it leaves."""
+@pytest.fixture(scope="module", autouse=True)
+def processes(tmp_path_factory):
+    """The two real processes, which run beside the tests in this one: --help, and the README's first command,
+    all three stages, cut to two steps."""
     out = tmp_path_factory.mktemp("trained") / "rl"
     words = ("--steps", 2, "--train-prompts", 8, "--projector-steps", 2, "--trace-prompts", 8, "--n", 1,
              "--val", 2, "--prompts", 4, "--group", 4, "--max-new-tokens", 100, "--out", out)
-    done = process("train_rl.py", *words)
-    assert done.returncode == 0, done.stderr
-    return out
+    started = {"help": start("train_rl.py", "--help"), "train": start("train_rl.py", *words)}
+    yield types.SimpleNamespace(**started, out=out)
+    for process in started.values():
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="module")
+def trained(processes):
+    """The directory that the README's first command leaves."""
+    _, err = processes.train.communicate(timeout=300)
+    assert processes.train.returncode == 0, err
+    return processes.out
 
 
 # ---------------------------------------------------------------- help
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_script_answers_help(name):
-    run = process if name == "train_rl.py" else script
-    done = run(name, "--help")
+    done = script(name, "--help")
     assert done.returncode == 0 and "usage:" in done.stdout
 
 
@@ -87,50 +98,6 @@ def test_the_gpu_measurements_are_ready_to_run(tmp_path):
         numbers = json.load(open(tmp_path / "g.json"))[row]
         times = [value for name, value in numbers.items() if name.endswith(("_s", "_ms"))]
         assert all(value > 0 for value in times if value is not None)
-
-
-def test_all_three_stages_run_for_two_steps_and_leave_what_they_promise(trained):
-    assert json.load(open(trained / "config.json"))["steps"] == 2
-    lines = metrics(trained)
-    assert [m["step"] for m in lines] == [1, 2]
-    for key in ("reward", "accuracy", "text_tokens", "latent_steps", "tags", "tag_share", "zero_variance",
-                "truncated", "max_dlogp", "grad_norm", "seconds", "peak_memory_gib"):
-        assert key in lines[0], key
-    assert lines[0]["peak_memory_gib"].keys() == lines[0]["seconds"].keys() >= {"sample", "update", "step"}
-    assert lines[0]["refresh_loss"] is None and lines[1]["refresh_loss"] > 0  # 8 prompts, 4 a step: an epoch of two steps
-    # fp32, and warm-start latents of length 1,000; exact in test_decode.py
-    assert max(m["max_dlogp"] for m in lines) < 1e-3
-    table = json.load(open(trained / "results.json"))
-    assert [row["model"] for row in table] == [
-        "base, explicit reasoning", "base, tag prompt", "LiteReason before RL", "LiteReason",
-        "  its latents taken away"]
-
-
-def test_a_runs_directory_is_a_model_for_the_other_scripts(trained, tmp_path):
-    words = ("--n", 4, "--show", 1, "--json", tmp_path / "e.json")
-    done = script("eval.py", "--model", trained, "tiny:plain", *words)
-    assert done.returncode == 0, done.stderr
-    first, second = json.load(open(tmp_path / "e.json"))
-    assert (first["prompt"], second["prompt"]) == ("tag", "plain") and second["latent_steps"] == 0
-    for key in ("accuracy", "accuracy_ci95", "tokens", "text_tokens", "latent_steps", "tags", "truncated",
-                "n_examples", "samples", "seconds"):
-        assert key in first, key
-    words = ("--steps", 1, "--n", 1, "--prompts", 2, "--group", 4, "--out", tmp_path / "again")
-    done = script("train_rl.py", "--model", trained, *words)
-    assert done.returncode == 0, done.stderr
-    assert "stage 1" not in done.stdout  # it has a trained projector already
-
-
-def test_rl_without_latents_and_with_recomputed_ones_run(trained, tmp_path):
-    done = script("train_rl.py", "--method", "grpo", *SHORT, "--out", tmp_path / "grpo")
-    assert done.returncode == 0, done.stderr
-    assert all(m["latent_steps"] == 0 for m in metrics(tmp_path / "grpo"))
-    words = ("--model", trained, "--recompute-latents", "--overlong-buffer", 40, "--minibatches", 2)
-    done = script("train_rl.py", *words, *SHORT, "--out", tmp_path / "re")
-    assert done.returncode == 0, done.stderr
-    first = metrics(tmp_path / "re")[0]
-    assert first["latent_steps"] > 0
-    assert first["max_dlogp"] < 1e-2  # before the first update recomputed latents are the stored ones
 
 
 def test_stages_1_and_2_keep_their_traces_for_a_second_run(tmp_path):
@@ -169,3 +136,54 @@ def test_a_wrong_word_ends_in_one_line_and_exit_code_2(words, says, tmp_path):
     done = script(*words)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr and says in done.stderr.strip().splitlines()[-1]
+
+
+# ---------------------------------------------------------------- what waits for the real processes
+def test_a_script_answers_help_in_a_process_of_its_own(processes):
+    out, err = processes.help.communicate(timeout=300)
+    assert processes.help.returncode == 0 and "usage:" in out, err
+
+
+def test_all_three_stages_run_for_two_steps_and_leave_what_they_promise(trained):
+    assert json.load(open(trained / "config.json"))["steps"] == 2
+    lines = metrics(trained)
+    assert [m["step"] for m in lines] == [1, 2]
+    for key in ("reward", "accuracy", "text_tokens", "latent_steps", "tags", "tag_share", "zero_variance",
+                "truncated", "max_dlogp", "grad_norm", "seconds", "peak_memory_gib"):
+        assert key in lines[0], key
+    assert lines[0]["peak_memory_gib"].keys() == lines[0]["seconds"].keys() >= {"sample", "update", "step"}
+    # 8 prompts, 4 a step: an epoch of two steps
+    assert lines[0]["refresh_loss"] is None and lines[1]["refresh_loss"] > 0
+    # fp32, and warm-start latents of length 1,000; exact in test_decode.py
+    assert max(m["max_dlogp"] for m in lines) < 1e-3
+    table = json.load(open(trained / "results.json"))
+    assert [row["model"] for row in table] == [
+        "base, explicit reasoning", "base, tag prompt", "LiteReason before RL", "LiteReason",
+        "  its latents taken away"]
+
+
+def test_a_runs_directory_is_a_model_for_the_other_scripts(trained, tmp_path):
+    words = ("--n", 4, "--show", 1, "--json", tmp_path / "e.json")
+    done = script("eval.py", "--model", trained, "tiny:plain", *words)
+    assert done.returncode == 0, done.stderr
+    first, second = json.load(open(tmp_path / "e.json"))
+    assert (first["prompt"], second["prompt"]) == ("tag", "plain") and second["latent_steps"] == 0
+    for key in ("accuracy", "accuracy_ci95", "tokens", "text_tokens", "latent_steps", "tags", "truncated",
+                "n_examples", "samples", "seconds"):
+        assert key in first, key
+    words = ("--steps", 1, "--n", 1, "--prompts", 2, "--group", 4, "--out", tmp_path / "again")
+    done = script("train_rl.py", "--model", trained, *words)
+    assert done.returncode == 0, done.stderr
+    assert "stage 1" not in done.stdout  # it has a trained projector already
+
+
+def test_rl_without_latents_and_with_recomputed_ones_run(trained, tmp_path):
+    done = script("train_rl.py", "--method", "grpo", *SHORT, "--out", tmp_path / "grpo")
+    assert done.returncode == 0, done.stderr
+    assert all(m["latent_steps"] == 0 for m in metrics(tmp_path / "grpo"))
+    words = ("--model", trained, "--recompute-latents", "--overlong-buffer", 40, "--minibatches", 2)
+    done = script("train_rl.py", *words, *SHORT, "--out", tmp_path / "re")
+    assert done.returncode == 0, done.stderr
+    first = metrics(tmp_path / "re")[0]
+    assert first["latent_steps"] > 0
+    assert first["max_dlogp"] < 1e-2  # before the first update recomputed latents are the stored ones
