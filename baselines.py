@@ -18,9 +18,9 @@ answer's first word (of task.ANSWER) ends a block as well. (2) Each method's own
 temperature 1, nothing cut, as the policy that RL trains; --temperature changes it. (3) LoRA: the base is
 trained whole, as the paper's author did.
 
-    python baselines.py --method soft-thinking --out out/soft-thinking    # training-free: 10 seconds on a core
-    python baselines.py --method coconut --out out/coconut                # SFT on own traces
-    python baselines.py --method colar --out out/colar                    # SFT on own traces, then GRPO
+    python baselines.py --method soft-thinking    # training-free: 10 seconds on a core
+    python baselines.py --method coconut          # SFT on own traces
+    python baselines.py --method colar            # SFT on own traces, then GRPO
 """
 import argparse
 import functools
@@ -498,8 +498,7 @@ def parse_arguments():
     group.add_argument("--model", default="tiny",
                        help="the base: tiny, a directory, or a hub name such as Qwen2.5-1.5B")
     data.task_flags(group)
-    group.add_argument("--out", default=None, metavar="DIR",
-                       help="settings, the table and what was trained go there (default out/METHOD)")
+    runs.out_flags(group, "settings, the table and what was trained", "out/MODEL-TASK-METHOD")
     group = parser.add_argument_group("decoding")
     group.add_argument("--temperature", type=float, default=1.0,
                        help="of the sampled words, and of Soft Thinking's mixture")
@@ -519,10 +518,7 @@ def parse_arguments():
     group.add_argument("--n", type=int, default=500, help="test examples")
     group.add_argument("--seed", type=int, default=0)
     runs.device_flags(group)
-    args = parser.parse_args()
-    args.out = args.out or os.path.join("out", args.method)
-    runs.check_arguments(args)
-    return args
+    return parser.parse_args()
 
 
 def settings(args, model):
@@ -552,10 +548,18 @@ def new_head(model, seed):
 
 def main():
     args = parse_arguments()
+    task = data.choose_task(args, args.model)
+    args.out = args.out or runs.default_out(args.model, args.task, args.method)
+    args.resume = None  # a baseline cannot be resumed
+    runs.check_arguments(args)
     held = runs.lock(args.out)  # noqa: F841, until the process ends
+    runs.check_what_is_there(args)
+    examples = task.examples("train")
+    tests = task.examples("test")[: args.n]
     model, tokenizer = load(args.model, args.device)
     model.graphs = args.graphs
-    task = data.start_task(args, model, args.model)
+    data.start_task(args, task, args.model)
+    runs.delete_earlier_run(args.out)
     cfg = settings(args, model)
     runs.write_json(os.path.join(args.out, "config.json"), {
         "script": "baselines.py",
@@ -565,8 +569,6 @@ def main():
         "prompts": cfg["rl_prompts"],  # this and the next as in train_rl.py, for results/reproduce.py
         "group": GROUP,
     })
-    examples = task.examples("train")
-    tests = task.examples("test")[: args.n]
     end = answers_first_word(tokenizer, task)
     budget = args.tokens_per_forward
     limit = cfg["max_new_tokens"]

@@ -8,15 +8,15 @@ samples at temperature 0.7, top-p 0.8, top-k 20; the default here is the distrib
 (temperature 1, nothing cut), since cutting hides the base's slips. The flags give the paper's. (3) Length
 penalties: score what the task scores.
 
-    python eval.py --model tiny --task tiny                      # the base with the tag prompt: 5 seconds
-    python eval.py --model tiny:plain tiny out/rl --task tiny    # one table: plain prompt, tags, a trained run
-    python eval.py --model out/rl --task tiny --show 3           # three answers, latents as nearest words
-    python eval.py --model out/rl --task tiny --controls         # what its latents do: zeros, noise, none, ..
-    python eval.py --model out/rl --show 20 --html answers.html  # the same as a page, to be unfolded
-    python eval.py --model out/rl --alone 20 --json rl.json      # .. and the seconds of an answer decoded alone
-    python eval.py --curve rl.json base.json --plot curve.svg    # score against tokens, FLOPs and seconds
-    python eval.py --training out/rl out/grpo --plot training.svg   # reward, tokens, .. against steps, tokens
-    python eval.py --model out/next --task next_chapter --write 5 --out out/chapters   # the chapters
+    python eval.py --model tiny                       # the base with the tag prompt, its tags as text: 5 seconds
+    python eval.py --model tiny:plain tiny RUN        # one table: plain prompt, tags, a trained run's directory
+    python eval.py --model RUN --show 3               # three answers, latents as nearest words
+    python eval.py --model RUN --controls             # what its latents do: zeros, noise, none, ..
+    python eval.py --model RUN --show 20 --html answers.html   # the same as a page, to be unfolded
+    python eval.py --model RUN --alone 20 --json rl.json       # .. and the seconds of an answer decoded alone
+    python eval.py --curve rl.json base.json          # score against tokens, FLOPs, seconds (matplotlib)
+    python eval.py --training RUN RUN                 # reward, tokens, .. against steps and tokens sampled
+    python eval.py --model RUN --write 5 --out DIR    # next chapters, to be read
 """
 import argparse
 import math
@@ -352,8 +352,8 @@ def parse_arguments():
     g.add_argument("--show", type=int, default=0, metavar="N", help="print N answers with their latents")
     g.add_argument("--html", default=None, metavar="FILE",
                    help="write the answers of --show there instead, as a page to be opened and read")
-    g.add_argument("--write", type=int, default=0, metavar="N", help="next chapters: have the frozen LM write "
-                   "N of them with the plan, without and with another's, into chapters.md in --out")
+    g.add_argument("--write", type=int, default=0, metavar="N", help="next chapters: have the frozen LM "
+                   "write N of them with the plan, without and with another's, into chapters.md in --out")
     return ap.parse_args()
 
 
@@ -368,14 +368,13 @@ def main():
         return
     check_flags(args)
 
+    take_settings_of_runs(args)
+    task, examples, elsewhere = task_and_examples(args)
+
     rows, sections = [], []  # of the table, and of the page
-    task = None
     for name in args.model:
-        path = name.partition(":")[0]
-        model, tokenizer = load(path, args.device)
+        model, tokenizer = load(name.partition(":")[0], args.device)
         model.graphs = args.graphs
-        if task is None:  # the first model's size may choose the task
-            task, examples, elsewhere = task_and_examples(args, model, path)
         settings = settings_of(args, name, model)
         if args.controls:
             rows += rows_of_controls(args, name, model, tokenizer, task, examples, elsewhere, settings)
@@ -391,6 +390,7 @@ def main():
         if args.write:
             append_chapters(args, name, task, answers, is_first=len(rows) == 1)
 
+    print(f"\n{report.what_was_asked(args, len(examples))}")
     if not args.controls:
         print_table(rows)
     if args.html:
@@ -434,15 +434,38 @@ def check_flags(args):
     if args.controls and (args.latent != "projector" or any([*changes, args.show, args.write, args.alone])):
         raise UserError("--controls runs every --latent, --tag and --n-latents by itself, "
                         "and shows and times no answers: leave those flags out")
+    if args.out and runs.run_settings(args.out).get("script"):
+        raise UserError(f"--out {args.out} is a run: the results of eval.py would replace its own; choose "
+                        "another --out")
     if args.write and not args.out:
         raise UserError("--write needs --out DIR: the chapters go into chapters.md there")
     if args.html and not args.show:
         raise UserError("--html needs --show N: that many answers go onto the page")
 
 
-def task_and_examples(args, model, path):
+def take_settings_of_runs(args):
+    """What the command line leaves open is taken from the config.json of the runs among the models: the task,
+    its reward and its scorer. UserError if they differ: one table has one task."""
+    for flag in ("task", "reward", "scorer"):
+        if getattr(args, flag) is not None:
+            continue
+        found = {}  # value -> the run that says so
+        for name in args.model:
+            path = name.partition(":")[0]
+            made = runs.run_settings(path)
+            if made.get("script") in ("train_rl.py", "train_projector.py"):
+                found.setdefault(made.get(flag), path)
+        if len(found) > 1:
+            said = ", ".join(f"{path} says {value}" for value, path in found.items())
+            raise UserError(f"these runs differ in their {flag} ({said}): choose one with --{flag}")
+        for value in found:
+            setattr(args, flag, value)
+
+
+def task_and_examples(args):
     """-> (task, its examples, examples elsewhere: the latents of --latent mean and other come from these)"""
-    task = data.start_task(args, model, path)
+    first = args.model[0].partition(":")[0]
+    task = data.choose_task(args, first)
     elsewhere = []
     try:
         examples = task.examples(args.split)[: args.n]
@@ -453,6 +476,7 @@ def task_and_examples(args, model, path):
     if args.write and not hasattr(task, "chapter_prompt"):
         raise UserError(f"--write is for tasks whose answers are plans of chapters (next_chapter); "
                         f"{args.task} is none")
+    data.start_task(args, task, first)
     return task, examples, elsewhere
 
 
@@ -469,7 +493,7 @@ def settings_of(args, name, model):
         "seed": args.seed,
         "progress": name,
         "rows": args.rows,
-        "max_new_tokens": args.max_new_tokens or (160 if runs.is_small(model) else 2048),
+        "max_new_tokens": args.max_new_tokens or made.get("max_new_tokens") or (160 if runs.is_small(model) else 2048),
         **sampling_of(args)}
 
 
@@ -486,9 +510,8 @@ def heading(args, name, settings, **control):
 def row_of_model(args, name, model, tokenizer, task, examples, elsewhere, settings):
     """-> (the row, the rollouts)"""
     latent = args.latent
-    made = runs.run_settings(name.partition(":")[0])
-    if latent == "projector" and made.get("method") == "tag":
-        latent = "none"  # its tags have always been text
+    if latent == "projector" and not runs_latents(name, model):
+        latent = "none"
     others = latents_of_others(model, tokenizer, task, elsewhere, **settings) if elsewhere else []
     result, rollouts = evaluate(
         model, tokenizer, task, examples, samples=args.samples, at_once=args.at_once, alone=args.alone,
@@ -497,8 +520,18 @@ def row_of_model(args, name, model, tokenizer, task, examples, elsewhere, settin
     return {**heading(args, name, settings), **result}, rollouts
 
 
+def runs_latents(name, model):
+    """Whether a model's tags run latents. Not if its projector was never trained, and not in a run of another
+    method: there tags have always been text (its checkpoint carries a projector all the same)."""
+    method = runs.run_settings(name.partition(":")[0]).get("method", "litereason")
+    return model.projector_trained and method == "litereason"
+
+
 def rows_of_controls(args, name, model, tokenizer, task, examples, elsewhere, settings):
     """--controls: prints their table -> its rows"""
+    if not runs_latents(name, model):
+        raise UserError(f"--controls asks what latents do, and {name} runs none: its projector was never "
+                        f"trained, or its method leaves tags as text")
     results = run_controls(model, tokenizer, task, examples, elsewhere, samples=args.samples, **settings)
     print(f"\n{name}, {len(examples)} of {args.task} {args.split}")
     print(report.controls_table(results), flush=True)

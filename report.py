@@ -36,8 +36,8 @@ def say_what_runs(args, model, tokenizer, task, prompts, released, ours):
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     longest = max(map(len, prompts))
     weights = "bf16 weights, fp32 masters on the host" if args.offload else "fp32 weights"
-    print(f"{args.method} on {args.task}: {args.model}, {millions:.1f} M parameters, {model.device}, {weights}; "
-          f"{len(prompts)} train prompts of up to {longest} tokens")
+    print(f"{args.method} on {args.task}: {args.model}, {millions:.1f} M parameters, {model.device}, "
+          f"{weights}; {len(prompts)} train prompts of up to {longest} tokens")
     settings = []
     for name, theirs in released.items():
         value = getattr(args, name)
@@ -296,6 +296,14 @@ def put_aside(out, step, rollouts, earned, which):
 
 
 # ============================================================ tables
+def what_was_asked(args, n):
+    """The line above a table of eval.py: task, split, number of examples and the sampling."""
+    cut = f"top-p {args.top_p:g}, top-k {args.top_k or 'off'}"
+    sampling = "greedy" if args.temperature == 0 else f"temperature {args.temperature:g}, {cut}"
+    each = f", {args.samples} answers each" if args.samples > 1 else ""
+    return f"{args.task}, {args.split} split, {n} examples{each}, {sampling}, seed {args.seed}"
+
+
 def table(rows):
     """rows: [(name, result of eval.evaluate)] -> a table as text, which is Markdown as well, and under it
     what the task itself reports. Its columns:

@@ -86,7 +86,7 @@ def read_checkpoint(name_or_path, dtype):
 
     Raises UserError, in one line, if there is no such model, it cannot be fetched, or its files do not fit
     together."""
-    path = _checkpoint_path(name_or_path)
+    path = checkpoint_path(name_or_path)
     is_local = os.path.isdir(path)
     # Without a network fail now, not after minutes of retries. No code of the checkpoint's own.
     only = {"local_files_only": is_local or not hub_answers(), "trust_remote_code": False}
@@ -110,7 +110,7 @@ def read_checkpoint(name_or_path, dtype):
         transformers.logging.set_verbosity(verbosity)
 
 
-def _checkpoint_path(name_or_path):
+def checkpoint_path(name_or_path):
     """The directory, or the hub id, that a name means."""
     path = TINY if name_or_path == "tiny" else str(name_or_path)
     if os.path.exists(os.path.join(path, "model", "config.json")):
@@ -174,20 +174,21 @@ def _read_projector(path, local_files_only):
 
 
 def check_model(model, cap, layers):
-    """UserError unless LiteReason works with this causal LM -> (cap on N, projector layers): what its config.json
-    says, else these defaults."""
+    """UserError unless LiteReason works with this causal LM -> (cap on N, projector layers): what its
+    config.json says, else these defaults."""
     config = model.config
     if not hasattr(getattr(model, "model", None), "layers") or not hasattr(model.model.layers[-1], "mlp"):
         raise UserError(f"{type(model).__name__} is not a plain causal LM (model.layers, each with an mlp); "
                         f"Qwen2, Qwen3, Llama, Gemma 1 and 3 are")
     if any(getattr(config, key, None) for key in ("attn_logit_softcapping", "final_logit_softcapping")):
-        raise UserError(f"{type(model).__name__} caps its logits by a tanh (as Gemma 2 does), which LiteReason "
-                        f"does not support")
+        raise UserError(f"{type(model).__name__} caps its logits by a tanh (as Gemma 2 does), which "
+                        f"LiteReason does not support")
     cap = getattr(config, "litereason_max_reasoning_steps", cap)
     layers = getattr(config, "litereason_num_reasoning_layers", layers)
     for key, value in (("max_reasoning_steps", cap), ("num_reasoning_layers", layers)):
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 64:
-            raise UserError(f"config.json: litereason_{key} is {value!r}, expected a whole number from 1 to 64")
+            raise UserError(f"config.json: litereason_{key} is {value!r}, expected a whole number from 1 to "
+                            "64")
     return cap, layers
 
 
@@ -557,6 +558,11 @@ def signals_restored():
 
 
 # ============================================================ the command line and config.json
+def out_flags(group, what, default):
+    group.add_argument("--out", metavar="DIR", help=f"{what} go there (default {default})")
+    group.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
+
+
 def device_flags(group):
     """Where a script runs, and how a GPU is used."""
     group.add_argument("--device", default=None, help="cpu or cuda (default: cuda if there is one)")
@@ -617,7 +623,7 @@ def write_settings(args, script):
     directory's name is made absolute."""
     if os.path.isdir(args.model):
         args.model = os.path.abspath(args.model)
-    settings = {name: value for name, value in vars(args).items() if name != "resume"}
+    settings = {name: value for name, value in vars(args).items() if name not in ("resume", "overwrite")}
     settings = {"script": script, "base": base_of(args.model), **settings}
     write_json(os.path.join(args.out, "config.json"), settings)
 
@@ -639,23 +645,47 @@ def base_of(name):
     return os.path.abspath(base) if os.path.isdir(base) else base
 
 
-def check_what_is_there(args, saved):
-    """UserError if the command line does not go with what is in the output directory already."""
-    states = saved_states(args.out)
-    asked_for = run_settings(args.out).get("steps") or 0
-    if states and not args.resume and states[-1] < asked_for:
-        raise UserError(f"{args.out} holds a run that was stopped at step {states[-1]} of {asked_for}: go on "
-                        f"with --resume {args.out}, choose another --out, or delete {args.out}/state-*")
+def default_out(model, task, method):
+    """out/MODEL-TASK-METHOD, so that no run lands in the directory of another kind of run by default."""
+    base = os.path.basename(os.path.normpath(str(base_of(model))))
+    parts = [task, method] if task.split(".")[0] == base else [base, task, method]
+    return os.path.join("out", "-".join(parts))
+
+
+def check_what_is_there(args, saved=None):
+    """UserError if the command line does not go with what is in the output directory already: a stopped run
+    that could be resumed, or a finished one that would be replaced."""
     if saved and args.steps < saved[0]:
         raise UserError(f"--steps is {args.steps}, but the run in {args.out} is at step {saved[0]} already")
-    if args.group is not None and args.group < 2:
-        raise UserError("--group must be 2 or more: an advantage compares the rollouts of one prompt")
+    if args.resume:
+        return
+    source = checkpoint_path(args.model)
+    if os.path.isdir(source) and os.path.commonpath(map(os.path.abspath, (source, args.out))) == os.path.abspath(args.out):
+        raise UserError(f"--model {args.model} is in --out {args.out}, which is to be replaced: choose another --out")
+    if args.overwrite:
+        return
+    made = run_settings(args.out)
+    states = saved_states(args.out)
+    asked_for = made.get("steps") or 0
+    if states and states[-1] < asked_for:
+        raise UserError(f"{args.out} holds a run that was stopped at step {states[-1]} of {asked_for}: go on "
+                        f"with --resume {args.out}, choose another --out, or replace it with --overwrite")
+    if states or os.path.exists(os.path.join(args.out, "results.json")):
+        what = f"{made.get('script', 'another script')} on {made.get('task', 'some task')}"
+        raise UserError(f"{args.out} holds a finished run of {what}: choose another --out, or replace it "
+                        "with --overwrite")
 
 
-def delete_earlier_run(args):
-    states = [f"state-{step}" for step in saved_states(args.out)]
-    for name in [*states, "stage-2", "first-rows"]:
-        shutil.rmtree(os.path.join(args.out, name), ignore_errors=True)
+def delete_earlier_run(out):
+    """All that an earlier run left in `out` but the traces, which say themselves what they were made with."""
+    names = ["config.json", "metrics.jsonl", "results.json", "bad-rollouts.json", "seconds.json", "model", "stage-2",
+             "first-rows", *(f"state-{step}" for step in saved_states(out))]
+    for name in names:
+        path = os.path.join(out, name)
+        if os.path.isdir(path):
+            shutil.rmtree(path, ignore_errors=True)
+        elif os.path.exists(path):
+            os.remove(path)
 
 
 def make_directory(path):

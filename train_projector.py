@@ -14,7 +14,7 @@ batch's tokens is clipped.
     python train_projector.py                               # the tiny model: half a minute on 2 cores
     python train_projector.py --model Qwen2.5-1.5B          # the paper's plot holes, on one GPU
     python train_projector.py --steps 2 --prompts 8 --n 8   # a smoke run
-    python train_projector.py --resume out/projector        # continue a stopped run: on a CPU bit for bit
+    python train_projector.py --resume out/tiny-projector   # continue a stopped run: on a CPU bit for bit
 """
 import argparse
 import contextlib
@@ -24,7 +24,6 @@ import math
 import os
 import random
 import re
-import shutil
 import time
 
 import torch
@@ -380,8 +379,7 @@ def parse_arguments():
     g = ap.add_argument_group("what")
     g.add_argument("--model", default="tiny", help="tiny, a directory, or a hub name such as Qwen2.5-1.5B")
     data.task_flags(g)
-    g.add_argument("--out", default="out/projector", metavar="DIR", help="traces, settings, figures and the "
-                                                                         "model go there")
+    runs.out_flags(g, "traces, settings, figures and the model", "out/MODEL-TASK-projector")
     g = ap.add_argument_group("stage 1 (default: set by the model's size, see RELEASED and SMALL)")
     g.add_argument("--prompts", type=int, default=None, help="train prompts to sample traces for")
     g.add_argument("--samples", type=int, default=None, help="traces per prompt")
@@ -406,19 +404,24 @@ def parse_arguments():
 @runs.signals_restored()
 def main():
     args = parse_arguments()
+    task = data.choose_task(args, args.model)
+    args.out = args.out or runs.default_out(args.model, args.task, "projector")
     runs.check_arguments(args)
     lock_file = runs.lock(args.out)  # noqa: F841  held until the process ends
+    runs.check_what_is_there(args)
+    task.examples("train")  # what is missing is said before a model is fetched
     model, tokenizer = load(args.model, args.device)
     model.graphs = args.graphs
-    task = data.start_task(args, model, args.model)
+    data.start_task(args, task, args.model)
     args.max_new_tokens = args.max_new_tokens or (160 if runs.is_small(model) else 2048)
     if not runs.is_small(model):
         engine.checkpoint_layers(model)
-    if not args.resume:  # an earlier run's
-        shutil.rmtree(os.path.join(args.out, "stage-2"), ignore_errors=True)
+    if not args.resume:
+        runs.delete_earlier_run(args.out)
     runs.write_settings(args, "train_projector.py")
-    result = stages_1_and_2(model, tokenizer, task, args.out, args.max_new_tokens, args.seed, args.n, args.save_every,
-                 prompts=args.prompts, k=args.samples, lr=args.lr, batch=args.batch, steps=args.steps)
+    result = stages_1_and_2(model, tokenizer, task, args.out, args.max_new_tokens, args.seed, args.n,
+                            args.save_every, prompts=args.prompts, k=args.samples, lr=args.lr,
+                            batch=args.batch, steps=args.steps)
     runs.save(model, tokenizer, os.path.join(args.out, "model"))
     runs.write_json(os.path.join(args.out, "results.json"), result)
     print(f"saved {args.out}/model; next: python train_rl.py --model {args.out} --task {args.task}")

@@ -15,8 +15,8 @@ default (a cosine after 3 % warm-up). (6) The refresh steps on 16 traces at a ti
 the released one on single traces, unclipped.
 
     python train_rl.py                                # the tiny model, all stages, a table: 2 minutes, 2 cores
-    python train_rl.py --method grpo --out out/grpo   # the same RL without latents, for comparison
-    python train_rl.py --resume out/rl                # continue a stopped run, exactly: on a CPU bit for bit
+    python train_rl.py --method grpo                  # the same RL without latents, for comparison
+    python train_rl.py --resume out/tiny-litereason   # continue a stopped run, exactly: on a CPU bit for bit
     python train_rl.py --model Qwen2.5-1.5B           # the paper's plot holes on one GPU; before it, once:
                                                       #   python data/flawed_fictions/prepare.py
 """
@@ -341,8 +341,7 @@ def parse_arguments():
     g.add_argument("--model", default="tiny",
                    help="tiny, a directory (a run of train_projector.py too), or a hub name")
     data.task_flags(g)
-    g.add_argument("--out", default="out/rl", metavar="DIR",
-                   help="settings, metrics.jsonl, the model and the table go there")
+    runs.out_flags(g, "settings, metrics.jsonl, the model and the table", "out/MODEL-TASK-METHOD")
     g.add_argument("--method", default="litereason", choices=list(NAMES),
                    help="grpo: the same RL with the plain prompt, no tags and no latents; tag: with the tag "
                    "prompt, but a tag is text")
@@ -405,31 +404,39 @@ def parse_arguments():
 @runs.signals_restored()
 def main():
     args = parse_arguments()
+    task = data.choose_task(args, args.model)
+    args.out = args.out or runs.default_out(args.model, args.task, args.method)
     runs.check_arguments(args, n=0)
     lock_file = runs.lock(args.out)  # noqa: F841, held until the process ends
     saved = runs.read_state(args.out) if args.resume else None
     runs.check_what_is_there(args, saved)
+    if args.group is not None and args.group < 2:
+        raise UserError("--group must be 2 or more: an advantage compares the rollouts of one prompt")
+    examples = task.examples("train")[: args.train_prompts]
+    vals = task.examples("val")[: args.val]
+    tests = task.examples("test")[: args.n]
 
-    # The model, with the settings for its size, and the task.
-    model, tokenizer = load(args.model, args.device)
+    # The model, with the settings for its size. A run that has a state has all weights, and needs its base no
+    # more.
+    own_model = os.path.join(args.out, "model")
+    is_complete = saved is not None and os.path.exists(os.path.join(own_model, "config.json"))
+    model, tokenizer = load(own_model if is_complete else args.model, args.device)
     model.graphs = args.graphs
-    task = data.start_task(args, model, args.model)
+    data.start_task(args, task, args.model)
     for name, value in (SMALL if runs.is_small(model) else RELEASED).items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
     if args.checkpoint_layers:
         engine.checkpoint_layers(model)
-    choose_projector(args, model)
-    examples = task.examples("train")[: args.train_prompts]
-    vals = task.examples("val")[: args.val]
-    tests = task.examples("test")[: args.n]
+    if not is_complete:
+        choose_projector(args, model)
 
     # Stop now if something cannot work, not in the middle of an epoch.
     prompts = encode_prompts(args, model, tokenizer, task, examples + vals)
     runs.check_lengths(model, prompts, args.max_new_tokens)
     report.check_answers(task, examples[:8])
     if not args.resume:
-        runs.delete_earlier_run(args)
+        runs.delete_earlier_run(args.out)
     runs.write_settings(args, "train_rl.py")
     report.say_what_runs(args, model, tokenizer, task, prompts[: len(examples)], RELEASED, OURS)
 
@@ -452,7 +459,7 @@ def main():
                 runs.write_state(first_rows, len(table_rows), {}, table_rows)
 
     if saved is None:
-        add_row("base, explicit reasoning", False, "projector")
+        add_row("base, explicit reasoning", False, "none")
         if args.method != "grpo":
             add_row("base, tag prompt", True, "none")  # a plain LM: its tags are text
         if args.method == "litereason":

@@ -37,7 +37,7 @@ import re
 import torch
 
 from litereason import Rollout, load, logprobs
-from runs import UserError, base_of, is_small
+from runs import UserError, base_of, checkpoint_path
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SPLITS = ("train", "val", "test")
@@ -112,7 +112,7 @@ def load_task(name):
 def task_flags(group):
     """Adds the flags that say what is to be done, the same for all scripts, to an argparse group."""
     group.add_argument("--task", default=None,
-                       help="a folder under data/, or tiny.next_chapter (default: tiny for a small model, "
+                       help="a folder under data/, or tiny.next_chapter (default: tiny for a model of that world, "
                             "else flawed_fictions)")
     group.add_argument("--reward", default=None, choices=["contrastive", "vrcli", "thresholded"],
                        help="of next_chapter (default contrastive)")
@@ -120,22 +120,36 @@ def task_flags(group):
                        help="the frozen model that reads chapters (default: a copy of the base)")
 
 
-def start_task(args, model, name):
-    """The task module of args.task, by default the one that fits the model's size (then set in args).
-
-    A task with `settings` is given --reward, the seed and its scorer: never the policy itself, but --scorer
-    or a copy of the base that `name` was trained from. UserError if there is no such task, or it has no use
-    for these flags."""
-    args.task = args.task or ("tiny" if is_small(model) else "flawed_fictions")
+def choose_task(args, name):
+    """The task module of args.task, by default (then set in args) the tiny world for a checkpoint whose
+    vocabulary is that world's, else flawed_fictions. Reads no weights: what is wrong with a task is said
+    before a model is fetched."""
+    args.task = args.task or ("tiny" if _reads_the_tiny_world(name) else "flawed_fictions")
     task = load_task(args.task)
+    if (args.reward or args.scorer) and not hasattr(task, "settings"):
+        raise UserError(f"--reward and --scorer are for tasks with a scorer (next_chapter); {args.task} has "
+                        f"none")
+    return task
+
+
+def _reads_the_tiny_world(name):
+    """Whether a checkpoint's tokenizer knows whole words only, and the tiny world's people among them."""
+    path = os.path.join(checkpoint_path(name), "tokenizer.json")
+    try:
+        with open(path, encoding="utf-8") as f:
+            model = json.load(f)["model"]
+        return model["type"] == "WordLevel" and {"Karl", "Mara", "Otto"} <= set(model["vocab"])
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def start_task(args, task, name):
+    """Gives a task with `settings` its --reward, the seed and its scorer: never the policy itself, but
+    --scorer or a copy of the base that `name` was trained from."""
     if hasattr(task, "settings"):
         reader, tokenizer = load(args.scorer or base_of(name), args.device)
         task.settings.update(reward=args.reward or task.settings["reward"], seed=args.seed,
                              scorer=(reader.requires_grad_(False), tokenizer))
-    elif args.reward or args.scorer:
-        raise UserError(f"--reward and --scorer are for tasks with a scorer (next_chapter); {args.task} has "
-                        f"none")
-    return task
 
 
 def score(task, examples, completions, step=0):
@@ -155,15 +169,16 @@ def folder(task):
     return os.path.join(os.environ.get("LITEREASON_DATA") or HERE, task)
 
 
-def read_split(task, split, expected):
-    """The examples of a prepared split, dicts. expected: {field: type}, what all of them must have.
+def read_split(task, split, expected, how=""):
+    """The examples of a prepared split, dicts. expected: {field: type}, what all of them must have. how: what prepare.py of
+    the task is to be told, and what it does.
 
     ValueError: there is no such split. UserError: it is not prepared yet, or damaged."""
     if split not in SPLITS:
         raise ValueError(f"the {task} task has the splits {', '.join(SPLITS)}, not {split!r}")
     path = os.path.join(folder(task), f"{split}.jsonl")
     if not os.path.exists(path):
-        raise UserError(f"{path} is not there yet; make it with: python data/{task}/prepare.py --help")
+        raise UserError(f"{path} is not there yet; make it with: python data/{task}/prepare.py {how}")
     rows = read_rows(path)
     if not rows:
         raise UserError(f"{path} is empty: what was prepared was too little for three splits")

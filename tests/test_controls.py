@@ -11,7 +11,7 @@ from conftest import LATENTS, LIMIT, PROMPTS, TEXTS, close, project, tag, write
 import eval as evaluation
 import litereason
 from eval import against, bootstrap, latent_of, latents_of_others, mcnemar, run_controls
-from litereason import LATENT, UserError, generate, insert_latents, logprobs, tag_table
+from litereason import LATENT, UserError, generate, insert_latents, load, logprobs, save, tag_table
 from report import controls_table, nearest_words
 
 OTHERS = [torch.randn(n, 32, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
@@ -220,7 +220,8 @@ def test_the_nearest_words_of_an_embedding_are_that_word_first_and_what_the_head
 
 
 def test_the_command_runs_them_all_and_writes_them_down(tmp_path, monkeypatch, capsys):
-    words = ["--controls", "--n", "2", "--max-new-tokens", "24", "--json", str(tmp_path / "c.json")]
+    save(*load("tiny", "cpu"), str(tmp_path / "m"))  # saved with its projector, so that it counts as a trained one
+    words = ["--controls", "--model", str(tmp_path / "m"), "--n", "2", "--max-new-tokens", "24", "--json", str(tmp_path / "c.json")]
     monkeypatch.setattr("sys.argv", ["eval.py", *words])
     evaluation.main()
     printed = capsys.readouterr().out

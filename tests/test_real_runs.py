@@ -3,6 +3,7 @@
 The model is random and made to write; no number here says anything about a trained one. What is in ../shared
 is looked for there; where it is absent these tests skip."""
 import json
+import shutil
 import types
 
 import pytest
@@ -153,11 +154,13 @@ def arguments(**changes):
     return types.SimpleNamespace(**{"task": None, "reward": None, "scorer": None, "seed": 3, "device": "cpu", **changes})
 
 
-def test_the_tasks_default_is_that_of_the_models_size(small):
-    model, args = load(small, "cpu")[0], arguments()
-    assert data.start_task(args, model, str(small)).__name__ == "data.tiny" and args.task == "tiny"
-    large, args = types.SimpleNamespace(parameters=lambda: [torch.empty(10**8, device="meta")]), arguments()
-    assert data.start_task(args, large, "x") is ff and args.task == "flawed_fictions"
+def test_the_default_task_is_the_tiny_world_for_a_model_that_reads_it_whatever_its_size(small, tmp_path):
+    for name, task in (("tiny", "tiny"), (small, "flawed_fictions"), ("Qwen2.5-1.5B", "flawed_fictions")):
+        args = arguments()
+        assert data.choose_task(args, str(name)) is data.load_task(task) and args.task == task
+    shutil.copytree(runs.TINY, tmp_path / "run" / "model")
+    data.choose_task(args := arguments(), str(tmp_path / "run"))
+    assert args.task == "tiny"
 
 
 def test_reward_and_scorer_go_to_tasks_with_a_scorer_only(small, data_folder):
@@ -165,11 +168,11 @@ def test_reward_and_scorer_go_to_tasks_with_a_scorer_only(small, data_folder):
     for flag in ({"reward": "vrcli"}, {"scorer": "tiny"}):
         args = arguments(task="flawed_fictions", **flag)
         one_line("--reward and --scorer are for tasks with a scorer .*; flawed_fictions has none",
-                 data.start_task, args, model, str(small))
-    data.start_task(arguments(task="next_chapter", reward="thresholded"), model, str(small))
+                 data.choose_task, args, str(small))
+    data.start_task(arguments(task="next_chapter", reward="thresholded"), nc, str(small))
     assert (nc.settings["reward"], nc.settings["seed"]) == ("thresholded", 3)
     assert not any(p.requires_grad for p in nc.settings["scorer"][0].parameters())
-    data.start_task(arguments(task="next_chapter", scorer="tiny"), model, str(small))
+    data.start_task(arguments(task="next_chapter", scorer="tiny"), nc, str(small))
     assert nc.settings["scorer"][0].config.vocab_size != model.config.vocab_size
 
 
@@ -240,7 +243,7 @@ def test_unprepared_data_and_stories_that_do_not_fit_end_in_one_line(tmp_path, d
 
 
 def test_write_needs_a_place_and_a_task_with_chapters(tmp_path, small):
-    words = ("--model", small, "--device", "cpu", "--write", 1)
+    words = ("--model", small, "--task", "tiny", "--device", "cpu", "--write", 1)
     one_line("--write needs --out", run, evaluation, *words)
     one_line("--write is for tasks .*; tiny is none", run, evaluation, *words, "--out", tmp_path / "o")
 

@@ -106,7 +106,7 @@ def test_stages_1_and_2_keep_their_traces_for_a_second_run(tmp_path):
     assert done.returncode == 0 and "kept" in done.stdout, done.stderr
     for what in ("no latents", "zeros", "warm start", "trained", "accuracy with the tag prompt"):
         assert what in done.stdout
-    again = script("train_projector.py", *words)
+    again = script("train_projector.py", *words, "--overwrite")
     assert "traces from" in again.stdout
 
 
@@ -119,7 +119,7 @@ def test_the_second_task_of_the_tiny_world_runs_too(tmp_path):
 # ---------------------------------------------------------------- wrong words
 @pytest.mark.parametrize("words, says", [
     (("eval.py", "--model", "nowhere/at/all"), "no model directory"),
-    (("eval.py", "--model", "Qwen2.5-1.5B"), "Without a network"),
+    (("eval.py", "--model", "Qwen2.5-1.5B", "--task", "tiny"), "Without a network"),
     (("eval.py", "--task", "nothing"), "no task 'nothing'"),
     (("eval.py", "--split", "dev"), "splits"),
     (("eval.py", "--json", "/nowhere/e.json", "--n", "2"), "/nowhere/e.json"),

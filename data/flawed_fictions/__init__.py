@@ -15,7 +15,8 @@ from data import OFFER, boxed, read_split
 
 def examples(split):
     """Stories of a split: [{story, label: bool, cluster, the benchmark's explanations where it has them}]."""
-    return read_split("flawed_fictions", split, {"story": str, "label": bool})
+    how = "(downloads 414 stories, a few MB; the hub says their licence), or --from FILE for your own"
+    return read_split("flawed_fictions", split, {"story": str, "label": bool}, how)
 
 
 def prompt(example, latent):

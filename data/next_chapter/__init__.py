@@ -44,7 +44,8 @@ CHAPTER_HEADING = "\n\n# The next chapter\n\n"
 
 def examples(split):
     """[{book, number, story (before), chapter (the true next one), split, title and FIELDS where known}]."""
-    rows = read_split("next_chapter", split, {"book": str, "story": str, "chapter": str})
+    how = "--from BOOKS (files or folders: txt, md, jsonl)"
+    rows = read_split("next_chapter", split, {"book": str, "story": str, "chapter": str}, how)
     return [{**row, "split": split} for row in rows]
 
 

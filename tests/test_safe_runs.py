@@ -1,0 +1,145 @@
+"""A finished run is never replaced by accident, leaves nothing stale when it is meant to be, and is evaluated as what it is."""
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from test_real_tasks import run
+
+import baselines
+import eval as evaluation
+import litereason
+import runs
+import train_projector
+import train_rl
+from litereason import load, save
+from runs import TINY, UserError, default_out
+
+SIZES = ("--device", "cpu", "--n", 2, "--val", 0, "--train-prompts", 4, "--prompts", 2, "--group", 2, "--max-new-tokens", 40,
+         "--steps", 1, "--show-every", 0, "--method", "tag")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of train_rl.py, of a base that is gone afterwards."""
+    at = tmp_path_factory.mktemp("finished")
+    shutil.copytree(TINY, at / "base")
+    run(train_rl, *SIZES, "--model", at / "base", "--out", at / "run")
+    shutil.rmtree(at / "base")
+    return at / "run"
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    return tmp_path / "run"
+
+
+# ---------------------------------------------------------------- where runs go
+def test_a_default_directory_names_model_task_and_method(tmp_path):
+    assert default_out("tiny", "tiny", "litereason") == "out/tiny-litereason"
+    assert default_out("tiny", "tiny.next_chapter", "grpo") == "out/tiny.next_chapter-grpo"
+    assert default_out("Qwen/Qwen2.5-1.5B", "flawed_fictions", "litereason") == "out/Qwen2.5-1.5B-flawed_fictions-litereason"
+    (tmp_path / "config.json").write_text(json.dumps({"base": "Qwen2.5-1.5B"}))  # a run is named by its base
+    assert default_out(tmp_path, "flawed_fictions", "projector") == "out/Qwen2.5-1.5B-flawed_fictions-projector"
+
+
+@pytest.mark.parametrize("script, words", [
+    (train_rl, SIZES), (train_projector, ("--device", "cpu", "--prompts", 2, "--steps", 1)),
+    (baselines, ("--method", "moi", "--device", "cpu", "--n", 2))])
+def test_a_finished_run_is_refused_in_one_line_before_a_model_is_loaded(copy, script, words, monkeypatch):
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    monkeypatch.setattr(script, "load", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(UserError, match="holds a finished run of train_rl.py on tiny: choose another --out, or .* --overwrite") as e:
+        run(script, *words, "--out", copy)
+    assert "\n" not in str(e.value)
+    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+
+
+def test_overwrite_leaves_no_file_of_the_earlier_run(copy):
+    (copy / "bad-rollouts.json").write_text("[]")
+    run(train_rl, *SIZES, "--model", "tiny", "--out", copy, "--overwrite", "--n", 0, "--seed", 1)
+    assert not (copy / "results.json").exists() and not (copy / "bad-rollouts.json").exists()
+    assert json.load(open(copy / "config.json"))["seed"] == 1 and "overwrite" not in json.load(open(copy / "config.json"))
+    with pytest.raises(UserError, match="holds a finished run"):  # without a table, too
+        run(train_rl, *SIZES, "--model", "tiny", "--out", copy)
+
+
+def test_a_run_is_neither_continued_in_its_own_directory_nor_replaced_by_an_evaluation(copy):
+    for source in (copy, copy / "model"):
+        with pytest.raises(UserError, match="--model .* is in --out .*, which is to be replaced"):
+            run(train_rl, *SIZES, "--model", source, "--out", copy, "--overwrite")
+    with pytest.raises(UserError, match="is a run: the results of eval.py would replace its own"):
+        run(evaluation, "--model", copy, "--device", "cpu", "--n", 1, "--out", copy)
+
+
+def test_resume_needs_no_base_when_the_run_has_all_weights(copy, capsys):
+    run(train_rl, "--resume", copy, "--steps", 2)
+    assert "resumed from" in capsys.readouterr().out
+    assert [json.loads(line)["step"] for line in open(copy / "metrics.jsonl")] == [1, 2]
+
+
+def test_missing_data_are_said_before_a_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setenv("LITEREASON_DATA", str(tmp_path))
+    for script in (train_rl, train_projector, evaluation):
+        monkeypatch.setattr(script, "load", lambda *_: pytest.fail("a model was loaded"))
+        with pytest.raises(UserError, match=r"not there yet; make it with: python data/flawed_fictions/prepare.py \(downloads"):
+            run(script, "--model", "Qwen2.5-1.5B", "--out", tmp_path / "o")
+
+
+# ---------------------------------------------------------------- what a run is evaluated as
+def results(out):
+    return json.load(open(out))
+
+
+def fake_run(tmp_path, name, **settings):
+    """A directory that looks like a run of train_rl.py, with the tiny model in it."""
+    at = tmp_path / name
+    shutil.copytree(TINY, at / "model")
+    settings = {"script": "train_rl.py", "base": "tiny", "method": "litereason", "task": "tiny", **settings}
+    (at / "config.json").write_text(json.dumps(settings))
+    return at
+
+
+def test_task_length_and_method_come_from_the_run_and_flags_override_them(tmp_path, capsys):
+    a = fake_run(tmp_path, "a", task="tiny.next_chapter", max_new_tokens=7)
+    words = ("--device", "cpu", "--n", 3, "--json", tmp_path / "r.json")
+    run(evaluation, "--model", a, *words)
+    assert results(tmp_path / "r.json")["task"] == "tiny.next_chapter" and results(tmp_path / "r.json")["tokens"] <= 7
+    assert "tiny.next_chapter, test split, 3 examples, temperature 1, top-p 1, top-k off, seed 0" in capsys.readouterr().out
+    run(evaluation, "--model", a, "--task", "tiny", "--max-new-tokens", 5, *words)
+    assert results(tmp_path / "r.json")["task"] == "tiny" and results(tmp_path / "r.json")["tokens"] <= 5
+    b = fake_run(tmp_path, "b")
+    with pytest.raises(UserError, match="these runs differ in their task .*: choose one with --task"):
+        run(evaluation, "--model", a, b, *words)
+    run(evaluation, "--model", "tiny", b, "tiny:plain", *words)  # what is no run goes with the others
+    assert [r["task"] for r in results(tmp_path / "r.json")] == ["tiny"] * 3
+
+
+def test_an_untrained_projector_is_never_run(tmp_path, monkeypatch):
+    """The base has none; runs of --method tag and grpo carry theirs in the checkpoint all the same."""
+    monkeypatch.setattr(litereason.ReasoningProjector, "forward", lambda *_: pytest.fail("the projector ran"))
+    model, tokenizer = load("tiny", "cpu")
+    tag, grpo = (fake_run(tmp_path, name, method=name) for name in ("tag", "grpo"))
+    for at in (tag, grpo):
+        save(model, tokenizer, str(at / "model"))
+        assert load(str(at), "cpu")[0].projector_trained  # by its weights
+    words = ("--device", "cpu", "--n", 6, "--max-new-tokens", 60, "--json", tmp_path / "r.json")
+    run(evaluation, "--model", "tiny", "tiny:plain", tag, grpo, *words)
+    assert [r["latent_steps"] for r in results(tmp_path / "r.json")] == [0.0] * 4
+    for name in ("tiny", tag):
+        with pytest.raises(UserError, match="--controls asks what latents do, and .* runs none"):
+            run(evaluation, "--model", name, "--controls", *words)
+
+
+def test_a_trained_pause_token_has_all_controls(tmp_path):
+    model, tokenizer = load("tiny", "cpu")
+    litereason.start_projector(model, "pause")
+    with torch.no_grad():
+        model.reasoning_projector.vector.mul_(1.5)
+    save(model, tokenizer, str(tmp_path / "m"))
+    run(evaluation, "--model", tmp_path / "m", "--controls", "--device", "cpu", "--n", 2, "--max-new-tokens", 30,
+        "--json", tmp_path / "r.json")
+    assert {r["control"] for r in results(tmp_path / "r.json")} >= {"plain", "latents: warm", "latents: noise"}
+    assert os.path.exists(runs.TINY)
