@@ -8,8 +8,8 @@ samples at temperature 0.7, top-p 0.8, top-k 20; the default here is the distrib
 (temperature 1, nothing cut), since cutting hides the base's slips. The flags give the paper's. (3) Length
 penalties: score what the task scores.
 
-    python eval.py --model tiny                       # the base with the tag prompt, its tags as text: 5 seconds
-    python eval.py --model tiny:plain tiny RUN        # one table: plain prompt, tags, a trained run's directory
+    python eval.py --model tiny                       # the base, tag prompt, its tags as text: 5 seconds
+    python eval.py --model tiny:plain tiny RUN        # one table: plain prompt, tags, a trained run (its directory)
     python eval.py --model RUN --show 3               # three answers, latents as nearest words
     python eval.py --model RUN --controls             # what its latents do: zeros, noise, none, ..
     python eval.py --model RUN --show 20 --html answers.html   # the same as a page, to be unfolded
@@ -488,12 +488,13 @@ def settings_of(args, name, model):
     if made.get("script") == "baselines.py":
         raise UserError(f"{path} is a run of baselines.py, whose methods decode in their own ways: "
                         f"it has its table in its results.json")
+    default = 160 if runs.is_small(model) else 2048
     return {
         "latent_prompt": suffix != "plain" and made.get("method") != "grpo",
         "seed": args.seed,
         "progress": name,
         "rows": args.rows,
-        "max_new_tokens": args.max_new_tokens or made.get("max_new_tokens") or (160 if runs.is_small(model) else 2048),
+        "max_new_tokens": args.max_new_tokens or made.get("max_new_tokens") or default,
         **sampling_of(args)}
 
 

@@ -659,9 +659,11 @@ def check_what_is_there(args, saved=None):
         raise UserError(f"--steps is {args.steps}, but the run in {args.out} is at step {saved[0]} already")
     if args.resume:
         return
-    source = checkpoint_path(args.model)
-    if os.path.isdir(source) and os.path.commonpath(map(os.path.abspath, (source, args.out))) == os.path.abspath(args.out):
-        raise UserError(f"--model {args.model} is in --out {args.out}, which is to be replaced: choose another --out")
+    out = os.path.abspath(args.out)
+    source = os.path.abspath(checkpoint_path(args.model))
+    if source == out or source.startswith(out + os.sep):
+        raise UserError(f"--model {args.model} is in --out {args.out}, which is to be replaced: choose "
+                        f"another --out")
     if args.overwrite:
         return
     made = run_settings(args.out)
@@ -678,8 +680,8 @@ def check_what_is_there(args, saved=None):
 
 def delete_earlier_run(out):
     """All that an earlier run left in `out` but the traces, which say themselves what they were made with."""
-    names = ["config.json", "metrics.jsonl", "results.json", "bad-rollouts.json", "seconds.json", "model", "stage-2",
-             "first-rows", *(f"state-{step}" for step in saved_states(out))]
+    names = ["config.json", "metrics.jsonl", "results.json", "bad-rollouts.json", "seconds.json", "model",
+             "stage-2", "first-rows", *(f"state-{step}" for step in saved_states(out))]
     for name in names:
         path = os.path.join(out, name)
         if os.path.isdir(path):

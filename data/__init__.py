@@ -112,8 +112,8 @@ def load_task(name):
 def task_flags(group):
     """Adds the flags that say what is to be done, the same for all scripts, to an argparse group."""
     group.add_argument("--task", default=None,
-                       help="a folder under data/, or tiny.next_chapter (default: tiny for a model of that world, "
-                            "else flawed_fictions)")
+                       help="a folder under data/, or tiny.next_chapter (default: tiny for a model of that "
+                            "world, else flawed_fictions)")
     group.add_argument("--reward", default=None, choices=["contrastive", "vrcli", "thresholded"],
                        help="of next_chapter (default contrastive)")
     group.add_argument("--scorer", default=None, metavar="NAME",
@@ -170,8 +170,8 @@ def folder(task):
 
 
 def read_split(task, split, expected, how=""):
-    """The examples of a prepared split, dicts. expected: {field: type}, what all of them must have. how: what prepare.py of
-    the task is to be told, and what it does.
+    """The examples of a prepared split, dicts. expected: {field: type}, what all of them must have. how: what
+    prepare.py of the task is to be told, and what it does.
 
     ValueError: there is no such split. UserError: it is not prepared yet, or damaged."""
     if split not in SPLITS:
