@@ -13,6 +13,7 @@
 Letters in the shape comments are those of litereason.py, and:
     H heads   K key/value heads   R = H / K   d head size   n columns of own slots, or rows
 """
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -32,17 +33,30 @@ WAITS = ("cuda",)  # devices where data-dependent shapes force a sync
 
 
 # ============================================================ the model on embeddings
+@contextlib.contextmanager
 def autocast(model):
     """The context in which the base computes: bf16 matrix products on CUDA from fp32 weights (`model.bf16`;
     False on a CPU).
 
-    fp32 master weights: an RL step of 5e-7 is far below bf16's spacing and would round away."""
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=model.bf16)
+    fp32 master weights: an RL step of 5e-7 is far below bf16's spacing and would round away. Each weight is
+    cast once, however many forwards there are until the outermost of these contexts ends: torch's own
+    autocast does so only for weights that require a gradient, FewRows does for the others (a frozen base, the
+    scorer). So no frozen weight may change inside."""
+    outermost = not getattr(model, "is_autocasting", False)
+    model.is_autocasting = True
+    try:
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=model.bf16):
+            yield
+    finally:
+        if outermost:
+            model.is_autocasting = False
+            for module in model.modules():
+                if isinstance(module, FewRows):
+                    module.cast = None
 
 
 def with_autocast(function):
-    """Runs function(model, ..) in that context: within one call each weight is cast once, however many
-    forwards there are."""
+    """Runs function(model, ..) in that context."""
 
     @functools.wraps(function)
     def run(model, *args, **kwargs):
@@ -924,19 +938,27 @@ def weights_from_masters(parameters, masters):
 
 # ============================================================ a CPU's matrix products
 class FewRows(torch.nn.Linear):
-    """torch.nn.Linear at a decoding step's speed on a CPU.
+    """torch.nn.Linear at a decoding step's speed on a CPU, with one cast of a frozen weight (see autocast).
 
-    Its libraries multiply a few rows by a large matrix at a third of the memory's speed; transposed, two or
-    four rows at a time, they reach it (measured with MKL; one or three rows are padded)."""
+    A CPU's libraries multiply a few rows by a large matrix at a third of the memory's speed; transposed, two
+    or four rows at a time, they reach it (measured with MKL; one or three rows are padded)."""
+
+    cast = None  # the frozen weight in autocast's type
 
     def forward(self, x):
+        device = x.device.type
+        weight = self.weight
+        if torch.is_autocast_enabled(device) and not weight.requires_grad:
+            if self.cast is None:
+                self.cast = weight.to(torch.get_autocast_dtype(device))
+            weight = self.cast
         n = x.numel() // self.in_features
-        is_large = self.weight.numel() >= 2**17
-        if x.device.type != "cpu" or not 0 < n <= 8 or not is_large:
-            return super().forward(x)
+        is_large = weight.numel() >= 2**17
+        if device != "cpu" or not 0 < n <= 8 or not is_large:
+            return F.linear(x, weight, self.bias)
         rows = x.reshape(n, self.in_features)
         rows = F.pad(rows, (0, 0, 0, n % 2))  # (n or n + 1, in)
-        products = [self.weight @ few.T for few in rows.split(4)]  # (out, 2 or 4) each
+        products = [weight @ few.T for few in rows.split(4)]  # (out, 2 or 4) each
         y = torch.cat([product.T for product in products])
         y = y[:n].view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias

@@ -98,7 +98,7 @@ def evaluate(model, tokenizer, task, examples, latent_prompt=True, samples=1, se
 
     Of the result, beside what report.table explains:
 
-    accuracy_ci95    over examples (the mean of an example's samples is one observation), normal approximation
+    accuracy_ci95    over examples (the mean of an example's samples is one observation), see interval
     per_example      the same observations one by one, for paired tests
     flops            per answer, see flops
     seconds_each     per answer, in these batches
@@ -109,11 +109,11 @@ def evaluate(model, tokenizer, task, examples, latent_prompt=True, samples=1, se
     start = time.time()
     prompts = [runs.encode_prompt(model, tokenizer, task.prompt(e, latent_prompt), opening) for e in examples]
     rollouts, asked, scores, stats = [], [], [], {}
-    bar = tqdm(total=len(examples), desc=progress, leave=False, disable=progress is None)
+    bar = tqdm(total=len(examples) * samples, desc=progress, leave=False, disable=progress is None)
     for i in range(0, len(examples), batch):
         some = examples[i : i + batch]
-        answers = generate(model, tokenizer, prompts[i : i + batch], samples,
-                           generator=generator, stats=stats, **sampling)
+        answers = generate(model, tokenizer, prompts[i : i + batch], samples, generator=generator,
+                           stats=stats, bar=bar, **sampling)
         for r in answers:
             r.text = opening + r.text  # as the reward reads it
         examples_of_answers = [some[r.prompt] for r in answers]
@@ -121,19 +121,17 @@ def evaluate(model, tokenizer, task, examples, latent_prompt=True, samples=1, se
         scores += torch.tensor(rewards).view(len(some), samples).mean(1).tolist()
         rollouts += answers
         asked += examples_of_answers
-        bar.update(len(some))
     bar.close()
     seconds = time.time() - start
 
     n = len(scores)
     accuracy = _mean(scores)
-    half = 1.96 * math.sqrt(sum((score - accuracy) ** 2 for score in scores) / max(1, n - 1) / n)
     text_tokens = _mean([r.n_tokens for r in rollouts])
     latent_steps = _mean([r.n_latents for r in rollouts])
     lengths = np.reshape([len(r.slots) for r in rollouts], (n, samples))
     result = {
         "accuracy": accuracy,
-        "accuracy_ci95": [accuracy - half, accuracy + half],
+        "accuracy_ci95": interval(scores),
         "tokens": text_tokens + latent_steps,
         "text_tokens": text_tokens,
         "latent_steps": latent_steps,
@@ -240,6 +238,21 @@ def _another_storys(model, others, seed):
 
     another_storys.flops = 0
     return another_storys
+
+
+def interval(scores):
+    """95 % interval of the mean of scores: Wilson's where all of them are 0 or 1, else the normal one."""
+    n = len(scores)
+    mean = _mean(scores)
+    z = 1.96
+    if set(scores) <= {0, 1}:
+        shrink = 1 / (1 + z**2 / n)
+        centre = shrink * (mean + z**2 / (2 * n))
+        half = shrink * z * math.sqrt(mean * (1 - mean) / n + z**2 / (4 * n**2))
+        return [max(0.0, centre - half), min(1.0, centre + half)]
+    variance = sum((score - mean) ** 2 for score in scores) / max(1, n - 1)
+    half = z * math.sqrt(variance / n)
+    return [mean - half, mean + half]
 
 
 def mcnemar(a, b):

@@ -420,7 +420,7 @@ def sample(logits, u, temperature, top_k, top_p):
 
 @torch.no_grad()
 def generate(model, tokenizer, prompts, samples=1, max_new_tokens=256, temperature=1.0, top_p=1.0, top_k=0,
-             latent="projector", generator=None, rows=512, stats=None, tag=None,
+             latent="projector", generator=None, rows=512, stats=None, bar=None, tag=None,
              start=0, leave=None, feed=None):
     """The mixed decoding loop: every row samples a token or runs a latent step, all in one batch ->
     [Rollout].
@@ -433,6 +433,7 @@ def generate(model, tokenizer, prompts, samples=1, max_new_tokens=256, temperatu
     generator       a CPU torch.Generator
     rows            most rows decoded at once (but at least one whole group); changes no result
     stats           a dict to whose "positions" the number of positions computed is added
+    bar             a tqdm bar, which moves by one for each rollout that ends
     tag             None: a tag runs as many latents as it says; K: every tag runs K; "forbidden": none begins
     What other methods do differently (baselines.py):
     start           latents that every row begins with
@@ -452,15 +453,16 @@ def generate(model, tokenizer, prompts, samples=1, max_new_tokens=256, temperatu
         return []
     sampling = (temperature, top_k, top_p)
     max_prompts = max(1, rows // samples)
-    rollouts, n_positions = _decode(model, tokenizer, ids, draws, samples, max_prompts, sampling, latent, tag,
-                                 start, leave, feed)
+    rollouts, n_positions = _decode(model, tokenizer, ids, draws, samples, max_prompts, sampling, latent, bar,
+                                    tag, start, leave, feed)
     if stats is not None:
         stats["positions"] = stats.get("positions", 0) + n_positions
     return rollouts
 
 
 @engine.with_autocast
-def _decode(model, tokenizer, prompts, draws, samples, max_prompts, sampling, latent, tag, start, leave, feed):
+def _decode(model, tokenizer, prompts, draws, samples, max_prompts, sampling, latent, bar, tag, start, leave,
+            feed):
     """generate, for token ids and random numbers draws (all rollouts, limit) -> (rollouts, positions
     computed)."""
     watch = watcher(model, tokenizer)
@@ -476,6 +478,8 @@ def _decode(model, tokenizer, prompts, draws, samples, max_prompts, sampling, la
     def finish(ended):
         for number, rollout in _recorded(decoder.rows, ended, prompts, samples, stop_ids, tokenizer):
             rollouts[number] = rollout
+        if bar is not None:
+            bar.update(len(ended))
 
     decoder = engine.Decoder(model, prompts, samples, limit, max_prompts, new_rows, watch)
     while decoder.refill(finish):  # rows that have ended leave, prompts that wait join

@@ -241,6 +241,16 @@ def check_answers(task, examples):
                             "do not agree")
 
 
+def warn_of_unknown_words(tokenizer, prompts):
+    """A tokenizer of whole words turns others into its unknown token, silently."""
+    unknown = tokenizer.unk_token_id
+    counts = [prompt.count(unknown) for prompt in prompts] if unknown is not None else [0]
+    if any(counts):
+        worst = max(range(len(counts)), key=counts.__getitem__)
+        print(f"warning: {sum(map(bool, counts))} of {len(prompts)} prompts have words that this model's "
+              f"tokenizer does not know; the worst is number {worst}, with {counts[worst]}", flush=True)
+
+
 def stop_if_a_reward_is_not_finite(args, step, state, index):
     bad = (~state.earned.isfinite()).nonzero().flatten().tolist()
     if bad:
@@ -788,8 +798,9 @@ def write_chapters(task, examples, plans, n, sampling, file):
     for i, example in enumerate(examples[:n]):
         own_plan = plans[i]
         other_plan = plans[(i + 1) % len(plans)]
-        chapters = [_write_chapter(model, tokenizer, task, example, plan, i, sampling)
-                    for plan in (own_plan, "", other_plan)]
+        with engine.autocast(model):
+            chapters = [_write_chapter(model, tokenizer, task, example, plan, i, sampling)
+                        for plan in (own_plan, "", other_plan)]
         cells = [_in_a_cell(text) for text in (*chapters, example["chapter"])]
         file.write(f"\n## {example.get('book', 'Story')}, {example.get('number', i + 1)}\n\n"
                    f"Its plan: {_in_a_cell(own_plan) or '(none)'}\n\n"

@@ -26,8 +26,10 @@ import shutil
 import signal
 import socket
 import sys
+import textwrap
 import time
 import urllib.parse
+import urllib.request
 import zlib
 
 import torch
@@ -91,23 +93,40 @@ def read_checkpoint(name_or_path, dtype):
     # Without a network fail now, not after minutes of retries. No code of the checkpoint's own.
     only = {"local_files_only": is_local or not hub_answers(), "trust_remote_code": False}
     verbosity = transformers.logging.get_verbosity()
-    transformers.logging.disable_progress_bar()
+    if is_local:
+        transformers.logging.disable_progress_bar()
+    else:
+        transformers.logging.enable_progress_bar()  # gigabytes may come
     # The projector's keys are "unexpected" to transformers; we read them below.
     transformers.logging.set_verbosity_error()
     try:
         return _read_files(path, dtype, only)
     except Exception as e:  # a damaged file comes out of transformers as nearly any of them
-        why = " ".join(str(e).split())[:200] or type(e).__name__
-        if is_local:
-            raise UserError(f"cannot load the model in {path!r}: {why}") from e
-        if any(sign in str(e) for sign in ("gated repo", "401 Client Error", "403 Client Error")):
-            raise UserError(f"{path!r} is gated on the hub: accept its terms on "
-                            f"https://huggingface.co/{path}, then `hf auth login` (or set HF_TOKEN)") from e
-        raise UserError(f"cannot fetch {path!r} from the hub ({why}). Without a network these work: 'tiny', "
-                        f"or a directory; where there is one: `hf download {path} --local-dir DIR`, then "
-                        "pass DIR") from e
+        raise UserError(_why_not(path, is_local, e)) from e
     finally:
         transformers.logging.set_verbosity(verbosity)
+
+
+def _why_not(path, is_local, error):
+    """What went wrong with a checkpoint, and what to do, in one line."""
+    why = textwrap.shorten(str(error), 200, placeholder=" ..") or type(error).__name__
+    if is_local:
+        return f"cannot load the model in {path!r}: {why}"
+    kinds = set()  # of this error and of those that led to it
+    while error is not None:
+        kinds.add(type(error).__name__)
+        error = error.__cause__ or error.__context__
+    if "GatedRepoError" in kinds or "gated repo" in why:
+        return (f"{path!r} is gated on the hub: accept its terms on https://huggingface.co/{path}, then "
+                f"`hf auth login` (or set HF_TOKEN)")
+    if "RepositoryNotFoundError" in kinds:
+        return (f"there is no model {path!r} on the hub, or it is private: check the name, or `hf auth "
+                f"login` (or set HF_TOKEN)")
+    if "have a file named model.safetensors" in why:
+        return (f"{path!r} has no weights in safetensors files, the only kind that is read: look for a copy of the "
+                f"model that has them")
+    return (f"cannot fetch {path!r} from the hub ({why}). Without a network these work: 'tiny', or a "
+            f"directory; where there is one: `hf download {path} --local-dir DIR`, then pass DIR")
 
 
 def checkpoint_path(name_or_path):
@@ -193,12 +212,14 @@ def check_model(model, cap, layers):
 
 
 def hub_answers():
-    """Whether the model hub can be reached; a proxy is taken at its word."""
+    """Whether the model hub, or the proxy on the way to it, can be reached."""
     if any(os.environ.get(key, "0") not in ("", "0") for key in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")):
         return False
-    if any(os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return True
     url = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    proxies = urllib.request.getproxies()
+    proxy = proxies.get(url.scheme) or proxies.get("all")
+    if proxy and not urllib.request.proxy_bypass(url.hostname):
+        url = urllib.parse.urlsplit(proxy)
     try:
         socket.create_connection((url.hostname, url.port or 443), timeout=5).close()
         return True

@@ -64,14 +64,16 @@ def collect_traces(model, tokenizer, task, examples, k, max_new_tokens, seed, pa
         f.writelines(json.dumps(line) + "\n" for line in [header] + lines)
         f.flush()
         os.replace(path + ".tmp", path)
-        for number, start in enumerate(tqdm(starts, desc="stage 1", leave=False)):
+        bar = tqdm(total=k * len(examples), desc="stage 1", leave=False)
+        for number, start in enumerate(starts):
             if number < len(lines):
+                bar.update(k * len(examples[start : start + AT_ONCE]))
                 continue
             asked = examples[start : start + AT_ONCE]
             prompts = [task.prompt(example, True) for example in asked]
             generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
             rollouts = generate(model, tokenizer, prompts, k, max_new_tokens, temperature=0.7, top_p=0.8,
-                                top_k=20, latent="none", generator=generator)
+                                top_k=20, latent="none", generator=generator, bar=bar)
             rewards = data.score(task, [asked[r.prompt] for r in rollouts], [r.text for r in rollouts])
             line = []
             for r, reward in zip(rollouts, rewards):
@@ -81,6 +83,7 @@ def collect_traces(model, tokenizer, task, examples, k, max_new_tokens, seed, pa
             f.write(json.dumps(line) + "\n")
             f.flush()
             os.fsync(f.fileno())
+        bar.close()
     traces = list(itertools.chain(*lines))
     print(f"stage 1: kept {len(traces)} of {k * len(examples)} traces (reward > 0), in {path}")
     return traces
@@ -187,10 +190,13 @@ def mask_all(model, tokenizer, traces, marker, rng):
     held_out = set(stories[len(stories) - max(1, len(stories) // 10):])
     train = [row for story, row in rows if story not in held_out]
     held = [row for story, row in rows if story in held_out]
+    if traces and not any(marker in trace["text"] for trace in traces):
+        raise UserError(f"none of the {len(traces)} traces that stage 1 kept has the words {marker!r}, "
+                        f"before which reasoning stands: the task's ANSWER is not what its prompt asks for")
     if not train or not held:
         raise UserError(f"stage 1 kept {len(traces)} traces, too few with a sentence to mask: this model "
-                        "earns too little reward on this task with the tag prompt (give more --prompts, or "
-                        "a stronger --model)")
+                        "earns too little reward on this task with the tag prompt (give more --prompts, in "
+                        "train_rl.py --trace-prompts, or a stronger --model)")
     return train, rng.sample(held, min(256, len(held)))
 
 
@@ -222,7 +228,8 @@ def fit_projector(model, traces, lr, batch, steps=None, schedule=True, clip=0.2,
     if states:
         keep()  # before the first step: `carried` holds an evaluation that should not be run again
         uninterrupted = runs.on_stop(keep)
-    with _base_frozen(model):
+    # Here, so that the frozen weights are cast once for all steps.
+    with _base_frozen(model), engine.autocast(model):
         done = len(losses)
         batches = itertools.islice(_batches(traces, batch, seed), done, steps)
         bar = tqdm(batches, desc=progress, initial=done, total=steps, leave=False, disable=progress is None)

@@ -435,9 +435,12 @@ def main():
     prompts = encode_prompts(args, model, tokenizer, task, examples + vals)
     runs.check_lengths(model, prompts, args.max_new_tokens)
     report.check_answers(task, examples[:8])
+    report.warn_of_unknown_words(tokenizer, prompts)
     if not args.resume:
         runs.delete_earlier_run(args.out)
     runs.write_settings(args, "train_rl.py")
+    # Until stage 2 and RL say more.
+    runs.on_stop(lambda: f"go on with: python train_rl.py --resume {args.out}")
     report.say_what_runs(args, model, tokenizer, task, prompts[: len(examples)], RELEASED, OURS)
 
     # The rows of the final table that come before RL, stages 1 and 2 among them; a resumed run has them in

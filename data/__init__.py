@@ -36,6 +36,7 @@ import re
 
 import torch
 
+import engine
 from litereason import Rollout, load, logprobs
 from runs import UserError, base_of, checkpoint_path
 
@@ -74,17 +75,18 @@ def perplexity(model, tokenizer, contexts, continuations, rows=64):
     They are read as plain text, whatever they contain: no special token, no tag. rows: how many are read at
     once. UserError if one of them has no token."""
     no_latents = torch.zeros(0, model.config.hidden_size)
+    texts = []
+    for context, continuation in zip(contexts, continuations):
+        prompt_ids = tokenizer.encode(context, split_special_tokens=True)
+        slots = tokenizer.encode(continuation, split_special_tokens=True, add_special_tokens=False)
+        if not prompt_ids or not slots:
+            raise UserError("a perplexity needs a context and a continuation of at least one token each")
+        texts.append(Rollout(prompt_ids, slots, no_latents))
     perplexities = []
-    for i in range(0, len(contexts), rows):
-        batch = []
-        for context, continuation in zip(contexts[i : i + rows], continuations[i : i + rows]):
-            prompt_ids = tokenizer.encode(context, split_special_tokens=True)
-            slots = tokenizer.encode(continuation, split_special_tokens=True, add_special_tokens=False)
-            if not prompt_ids or not slots:
-                raise UserError("a perplexity needs a context and a continuation of at least one token each")
-            batch.append(Rollout(prompt_ids, slots, no_latents))
-        logp, scored = logprobs(model, batch)  # (B, S) each
-        perplexities += torch.exp(-logp.sum(1) / scored.sum(1)).tolist()
+    with engine.autocast(model):
+        for i in range(0, len(texts), rows):
+            logp, scored = logprobs(model, texts[i : i + rows])  # (B, S) each
+            perplexities += torch.exp(-logp.sum(1) / scored.sum(1)).tolist()
     return perplexities
 
 

@@ -5,7 +5,8 @@ from conftest import close, naive
 
 import engine
 from engine import FewRows
-from litereason import LATENT, Rollout, logprobs, unroll
+from litereason import LATENT, Rollout, generate, logprobs, unroll
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 # ---------------------------------------------------------------- few rows times a large matrix
@@ -111,3 +112,51 @@ def test_a_second_backward_pass_through_the_same_logits_is_refused_not_wrong(mod
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+# ---------------------------------------------------------------- bf16 compute: a weight is cast once
+class Casts(TorchDispatchMode):
+    """Counts how often a weight of the base's linear maps is copied into bf16."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.shapes = {tuple(m.weight.shape) for m in model.modules() if isinstance(m, FewRows)}
+        self.count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation == torch.ops.aten._to_copy.default and kwargs.get("dtype") == torch.bfloat16:
+            self.count += args[0].dtype == torch.float32 and tuple(args[0].shape) in self.shapes
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_each_weight_is_cast_once_however_many_steps_there_are_frozen_or_not(model, tok, frozen):
+    model = model.float()
+    model.requires_grad_(not frozen)
+    plain = generate(model, tok, ["abc"], 2, 12, generator=torch.Generator().manual_seed(0))
+    model.bf16 = True
+    linear = [m for m in model.model.modules() if isinstance(m, FewRows)] + [model.lm_head]
+    with Casts(model) as casts:
+        rows = generate(model, tok, ["abc"], 2, 12, generator=torch.Generator().manual_seed(0))
+    assert casts.count == len(linear)
+    assert all(m.cast is None for m in linear), "kept after the call"
+    with Casts(model) as casts, engine.autocast(model), torch.no_grad():
+        for _ in range(3):
+            logp, _ = logprobs(model, rows)
+    assert casts.count <= len(linear) + 3  # the head's own, once a call
+    assert (logp[0, : len(rows[0].slots)] - rows[0].logprobs).abs().max() < 0.1 and len(plain) == 2
+
+
+def test_a_frozen_base_under_bf16_gives_the_gradients_of_one_that_is_not(model, tok):
+    model = model.float()
+    model.bf16 = True
+    rows = [Rollout([11, 12, 13], BLOCKS[i], torch.zeros(0, 32)) for i in (0, 1, 4)]
+    wanted = list(model.reasoning_projector.parameters())
+    both = []
+    for frozen in (False, True):
+        for name, p in model.named_parameters():
+            p.requires_grad_(name.startswith("reasoning_projector.") or not frozen)
+        _, latents = unroll(model, rows)
+        both.append(torch.autograd.grad(sum((z**2).sum() for z in latents), wanted))
+    for a, b in zip(*both):
+        close(a, b, 1e-5)

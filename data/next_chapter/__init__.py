@@ -22,6 +22,7 @@ import re
 
 import torch
 
+import engine
 from data import OFFER, folder, improvement, read_split
 from litereason import Rollout, UserError, load, logprobs
 
@@ -146,14 +147,14 @@ def perplexities(batch):
     """Per-token perplexity of chapters under the scorer. batch: [(example, plan, chapter)] -> floats."""
     model, tokenizer = scorer()
     results = []
-    for i in range(0, len(batch), settings["rows"]):
-        some = batch[i : i + settings["rows"]]
-        rows = [scoring_row(model, tokenizer, example, plan, chapter) for example, plan, chapter in some]
-        with torch.no_grad():
+    with torch.no_grad(), engine.autocast(model):  # here, so that a frozen weight is cast once for all texts
+        for i in range(0, len(batch), settings["rows"]):
+            some = batch[i : i + settings["rows"]]
+            rows = [scoring_row(model, tokenizer, example, plan, chapter) for example, plan, chapter in some]
             logp, _ = logprobs(model, [rollout for rollout, _ in rows])  # (B, S)
-        for own_logp, (rollout, n) in zip(logp, rows):
-            end = len(rollout.slots)
-            results.append(math.exp(-float(own_logp[end - n : end].double().mean())))
+            for own_logp, (rollout, n) in zip(logp, rows):
+                end = len(rollout.slots)
+                results.append(math.exp(-float(own_logp[end - n : end].double().mean())))
     return results
 
 
