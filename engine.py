@@ -28,6 +28,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 LOGITS = 2**27  # most logits that scoring computes at once: 512 MiB in fp32, 883 tokens of Qwen's vocabulary
+PREFILL = 2**14  # most positions, padding included, that are read in one forward pass before decoding
 LOOK = 4  # while decoding, the host looks at the device once in so many steps
 WAITS = ("cuda",)  # devices where data-dependent shapes force a sync
 
@@ -147,6 +148,49 @@ def pad_mask(lengths, L):
     """True where a prompt has ended, (P, 1, 1, L); None if all of them, lengths (P,), are equally long."""
     pad = torch.arange(L, device=lengths.device) >= lengths[:, None]  # (P, L)
     return pad[:, None, None] if pad.any() else None
+
+
+def prefill_in_chunks(model, prompts):
+    """prefill for decoding, PREFILL positions at a time: a long prompt's activations need far more memory
+    than its keys and values -> (PromptCache, last states (P, D))."""
+    longest = max(len(prompt) for prompt in prompts)
+    at_once = max(1, PREFILL // longest)
+    caches, last = [], []
+    for start in range(0, len(prompts), at_once):
+        cache, h, _ = prefill(model, prompts[start : start + at_once])
+        caches.append(cache)
+        last.append(h)
+    whole = PromptCache(len(caches[0].layers), torch.cat([cache.lengths for cache in caches]))
+    for i in range(len(whole.layers)):
+        keys = [_widened(cache.layers[i][0], longest) for cache in caches]
+        values = [_widened(cache.layers[i][1], longest) for cache in caches]
+        whole.layers[i] = (torch.cat(keys), torch.cat(values)) if len(caches) > 1 else (keys[0], values[0])
+        for cache in caches:
+            cache.layers[i] = None
+    return whole, torch.cat(last)
+
+
+def _widened(t, L):
+    """Keys or values of prompts, (P, K, .., d) -> (P, K, L, d)."""
+    return t if t.shape[2] == L else F.pad(t[:, :, :L], (0, 0, 0, max(0, L - t.shape[2])))
+
+
+def once_more_in_halves(model, run, n):
+    """run(n); out of memory: once more with half of n, and from then on never with more for this model.
+    Changes no result.
+
+    Raises torch.OutOfMemoryError if half is too much, too."""
+    n = min(n, getattr(model, "at_most", n))
+    try:
+        return run(n)
+    except torch.OutOfMemoryError:
+        if n == 1:
+            raise
+    if model.device.type == "cuda":  # here the exception, and what it held, is gone
+        torch.cuda.empty_cache()
+    model.at_most = max(1, n // 2)
+    print(f"out of memory with {n} prompts or texts at once; from here on {model.at_most}", flush=True)
+    return run(model.at_most)
 
 
 class Groups:
@@ -433,13 +477,9 @@ class DecodingCache:
 
 def _joined(old, kept, new, L):
     """Keys and values of the prompts `kept` of old, then those of new (None: no more), each (P, K, L, d)."""
-
-    def widened(t):
-        return F.pad(t[:, :, :L], (0, 0, 0, max(0, L - t.shape[2])))
-
     if new is None:
-        return tuple(widened(t[kept]) for t in old)
-    return tuple(torch.cat([widened(t[kept]), widened(more)]) for t, more in zip(old, new))
+        return tuple(_widened(t[kept], L) for t in old)
+    return tuple(torch.cat([_widened(t[kept], L), _widened(more, L)]) for t, more in zip(old, new))
 
 
 def _moved(memory, rows, columns, n_rows):
@@ -498,7 +538,7 @@ class Decoder:
         """Reads the next n prompts -> (their PromptCache, owner (B,), the fields of their rows)."""
         first, end = self.n_begun, self.n_begun + n
         self.n_begun = end
-        prompts_read, h, _ = prefill(self.model, self.prompts[first:end])
+        prompts_read, h = prefill_in_chunks(self.model, self.prompts[first:end])
         owner = torch.arange(n, device=self.model.device).repeat_interleave(self.samples)
         numbers = torch.arange(first * self.samples, end * self.samples)
         fields = self.new_rows(numbers, h[owner], prompts_read.lengths[owner])

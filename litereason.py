@@ -452,9 +452,12 @@ def generate(model, tokenizer, prompts, samples=1, max_new_tokens=256, temperatu
     if not ids:
         return []
     sampling = (temperature, top_k, top_p)
-    max_prompts = max(1, rows // samples)
-    rollouts, n_positions = _decode(model, tokenizer, ids, draws, samples, max_prompts, sampling, latent, bar,
-                                    tag, start, leave, feed)
+
+    def decode(max_prompts):
+        return _decode(model, tokenizer, ids, draws, samples, max_prompts, sampling, latent, bar, tag, start,
+                       leave, feed)
+
+    rollouts, n_positions = engine.once_more_in_halves(model, decode, max(1, rows // samples))
     if stats is not None:
         stats["positions"] = stats.get("positions", 0) + n_positions
     return rollouts

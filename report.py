@@ -23,7 +23,7 @@ import torch
 import data
 import engine
 import runs
-from litereason import CLOSE, LATENT, OPEN, TAG, generate, logprobs
+from litereason import CLOSE, LATENT, OPEN, TAG, Rollout, generate, logprobs
 from runs import UserError
 
 GIB = 2.0**30
@@ -130,32 +130,60 @@ def _in_gib(sizes):
 
 
 def pace(model, tokenizer, prompts, args, steps=16):
-    """How long a run may take on this machine, as text. Measured: one group of the longest prompt is decoded
-    for a few steps and scored.
+    """How long a run may take on this machine, as text. Measured, after a warm-up: as many rows as are
+    decoded at once, with the longest prompts, for a few steps; and one forward and backward pass of the
+    update at its full size.
 
-    An upper estimate: every rollout as long as allowed, no row makes room before, and a step with all rows
-    taken is counted as expensive as one with a single group per forward."""
-    longest = max(prompts, key=len)
-    times = [time.time()]
-    for n_steps in (1, steps + 1):  # the difference is `steps` steps without the prompt
-        rollouts = generate(model, tokenizer, [longest], args.group, n_steps)
-        times.append(time.time())
-    logprobs(model, rollouts)[0].sum().backward()
-    model.zero_grad(set_to_none=True)
-    times.append(time.time())
-    with_one_step, with_all_steps, update = np.diff(times).tolist()  # seconds
+    An upper estimate: every rollout as long as allowed."""
+    at_once = min(args.prompts, _groups_at_once(args))
+    longest = sorted(prompts, key=len)[-at_once:]
 
-    # From the measured group to a rollout batch.
-    seconds_per_step = max(0.0, with_all_steps - with_one_step) / steps
-    forwards = math.ceil(args.prompts / _groups_at_once(args))  # groups are decoded in so many rounds
-    sample = forwards * (with_one_step + seconds_per_step * args.max_new_tokens)
-    measured = len(longest) + sum(len(r.slots) for r in rollouts)  # positions
-    update *= args.prompts * (len(longest) + args.group * args.max_new_tokens) / measured
+    def decode(n_slots):
+        return generate(model, tokenizer, longest, args.group, n_slots)
+
+    def update(rollouts):
+        logprobs(model, rollouts)[0].sum().backward()
+        model.zero_grad(set_to_none=True)
+
+    update(decode(2)[:1])  # the first call of everything is slow
+    one_slot = _seconds(model, lambda: decode(1))
+    # The difference is `steps` steps without the prompts.
+    all_slots = _seconds(model, lambda: decode(steps + 1))
+    rollouts = _longest_rollouts(model, longest[-1], args)
+    one_pass = _seconds(model, lambda: update(rollouts))
+
+    # From there to a rollout batch.
+    per_step = max(0.0, all_slots - one_slot) / steps
+    rounds = math.ceil(args.prompts / at_once)
+    sample = rounds * (one_slot + per_step * args.max_new_tokens)
+    measured = len(longest[-1]) + sum(len(r.slots) for r in rollouts)  # positions
+    scored = args.prompts * (len(longest[-1]) + args.group * args.max_new_tokens) / measured * one_pass
     batches = args.steps / args.minibatches
-    hours = batches * (sample + update) / 3600
-    return (f"time at most, from a short measurement: {sample:.0f} s to sample and {update:.0f} s to update "
+    hours = batches * (sample + scored) / 3600
+    return (f"time at most, from a short measurement: {sample:.1f} s to sample and {scored:.1f} s to update "
             f"per rollout batch; {batches:.0f} batches: {hours:.1f} hours, "
             f"without evaluation and stages 1 and 2")
+
+
+def _longest_rollouts(model, prompt, args):
+    """As many rollouts of one prompt, of the length allowed, as the update reads in one pass."""
+    room = args.tokens_per_forward - len(prompt)
+    n = max(1, min(args.group, room // args.max_new_tokens))
+    slots = (prompt * args.max_new_tokens)[: args.max_new_tokens]
+    return [Rollout(prompt, slots, torch.zeros(0, model.config.hidden_size))] * n
+
+
+def _seconds(model, action):
+    """On CUDA until the device has done it."""
+
+    def now():
+        if model.device.type == "cuda":
+            torch.cuda.synchronize(model.device)
+        return time.time()
+
+    began = now()
+    action()
+    return now() - began
 
 
 # ============================================================ during training

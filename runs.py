@@ -62,6 +62,11 @@ def run_script(main):
     except UserError as e:
         print(f"{name}: error: {e}", file=sys.stderr)
         sys.exit(2)
+    except torch.OutOfMemoryError as e:
+        why = str(e).partition("\n")[0][:200]
+        print(f"{name}: error: out of memory ({why}): lower --rows (sampling) or --tokens-per-forward "
+              f"(update), or take --checkpoint-layers, --offload or a smaller model", file=sys.stderr)
+        sys.exit(2)
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO):
             raise
@@ -123,8 +128,8 @@ def _why_not(path, is_local, error):
         return (f"there is no model {path!r} on the hub, or it is private: check the name, or `hf auth "
                 f"login` (or set HF_TOKEN)")
     if "have a file named model.safetensors" in why:
-        return (f"{path!r} has no weights in safetensors files, the only kind that is read: look for a copy of the "
-                f"model that has them")
+        return (f"{path!r} has no weights in safetensors files, the only kind that is read: look for a copy "
+                f"of the model that has them")
     return (f"cannot fetch {path!r} from the hub ({why}). Without a network these work: 'tiny', or a "
             f"directory; where there is one: `hf download {path} --local-dir DIR`, then pass DIR")
 
@@ -748,9 +753,9 @@ class Phases:
 
     def end(self, name):
         if self.device.type == "cuda":
-            torch.cuda.synchronize()
-            peak = torch.cuda.max_memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.synchronize(self.device)
+            peak = torch.cuda.max_memory_allocated(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
         else:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         now = time.time()

@@ -105,6 +105,36 @@ def test_no_step_is_run_for_rows_that_are_all_at_the_limit(model, tok, limit, mo
     assert generate(model, tok, [], 2, limit) == []
 
 
+# ---------------------------------------------------------------- prompts read in chunks, and less at once if memory is short
+@pytest.mark.parametrize("budget", [1, 11, 25, 40])
+def test_prompts_read_in_chunks_give_the_rollouts_of_prompts_read_at_once(model, tok, budget, monkeypatch):
+    whole, shapes = run(model, tok, 512)
+    monkeypatch.setattr(engine, "PREFILL", budget)
+    chunked, more = run(model, tok, 512)
+    equal(chunked, whole)
+    reads = [n * width for n, width in more if width > 1]
+    assert len(reads) > 4 and max(reads) <= max(11, budget)
+    equal(run(model, tok, 6)[0], whole)  # prompts that join later, too
+
+
+def test_out_of_memory_while_sampling_halves_the_rows_once_and_says_so(model, tok, monkeypatch, capsys):
+    plain, _ = run(model, tok, 12)
+    real = engine.Decoder._begin
+
+    def begin(self, n):
+        if self.max_prompts > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, n)
+
+    monkeypatch.setattr(engine.Decoder, "_begin", begin)
+    for _ in range(2):
+        equal(run(model, tok, 12)[0], plain)
+    assert capsys.readouterr().out == "out of memory with 6 prompts or texts at once; from here on 3\n"
+    monkeypatch.setattr(engine.Decoder, "_begin", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+    with pytest.raises(torch.OutOfMemoryError):
+        run(model, tok, 12)
+
+
 # ---------------------------------------------------------------- steps that are recorded
 class Tape(TorchDispatchMode):
     """Notes every operation with the very tensors it worked on, as a CUDA graph does with addresses."""

@@ -145,11 +145,15 @@ def scoring_row(model, tokenizer, example, plan, chapter):
 
 def perplexities(batch):
     """Per-token perplexity of chapters under the scorer. batch: [(example, plan, chapter)] -> floats."""
+    return engine.once_more_in_halves(scorer()[0], functools.partial(_perplexities, batch), settings["rows"])
+
+
+def _perplexities(batch, at_once):
     model, tokenizer = scorer()
     results = []
     with torch.no_grad(), engine.autocast(model):  # here, so that a frozen weight is cast once for all texts
-        for i in range(0, len(batch), settings["rows"]):
-            some = batch[i : i + settings["rows"]]
+        for i in range(0, len(batch), at_once):
+            some = batch[i : i + at_once]
             rows = [scoring_row(model, tokenizer, example, plan, chapter) for example, plan, chapter in some]
             logp, _ = logprobs(model, [rollout for rollout, _ in rows])  # (B, S)
             for own_logp, (rollout, n) in zip(logp, rows):
