@@ -31,6 +31,7 @@ LOGITS = 2**27  # most logits that scoring computes at once: 512 MiB in fp32, 88
 PREFILL = 2**14  # most positions, padding included, that are read in one forward pass before decoding
 LOOK = 4  # while decoding, the host looks at the device once in so many steps
 WAITS = ("cuda",)  # devices where data-dependent shapes force a sync
+REPEATS = ("cuda",)  # devices whose fused attention takes a mask only with as many key heads as query heads
 
 
 # ============================================================ the model on embeddings
@@ -287,8 +288,8 @@ class ScoringCache:
     Tensors keep their graph: nothing is detached or copied in place, so the gradients of a group's rows meet
     in its prompt."""
 
-    # On a CPU, from more new slots per row on, each row gets a copy of its prompt's keys: smaller than the
-    # attention weights that need not be kept then.
+    # From more new slots per row on, each row gets a copy of its prompt's keys: smaller than the attention
+    # weights that need not be kept then. With fewer (a latent, a few words) sharing the prompt is cheaper.
     FUSED = 8
 
     def __init__(self, prompts, owner):
@@ -326,7 +327,7 @@ class ScoringCache:
         """q (B, H, S, d) -> (B, S, H, d)."""
         prompt, own = self.prompts[layer], self.layers[layer]
         q = q.to(prompt[1].dtype)
-        if q.shape[2] > self.FUSED and q.device.type == "cpu":
+        if q.shape[2] > self.FUSED:
             return self._attend_fused(prompt, own, q, scale, window)
         far, hide_own = None, self.hidden
         if window:
@@ -335,12 +336,19 @@ class ScoringCache:
         return attend_shared(q, scale, prompt, own, self.groups, self.pad, far, hide_own)
 
     def _attend_fused(self, prompt, own, q, scale, window):
-        """Fused attention never keeps the weights, which on a CPU is faster than sharing the products."""
+        """Fused attention never keeps the weights: for (B, H, S, L + n) of them in two types, on CUDA, there
+        is no room, and a CPU is faster so than sharing the products. On CUDA not yet tried."""
         keys, values = (
             torch.cat([of_prompt.index_select(0, self.owner), of_row], 2)
             for of_prompt, of_row in zip(prompt, own))  # (B, K, L + n, d)
         if window not in self.bias:
             self.bias[window] = self.joint_bias(q, prompt[0].shape[2], window)
+        if q.device.type in REPEATS:
+            R = q.shape[1] // keys.shape[1]
+            keys = keys.repeat_interleave(R, 1)  # (B, H, L + n, d)
+            values = values.repeat_interleave(R, 1)
+            out = F.scaled_dot_product_attention(q, keys, values, self.bias[window], scale=scale)
+            return out.transpose(1, 2)
         out = F.scaled_dot_product_attention(q, keys, values, self.bias[window], scale=scale, enable_gqa=True)
         return out.transpose(1, 2)
 

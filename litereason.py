@@ -400,16 +400,14 @@ def sample(logits, u, temperature, top_k, top_p):
         token = logits.argmax(-1)
         return token, logp.gather(-1, token[:, None])[:, 0]
     p = logp.exp()
-    if 0 < top_k < p.shape[-1]:
-        smallest_kept = p.topk(top_k).values[:, -1:]
-        p = p.masked_fill(p < smallest_kept, 0)
-    if top_p < 1:
-        ranked, order = p.sort(descending=True)
-        ranked = ranked / ranked.sum(-1, keepdim=True)
-        mass_before = ranked.cumsum(-1) - ranked
-        # Back in the vocabulary's order.
-        cut = (mass_before >= top_p).scatter(-1, order, mass_before >= top_p)
-        p = p.masked_fill(cut, 0)
+    cuts = 0 < top_k < p.shape[-1]
+    if cuts or top_p < 1:
+        ranked, order = p.topk(top_k) if cuts else p.sort(descending=True)  # top-k first: far less to sort
+        if top_p < 1:
+            share = ranked / ranked.sum(-1, keepdim=True)
+            mass_before = share.cumsum(-1) - share
+            ranked = ranked.masked_fill(mass_before >= top_p, 0)
+        p = torch.zeros_like(p).scatter(-1, order, ranked)
     cdf = p.cumsum(-1)  # (B, V)
     below_one = 1 - torch.finfo(cdf.dtype).eps / 2  # rounding must not make a 1 of u
     u = u.to(cdf.dtype).clamp(max=below_one)

@@ -44,9 +44,15 @@ def test_fused_attention_scores_like_the_shared_products(model, rollouts, choice
     monkeypatch.setattr(engine.ScoringCache, "joint_bias", lambda *a: calls.append(1) or joint(*a))
     monkeypatch.setattr(engine.ScoringCache, "FUSED", 8)
     again = logprobs(model, rows)[0]
+    monkeypatch.setattr(engine, "REPEATS", ("cpu",))  # as on CUDA
+    repeated = logprobs(model, rows)[0]
     monkeypatch.setattr(engine.ScoringCache, "FUSED", 10**9)
     shared = logprobs(model, rows)[0]
-    assert calls == [1], "the mask is made once a pass, not once a layer"
+    close(repeated, shared)
+    for a, b in zip(gradients(model, repeated.sum()), gradients(model, shared.sum())):
+        close(a, b)
+    shared = logprobs(model, rows)[0]
+    assert calls == [1, 1], "the mask is made once a pass, not once a layer"
     close(fused, again)
     close(fused, shared)
     for a, b in zip(gradients(model, fused.sum()), gradients(model, shared.sum())):
