@@ -94,24 +94,24 @@ def _memory(model, args, longest, scorer, rows, tokens):
         "16-bit copies": 2 * base if model.bf16 and not args.offload else 0,
         "scorer": 4 * _parameters(scorer) if scorer else 0}
 
+    # One layer's activations per position: norms and residuals in fp32; q, k, v and output; the MLP's four.
+    layer = 28 * hidden
+    layer += per_activation * (2 * (heads + kv_heads) * head_size + 4 * config.intermediate_size)
     keys_and_values = 2 * kv_heads * head_size * per_activation  # of one position in one layer
     prompts = min(args.prompts, 2 * rows // args.group)  # a long answer keeps its own while others begin
     cached = rows * args.max_new_tokens + prompts * longest  # positions
     sampling = {
         "keys and values": layers * keys_and_values * cached,
+        "prefill": layer * min(max(engine.PREFILL, longest), prompts * longest),
         "logits": 5 * 4 * rows * config.vocab_size}
 
-    # One layer's activations per token: norms and residuals in fp32; q, k, v and output; the MLP's four; and
-    # the attention weights of each slot.
-    layer = 28 * hidden
-    layer += per_activation * (2 * (heads + kv_heads) * head_size + 4 * config.intermediate_size)
-    layer += (5 + 2 * per_activation) * heads * (longest + args.max_new_tokens)
     per_token = layers * layer
     if args.checkpoint_layers:  # each layer's input, keys and values; all of one layer, made again
         per_token = layers * (4 * hidden + keys_and_values) + 2 * layer
+    mask = per_activation * (longest + args.max_new_tokens)  # who sees whom, once for all layers
     update = {
         "gradients": per_weight * base,
-        "activations": tokens * per_token,
+        "activations": tokens * (per_token + mask),
         "logits": 2 * 4 * min(engine.LOGITS, tokens * config.vocab_size)}
     return always, sampling, update
 
