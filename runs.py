@@ -704,6 +704,20 @@ def check_what_is_there(args, saved=None):
                         "with --overwrite")
 
 
+def source_of_weights(args, saved):
+    """What a run loads: args.model or, where that is not on this disk, the run's own model, if it has a state
+    and so all weights: no hub is needed then. (The base first: on a CPU a last digit can depend on where in
+    its file a weight stands, so that only from the same file a resumed run is bit for bit the run that was
+    never stopped.)"""
+    own = os.path.join(args.out, "model")
+    try:
+        base_is_here = os.path.isdir(checkpoint_path(args.model))
+    except UserError:
+        base_is_here = False
+    has_all = saved is not None and os.path.exists(os.path.join(own, "config.json"))
+    return own if has_all and not base_is_here else args.model
+
+
 def delete_earlier_run(out):
     """All that an earlier run left in `out` but the traces, which say themselves what they were made with."""
     names = ["config.json", "metrics.jsonl", "results.json", "bad-rollouts.json", "seconds.json", "model",

@@ -416,11 +416,9 @@ def main():
     vals = task.examples("val")[: args.val]
     tests = task.examples("test")[: args.n]
 
-    # The model, with the settings for its size. A run that has a state has all weights, and needs its base no
-    # more.
-    own_model = os.path.join(args.out, "model")
-    is_complete = saved is not None and os.path.exists(os.path.join(own_model, "config.json"))
-    model, tokenizer = load(own_model if is_complete else args.model, args.device)
+    # The model, with the settings for its size.
+    source = runs.source_of_weights(args, saved)
+    model, tokenizer = load(source, args.device)
     model.graphs = args.graphs
     data.start_task(args, task, args.model)
     for name, value in (SMALL if runs.is_small(model) else RELEASED).items():
@@ -428,7 +426,7 @@ def main():
             setattr(args, name, value)
     if args.checkpoint_layers:
         engine.checkpoint_layers(model)
-    if not is_complete:
+    if source == args.model:
         choose_projector(args, model)
 
     # Stop now if something cannot work, not in the middle of an epoch.
