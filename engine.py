@@ -994,22 +994,23 @@ class FewRows(torch.nn.Linear):
     cast = None  # the frozen weight in autocast's type
 
     def forward(self, x):
+        weight, bias = self.weight, self.bias
         device = x.device.type
-        weight = self.weight
-        if torch.is_autocast_enabled(device) and not weight.requires_grad:
+        if not weight.requires_grad and torch.is_autocast_enabled(device):
             if self.cast is None:
                 self.cast = weight.to(torch.get_autocast_dtype(device))
             weight = self.cast
+        if device != "cpu" or weight.numel() < 2**17:
+            return F.linear(x, weight, bias)
         n = x.numel() // self.in_features
-        is_large = weight.numel() >= 2**17
-        if device != "cpu" or not 0 < n <= 8 or not is_large:
-            return F.linear(x, weight, self.bias)
+        if not 0 < n <= 8:
+            return F.linear(x, weight, bias)
         rows = x.reshape(n, self.in_features)
         rows = F.pad(rows, (0, 0, 0, n % 2))  # (n or n + 1, in)
         products = [weight @ few.T for few in rows.split(4)]  # (out, 2 or 4) each
         y = torch.cat([product.T for product in products])
         y = y[:n].view(*x.shape[:-1], self.out_features)
-        return y if self.bias is None else y + self.bias
+        return y if bias is None else y + bias
 
 
 def use_few_rows(model):

@@ -18,6 +18,7 @@ Where it has a use for them, it may also have these:
                                      refresh trains on it (paper Sec. 3.4), eval.py shows it
     rewards(examples, completions)   the rewards of many at once, for a scorer model that reads in batches
     report(examples, completions)    {name: number or [low, high]}: what eval.py prints beside the accuracy
+    MEASURE                          what its score is called, by default accuracy
     settings                         a dict that scripts fill in: "reward" (its kind), "scorer" (the frozen
                                      model and its tokenizer), "seed", "step" (of the training; 0 in
                                      evaluation)

@@ -1,4 +1,4 @@
-"""Both kinds of gradient: back through the latents into the projector (stage 2), and GRPO into the base (stage 3)."""
+"""Gradients are those of the definition: back through the latents into the projector (stage 2), and of GRPO into the base (stage 3)."""
 import dataclasses
 
 import pytest

@@ -33,6 +33,7 @@ settings = {
     "seed": 0,
     "rows": 16,               # texts that the scorer reads at once; changes memory, not results
 }
+MEASURE = "reward"  # what a score of this task is called
 ANSWER = "In summary:"  # what follows is the plan, the only part that the scorer reads
 FIELDS = {  # optional: field of an example -> its heading in the prompt, in this order
     "high_level_plan": "The plan of the whole book",

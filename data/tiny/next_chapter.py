@@ -16,6 +16,7 @@ from data.tiny import HIDE, NAMES, PEOPLE, PUT, SEEDS, THINGS, collect
 from litereason import load, parse_tags
 
 SIZES = {"train": 480, "val": 100, "test": 200}
+MEASURE = "reward"  # what a score of this task is called
 ANSWER = "In summary :"  # what follows is the plan, the only part that the scorer reads
 
 
