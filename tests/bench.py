@@ -143,7 +143,7 @@ def make_rows(device):
             for t, s in enumerate(slots, 768):
                 if s == LATENT:
                     h = theirs.model(inputs_embeds=x[:, :t], use_cache=False).last_hidden_state[:, -1]
-                    x[:, t] = ours.reasoning_projector(h)
+                    x[:, t] = ours.reasoning_projector(h)[0]
             return theirs.model(inputs_embeds=x, use_cache=False).last_hidden_state
 
         return torch.no_grad()(lambda: unroll(ours, [rollout])), prefixes
