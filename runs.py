@@ -690,9 +690,11 @@ def check_what_is_there(args, saved=None):
     if source == out or source.startswith(out + os.sep):
         raise UserError(f"--model {args.model} is in --out {args.out}, which is to be replaced: choose "
                         f"another --out")
+    made = run_settings(args.out)
+    if os.path.exists(os.path.join(args.out, "config.json")) and "script" not in made:
+        raise UserError(f"{args.out} has a config.json that no run wrote: choose another --out")
     if args.overwrite:
         return
-    made = run_settings(args.out)
     states = saved_states(args.out)
     asked_for = made.get("steps") or 0
     if states and states[-1] < asked_for:
@@ -720,9 +722,11 @@ def source_of_weights(args, saved):
 
 def delete_earlier_run(out):
     """All that an earlier run left in `out` but the traces, which say themselves what they were made with."""
-    names = ["config.json", "metrics.jsonl", "results.json", "bad-rollouts.json", "seconds.json", "model",
-             "stage-2", "first-rows", *(f"state-{step}" for step in saved_states(out))]
-    for name in names:
+    if "script" not in run_settings(out):  # no run was here: what there is belongs to somebody else
+        return
+    states = [f"state-{step}" for step in saved_states(out)]
+    for name in [*states, "metrics.jsonl", "results.json", "bad-rollouts.json", "seconds.json", "model",
+                 "stage-2", "first-rows", "config.json"]:
         path = os.path.join(out, name)
         if os.path.isdir(path):
             shutil.rmtree(path, ignore_errors=True)

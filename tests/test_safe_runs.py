@@ -74,6 +74,15 @@ def test_a_run_is_neither_continued_in_its_own_directory_nor_replaced_by_an_eval
         run(evaluation, "--model", copy, "--device", "cpu", "--n", 1, "--out", copy)
 
 
+def test_a_directory_that_is_no_run_is_left_alone_even_with_overwrite(tmp_path):
+    shutil.copytree(TINY, tmp_path / "m")
+    before = sorted(os.listdir(tmp_path / "m"))
+    for words in ((), ("--overwrite",)):
+        with pytest.raises(UserError, match="has a config.json that no run wrote: choose another --out"):
+            run(train_rl, *SIZES, "--model", "tiny", "--out", tmp_path / "m", *words)
+    assert sorted(set(os.listdir(tmp_path / "m")) - {"lock"}) == before
+
+
 def test_resume_needs_no_base_when_the_run_has_all_weights(copy, capsys):
     run(train_rl, "--resume", copy, "--steps", 2)
     assert "resumed from" in capsys.readouterr().out
