@@ -176,22 +176,22 @@ def _widened(t, L):
     return t if t.shape[2] == L else F.pad(t[:, :, :L], (0, 0, 0, max(0, L - t.shape[2])))
 
 
-def once_more_in_halves(model, run, n):
-    """run(n); out of memory: once more with half of n, and from then on never with more for this model.
-    Changes no result.
+def once_more_in_halves(model, run, rows):
+    """run(rows); out of memory: once more with half of the rows, and from then on never with more for this
+    model, whatever calls it. Changes no result.
 
     Raises torch.OutOfMemoryError if half is too much, too."""
-    n = min(n, getattr(model, "at_most", n))
+    rows = min(rows, getattr(model, "most_rows", rows))
     try:
-        return run(n)
+        return run(rows)
     except torch.OutOfMemoryError:
-        if n == 1:
+        if rows == 1:
             raise
     if model.device.type == "cuda":  # here the exception, and what it held, is gone
         torch.cuda.empty_cache()
-    model.at_most = max(1, n // 2)
-    print(f"out of memory with {n} prompts or texts at once; from here on {model.at_most}", flush=True)
-    return run(model.at_most)
+    model.most_rows = max(1, rows // 2)
+    print(f"out of memory with {rows} rows at once; from here on {model.most_rows}", flush=True)
+    return run(model.most_rows)
 
 
 class Groups:

@@ -451,11 +451,12 @@ def generate(model, tokenizer, prompts, samples=1, max_new_tokens=256, temperatu
         return []
     sampling = (temperature, top_k, top_p)
 
-    def decode(max_prompts):
+    def decode(rows):
+        max_prompts = max(1, rows // samples)
         return _decode(model, tokenizer, ids, draws, samples, max_prompts, sampling, latent, bar, tag, start,
                        leave, feed)
 
-    rollouts, n_positions = engine.once_more_in_halves(model, decode, max(1, rows // samples))
+    rollouts, n_positions = engine.once_more_in_halves(model, decode, max(1, rows))
     if stats is not None:
         stats["positions"] = stats.get("positions", 0) + n_positions
     return rollouts

@@ -369,14 +369,14 @@ def parse_arguments():
                         "no result")
     g.add_argument("--checkpoint-layers", action=argparse.BooleanOptionalAction,
                    help="keep no activations inside layers: less memory, a third more time")
-    g.add_argument("--recompute-latents", action="store_true", help="score with latents made by the current "
-                                                                    "weights")
+    g.add_argument("--recompute-latents", action="store_true",
+                   help="score with latents made by the current weights")
     g.add_argument("--offload", action="store_true",
                    help="bf16 weights on the card, fp32 masters and AdamW's moments on the host")
     g = ap.add_argument_group("projector")
     g.add_argument("--projector-steps", type=int, help="optimiser steps of stage 2, if it is run")
-    g.add_argument("--trace-prompts", type=int, help="train prompts that stage 1 samples traces for, if it "
-                                                     "is run")
+    g.add_argument("--trace-prompts", type=int,
+                   help="train prompts that stage 1 samples traces for, if it is run")
     others = [name for name in PROJECTORS if name != "mlp"]
     g.add_argument("--projector", default="warm", choices=["warm", "random", *others],
                    help="what stage 2 starts from: copies of the last MLP (warm, the paper), random weights "
@@ -394,8 +394,8 @@ def parse_arguments():
     g.add_argument("--val", type=int, default=100,
                    help="val examples evaluated after each epoch, to warn if validation falls while the "
                    "train reward rises; 0 leaves it out")
-    g.add_argument("--show-every", type=int, default=20, help="print two rollouts every so many steps; 0 "
-                                                              "never")
+    g.add_argument("--show-every", type=int, default=20,
+                   help="print two rollouts every so many steps; 0 never")
     g.add_argument("--seed", type=int, default=0)
     runs.device_flags(g)
     return runs.parse_resumable(ap, "train_rl.py", ("steps", "device", "graphs"))

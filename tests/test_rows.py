@@ -129,7 +129,10 @@ def test_out_of_memory_while_sampling_halves_the_rows_once_and_says_so(model, to
     monkeypatch.setattr(engine.Decoder, "_begin", begin)
     for _ in range(2):
         equal(run(model, tok, 12)[0], plain)
-    assert capsys.readouterr().out == "out of memory with 6 prompts or texts at once; from here on 3\n"
+    assert capsys.readouterr().out == "out of memory with 12 rows at once; from here on 6\n"
+    monkeypatch.setattr(engine.Decoder, "_begin", real)
+    one = generate(model, tok, ["ab"] * 8, 1, 3)  # rows, not prompts: a call with other groups decodes as many rows
+    assert len(one) == 8 and model.most_rows == 6 and not capsys.readouterr().out
     monkeypatch.setattr(engine.Decoder, "_begin", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
     with pytest.raises(torch.OutOfMemoryError):
         run(model, tok, 12)
