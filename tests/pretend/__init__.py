@@ -19,6 +19,7 @@ import functools
 import importlib.metadata
 import io
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import shutil
 import sys
@@ -51,10 +52,16 @@ def run(function, *args):
 
 @functools.cache
 def _server():
+    """Started once; from then on a process that has imported everything is a fork away."""
     context = multiprocessing.get_context("forkserver")
-    if ROOT not in sys.path:
-        sys.path.insert(0, ROOT)
     context.set_forkserver_preload(["pretend.device", "pretend.memory", "train_rl", "baselines"])
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, os.path.dirname(HERE), *sys.path])  # for those imports
+    multiprocessing.forkserver.ensure_running()
+    if before is None:
+        del os.environ["PYTHONPATH"]
+    else:
+        os.environ["PYTHONPATH"] = before
     return context
 
 
