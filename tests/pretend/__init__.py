@@ -2,6 +2,7 @@
 
     pretend.why_not()            None, or why there is no such device here: one line, for pytest.skip
     pretend.run(f, *args)        f(*args) in a process that has the device -> (its result, what it printed)
+    pretend.script(*words)       python SCRIPT .. in such a process -> what it printed, and what the device counted
     pretend.device               in such a process: the device itself; counts host syncs, copies and bytes
     pretend.memory               in such a process: peak bytes at real shapes, nothing computed
 
@@ -21,8 +22,10 @@ import io
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import runpy
 import shutil
 import sys
+import types
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
@@ -50,6 +53,22 @@ def run(function, *args):
         return pool.submit(_captured, function, args).result()
 
 
+def script(*words):
+    """python SCRIPT .., from the project's root -> a namespace: printed, and products (how many matrix products, by type)."""
+    products, printed = run(_script, [str(word) for word in words])
+    return types.SimpleNamespace(printed=printed, products=products)
+
+
+def _script(words):
+    from pretend import device
+
+    path = os.path.join(ROOT, words[0])
+    sys.argv = [path, *words[1:]]
+    os.chdir(ROOT)
+    runpy.run_path(path, run_name="__main__")
+    return {str(dtype): n for dtype, n in device.PRODUCTS.items()}
+
+
 @functools.cache
 def _server():
     """Started once; from then on a process that has imported everything is a fork away."""
@@ -72,7 +91,7 @@ def _captured(function, args):
         device.install()
         try:
             result = function(*args)
-        except SystemExit as e:
+        except SystemExit as e:  # a script's way to end in one line
             raise RuntimeError(f"{printed.getvalue()}\nexit status {e.code}") from None
     return result, printed.getvalue()
 

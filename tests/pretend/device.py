@@ -91,7 +91,7 @@ class Bytes:
 BYTES = Bytes()
 SYNCS = collections.Counter()  # (the project's line, why the host waited for the device) -> times
 COPIES = collections.Counter()  # (line, "to the card" or "from the card") -> times
-N_OPS = collections.Counter()  # "all" -> how many operations the device was given
+PRODUCTS = collections.Counter()  # type -> matrix products on the card
 
 
 def project_line():
@@ -175,59 +175,57 @@ class OnCard(torch.Tensor):
         return self.cpu().tolist()
 
 
-def each(x, change):
-    """x with every tensor in its lists, tuples and dicts changed."""
-    if isinstance(x, torch.Tensor):
-        return change(x)
-    if type(x) in (list, tuple):
-        return type(x)([each(y, change) for y in x])
-    if type(x) is dict:
-        return {name: each(y, change) for name, y in x.items()}
-    return x
-
-
-def tensors_in(*x):
-    found = []
-    each(x, found.append)
-    return found
-
-
 # ============================================================ one operation
 def dispatch(op, args, kwargs):
     """Every operation of torch that reaches a device comes here."""
-    N_OPS["all"] += 1
-    if op in (aten._pin_memory.default, aten.is_pinned.default):
-        return args[0].clone() if op is aten._pin_memory.default else False
-    tensors = tensors_in(args, kwargs)
-    is_on_card = result_is_on_card(op, tensors, args, kwargs)
-    wrapper_of = {id(t.inner): t for t in tensors if isinstance(t, OnCard)}
-
-    def wrapped(t):
-        if id(t) in wrapper_of:  # changed in place
-            wrapper = wrapper_of[id(t)]
-            if wrapper.shape != t.shape:
-                raise NotImplementedError(f"pretended device: {op} changes a shape in place")
-            return wrapper
-        return OnCard(t) if is_on_card else t
-
-    kwargs = dict(kwargs)
-    if kwargs.get("device") is not None:
-        kwargs["device"] = CPU
+    if op is aten._pin_memory.default:
+        return args[0].clone()
+    if op is aten.is_pinned.default:
+        return False
+    on, off = [], []  # the tensors that it gets: on the card, and not
+    inner_args = [_unwrapped(x, on, off) for x in args]
+    inner_kwargs = {name: _unwrapped(x, on, off) for name, x in kwargs.items()}
+    is_on_card = result_is_on_card(op, args, kwargs, on, off)
+    if "device" in kwargs:
+        inner_kwargs["device"] = CPU
     if kwargs.get("pin_memory"):
-        kwargs["pin_memory"] = False
-    return each(compute(op, args, kwargs, is_on_card), wrapped)
+        inner_kwargs["pin_memory"] = False
+    out = compute(op, inner_args, inner_kwargs, is_on_card)
+    return _wrapped(out, on, is_on_card)
 
 
 def compute(op, args, kwargs, is_on_card):
     """The operation on what the wrappers hold."""
-    out = op(*each(args, _inner), **each(kwargs, _inner))
+    out = op(*args, **kwargs)
     if RECORDING and is_on_card:
         RECORDING[-1].append((op, args, kwargs, out))
     return out
 
 
-def _inner(t):
-    return t.inner if isinstance(t, OnCard) else t
+def _unwrapped(x, on, off):
+    """x with what the wrappers in it hold; lists the tensors."""
+    kind = type(x)
+    if kind is OnCard:
+        on.append(x)
+        return x.inner
+    if kind is list or kind is tuple:
+        return [_unwrapped(y, on, off) for y in x]
+    if isinstance(x, torch.Tensor):
+        off.append(x)
+    return x
+
+
+def _wrapped(x, on, is_on_card):
+    if isinstance(x, torch.Tensor):
+        for wrapper in on:
+            if wrapper.inner is x:  # changed in place
+                if wrapper.shape != x.shape:
+                    raise NotImplementedError("pretended device: an operation changes a shape in place")
+                return wrapper
+        return OnCard(x) if is_on_card else x
+    if isinstance(x, (list, tuple)):
+        return type(x)([_wrapped(y, on, is_on_card) for y in x])
+    return x
 
 
 INDEXING = {aten.index.Tensor, aten._unsafe_index.Tensor}
@@ -239,68 +237,67 @@ MATRIX_PRODUCTS = {aten.mm.default, aten.bmm.default, aten.addmm.default, aten.b
 WAITING = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default,
            aten._unique2.default, aten.unique_dim.default, aten.unique_consecutive.default,
            aten.bincount.default, aten.equal.default, aten.repeat_interleave.Tensor}
-# A wrapped number is lifted on the host, as in torch.tensor(..).
+# A number of Python's is lifted on the host, as in torch.tensor(..).
 LIFTING = {aten.lift_fresh.default, aten.lift_fresh_copy.default, aten.lift.default}
 
 
-def result_is_on_card(op, tensors, args, kwargs):
+def result_is_on_card(op, args, kwargs, on, off):
     """Whether the result is; raises what CUDA raises, and counts where the host waits."""
-    on = [t for t in tensors if isinstance(t, OnCard)]
     asked = kwargs.get("device")
     asked_for_card = asked is not None and torch.device(asked).type == "cuda"
-    generator = kwargs.get("generator")
-    if generator is not None and (asked_for_card or on):
+    if kwargs.get("generator") is not None and (asked_for_card or on):
         raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
     if op is aten._to_copy.default:
         to_card = bool(on) if asked is None else asked_for_card
-        _count_copy(bool(on), to_card, kwargs)
+        _count_copy(bool(on), to_card, kwargs.get("non_blocking"))
         return to_card
     if asked is not None:
         return asked_for_card
+    if not on:
+        return False
     if op is aten.copy_.default:
         to_card = isinstance(args[0], OnCard)
-        _count_copy(isinstance(args[1], OnCard), to_card, {"non_blocking": len(args) > 2 and args[2]})
+        _count_copy(isinstance(args[1], OnCard), to_card, len(args) > 2 and args[2])
         return to_card
-    if not on or op in LIFTING:
-        return bool(on)
     if op in INDEXING or op in WRITING:
         return _check_indices(op, args)
-    off = [t for t in tensors if not isinstance(t, OnCard)]
-    number_is_enough = torch.Tag.pointwise in op.tags or op.name().startswith(("aten::_foreach", "aten::where", "aten::fill"))
-    writes_to_host = op._schema.is_mutable and not isinstance(_first_tensor(args), OnCard)
-    if off and (writes_to_host or not number_is_enough or any(t.dim() for t in off)):
-        shapes = [(str(t.device), tuple(t.shape)) for t in tensors]
-        raise RuntimeError(f"Expected all tensors to be on the same device, but {op} found {shapes}")
+    if off and op not in LIFTING:
+        _check_mixture(op, args, on, off)
     if op in MATRIX_PRODUCTS:
         kinds = {t.dtype for t in on}
         if len(kinds) > 1 or not on[0].is_floating_point():
             raise RuntimeError(f'"{op}" is not implemented on CUDA for {kinds}')
-    if op in WAITING:
+        PRODUCTS[on[0].dtype] += 1
+    elif op in WAITING:
         waits(op.name().split("::")[1])
     return True
 
 
-def _first_tensor(args):
-    return (tensors_in(args) or [None])[0]
+def _check_mixture(op, args, on, off):
+    """A CPU tensor beside one on the card must be a single number, in an operation that takes numbers."""
+    takes_numbers = torch.Tag.pointwise in op.tags or op.name().startswith(("aten::_foreach", "aten::where", "aten::fill"))
+    writes_to_host = op._schema.is_mutable and any(args[0] is t for t in off)
+    if writes_to_host or not takes_numbers or any(t.dim() for t in off):
+        found = [(str(t.device), tuple(t.shape)) for t in on + off]
+        raise RuntimeError(f"Expected all tensors to be on the same device, but {op} found {found}")
 
 
-def _count_copy(from_card, to_card, kwargs):
+def _count_copy(from_card, to_card, non_blocking):
     if from_card == to_card:
         return
     COPIES[project_line(), "to the card" if to_card else "from the card"] += 1
-    if from_card and not kwargs.get("non_blocking"):
-        waits("copy from the card")
-    elif RECORDING:
-        waits("copy to the card")
+    if RECORDING or (from_card and not non_blocking):
+        waits("copy from the card" if from_card else "copy to the card")
 
 
 def _check_indices(op, args):
-    indices = [i for i in args[1] if i is not None]
     if not isinstance(args[0], OnCard):
         raise RuntimeError(f"{op} of a CPU tensor with indices or values on the card")
-    for index in indices:
+    for index in args[1]:
+        if index is None:
+            continue
         if not isinstance(index, OnCard):
-            COPIES[project_line(), "to the card"] += 1
+            _count_copy(False, True, False)
         elif index.dtype in (torch.bool, torch.uint8):
             waits("index by a mask")
     if op in WRITING and not isinstance(args[2], OnCard) and args[2].dim():
@@ -310,6 +307,10 @@ def _check_indices(op, args):
 
 class Everywhere(TorchDispatchMode):
     """Operations without an argument on the card, such as torch.zeros(2, device="cuda")."""
+
+    @classmethod
+    def _should_skip_dynamo(cls):  # else torch wraps what follows, which takes a tenth of the time
+        return False
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         return dispatch(op, args, kwargs or {})
@@ -368,13 +369,17 @@ class Graph:
 
     def replay(self):
         for op, args, kwargs, out in self.operations:
-            again = op(*each(args, _inner), **each(kwargs, _inner))
-            for old, new in zip(tensors_in(out), tensors_in(again)):
+            again = op(*args, **kwargs)
+            for old, new in zip(_listed(out), _listed(again)):
                 if old.untyped_storage()._cdata != new.untyped_storage()._cdata:  # a view sees the new numbers by itself
                     old.copy_(new)
 
     def reset(self):
         self.operations = []
+
+
+def _listed(out):
+    return out if isinstance(out, (list, tuple)) else [out]
 
 
 @contextlib.contextmanager

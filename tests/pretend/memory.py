@@ -12,9 +12,10 @@ import gc
 import torch
 
 from pretend import device
-from pretend.device import BYTES, OnCard, _inner, aten, each, tensors_in
+from pretend.device import BYTES, OnCard, aten
 
 LARGE = 2**24  # integers and masks beyond so many elements lose their numbers, too: nobody reads them one by one
+MANY = 2**20  # from so many on, floats copied to the host take no memory there
 
 
 def without_numbers():
@@ -34,37 +35,45 @@ def peak(run):
 
 # ============================================================ one operation
 def compute(op, args, kwargs, is_on_card):
-    inner = [_inner(t) for t in tensors_in(args, kwargs)]
-    unknown = any(t.is_meta for t in inner)
+    tensors = _tensors_in([*args, *kwargs.values()])
+    unknown = any(t.is_meta for t in tensors)
     if not unknown and not is_on_card:
-        return op(*each(args, _inner), **each(kwargs, _inner))
-    if not unknown and not inner and _makes_floats(op, args, kwargs):  # torch.empty(..) and the like
+        return op(*args, **kwargs)
+    if not unknown and not tensors and _makes_floats(op, kwargs):  # torch.empty(..) and the like
         return op(*args, **{**kwargs, "device": "meta"})
     if not unknown:
-        return each(op(*each(args, _inner), **each(kwargs, _inner)), _numbers_forgotten)
+        return _each(op(*args, **kwargs), _numbers_forgotten)
 
     if op is aten._local_scalar_dense.default:
-        return 1.0 if inner[0].is_floating_point() else 0
-    first = inner[0]
-    if op._schema.is_mutable and not first.is_meta:  # numbers that are known stay
-        if not isinstance(args[0], OnCard):
-            return args[0]
-        return first
-    args = _masks_as_indices(op, args)
-    kwargs = {name: value for name, value in kwargs.items() if name != "generator"}
+        return 1.0 if tensors[0].is_floating_point() else 0
+    if op._schema.is_mutable and not tensors[0].is_meta:  # numbers that are known stay
+        return tensors[0]
+    args = _each(_masks_as_indices(op, args), _on_meta)
+    kwargs = {name: _each(value, _on_meta) for name, value in kwargs.items() if name != "generator"}
     if "device" in kwargs:
         kwargs["device"] = "meta"
-    out = op(*each(args, _on_meta), **each(kwargs, _on_meta))
-    return each(out, _integers_known if is_on_card else _on_the_host)
+    return _each(op(*args, **kwargs), _integers_known if is_on_card else _on_the_host)
 
 
-def _makes_floats(op, args, kwargs):
+def _each(x, change):
+    """x with every tensor in it changed."""
+    if isinstance(x, torch.Tensor):
+        return change(x)
+    return type(x)([_each(y, change) for y in x]) if isinstance(x, (list, tuple)) else x
+
+
+def _tensors_in(x):
+    found = []
+    _each(x, found.append)
+    return found
+
+
+def _makes_floats(op, kwargs):
     dtype = kwargs.get("dtype") or torch.get_default_dtype()
     return dtype.is_floating_point and "arange" not in op.name()
 
 
 def _on_meta(t):
-    t = _inner(t)
     return t if t.is_meta else t.to("meta")
 
 
@@ -89,7 +98,7 @@ def _on_the_host(t):
     """What is copied to the host: zeros, in no memory where they are many."""
     if not t.is_meta:
         return t
-    return torch.zeros(t.shape, dtype=t.dtype) if t.numel() <= LARGE else torch.zeros((), dtype=t.dtype).expand(t.shape)
+    return torch.zeros(t.shape, dtype=t.dtype) if t.numel() < MANY else torch.zeros((), dtype=t.dtype).expand(t.shape)
 
 
 def _masks_as_indices(op, args):
@@ -98,12 +107,11 @@ def _masks_as_indices(op, args):
         return args
     indices = []
     for index in args[1]:
-        known = None if index is None else _inner(index)
-        if known is not None and known.dtype == torch.bool and not known.is_meta:
-            indices += known.nonzero().unbind(1)
+        if index is not None and index.dtype == torch.bool and not index.is_meta:
+            indices += index.nonzero().unbind(1)
         else:
             indices.append(index)
-    return args[0], indices, *args[2:]
+    return [args[0], indices, *args[2:]]
 
 
 # ============================================================ fused attention
