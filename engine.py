@@ -998,7 +998,8 @@ class FewRows(torch.nn.Linear):
         device = x.device.type
         if not weight.requires_grad and torch.is_autocast_enabled(device):
             if self.cast is None:
-                self.cast = weight.to(torch.get_autocast_dtype(device))
+                # Detached: with --offload it is of that type already, and no second parameter.
+                self.cast = weight.detach().to(torch.get_autocast_dtype(device))
             weight = self.cast
         if device != "cpu" or weight.numel() < 2**17:
             return F.linear(x, weight, bias)
