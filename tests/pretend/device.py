@@ -14,7 +14,8 @@ import types
 import weakref
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-ROOT = os.path.dirname(os.path.dirname(HERE))
+TESTS = os.path.dirname(HERE)
+ROOT = os.path.dirname(TESTS)
 
 
 # ============================================================ torch's C++ side
@@ -89,36 +90,26 @@ class Bytes:
 
 
 BYTES = Bytes()
-SYNCS = collections.Counter()  # (the project's line, why the host waited for the device) -> times
-COPIES = collections.Counter()  # (line, "to the card" or "from the card") -> times
+EVENTS = []  # (the project's line, what happened there), in order: the host waited for the device, or sent it a copy
 PRODUCTS = collections.Counter()  # type -> matrix products on the card
 
 
 def project_line():
-    """FILE:LINE of the project, tests aside, that is running; "backward" in the device's own thread."""
+    """FILE:LINE in FUNCTION of the project, tests aside, that is running; "backward" in the device's own thread."""
     frame = sys._getframe(1)
     while frame:
-        name = frame.f_code.co_filename
-        if name.startswith(ROOT) and not name.startswith(HERE):
-            return f"{os.path.relpath(name, ROOT)}:{frame.f_lineno}"
+        code = frame.f_code
+        if code.co_filename.startswith(ROOT) and not code.co_filename.startswith(TESTS):
+            return f"{os.path.relpath(code.co_filename, ROOT)}:{frame.f_lineno} in {code.co_name}"
         frame = frame.f_back
     return "backward"
 
 
-@contextlib.contextmanager
-def counted():
-    """-> a namespace whose syncs and copies are, after the block, what was counted in it."""
-    found = types.SimpleNamespace(syncs=None, copies=None)
-    syncs, copies = SYNCS.copy(), COPIES.copy()
-    yield found
-    found.syncs = SYNCS - syncs
-    found.copies = COPIES - copies
-
-
 def waits(why):
+    """The host needs a number from the device, or its memory: it stands still until all that was asked before is done."""
     if RECORDING:
         raise RuntimeError(f"operation not permitted when stream is capturing ({why})")
-    SYNCS[project_line(), why] += 1
+    EVENTS.append((project_line(), why))
 
 
 # ============================================================ the tensor
@@ -283,10 +274,7 @@ def _check_mixture(op, args, on, off):
 
 
 def _count_copy(from_card, to_card, non_blocking):
-    if from_card == to_card:
-        return
-    COPIES[project_line(), "to the card" if to_card else "from the card"] += 1
-    if RECORDING or (from_card and not non_blocking):
+    if from_card != to_card and not non_blocking:
         waits("copy from the card" if from_card else "copy to the card")
 
 
