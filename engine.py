@@ -1069,6 +1069,7 @@ class FewRows(torch.nn.Linear):
         device = x.device.type
         if not weight.requires_grad and torch.is_autocast_enabled(device):
             if self.cast is None:
+                # Detached: one that is of that type already (see freeze) is no second parameter.
                 self.cast = weight.detach().to(torch.get_autocast_dtype(device))
             weight = self.cast
         if device != "cpu" or weight.numel() < 2**17:

@@ -28,6 +28,7 @@ import torch
 from tqdm import tqdm
 
 import data
+import engine
 import report
 import runs
 from litereason import UserError, generate, latent_step, load
@@ -388,6 +389,7 @@ def main():
     rows, sections = [], []  # of the table, and of the page
     for name in args.model:
         model, tokenizer = load(name.partition(":")[0], args.device)
+        engine.freeze(model)
         model.graphs = args.graphs
         settings = settings_of(args, name, model)
         if args.controls:
