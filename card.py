@@ -129,7 +129,7 @@ def latent_update(s, positions, longest, checkpoint=False, offload=False, own=No
     logits = _logits(s, own)
     working = max(logits, AGAIN * s.kept * own) if checkpoint else logits
     return {
-        "projector's gradients, AdamW": 12 * s.projector,
+        "projector's AdamW and gradients": 12 * s.projector,
         "16-bit copies": casts(s, offload),
         "keys and values": s.cached * (positions - own),
         "activations": like_update["activations"],
