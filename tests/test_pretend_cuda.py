@@ -67,6 +67,34 @@ def test_the_device_refuses_what_cuda_refuses_and_sees_where_the_host_waits():
     assert [why for _, why in events] == ["copy from the card"]
 
 
+def on_the_card_side_stream():
+    """A copy to the card and back through pinned memory, on a stream of its own."""
+    import torch
+    from pretend import device
+
+    device.EVENTS.clear()
+    buffer = torch.empty(3, pin_memory=True)
+    buffer.copy_(torch.arange(3.0).pin_memory())
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        x = buffer.to("cuda", non_blocking=True) * 2
+        x.record_stream(aside)
+        buffer.copy_(x, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record(aside)
+    torch.cuda.current_stream().wait_event(done)
+    waited_before = len(device.EVENTS)
+    done.synchronize()
+    return buffer.tolist(), waited_before, device.EVENTS
+
+
+def test_streams_events_and_pinned_memory_have_stand_ins():
+    (numbers, waited_before, events), _ = pretend.run(on_the_card_side_stream)
+    assert numbers == [0.0, 2.0, 4.0]
+    assert waited_before == 0 and [why for _, why in events] == ["synchronize"]
+
+
 # ---------------------------------------------------------------- memory
 def on_the_card_count_a_product():
     import torch

@@ -42,6 +42,10 @@ def why_not():
         return f"the pretended CUDA device is for Linux, this is {sys.platform}"
     if shutil.which("g++") is None:
         return "the pretended CUDA device needs a C++ compiler, g++"
+    from torch.version import cuda
+
+    if cuda:
+        return "the pretended CUDA device needs a torch built without CUDA, such as the CPU wheels"
     try:
         compiled_guard()
         run(_smoke)

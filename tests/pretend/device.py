@@ -31,9 +31,6 @@ load_guard()
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-if torch.version.cuda:
-    raise RuntimeError("this torch was built with CUDA: the device would be there twice")
-
 aten = torch.ops.aten
 CARD = torch.device("cuda:0")
 CPU = torch.device("cpu")
@@ -388,12 +385,15 @@ def install():
     cuda.mem_get_info = lambda *_: (BYTES.total - BYTES.now, BYTES.total)
     cuda.memory_allocated = cuda.memory_reserved = lambda *_: BYTES.now
     cuda.max_memory_allocated = cuda.max_memory_reserved = lambda *_: BYTES.peak
+    cuda.memory_stats = lambda *_: {"allocated_bytes.all.current": BYTES.now, "allocated_bytes.all.peak": BYTES.peak}
     cuda.reset_peak_memory_stats = BYTES.reset_peak
     cuda.empty_cache = lambda: None
     cuda.synchronize = lambda *_: waits("synchronize")
     cuda.Stream, cuda.Event, cuda.CUDAGraph = Stream, Event, Graph
     cuda.current_stream = cuda.default_stream = lambda *_: Stream()
     cuda.stream = cuda.device = inside
+    cuda.set_stream = lambda stream: None
+    cuda.graph_pool_handle = lambda: (0, 0)
     cuda.graph = recording
     cuda.is_current_stream_capturing = lambda: bool(RECORDING)
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
