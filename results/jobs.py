@@ -9,8 +9,10 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import textwrap
 import time
 import typing
 
@@ -74,35 +76,40 @@ def start(job, threads):
 
 
 def run(jobs, at_once, threads=None):
-    """Runs the jobs that are not done, at_once at a time, in their order -> what failed, as texts that name the
-    logs. Ctrl-C and SIGTERM stop all of them; the same jobs given again continue."""
+    """Runs the jobs that are not done, at_once at a time, in their order. UserError that names the logs if any
+    failed: the others are run all the same, but for those that need it. Ctrl-C and SIGTERM stop all of them;
+    the same jobs given again continue."""
     for job in jobs:
         tidy(job)
     waiting = [job for job in jobs if not is_done(job.out)]
     total = len(waiting)
     running = {}  # process -> (job, when it was started)
-    failed = {}  # directory -> what to say of it
+    failed = []  # their logs
     try:
         while waiting or running:
             while len(running) < at_once and (job := next_of(waiting)):
                 waiting.remove(job)
                 running[start(job, threads)] = job, time.time()
-            if not running:  # what is left waits for what will never be done
-                failed |= {job.out: f"{job.name}: not run, {missing(job)} is not there" for job in waiting}
+            if not running:  # what is left needs what has failed
                 break
             time.sleep(1)
             for process in [process for process in running if process.poll() is not None]:
                 job, began = running.pop(process)
                 if process.returncode:
-                    failed[job.out] = f"{job.out}/log.txt"
+                    failed.append(f"{job.out}/log.txt")
                 note_end(process, job, began, f"{total - len(waiting) - len(running):3d}/{total}")
-    finally:  # Ctrl-C: train_rl.py saves its state
+    except KeyboardInterrupt as e:  # with the signal, if it was another than Ctrl-C
+        raise KeyboardInterrupt(*e.args[:1] or [signal.SIGINT], "the same command continues") from e
+    finally:  # train_rl.py saves its state
         for process in running:
             process.terminate()
         for process, (job, began) in running.items():
             process.wait()
             add_seconds(job, began)
-    return list(failed.values())
+    if failed:
+        left = f"; {len(waiting)} more, which need what they make, were not run" if waiting else ""
+        raise UserError(f"{len(failed)} run{'s' * (len(failed) > 1)} failed, see {', '.join(failed)}{left}; run this again for what is "
+                        f"missing")
 
 
 def next_of(waiting):
@@ -118,12 +125,20 @@ def missing(job):
 def note_end(process, job, began, done):
     """Marks what ended well, and says how it ended."""
     seconds = add_seconds(job, began)
-    failed = ", failed" if process.returncode else ""
-    if not failed:
-        if not is_done(job.out):
-            runs.write_json(os.path.join(job.out, "finished.json"), job.words)
-        tidy(job)
+    failed = ""
+    if process.returncode:
+        failed = f", failed: {last_line(os.path.join(job.out, 'log.txt'))}"
+    elif not is_done(job.out):
+        runs.write_json(os.path.join(job.out, "finished.json"), job.words)
+    tidy(job)
     print(f"{done} {job.name}: {seconds:.0f}s{failed}", flush=True)
+
+
+def last_line(path):
+    """Of a log, shortened."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        lines = [line.strip() for line in file if line.strip()]
+    return textwrap.shorten(lines[-1], 300, placeholder=" ..") if lines else "its log is empty"
 
 
 def add_seconds(job, began):

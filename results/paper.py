@@ -504,8 +504,8 @@ def caption(args, task, found):
     """What a table belongs to, under it."""
     row = next(iter(found.values()))
     figures = read_json(os.path.join(args.out, task, "measured.json"), {}).get("figures", {})
-    numbers = [f"{row['n_examples']} test examples"]
-    numbers.append(f"{row['samples']} answers each, sampled at temperature {SAMPLING['temperature']}, top-p "
+    numbers = [f"{row['n_examples']:.0f} test examples"]
+    numbers.append(f"{row['samples']:.0f} answers each, sampled at temperature {SAMPLING['temperature']}, top-p "
                    f"{SAMPLING['top_p']}, top-k {SAMPLING['top_k']}, up to {args.max_new_tokens} tokens")
     numbers.append("RL at temperature 1")
     numbers.append(f"seeds {' '.join(map(str, args.seeds))}")

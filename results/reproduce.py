@@ -376,7 +376,7 @@ def settle(args):
 
 
 def run_model(args):
-    """The plan, then the runs -> what failed, as texts."""
+    """The plan, then the runs, then the tables; of what is there if some have failed."""
     todo = paper.all_jobs(args)
     for task in args.tasks:  # what is missing is said before a model is fetched
         for split in data.SPLITS:
@@ -385,29 +385,29 @@ def run_model(args):
     runs.make_directory(args.out)
     figures = paper.measured(args)
     paper.say_plan(args, todo, figures)
-    return [] if args.plan else jobs.run(todo, args.jobs, args.threads)
+    if args.plan:
+        return
+    try:
+        jobs.run(todo, args.jobs, args.threads)
+    finally:
+        write_tables_of_model(args)
 
 
 def main():
     args = parse_arguments()
     check_arguments(args)
-    failed = []
     if args.model == "tiny":
         if not args.tables:
             todo = all_jobs(args.tasks, args.seeds)
             jobs.check(todo)
-            failed = jobs.run(todo, args.jobs, args.threads)
-        if not failed:  # the README's tables are whole
-            write_tables(args.tasks, args.seeds)
+            jobs.run(todo, args.jobs, args.threads)
+        write_tables(args.tasks, args.seeds)
+        return
+    settle(args)
+    if args.tables:
+        write_tables_of_model(args)
     else:
-        settle(args)
-        if not args.tables:
-            failed = run_model(args)
-        if not args.plan:
-            write_tables_of_model(args)
-    if failed:
-        raise UserError(f"{len(failed)} runs failed, see {', '.join(failed)}; run this again for what is "
-                        f"missing")
+        run_model(args)
 
 
 if __name__ == "__main__":
