@@ -80,7 +80,7 @@ def test_runs_are_found_named_and_averaged(tmp_path, monkeypatch):
 # The scripts run in this process, one after the other, on a random model that is made to write; see test_real_runs.py.
 SHORT = ("--device", "cpu", "--jobs", 1, "--max-new-tokens", 50, "--n", 2, "--samples", 2,
          "--rl-flags=--steps 2 --prompts 2 --group 2 --minibatches 1 --val 1 --train-prompts 2 --save-every 1 --show-every 0",
-         "--projector-flags=--steps 1 --prompts 3 --samples 1 --n 1")
+         "--projector-flags=--steps 1 --prompts 4 --samples 3 --n 1")
 
 
 class Process:
@@ -184,7 +184,7 @@ def test_the_papers_table_is_planned_run_stopped_and_continued(here, tmp_path, d
     del Process.started[:]
     here()
     assert not Process.started
-    with pytest.raises(runs.UserError, match="holds a run of another command .*'--lr' .*choose another --out"):
+    with pytest.raises(runs.UserError, match="holds a run of another command .*'--steps' where this one has '--lr'.*: choose another --out"):
         here("--rl-flags=--lr 1")
 
 
