@@ -215,19 +215,22 @@ def measure_task(name, task_name, counts, settings):
     stages = with_defaults(settings["train_projector.py"],
                            train_projector.SMALL if small else train_projector.RELEASED)
     args = types.SimpleNamespace(**{**rl, "task": task_name, "seed": 0})
+    if model.device.type == "cuda":  # there the card decides what no flag says
+        vars(args).update({key: settings["train_rl.py"][key] for key in train_rl.PLANNED})
     task = data.load_task(task_name)
     data.start_task(args, task, name)
-    if rl["checkpoint_layers"]:
-        engine.checkpoint_layers(model)
 
     examples = task.examples("train")[: rl["train_prompts"]]
     prompts = train_rl.encode_prompts(args, model, tokenizer, task, examples)
     runs.check_lengths(model, prompts, rl["max_new_tokens"])
+    train_rl.fit_to_memory(args, model, task, prompts)
     parameters = sum(p.numel() for p in model.parameters())
+    if args.offload:
+        base = [p for key, p in model.named_parameters() if not key.startswith("reasoning_projector.")]
+        engine.offload(model, base)
     pace = report.measure(model, tokenizer, prompts, args)
     return {
         "pace": list(pace),
-        "one_row": seconds_of_a_step_alone(model, tokenizer, prompts[0]),
         "score": seconds_to_score(model, task, max(examples, key=lambda e: len(task.prompt(e, True)))),
         "lengths": lengths_of_the_base(model, tokenizer, task, examples, rl["max_new_tokens"]),
         "longest": max(map(len, prompts)),
@@ -251,14 +254,6 @@ def with_defaults(settings, defaults):
         if settings.get(name) is None:
             settings[name] = value
     return settings
-
-
-def seconds_of_a_step_alone(model, tokenizer, prompt, steps=16):
-    def decode(n_slots):
-        return generate(model, tokenizer, [prompt], 1, n_slots, latent="none")
-
-    one_slot = report.seconds_of(model, lambda: decode(1))
-    return max(0.0, report.seconds_of(model, lambda: decode(1 + steps)) - one_slot) / steps
 
 
 def seconds_to_score(model, task, example, n=8):
@@ -320,7 +315,7 @@ def seconds_of(job, figures, length_of, args):
         length = length_of[kind]
         # The task's own report scores once more.
         scoring = 2 * figures["score"] * n * args.samples
-        return pace.decoding(n * args.samples, length) + scoring + alone * figures["one_row"] * length
+        return pace.decoding(n * args.samples, length) + scoring + alone * pace.alone * length
 
     if "--controls" in words:
         elsewhere = min(args.n or 200, figures["examples"]["val"])

@@ -228,7 +228,7 @@ def test_what_cannot_be_run_is_said_in_one_line_before_a_model_is_loaded(
 
 
 FIGURES = {  # of a model of 1.5 B parameters, as a card might have them
-    "pace": [256, 2.0, 0.05, 1e-4], "one_row": 0.03, "score": 0.0, "lengths": {"plain": 400.0, "tag": 300.0},
+    "pace": [256, 2.0, 0.05, 0.03, 1e-4], "score": 0.0, "lengths": {"plain": 400.0, "tag": 300.0},
     "longest": 1700, "prompts": 290, "examples": {"train": 290, "val": 62, "test": 62},
     "rl": {"prompts": 48, "group": 16, "steps": 2880, "minibatches": 16, "max_new_tokens": 2048, "val": 100,
            "refresh_share": 0.1},
@@ -255,9 +255,11 @@ def test_the_hours_and_the_disk_of_a_plan_follow_from_what_was_measured(tmp_path
 
     # 180 rollout batches of 768 answers of 400 tokens, 256 at a time, and 30 checks on 62 val examples
     batch = 3 * (2 + 0.05 * 400) + 1e-4 * (48 * 1700 + 768 * 400)
-    assert seconds("rl") == pytest.approx(180 * batch + 30 * (2 + 0.05 * 400))
+    check = 62 / 256 * 2 + (0.03 + 62 / 256 * 0.02) * 400
+    assert seconds("rl") == pytest.approx(180 * batch + 30 * check)
     assert seconds("tag") < seconds("litereason") < seconds("rl")  # the refresh; shorter answers
-    assert seconds("rl-eval") == pytest.approx(3 * (2 + 0.05 * 400) + 8 * 0.03 * 400)  # 620 answers, 8 alone
+    rounds = 620 / 256 * 2 + (2 * 0.05 + 0.03 + 108 / 256 * 0.02) * 400
+    assert seconds("rl-eval") == pytest.approx(rounds + 8 * 0.03 * 400)  # 620 answers, and 8 alone
     left, takes = paper.bytes_of(by_name["rl"], FIGURES, keep_states=False)
     assert left == pytest.approx(4 * 1.667e9 + 11e6) and takes > 3 * 12 * 1.5e9
     assert paper.bytes_of(by_name["rl"], FIGURES, keep_states=True)[0] > left + 2 * 12 * 1.5e9

@@ -1,0 +1,107 @@
+"""A pretended CUDA device, so that what runs on a GPU can be tested on a machine without one.
+
+    pretend.why_not()            None, or why there is no such device here: one line, for pytest.skip
+    pretend.run(f, *args)        f(*args) in a process that has the device -> (its result, what it printed)
+    pretend.script(*words)       python SCRIPT .. in such a process -> what it printed, and what the device counted
+    pretend.device               in such a process: the device itself; counts host syncs, copies and bytes
+    pretend.memory               in such a process: peak bytes at real shapes, nothing computed
+
+A tensor on it says that it is on cuda:0 and keeps its numbers on the CPU. It has CUDA's dispatch keys, so torch itself applies
+CUDA's autocast rules and runs the backward pass in the device's thread; an operation that mixes devices is refused, as CUDA refuses it.
+Not covered: CUDA's kernels and their rounding, which of them torch chooses, speed.
+
+torch must not have been imported before the device is there (and the whole process has it then), so each f runs in a process
+of its own: forked from a server that has imported torch, transformers and this project once. f is a function of a test module;
+what it gets and returns is pickled.
+"""
+import concurrent.futures
+import contextlib
+import functools
+import importlib.metadata
+import io
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import runpy
+import shutil
+import sys
+import types
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(os.path.dirname(HERE))
+
+
+@functools.cache
+def why_not():
+    """None if the device works here, else the reason."""
+    if sys.platform != "linux":
+        return f"the pretended CUDA device is for Linux, this is {sys.platform}"
+    if shutil.which("g++") is None:
+        return "the pretended CUDA device needs a C++ compiler, g++"
+    try:
+        run(_smoke)
+    except Exception as e:
+        last_line = (str(e).strip().splitlines() or [type(e).__name__])[-1]
+        torch = importlib.metadata.version("torch")
+        return f"the pretended CUDA device does not fit torch {torch}: {last_line}"
+    return None
+
+
+def run(function, *args):
+    """function(*args) in a new process that has the device -> (result, what it printed); raises what it raises."""
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=_server(), max_tasks_per_child=1) as pool:
+        return pool.submit(_captured, function, args).result()
+
+
+def script(*words):
+    """python SCRIPT .., from the project's root -> a namespace: printed, and products (how many matrix products, by type)."""
+    products, printed = run(_script, [str(word) for word in words])
+    return types.SimpleNamespace(printed=printed, products=products)
+
+
+def _script(words):
+    from pretend import device
+
+    path = os.path.join(ROOT, words[0])
+    sys.argv = [path, *words[1:]]
+    os.chdir(ROOT)
+    runpy.run_path(path, run_name="__main__")
+    return {str(dtype): n for dtype, n in device.PRODUCTS.items()}
+
+
+@functools.cache
+def _server():
+    """Started once; from then on a process that has imported everything is a fork away."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pretend.device", "pretend.memory", "train_rl", "baselines"])
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, os.path.dirname(HERE), *sys.path])  # for those imports
+    multiprocessing.forkserver.ensure_running()
+    if before is None:
+        del os.environ["PYTHONPATH"]
+    else:
+        os.environ["PYTHONPATH"] = before
+    return context
+
+
+def _captured(function, args):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        from pretend import device
+        device.install()
+        try:
+            result = function(*args)
+        except SystemExit as e:  # a script's way to end in one line
+            raise RuntimeError(f"{printed.getvalue()}\nexit status {e.code}") from None
+    return result, printed.getvalue()
+
+
+def _smoke():
+    import torch
+
+    x = torch.ones(2, 2, device="cuda", requires_grad=True)
+    with torch.autocast("cuda", torch.bfloat16):
+        y = x @ x
+    y.float().sum().backward()
+    if y.dtype != torch.bfloat16 or x.grad.device.type != "cuda" or x.grad.sum().item() != 16:
+        raise RuntimeError("a matrix product and its gradient came out wrong")

@@ -1,0 +1,157 @@
+"""Peak memory at real shapes, on the pretended device, in seconds: floats have shapes but no numbers.
+
+    memory.without_numbers()      from now on, in this process: a float on the card takes none of this machine's memory
+    memory.peak(run)              run() -> {"peak": bytes on the card at most, "before": .., "at": the line, "result": ..}
+
+Integers and masks keep their numbers, so prompts, rows and slots are what they are; one that follows from floats is zero (a sampled
+token) or true (a finite gradient). What a float read on the host is, is 1. The bytes are those of live tensors, in steps of 512, with what
+fused attention keeps; a kernel's own scratch memory and the allocator's gaps are not among them.
+"""
+import gc
+
+import torch
+
+from pretend import device
+from pretend.device import BYTES, OnCard, aten
+
+LARGE = 2**24  # integers and masks beyond so many elements lose their numbers, too: nobody reads them one by one
+MANY = 2**20  # from so many on, floats copied to the host take no memory there
+
+
+def without_numbers():
+    device.compute = compute
+    torch.nn.functional.scaled_dot_product_attention = attention
+
+
+def peak(run):
+    gc.collect()
+    before = BYTES.now
+    BYTES.reset_peak()
+    result = run()
+    found = {"peak": BYTES.peak, "before": before, "at": BYTES.peak_at, "result": result}
+    gc.collect()
+    return found
+
+
+# ============================================================ one operation
+def compute(op, args, kwargs, is_on_card):
+    tensors = _tensors_in([*args, *kwargs.values()])
+    unknown = any(t.is_meta for t in tensors)
+    if not unknown and not is_on_card:
+        return op(*args, **kwargs)
+    if not unknown and not tensors and _makes_floats(op, kwargs):  # torch.empty(..) and the like
+        return op(*args, **{**kwargs, "device": "meta"})
+    if not unknown:
+        return _each(op(*args, **kwargs), _numbers_forgotten)
+
+    if op is aten._local_scalar_dense.default:
+        return 1.0 if tensors[0].is_floating_point() else 0
+    if op._schema.is_mutable and not tensors[0].is_meta:  # numbers that are known stay
+        return tensors[0]
+    args = _each(_masks_as_indices(op, args), _on_meta)
+    kwargs = {name: _each(value, _on_meta) for name, value in kwargs.items() if name != "generator"}
+    if "device" in kwargs:
+        kwargs["device"] = "meta"
+    return _each(op(*args, **kwargs), _integers_known if is_on_card else _on_the_host)
+
+
+def _each(x, change):
+    """x with every tensor in it changed."""
+    if isinstance(x, torch.Tensor):
+        return change(x)
+    return type(x)([_each(y, change) for y in x]) if isinstance(x, (list, tuple)) else x
+
+
+def _tensors_in(x):
+    found = []
+    _each(x, found.append)
+    return found
+
+
+def _makes_floats(op, kwargs):
+    dtype = kwargs.get("dtype") or torch.get_default_dtype()
+    return dtype.is_floating_point and "arange" not in op.name()
+
+
+def _on_meta(t):
+    return t if t.is_meta else t.to("meta")
+
+
+def _numbers_forgotten(t):
+    """After an operation whose inputs were all known."""
+    is_known = not t.is_floating_point() and t.numel() <= LARGE
+    return t if is_known or t.is_meta else _meta_like(t)
+
+
+def _meta_like(t):
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+
+
+def _integers_known(t):
+    """After one whose inputs were not: zeros, or true."""
+    if not t.is_meta or t.is_floating_point() or t.numel() > LARGE:
+        return t
+    return torch.ones(t.shape, dtype=t.dtype) if t.dtype == torch.bool else torch.zeros(t.shape, dtype=t.dtype)
+
+
+def _on_the_host(t):
+    """What is copied to the host: zeros, in no memory where they are many."""
+    if not t.is_meta:
+        return t
+    return torch.zeros(t.shape, dtype=t.dtype) if t.numel() < MANY else torch.zeros((), dtype=t.dtype).expand(t.shape)
+
+
+def _masks_as_indices(op, args):
+    """How many rows a mask chooses is known, if the mask is."""
+    if op not in device.INDEXING and op not in device.WRITING:
+        return args
+    indices = []
+    for index in args[1]:
+        if index is not None and index.dtype == torch.bool and not index.is_meta:
+            indices += index.nonzero().unbind(1)
+        else:
+            indices.append(index)
+    return [args[0], indices, *args[2:]]
+
+
+# ============================================================ fused attention
+class Fused(torch.autograd.Function):
+    """Keeps queries, keys, values and one number per query, not the weights."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask):
+        out = q.new_empty(q.shape)
+        totals = q.new_empty(q.shape[:3], dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, mask, out, totals)
+        return out
+
+    @staticmethod
+    def backward(ctx, g):
+        q, k, v, _, _, totals = ctx.saved_tensors
+        delta = torch.empty_like(totals)  # noqa: F841  of the kernel, while it runs
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None
+
+
+_plain = torch.nn.functional.scaled_dot_product_attention
+
+
+def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """Fused where CUDA has a kernel: 16-bit without a mask, or with one and as many key heads as query heads."""
+    if not isinstance(q, OnCard):
+        return _plain(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    if torch.is_autocast_enabled("cuda"):
+        to_16_bit = torch.get_autocast_dtype("cuda")
+        q, k, v = q.to(to_16_bit), k.to(to_16_bit), v.to(to_16_bit)
+        if attn_mask is not None and attn_mask.is_floating_point():
+            attn_mask = attn_mask.to(to_16_bit)
+    groups_heads = enable_gqa and k.shape[1] != q.shape[1]
+    if groups_heads and (attn_mask is not None or q.dtype == torch.float32):
+        with torch.autocast("cuda", enabled=False):
+            return _plain(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            attn_mask = torch.zeros(attn_mask.shape, dtype=q.dtype, device=q.device)
+        missing = -attn_mask.shape[-1] % 8
+        if missing:  # the kernel's alignment: torch copies the mask into rows of a multiple of 8
+            attn_mask = torch.nn.functional.pad(attn_mask, (0, missing))
+    return Fused.apply(q, k, v, attn_mask)
