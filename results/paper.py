@@ -228,13 +228,16 @@ def measure_task(name, task_name, counts, settings):
     if args.offload:
         base = [p for key, p in model.named_parameters() if not key.startswith("reasoning_projector.")]
         engine.offload(model, base)
+    mean = sum(map(len, prompts)) / len(prompts)
     pace = report.measure(model, tokenizer, prompts, args)
+    # The prompts that it measured are the longest.
+    pace = pace._replace(prompts=pace.prompts * mean / max(map(len, prompts)))
     return {
         "pace": list(pace),
         "score": seconds_to_score(model, task, max(examples, key=lambda e: len(task.prompt(e, True)))),
         "lengths": lengths_of_the_base(model, tokenizer, task, examples, rl["max_new_tokens"]),
-        "longest": max(map(len, prompts)),
         "prompts": len(prompts),
+        "prompt": mean,
         "examples": counts,
         "rl": {key: rl[key] for key in ("prompts", "group", "steps", "minibatches", "max_new_tokens", "val",
                                         "refresh_share")},
@@ -332,9 +335,10 @@ def seconds_of_rl(words, figures, pace, length_of):
     length = length_of["plain" if "grpo" in words else "tag"]
     rollouts = rl["prompts"] * rl["group"]
     batches = math.ceil(rl["steps"] / rl["minibatches"])
-    update = pace.updating(rl["prompts"], figures["longest"], rollouts, length)
-    if thinks_in_latents:  # the refresh: a share of the rollouts, once per ratio
-        update *= 1 + len(train_projector.RATIOS) * rl["refresh_share"]
+    update = pace.updating(rl["prompts"], figures["prompt"], rollouts, length)
+    if thinks_in_latents:  # the refresh, by batches: a share of the rollouts, once per ratio
+        traces = len(train_projector.RATIOS) * rl["refresh_share"] * rollouts
+        update += seconds_of_projector(traces, figures, pace, length)
     a_batch = pace.decoding(rollouts, length) + figures["score"] * rollouts + update
     epochs = batches // max(1, figures["prompts"] // rl["prompts"])
     vals = min(rl["val"], figures["examples"]["val"])
@@ -352,7 +356,12 @@ def seconds_of_stages_1_and_2(figures, pace, length):
     vals = 2 * min(stages["n"], figures["examples"]["val"])  # before and after
     decoding = pace.decoding(traces, length) + pace.decoding(vals, length)
     scoring = figures["score"] * (traces + 2 * vals)
-    return decoding + scoring + pace.updating(rows, figures["longest"], rows, length)
+    return decoding + scoring + seconds_of_projector(rows, figures, pace, length)
+
+
+def seconds_of_projector(traces, figures, pace, length):
+    """Of its training. Prompts have no gradient there, which leaves a third of their time."""
+    return pace.updating(traces, figures["prompt"] / 3, traces, length)
 
 
 def bytes_of(job, figures, keep_states):

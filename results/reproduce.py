@@ -387,6 +387,7 @@ def run_model(args):
     paper.say_plan(args, todo, figures)
     if args.plan:
         return
+    lock_file = runs.lock(args.out)  # noqa: F841  a second command would start the same runs
     try:
         jobs.run(todo, args.jobs, args.threads)
     finally:

@@ -229,7 +229,7 @@ def test_what_cannot_be_run_is_said_in_one_line_before_a_model_is_loaded(
 
 FIGURES = {  # of a model of 1.5 B parameters, as a card might have them
     "pace": [256, 2.0, 0.05, 0.03, 1e-4], "score": 0.0, "lengths": {"plain": 400.0, "tag": 300.0},
-    "longest": 1700, "prompts": 290, "examples": {"train": 290, "val": 62, "test": 62},
+    "prompt": 1000.0, "prompts": 290, "examples": {"train": 290, "val": 62, "test": 62},
     "rl": {"prompts": 48, "group": 16, "steps": 2880, "minibatches": 16, "max_new_tokens": 2048, "val": 100,
            "refresh_share": 0.1},
     "stages": {"prompts": None, "k": 5, "steps": None, "batch": 16, "n": 200},
@@ -254,7 +254,7 @@ def test_the_hours_and_the_disk_of_a_plan_follow_from_what_was_measured(tmp_path
         return paper.seconds_of(by_name[method], FIGURES, FIGURES["lengths"], args)
 
     # 180 rollout batches of 768 answers of 400 tokens, 256 at a time, and 30 checks on 62 val examples
-    batch = 3 * (2 + 0.05 * 400) + 1e-4 * (48 * 1700 + 768 * 400)
+    batch = 3 * (2 + 0.05 * 400) + 1e-4 * (48 * 1000 + 768 * 400)
     check = 62 / 256 * 2 + (0.03 + 62 / 256 * 0.02) * 400
     assert seconds("rl") == pytest.approx(180 * batch + 30 * check)
     assert seconds("tag") < seconds("litereason") < seconds("rl")  # the refresh; shorter answers
