@@ -49,8 +49,8 @@ def check(todo):
         before = read_json(os.path.join(job.out, "command.json"), job.words)
         for theirs, ours in itertools.zip_longest(before, job.words, fillvalue=""):
             if theirs != ours:
-                raise UserError(f"{job.out} holds a run of another command (it has {theirs!r} where this one has "
-                                f"{ours!r}): choose another --out, or delete that directory")
+                raise UserError(f"{job.out} holds a run of another command (it has {theirs!r} where this one "
+                                f"has {ours!r}): choose another --out, or delete that directory")
 
 
 def words_now(job):
@@ -64,7 +64,8 @@ def words_now(job):
 
 
 def start(job, threads):
-    """-> the process, in the background, its output in log.txt. threads: of a CPU; None leaves it to torch."""
+    """-> the process, in the background, its output in log.txt. threads: of a CPU; None is torch's own
+    choice."""
     os.makedirs(job.out, exist_ok=True)
     words = words_now(job)
     runs.write_json(os.path.join(job.out, "command.json"), job.words)
@@ -76,9 +77,9 @@ def start(job, threads):
 
 
 def run(jobs, at_once, threads=None):
-    """Runs the jobs that are not done, at_once at a time, in their order. UserError that names the logs if any
-    failed: the others are run all the same, but for those that need it. Ctrl-C and SIGTERM stop all of them;
-    the same jobs given again continue."""
+    """Runs the jobs that are not done, at_once at a time, in their order. UserError that names the logs if
+    any failed: the others are run all the same, but for those that need it. Ctrl-C and SIGTERM stop all of
+    them; the same jobs given again continue."""
     for job in jobs:
         tidy(job)
     waiting = [job for job in jobs if not is_done(job.out)]
@@ -108,8 +109,8 @@ def run(jobs, at_once, threads=None):
             add_seconds(job, began)
     if failed:
         left = f"; {len(waiting)} more, which need what they make, were not run" if waiting else ""
-        raise UserError(f"{len(failed)} run{'s' * (len(failed) > 1)} failed, see {', '.join(failed)}{left}; run this again for what is "
-                        f"missing")
+        what = "1 run" if len(failed) == 1 else f"{len(failed)} runs"
+        raise UserError(f"{what} failed, see {', '.join(failed)}{left}; run this again for what is missing")
 
 
 def next_of(waiting):

@@ -6,8 +6,8 @@ without latents, both with a length penalty, and with the tag alone; an evaluati
 RL samples at temperature 1, as released. Every row of the table is sampled as the paper's (EVALUATION), by
 eval.py, so train_rl.py makes no table of its own (--n 0).
 
-The plan is made before anything runs. Hours come from a short measurement on this machine (report.measure), of
-this model and these prompts, times what each run has to decode and to read; disk comes from the numbers of
+The plan is made before anything runs. Hours come from a short measurement on this machine (report.measure),
+of this model and these prompts, times what each run has to decode and to read; disk comes from the numbers of
 parameters. Left out, since they are small beside that: loading the model, the optimiser's own step, logs,
 traces.
 """
@@ -36,8 +36,8 @@ from results.jobs import ROOT, Job, is_done, read_json
 from runs import UserError
 
 # (name in the table, directory, command): the first are those that the most is asked about.
-# The penalty grows from the first token on, to 1 at the length limit. The paper says DAPO's soft penalty and not
-# its length; its 17 tokens an answer cannot come from a penalty that begins later than that.
+# The penalty grows from the first token on, to 1 at the length limit. The paper says that it is DAPO's soft
+# one and not how long; its 17 tokens an answer cannot come from a penalty that begins later than that.
 TRAINED = [
     ("LiteReason", "litereason", "train_rl.py --model {projector}"),
     ("RL without latents", "rl", "train_rl.py --model {model} --method grpo"),
@@ -49,8 +49,8 @@ TRAINED = [
 METHODS = [method for _, method, _ in TRAINED]
 SAMPLING = {"temperature": 0.7, "top_p": 0.8, "top_k": 20}  # the paper's evaluation
 ALONE = 8  # answers that are timed alone
-NO_PENALTY = ("no length penalty is run on {task}: its reward is no right or wrong that a penalty between 0 and "
-              "1 could be weighed against, and the paper has one for plot holes only")
+NO_PENALTY = ("no length penalty is run on {task}: its reward is no right or wrong that a penalty between 0 "
+              "and 1 could be weighed against, and the paper has one for plot holes only")
 GB = 1e9
 
 
@@ -133,8 +133,8 @@ def evaluation_flags(args):
 
 # ============================================================ what is measured before they start
 def measured(args):
-    """{task: figures}, from OUT/TASK/measured.json where that is of the same question, else measured now, in a
-    process of its own, so that its memory (and the card's) is free again when the runs begin."""
+    """{task: figures}, from OUT/TASK/measured.json where that is of the same question, else measured now, in
+    a process of its own, so that its memory (and the card's) is free again when the runs begin."""
     settings = parsed_settings(args)
     found = {}
     for task in args.tasks:
@@ -143,8 +143,8 @@ def measured(args):
         path = os.path.join(args.out, task, "measured.json")
         known = read_json(path, {})
         if known.get("question") != question:
-            print(f"measuring {args.model} on {task}: some steps of decoding and of the update, and answers of "
-                  f"the base", flush=True)
+            print(f"measuring {args.model} on {task}: some steps of decoding and of the update, and answers "
+                  f"of the base", flush=True)
             figures = in_a_process(measure_task, args.model, task, counts, settings)
             known = {"question": question, "figures": figures}
             os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -154,8 +154,8 @@ def measured(args):
 
 
 def parsed_settings(args):
-    """The settings of both training scripts, as their own command lines read them: a flag that they do not know
-    ends here. JSON."""
+    """{script: its settings, JSON}, as its own command line reads them: a flag that it does not know ends
+    here."""
     settings = {}
     for script, module, flags in (("train_rl.py", train_rl, args.rl_flags),
                                   ("train_projector.py", train_projector, args.projector_flags),
@@ -367,8 +367,8 @@ def seconds_of_projector(traces, figures, pace, length):
 def bytes_of(job, figures, keep_states):
     """-> (what a run leaves on the disk, what it takes at most while it runs)
 
-    A model is fp32 weights, as is a state, with AdamW's two moments of what is trained. Two states are kept; a
-    third is written before the oldest goes, as is a second model."""
+    A model is fp32 weights; a state, too, with AdamW's two moments of what is trained. Two states are kept,
+    and a third is written before the oldest goes; so is a second model before the first."""
     script = job.words[0]
     if script == "eval.py":
         return 0, 0
@@ -379,7 +379,7 @@ def bytes_of(job, figures, keep_states):
     else:
         state = 12 * figures["projector"]
     left = model + (2 * state if keep_states else 0)
-    return left, 2 * model + 3 * state
+    return left, max(model + 3 * state, 2 * model + 2 * state)
 
 
 def share_left(job, figures):
@@ -413,7 +413,8 @@ def plan(args, jobs, figures):
         left += leaves - bytes_in(job.out)
         beside.append(takes - leaves)
     peak = max(0, left + sum(sorted(beside)[-args.jobs :]))
-    lines.append(f"| **in all** | {as_time(expected)} | {as_time(at_most)} | {left / GB:.2f} | {peak / GB:.2f} |")
+    lines.append(f"| **in all** | {as_time(expected)} | {as_time(at_most)} | {left / GB:.2f} | "
+                 f"{peak / GB:.2f} |")
     return "\n".join(lines), peak
 
 
@@ -429,23 +430,27 @@ def say_plan(args, jobs, figures):
     for task, own in figures.items():
         counts = ", ".join(f"{n} {split}" for split, n in own["examples"].items())
         lengths = own["lengths"]
-        print(f"{args.model} on {task} ({counts} examples), {own['device']}: measured in {own['seconds']:.0f} s; "
-              f"the base writes {lengths['plain']:.0f} tokens an answer, {lengths['tag']:.0f} with the tag "
-              f"prompt, the limit is {own['rl']['max_new_tokens']}")
+        print(f"{args.model} on {task} ({counts} examples), {own['device']}: measured in "
+              f"{own['seconds']:.0f} s; the base writes {lengths['plain']:.0f} tokens an answer, "
+              f"{lengths['tag']:.0f} with the tag prompt, the limit is {own['rl']['max_new_tokens']}")
         if len(trained_on(args, task)) < len(args.methods):
             print(NO_PENALTY.format(task=task))
     text, needed = plan(args, jobs, figures)
     free = shutil.disk_usage(args.out).free
     states = "kept" if args.keep_states else "deleted (--keep-states keeps them)"
-    print(f"\n{text}\n\ntime: with answers as long as the base's, and at most, with every answer as long as allowed; "
-          f"loading and the optimiser's own step come on top. A run can be stopped at any time (Ctrl-C): the same "
-          f"command continues.\ndisk: the states of a finished run are {states}; {free / GB:.1f} GB are free for "
-          f"{args.out}\n", flush=True)
+    print(f"""
+{text}
+
+time: with answers as long as the base's, and at most, with every answer as long as allowed; loading and the
+optimiser's own step come on top. A run can be stopped at any time (Ctrl-C): the same command continues.
+disk: the states of a finished run are {states}; {free / GB:.1f} GB are free for {args.out}
+""", flush=True)
     if needed > free:
-        raise UserError(f"the disk is too small: {needed / GB:.1f} GB are needed at most and {free / GB:.1f} GB are "
-                        f"free; choose an --out on another disk, fewer --methods, --tasks or --seeds"
-                        f"{', fewer --jobs' if args.jobs > 1 else ''}"
-                        f"{', or leave --keep-states out' if args.keep_states else ''}")
+        ways = ["choose an --out on another disk", "fewer --methods, --tasks or --seeds"]
+        ways += ["fewer --jobs"] if args.jobs > 1 else []
+        ways += ["or leave --keep-states out"] if args.keep_states else []
+        raise UserError(f"the disk is too small: {needed / GB:.1f} GB are needed at most and {free / GB:.1f} GB "
+                        f"are free; {', '.join(ways)}")
 
 
 # ============================================================ what came of them
@@ -509,8 +514,8 @@ def caption(args, task, found):
     row = next(iter(found.values()))
     figures = read_json(os.path.join(args.out, task, "measured.json"), {}).get("figures", {})
     numbers = [f"{row['n_examples']:.0f} test examples"]
-    numbers.append(f"{row['samples']:.0f} answers each, sampled at temperature {SAMPLING['temperature']}, top-p "
-                   f"{SAMPLING['top_p']}, top-k {SAMPLING['top_k']}, up to {args.max_new_tokens} tokens")
+    sampling = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in SAMPLING.items())
+    numbers.append(f"{row['samples']:.0f} answers each, sampled at {sampling}, up to {args.max_new_tokens} tokens")
     numbers.append("RL at temperature 1")
     numbers.append(f"seeds {' '.join(map(str, args.seeds))}")
     for flags, of in ((args.rl_flags, "train_rl.py"), (args.projector_flags, "train_projector.py"),

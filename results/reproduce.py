@@ -1,5 +1,5 @@
-"""Makes the README's comparison from nothing, or the paper's table for a real model: runs what is missing, then
-writes the tables and pictures. Stop it when you like; started again, it continues.
+"""Makes the README's comparison from nothing, or the paper's table for a real model: runs what is missing,
+then writes the tables and pictures. Stop it when you like; started again, it continues.
 
 A run is one method on one task with one seed, in a process of its own, with its output in
 out/results/TASK/METHOD-SEED or, of a real model, out/results/MODEL/TASK/METHOD-SEED (see jobs.py).
@@ -307,25 +307,26 @@ def draw(folders, where, name, table):
 
 
 # ============================================================ the script
-OF_A_MODEL = ("plan", "out", "methods", "n", "samples", "max_new_tokens", "reward", "scorer", "device", "rl_flags",
-              "projector_flags", "eval_flags", "keep_states")
+OF_A_MODEL = ("plan", "out", "methods", "n", "samples", "max_new_tokens", "reward", "scorer", "device",
+              "rl_flags", "projector_flags", "eval_flags", "keep_states")
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="tiny", help="tiny (the README's comparison), a directory, or a hub "
-                        "name such as Qwen2.5-1.5B (the paper's table)")
-    parser.add_argument("--tasks", nargs="+", help=f"default: {' '.join(TASKS)}; of a real model flawed_fictions")
+    parser.add_argument("--model", default="tiny", help="tiny (the README's comparison), a directory, or a "
+                        "hub name such as Qwen2.5-1.5B (the paper's table)")
+    parser.add_argument("--tasks", nargs="+",
+                        help=f"default: {' '.join(TASKS)}; of a real model flawed_fictions")
     parser.add_argument("--seeds", nargs="+", type=int, help="default: 0 1 2; of a real model 0")
-    parser.add_argument("--jobs", type=int, help="runs at a time (default: 1 on a GPU, else 2, one core each in "
-                        "the tiny world)")
+    parser.add_argument("--jobs", type=int, help="runs at a time (default: 1 on a GPU, else 2, one core each "
+                        "in the tiny world)")
     parser.add_argument("--tables", action="store_true", help="run nothing")
     g = parser.add_argument_group("of a real model")
-    g.add_argument("--plan", "--dry-run", action="store_true", help="say what will be run, the hours and the disk; "
-                   "start nothing")
-    g.add_argument("--out", metavar="DIR", help="runs and tables go there (default: runs into out/results/MODEL, "
-                   "tables into results/)")
+    g.add_argument("--plan", "--dry-run", action="store_true", help="say what will be run, the hours and the "
+                   "disk; start nothing")
+    g.add_argument("--out", metavar="DIR", help="runs and tables go there (default: runs into "
+                   "out/results/MODEL, tables into results/)")
     g.add_argument("--methods", nargs="+", default=paper.METHODS, choices=paper.METHODS,
                    help="beside the base (default all)")
     g.add_argument("--n", type=int, help="test examples (default all)")
@@ -339,14 +340,14 @@ def parse_arguments():
     for script, name in (("train_rl.py", "rl"), ("train_projector.py", "projector"), ("eval.py", "eval")):
         g.add_argument(f"--{name}-flags", default="", metavar="FLAGS", help=f"more for each {script}, as in "
                        f"--{name}-flags=\"--device cpu\"; the tables say them")
-    g.add_argument("--keep-states", action="store_true", help="leave the states of finished runs on the disk: "
-                   "they can be continued with more --steps")
+    g.add_argument("--keep-states", action="store_true", help="leave the states of finished runs on the "
+                   "disk: they can be continued with more --steps")
     args = parser.parse_args()
     is_tiny = args.model == "tiny"
     for name in OF_A_MODEL:
         if is_tiny and getattr(args, name) != parser.get_default(name):
-            raise UserError(f"--{name.replace('_', '-')} is for a real --model; the tiny world's comparison is "
-                            f"the README's")
+            raise UserError(f"--{name.replace('_', '-')} is for a real --model; the tiny world's comparison "
+                            f"is the README's")
     args.tasks = args.tasks or (list(TASKS) if is_tiny else ["flawed_fictions"])
     args.seeds = args.seeds or ([0, 1, 2] if is_tiny else [0])
     on_gpu = not is_tiny and torch.cuda.is_available() and args.device != "cpu"
