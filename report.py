@@ -16,6 +16,7 @@ import math
 import os
 import re
 import time
+import typing
 
 import numpy as np
 import torch
@@ -58,40 +59,71 @@ def _groups_at_once(args):
     return max(1, args.rows // args.group)
 
 
-def pace(model, tokenizer, prompts, args, steps=16):
-    """How long a run may take on this machine, as text. Measured, after a warm-up: as many rows as are
-    decoded at once, with the longest prompts, for a few steps; and one forward and backward pass of the
-    update at its full size.
+class Pace(typing.NamedTuple):
+    """What a machine takes for a model, in seconds; `measure` makes it."""
+    rows: int  # answers decoded at once
+    prompts: float  # to read their prompts
+    step: float  # one decoding step of all of them
+    alone: float  # one decoding step of one answer alone
+    position: float  # one position of the update, forward and backward
+
+    def decoding(self, answers, length):
+        """Of so many answers of `length` slots each: full rounds, and one with what is left over."""
+        rounds, rest = divmod(answers, self.rows)
+        share = rest / self.rows
+        step = self.alone + (self.step - self.alone) * share if rest else 0.0
+        return (rounds + share) * self.prompts + (rounds * self.step + step) * length
+
+    def updating(self, prompts, longest, answers, length):
+        """The update on answers to `prompts` prompts of `longest` tokens, each read once."""
+        return self.position * (prompts * longest + answers * length)
+
+
+def pace(model, tokenizer, prompts, args):
+    """How long a run may take on this machine, as text.
 
     An upper estimate: every rollout as long as allowed."""
+    measured = measure(model, tokenizer, prompts, args)
+    longest = max(map(len, prompts))
+    rollouts = args.prompts * args.group
+    sample = measured.decoding(rollouts, args.max_new_tokens)
+    scored = measured.updating(args.prompts, longest, rollouts, args.max_new_tokens)
+    batches = args.steps / args.minibatches
+    hours = batches * (sample + scored) / 3600
+    return (f"time at most, from a short measurement: {sample:.1f} s to sample and {scored:.1f} s to update "
+            f"per rollout batch; {batches:.0f} batches: {hours:.1f} hours, "
+            f"without evaluation and stages 1 and 2")
+
+
+def measure(model, tokenizer, prompts, args, steps=16):
+    """-> Pace. Measured after a warm-up: as many rows as are decoded at once, with the longest prompts, for a
+    few steps; and one forward and backward pass of the update at its full size."""
     at_once = min(args.prompts, _groups_at_once(args))
     longest = sorted(prompts, key=len)[-at_once:]
 
     def decode(n_slots):
         return generate(model, tokenizer, longest, args.group, n_slots)
 
+    def decode_one(n_slots):
+        return generate(model, tokenizer, longest[-1:], 1, n_slots)
+
+    def step_of(decode):
+        """-> (seconds with one slot, seconds per further slot)"""
+        one_slot = seconds_of(model, lambda: decode(1))
+        all_slots = seconds_of(model, lambda: decode(steps + 1))
+        return one_slot, max(0.0, all_slots - one_slot) / steps
+
     def update(rollouts):
         logprobs(model, rollouts)[0].sum().backward()
         model.zero_grad(set_to_none=True)
 
     update(decode(2)[:1])  # the first call of everything is slow
-    one_slot = _seconds(model, lambda: decode(1))
-    # The difference is `steps` steps without the prompts.
-    all_slots = _seconds(model, lambda: decode(steps + 1))
+    to_begin, step = step_of(decode)
+    _, alone = step_of(decode_one)
     rollouts = _longest_rollouts(model, longest[-1], args)
-    one_pass = _seconds(model, lambda: update(rollouts))
-
-    # From there to a rollout batch.
-    per_step = max(0.0, all_slots - one_slot) / steps
-    rounds = math.ceil(args.prompts / at_once)
-    sample = rounds * (one_slot + per_step * args.max_new_tokens)
-    measured = len(longest[-1]) + sum(len(r.slots) for r in rollouts)  # positions
-    scored = args.prompts * (len(longest[-1]) + args.group * args.max_new_tokens) / measured * one_pass
-    batches = args.steps / args.minibatches
-    hours = batches * (sample + scored) / 3600
-    return (f"time at most, from a short measurement: {sample:.1f} s to sample and {scored:.1f} s to update "
-            f"per rollout batch; {batches:.0f} batches: {hours:.1f} hours, "
-            f"without evaluation and stages 1 and 2")
+    one_pass = seconds_of(model, lambda: update(rollouts))
+    positions = len(longest[-1]) + sum(len(r.slots) for r in rollouts)
+    return Pace(at_once * args.group, to_begin, step, alone, one_pass / positions)
 
 
 def _longest_rollouts(model, prompt, args):
@@ -102,8 +134,8 @@ def _longest_rollouts(model, prompt, args):
     return [Rollout(prompt, slots, torch.zeros(0, model.config.hidden_size))] * n
 
 
-def _seconds(model, action):
-    """On CUDA until the device has done it."""
+def seconds_of(model, action):
+    """Of an action; on CUDA until the device has done it."""
 
     def now():
         if model.device.type == "cuda":
