@@ -31,6 +31,7 @@ LOGITS = 2**27  # most logits that scoring computes at once: 512 MiB in fp32, 88
 PREFILL = 2**14  # most positions, padding included, that are read in one forward pass before decoding
 LOOK = 4  # while decoding, the host looks at the device once in so many steps
 WAITS = ("cuda",)  # devices where data-dependent shapes force a sync
+GROWS = ("cpu",)  # devices where a cache grows while it is filled: they read memory with gaps three times as slowly
 REPEATS = ("cuda",)  # devices whose fused attention takes a mask only with as many key heads as query heads
 
 
@@ -387,6 +388,7 @@ class DecodingCache:
         self.prompts = prompts.layers
         self.lengths = prompts.lengths  # (P,)
         self.room = room
+        self.grows = owner.device.type in GROWS  # `layers` have as many columns as are looked at, else `room`
         self.filled = 0  # columns that are written
         self.reach = 0  # columns that this step looks at
         self.column = torch.zeros_like(owner[:1])  # (1,) `filled`, on the device
@@ -394,10 +396,10 @@ class DecodingCache:
         self.late = False  # whether any row began after column 0
         self.rounded = False  # whether `reach` is rounded up, see set_reach
         self.hidden = None  # (B, 1, 1, 1, n) columns that a row does not see; None: it sees all
-        self.layers = []  # (keys, values), (B, K, room, d) each
+        self.layers = []  # (keys, values), (B, K, room or reach, d) each
         for keys, _ in prompts.layers:
             _, K, _, d = keys.shape
-            size = (len(owner), K, room, d)
+            size = (len(owner), K, 0 if self.grows else room, d)
             self.layers.append((keys.new_zeros(size), keys.new_zeros(size)))
         self._assign(owner)
 
@@ -409,15 +411,18 @@ class DecodingCache:
 
     def set_reach(self, rounded):
         """Before each step: how many columns it looks at. rounded: up to a multiple of 64 and, of many
-        columns, by at most a quarter, so that steps are alike for long and a recorded one serves them all. ->
-        whether that number has changed"""
+        columns, by at most a quarter, so that steps are alike for long and a recorded one serves them all.
+        Where the cache grows, up to a multiple of 16: growing copies it. -> whether that number has changed"""
         needed = self.filled + 1
-        block = max(64, 2 ** (needed.bit_length() - 3)) if rounded else 1
+        rounded = rounded or self.grows
+        block = max(16 if self.grows else 64, 2 ** (needed.bit_length() - 3)) if rounded else 1
         reach = min(self.room, -(-needed // block) * block)
         changed = reach != self.reach
         self.reach = reach
         self.rounded = rounded
         self.column.fill_(self.filled)
+        if self.grows and changed:
+            self.layers = [(_resized(keys, reach), _resized(values, reach)) for keys, values in self.layers]
         return changed
 
     def hide(self):
@@ -430,7 +435,10 @@ class DecodingCache:
 
     def update(self, keys, values, layer, *_, **__):
         for memory, new in zip(self.layers[layer], (keys.to(values.dtype), values)):
-            memory.index_copy_(2, self.column, new)
+            if self.grows:
+                memory[:, :, self.filled] = new[:, :, 0]
+            else:  # the same, where a recorded step finds the column on the device
+                memory.index_copy_(2, self.column, new)
         return self, layer
 
     def attend(self, layer, q, scale, window=None):
@@ -488,6 +496,14 @@ def _joined(old, kept, new, L):
     if new is None:
         return tuple(_widened(t[kept], L) for t in old)
     return tuple(torch.cat([_widened(t[kept], L), _widened(more, L)]) for t, more in zip(old, new))
+
+
+def _resized(memory, columns):
+    """Own slots (B, K, n, d) -> (B, K, columns, d): the first ones, and zeros behind them."""
+    out = memory.new_zeros(*memory.shape[:2], columns, memory.shape[3])
+    n = min(memory.shape[2], columns)
+    out[:, :, :n] = memory[:, :, :n]
+    return out
 
 
 def _moved(memory, rows, columns, n_rows):
@@ -988,8 +1004,8 @@ def weights_from_masters(parameters, masters):
 class FewRows(torch.nn.Linear):
     """torch.nn.Linear at a decoding step's speed on a CPU, with one cast of a frozen weight (see autocast).
 
-    A CPU's libraries multiply a few rows by a large matrix at a third of the memory's speed; transposed, two
-    or four rows at a time, they reach it (measured with MKL; one or three rows are padded)."""
+    A CPU's libraries multiply a few rows by a large matrix at a third of the memory's speed or less; transposed,
+    an even number of rows is two to five times as fast (measured with MKL)."""
 
     cast = None  # the frozen weight in autocast's type
 
@@ -1007,8 +1023,7 @@ class FewRows(torch.nn.Linear):
             return F.linear(x, weight, bias)
         rows = x.reshape(n, self.in_features)
         rows = F.pad(rows, (0, 0, 0, n % 2))  # (n or n + 1, in)
-        products = [weight @ few.T for few in rows.split(4)]  # (out, 2 or 4) each
-        y = torch.cat([product.T for product in products])
+        y = (weight @ rows.T).T.contiguous()
         y = y[:n].view(*x.shape[:-1], self.out_features)
         return y if bias is None else y + bias
 
