@@ -173,7 +173,7 @@ def prefill_in_chunks(model, prompts):
 
 
 def _widened(t, L):
-    """Keys or values of prompts, (P, K, .., d) -> (P, K, L, d)."""
+    """Keys or values (P, K, .., d) -> (P, K, L, d): the first ones, and zeros behind them."""
     return t if t.shape[2] == L else F.pad(t[:, :, :L], (0, 0, 0, max(0, L - t.shape[2])))
 
 
@@ -422,7 +422,8 @@ class DecodingCache:
         self.rounded = rounded
         self.column.fill_(self.filled)
         if self.grows and changed:
-            self.layers = [(_resized(keys, reach), _resized(values, reach)) for keys, values in self.layers]
+            for i, (keys, values) in enumerate(self.layers):  # layer by layer: little is in memory twice
+                self.layers[i] = (_widened(keys, reach), _widened(values, reach))
         return changed
 
     def hide(self):
@@ -496,14 +497,6 @@ def _joined(old, kept, new, L):
     if new is None:
         return tuple(_widened(t[kept], L) for t in old)
     return tuple(torch.cat([_widened(t[kept], L), _widened(more, L)]) for t, more in zip(old, new))
-
-
-def _resized(memory, columns):
-    """Own slots (B, K, n, d) -> (B, K, columns, d): the first ones, and zeros behind them."""
-    out = memory.new_zeros(*memory.shape[:2], columns, memory.shape[3])
-    n = min(memory.shape[2], columns)
-    out[:, :, :n] = memory[:, :, :n]
-    return out
 
 
 def _moved(memory, rows, columns, n_rows):
