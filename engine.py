@@ -31,6 +31,7 @@ LOGITS = 2**27  # most logits that scoring computes at once: 512 MiB in fp32, 88
 PREFILL = 2**14  # most positions, padding included, that are read in one forward pass before decoding
 LOOK = 4  # while decoding, the host looks at the device once in so many steps
 WAITS = ("cuda",)  # devices where data-dependent shapes force a sync
+GROWS = ("cpu",)  # devices where a cache grows while it is filled: they read memory with gaps three times as slowly
 REPEATS = ("cuda",)  # devices whose fused attention takes a mask only with as many key heads as query heads
 
 
@@ -179,7 +180,7 @@ def prefill_in_chunks(model, prompts):
 
 
 def _widened(t, L):
-    """Keys or values of prompts, (P, K, .., d) -> (P, K, L, d)."""
+    """Keys or values (P, K, .., d) -> (P, K, L, d): the first ones, and zeros behind them."""
     return t if t.shape[2] == L else F.pad(t[:, :, :L], (0, 0, 0, max(0, L - t.shape[2])))
 
 
@@ -407,6 +408,7 @@ class DecodingCache:
         self.prompts = prompts.layers
         self.lengths = prompts.lengths  # (P,)
         self.room = room
+        self.grows = owner.device.type in GROWS  # `layers` have as many columns as are looked at, else `room`
         self.filled = 0  # columns that are written
         self.reach = 0  # columns that this step looks at
         self.column = torch.zeros_like(owner[:1])  # (1,) `filled`, on the device
@@ -414,10 +416,10 @@ class DecodingCache:
         self.late = False  # whether any row began after column 0
         self.rounded = False  # whether `reach` is rounded up, see set_reach
         self.hidden = None  # (B, 1, 1, 1, n) columns that a row does not see; None: it sees all
-        self.layers = []  # (keys, values), (B, K, room, d) each
+        self.layers = []  # (keys, values), (B, K, room or reach, d) each
         for keys, _ in prompts.layers:
             _, K, _, d = keys.shape
-            size = (len(owner), K, room, d)
+            size = (len(owner), K, 0 if self.grows else room, d)
             self.layers.append((keys.new_zeros(size), keys.new_zeros(size)))
         self._assign(owner)
 
@@ -429,15 +431,21 @@ class DecodingCache:
 
     def set_reach(self, rounded):
         """Before each step: how many columns it looks at. rounded: up to a multiple of 64 and, of many
-        columns, by at most a half, so that steps are alike for long and a recorded one serves them all. ->
-        whether that number has changed"""
+        columns, by at most a half, so that steps are alike for long and a recorded one serves them all. Where
+        the cache grows, up to a multiple of 16, by at most a quarter: growing copies it. -> whether that
+        number has changed"""
         needed = self.filled + 1
-        block = max(64, 2 ** (needed.bit_length() - 2)) if rounded else 1
+        rounded = rounded or self.grows
+        least, share = (16, 4) if self.grows else (64, 2)
+        block = max(least, 2 ** needed.bit_length() // (2 * share)) if rounded else 1
         reach = min(self.room, -(-needed // block) * block)
         changed = reach != self.reach
         self.reach = reach
         self.rounded = rounded
         self.column.fill_(self.filled)
+        if self.grows and changed:
+            for i, (keys, values) in enumerate(self.layers):  # layer by layer: little is in memory twice
+                self.layers[i] = (_widened(keys, reach), _widened(values, reach))
         return changed
 
     def hide(self):
@@ -450,7 +458,10 @@ class DecodingCache:
 
     def update(self, keys, values, layer, *_, **__):
         for memory, new in zip(self.layers[layer], (keys.to(values.dtype), values)):
-            memory.index_copy_(2, self.column, new)
+            if self.grows:
+                memory[:, :, self.filled] = new[:, :, 0]
+            else:  # the same, where a recorded step finds the column on the device
+                memory.index_copy_(2, self.column, new)
         return self, layer
 
     def attend(self, layer, q, scale, window=None):
@@ -1012,38 +1023,54 @@ def offload(model, parameters):
     """What the optimizer needs of `parameters` moves to the host: -> fp32 masters to step on.
 
     On the card the matrices stay as autocast would cast them, so that all products are those of fp32 weights.
-    A gradient is sent to the host as soon as it is whole, through page-locked buffers and without waiting
-    for it, and is added up there in fp32 (gradients_to_masters)."""
+    A gradient is sent to the host as soon as it is whole, through a page-locked buffer and without waiting
+    for it, and added to the master's in fp32 when the next one comes, or at the end (gradients_to_masters)."""
     masters = [p.detach().to("cpu", torch.float32, copy=True).requires_grad_() for p in parameters]
     model.bf16 = True
     for weight in matrices(model):
         weight.data = weight.data.to(torch.bfloat16)
-    for p in parameters:
+    for p, master in zip(parameters, masters):
+        p.master = master
         p.on_host = torch.empty(p.shape, dtype=p.dtype, pin_memory=p.device.type == "cuda")
-        p.is_sent = False  # whether on_host holds a gradient
+        p.is_sent = False  # a gradient is on its way to on_host, or there
+        p.has_arrived = torch.cuda.Event() if p.is_cuda else None
         p.register_post_accumulate_grad_hook(_send_gradient)
     return masters
 
 
 def _send_gradient(p):
+    _add_to_master(p)  # that of the micro-batch before, which has long been there
     p.on_host.copy_(p.grad, non_blocking=True)
+    if p.is_cuda:
+        p.has_arrived.record(torch.cuda.current_stream(p.device))
     p.is_sent = True
     p.grad = None
 
 
+def _add_to_master(p):
+    if p.is_sent:
+        if p.is_cuda:
+            p.has_arrived.synchronize()
+        if p.master.grad is None:
+            p.master.grad = torch.zeros_like(p.master)
+        p.master.grad += p.on_host
+        p.is_sent = False
+
+
 def gradients_to_masters(parameters, masters):
-    """After each backward pass: adds its gradients to the masters'; nothing to do without `offload`."""
-    if masters is parameters:
-        return
-    device = parameters[0].device
-    if device.type == "cuda":  # the buffers are full once the device is done
-        torch.cuda.synchronize(device)
-    for p, master in zip(parameters, masters):
-        if p.is_sent:
+    """After the last backward pass of a step; nothing to do without `offload`."""
+    if masters is not parameters:
+        for p in parameters:
+            _add_to_master(p)
+
+
+def forget_gradients(model):
+    """All gradients so far, wherever they are."""
+    for p in model.parameters():
+        p.grad = None
+        if hasattr(p, "master"):
             p.is_sent = False
-            if master.grad is None:
-                master.grad = torch.zeros_like(master)
-            master.grad += p.on_host
+            p.master.grad = None
 
 
 def weights_from_masters(parameters, masters):
@@ -1059,8 +1086,8 @@ def weights_from_masters(parameters, masters):
 class FewRows(torch.nn.Linear):
     """torch.nn.Linear at a decoding step's speed on a CPU, with one cast of a frozen weight (see autocast).
 
-    A CPU's libraries multiply a few rows by a large matrix at a third of the memory's speed; transposed, two
-    or four rows at a time, they reach it (measured with MKL; one or three rows are padded)."""
+    A CPU's libraries multiply a few rows by a large matrix at a third of the memory's speed or less; transposed,
+    an even number of rows is two to five times as fast (measured with MKL)."""
 
     cast = None  # the frozen weight in autocast's type
 
@@ -1079,8 +1106,7 @@ class FewRows(torch.nn.Linear):
             return F.linear(x, weight, bias)
         rows = x.reshape(n, self.in_features)
         rows = F.pad(rows, (0, 0, 0, n % 2))  # (n or n + 1, in)
-        products = [weight @ few.T for few in rows.split(4)]  # (out, 2 or 4) each
-        y = torch.cat([product.T for product in products])
+        y = (weight @ rows.T).T.contiguous()
         y = y[:n].view(*x.shape[:-1], self.out_features)
         return y if bias is None else y + bias
 

@@ -111,13 +111,14 @@ def train(args, model, tokenizer, task, examples, prompts, vals, table_rows, sav
 
         # (5) The clipped loss, in micro-batches.
         chosen = rollouts_of_minibatch(args, batch, minibatch, len(index))
-        gap = add_gradients_with_one_retry(args, step, model, base, masters, state, chosen, advantages, divisors)
+        gap = add_gradients_with_one_retry(args, step, model, state, chosen, advantages, divisors)
         phases.end("update")
         if minibatch == 0 and not args.recompute_latents:  # there rounding moves every later latent
             report.stop_if_sampler_and_scorer_differ(args, step, model, state, index, gap)
 
         with uninterrupted():
             # (6) One optimiser step on the base; the projector is not in the optimiser and gets no gradient.
+            engine.gradients_to_masters(base, masters)
             norm = float(torch.nn.utils.clip_grad_norm_(masters, 1.0))  # OpenRLHF's default
             step_is_finite = all_finite(norm, state.rollouts)
             if step_is_finite:
@@ -193,7 +194,7 @@ def rollouts_of_minibatch(args, batch, minibatch, n_prompts):
     return [group * args.group + i for group in groups for i in range(args.group)]
 
 
-def add_gradients(args, model, base, masters, rollouts, chosen, advantages, divisors):
+def add_gradients(args, model, rollouts, chosen, advantages, divisors):
     """Step (5) for the rollouts `chosen` (their numbers) -> (how far sampler and scorer differ at most in a
     log-prob, in which rollout).
 
@@ -211,7 +212,6 @@ def add_gradients(args, model, base, masters, rollouts, chosen, advantages, divi
         loss, _ = policy_loss(logp, old_logp, advantages[micro].to(logp), scored, len(chosen), args.clip,
                               divisors[micro].to(logp.device))
         loss.backward()
-        engine.gradients_to_masters(base, masters)
         gaps = torch.where(scored, (logp.detach() - old_logp).abs(), 0.0).amax(1)  # (b,)
         if gaps.max() > largest:
             largest = float(gaps.max())
@@ -219,18 +219,17 @@ def add_gradients(args, model, base, masters, rollouts, chosen, advantages, divi
     return largest, worst
 
 
-def add_gradients_with_one_retry(args, step, model, base, masters, state, chosen, advantages, divisors):
+def add_gradients_with_one_retry(args, step, model, state, chosen, advantages, divisors):
     """Out of memory: the same with half the positions per forward pass, once; no result changes."""
     for is_retry in (False, True):
         try:
-            return add_gradients(args, model, base, masters, state.rollouts, chosen, advantages, divisors)
+            return add_gradients(args, model, state.rollouts, chosen, advantages, divisors)
         except torch.OutOfMemoryError as e:
             if is_retry:
                 raise UserError(f"step {step + 1}: out of memory with --tokens-per-forward "
                                 f"{args.tokens_per_forward} too: start with less, or with "
                                 "--checkpoint-layers or --offload") from e
-        for p in base + masters:  # here the exception, and what it held, is gone
-            p.grad = None
+        engine.forget_gradients(model)  # here the exception, and what it held, is gone
         torch.cuda.empty_cache()
         args.tokens_per_forward = max(1, args.tokens_per_forward // 2)
         state.carried["tokens_per_forward"] = args.tokens_per_forward

@@ -109,9 +109,9 @@ def grpo(args, P=48, G=16, L=1024, S=256):
         for part in pack(rollouts, plan.tokens_per_forward):
             logp, scored = logprobs(model, [rollouts[i] for i in part])
             policy_loss(logp, logp.detach(), advantages[part], scored, P * G)[0].backward()
-            gradients_to_masters(base, masters)
 
     def step():
+        gradients_to_masters(base, masters)
         torch.nn.utils.clip_grad_norm_(masters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -29,6 +29,33 @@ def test_every_product_of_an_attached_model_takes_it(model):
     assert model.lm_head in linear and model.reasoning_projector[0].up_proj in linear and {type(m) for m in linear} == {FewRows}
 
 
+# ---------------------------------------------------------------- the decoding cache on a CPU
+def test_a_cache_that_grows_has_the_columns_it_looks_at_and_changes_no_rollout(model, tok, monkeypatch):
+    """Rows that leave and prompts that join among them."""
+    widths = set()
+    set_reach = engine.DecodingCache.set_reach
+
+    def watched(cache, rounded):
+        changed = set_reach(cache, rounded)
+        assert all(t.shape[2] == (cache.reach if cache.grows else cache.room) for pair in cache.layers for t in pair)
+        widths.add(cache.reach)
+        return changed
+
+    def decoded():
+        draws = torch.Generator().manual_seed(0)
+        return generate(model, tok, ["abc", "de", "fghij"], 2, 40, rows=4, generator=draws)
+
+    monkeypatch.setattr(engine.DecodingCache, "set_reach", watched)
+    growing = decoded()
+    assert widths >= {16, 32} and widths <= {16, 32, 40}
+    monkeypatch.setattr(engine, "GROWS", ())  # as on CUDA: all columns from the start
+    fixed = decoded()
+    assert [r.slots for r in growing] == [r.slots for r in fixed]
+    for a, b in zip(growing, fixed):
+        close(a.logprobs, b.logprobs)
+        close(a.latents, b.latents)
+
+
 # ---------------------------------------------------------------- fused attention in scoring
 def gradients(model, loss):
     return torch.autograd.grad(loss, [p for n, p in model.named_parameters() if "projector" not in n])

@@ -284,7 +284,7 @@ def test_offload_gives_the_gradients_and_the_next_rollouts_bit_for_bit(tok, mode
         rollouts = generate(model, tok, PROMPTS, 2, 20, generator=torch.Generator().manual_seed(0))
         for some in (rollouts[:3], rollouts[3:]):
             logprobs(model, some)[0].sum().backward()
-            gradients_to_masters(base, masters)
+        gradients_to_masters(base, masters)
         assert not offloads or all(p.grad is None for p in base)
         gradients = [p.grad.clone() for p in masters]
         torch.optim.SGD(masters, lr=1e-2).step()
