@@ -113,7 +113,7 @@ def update(s, positions, longest, checkpoint=False, offload=False):
         working = logits
         copies = 0 if offload else s.c * s.in_layers
     return {
-        "gradients": 4 * (s.base - s.in_layers) if offload else 4 * s.base,
+        "gradients": 0 if offload else 4 * s.base,  # offloaded, each goes to the host when it is whole
         "16-bit copies": copies,
         "activations": kept + mask,
         "one layer or logits": working}
@@ -129,7 +129,7 @@ def latent_update(s, positions, longest, checkpoint=False, offload=False, own=No
     logits = _logits(s, own)
     working = max(logits, AGAIN * s.kept * own) if checkpoint else logits
     return {
-        "projector's gradients, AdamW": 12 * s.projector,
+        "projector's AdamW and gradients": 12 * s.projector,
         "16-bit copies": casts(s, offload),
         "keys and values": s.cached * (positions - own),
         "activations": like_update["activations"],
@@ -140,11 +140,9 @@ def scoring(s, positions, longest, own=None):
     """While a frozen model scores texts without gradients, `positions` in one forward pass of the prompts and
     one of what follows. own: as above."""
     own = positions if own is None else own
-    one_layer = s.passing * max(own, positions - own) + s.c * own * longest
-    return {
-        "16-bit copy of the head": s.c * s.V * s.D,
-        "keys and values": s.cached * positions,
-        "one layer or logits": max(one_layer, _logits(s, own))}
+    layers = s.cached * positions + s.passing * max(own, positions - own) + s.c * own * longest
+    head = s.c * s.V * s.D + _logits(s, own)  # then keys and values are gone
+    return {"keys and values and a layer, or logits": max(layers, head)}
 
 
 def total(*sizes):

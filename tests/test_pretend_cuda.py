@@ -67,6 +67,34 @@ def test_the_device_refuses_what_cuda_refuses_and_sees_where_the_host_waits():
     assert [why for _, why in events] == ["copy from the card"]
 
 
+def on_the_card_side_stream():
+    """A copy to the card and back through pinned memory, on a stream of its own."""
+    import torch
+    from pretend import device
+
+    device.EVENTS.clear()
+    buffer = torch.empty(3, pin_memory=True)
+    buffer.copy_(torch.arange(3.0).pin_memory())
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        x = buffer.to("cuda", non_blocking=True) * 2
+        x.record_stream(aside)
+        buffer.copy_(x, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record(aside)
+    torch.cuda.current_stream().wait_event(done)
+    waited_before = len(device.EVENTS)
+    done.synchronize()
+    return buffer.tolist(), waited_before, device.EVENTS
+
+
+def test_streams_events_and_pinned_memory_have_stand_ins():
+    (numbers, waited_before, events), _ = pretend.run(on_the_card_side_stream)
+    assert numbers == [0.0, 2.0, 4.0]
+    assert waited_before == 0 and [why for _, why in events] == ["synchronize"]
+
+
 # ---------------------------------------------------------------- memory
 def on_the_card_count_a_product():
     import torch
@@ -90,40 +118,42 @@ def test_peak_memory_is_that_of_the_tensors_alive_at_once():
 
 
 def on_the_card_out_of_memory():
-    """Sampling and the update on a card that is too small for all at once -> what is to be equal, with and without."""
+    """Sampling and the update on a card that has room for half of it -> what came of them, with room enough and without."""
     import torch
     import train_rl
+    from pretend import memory
     from pretend.device import BYTES
 
     model, tokenizer, prompts = tiny_on_the_card()
 
-    def sample():
-        BYTES.reset_peak()
-        return sampled(model, tokenizer, prompts, 8, rows=8)
+    def sample(rows):
+        return [r.slots for r in sampled(model, tokenizer, prompts, 8, rows=rows)]
 
-    def update(rollouts, tokens_per_forward):
-        BYTES.reset_peak()
-        args, state = update_arguments(tokens_per_forward), FakeState(rollouts)
-        train_rl.add_gradients_with_one_retry(args, 0, model, state, *what_to_score(rollouts))
+    def update(tokens_per_forward):
+        args = update_arguments(tokens_per_forward)
+        train_rl.add_gradients_with_one_retry(args, 0, model, FakeState(rollouts), *what_to_score(rollouts))
         norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item()
         model.zero_grad(set_to_none=True)
         return args.tokens_per_forward, norm
 
-    all_at_once = sample()
-    peak = BYTES.peak
-    update(all_at_once, 800)
-    BYTES.total = peak - 4096
-    halved = sample()
-    BYTES.total = 2**40
-    enough, norm = update(all_at_once, 800)
-    BYTES.total = BYTES.peak - 4096
-    less, same_norm = update(all_at_once, 800)
-    return [[r.slots for r in some] for some in (all_at_once, halved)], (enough, norm), (less, same_norm)
+    def with_room_for(run, all_at_once, half):
+        """run(all_at_once) with room for half of it."""
+        peaks = []
+        for amount in (all_at_once, half):
+            peaks.append(memory.peak(lambda: run(amount))["peak"])
+        BYTES.total = sum(peaks) // 2
+        out = run(all_at_once)
+        BYTES.total = 2**40
+        return out
+
+    rollouts = sampled(model, tokenizer, prompts, 8)
+    update(800)  # the first call of everything
+    return sample(8), with_room_for(sample, 8, 4), update(800), with_room_for(update, 800, 400)
 
 
 def test_out_of_memory_is_caught_once_and_changes_no_result():
-    (slots, (enough, norm), (less, same_norm)), printed = pretend.run(on_the_card_out_of_memory)
-    assert "out of memory with" in printed and slots[0] == slots[1]
+    (slots, same_slots, (enough, norm), (less, same_norm)), printed = pretend.run(on_the_card_out_of_memory)
+    assert "out of memory with 8 rows" in printed and slots == same_slots
     assert (enough, less) == (800, 400) and same_norm == pytest.approx(norm, rel=0.01)
 
 
@@ -253,3 +283,213 @@ def test_a_micro_batch_waits_only_where_it_must():
     from report import DLOGP
 
     assert 0 < gap < DLOGP[True]
+
+
+# ---------------------------------------------------------------- graphs, and a latent step of one's own
+def on_the_card_graphs():
+    from pretend import device
+
+    model, tokenizer, prompts = tiny_on_the_card()
+    plain = sampled(model, tokenizer, prompts, 16, tag=3, rows=4)
+    model.graphs = True
+    played = sampled(model, tokenizer, prompts, 16, tag=3, rows=4)
+    gap = max(float((a.logprobs - b.logprobs).abs().max()) for a, b in zip(plain, played))
+    return [[r.slots for r in some] for some in (plain, played)], gap, model.graphs, device.Graph.replays
+
+
+def test_decoding_steps_played_from_a_graph_give_the_same_rollouts():
+    ((plain, played), gap, still_on, replays), printed = pretend.run(on_the_card_graphs)
+    assert still_on and "cannot be recorded" not in printed and replays >= 20
+    assert plain == played and gap < 0.1
+
+
+def on_the_card_recurrent():
+    """A projector with a memory, in the README's place for it."""
+    import torch
+    import litereason
+
+    class Recurrent(torch.nn.Module):
+        memory_size = 24
+
+        def __init__(self, width):
+            super().__init__()
+            self.read = torch.nn.Linear(width + self.memory_size, self.memory_size)
+            self.write = torch.nn.Linear(self.memory_size, width)
+
+        @classmethod
+        def start(cls, model, layers):
+            return cls(model.config.hidden_size).to(model.device, litereason.projector_dtype(model))
+
+        def forward(self, h, memory=None):
+            precise = h.to(self.read.weight.dtype)
+            memory = precise.new_zeros(len(h), self.memory_size) if memory is None else memory
+            memory = self.read(torch.cat([precise, memory], 1)).tanh()
+            return self.write(memory).to(h.dtype), memory
+
+    model, tokenizer, prompts = tiny_on_the_card()
+    litereason.PROJECTORS["recurrent"] = Recurrent
+    torch.manual_seed(0)
+    litereason.start_projector(model, "recurrent")
+    rollouts = [r for r in sampled(model, tokenizer, prompts, 28) if r.n_latents]
+    again = litereason.recompute_latents(model, rollouts)
+    gap = max(float((a.latents - b.latents.cpu()).norm() / a.latents.norm()) for a, b in zip(rollouts, again))
+    litereason.projector_loss(model, rollouts)[0].backward()
+    gradients = [p.grad for p in model.reasoning_projector.parameters()]
+    return len(rollouts), gap, [str(g.dtype) for g in gradients], all(bool(g.any()) for g in gradients)
+
+
+def test_a_recurrent_projector_keeps_its_precision_and_gets_gradients():
+    (n, gap, types, all_move), _ = pretend.run(on_the_card_recurrent)
+    assert n >= 2 and gap < 0.05
+    assert set(types) == {"torch.float32"} and all_move
+
+
+# ---------------------------------------------------------------- the scripts
+TINY_RUN = ("--prompts", 2, "--group", 4, "--train-prompts", 2, "--minibatches", 2, "--steps", 2, "--val", 1, "--n", 0,
+            "--max-new-tokens", 26, "--save-every", 1, "--show-every", 0)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The tiny model, saved with a projector, which counts as trained from then on."""
+    import litereason
+    import runs
+
+    path = str(tmp_path_factory.mktemp("pretend") / "small")
+    model, tokenizer = litereason.load("tiny", "cpu")
+    runs.save(model, tokenizer, path)
+    return path
+
+
+def train(out, *words):
+    """train_rl.py on the card -> its metrics."""
+    done = pretend.script("train_rl.py", *TINY_RUN, *words, "--out", out)
+    assert_bf16(done)
+    steps = metrics(out)
+    assert all(step["max_dlogp"] < dlogp() for step in steps) and (out / "model" / "model.safetensors").exists()
+    return steps
+
+
+def assert_bf16(done):
+    """The base's matrix products are in bf16, on the card."""
+    assert done.products["torch.bfloat16"] > 2 * done.products.get("torch.float32", 0), done.products
+
+
+def dlogp():
+    from report import DLOGP
+
+    return DLOGP[True]
+
+
+def metrics(out):
+    """Without what a clock says."""
+    with open(out / "metrics.jsonl") as f:
+        steps = [json.loads(line) for line in f]
+    return [{name: value for name, value in step.items() if name not in ("seconds", "peak_memory_gib")} for step in steps]
+
+
+def assert_continues_exactly(out, copy):
+    """A copy of the run as it was after its first step, continued, ends with the same numbers."""
+    from safetensors.torch import load_file
+
+    shutil.copytree(out, copy)
+    shutil.rmtree(copy / "state-2")
+    assert "resumed from" in pretend.script("train_rl.py", "--resume", copy).printed
+    assert metrics(copy) == metrics(out)
+    ended, continued = (load_file(run / "state-2" / "tensors.safetensors") for run in (out, copy))
+    assert ended.keys() == continued.keys() and all(ended[name].equal(continued[name]) for name in ended)
+
+
+def results(out):
+    with open(out / "results.json") as f:
+        return json.load(f)
+
+
+def test_stages_1_and_2(tmp_path):
+    done = pretend.script("train_projector.py", "--prompts", 8, "--samples", 1, "--steps", 2, "--n", 1, "--max-new-tokens", 26,
+                          "--out", tmp_path / "run")
+    assert_bf16(done)
+    found = results(tmp_path / "run")
+    assert found["kept"] > 0 and found["losses"]["trained"] != found["losses"]["warm start"]
+
+
+def test_rl_with_latents_refresh_and_resume(small, tmp_path):
+    steps = train(tmp_path / "run", "--model", small)
+    assert steps[-1]["refresh_loss"] is not None and any(step["grad_norm"] > 0 for step in steps)
+    assert any(step["latent_steps"] > 0 for step in steps)
+    assert_continues_exactly(tmp_path / "run", tmp_path / "copy")
+
+
+def test_rl_with_offloaded_masters_and_layers_computed_again(small, tmp_path):
+    steps = train(tmp_path / "run", "--model", small, "--offload", "--checkpoint-layers")
+    assert steps[-1]["refresh_loss"] is not None and any(step["grad_norm"] > 0 for step in steps)
+    assert_continues_exactly(tmp_path / "run", tmp_path / "copy")
+
+
+def test_rl_without_latents(tmp_path):
+    steps = train(tmp_path / "run", "--method", "grpo", "--steps", 1, "--minibatches", 1, "--val", 0, "--group", 32,
+                  "--max-new-tokens", 6, "--overlong-buffer", 4)  # a rollout that answers at once is the shorter one
+    assert steps[0]["grad_norm"] > 0
+
+
+def test_rl_with_tags_alone_and_the_table(tmp_path):
+    train(tmp_path / "run", "--method", "tag", "--steps", 1, "--val", 0, "--n", 1)
+    assert len(results(tmp_path / "run")) == 3
+
+
+def test_rl_of_next_chapters_and_their_perplexity(small, tmp_path):
+    steps = train(tmp_path / "run", "--model", small, "--task", "tiny.next_chapter", "--steps", 1, "--val", 0, "--recompute-latents",
+                  "--no-refresh")
+    assert steps[0]["accuracy"] == steps[0]["accuracy"]
+
+
+def on_the_card_controls(small, out):
+    """eval.py --controls, without most of those that differ in a number only."""
+    import sys
+
+    import eval
+    import runs
+
+    eval.CONTROLS = [(name, changed) for name, changed in eval.CONTROLS if changed.get("tag") not in range(2, 8)]
+    sys.argv = ["eval.py", "--model", small, "--controls", "--n", "1", "--max-new-tokens", "24", "--out", out]
+    runs.run_script(eval.main)
+    return [name for name, _ in eval.CONTROLS]
+
+
+def test_controls(small, tmp_path):
+    names, _ = pretend.run(on_the_card_controls, small, str(tmp_path / "table"))
+    assert len(names) > 8 and len(results(tmp_path / "table")) == len(names)
+
+
+def test_answers_shown_and_next_chapters_written(small, tmp_path):
+    done = pretend.script("eval.py", "--model", small, "--task", "tiny.next_chapter", "--show", 1, "--write", 1, "--n", 1,
+                          "--max-new-tokens", 16, "--out", tmp_path / "table")
+    assert_bf16(done)
+    assert (tmp_path / "table" / "chapters.md").exists()
+
+
+REASONING = "look for the ring in the story : put ring backstage , got ring theatre , fine . " * 2
+
+
+def on_the_card_baseline(method, out):
+    """baselines.py with sizes that have no flags, and with traces that it need not sample."""
+    import sys
+
+    import baselines
+    import runs
+
+    def traces(model, tokenizer, task, examples, *_):
+        prompts = [runs.encode_prompt(model, tokenizer, task.prompt(example, False)) for example in examples]
+        return [(prompt, REASONING, r"\boxed{ No }") for prompt in prompts], 0
+
+    baselines.own_traces = traces
+    baselines.SMALL.update(prompts=4, batch=4, stages=1, per_stage=1, colar_epochs=1, rl_prompts=1)
+    baselines.GROUP = 4
+    sys.argv = ["baselines.py", "--method", method, "--n", "1", "--steps", "1", "--max-new-tokens", "12", "--out", out]
+    runs.run_script(baselines.main)
+
+
+@pytest.mark.parametrize("method", ["soft-thinking", "moi", "coconut", "colar"])
+def test_a_baseline(method, tmp_path):
+    pretend.run(on_the_card_baseline, method, str(tmp_path / "run"))
+    assert [row["model"] for row in results(tmp_path / "run")][-1] == method

@@ -17,14 +17,18 @@ what it gets and returns is pickled.
 import concurrent.futures
 import contextlib
 import functools
+import hashlib
 import importlib.metadata
+import importlib.util
 import io
 import multiprocessing
 import multiprocessing.forkserver
 import os
 import runpy
 import shutil
+import subprocess
 import sys
+import tempfile
 import types
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -38,13 +42,38 @@ def why_not():
         return f"the pretended CUDA device is for Linux, this is {sys.platform}"
     if shutil.which("g++") is None:
         return "the pretended CUDA device needs a C++ compiler, g++"
+    from torch.version import cuda
+
+    if cuda:
+        return "the pretended CUDA device needs a torch built without CUDA, such as the CPU wheels"
     try:
+        compiled_guard()
         run(_smoke)
-    except Exception as e:
-        last_line = (str(e).strip().splitlines() or [type(e).__name__])[-1]
+    except Exception as e:  # whatever of torch's inside has moved
         torch = importlib.metadata.version("torch")
-        return f"the pretended CUDA device does not fit torch {torch}: {last_line}"
+        return f"the pretended CUDA device does not fit torch {torch}: {str(e).strip() or type(e).__name__}"
     return None
+
+
+def compiled_guard():
+    """guard.cpp as a library, compiled once per its text and torch's version -> (its path, torch's directory)."""
+    torch_at = importlib.util.find_spec("torch").submodule_search_locations[0]
+    source = os.path.join(HERE, "guard.cpp")
+    with open(source, "rb") as f:
+        key = hashlib.sha256(f.read() + torch_at.encode() + importlib.metadata.version("torch").encode())
+    cache = os.path.join(tempfile.gettempdir(), f"litereason-pretend-{os.getuid()}")
+    os.makedirs(cache, mode=0o700, exist_ok=True)
+    library = os.path.join(cache, f"guard-{key.hexdigest()[:16]}.so")
+    if not os.path.exists(library):
+        new = f"{library}.{os.getpid()}"
+        command = ["g++", "-std=c++20", "-shared", "-fPIC", "-I", f"{torch_at}/include", source, "-o", new,
+                   "-L", f"{torch_at}/lib", "-lc10", "-ltorch_cpu"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            errors = [line for line in done.stderr.splitlines() if "error" in line]
+            raise RuntimeError(errors[0] if errors else f"g++ ended with {done.returncode}")
+        os.rename(new, library)
+    return library, torch_at
 
 
 def run(function, *args):

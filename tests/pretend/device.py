@@ -3,41 +3,24 @@ import collections
 import contextlib
 import ctypes
 import functools
-import hashlib
-import importlib.metadata
-import importlib.util
+import gc
 import os
-import subprocess
 import sys
-import tempfile
 import types
 import weakref
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-TESTS = os.path.dirname(HERE)
-ROOT = os.path.dirname(TESTS)
+import pretend
+
+ROOT = pretend.ROOT
+TESTS = os.path.dirname(pretend.HERE)
 
 
 # ============================================================ torch's C++ side
 def load_guard():
-    """Compiles guard.cpp, once per its text and torch's version, and loads it below torch."""
+    """Loads guard.cpp below torch: what it answers is asked for when torch is imported."""
     if "torch" in sys.modules:
         raise RuntimeError("torch has been imported before the pretended device")
-    torch_at = importlib.util.find_spec("torch").submodule_search_locations[0]
-    source = os.path.join(HERE, "guard.cpp")
-    with open(source, "rb") as f:
-        key = hashlib.sha256(f.read() + torch_at.encode() + importlib.metadata.version("torch").encode())
-    cache = os.path.join(tempfile.gettempdir(), f"litereason-pretend-{os.getuid()}")
-    os.makedirs(cache, mode=0o700, exist_ok=True)
-    library = os.path.join(cache, f"guard-{key.hexdigest()[:16]}.so")
-    if not os.path.exists(library):
-        new = f"{library}.{os.getpid()}"
-        command = ["g++", "-std=c++20", "-shared", "-fPIC", "-I", f"{torch_at}/include", source, "-o", new,
-                   "-L", f"{torch_at}/lib", "-lc10", "-ltorch_cpu"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"g++: {(done.stderr.strip().splitlines() or ['failed'])[0]}")
-        os.rename(new, library)
+    library, torch_at = pretend.compiled_guard()
     for below in ("libc10.so", "libtorch_cpu.so"):
         ctypes.CDLL(os.path.join(torch_at, "lib", below), ctypes.RTLD_GLOBAL)
     ctypes.CDLL(library)
@@ -47,9 +30,6 @@ load_guard()
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-
-if torch.version.cuda:
-    raise RuntimeError("this torch was built with CUDA: the device would be there twice")
 
 aten = torch.ops.aten
 CARD = torch.device("cuda:0")
@@ -352,10 +332,13 @@ class Event:
 class Graph:
     """A recording of operations on tensors that stay where they are; `replay` computes them again into the same memory."""
 
+    replays = 0  # of all graphs
+
     def __init__(self, *_, **__):
         self.operations = []
 
     def replay(self):
+        Graph.replays += 1
         for op, args, kwargs, out in self.operations:
             again = op(*args, **kwargs)
             for old, new in zip(_listed(out), _listed(again)):
@@ -387,6 +370,7 @@ def inside(*_, **__):
 # ============================================================ torch.cuda
 def install():
     """From now on, in this process, torch has the device."""
+    gc.freeze()  # what has been imported need not be searched each time garbage is collected
     cuda = torch.cuda
     cuda._lazy_init = lambda: None
     cuda.is_available = cuda.is_initialized = lambda: True
@@ -401,12 +385,15 @@ def install():
     cuda.mem_get_info = lambda *_: (BYTES.total - BYTES.now, BYTES.total)
     cuda.memory_allocated = cuda.memory_reserved = lambda *_: BYTES.now
     cuda.max_memory_allocated = cuda.max_memory_reserved = lambda *_: BYTES.peak
+    cuda.memory_stats = lambda *_: {"allocated_bytes.all.current": BYTES.now, "allocated_bytes.all.peak": BYTES.peak}
     cuda.reset_peak_memory_stats = BYTES.reset_peak
     cuda.empty_cache = lambda: None
     cuda.synchronize = lambda *_: waits("synchronize")
     cuda.Stream, cuda.Event, cuda.CUDAGraph = Stream, Event, Graph
     cuda.current_stream = cuda.default_stream = lambda *_: Stream()
     cuda.stream = cuda.device = inside
+    cuda.set_stream = lambda stream: None
+    cuda.graph_pool_handle = lambda: (0, 0)
     cuda.graph = recording
     cuda.is_current_stream_capturing = lambda: bool(RECORDING)
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
