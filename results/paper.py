@@ -383,9 +383,7 @@ def bytes_of(job, figures, keep_states):
 
 
 def share_left(job, figures):
-    """0 to 1, of a run."""
-    if is_done(job.out):
-        return 0.0
+    """0 to 1, of a run that is not done."""
     states = runs.saved_states(job.out)
     return 1 - states[-1] / max(1, figures["rl"]["steps"]) if states else 1.0
 
@@ -393,13 +391,14 @@ def share_left(job, figures):
 def plan(args, jobs, figures):
     """-> (the plan as text, GB that have to be free). figures: of each task."""
     lines = ["| run | time | at most | GB it leaves | GB while it runs |", "|---|---|---|---|---|"]
-    expected, at_most, left = 0.0, 0.0, 0  # seconds, seconds, bytes
+    expected, at_most = 0.0, 0.0  # seconds
+    left, there = 0, 0  # bytes: what the runs that are not done will leave, and what they have now
     beside = []  # bytes that a run needs beside what it leaves
     for job in jobs:
         own = figures[job.name.split()[0]]
         full = dict.fromkeys(("plain", "tag"), own["rl"]["max_new_tokens"])
         share = share_left(job, own)
-        if share == 0:
+        if is_done(job.out):
             lines.append(f"| {job.name} | done |  |  |  |")
             continue
         usual = share * seconds_of(job, own, own["lengths"], args)
@@ -410,9 +409,10 @@ def plan(args, jobs, figures):
         lines.append(f"| {job.name}{begun} | {as_time(usual)} | {as_time(most)} | {disk} |")
         expected += usual
         at_most += most
-        left += leaves - bytes_in(job.out)
+        left += leaves
+        there += bytes_in(job.out)
         beside.append(takes - leaves)
-    peak = max(0, left + sum(sorted(beside)[-args.jobs :]))
+    peak = max(0, left + sum(sorted(beside)[-args.jobs :]) - there)
     lines.append(f"| **in all** | {as_time(expected)} | {as_time(at_most)} | {left / GB:.2f} | "
                  f"{peak / GB:.2f} |")
     return "\n".join(lines), peak

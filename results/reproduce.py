@@ -352,7 +352,9 @@ def parse_arguments():
     args.seeds = args.seeds or ([0, 1, 2] if is_tiny else [0])
     on_gpu = not is_tiny and torch.cuda.is_available() and args.device != "cpu"
     args.jobs = (1 if on_gpu else 2) if args.jobs is None else args.jobs
-    args.threads = 1 if is_tiny else None if on_gpu else max(1, (os.cpu_count() or 1) // max(1, args.jobs))
+    args.threads = 1 if is_tiny else None
+    if not is_tiny and not on_gpu and "OMP_NUM_THREADS" not in os.environ:
+        args.threads = max(1, (os.cpu_count() or 1) // max(1, args.jobs))
     return args
 
 
