@@ -115,7 +115,7 @@ def measure(model, tokenizer, prompts, args, steps=16):
 
     def update(rollouts):
         logprobs(model, rollouts)[0].sum().backward()
-        model.zero_grad(set_to_none=True)
+        engine.forget_gradients(model)
 
     update(decode(2)[:1])  # the first call of everything is slow
     to_begin, step = step_of(decode)

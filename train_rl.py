@@ -61,14 +61,13 @@ NAMES = {"litereason": "LiteReason", "grpo": "RL without latents", "tag": "RL wi
 
 
 # ============================================================ stage 3
-def train(args, model, tokenizer, task, examples, prompts, vals, table_rows, saved):
-    """The loop; leaves model/ in args.out. prompts: of the examples, token ids; table_rows: of the final
-    table, so far; saved: what runs.read_state found, or None."""
+def train(args, model, base, masters, tokenizer, task, examples, prompts, vals, table_rows, saved):
+    """The loop; leaves model/ in args.out. base: the weights that are trained; masters: what the optimiser
+    steps on, the same unless offloaded; prompts: of the examples, token ids; table_rows: of the final table,
+    so far; saved: what runs.read_state found, or None."""
     # Rollout batches per epoch. Prompts that fill no whole batch sit this epoch out: the next one has a new
     # order.
     per_epoch = max(1, len(examples) // args.prompts)
-    base = [p for name, p in model.named_parameters() if not name.startswith("reasoning_projector.")]
-    masters = engine.offload(model, base) if args.offload else base  # what the optimiser steps on
     optimizer = torch.optim.AdamW(masters, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     if saved is None:
         state = runs.State.new(args, table_rows)
@@ -436,6 +435,8 @@ def main():
     report.check_answers(task, examples[:8])
     report.warn_of_unknown_words(tokenizer, prompts)
     fit_to_memory(args, model, task, prompts)
+    base = [p for name, p in model.named_parameters() if not name.startswith("reasoning_projector.")]
+    masters = engine.offload(model, base) if args.offload else base
     if not args.resume:
         runs.delete_earlier_run(args.out)
     runs.write_settings(args, "train_rl.py")
@@ -473,7 +474,8 @@ def main():
                 runs.save(model, tokenizer, os.path.join(args.out, "model"))
             add_row("LiteReason before RL", True, "projector")
 
-    train(args, model, tokenizer, task, examples, prompts[: len(examples)], vals, table_rows, saved)
+    train(args, model, base, masters, tokenizer, task, examples, prompts[: len(examples)], vals, table_rows,
+          saved)
 
     add_row(NAMES[args.method], args.method != "grpo", latent_of_method(args))
     if args.method == "litereason":
