@@ -107,16 +107,19 @@ def mixture_of_inputs(model, beta=1.0):
     of a Dirichlet prior that follows p: w_i = (H p_i + (beta + 1 - H) [i is the word]) / (beta + 1), with H
     the entropy of p, 0 to 1. Ours is the same."""
     embed = model.get_input_embeddings()
+    V = embed.num_embeddings
+    with torch.no_grad():
+        all_words = embed(torch.arange(V, device=model.device))  # (V, D), scaled where the model scales
+    if model.bf16:  # once, not in every step
+        all_words = all_words.to(torch.bfloat16)
 
     def feed(h, token):
         logp = predicted(model, h)  # (n, V)
         p = logp.exp()
-        V = p.shape[-1]
         entropy = -(p * logp).sum(-1, keepdim=True)  # (n, 1)
         H = entropy / math.log(V)  # 1 if all words are equally likely
-        all_words = embed(torch.arange(V, device=h.device))  # (V, D)
-        expected = p.to(h.dtype) @ all_words  # (n, D)
-        mixed = H.to(h.dtype) * expected + (beta + 1 - H).to(h.dtype) * embed(token)
+        expected = p.to(all_words.dtype) @ all_words  # (n, D)
+        mixed = H.to(h.dtype) * expected.to(h.dtype) + (beta + 1 - H).to(h.dtype) * embed(token)
         return mixed / (beta + 1)
 
     feed.flops = 2 * embed.weight.numel()  # beside the LM head, which is counted for every word
@@ -291,7 +294,8 @@ def colar(model, head, end):
     -> arguments for `generate`."""
 
     def step(h, u, k):
-        mean, std = head(h)
+        with torch.autocast(h.device.type, enabled=False):  # in the head's own precision, as in training
+            mean, std = head(h)
         z = mean + std * normal_numbers(u, k, h.shape[1]).to(mean)
         return (z * head.spread).to(h.dtype)
 

@@ -7,7 +7,7 @@
     Decoder                       which rows are decoded: ended ones leave, waiting prompts join; CUDA graphs
     TagTable                      the grammar of the tag as a table over token ids
     token_logprobs, pack          logits in chunks; rollouts split by a budget of positions
-    checkpoint_layers, offload    less memory for the update
+    checkpoint_layers, offload    less memory for the update; how much there is: card.py
     FewRows                       a few rows times a large matrix, on a CPU
 
 Letters in the shape comments are those of litereason.py, and:
@@ -129,8 +129,15 @@ class PromptCache:
         applied."""
         keys = keys.to(values.dtype)  # with bf16 compute the rotary leaves them in fp32
         # Contiguous, as matrix products need them: otherwise every later step would copy the prompt.
-        self.layers[layer] = (keys.contiguous(), values.contiguous())
+        self.add(layer, keys.contiguous(), values.contiguous())
         return self, layer
+
+    def add(self, layer, keys, values):
+        self.layers[layer] = (keys, values)
+
+    def newest(self, layer):
+        """What the last forward pass has added."""
+        return self.layers[layer]
 
     def attend(self, layer, q, scale, window=None):
         """q (P, H, L, d) -> (P, L, H, d). window: the layer sees only so many positions, its own included."""
@@ -176,22 +183,24 @@ def _widened(t, L):
     return t if t.shape[2] == L else F.pad(t[:, :, :L], (0, 0, 0, max(0, L - t.shape[2])))
 
 
-def once_more_in_halves(model, run, rows):
-    """run(rows); out of memory: once more with half of the rows, and from then on never with more for this
-    model, whatever calls it. Changes no result.
+def once_more_in_halves(model, run, n, unit="rows"):
+    """run(n); out of memory: once more with half of the rows (or positions), and from then on never with more
+    for this model, whatever calls it. Changes no result.
 
     Raises torch.OutOfMemoryError if half is too much, too."""
-    rows = min(rows, getattr(model, "most_rows", rows))
+    most = f"most_{unit}"
+    n = min(n, getattr(model, most, n))
     try:
-        return run(rows)
+        return run(n)
     except torch.OutOfMemoryError:
-        if rows == 1:
+        if n == 1:
             raise
     if model.device.type == "cuda":  # here the exception, and what it held, is gone
         torch.cuda.empty_cache()
-    model.most_rows = max(1, rows // 2)
-    print(f"out of memory with {rows} rows at once; from here on {model.most_rows}", flush=True)
-    return run(model.most_rows)
+    half = max(1, n // 2)
+    setattr(model, most, half)
+    print(f"out of memory with {n} {unit} at once; from here on {half}", flush=True)
+    return run(half)
 
 
 class Groups:
@@ -299,7 +308,9 @@ class ScoringCache:
         self.owner = owner
         self.start = prompts.lengths[owner]  # (B,) position of a row's first slot
         self.groups = Groups(owner, len(prompts.lengths))
-        self.layers = [None] * len(prompts.layers)  # (keys, values), (B, K, n, d) each
+        # Per layer its pieces, (keys, values), (B, K, n, d) each. They are joined where they are used: a joined
+        # copy per piece and layer would have to be kept for the backward pass.
+        self.layers = [()] * len(prompts.layers)
         self.valid = None  # (B, n) the slots so far that are not padding
         self.hidden = None  # (B, 1, 1, S, n) the slots that a new one does not see
         self.bias = {}  # window -> what `joint_bias` gives, the same in all layers
@@ -318,29 +329,35 @@ class ScoringCache:
         self.hidden = hidden[:, None, None]
 
     def update(self, keys, values, layer, *_, **__):
-        new = (keys.to(values.dtype), values)
-        old = self.layers[layer]
-        self.layers[layer] = new if old is None else tuple(torch.cat(pair, 2) for pair in zip(old, new))
+        self.add(layer, keys.to(values.dtype), values)
         return self, layer
+
+    def add(self, layer, keys, values):
+        self.layers[layer] = (*self.layers[layer], (keys, values))
+
+    def newest(self, layer):
+        """What the last forward pass has added."""
+        return self.layers[layer][-1]
 
     def attend(self, layer, q, scale, window=None):
         """q (B, H, S, d) -> (B, S, H, d)."""
-        prompt, own = self.prompts[layer], self.layers[layer]
+        prompt, pieces = self.prompts[layer], self.layers[layer]
         q = q.to(prompt[1].dtype)
         if q.shape[2] > self.FUSED:
-            return self._attend_fused(prompt, own, q, scale, window)
+            return self._attend_fused(prompt, pieces, q, scale, window)
+        own = [torch.cat(same, 2) for same in zip(*pieces)]
         far, hide_own = None, self.hidden
         if window:
             far, far_own = self.beyond(window, q.shape[2], prompt[0].shape[2])
             hide_own = hide_own | far_own
         return attend_shared(q, scale, prompt, own, self.groups, self.pad, far, hide_own)
 
-    def _attend_fused(self, prompt, own, q, scale, window):
+    def _attend_fused(self, prompt, pieces, q, scale, window):
         """Fused attention never keeps the weights: for (B, H, S, L + n) of them in two types, on CUDA, there
         is no room, and a CPU is faster so than sharing the products. On CUDA not yet tried."""
         keys, values = (
-            torch.cat([of_prompt.index_select(0, self.owner), of_row], 2)
-            for of_prompt, of_row in zip(prompt, own))  # (B, K, L + n, d)
+            torch.cat([of_prompt.index_select(0, self.owner), *of_row], 2)
+            for of_prompt, *of_row in zip(prompt, *pieces))  # (B, K, L + n, d)
         if window not in self.bias:
             self.bias[window] = self.joint_bias(q, prompt[0].shape[2], window)
         if q.device.type in REPEATS:
@@ -363,7 +380,10 @@ class ScoringCache:
         hide = torch.cat([hide_prompt.expand(B, 1, S, L), self.hidden[:, 0]], 3)
         if window:
             hide = hide | torch.cat(self.beyond(window, S, L), 4)[:, 0]
-        return q.new_zeros(hide.shape).masked_fill(hide, -torch.inf)
+        n = hide.shape[3]
+        # Rows as long as CUDA's kernels want them: otherwise torch would copy the whole bias in every layer.
+        bias = q.new_zeros(B, 1, S, -(-n // 16) * 16)[..., :n]
+        return bias.masked_fill_(hide, -torch.inf)
 
     def beyond(self, window, S, L):
         keys = self.valid.cumsum(1) - 1 + self.start[:, None]  # (B, n)
@@ -409,10 +429,10 @@ class DecodingCache:
 
     def set_reach(self, rounded):
         """Before each step: how many columns it looks at. rounded: up to a multiple of 64 and, of many
-        columns, by at most a quarter, so that steps are alike for long and a recorded one serves them all. ->
+        columns, by at most a half, so that steps are alike for long and a recorded one serves them all. ->
         whether that number has changed"""
         needed = self.filled + 1
-        block = max(64, 2 ** (needed.bit_length() - 3)) if rounded else 1
+        block = max(64, 2 ** (needed.bit_length() - 2)) if rounded else 1
         reach = min(self.room, -(-needed // block) * block)
         changed = reach != self.reach
         self.reach = reach
@@ -563,7 +583,8 @@ class Decoder:
         if not len(live) and not n_join:
             finish(torch.arange(len(self.rows.live), device=live.device))
             return False
-        if n_join or len(live) <= 0.75 * len(self.rows.live) or self.cache.filled == self.limit:
+        few = 0.5 if self.model.graphs else 0.75  # of the rows; each change needs a new recording
+        if n_join or len(live) <= few * len(self.rows.live) or self.cache.filled == self.limit:
             finish((~self.rows.live).nonzero()[:, 0])
             self._exchange(live, n_join)
         self._widen_latents()
@@ -653,6 +674,9 @@ class Decoder:
             return None
 
 
+ASIDE = {}  # device -> the stream on which steps are recorded
+
+
 def record(step, *inputs):
     """step(*inputs) as a CUDA graph -> replay(*inputs), for inputs of the same shapes; its result stands in
     the same memory each time."""
@@ -664,13 +688,14 @@ def record(step, *inputs):
     current = torch.cuda.current_stream(device)
     # `current` is restored, also if the recording fails.
     with torch.cuda.device(device), torch.cuda.stream(current):
-        aside = torch.cuda.Stream()
-        aside.wait_stream(current)
-        # Once without recording: what libraries allocate on their first call must not be recorded.
-        with torch.cuda.stream(aside):
-            step(*memory)
-        current.wait_stream(aside)
-        with torch.cuda.graph(graph, stream=aside):
+        if device not in ASIDE:
+            # Once without recording: what libraries allocate on a stream's first call must not be recorded.
+            ASIDE[device] = torch.cuda.Stream()
+            ASIDE[device].wait_stream(current)
+            with torch.cuda.stream(ASIDE[device]):
+                step(*memory)
+            current.wait_stream(ASIDE[device])
+        with torch.cuda.graph(graph, stream=ASIDE[device]):
             out = step(*memory)
 
     def replay(*new):
@@ -908,21 +933,28 @@ def token_logprobs(model, h, targets, temperature=1.0, chunk=None):
     return torch.cat(logps)
 
 
-def pack(rollouts, budget):
+COPIED = 16  # a row's own copy of so many keys, for fused attention, takes about the memory of one position
+
+
+def pack(rollouts, budget, unrolled=False):
     """Splits rollouts into runs of neighbours -> lists of indices. One forward pass over a run computes at
-    most `budget` positions, each prompt once and padding included (or it is a single rollout). Budgets change
-    memory and time, no result."""
+    most `budget` positions, each prompt once, padding and copied keys included (or it is a single rollout).
+
+    unrolled: they go through litereason.unroll, which reads a row's keys again after each block of latents.
+    Budgets change memory and time, no result."""
     parts = [[]]
-    prompts, L, S = set(), 0, 0  # of the last part: its prompts, the longest of them, the most slots
+    prompts, L, S, pieces = set(), 0, 0, 1  # of the last part: its prompts, the longest, most slots and pieces
     for i, rollout in enumerate(rollouts):
         prompt = tuple(rollout.prompt_ids)
+        own = len(prompt), len(rollout.slots), 1 + (rollout.n_tags if unrolled else 0)
         prompts = prompts | {prompt}
-        L = max(L, len(prompt))
-        S = max(S, len(rollout.slots))
-        positions = len(prompts) * L + (len(parts[-1]) + 1) * S
+        L, S, pieces = (max(pair) for pair in zip((L, S, pieces), own))
+        rows = len(parts[-1]) + 1
+        positions = len(prompts) * L + rows * S + rows * pieces * (L + S) // COPIED
         if parts[-1] and positions > budget:
             parts.append([])
-            prompts, L, S = {prompt}, len(prompt), len(rollout.slots)
+            prompts = {prompt}
+            L, S, pieces = own
         parts[-1].append(i)
     return [part for part in parts if part]
 
@@ -934,6 +966,7 @@ def checkpoint_layers(model):
 
     transformers' own switch turns the cache off; ours hands each layer the cache as it stood, so running it
     twice is harmless."""
+    model.checkpointed = True
     for i, layer in enumerate(model.model.layers):
         layer.forward = functools.partial(_recomputed, layer.forward, i)
 
@@ -953,35 +986,73 @@ def _recomputed(layer, i, x, past_key_values=None, **kwargs):
     def run(x):
         view = copied(before)
         out = layer(x, past_key_values=view, **kwargs)
-        return out, *view.layers[i]
+        return out, *view.newest(i)
 
     out, keys, values = checkpoint(run, x, use_reentrant=False)
-    cache.layers[i] = (keys, values)
+    cache.add(i, keys, values)
     return out
 
 
-def offload(parameters):
-    """bf16 weights and gradients stay on the card; -> what needs fp32, the masters that the optimizer steps
-    on, on the host."""
+def matrices(model):
+    """The weights of the layers' linear maps, which autocast multiplies in 16 bits."""
+    return [m.weight for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear)]
+
+
+def freeze(model):
+    """For a model that is never trained: on CUDA its matrices are kept only as autocast would cast them, half
+    the memory and the same numbers."""
+    model.requires_grad_(False)
+    if model.bf16:
+        for weight in matrices(model):
+            weight.data = weight.data.to(torch.bfloat16)
+    return model
+
+
+def offload(model, parameters):
+    """What the optimizer needs of `parameters` moves to the host: -> fp32 masters to step on.
+
+    On the card the matrices stay as autocast would cast them, so that all products are those of fp32 weights.
+    A gradient is sent to the host as soon as it is whole, through page-locked buffers and without waiting
+    for it, and is added up there in fp32 (gradients_to_masters)."""
     masters = [p.detach().to("cpu", torch.float32, copy=True).requires_grad_() for p in parameters]
+    model.bf16 = True
+    for weight in matrices(model):
+        weight.data = weight.data.to(torch.bfloat16)
     for p in parameters:
-        p.data = p.data.to(torch.bfloat16)
+        p.on_host = torch.empty(p.shape, dtype=p.dtype, pin_memory=p.device.type == "cuda")
+        p.is_sent = False  # whether on_host holds a gradient
+        p.register_post_accumulate_grad_hook(_send_gradient)
     return masters
 
 
+def _send_gradient(p):
+    p.on_host.copy_(p.grad, non_blocking=True)
+    p.is_sent = True
+    p.grad = None
+
+
 def gradients_to_masters(parameters, masters):
-    """Moves the gradients to where the optimizer reads them; nothing to do without `offload`."""
-    if masters is not parameters:
-        for p, master in zip(parameters, masters):
-            master.grad = None if p.grad is None else p.grad.to("cpu", torch.float32)
-            p.grad = None
+    """After each backward pass: adds its gradients to the masters'; nothing to do without `offload`."""
+    if masters is parameters:
+        return
+    device = parameters[0].device
+    if device.type == "cuda":  # the buffers are full once the device is done
+        torch.cuda.synchronize(device)
+    for p, master in zip(parameters, masters):
+        if p.is_sent:
+            p.is_sent = False
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+            master.grad += p.on_host
 
 
 def weights_from_masters(parameters, masters):
     """Brings the stepped weights back; nothing to do without `offload`."""
-    if masters is not parameters:
-        for p, master in zip(parameters, masters):
-            p.data.copy_(master.data)
+    if masters is parameters:
+        return
+    for p, master in zip(parameters, masters):
+        p.on_host.copy_(master.detach())
+        p.data.copy_(p.on_host, non_blocking=True)
 
 
 # ============================================================ a CPU's matrix products
@@ -998,7 +1069,7 @@ class FewRows(torch.nn.Linear):
         device = x.device.type
         if not weight.requires_grad and torch.is_autocast_enabled(device):
             if self.cast is None:
-                # Detached: with --offload it is of that type already, and no second parameter.
+                # Detached: one that is of that type already (see freeze) is no second parameter.
                 self.cast = weight.detach().to(torch.get_autocast_dtype(device))
             weight = self.cast
         if device != "cpu" or weight.numel() < 2**17:

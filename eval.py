@@ -28,6 +28,7 @@ import torch
 from tqdm import tqdm
 
 import data
+import engine
 import report
 import runs
 from litereason import UserError, generate, latent_step, load
@@ -336,7 +337,8 @@ def parse_arguments():
     g.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (the paper: 0.7)")
     g.add_argument("--top-p", type=float, default=1.0, help="0 to 1 (the paper: 0.8)")
     g.add_argument("--top-k", type=int, default=0, help="0 is off (the paper: 20)")
-    g.add_argument("--rows", type=int, default=256, help="answers decoded at once: memory; changes no result")
+    g.add_argument("--rows", type=int, help="answers decoded at once: memory; changes no result (default: what "
+                   "fits on the card, at most 512)")
     g.add_argument("--at-once", action="store_true", help="force the answer without reasoning")
     meanings = "; ".join(f"{name}: {meaning}" for name, meaning in LATENTS.items())
     g.add_argument("--latent", default="projector", choices=list(LATENTS),
@@ -387,6 +389,7 @@ def main():
     rows, sections = [], []  # of the table, and of the page
     for name in args.model:
         model, tokenizer = load(name.partition(":")[0], args.device)
+        engine.freeze(model)
         model.graphs = args.graphs
         settings = settings_of(args, name, model)
         if args.controls:

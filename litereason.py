@@ -36,6 +36,7 @@ import re
 import torch
 import transformers
 
+import card
 import engine
 import runs
 from runs import UserError, save  # save(model, tokenizer, path) belongs to this file's interface
@@ -418,7 +419,7 @@ def sample(logits, u, temperature, top_k, top_p):
 
 @torch.no_grad()
 def generate(model, tokenizer, prompts, samples=1, max_new_tokens=256, temperature=1.0, top_p=1.0, top_k=0,
-             latent="projector", generator=None, rows=512, stats=None, bar=None, tag=None,
+             latent="projector", generator=None, rows=None, stats=None, bar=None, tag=None,
              start=0, leave=None, feed=None):
     """The mixed decoding loop: every row samples a token or runs a latent step, all in one batch ->
     [Rollout].
@@ -429,7 +430,8 @@ def generate(model, tokenizer, prompts, samples=1, max_new_tokens=256, temperatu
     temperature     0 is greedy. Of a generation_config only the stop ids are used
     latent          see latent_step; "none" leaves tags as plain text
     generator       a CPU torch.Generator
-    rows            most rows decoded at once (but at least one whole group); changes no result
+    rows            most rows decoded at once (but at least one whole group); changes no result. None: as
+                    many as fit on the card now, at most 512
     stats           a dict to whose "positions" the number of positions computed is added
     bar             a tqdm bar, which moves by one for each rollout that ends
     tag             None: a tag runs as many latents as it says; K: every tag runs K; "forbidden": none begins
@@ -450,6 +452,8 @@ def generate(model, tokenizer, prompts, samples=1, max_new_tokens=256, temperatu
     if not ids:
         return []
     sampling = (temperature, top_k, top_p)
+    if rows is None:
+        rows = card.rows_that_fit(model, max(map(len, ids)), max_new_tokens, samples)
 
     def decode(rows):
         max_prompts = max(1, rows // samples)

@@ -1,6 +1,6 @@
 """What people look at; nothing here is in the paper, and a reader of the paper may skip it.
 
-    say_what_runs, forecast, pace   before a run: its settings, its memory and its hours
+    say_what_runs, pace             before a run: its settings and its hours (its memory: card.py)
     step_line, warn, ..             during training
     stop_if_.., put_aside           what goes wrong without a crash: said, and set aside to be read
     table, controls_table, collect  results as tables
@@ -16,6 +16,7 @@ import math
 import os
 import re
 import time
+import typing
 
 import numpy as np
 import torch
@@ -31,8 +32,8 @@ GIB = 2.0**30
 
 # ============================================================ before a run
 def say_what_runs(args, model, tokenizer, task, prompts, released, ours):
-    """The sizes, the settings beside the released ones and, of a real model, the memory and hours that a run
-    may need."""
+    """The sizes, the settings beside the released ones and, of a real model, the work and the hours that a
+    run may need."""
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     longest = max(map(len, prompts))
     weights = "bf16 weights, fp32 masters on the host" if args.offload else "fp32 weights"
@@ -45,79 +46,12 @@ def say_what_runs(args, model, tokenizer, task, prompts, released, ours):
         settings.append(f"{name} {value:g}{beside}")
     print("settings: " + ", ".join(settings))
     if not runs.is_small(model):
-        scorer = getattr(task, "settings", {}).get("scorer", ())[:1]
-        print(forecast(model, args, longest, *scorer), flush=True)
+        batch = args.prompts * args.group
+        positions = batch * args.max_new_tokens + args.prompts * longest
+        print(f"per rollout batch: {batch} rollouts, {min(batch, args.rows)} rows at a time, up to "
+              f"{args.max_new_tokens} decoding steps; the update reads up to {positions:,} positions, "
+              f"{args.tokens_per_forward:,} at a time", flush=True)
         print(pace(model, tokenizer, prompts, args), flush=True)
-
-
-def forecast(model, args, longest, scorer=None):
-    """The sizes of a run and the memory that it needs, as text, from the configuration; on CUDA also whether
-    it fits and, if not, which flags to change.
-
-    longest: tokens of the longest prompt. scorer: the frozen model of the task's reward, if there is one. An
-    estimate from shapes, rounded up: every rollout as long as allowed, every prompt as long as the
-    longest."""
-    batch = args.prompts * args.group  # rollouts
-    rows = min(batch, _groups_at_once(args) * args.group)  # decoded at once
-    tokens = max(args.tokens_per_forward, longest + args.max_new_tokens)  # scored at once, whole rollouts
-    always, sampling, update = _memory(model, args, longest, scorer, rows, tokens)
-    peak = sum(always.values()) + max(sum(sampling.values()), sum(update.values()))
-    positions = batch * args.max_new_tokens + args.prompts * longest
-    text = (f"per rollout batch: {batch} rollouts, {rows} rows at a time, "
-            f"up to {args.max_new_tokens} decoding steps; "
-            f"the update reads up to {positions:,} positions, {tokens:,} at a time\n"
-            f"memory at most, GiB: {_in_gib(always)}; "
-            f"sampling: {_in_gib(sampling)}; update: {_in_gib(update)}; peak {peak / GIB:.1f}")
-    if model.device.type != "cuda":
-        return text
-    card = torch.cuda.get_device_properties(model.device).total_memory
-    if peak > 0.95 * card:
-        text += (f"\nthis card has {card / GIB:.1f} GiB, so it may not fit: lower --rows (sampling) or "
-                 f"--tokens-per-forward (update), say --checkpoint-layers, --offload, "
-                 f"shorten --max-new-tokens, or take a smaller model")
-    return text
-
-
-def _memory(model, args, longest, scorer, rows, tokens):
-    """What takes memory: all the time, while sampling, and during the update -> three times {what: bytes}."""
-    config = model.config
-    layers, hidden = config.num_hidden_layers, config.hidden_size
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    head_size = getattr(config, "head_dim", None) or hidden // heads
-    per_activation = 2 if model.bf16 else 4  # bytes
-    per_weight = 2 if args.offload else 4  # bytes on the card; a gradient takes the same
-    parameters = _parameters(model)
-    base = parameters - _parameters(model.reasoning_projector)
-    always = {
-        "weights": per_weight * parameters,
-        "AdamW": 0 if args.offload else 8 * base,
-        "16-bit copies": 2 * base if model.bf16 and not args.offload else 0,
-        "scorer": 4 * _parameters(scorer) if scorer else 0}
-
-    # One layer's activations per position: norms and residuals in fp32; q, k, v and output; the MLP's four.
-    layer = 28 * hidden
-    layer += per_activation * (2 * (heads + kv_heads) * head_size + 4 * config.intermediate_size)
-    keys_and_values = 2 * kv_heads * head_size * per_activation  # of one position in one layer
-    prompts = min(args.prompts, 2 * rows // args.group)  # a long answer keeps its own while others begin
-    cached = rows * args.max_new_tokens + prompts * longest  # positions
-    sampling = {
-        "keys and values": layers * keys_and_values * cached,
-        "prefill": layer * min(max(engine.PREFILL, longest), prompts * longest),
-        "logits": 5 * 4 * rows * config.vocab_size}
-
-    per_token = layers * layer
-    if args.checkpoint_layers:  # each layer's input, keys and values; all of one layer, made again
-        per_token = layers * (4 * hidden + keys_and_values) + 2 * layer
-    mask = per_activation * (longest + args.max_new_tokens)  # who sees whom, once for all layers
-    update = {
-        "gradients": per_weight * base,
-        "activations": tokens * (per_token + mask),
-        "logits": 2 * 4 * min(engine.LOGITS, tokens * config.vocab_size)}
-    return always, sampling, update
-
-
-def _parameters(module):
-    return sum(p.numel() for p in module.parameters())
 
 
 def _groups_at_once(args):
@@ -125,44 +59,71 @@ def _groups_at_once(args):
     return max(1, args.rows // args.group)
 
 
-def _in_gib(sizes):
-    return ", ".join(f"{what} {size / GIB:.2f}" for what, size in sizes.items())
+class Pace(typing.NamedTuple):
+    """What a machine takes for a model, in seconds; `measure` makes it."""
+    rows: int  # answers decoded at once
+    prompts: float  # to read their prompts
+    step: float  # one decoding step of all of them
+    alone: float  # one decoding step of one answer alone
+    position: float  # one position of the update, forward and backward
+
+    def decoding(self, answers, length):
+        """Of so many answers of `length` slots each: full rounds, and one with what is left over."""
+        rounds, rest = divmod(answers, self.rows)
+        share = rest / self.rows
+        step = self.alone + (self.step - self.alone) * share if rest else 0.0
+        return (rounds + share) * self.prompts + (rounds * self.step + step) * length
+
+    def updating(self, prompts, longest, answers, length):
+        """The update on answers to `prompts` prompts of `longest` tokens, each read once."""
+        return self.position * (prompts * longest + answers * length)
 
 
-def pace(model, tokenizer, prompts, args, steps=16):
-    """How long a run may take on this machine, as text. Measured, after a warm-up: as many rows as are
-    decoded at once, with the longest prompts, for a few steps; and one forward and backward pass of the
-    update at its full size.
+def pace(model, tokenizer, prompts, args):
+    """How long a run may take on this machine, as text.
 
     An upper estimate: every rollout as long as allowed."""
+    measured = measure(model, tokenizer, prompts, args)
+    longest = max(map(len, prompts))
+    rollouts = args.prompts * args.group
+    sample = measured.decoding(rollouts, args.max_new_tokens)
+    scored = measured.updating(args.prompts, longest, rollouts, args.max_new_tokens)
+    batches = args.steps / args.minibatches
+    hours = batches * (sample + scored) / 3600
+    return (f"time at most, from a short measurement: {sample:.1f} s to sample and {scored:.1f} s to update "
+            f"per rollout batch; {batches:.0f} batches: {hours:.1f} hours, "
+            f"without evaluation and stages 1 and 2")
+
+
+def measure(model, tokenizer, prompts, args, steps=16):
+    """-> Pace. Measured after a warm-up: as many rows as are decoded at once, with the longest prompts, for a
+    few steps; and one forward and backward pass of the update at its full size."""
     at_once = min(args.prompts, _groups_at_once(args))
     longest = sorted(prompts, key=len)[-at_once:]
 
     def decode(n_slots):
         return generate(model, tokenizer, longest, args.group, n_slots)
 
+    def decode_one(n_slots):
+        return generate(model, tokenizer, longest[-1:], 1, n_slots)
+
+    def step_of(decode):
+        """-> (seconds with one slot, seconds per further slot)"""
+        one_slot = seconds_of(model, lambda: decode(1))
+        all_slots = seconds_of(model, lambda: decode(steps + 1))
+        return one_slot, max(0.0, all_slots - one_slot) / steps
+
     def update(rollouts):
         logprobs(model, rollouts)[0].sum().backward()
         model.zero_grad(set_to_none=True)
 
     update(decode(2)[:1])  # the first call of everything is slow
-    one_slot = _seconds(model, lambda: decode(1))
-    # The difference is `steps` steps without the prompts.
-    all_slots = _seconds(model, lambda: decode(steps + 1))
+    to_begin, step = step_of(decode)
+    _, alone = step_of(decode_one)
     rollouts = _longest_rollouts(model, longest[-1], args)
-    one_pass = _seconds(model, lambda: update(rollouts))
-
-    # From there to a rollout batch.
-    per_step = max(0.0, all_slots - one_slot) / steps
-    rounds = math.ceil(args.prompts / at_once)
-    sample = rounds * (one_slot + per_step * args.max_new_tokens)
-    measured = len(longest[-1]) + sum(len(r.slots) for r in rollouts)  # positions
-    scored = args.prompts * (len(longest[-1]) + args.group * args.max_new_tokens) / measured * one_pass
-    batches = args.steps / args.minibatches
-    hours = batches * (sample + scored) / 3600
-    return (f"time at most, from a short measurement: {sample:.1f} s to sample and {scored:.1f} s to update "
-            f"per rollout batch; {batches:.0f} batches: {hours:.1f} hours, "
-            f"without evaluation and stages 1 and 2")
+    one_pass = seconds_of(model, lambda: update(rollouts))
+    positions = len(longest[-1]) + sum(len(r.slots) for r in rollouts)
+    return Pace(at_once * args.group, to_begin, step, alone, one_pass / positions)
 
 
 def _longest_rollouts(model, prompt, args):
@@ -173,8 +134,8 @@ def _longest_rollouts(model, prompt, args):
     return [Rollout(prompt, slots, torch.zeros(0, model.config.hidden_size))] * n
 
 
-def _seconds(model, action):
-    """On CUDA until the device has done it."""
+def seconds_of(model, action):
+    """Of an action; on CUDA until the device has done it."""
 
     def now():
         if model.device.type == "cuda":

@@ -117,21 +117,33 @@ def _why_not(path, is_local, error):
     why = textwrap.shorten(str(error), 200, placeholder=" ..") or type(error).__name__
     if is_local:
         return f"cannot load the model in {path!r}: {why}"
-    kinds = set()  # of this error and of those that led to it
-    while error is not None:
-        kinds.add(type(error).__name__)
-        error = error.__cause__ or error.__context__
-    if "GatedRepoError" in kinds or "gated repo" in why:
-        return (f"{path!r} is gated on the hub: accept its terms on https://huggingface.co/{path}, then "
-                f"`hf auth login` (or set HF_TOKEN)")
-    if "RepositoryNotFoundError" in kinds:
-        return (f"there is no model {path!r} on the hub, or it is private: check the name, or `hf auth "
-                f"login` (or set HF_TOKEN)")
+    refused = why_the_hub_refuses(path, "model", error)
+    if refused:
+        return refused
     if "have a file named model.safetensors" in why:
         return (f"{path!r} has no weights in safetensors files, the only kind that is read: look for a copy "
                 f"of the model that has them")
     return (f"cannot fetch {path!r} from the hub ({why}). Without a network these work: 'tiny', or a "
             f"directory; where there is one: `hf download {path} --local-dir DIR`, then pass DIR")
+
+
+def why_the_hub_refuses(name, what, error):
+    """In one line, and what to do, if a repository is gated, private or not there; else None. what: "model" or
+    "data set"."""
+    kinds = set()  # of this error and of those that led to it
+    texts = str(error)
+    while error is not None:
+        kinds.add(type(error).__name__)
+        error = error.__cause__ or error.__context__
+    is_missing = "RepositoryNotFoundError" in kinds  # whose text speaks of gates, too
+    if "GatedRepoError" in kinds or ("gated repo" in texts and not is_missing):
+        page = name if what == "model" else f"datasets/{name}"
+        return (f"{name!r} is gated on the hub: accept its terms on https://huggingface.co/{page}, then "
+                f"`hf auth login` (or set HF_TOKEN)")
+    if is_missing:
+        return (f"there is no {what} {name!r} on the hub, or it is private: check the name, or `hf auth "
+                f"login` (or set HF_TOKEN)")
+    return None
 
 
 def checkpoint_path(name_or_path):

@@ -30,6 +30,7 @@ import torch
 from tqdm import tqdm
 
 import data
+import card
 import engine
 import runs
 from eval import evaluate
@@ -201,14 +202,15 @@ def mask_all(model, tokenizer, traces, marker, rng):
 
 
 # ============================================================ stage 2: the projector learns, the base is frozen
-def fit_projector(model, traces, lr, batch, steps=None, schedule=True, clip=0.2, seed=0, budget=12_000,
+def fit_projector(model, traces, lr, batch, steps=None, schedule=True, clip=0.2, seed=0, budget=None,
                   progress=None, states=None, every=50, carried=None):
     """Trains the projector and nothing else on traces, one epoch or `steps` steps -> the last steps' mean
     loss.
 
     Used by stage 2 (cosine to 10 %, warm-up 10 %) and by the refresh of stage 3 (constant rate, as released).
-    budget: positions per forward pass. states: a directory; the fit continues from the newest state in it,
+    budget: positions per forward pass (None: what fits). states: a directory; the fit continues from the newest state in it,
     and leaves one there every so many steps and when it is stopped, with `carried` (JSON) in it."""
+    budget = budget or positions_at_once(model, traces)
     parameters = list(model.reasoning_projector.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     if steps is None:
@@ -241,7 +243,7 @@ def fit_projector(model, traces, lr, batch, steps=None, schedule=True, clip=0.2,
             #     the first tag, over the whole batch.
             tokens = sum(_scored_tokens(r.slots) for r in rows)
             total = 0.0
-            for part in engine.pack(rows, budget):
+            for part in engine.pack(rows, budget, unrolled=True):
                 loss = projector_loss(model, [rows[i] for i in part])[0] / tokens
                 loss.backward()
                 total += loss.item()
@@ -312,11 +314,19 @@ def _warm_up_and_cosine(step, steps):
     return min((step + 1) / warm_up, 0.55 + 0.45 * math.cos(math.pi * progress))
 
 
-def mean_loss(model, traces, latent, budget=12_000):
+def positions_at_once(model, traces):
+    """How many positions of traces one forward and backward pass can have."""
+    longest = max(len(r.prompt_ids) + len(r.slots) for r in traces)
+    return card.positions_that_fit(model, longest, card.latent_update, otherwise=12_000,
+                                   checkpoint=getattr(model, "checkpointed", False))
+
+
+def mean_loss(model, traces, latent):
     """Loss after the first tag over all traces, per token."""
+    budget = positions_at_once(model, traces)
     total, tokens = 0.0, 0
     with torch.no_grad():
-        for part in engine.pack(traces, budget):
+        for part in engine.pack(traces, budget, unrolled=True):
             loss, n = projector_loss(model, [traces[i] for i in part], latent)
             total = total + loss
             tokens += n

@@ -34,6 +34,7 @@ import time
 import torch
 
 import data
+import card
 import engine
 import report
 import runs
@@ -44,8 +45,8 @@ from train_projector import RATIOS, fit_projector, masked_trace, stages_1_and_2
 
 # ============================================================ settings that depend on the model's size
 # RELEASED is the authors' script: 2880 steps are 30 passes over 290 stories, 6 rollout batches each, 16 steps
-# a batch. The last line of each is ours and changes no result: how much is in memory at once, and the steps
-# between two states on the disk.
+# a batch. The last line of each is ours and changes no result: how much is in memory at once (card.py chooses
+# on CUDA), and the steps between two states on the disk.
 RELEASED = {
     "lr": 5e-7, "group": 16, "prompts": 48, "minibatches": 16, "steps": 2880, "max_new_tokens": 2048,
     "clip": 0.2, "refresh_lr": 1e-4, "refresh_share": 0.1,
@@ -54,7 +55,8 @@ SMALL = {
     "lr": 1.5e-4, "group": 16, "prompts": 16, "minibatches": 1, "steps": 48, "max_new_tokens": 160,
     "clip": 0.2, "refresh_lr": 1e-4, "refresh_share": 0.1,
     "rows": 512, "tokens_per_forward": 12_000, "checkpoint_layers": False, "save_every": 4}
-OURS = ("rows", "tokens_per_forward", "checkpoint_layers", "save_every")
+PLANNED = ("rows", "tokens_per_forward", "checkpoint_layers", "offload")
+OURS = (*PLANNED, "save_every")
 NAMES = {"litereason": "LiteReason", "grpo": "RL without latents", "tag": "RL with tags, no latents"}
 
 
@@ -66,7 +68,7 @@ def train(args, model, tokenizer, task, examples, prompts, vals, table_rows, sav
     # order.
     per_epoch = max(1, len(examples) // args.prompts)
     base = [p for name, p in model.named_parameters() if not name.startswith("reasoning_projector.")]
-    masters = engine.offload(base) if args.offload else base  # what the optimiser steps on
+    masters = engine.offload(model, base) if args.offload else base  # what the optimiser steps on
     optimizer = torch.optim.AdamW(masters, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     if saved is None:
         state = runs.State.new(args, table_rows)
@@ -109,14 +111,13 @@ def train(args, model, tokenizer, task, examples, prompts, vals, table_rows, sav
 
         # (5) The clipped loss, in micro-batches.
         chosen = rollouts_of_minibatch(args, batch, minibatch, len(index))
-        gap = add_gradients_with_one_retry(args, step, model, state, chosen, advantages, divisors)
+        gap = add_gradients_with_one_retry(args, step, model, base, masters, state, chosen, advantages, divisors)
         phases.end("update")
         if minibatch == 0 and not args.recompute_latents:  # there rounding moves every later latent
             report.stop_if_sampler_and_scorer_differ(args, step, model, state, index, gap)
 
         with uninterrupted():
             # (6) One optimiser step on the base; the projector is not in the optimiser and gets no gradient.
-            engine.gradients_to_masters(base, masters)
             norm = float(torch.nn.utils.clip_grad_norm_(masters, 1.0))  # OpenRLHF's default
             step_is_finite = all_finite(norm, state.rollouts)
             if step_is_finite:
@@ -192,7 +193,7 @@ def rollouts_of_minibatch(args, batch, minibatch, n_prompts):
     return [group * args.group + i for group in groups for i in range(args.group)]
 
 
-def add_gradients(args, model, rollouts, chosen, advantages, divisors):
+def add_gradients(args, model, base, masters, rollouts, chosen, advantages, divisors):
     """Step (5) for the rollouts `chosen` (their numbers) -> (how far sampler and scorer differ at most in a
     log-prob, in which rollout).
 
@@ -210,6 +211,7 @@ def add_gradients(args, model, rollouts, chosen, advantages, divisors):
         loss, _ = policy_loss(logp, old_logp, advantages[micro].to(logp), scored, len(chosen), args.clip,
                               divisors[micro].to(logp.device))
         loss.backward()
+        engine.gradients_to_masters(base, masters)
         gaps = torch.where(scored, (logp.detach() - old_logp).abs(), 0.0).amax(1)  # (b,)
         if gaps.max() > largest:
             largest = float(gaps.max())
@@ -217,17 +219,18 @@ def add_gradients(args, model, rollouts, chosen, advantages, divisors):
     return largest, worst
 
 
-def add_gradients_with_one_retry(args, step, model, state, chosen, advantages, divisors):
+def add_gradients_with_one_retry(args, step, model, base, masters, state, chosen, advantages, divisors):
     """Out of memory: the same with half the positions per forward pass, once; no result changes."""
     for is_retry in (False, True):
         try:
-            return add_gradients(args, model, state.rollouts, chosen, advantages, divisors)
+            return add_gradients(args, model, base, masters, state.rollouts, chosen, advantages, divisors)
         except torch.OutOfMemoryError as e:
             if is_retry:
                 raise UserError(f"step {step + 1}: out of memory with --tokens-per-forward "
                                 f"{args.tokens_per_forward} too: start with less, or with "
                                 "--checkpoint-layers or --offload") from e
-        model.zero_grad(set_to_none=True)  # here the exception, and what it held, is gone
+        for p in base + masters:  # here the exception, and what it held, is gone
+            p.grad = None
         torch.cuda.empty_cache()
         args.tokens_per_forward = max(1, args.tokens_per_forward // 2)
         state.carried["tokens_per_forward"] = args.tokens_per_forward
@@ -276,7 +279,7 @@ def validate(args, model, tokenizer, task, vals):
     training changes."""
     if not vals:
         return None
-    figures, _ = evaluate(model, tokenizer, task, vals, args.method != "grpo", seed=args.seed, rows=args.rows,
+    figures, _ = evaluate(model, tokenizer, task, vals, args.method != "grpo", seed=args.seed,
                           max_new_tokens=args.max_new_tokens, latent=latent_of_method(args))
     return figures
 
@@ -358,7 +361,7 @@ def parse_arguments():
     g.add_argument("--rows", type=int,
                    help="rollouts decoded at once, whole groups: memory for their keys and values; changes "
                         "no result")
-    g = ap.add_argument_group("update")
+    g = ap.add_argument_group("update (--rows and the last three: on CUDA what fits the card, see card.py)")
     g.add_argument("--rule", default="grpo", choices=list(RULES),
                    help="advantages, and how a rollout's tokens are averaged (default: grpo, the paper's)")
     g.add_argument("--lr", type=float, help="learning rate of AdamW, constant")
@@ -371,7 +374,7 @@ def parse_arguments():
                    help="keep no activations inside layers: less memory, a third more time")
     g.add_argument("--recompute-latents", action="store_true",
                    help="score with latents made by the current weights")
-    g.add_argument("--offload", action="store_true",
+    g.add_argument("--offload", action=argparse.BooleanOptionalAction,
                    help="bf16 weights on the card, fp32 masters and AdamW's moments on the host")
     g = ap.add_argument_group("projector")
     g.add_argument("--projector-steps", type=int, help="optimiser steps of stage 2, if it is run")
@@ -422,10 +425,9 @@ def main():
     model.graphs = args.graphs
     data.start_task(args, task, args.model)
     for name, value in (SMALL if runs.is_small(model) else RELEASED).items():
-        if getattr(args, name, None) is None:
+        is_planned = name in PLANNED and model.device.type == "cuda"
+        if getattr(args, name, None) is None and not is_planned:
             setattr(args, name, value)
-    if args.checkpoint_layers:
-        engine.checkpoint_layers(model)
     if source == args.model:
         choose_projector(args, model)
 
@@ -434,6 +436,7 @@ def main():
     runs.check_lengths(model, prompts, args.max_new_tokens)
     report.check_answers(task, examples[:8])
     report.warn_of_unknown_words(tokenizer, prompts)
+    fit_to_memory(args, model, task, prompts)
     if not args.resume:
         runs.delete_earlier_run(args.out)
     runs.write_settings(args, "train_rl.py")
@@ -481,6 +484,20 @@ def main():
         runs.write_json(os.path.join(args.out, "results.json"), results)
         print(f"\n{report.table(table_rows)}\n\n{len(tests)} test stories, seed {args.seed}, "
               f"{time.time() - started:.0f}s for everything; numbers in {args.out}/results.json")
+
+
+def fit_to_memory(args, model, task, prompts):
+    """The settings of memory: on CUDA those of the plan, which is printed; else fixed ones."""
+    longest = max(map(len, prompts))
+    reader = getattr(task, "settings", {}).get("scorer")
+    reader = reader and reader[0]
+    if model.device.type == "cuda":
+        print(card.fit(args, model, longest, reader), flush=True)
+    args.offload = bool(args.offload)
+    if model.device.type != "cuda" and not runs.is_small(model):
+        print(card.forecast(args, model, longest, reader), flush=True)
+    if args.checkpoint_layers:
+        engine.checkpoint_layers(model)
 
 
 def choose_projector(args, model):

@@ -152,7 +152,7 @@ def start_task(args, task, name):
     if hasattr(task, "settings"):
         reader, tokenizer = load(args.scorer or base_of(name), args.device)
         task.settings.update(reward=args.reward or task.settings["reward"], seed=args.seed,
-                             scorer=(reader.requires_grad_(False), tokenizer))
+                             scorer=(engine.freeze(reader), tokenizer))
 
 
 def score(task, examples, completions, step=0):

@@ -1,28 +1,37 @@
-"""Makes the README's comparison from nothing: runs what is missing, then writes the tables and pictures.
-Stop it when you like; started again, it continues.
+"""Makes the README's comparison from nothing, or the paper's table for a real model: runs what is missing,
+then writes the tables and pictures. Stop it when you like; started again, it continues.
 
-A run is one method on one task with one seed, in its own process on one core, with its output in
-out/results/TASK/METHOD-SEED. A run that has its results.json is done; one of train_rl.py that was stopped
-is resumed from its last state; any other begins again.
+A run is one method on one task with one seed, in a process of its own, with its output in
+out/results/TASK/METHOD-SEED or, of a real model, out/results/MODEL/TASK/METHOD-SEED (see jobs.py).
 
     python results/reproduce.py                         # all: an hour and a half on 2 cores, two runs at once
     python results/reproduce.py --tasks tiny --seeds 0  # some of it
     python results/reproduce.py --tables                # only the tables, from the runs that are there
+
+    python results/reproduce.py --model Qwen2.5-1.5B --tasks flawed_fictions next_chapter --plan
+                                                        # hours and disk of each run (see paper.py); without
+                                                        #   --plan it then runs them
+    python results/reproduce.py --model Qwen2.5-1.5B --n 4 --samples 1 --out out/try \\
+        --rl-flags="--steps 2 --prompts 2 --group 4"    # is all in place? Minutes instead of days
 """
 import argparse
 import json
 import os
-import subprocess
+import shlex
 import sys
-import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 sys.path.insert(0, ROOT)
 
+import torch
+
+import data
 import report
 import runs
 from eval import bootstrap
+from results import jobs, paper
+from results.jobs import Job, is_done, read_json
 from runs import UserError
 
 # (name in the tables, directory, command); the first runs are those the most is asked about
@@ -54,7 +63,7 @@ CONTROLS = ("controls", "eval.py --controls --model {litereason}")
 TASKS = {"tiny": {"most": 160, "late": 60}, "tiny.next_chapter": {}}
 
 
-# ============================================================ running what is missing
+# ============================================================ the tiny world's runs
 def methods_of(task):
     """The METHODS that are run on a task."""
     return [method for method in METHODS if "{" not in method[2] or TASKS[task]]
@@ -64,82 +73,17 @@ def directory(task, method, seed):
     return os.path.join(ROOT, "out", "results", task, f"{method}-{seed}")
 
 
-def is_done(task, method, seed):
-    return os.path.exists(os.path.join(directory(task, method, seed), "results.json"))
-
-
-def read_json(path, default=None):
-    """What is in the file; `default` if there is none."""
-    if not os.path.exists(path):
-        return default
-    with open(path) as file:
-        return json.load(file)
-
-
-def start(task, method, command, seed):
-    """-> the process, in the background on one core, its output in log.txt."""
-    out = directory(task, method, seed)
-    os.makedirs(out, exist_ok=True)
-    command = command.format(litereason=directory(task, "litereason", seed), **TASKS[task])
-    words = f"{command} --task {task} --seed {seed} --out {out}".split()
-    if command.startswith("train_rl.py") and any(name.startswith("state-") for name in os.listdir(out)):
-        words = ["train_rl.py", "--resume", out]
-    log = open(os.path.join(out, "log.txt"), "a")
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=log, stderr=log, env=env)
-
-
-def missing_jobs(tasks, seeds):
-    """[(task, method, command, seed)] of the runs that are not done, in their order."""
-    jobs = []
+def all_jobs(tasks, seeds):
+    """[Job], in the order in which they are run."""
+    found = []
     for task in tasks:
         for seed in seeds:
+            places = {"litereason": directory(task, "litereason", seed), **TASKS[task]}
             for method, command in [own[1:] for own in methods_of(task)] + [CONTROLS]:
-                if not is_done(task, method, seed):
-                    jobs.append((task, method, command, seed))
-    return jobs
-
-
-def note_end(process, job, began, done):
-    """Adds the seconds to seconds.json, a sum over all its starts, and says how it ended."""
-    task, method, _, seed = job
-    seconds = time.time() - began
-    path = os.path.join(directory(task, method, seed), "seconds.json")
-    runs.write_json(path, seconds + read_json(path, 0))
-    failed = ", failed" if process.returncode else ""
-    print(f"{done} {task} {method} seed {seed}: {seconds:.0f}s{failed}", flush=True)
-
-
-def run_missing(tasks, seeds, n_jobs):
-    """Runs what is not done, n_jobs at a time; UserError that names the logs if any failed."""
-    waiting = missing_jobs(tasks, seeds)
-    total = len(waiting)
-    running = {}  # process -> (job, when it was started)
-    failed = []
-    try:
-        while waiting or running:
-            while waiting and len(running) < n_jobs:
-                job = waiting.pop(0)
-                task, method, _, seed = job
-                if method == CONTROLS[0] and not is_done(task, "litereason", seed):
-                    failed.append(f"{task} controls of seed {seed}: there is no finished LiteReason run")
-                    continue
-                running[start(*job)] = job, time.time()
-            time.sleep(1)
-            for process in [process for process in running if process.poll() is not None]:
-                job, began = running.pop(process)
-                task, method, _, seed = job
-                if process.returncode:
-                    failed.append(f"{directory(task, method, seed)}/log.txt")
-                note_end(process, job, began, f"{total - len(waiting) - len(running):3d}/{total}")
-    finally:  # Ctrl-C: train_rl.py saves its state
-        for process in running:
-            process.terminate()
-        for process in running:
-            process.wait()
-    if failed:
-        raise UserError(f"{len(failed)} runs failed, see {', '.join(failed)}; run this again for what is "
-                        f"missing")
+                words = f"{command.format(**places)} --task {task} --seed {seed}".split()
+                needs = [places["litereason"]] if method == CONTROLS[0] else []
+                found.append(Job(f"{task} {method} seed {seed}", directory(task, method, seed), words, needs))
+    return found
 
 
 # ============================================================ from runs to rows
@@ -165,9 +109,9 @@ def rows_of(task, seeds):
     found = {}
     for seed in seeds:
         for name, method, command in methods_of(task):
-            if not is_done(task, method, seed):
-                continue
             out = directory(task, method, seed)
+            if not is_done(out):
+                continue
             rows = read_json(os.path.join(out, "results.json"))
             own = [row for row in rows if is_own(row)][-1]
             found.setdefault(name, {})[seed] = {
@@ -197,7 +141,7 @@ def summary(rows):
     by_example = zip(*(row["per_example"]["score"] for row in seeds))
     accuracies = [row["accuracy"] for row in seeds]
     means = ("tokens", "text_tokens", "latent_steps", "tags", "truncated", "forward_positions", "flops",
-             "seconds_each", "seconds_alone", "sampled", "run_seconds")
+             "seconds_each", "seconds_alone", "sampled", "run_seconds", "n_examples", "samples")
     return {
         "seeds": sorted(rows),
         "runs": len(rows),
@@ -211,12 +155,11 @@ def summary(rows):
     }
 
 
-def controls_of(task, seeds):
+def controls_of(folders):
     """The control runs of all seeds -> {control: [row, one per seed]}"""
     found = {}
-    for seed in seeds:
-        path = os.path.join(directory(task, CONTROLS[0], seed), "results.json")
-        for row in read_json(path, []):
+    for folder in folders:
+        for row in read_json(os.path.join(folder, "results.json"), []):
             kept = {key: value for key, value in row.items() if key != "per_example"}
             found.setdefault(row["control"], []).append(kept)
     return found
@@ -231,8 +174,8 @@ def in_cell(value, digits, unit=1):
 def table_of(task, found):
     """-> Markdown. Differences that are too small to mean anything are for the reader to see: the interval
     stands beside them."""
-    digits = 3 if task == "tiny" else 1
-    score = "accuracy" if task == "tiny" else "reward, %"
+    digits = 1 if task == "tiny.next_chapter" else 3
+    score = "reward, %" if task.endswith("next_chapter") else "accuracy"
     lines = [f"| {task}, test split | {score} | 95 % interval | by seed | tokens | text | latent | "
              "GFLOP an answer | s alone | M tokens sampled in RL | s in all | command |",
              "|---|---|---|---|---|---|---|---|---|---|---|---|"]
@@ -308,21 +251,9 @@ def into_readme(name, text):
         runs.write_text(path, before + begin + text + end + after)
 
 
-# ============================================================ the script
-def draw(task, seed, table):
-    """The two pictures of a task: the methods' accuracy over tokens, and the training of some of them."""
-    folders = [directory(task, method, seed) for method in ("litereason", "rl", "tag", "pause")]
-    trained = [path for path in folders if os.path.exists(os.path.join(path, "metrics.jsonl"))]
-    trained = [os.path.relpath(path) for path in trained]
-    try:  # matplotlib is not among the requirements
-        report.curve(report.collect([table]), os.path.join(HERE, f"curve-{task}.svg"))
-        report.training(trained, os.path.join(HERE, f"training-{task}.svg"))
-    except UserError as e:
-        print(f"no pictures: {e}")
-
-
+# ============================================================ files
 def write_tables(tasks, seeds):
-    """Tables and pictures of what is done, into results/ and the README."""
+    """Tables and pictures of the tiny world's runs that are done, into results/ and the README."""
     for task in tasks:
         found = {name: summary(rows) for name, rows in rows_of(task, seeds).items()}
         if not found:
@@ -330,34 +261,155 @@ def write_tables(tasks, seeds):
         path = os.path.join(HERE, f"methods-{task}.json")
         runs.write_json(path, found)
         into_readme(f"methods-{task}", table_of(task, found))
-        controls = controls_of(task, seeds)
+        controls = controls_of([directory(task, CONTROLS[0], seed) for seed in seeds])
         if controls:
             runs.write_json(os.path.join(HERE, f"controls-{task}.json"), controls)
             into_readme(f"controls-{task}", controls_table(controls))
         if task == "tiny":
             into_readme("headline", headline(found))
         print(table_of(task, found) + "\n")
-        draw(task, seeds[0], path)
+        folders = [directory(task, method, seeds[0]) for method in ("litereason", "rl", "tag", "pause")]
+        draw(folders, HERE, task, path)
+
+
+def write_tables_of_model(args):
+    """The same of a real model's runs, into files of their own: JSON, Markdown, pictures."""
+    for task in args.tasks:
+        rows = paper.rows_of(args, task, tokens_sampled)
+        found = {name: summary(rows[name]) for name in sorted(rows, key=ORDER.index)}
+        if not found:
+            continue
+        name = f"{paper.short_name(args.model)}.{task}"
+        path = os.path.join(args.tables_in, f"methods-{name}.json")
+        runs.write_json(path, found)
+        text = f"{table_of(task, found)}\n\n{paper.caption(args, task, found)}\n"
+        controls = controls_of([paper.directory(args, task, CONTROLS[0], seed) for seed in args.seeds])
+        if controls:
+            runs.write_json(os.path.join(args.tables_in, f"controls-{name}.json"), controls)
+            text += f"\n{controls_table(controls)}\n"
+        runs.write_text(path.removesuffix("json") + "md", text)
+        print(f"\n{text}\nin {path} and .md")
+        folders = [paper.directory(args, task, method, args.seeds[0]) for method in paper.METHODS]
+        draw(folders, args.tables_in, name, path)
+
+
+def draw(folders, where, name, table):
+    """The two pictures of a task: the methods' scores over tokens, and the training of the runs in some
+    folders."""
+    trained = [path for path in folders if os.path.exists(os.path.join(path, "metrics.jsonl"))]
+    trained = [os.path.relpath(path) for path in trained]
+    try:  # matplotlib is not among the requirements
+        report.curve(report.collect([table]), os.path.join(where, f"curve-{name}.svg"))
+        if trained:
+            report.training(trained, os.path.join(where, f"training-{name}.svg"))
+    except UserError as e:
+        print(f"no pictures: {e}")
+
+
+# ============================================================ the script
+OF_A_MODEL = ("plan", "out", "methods", "n", "samples", "max_new_tokens", "reward", "scorer", "device",
+              "rl_flags", "projector_flags", "eval_flags", "keep_states")
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
+    parser.add_argument("--model", default="tiny", help="tiny (the README's comparison), a directory, or a "
+                        "hub name such as Qwen2.5-1.5B (the paper's table)")
+    parser.add_argument("--tasks", nargs="+",
+                        help=f"default: {' '.join(TASKS)}; of a real model flawed_fictions")
+    parser.add_argument("--seeds", nargs="+", type=int, help="default: 0 1 2; of a real model 0")
+    parser.add_argument("--jobs", type=int, help="runs at a time (default: 1 on a GPU, else 2, one core each "
+                        "in the tiny world)")
     parser.add_argument("--tables", action="store_true", help="run nothing")
+    g = parser.add_argument_group("of a real model")
+    g.add_argument("--plan", "--dry-run", action="store_true", help="say what will be run, the hours and the "
+                   "disk; start nothing")
+    g.add_argument("--out", metavar="DIR", help="runs and tables go there (default: runs into "
+                   "out/results/MODEL, tables into results/)")
+    g.add_argument("--methods", nargs="+", default=paper.METHODS, choices=paper.METHODS,
+                   help="beside the base (default all)")
+    g.add_argument("--n", type=int, help="test examples (default all)")
+    g.add_argument("--samples", type=int, default=10, help="answers to each (default 10, as released)")
+    g.add_argument("--max-new-tokens", type=int, default=2048, help="per answer, everywhere (default 2048)")
+    g.add_argument("--reward", choices=["contrastive", "vrcli", "thresholded"],
+                   help="of next_chapter (default contrastive)")
+    g.add_argument("--scorer", metavar="NAME", help="of next_chapter: the frozen model that reads chapters "
+                   "(default: a copy of the base)")
+    g.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+    for script, name in (("train_rl.py", "rl"), ("train_projector.py", "projector"), ("eval.py", "eval")):
+        g.add_argument(f"--{name}-flags", default="", metavar="FLAGS", help=f"more for each {script}, as in "
+                       f"--{name}-flags=\"--device cpu\"; the tables say them")
+    g.add_argument("--keep-states", action="store_true", help="leave the states of finished runs on the "
+                   "disk: they can be continued with more --steps")
     args = parser.parse_args()
-    if args.jobs < 1:
-        raise UserError(f"--jobs is {args.jobs}; it must be at least 1")
+    is_tiny = args.model == "tiny"
+    for name in OF_A_MODEL:
+        if is_tiny and getattr(args, name) != parser.get_default(name):
+            raise UserError(f"--{name.replace('_', '-')} is for a real --model; the tiny world's comparison "
+                            f"is the README's")
+    args.tasks = args.tasks or (list(TASKS) if is_tiny else ["flawed_fictions"])
+    args.seeds = args.seeds or ([0, 1, 2] if is_tiny else [0])
+    on_gpu = not is_tiny and torch.cuda.is_available() and args.device != "cpu"
+    args.jobs = (1 if on_gpu else 2) if args.jobs is None else args.jobs
+    args.threads = 1 if is_tiny else None if on_gpu else max(1, (os.cpu_count() or 1) // max(1, args.jobs))
     return args
+
+
+def check_arguments(args):
+    """UserError for a wrong word."""
+    runs.check_arguments(argparse.Namespace(**{**vars(args), "out": None}))
+    for task in args.tasks:
+        if args.model == "tiny" and task not in TASKS:
+            raise UserError(f"--tasks {task} takes a --model: the tiny world's are {', '.join(TASKS)}")
+
+
+def settle(args):
+    """Directories from wherever the script was started, and flags as lists of words."""
+    if os.path.isdir(args.model):
+        args.model = os.path.abspath(args.model)
+    if args.scorer and os.path.isdir(args.scorer):
+        args.scorer = os.path.abspath(args.scorer)
+    args.tables_in = os.path.abspath(args.out) if args.out else HERE
+    args.out = args.tables_in if args.out else paper.default_out(args.model)
+    for name in ("rl_flags", "projector_flags", "eval_flags"):
+        setattr(args, name, shlex.split(getattr(args, name)))
+
+
+def run_model(args):
+    """The plan, then the runs, then the tables; of what is there if some have failed."""
+    todo = paper.all_jobs(args)
+    for task in args.tasks:  # what is missing is said before a model is fetched
+        for split in data.SPLITS:
+            data.load_task(task).examples(split)
+    jobs.check(todo)
+    runs.make_directory(args.out)
+    figures = paper.measured(args)
+    paper.say_plan(args, todo, figures)
+    if args.plan:
+        return
+    lock_file = runs.lock(args.out)  # noqa: F841  a second command would start the same runs
+    try:
+        jobs.run(todo, args.jobs, args.threads)
+    finally:
+        write_tables_of_model(args)
 
 
 def main():
     args = parse_arguments()
-    if not args.tables:
-        run_missing(args.tasks, args.seeds, args.jobs)
-    write_tables(args.tasks, args.seeds)
+    check_arguments(args)
+    if args.model == "tiny":
+        if not args.tables:
+            todo = all_jobs(args.tasks, args.seeds)
+            jobs.check(todo)
+            jobs.run(todo, args.jobs, args.threads)
+        write_tables(args.tasks, args.seeds)
+        return
+    settle(args)
+    if args.tables:
+        write_tables_of_model(args)
+    else:
+        run_model(args)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@
 (g) one GRPO step at the paper's shape (48 prompts x 16 samples, 1,024 + 256 tokens): seconds by phase, peak memory, utilisation of the update;
     from them, on paper, the hours of the paper's plot-hole run (290 stories x 16 x 30 epochs), at 256 slots an answer and at the paper's means,
     115 without and 34 with latents
-(h) the same for the recipes of 24 and 40 GB, with the allocator capped at that size: it fits, or it says that it does not
+(h) the same on cards of 16, 24 and 40 GB, with the allocator capped at that size: beside each peak the one that card.py expected
 (i) stage 2 on 16 rows of 2,048 tokens with 6 tags of 3 latents: seconds and peak memory of one optimiser step
 """
 import argparse
@@ -17,23 +17,23 @@ import os
 import subprocess
 import sys
 import time
+import types
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
 import torch
 from transformers import AutoConfig, Qwen2Config, Qwen2ForCausalLM
 
+import card
 import runs
 from bench import NEVER, tags_fire, their_generate
-from engine import checkpoint_layers, pack
+from engine import checkpoint_layers, gradients_to_masters, offload, pack, weights_from_masters
 from litereason import (LATENT, Rollout, attach, generate, group_advantages, load, logprobs, policy_loss,
                         projector_loss)
 
 SHAPE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "shared", "qwen2.5-1.5b")
-# row: what is done, GiB that the allocator may use (None: all), and the flags of train_rl.py that make it fit, as settings
-ROWS = {"f": ("decode", None, {}), "g": ("grpo", None, {"rows": 768, "budget": 32_768, "offload": False}),
-        "h24": ("grpo", 24, {"rows": 64, "budget": 4096, "offload": True}), "h40": ("grpo", 40, {"rows": 64, "budget": 4096, "offload": False}),
-        "i": ("projector", None, {})}
+# row: what is done, and GiB that the allocator may use (None: all)
+ROWS = {"f": ("decode", None), "g": ("grpo", None), "h16": ("grpo", 16), "h24": ("grpo", 24), "h40": ("grpo", 40), "i": ("projector", None)}
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bf16 without sparsity, from NVIDIA's data sheets
 
 
@@ -77,42 +77,53 @@ def decode(args, P=8, G=16, L=1024, steps=64):
             "tokens_per_s_transformers": P * G * steps / plain}
 
 
-def grpo(args, rows, budget, offload, P=48, G=16, L=1024, S=256):
+def grpo(args, P=48, G=16, L=1024, S=256):
+    """One step, sampling to optimiser, with the memory settings that train_rl.py would choose on this card."""
     model, tok = attach(make_model(args).eval()), load("tiny", "cpu")[1]
     tags_fire(model, tok, 50, 3)  # random weights write no tags by themselves: one token in 50 ends one of 3 latents
-    checkpoint_layers(model)
     model.graphs = args.device == "cuda"
     P, G, L, S = (2, 4, 64, 16) if args.small else (P, G, L, S)
+
+    # What fits.
+    plan = types.SimpleNamespace(prompts=P, group=G, max_new_tokens=S, method="litereason", rows=None,
+                                 tokens_per_forward=None, checkpoint_layers=None, offload=None)
+    room = (args.cap or 80) * 2**30 if args.device == "cpu" else args.cap and args.cap * 2**30
+    said = card.fit(plan, model, L, room=room)
+    print(said, file=sys.stderr, flush=True)
+    expected = {phase: card.total(sizes) / 2**30 for phase, sizes in card.peaks(plan, model, L).items()}
+    if plan.checkpoint_layers:
+        checkpoint_layers(model)
     base = [p for n, p in model.named_parameters() if not n.startswith("reasoning_projector.")]
-    masters = base
-    if offload:  # as in train_rl.py
-        masters = [p.detach().to("cpu", torch.float32, copy=True).requires_grad_() for p in base]
-        for p in base:
-            p.data = p.data.to(torch.bfloat16)
-    optimizer, rollouts, out = torch.optim.AdamW(masters, lr=1e-7, fused=True), [], {}
+    masters = offload(model, base) if plan.offload else base
+    optimizer = torch.optim.AdamW(masters, lr=1e-7, fused=True)
+    rollouts = []
+    out = {"settings": {k: getattr(plan, k) for k in ("rows", "tokens_per_forward", "checkpoint_layers", "offload")},
+           "expected_GiB": expected}
+
+    def sample():
+        rollouts.extend(generate(model, tok, random_prompts(model, P, L), G, S, rows=plan.rows))
 
     def update():
-        advantages = group_advantages(torch.rand(P, G, generator=torch.Generator().manual_seed(2))).flatten().to(args.device)
-        for part in pack(rollouts, budget):
+        rewards = torch.rand(P, G, generator=torch.Generator().manual_seed(2))
+        advantages = group_advantages(rewards).flatten().to(args.device)
+        for part in pack(rollouts, plan.tokens_per_forward):
             logp, scored = logprobs(model, [rollouts[i] for i in part])
             policy_loss(logp, logp.detach(), advantages[part], scored, P * G)[0].backward()
+            gradients_to_masters(base, masters)
 
     def step():
-        for p, master in zip(base, masters) if offload else ():
-            master.grad, p.grad = p.grad.to("cpu", torch.float32), None
         torch.nn.utils.clip_grad_norm_(masters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        for p, master in zip(base, masters) if offload else ():
-            p.data.copy_(master.data)
+        weights_from_masters(base, masters)
 
-    for name, run in (("sample", lambda: rollouts.extend(generate(model, tok, random_prompts(model, P, L), G, S, rows=rows))), ("update", update),
-                      ("step", step)):
+    for name, run in (("sample", sample), ("update", update), ("step", step)):
         torch.cuda.reset_peak_memory_stats() if args.device == "cuda" else None
         out[f"{name}_s"] = clock(run, args.device)
         out[f"{name}_GiB"] = torch.cuda.max_memory_allocated() / 2**30 if args.device == "cuda" else None
     positions = sum(len(r.slots) for r in rollouts) + P * L
-    flops = 8 * sum(p.numel() for p in base) * positions  # forward, forward again (layers are checkpointed), backward
+    passes = 8 if plan.checkpoint_layers else 6  # forward, forward again if layers are checkpointed, backward
+    flops = passes * sum(p.numel() for p in base) * positions
     hours = {n: 30 * 290 / P * (out["sample_s"] * n / S + out["update_s"] * (P * L + P * G * n) / positions + 16 * out["step_s"]) / 3600
              for n in (256, 115, 34)}  # sampling and update taken to grow with the slots; 16 optimiser steps per batch, as released
     peak = next((v for k, v in PEAK_FLOPS.items() if args.device == "cuda" and k in torch.cuda.get_device_name()), None)
@@ -159,7 +170,8 @@ def main():
     runs.stop_tokens = lambda *_: [NEVER]
     result = {}
     for name in args.rows:
-        what, cap, settings = ROWS[name]
+        what, cap = ROWS[name]
+        args.cap = cap
         if len(args.rows) > 1:  # each in its own process: its memory is its own
             words = [a for a in sys.argv[1:] if a not in args.rows and a not in ("--rows", "--json", args.json)]
             done = subprocess.run([sys.executable, __file__, *words, "--rows", name], capture_output=True, text=True)
@@ -168,7 +180,7 @@ def main():
             continue
         if cap and args.device == "cuda":
             torch.cuda.set_per_process_memory_fraction(min(1.0, cap * 2**30 / torch.cuda.get_device_properties(0).total_memory))
-        result[name] = {"what": what, "cap_GiB": cap, **{"decode": decode, "grpo": grpo, "projector": projector}[what](args, **settings)}
+        result[name] = {"what": what, "cap_GiB": cap, **{"decode": decode, "grpo": grpo, "projector": projector}[what](args)}
         print(f"({name}) {json.dumps(result[name])}", flush=True)
     if args.json:
         with open(args.json, "w") as f:

@@ -42,6 +42,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def answer(self, with_body):
         name, _, file = self.path.strip("/").partition("/resolve/main/")
+        if name.startswith("api/datasets/"):  # as the hub answers whoever has no token
+            private = self.server.repos.get("datasets", "RepoNotFound")
+            return self.reply(401 if private == "RepoNotFound" else 403, with_body, {"X-Error-Code": private})
         if name.startswith("api/models/"):
             return self.reply(404, with_body, {"X-Error-Code": "EntryNotFound"})
         repo = self.server.repos.get(name, "RepoNotFound")
@@ -74,7 +77,8 @@ def hub(tmp_path):
     os.rename(tmp_path / "bin" / "model.safetensors", tmp_path / "bin" / "pytorch_model.bin")
     server.repos = {"me/tiny": TINY, "me/bin": str(tmp_path / "bin"), "me/gated": "GatedRepo"}
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
+    server.address = f"http://127.0.0.1:{server.server_port}"
+    yield server
     server.shutdown()
 
 
@@ -104,7 +108,7 @@ def read_all(screen, shown):
 
 
 def test_what_a_hub_has_is_loaded_and_what_it_has_not_ends_in_one_line(hub, tmp_path):
-    said, progress = loads(tmp_path, ["me/tiny", "me/typo", "me/gated", "me/bin"], HF_ENDPOINT=hub)
+    said, progress = loads(tmp_path, ["me/tiny", "me/typo", "me/gated", "me/bin"], HF_ENDPOINT=hub.address)
     assert said["me/tiny"] == "me/tiny loaded 128 False"
     assert "model.safetensors" in progress and "100%" in progress  # a download is seen
     for name, says in (("me/typo", "refused 0 there is no model 'me/typo' on the hub, or it is private: check the name"),
@@ -117,3 +121,18 @@ def test_a_dead_proxy_is_known_at_once(tmp_path):
     said, _ = loads(tmp_path, ["me/tiny"], HTTPS_PROXY="http://127.0.0.1:9", HF_ENDPOINT="https://hub.invalid")
     assert "refused 0 cannot fetch 'me/tiny' from the hub" in said["me/tiny"]
     assert json.dumps(said)  # one line
+
+
+@pytest.mark.parametrize("answer, says", [
+    ("RepoNotFound", "error: there is no data set 'kahuja/flawed-fictions' on the hub, or it is private: check the name, or `hf auth "
+                     "login` (or set HF_TOKEN); or get the file of the flawed_fictions split from "),
+    ("GatedRepo", "error: 'kahuja/flawed-fictions' is gated on the hub: accept its terms on "
+                  "https://huggingface.co/datasets/kahuja/flawed-fictions, then `hf auth login`")])
+def test_a_data_set_that_the_hub_has_not_ends_in_one_line_that_says_what_to_do(hub, tmp_path, answer, says):
+    hub.repos["datasets"] = answer
+    env = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") and "proxy" not in k.lower()}
+    env.update(HF_ENDPOINT=hub.address, HF_HOME=str(tmp_path / "home"), HF_HUB_DISABLE_TELEMETRY="1")
+    script = os.path.join(ROOT, "data", "flawed_fictions", "prepare.py")
+    done = subprocess.run([sys.executable, script, "--out", str(tmp_path / "out")], env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and says in done.stderr and "--from FILE" in done.stderr, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and "Client Error" not in done.stderr

@@ -198,35 +198,6 @@ def test_tables_of_several_runs_average_lists_too(tmp_path):
     assert report.table(rows).endswith("\nm: improvement_ci95 1.500 to 2.500, f1 0.300")
 
 
-def test_the_forecast_follows_the_flags_and_names_them_when_the_card_is_too_small(monkeypatch):
-    qwen = transformers.Qwen2Config(  # Qwen2.5-1.5B
-        vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
-        num_attention_heads=12, num_key_value_heads=2, tie_word_embeddings=True)
-    with torch.device("meta"):
-        whole = transformers.AutoModelForCausalLM.from_config(qwen)
-        whole.reasoning_projector = litereason.ReasoningProjector.start(whole)
-    model = types.SimpleNamespace(config=qwen, bf16=True, parameters=whole.parameters,
-                                  reasoning_projector=whole.reasoning_projector, device=torch.device("cuda"))
-    card = types.SimpleNamespace(total_memory=80 * 2**30)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
-
-    def peak(**changes):
-        args = types.SimpleNamespace(**{**train_rl.RELEASED, "offload": False, **changes})
-        text = report.forecast(model, args, 1700)
-        return float(text.split("; peak ")[1].split()[0]), text
-
-    usual, text = peak()
-    for what in ("weights 6.21, AdamW 11.50", "gradients 5.75", "768 rollouts"):
-        assert what in text
-    assert "may not fit" not in text
-    assert peak(checkpoint_layers=False)[0] > 1.5 * usual and peak(tokens_per_forward=65_536)[0] > usual < peak(rows=768)[0]
-    assert peak(rows=64)[0] < usual and peak(rows=64, tokens_per_forward=8192)[0] < peak(rows=64)[0]  # sampling, then the update
-    card.total_memory = 24 * 2**30
-    text = peak()[1]
-    for flag in ("this card has 24.0 GiB", "--rows", "--tokens-per-forward", "--checkpoint-layers", "--max-new-tokens"):
-        assert flag in text
-
-
 # ---------------------------------------------------------------- bad input
 def test_unprepared_data_and_stories_that_do_not_fit_end_in_one_line(tmp_path, data_folder, small, tok):
     words = ("--model", small, "--task", "flawed_fictions", "--device", "cpu")

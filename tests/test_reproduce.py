@@ -1,10 +1,18 @@
 """The README's tables are made by scripts from results/*.json; nobody has typed a number there."""
 import json
 import os
+import signal
 
 import pytest
+from conftest import tag
+from test_real_runs import EOS, data_folder, force, random_model  # noqa: F401  two of them are fixtures
+from test_real_tasks import one_line, run, shared
+from test_scripts import script
 
-from results import needed, reproduce
+import runs
+from data.flawed_fictions import prepare as ff_prepare
+from data.next_chapter import prepare as nc_prepare
+from results import jobs, needed, paper, reproduce
 
 README = open(os.path.join(reproduce.ROOT, "README.md"), encoding="utf-8").read()
 
@@ -66,3 +74,231 @@ def test_runs_are_found_named_and_averaged(tmp_path, monkeypatch):
     assert {name: means["LiteReason"][name] for name in expected} == expected
     assert means["base, explicit reasoning"]["sampled"] is None
     assert "`python train_rl.py`" in reproduce.table_of("tiny", means)
+
+
+# ---------------------------------------------------------------- a real model
+# The scripts run in this process, one after the other, on a random model that is made to write; see test_real_runs.py.
+SHORT = ("--device", "cpu", "--jobs", 1, "--max-new-tokens", 50, "--n", 2, "--samples", 2,
+         "--rl-flags=--steps 2 --prompts 2 --group 2 --minibatches 1 --val 1 --train-prompts 2 --save-every 1 --show-every 0",
+         "--projector-flags=--steps 1 --prompts 4 --samples 3 --n 1")
+
+
+class Process:
+    """In the place of subprocess.Popen: done when it has begun."""
+    started = []  # the command lines
+
+    def __init__(self, words, stdout, **_):
+        self.started.append(words[1:])
+        done = script(*words[1:])
+        stdout.write(done.stdout + done.stderr)
+        self.returncode = done.returncode
+
+    def poll(self):
+        return self.returncode
+
+
+@pytest.fixture
+def here(tmp_path, data_folder, real_tok, force, monkeypatch):
+    """Nothing is measured or run in other processes -> the command line of reproduce.py, as a function."""
+    base = random_model(tmp_path / "Rnd-1B", real_tok, 151936, EOS)
+    monkeypatch.setattr(paper, "in_a_process", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(jobs.subprocess, "Popen", Process)
+    monkeypatch.setattr(jobs.time, "sleep", lambda _: None)
+    monkeypatch.setattr(Process, "started", [])
+    monkeypatch.setattr(reproduce, "HERE", str(tmp_path / "nowhere"))  # where the README's tables are made from
+
+    def start(*words):
+        run(reproduce, "--model", base, *SHORT, "--out", tmp_path / "out", *words)
+
+    return start
+
+
+def stop_once(run_of, number, monkeypatch):
+    """A run is stopped when it has written the state of that step, as by SIGTERM; the next time it is not."""
+    write_state = runs.write_state
+    stopped = []
+
+    def write_and_stop(out, step, tensors, rest, keep=2):
+        write_state(out, step, tensors, rest, keep)
+        if step == number and os.path.basename(out) == run_of and not stopped:
+            stopped.append(out)
+            raise KeyboardInterrupt(signal.SIGTERM, "state-1 is saved")
+
+    monkeypatch.setattr(runs, "write_state", write_and_stop)
+
+
+def test_the_papers_table_is_planned_run_stopped_and_continued(here, tmp_path, data_folder, force, capsys, monkeypatch):
+    source = shared("flawed_fictions_subset.jsonl")
+    run(ff_prepare, "--from", source, "--out", data_folder / "flawed_fictions")
+    force("He left at noon. " + tag(2) + " She waited. \\boxed{{}}", ("Yes", "No"))
+    capsys.readouterr()
+
+    here("--plan")
+    said = capsys.readouterr().out
+    assert not Process.started and os.listdir(tmp_path / "out" / "flawed_fictions") == ["measured.json"]
+    plan = {line.split(" | ")[0]: line.strip(" |").split(" | ") for line in said.splitlines() if line.startswith("| ")}
+    methods = ["base", "projector", "projector-eval", "controls"]
+    for method in paper.METHODS:
+        methods += [method, f"{method}-eval"]
+    assert {f"| flawed_fictions {method} seed 0" for method in methods} < set(plan)
+    assert all(seconds_in(cells[1]) > 0 for name, cells in plan.items() if "seed 0" in name)
+    assert seconds_in(plan["| **in all**"][1]) > 0 and "GB are free for" in said
+
+    # One run is stopped: it is named, the others continue, but for what needs it; the table has what there is.
+    stop_once("litereason-0", 1, monkeypatch)
+    with pytest.raises(runs.UserError, match="1 run failed, see .*/flawed_fictions/litereason-0/log.txt; 2 more"):
+        here()
+    said = capsys.readouterr().out
+    assert "stopped by SIGTERM; state-1 is saved" in said and "| LiteReason + length penalty |" in said
+    assert "| LiteReason |" not in said and "measuring" not in said  # that is known from the plan
+    assert [words[0] for words in Process.started[:4]] == ["eval.py", "train_projector.py", "eval.py", "train_rl.py"]
+    del Process.started[:]
+
+    here()
+    said = capsys.readouterr().out
+    out = tmp_path / "out" / "flawed_fictions"
+    assert Process.started[0] == ["train_rl.py", "--resume", str(out / "litereason-0")]
+    assert [words[0] for words in Process.started[1:]] == ["eval.py", "eval.py"]
+    assert "| flawed_fictions litereason seed 0, from step 1 |" in said and "| flawed_fictions rl seed 0 | done |" in said
+
+    found = json.load(open(tmp_path / "out" / "methods-Rnd-1B.flawed_fictions.json"))
+    assert list(found) == ["base, explicit reasoning", "base, tag prompt", "RL without latents", "RL + length penalty",
+                           "LiteReason before RL", "LiteReason", "LiteReason, its latents taken away",
+                           "LiteReason + length penalty", "RL with tags, no latents"]
+    assert all(row["n_examples"] == 2 and row["samples"] == 2 for row in found.values())
+    assert found["LiteReason"]["latent_steps"] == 2 and found["RL with tags, no latents"]["latent_steps"] == 0
+    assert found["LiteReason"]["sampled"] > 0 and "--steps 2" in found["LiteReason"]["command"]
+    made = json.load(open(out / "rl-eval-0" / "config.json"))
+    assert (made["temperature"], made["top_p"], made["top_k"]) == (0.7, 0.8, 20)
+    written = (tmp_path / "out" / "methods-Rnd-1B.flawed_fictions.md").read_text()
+    for what in ("temperature 0.7, top-p 0.8, top-k 20", "`--steps 2 --prompts 2", "zeros for latents", "2 answers each"):
+        assert what in written
+    assert not (tmp_path / "nowhere").exists()  # and never into the tiny world's tables
+
+    # What the plan said of the disk is what is there now; no state is left.
+    left = sum(paper.bytes_in(out / f"{method}-0") for method in methods) / 1e9
+    assert left == pytest.approx(float(plan["| **in all**"][3]), rel=0.2)
+    assert not list(out.rglob("state-*")) and all((out / f"{m}-0" / "model").exists() for m in paper.METHODS)
+
+    # Nothing is left to do; a run of other settings is never taken for one of these.
+    del Process.started[:]
+    here()
+    assert not Process.started
+    with pytest.raises(runs.UserError, match="holds a run of another command .*'--steps' where this one has '--lr'.*: choose another --out"):
+        here("--rl-flags=--lr 1")
+
+
+def seconds_in(cell):
+    number, unit = cell.split()
+    return float(number) * {"s": 1, "min": 60, "h": 3600}[unit]
+
+
+def test_next_chapters_get_the_same_table_and_no_length_penalty(here, tmp_path, data_folder, force, capsys):
+    source = shared("fairytales_val.jsonl")
+    sizes = ("--story-tokens", 60, "--chapter-tokens", 16)
+    run(nc_prepare, "--from", source, "--out", data_folder / "next_chapter", *sizes)
+    force(f"The king was old. {tag(1)} His son was not.\nIn summary: the{{}} comes.", (" king", " son"))
+    here("--tasks", "next_chapter", "--reward", "vrcli", "--methods", "litereason", "rl-lp",
+         "--n", 1, "--samples", 1)
+    said = capsys.readouterr().out
+    assert "no length penalty is run on next_chapter" in said and "| reward, % |" in said
+    assert "reward vrcli, scorer the base" in said
+    found = json.load(open(tmp_path / "out" / "methods-Rnd-1B.next_chapter.json"))
+    assert list(found) == ["base, explicit reasoning", "base, tag prompt", "LiteReason before RL", "LiteReason",
+                           "LiteReason, its latents taken away"]
+    assert all("--reward vrcli" in " ".join(words) for words in Process.started)
+
+
+def test_what_cannot_be_run_is_said_in_one_line_before_a_model_is_loaded(
+        tmp_path, data_folder, monkeypatch, capsys):
+    monkeypatch.setattr(paper, "in_a_process", lambda *_: pytest.fail("a model was loaded"))
+    words = ("--model", "Qwen2.5-1.5B", "--out", tmp_path / "out")
+    one_line("flawed_fictions/train.jsonl is not there yet; make it with: python data/flawed_fictions/prepare.py",
+             run, reproduce, *words)
+    one_line("no task 'nothing'", run, reproduce, *words, "--tasks", "nothing")
+    one_line("--samples is 0; it must be at least 1", run, reproduce, *words, "--samples", 0)
+    one_line("--n is for a real --model", run, reproduce, "--n", 4)
+    one_line("--tasks flawed_fictions takes a --model", run, reproduce, "--tasks", "flawed_fictions")
+    path = data_folder / "flawed_fictions"
+    path.mkdir(parents=True)
+    for split in ("train", "val", "test"):
+        (path / f"{split}.jsonl").write_text(json.dumps({"story": "A story.", "label": True}) + "\n")
+    one_line("train_rl.py does not take these flags", run, reproduce, *words, "--rl-flags=--learning-rate 1")
+    assert "unrecognized arguments: --learning-rate 1" in capsys.readouterr().err
+
+
+FIGURES = {  # of a model of 1.5 B parameters, as a card might have them
+    "pace": [256, 2.0, 0.05, 0.03, 1e-4], "score": 0.0, "lengths": {"plain": 400.0, "tag": 300.0},
+    "prompt": 1000.0, "prompts": 290, "examples": {"train": 290, "val": 62, "test": 62},
+    "rl": {"prompts": 48, "group": 16, "steps": 2880, "minibatches": 16, "max_new_tokens": 2048, "val": 100,
+           "refresh_share": 0.1},
+    "stages": {"prompts": None, "k": 5, "steps": None, "batch": 16, "n": 200},
+    "parameters": 1_667_000_000, "projector": 123_900_000, "tokenizer_bytes": 11_000_000, "device": "a card",
+    "seconds": 60.0}
+
+
+def planned(tmp_path, monkeypatch, *words):
+    """-> the arguments of a Qwen's table on plot holes, and its jobs."""
+    argv = ["reproduce.py", "--model", "Qwen2.5-1.5B", "--out", str(tmp_path), "--jobs", "1", *words]
+    monkeypatch.setattr(reproduce.sys, "argv", argv)
+    args = reproduce.parse_arguments()
+    reproduce.settle(args)
+    return args, paper.all_jobs(args)
+
+
+def test_the_hours_and_the_disk_of_a_plan_follow_from_what_was_measured(tmp_path, monkeypatch):
+    args, todo = planned(tmp_path, monkeypatch)
+    by_name = {job.name.split()[1]: job for job in todo}
+
+    def seconds(method):
+        return paper.seconds_of(by_name[method], FIGURES, FIGURES["lengths"], args)
+
+    # 180 rollout batches of 768 answers of 400 tokens, 256 at a time, and 30 checks on 62 val examples
+    batch = 3 * (2 + 0.05 * 400) + 1e-4 * (48 * 1000 + 768 * 400)
+    check = 62 / 256 * 2 + (0.03 + 62 / 256 * 0.02) * 400
+    assert seconds("rl") == pytest.approx(180 * batch + 30 * check)
+    assert seconds("tag") < seconds("litereason") < seconds("rl")  # the refresh; shorter answers
+    rounds = 620 / 256 * 2 + (2 * 0.05 + 0.03 + 108 / 256 * 0.02) * 400
+    assert seconds("rl-eval") == pytest.approx(rounds + 8 * 0.03 * 400)  # 620 answers, and 8 alone
+    left, takes = paper.bytes_of(by_name["rl"], FIGURES, keep_states=False)
+    assert left == pytest.approx(4 * 1.667e9 + 11e6) and takes > 3 * 12 * 1.5e9
+    assert paper.bytes_of(by_name["rl"], FIGURES, keep_states=True)[0] > left + 2 * 12 * 1.5e9
+    text, needed = paper.plan(args, todo, {"flawed_fictions": FIGURES})
+    assert 6 * left < needed < 6 * left + takes and "in all" in text
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything_starts(tmp_path, monkeypatch, capsys):
+    args, todo = planned(tmp_path, monkeypatch, "--keep-states")
+    usage = type("Usage", (), {"free": 100e9})
+    monkeypatch.setattr(paper.shutil, "disk_usage", lambda _: usage)
+    one_line("the disk is too small: 2[0-9]{2}.. GB are needed at most and 100.0 GB are free; choose an --out .* or "
+             "leave --keep-states out", paper.say_plan, args, todo, {"flawed_fictions": FIGURES})
+    assert "| flawed_fictions rl seed 0 |" in capsys.readouterr().out
+
+
+def test_ctrl_c_stops_real_processes_with_their_states_saved_and_the_same_jobs_continue(tmp_path, monkeypatch):
+    words = ("train_rl.py --method tag --task tiny --steps 40 --n 0 --val 0 --prompts 2 --group 2 "
+             "--max-new-tokens 40 --show-every 0").split()
+    out = str(tmp_path / "run")
+    todo = [jobs.Job("a run", out, words, states_go=True)]
+    sleep = jobs.time.sleep
+
+    def interrupt_in_the_middle(seconds):
+        sleep(0.05)
+        if runs.saved_states(out)[-1:] > [3]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(jobs.time, "sleep", interrupt_in_the_middle)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        jobs.run(todo, 1, 1)
+    assert stopped.value.args == (signal.SIGINT, "the same command continues")
+    step = runs.saved_states(out)[-1]
+    log = open(os.path.join(out, "log.txt")).read()
+    assert 3 < step < 40 and f"step {step} of 40 is saved" in log and not jobs.is_done(out)
+
+    monkeypatch.setattr(jobs.time, "sleep", lambda _: sleep(0.05))
+    jobs.run(todo, 1, 1)
+    with open(os.path.join(out, "metrics.jsonl")) as file:
+        assert [json.loads(line)["step"] for line in file] == list(range(1, 41))
+    assert f"resumed from {out}/state-{step}" in open(os.path.join(out, "log.txt")).read()
+    assert jobs.is_done(out) and not runs.saved_states(out)

@@ -1,11 +1,13 @@
 """Gradients are those of the definition: back through the latents into the projector (stage 2), and of GRPO into the base (stage 3)."""
+import copy
 import dataclasses
 
 import pytest
 import torch
 from conftest import PROMPTS, TAGS, TEXTS, close, naive, project, tag
 
-from engine import checkpoint_layers, pack, token_logprobs
+from engine import (checkpoint_layers, freeze, gradients_to_masters, matrices, offload, pack, token_logprobs,
+                    weights_from_masters)
 from litereason import (LATENT, generate, group_advantages, insert_latents, logprobs, policy_loss,
                         projector_loss, recompute_latents, Rollout, unroll)
 
@@ -266,6 +268,46 @@ def test_bf16_compute_keeps_fp32_weights_gradients_and_projector_and_scores_what
     model.reasoning_projector[0].register_forward_hook(lambda module, x, z: seen.append(z.dtype))
     unroll(model, [Rollout(tok.encode("abc"), insert_latents(model, tok, tok.encode(tag(2) + "a")), torch.zeros(0, 32))])
     assert set(seen) == {torch.float32}
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_offload_gives_the_gradients_and_the_next_rollouts_bit_for_bit(tok, model, checkpointed):
+    model = model.float()
+    model.bf16 = True
+    with_offload = copy.deepcopy(model)
+
+    def two_micro_batches_and_a_step(model, offloads):
+        if checkpointed:
+            checkpoint_layers(model)
+        base = [p for name, p in model.named_parameters() if not name.startswith("reasoning_projector.")]
+        masters = offload(model, base) if offloads else base
+        rollouts = generate(model, tok, PROMPTS, 2, 20, generator=torch.Generator().manual_seed(0))
+        for some in (rollouts[:3], rollouts[3:]):
+            logprobs(model, some)[0].sum().backward()
+            gradients_to_masters(base, masters)
+        assert not offloads or all(p.grad is None for p in base)
+        gradients = [p.grad.clone() for p in masters]
+        torch.optim.SGD(masters, lr=1e-2).step()
+        weights_from_masters(base, masters)
+        return gradients, generate(model, tok, PROMPTS, 2, 20, generator=torch.Generator().manual_seed(1))
+
+    plain, rollouts = two_micro_batches_and_a_step(model, False)
+    sent, rollouts_again = two_micro_batches_and_a_step(with_offload, True)
+    assert all(g.dtype == torch.float32 for g in sent) and all(map(torch.equal, plain, sent))
+    for one, other in zip(rollouts, rollouts_again):
+        assert one.slots == other.slots and torch.equal(one.logprobs, other.logprobs)
+
+
+def test_a_frozen_model_scores_the_same_bit_for_bit_in_half_the_memory(tok, model):
+    model = model.float()
+    model.bf16 = True
+    rollouts = generate(model, tok, PROMPTS, 2, 20, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before, _ = logprobs(model, rollouts)
+        after, _ = logprobs(freeze(model), rollouts)
+    assert torch.equal(before, after)
+    assert {w.dtype for w in matrices(model)} == {torch.bfloat16}
+    assert next(model.reasoning_projector.parameters()).dtype == torch.float32
 
 
 def test_clipping_on_a_worked_example():

@@ -25,7 +25,7 @@ import numpy as np
 
 from data import SPLITS, read_rows, write_splits
 from data.flawed_fictions import words_of
-from runs import UserError, hub_answers, run_script
+from runs import UserError, hub_answers, run_script, why_the_hub_refuses
 
 REPO = "kahuja/flawed-fictions"
 NAME = "flawed_fictions"  # the split of the benchmark, and its file
@@ -160,6 +160,9 @@ def download():
     except UserError:
         raise
     except Exception as e:  # no network, a gate, a wrong token, a full disk: the hub has many exceptions
+        refused = why_the_hub_refuses(REPO, "data set", e)
+        if refused:
+            raise UserError(f"{refused}; or {by_hand}") from e
         why = (str(e).strip().splitlines() or [type(e).__name__])[0][:160]
         is_gate = re.search("40[13]|gated|token", str(e), re.I)
         gate = "; if it asks for a token, run `hf auth login` first" if is_gate else ""

@@ -22,6 +22,7 @@ import re
 
 import torch
 
+import card
 import engine
 from data import OFFER, folder, improvement, read_split
 from litereason import Rollout, UserError, load, logprobs
@@ -31,7 +32,7 @@ settings = {
     "scorer": None,           # the frozen reader: a name for litereason.load, or a pair (model, tokenizer)
     "step": 0,                # of the draw of the other chapter; a script sets it for a new one per step
     "seed": 0,
-    "rows": 16,               # texts that the scorer reads at once; changes memory, not results
+    "positions": 2**15,       # that the scorer reads at once, at most; changes memory, not results
 }
 MEASURE = "reward"  # what a score of this task is called
 ANSWER = "In summary:"  # what follows is the plan, the only part that the scorer reads
@@ -121,7 +122,7 @@ def scorer():
 @functools.lru_cache(maxsize=1)
 def _load(name):
     model, tokenizer = load(name)
-    return model.requires_grad_(False), tokenizer
+    return engine.freeze(model), tokenizer
 
 
 def scoring_row(model, tokenizer, example, plan, chapter):
@@ -146,18 +147,23 @@ def scoring_row(model, tokenizer, example, plan, chapter):
 
 def perplexities(batch):
     """Per-token perplexity of chapters under the scorer. batch: [(example, plan, chapter)] -> floats."""
-    return engine.once_more_in_halves(scorer()[0], functools.partial(_perplexities, batch), settings["rows"])
-
-
-def _perplexities(batch, at_once):
     model, tokenizer = scorer()
+    rows = [scoring_row(model, tokenizer, *one) for one in batch]
+    if not rows:
+        return []
+    longest = max(len(rollout.prompt_ids) + len(rollout.slots) for rollout, _ in rows)
+    positions = min(settings["positions"], card.positions_that_fit(model, longest))
+    return engine.once_more_in_halves(model, lambda n: _perplexities(rows, n), positions, "positions")
+
+
+def _perplexities(rows, positions):
+    model, _ = scorer()
     results = []
     with torch.no_grad(), engine.autocast(model):  # here, so that a frozen weight is cast once for all texts
-        for i in range(0, len(batch), at_once):
-            some = batch[i : i + at_once]
-            rows = [scoring_row(model, tokenizer, example, plan, chapter) for example, plan, chapter in some]
-            logp, _ = logprobs(model, [rollout for rollout, _ in rows])  # (B, S)
-            for own_logp, (rollout, n) in zip(logp, rows):
+        for part in engine.pack([rollout for rollout, _ in rows], positions):
+            some = [rows[i] for i in part]
+            logp, _ = logprobs(model, [rollout for rollout, _ in some])  # (B, S)
+            for own_logp, (rollout, n) in zip(logp, some):
                 end = len(rollout.slots)
                 results.append(math.exp(-float(own_logp[end - n : end].double().mean())))
     return results

@@ -1,0 +1,290 @@
+"""What a run holds on the card, counted from shapes, and the settings with which it fits. Nothing here is in
+the paper, and no result depends on it: a first reading can skip it.
+
+    sampling, update, latent_update, scoring    what is there when each of them needs most: {what: bytes}
+    fit                                         for train_rl.py: the memory settings that no flag gives
+    rows_that_fit, positions_that_fit           for everything else, from what is free when it begins
+
+The counts are those of transformers' decoder layers under bf16 autocast, in which norms and residuals are
+fp32. tests/test_card.py holds them against a counter of live tensors at the shape of Qwen2.5-1.5B.
+
+Letters: those of litereason.py, and
+    c bytes of an activation   I width of the MLP   heads: H * d, of queries   kv: 2 * K * d, keys and values
+"""
+import types
+
+import torch
+
+import engine
+
+GIB = 2.0**30
+USABLE = 0.92  # of the memory: the allocator's gaps, cuBLAS and cuDNN need some
+AGAIN = 1.75  # a layer's activations made again, and their gradients, in units of the former
+MOST_POSITIONS = 2**15  # per forward pass; more would not be faster
+FEW_POSITIONS = 2**13  # fewer make passes short: checkpointed layers or the host's memory are taken first
+FEW_ROWS = 64  # the same of sampling
+
+
+# ============================================================ shapes
+def shape(model):
+    """The sizes that the counts below are made of."""
+    config = model.config
+    s = types.SimpleNamespace()
+    s.layers = config.num_hidden_layers
+    s.D = config.hidden_size
+    s.I = config.intermediate_size
+    s.V = config.vocab_size
+    d = getattr(config, "head_dim", None) or s.D // config.num_attention_heads
+    s.heads = config.num_attention_heads * d
+    s.kv = 2 * config.num_key_value_heads * d
+    s.c = 2 if model.bf16 else 4
+    s.projector = _parameters(model.reasoning_projector)
+    s.base = _parameters(model) - s.projector
+    s.in_layers = _parameters(model.model.layers)
+    s.cached = s.layers * s.kv * s.c  # bytes of one position's keys and values, in all layers
+    # One layer's activations of one position. Kept for the backward pass: two norms' inputs and outputs, five
+    # copies of the latter for five matrices, queries and attention's output, keys and values, the MLP's four.
+    s.kept = 16 * s.D + s.c * (5 * s.D + 2 * s.heads + s.kv + 4 * s.I)
+    # Without gradients, at the worst moment: residual, norm and its copy, three of the MLP's.
+    s.passing = (8 + s.c) * s.D + 3 * s.c * s.I
+    # Fused attention has a row's own copy of each key and value, repeated for all heads.
+    s.copied = 2 * s.c * s.heads
+    return s
+
+
+def _parameters(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def weights(s, offload=False):
+    """Bytes of the weights on the card; offloaded, the layers' are there in 16 bits."""
+    per_weight = s.c if offload else 4
+    return per_weight * s.in_layers + 4 * (s.base - s.in_layers + s.projector)
+
+
+def casts(s, offload=False):
+    """Bytes of the matrices' copies in the type in which they are multiplied."""
+    if s.c == 4:
+        return 0
+    head = s.c * s.V * s.D
+    return head if offload else head + s.c * s.in_layers
+
+
+def _logits(s, positions):
+    """Bytes while log-probs are computed, LOGITS numbers at a time."""
+    return (4 + s.c) * min(engine.LOGITS, positions * s.V)
+
+
+# ============================================================ what is there at a peak
+def resident(s, offload=False, scorer=None):
+    """What train_rl.py holds all the time; with the reward's frozen reader, if there is one."""
+    held = {"weights": weights(s, offload), "AdamW": 0 if offload else 8 * s.base}
+    if scorer is not None:
+        held["reader"] = weights(shape(scorer), offload=True)
+    return held
+
+
+def sampling(s, rows, prompts, longest, limit, offload=False):
+    """While `rows` rows are decoded, up to `limit` slots each, with `prompts` prompts of `longest` tokens in
+    memory."""
+    prefill = s.passing * min(max(engine.PREFILL, longest), prompts * longest)
+    logits = (s.c + 16) * rows * s.V  # and four tensors of that size to draw from them
+    attention = 5 * s.c * rows * (s.heads * longest // 128 + 2 * s.heads)
+    return {
+        "16-bit copies": casts(s, offload),
+        "keys and values": s.cached * (rows * limit + prompts * longest),
+        "one step": max(prefill, logits + attention)}
+
+
+def update(s, positions, longest, checkpoint=False, offload=False):
+    """While gradients are added up: `positions` in one forward and backward pass, rows of up to `longest`.
+
+    A row's copies of its prompt's keys count as positions, see engine.pack."""
+    mask = s.c * positions * longest
+    head = s.V * s.D
+    # The LM head's 16-bit copy, its gradient in chunks, and the embedding's, which is the same tensor.
+    logits = (3 * s.c + 8) * head + _logits(s, positions)
+    if checkpoint:  # each layer's input, keys and values; one layer's activations are made again
+        kept = s.layers * (4 * s.D + s.c * s.kv) * positions
+        working = max(logits, AGAIN * s.kept * positions)
+        copies = s.c * s.in_layers // s.layers
+    else:
+        kept = s.layers * s.kept * positions
+        working = logits
+        copies = 0 if offload else s.c * s.in_layers
+    return {
+        "gradients": 0 if offload else 4 * s.base,  # offloaded, each goes to the host when it is whole
+        "16-bit copies": copies,
+        "activations": kept + mask,
+        "one layer or logits": working}
+
+
+def latent_update(s, positions, longest, checkpoint=False, offload=False, own=None):
+    """The same for the projector (stage 2, refresh): the base is frozen, and prompts leave nothing but keys
+    and values.
+
+    own: of the positions those that are no prompt's; at most, and by default, all."""
+    own = positions if own is None else own
+    like_update = update(s, own, longest, checkpoint, offload)
+    logits = _logits(s, own)
+    working = max(logits, AGAIN * s.kept * own) if checkpoint else logits
+    return {
+        "projector's AdamW and gradients": 12 * s.projector,
+        "16-bit copies": casts(s, offload),
+        "keys and values": s.cached * (positions - own),
+        "activations": like_update["activations"],
+        "one layer or logits": working}
+
+
+def scoring(s, positions, longest, own=None):
+    """While a frozen model scores texts without gradients, `positions` in one forward pass of the prompts and
+    one of what follows. own: as above."""
+    own = positions if own is None else own
+    layers = s.cached * positions + s.passing * max(own, positions - own) + s.c * own * longest
+    head = s.c * s.V * s.D + _logits(s, own)  # then keys and values are gone
+    return {"keys and values and a layer, or logits": max(layers, head)}
+
+
+def total(*sizes):
+    return sum(sum(own.values()) for own in sizes)
+
+
+# ============================================================ what fits
+def largest(fits, most, step=1):
+    """The largest multiple of `step` up to `most` for which fits(n) is true; 0 if there is none."""
+    low, high = 0, most // step
+    while low < high:
+        middle = (low + high + 1) // 2
+        if fits(middle * step):
+            low = middle
+        else:
+            high = middle - 1
+    return low * step
+
+
+def free(device):
+    """Bytes on a CUDA device that nobody uses, the allocator's own reserve included."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def rows_that_fit(model, longest, limit, samples, otherwise=512):
+    """How many rows can be decoded at once, whole groups, in what is free now: at least one group. On a CPU:
+    `otherwise`."""
+    if model.device.type != "cuda":
+        return otherwise
+    s = shape(model)
+    room = USABLE * free(model.device)
+
+    def fits(rows):
+        prompts = 2 * (rows // samples)
+        return total(sampling(s, rows, prompts, longest, limit)) <= room
+
+    return max(samples, largest(fits, max(otherwise, samples), samples))
+
+
+def positions_that_fit(model, longest, of=scoring, otherwise=2**15, **settings):
+    """How many positions one forward pass of scoring (or latent_update) can have in what is free now; at
+    least the longest text. On a CPU: `otherwise`."""
+    if model.device.type != "cuda":
+        return otherwise
+    s = shape(model)
+    room = USABLE * free(model.device)
+    positions = largest(lambda n: total(of(s, n, longest, **settings)) <= room, MOST_POSITIONS, 256)
+    return max(longest, positions)
+
+
+# ============================================================ the plan of a run
+def fit(args, model, longest, scorer=None, room=None):
+    """Sets what no flag gave of args.rows, tokens_per_forward, checkpoint_layers and offload -> what to print.
+
+    longest: tokens of the longest prompt. scorer: the reward's frozen model, or None. room: bytes that the
+    run may use; default: what is free, and what the models have already. From the fastest to the smallest:
+    activations kept, layers checkpointed, masters and moments on the host. No choice changes a result."""
+    if room is None:
+        held = sum(p.numel() * p.element_size() for m in (model, scorer) if m for p in m.parameters())
+        room = free(model.device) + held
+    s = shape(model)
+    whole = longest + args.max_new_tokens  # positions of one rollout with its prompt
+    usable = USABLE * room
+    for offload in [False, True] if args.offload is None else [args.offload]:
+        for checkpoint in [False, True] if args.checkpoint_layers is None else [args.checkpoint_layers]:
+            chosen = _numbers(args, s, longest, whole, usable, scorer, checkpoint, offload)
+            positions_enough = chosen.tokens_per_forward >= min(FEW_POSITIONS, 2 * whole)
+            rows_enough = chosen.rows >= min(FEW_ROWS, args.prompts * args.group)
+            if positions_enough and rows_enough:
+                break
+        else:
+            continue
+        break
+    for name, value in vars(chosen).items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+    # What fits in no setting is tried in the smallest.
+    args.tokens_per_forward = max(args.tokens_per_forward, 1) if args.tokens_per_forward else whole
+    args.rows = args.rows or args.group
+    return forecast(args, model, longest, scorer, room)
+
+
+def _numbers(args, s, longest, whole, usable, scorer, checkpoint, offload):
+    """The most rows and positions that fit beside this choice; 0 for none."""
+    held = resident(s, offload, scorer)
+
+    def can_update(positions):
+        size = update(s, positions, whole, checkpoint, offload)
+        return total(held, size) <= usable and positions >= whole
+
+    def can_sample(rows):
+        prompts = min(args.prompts, 2 * rows // args.group)
+        return total(held, sampling(s, rows, prompts, longest, args.max_new_tokens, offload)) <= usable
+
+    positions = args.tokens_per_forward
+    if positions is None:
+        most = max(MOST_POSITIONS, whole)
+        positions = largest(lambda n: n < whole or can_update(n), most, 256)
+        positions = positions if can_update(positions) else 0
+    rows = args.rows
+    if rows is None:
+        rows = largest(can_sample, args.prompts * args.group, args.group)
+    return types.SimpleNamespace(rows=rows, tokens_per_forward=positions, checkpoint_layers=checkpoint,
+                                 offload=offload)
+
+
+def peaks(args, model, longest, scorer=None):
+    """{phase: {what: bytes}} of a run of train_rl.py with these settings, everything included."""
+    s = shape(model)
+    held = resident(s, args.offload, scorer)
+    whole = longest + args.max_new_tokens
+    positions = max(args.tokens_per_forward, whole)
+    prompts = min(args.prompts, 2 * max(1, args.rows // args.group))
+    rows = min(args.rows, args.prompts * args.group)
+    lean = (args.checkpoint_layers, args.offload)
+    found = {
+        "sampling": sampling(s, rows, prompts, longest, args.max_new_tokens, args.offload),
+        "update": update(s, positions, whole, *lean)}
+    if args.method == "litereason":
+        own = positions * args.max_new_tokens // whole
+        found["refresh"] = latent_update(s, positions, whole, *lean, own)
+    return {phase: {**held, **sizes} for phase, sizes in found.items()}
+
+
+def forecast(args, model, longest, scorer=None, room=None):
+    """The settings of memory and the expected peaks, as text; with a line of advice if they do not fit."""
+    lines = []
+    if room is not None:
+        flags = [f"--rows {args.rows}", f"--tokens-per-forward {args.tokens_per_forward}"]
+        flags.append("--checkpoint-layers" if args.checkpoint_layers else "--no-checkpoint-layers")
+        flags.append("--offload" if args.offload else "--no-offload")
+        lines.append(f"memory: {room / GIB:.1f} GiB can be used; with {' '.join(flags)} the peaks should be:")
+    else:
+        lines.append("memory, at its peaks:")
+    highest = 0
+    for phase, sizes in peaks(args, model, longest, scorer).items():
+        highest = max(highest, total(sizes))
+        parts = ", ".join(f"{what} {size / GIB:.1f}" for what, size in sizes.items() if size >= 0.05 * GIB)
+        lines.append(f"  {phase:9s} {total(sizes) / GIB:5.1f} GiB: {parts}")
+    if room is not None and highest > USABLE * room:
+        lines.append("this may not fit: shorten --max-new-tokens, or take a smaller --model"
+                     if args.offload and args.checkpoint_layers else
+                     "this may not fit: leave the memory flags away, or lower --rows and --tokens-per-forward")
+    return "\n".join(lines)

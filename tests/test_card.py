@@ -1,0 +1,219 @@
+"""card.py: its counts against a counter of live tensors at the shape of Qwen2.5-1.5B, and its choices on cards of four sizes."""
+import itertools
+import types
+
+import pretend
+import pytest
+import torch
+
+import card
+import train_rl
+
+QWEN = {"vocab_size": 151_936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
+        "num_key_value_heads": 2, "tie_word_embeddings": True, "max_position_embeddings": 32_768, "eos_token_id": 151_643}
+GIB = 2.0**30
+WITHIN = 1.15
+
+
+# ============================================================ in a process that has the device
+def qwen():
+    """A model of the real shape, without numbers."""
+    import torch
+    from pretend import memory
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    import litereason
+    memory.without_numbers()
+    with torch.device("cuda"):
+        model = Qwen2ForCausalLM(Qwen2Config(**QWEN))
+    return litereason.attach(model)
+
+
+def rollouts_of(prompts, n, L, S, tags=0):
+    """`n` rollouts for each of so many prompts of L tokens: S slots, the first of them `tags` times a word and a latent."""
+    import torch
+
+    from litereason import LATENT, Rollout
+    made = []
+    for p in range(prompts):
+        ids = [10 + (7 * p + i) % 150_000 for i in range(L)]
+        slots = [11, 12, 13, LATENT] * tags + [10 + i % 150_000 for i in range(S - 4 * tags)]
+        made += [Rollout(ids, slots, torch.zeros(tags, QWEN["hidden_size"])) for _ in range(n)]
+    return made
+
+
+def in_all(prompts, n, L, S, pieces=1):
+    """Positions as engine.pack counts them: in all, and without the prompts'."""
+    own = prompts * n * S + prompts * n * pieces * (L + S) // 16
+    return prompts * L + own, own
+
+
+def count_everything():
+    """{what: (bytes counted, bytes by the formula)}, above the weights. One model for all: building it takes seconds."""
+    import torch
+
+    import card
+    import engine
+    import runs
+    from litereason import generate, logprobs, projector_loss
+    from pretend import memory
+    model = qwen()
+    s = card.shape(model)
+    tokenizer = runs.read_checkpoint("tiny", torch.float32)[1]
+    base = [p for name, p in model.named_parameters() if not name.startswith("reasoning_projector.")]
+    found = {}
+
+    def note(name, run, expected, held=0):
+        """held: bytes of the formula that are there before."""
+        counted = memory.peak(run)
+        model.zero_grad(set_to_none=True)
+        found[name] = (held + counted["peak"] - counted["before"], card.total(expected))
+
+    def update(name, shape, **settings):
+        """One micro-batch, while the gradients of others are there."""
+        rollouts = rollouts_of(*shape)
+        held = 0
+        if not settings.get("offload"):
+            held = 4 * s.base
+            for p in base:
+                p.grad = torch.zeros_like(p)
+        note(f"update, {name}, {shape}", lambda: logprobs(model, rollouts)[0].sum().backward(),
+             card.update(s, in_all(*shape)[0], sum(shape[2:]), **settings), held)
+
+    def sampling(n_prompts, samples, L):
+        prompts = [rollout.prompt_ids for rollout in rollouts_of(n_prompts, 1, L, 8)]
+        note(f"sampling, {n_prompts} x {samples}", lambda: generate(model, tokenizer, prompts, samples, 3),
+             card.sampling(s, n_prompts * samples, n_prompts, L, 3))
+
+    def reader(shape):
+        prompts, n, L, S = shape
+        rollouts = rollouts_of(*shape)
+
+        def score():
+            with torch.no_grad(), engine.autocast(model):
+                logprobs(model, rollouts)
+
+        own = prompts * n * S
+        note(f"reader, {shape}", score, card.scoring(s, prompts * L + own, L + S, own))
+
+    def stage_2(shape, tags):
+        rollouts = rollouts_of(*shape, tags)
+        positions, own = in_all(*shape, pieces=1 + tags)
+        expected = card.latent_update(s, positions, sum(shape[2:]), checkpoint=True, own=own)
+        expected["projector's AdamW and gradients"] //= 3  # no optimiser here
+        with engine.autocast(model):
+            note(f"stage 2, {shape}", lambda: projector_loss(model, rollouts)[0].backward(), expected)
+
+    sampling(64, 1, 1700)
+    sampling(4, 16, 1024)
+    update("all kept", (1, 7, 1700, 2048))
+    engine.checkpoint_layers(model)
+    update("layers checkpointed", (1, 7, 1700, 2048), checkpoint=True)
+    update("layers checkpointed", (4, 16, 1700, 115), checkpoint=True)
+    for p in base:
+        p.requires_grad_(False)
+    stage_2((2, 1, 1700, 1000), 1)
+    for p in base:
+        p.requires_grad_(True)
+    masters = engine.offload(model, base)
+    update("offload", (1, 7, 1700, 2048), checkpoint=True, offload=True)
+    assert all(p.grad is None for p in base)
+    del masters
+    engine.freeze(model)
+    reader((1, 8, 2200, 1500))
+    reader((4, 1, 4000, 3000))
+    return found
+
+
+def test_the_counts_are_those_of_the_counter():
+    if pretend.why_not():
+        pytest.skip(pretend.why_not())
+    found, _ = pretend.run(count_everything)
+    assert len(found) == 9
+    for what, (counted, expected) in found.items():
+        assert counted / WITHIN < expected < counted * WITHIN, (what, counted / GIB, expected / GIB)
+
+
+# ============================================================ the plan
+def model_of(layers=28):
+    """Shapes of the real model, without weights, on a card that says it is CUDA."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+    with torch.device("meta"):
+        whole = Qwen2ForCausalLM(Qwen2Config(**{**QWEN, "num_hidden_layers": layers}))
+    layer = whole.model.layers[-1].mlp
+    three = sum(p.numel() for p in layer.parameters()) * 3
+    projector = types.SimpleNamespace(parameters=lambda: iter([torch.empty(three, device="meta")]))
+    parameters = lambda: itertools.chain(whole.parameters(), projector.parameters())  # noqa: E731
+    return types.SimpleNamespace(config=whole.config, model=whole.model, reasoning_projector=projector, bf16=True,
+                                 parameters=parameters, device=torch.device("cuda"))
+
+
+def arguments(**changes):
+    usual = {name: value for name, value in train_rl.RELEASED.items() if name not in train_rl.PLANNED}
+    none = dict.fromkeys(train_rl.PLANNED)
+    return types.SimpleNamespace(**{**usual, **none, "method": "litereason", **changes})
+
+
+@pytest.fixture(scope="module")
+def real():
+    return model_of()
+
+
+@pytest.mark.parametrize("gib, offload, checkpoint", [(16, True, True), (24, True, True), (40, False, True), (80, False, False)])
+def test_on_each_card_the_plan_fits_and_is_the_fastest_that_does(real, gib, offload, checkpoint):
+    args = arguments()
+    text = card.fit(args, real, 1700, room=gib * GIB)
+    assert (args.offload, args.checkpoint_layers) == (offload, checkpoint)
+    peaks = {phase: card.total(sizes) for phase, sizes in card.peaks(args, real, 1700).items()}
+    assert set(peaks) == {"sampling", "update", "refresh"} and max(peaks.values()) <= card.USABLE * gib * GIB
+    assert args.rows >= 16 and args.rows % 16 == 0 and args.tokens_per_forward >= 1700 + 2048
+    assert "may not fit" not in text and f"--rows {args.rows} --tokens-per-forward {args.tokens_per_forward}" in text
+    # More would not fit, or is not there to be had.
+    s = card.shape(real)
+    held = card.resident(s, offload)
+    more = card.update(s, args.tokens_per_forward + 512, 3748, checkpoint, offload)
+    assert args.tokens_per_forward == card.MOST_POSITIONS or card.total(held, more) > card.USABLE * gib * GIB
+    more = card.sampling(s, args.rows + 16, min(48, 2 * (args.rows + 16) // 16), 1700, 2048, offload)
+    assert args.rows == 48 * 16 or card.total(held, more) > card.USABLE * gib * GIB
+
+
+def test_flags_override_the_plan(real):
+    args = arguments(rows=32, tokens_per_forward=5000, offload=False, checkpoint_layers=True)
+    card.fit(args, real, 1700, room=80 * GIB)
+    assert (args.rows, args.tokens_per_forward, args.offload, args.checkpoint_layers) == (32, 5000, False, True)
+    args = arguments(checkpoint_layers=True)
+    card.fit(args, real, 1700, room=80 * GIB)
+    assert args.checkpoint_layers and not args.offload and args.tokens_per_forward == card.MOST_POSITIONS
+
+
+def test_a_card_that_is_too_small_is_said_with_what_to_change(real):
+    args = arguments()
+    text = card.fit(args, real, 1700, room=5 * GIB)
+    assert args.offload and args.checkpoint_layers and args.rows == 16
+    assert "may not fit: shorten --max-new-tokens" in text
+    args = arguments(rows=768, offload=False)
+    text = card.fit(args, real, 1700, room=24 * GIB)
+    assert "may not fit: leave the memory flags away" in text
+
+
+def test_a_reader_leaves_less_room(real):
+    alone, beside = arguments(), arguments()
+    card.fit(alone, real, 1700, room=40 * GIB)
+    card.fit(beside, real, 1700, scorer=real, room=40 * GIB)
+    assert (beside.offload, -beside.tokens_per_forward) > (alone.offload, -alone.tokens_per_forward)
+    assert "reader 3.8" in card.forecast(beside, real, 1700, real)
+
+
+def test_the_largest_that_fits():
+    for most in (0, 5, 6, 100):
+        for step in (1, 4):
+            for limit in (0, 1, 17, 1000):
+                expected = max(n for n in range(0, most + 1, step) if n <= limit)
+                assert card.largest(lambda n: n <= limit, most, step) == expected  # noqa: B023
+
+
+def test_on_a_cpu_nothing_is_planned(tok):
+    model = types.SimpleNamespace(device=torch.device("cpu"))
+    assert card.rows_that_fit(model, 100, 100, 4) == 512
+    assert card.positions_that_fit(model, 100) == 2**15
