@@ -131,8 +131,8 @@ def on_the_card_out_of_memory():
 
     def update(tokens_per_forward):
         args = update_arguments(tokens_per_forward)
-        train_rl.add_gradients_with_one_retry(args, 0, model, FakeState(rollouts), *what_to_score(rollouts))
-        norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item()
+        train_rl.add_gradients_with_one_retry(args, 0, model, base, base, FakeState(rollouts), *what_to_score(rollouts))
+        norm = torch.stack([p.grad.norm() for p in base]).norm().item()
         model.zero_grad(set_to_none=True)
         return args.tokens_per_forward, norm
 
@@ -146,6 +146,7 @@ def on_the_card_out_of_memory():
         BYTES.total = 2**40
         return out
 
+    base = parameters_of_the_base(model)
     rollouts = sampled(model, tokenizer, prompts, 8)
     update(800)  # the first call of everything
     return sample(8), with_room_for(sample, 8, 4), update(800), with_room_for(update, 800, 400)
@@ -165,6 +166,10 @@ def tiny_on_the_card():
     model, tokenizer = load("tiny")
     prompts = [tokenizer.encode(tiny.prompt(example, True)) for example in tiny.examples("test")[:4]]
     return model, tokenizer, prompts
+
+
+def parameters_of_the_base(model):
+    return [p for name, p in model.named_parameters() if not name.startswith("reasoning_projector.")]
 
 
 def sampled(model, tokenizer, prompts, limit, **settings):
@@ -255,8 +260,9 @@ def on_the_card_micro_batch():
 
     model, tokenizer, prompts = tiny_on_the_card()
     rollouts = sampled(model, tokenizer, prompts, 16)
+    base = parameters_of_the_base(model)
     device.EVENTS.clear()
-    gap, _ = train_rl.add_gradients(update_arguments(4000), model, rollouts, *what_to_score(rollouts))
+    gap, _ = train_rl.add_gradients(update_arguments(4000), model, base, base, rollouts, *what_to_score(rollouts))
     return device.EVENTS, gap, model.bf16
 
 
