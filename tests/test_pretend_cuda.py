@@ -1,8 +1,8 @@
-"""The CUDA paths of all scripts on a pretended CUDA device (tests/pretend): what a GPU would refuse, where the host would wait for it,
-how much would be in its memory. The numbers are real, bf16 rounding included; CUDA's own kernels and its speed are not there.
+"""The CUDA paths of all scripts on a pretended CUDA device (tests/pretend): what a GPU would refuse, where the host would
+wait for it, how much would be in its memory. The numbers are real, bf16 rounding included; CUDA's kernels and speed are not.
 
-Functions named on_the_card_.. run in a process of their own that has the device; the tests look at what they return. Before and after
-some of them torch has no such device, so they import what they need themselves."""
+Functions named on_the_card_.. run in a process of their own that has the device; the tests look at what they return. They
+import what they need themselves: here, in pytest's process, torch has no such device."""
 import collections
 import json
 import os
@@ -220,8 +220,8 @@ VARIANTS = {
 
 
 def on_the_card_decode(variants, limit):
-    """-> for each variant of generate's arguments: how many latents ran, and of each step after the first where the host waited since
-    the step before, [(place, why)]."""
+    """-> for each variant of generate's arguments: how many latents ran, and of each step after the first where the host
+    waited since the step before, [(place, why)]."""
     from pretend import device
 
     model, tokenizer, prompts = tiny_on_the_card()
@@ -254,8 +254,8 @@ def test_between_two_looks_the_host_waits_for_nothing():
 
 
 def on_the_card_micro_batch():
-    """An update of one micro-batch, without and with offloaded masters -> where the host waited in each, [(place, why)], and how far
-    sampler and scorer differ."""
+    """An update of one micro-batch, without and with offloaded masters -> where the host waited in each, [(place, why)],
+    and how far sampler and scorer differ."""
     import engine
     import train_rl
     from pretend import device
@@ -455,8 +455,8 @@ def test_rl_with_tags_alone_and_the_table(tmp_path):
 
 
 def test_rl_of_next_chapters_and_their_perplexity(small, tmp_path):
-    steps = train(tmp_path / "run", "--model", small, "--task", "tiny.next_chapter", "--steps", 1, "--val", 0, "--recompute-latents",
-                  "--no-refresh")
+    steps = train(tmp_path / "run", "--model", small, "--task", "tiny.next_chapter", "--steps", 1, "--val", 0,
+                  "--recompute-latents", "--no-refresh")
     assert steps[0]["accuracy"] == steps[0]["accuracy"]
 
 
