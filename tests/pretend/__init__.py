@@ -6,9 +6,9 @@
     pretend.device               in such a process: the device itself; counts host syncs, copies and bytes
     pretend.memory               in such a process: peak bytes at real shapes, nothing computed
 
-A tensor on it says that it is on cuda:0 and keeps its numbers on the CPU. It has CUDA's dispatch keys, so torch itself applies
-CUDA's autocast rules and runs the backward pass in the device's thread; an operation that mixes devices is refused, as CUDA refuses it.
-Not covered: CUDA's kernels and their rounding, which of them torch chooses, speed.
+A tensor on it says that it is on cuda:0 and keeps its numbers on the CPU. It has CUDA's dispatch keys, so torch itself
+applies CUDA's autocast rules and runs the backward pass in the device's thread; an operation that mixes devices is refused,
+as CUDA refuses it. Not covered: CUDA's kernels and their rounding, which of them torch chooses, speed.
 
 torch must not have been imported before the device is there (and the whole process has it then), so each f runs in a process
 of its own: forked from a server that has imported torch, transformers and this project once. f is a function of a test module;

@@ -3,9 +3,9 @@
     memory.without_numbers()      from now on, in this process: a float on the card takes none of this machine's memory
     memory.peak(run)              run() -> {"peak": bytes on the card at most, "before": .., "at": the line, "result": ..}
 
-Integers and masks keep their numbers, so prompts, rows and slots are what they are; one that follows from floats is zero (a sampled
-token) or true (a finite gradient). What a float read on the host is, is 1. The bytes are those of live tensors, in steps of 512, with what
-fused attention keeps; a kernel's own scratch memory and the allocator's gaps are not among them.
+Integers and masks keep their numbers, so prompts, rows and slots are what they are; one that follows from floats is zero (a
+sampled token) or true (a finite gradient). A float that is read on the host is 1. The bytes are those of live tensors, in steps
+of 512, with what fused attention keeps; a kernel's own scratch memory and the allocator's gaps are not among them.
 """
 import gc
 
