@@ -147,10 +147,20 @@ class PromptCache:
         if window and window < q.shape[2]:
             every_pair = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device)
             near = every_pair.tril().triu(1 - window)
-        q = q.to(values.dtype)
-        out = F.scaled_dot_product_attention(q, keys, values, near, is_causal=near is None, scale=scale,
-                                             enable_gqa=True)
-        return out.transpose(1, 2)
+        return fused(q.to(values.dtype), keys, values, near, scale)
+
+
+def fused(q, keys, values, bias, scale):
+    """torch's own attention, which keeps no weights: q (B, H, S, d), keys and values (B, K, n, d) -> (B, S, H, d).
+    bias: a mask, or numbers that are added to the scores; None: causal."""
+    is_causal = bias is None
+    R = q.shape[1] // keys.shape[1]
+    if bias is not None and q.device.type in REPEATS:
+        keys = keys.repeat_interleave(R, 1)  # (B, H, n, d)
+        values = values.repeat_interleave(R, 1)
+    shares = keys.shape[1] < q.shape[1]
+    out = F.scaled_dot_product_attention(q, keys, values, bias, is_causal=is_causal, scale=scale, enable_gqa=shares)
+    return out.transpose(1, 2)
 
 
 def pad_mask(lengths, L):
@@ -361,14 +371,7 @@ class ScoringCache:
             for of_prompt, *of_row in zip(prompt, *pieces))  # (B, K, L + n, d)
         if window not in self.bias:
             self.bias[window] = self.joint_bias(q, prompt[0].shape[2], window)
-        if q.device.type in REPEATS:
-            R = q.shape[1] // keys.shape[1]
-            keys = keys.repeat_interleave(R, 1)  # (B, H, L + n, d)
-            values = values.repeat_interleave(R, 1)
-            out = F.scaled_dot_product_attention(q, keys, values, self.bias[window], scale=scale)
-            return out.transpose(1, 2)
-        out = F.scaled_dot_product_attention(q, keys, values, self.bias[window], scale=scale, enable_gqa=True)
-        return out.transpose(1, 2)
+        return fused(q, keys, values, self.bias[window], scale)
 
     def joint_bias(self, q, L, window):
         """0 where a slot sees a key, -inf elsewhere, over the prompt's keys and the row's own: (B, 1, S, L +
