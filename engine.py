@@ -31,7 +31,7 @@ LOGITS = 2**27  # most logits that scoring computes at once: 512 MiB in fp32, 88
 PREFILL = 2**14  # most positions, padding included, that are read in one forward pass before decoding
 LOOK = 4  # while decoding, the host looks at the device once in so many steps
 WAITS = ("cuda",)  # devices where data-dependent shapes force a sync
-GROWS = ("cpu",)  # devices where a cache grows while it is filled: they read memory with gaps three times as slowly
+GROWS = ("cpu",)  # devices where a cache grows as it is filled: they read memory with gaps at half the speed
 REPEATS = ("cuda",)  # devices whose fused attention takes a mask only with as many key heads as query heads
 
 
@@ -405,13 +405,13 @@ class DecodingCache:
         row 1 began 3  [  -    -    -   s0   s1   s2 ]
     """
 
-    def __init__(self, prompts, owner, room):
+    def __init__(self, prompts, owner, room, grows=False):
         """prompts: a PromptCache; owner (B,): which prompt each row belongs to, in order; room: columns,
-        slots at most."""
+        slots at most. grows: `layers` have as many columns as a step looks at, not `room` from the start."""
         self.prompts = prompts.layers
         self.lengths = prompts.lengths  # (P,)
         self.room = room
-        self.grows = owner.device.type in GROWS  # `layers` have as many columns as are looked at, else `room`
+        self.grows = grows
         self.filled = 0  # columns that are written
         self.reach = 0  # columns that this step looks at
         self.column = torch.zeros_like(owner[:1])  # (1,) `filled`, on the device
@@ -573,7 +573,8 @@ class Decoder:
         self.all_at_limit = False
         self.recorded = None  # a CUDA graph of the step
         prompts_read, owner, fields = self._begin(self.max_prompts)
-        self.cache = DecodingCache(prompts_read, owner, limit)
+        grows = model.device.type in GROWS and not model.graphs
+        self.cache = DecodingCache(prompts_read, owner, limit, grows)
         self.rows = types.SimpleNamespace(**fields)
 
     def _begin(self, n):
