@@ -164,8 +164,11 @@ def largest(fits, most, step=1):
 
 def free(device):
     """Bytes on a CUDA device that nobody uses, the allocator's own reserve included."""
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + unused
+    try:
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    except (AttributeError, RuntimeError):  # a driver that does not say
+        return torch.cuda.get_device_properties(device).total_memory - torch.cuda.max_memory_allocated(device)
 
 
 def rows_that_fit(model, longest, limit, samples, otherwise=512):

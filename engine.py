@@ -1028,7 +1028,8 @@ def offload(model, parameters):
 
     On the card the matrices stay as autocast would cast them, so that all products are those of fp32 weights.
     A gradient is sent to the host as soon as it is whole, through a page-locked buffer and without waiting
-    for it, and added to the master's in fp32 when the next one comes, or at the end (gradients_to_masters)."""
+    for it. Call wait_for_gradients after each backward pass; the next one adds what has come to the masters'
+    gradients, in fp32, while the card works, and gradients_to_masters adds the last."""
     masters = [p.detach().to("cpu", torch.float32, copy=True).requires_grad_() for p in parameters]
     model.bf16 = True
     for weight in matrices(model):
@@ -1037,28 +1038,30 @@ def offload(model, parameters):
         p.master = master
         p.on_host = torch.empty(p.shape, dtype=p.dtype, pin_memory=p.device.type == "cuda")
         p.is_sent = False  # a gradient is on its way to on_host, or there
-        p.has_arrived = torch.cuda.Event() if p.is_cuda else None
         p.register_post_accumulate_grad_hook(_send_gradient)
     return masters
 
 
 def _send_gradient(p):
-    _add_to_master(p)  # that of the micro-batch before, which has long been there
+    _add_to_master(p)  # that of the micro-batch before
     p.on_host.copy_(p.grad, non_blocking=True)
-    if p.is_cuda:
-        p.has_arrived.record(torch.cuda.current_stream(p.device))
     p.is_sent = True
     p.grad = None
 
 
 def _add_to_master(p):
     if p.is_sent:
-        if p.is_cuda:
-            p.has_arrived.synchronize()
         if p.master.grad is None:
             p.master.grad = torch.zeros_like(p.master)
         p.master.grad += p.on_host
         p.is_sent = False
+
+
+def wait_for_gradients(model):
+    """After each backward pass: until its gradients are on the host; nothing to do without `offload`."""
+    is_offloaded = any(hasattr(p, "master") for p in model.parameters())
+    if is_offloaded and model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
 
 
 def gradients_to_masters(parameters, masters):

@@ -115,6 +115,7 @@ def measure(model, tokenizer, prompts, args, steps=16):
 
     def update(rollouts):
         logprobs(model, rollouts)[0].sum().backward()
+        engine.wait_for_gradients(model)
         engine.forget_gradients(model)
 
     update(decode(2)[:1])  # the first call of everything is slow

@@ -211,6 +211,7 @@ def add_gradients(args, model, rollouts, chosen, advantages, divisors):
         loss, _ = policy_loss(logp, old_logp, advantages[micro].to(logp), scored, len(chosen), args.clip,
                               divisors[micro].to(logp.device))
         loss.backward()
+        engine.wait_for_gradients(model)
         gaps = torch.where(scored, (logp.detach() - old_logp).abs(), 0.0).amax(1)  # (b,)
         if gaps.max() > largest:
             largest = float(gaps.max())

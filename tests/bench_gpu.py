@@ -27,7 +27,7 @@ from transformers import AutoConfig, Qwen2Config, Qwen2ForCausalLM
 import card
 import runs
 from bench import NEVER, tags_fire, their_generate
-from engine import checkpoint_layers, gradients_to_masters, offload, pack, weights_from_masters
+from engine import checkpoint_layers, gradients_to_masters, offload, pack, wait_for_gradients, weights_from_masters
 from litereason import (LATENT, Rollout, attach, generate, group_advantages, load, logprobs, policy_loss,
                         projector_loss)
 
@@ -109,6 +109,7 @@ def grpo(args, P=48, G=16, L=1024, S=256):
         for part in pack(rollouts, plan.tokens_per_forward):
             logp, scored = logprobs(model, [rollouts[i] for i in part])
             policy_loss(logp, logp.detach(), advantages[part], scored, P * G)[0].backward()
+            wait_for_gradients(model)
 
     def step():
         gradients_to_masters(base, masters)

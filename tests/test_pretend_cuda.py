@@ -270,7 +270,7 @@ def on_the_card_micro_batch():
         return list(device.EVENTS), gap
 
     plain = update()
-    engine.offload(model, base)  # gradients then leave for the host, and nobody waits for them before the next micro-batch
+    engine.offload(model, base)
     return plain, update()
 
 
@@ -285,6 +285,7 @@ IN_A_MICRO_BATCH = {
     ("litereason.py", "states", "copy to the card"): 1,  # the latents
     ("litereason.py", "logprobs", "index by a mask"): 2,  # states and tokens that are scored
     ("backward", "index by a mask"): 1,
+    ("engine.py", "wait_for_gradients", "synchronize"): 1,  # only with offload
     ("train_rl.py", "add_gradients", "copy to the card"): 3,  # old log-probs, advantages, divisors
     ("train_rl.py", "add_gradients", "_local_scalar_dense"): 3}  # the gap: is it larger, how large, whose is it
 

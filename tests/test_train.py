@@ -7,7 +7,7 @@ import torch
 from conftest import PROMPTS, TAGS, TEXTS, close, naive, project, tag
 
 from engine import (checkpoint_layers, freeze, gradients_to_masters, matrices, offload, pack, token_logprobs,
-                    weights_from_masters)
+                    wait_for_gradients, weights_from_masters)
 from litereason import (LATENT, generate, group_advantages, insert_latents, logprobs, policy_loss,
                         projector_loss, recompute_latents, Rollout, unroll)
 
@@ -284,6 +284,7 @@ def test_offload_gives_the_gradients_and_the_next_rollouts_bit_for_bit(tok, mode
         rollouts = generate(model, tok, PROMPTS, 2, 20, generator=torch.Generator().manual_seed(0))
         for some in (rollouts[:3], rollouts[3:]):
             logprobs(model, some)[0].sum().backward()
+            wait_for_gradients(model)
         gradients_to_masters(base, masters)
         assert not offloads or all(p.grad is None for p in base)
         gradients = [p.grad.clone() for p in masters]
