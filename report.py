@@ -379,8 +379,8 @@ this table. "differs in": Holm's p is below 0.05 and the 95 % interval (bootstra
 def what_differs(comparison):
     """In words, of a comparison that eval.judge has judged."""
     if comparison["accuracy_differs"]:
-        return "accuracy and tokens" if comparison["tokens_differs"] else "accuracy, at equal length"
-    return "tokens, at equal accuracy" if comparison["tokens_differs"] else "nothing shown"
+        return "accuracy and tokens" if comparison["tokens_differs"] else "accuracy, not tokens"
+    return "tokens, not accuracy" if comparison["tokens_differs"] else "nothing"
 
 
 def _first_cells(name, width, row):
