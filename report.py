@@ -597,9 +597,11 @@ def label_ends(panel, ends):
 def label(panel, dots):
     """Writes the names of dots (name, x, y, colour) beside them, from left to right."""
     points_per_pixel = 72 / panel.figure.dpi
+    size_of_text = 9 if len(panel.figure.axes) == 1 else 8
     taken = [line.get_window_extent().padded(4) for line in panel.lines]
     for name, x, y, colour in sorted(dots, key=lambda dot: dot[1]):
-        style = {"color": colour, "fontsize": 9, "textcoords": "offset points", "ha": "center", "va": "center"}
+        style = {"color": colour, "fontsize": size_of_text, "textcoords": "offset points", "ha": "center",
+                 "va": "center"}
         trial = panel.annotate(name, (x, y), (0, 0), **style)
         size = trial.get_window_extent()
         trial.remove()
