@@ -22,7 +22,7 @@ PAIRS = [
 ]
 
 # (claim, whether "all" or "any" of its tests must be met, [(statistic, methods, more than)])
-EQUAL = ("accuracy gained", -0.02)  # equal accuracy: at most two points are lost
+EQUAL = -0.02  # accuracy gained where accuracy counts as equal: at most two points are lost
 LONGER = 1 - 1 / 1.3  # tokens saved against a run that takes 30 % more
 CLAIMS = [
     ("LiteReason keeps RL's gain", "all",
@@ -34,16 +34,17 @@ CLAIMS = [
 for ours, theirs, words in [
         ("LiteReason", "RL with tags, no latents", "LiteReason beats tags alone"),
         ("LiteReason", "LiteReason, its latents taken away", "LiteReason beats its own tags as text"),
-        ("LiteReason + length penalty", "RL with tags + length penalty", "under one penalty, too, tags alone"),
+        ("LiteReason + length penalty", "RL with tags + length penalty",
+         "LiteReason beats tags alone under the same penalty"),
         ("LiteReason + length penalty", "LiteReason + length penalty, its latents taken away",
-         "under the penalty, too, its own tags as text")]:
-    pair = (ours, theirs)
-    tests = [("tokens saved", pair, 0.0), (EQUAL[0], pair, EQUAL[1])]
+         "LiteReason beats its own tags as text under the penalty")]:
+    tests = [("tokens saved", (ours, theirs), 0.0), ("accuracy gained", (ours, theirs), EQUAL)]
     CLAIMS.append((f"{words}: fewer slots at equal accuracy", "all", tests))
 for control, words in [("other", "another story's latents"), ("noise", "noise"), ("mean", "the mean latent")]:
     pair = ("control plain", f"control latents: {control}")
     tests = [("accuracy gained", pair, 0.10), ("tokens saved", pair, LONGER)]
-    CLAIMS.append((f"latents matter: {words} in their place cost 10 points or 30 % more tokens", "any", tests))
+    claim = f"latents matter: {words} in their place cost 10 points or 30 % more tokens"
+    CLAIMS.append((claim, "any", tests))
 
 
 # ============================================================ statistics that count seeds
@@ -58,9 +59,9 @@ def drawn_means(arrays, seed=0, resamples=10000):
 
     Seeds and stories are crossed: all seeds answer the same stories, so one draw of stories serves all seeds
     of a resample (Owen's pigeonhole bootstrap). Of S seeds S - 1 are drawn, which makes the variance of a
-    mean of few seeds unbiased (Rao and Wu). Even so an interval from three seeds is at most about as wide as
-    their spread: where seeds differ by more than chance it holds the truth in four of five cases rather than in
-    95 of 100 (tests/test_evidence.py); with one seed it counts stories only."""
+    mean of few seeds unbiased (Rao and Wu). Even so an interval from three seeds is about as wide as their
+    spread at most: where seeds differ by much more than chance it holds the truth in four of five cases, not
+    in 95 of 100 (tests/test_evidence.py). With one seed it counts stories only."""
     stacked = np.stack(arrays)  # (M, S, N)
     _, n_seeds, n_stories = stacked.shape
     seeds_drawn = max(1, n_seeds - 1)
@@ -192,13 +193,16 @@ def measure(methods, statistic, names, more_than, percent=False):
 
 # ============================================================ as Markdown
 def differences_table(found, sampled, digits=3):
-    """found: from `differences`; sampled: in words."""
-    lines = [f"| compared with, {sampled} | accuracy gained | 95 % interval | Holm's p | tokens gained | 95 % interval | "
-             "Holm's p | tokens saved | 95 % interval | differs in |", f"|{'---|' * 10}"]
+    """found: from `differences`; sampled: in words; digits: of accuracies."""
+    lines = [f"| compared with, {sampled} | accuracy gained | 95 % interval | Holm's p | tokens gained | "
+             "95 % interval | Holm's p | tokens saved | 95 % interval | differs in |", f"|{'---|' * 10}"]
     for own in found:
         cells = [f"{own['ours']}: {own['theirs']}"]
         for what, form in (("accuracy", f"+.{digits}f"), ("tokens", "+.1f")):
-            cells += [f"{own[what]:{form}}", in_words(own[f"{what}_ci95"], form), f"{own[f'{what}_holm']:.2g}"]
+            cells += [
+                f"{own[what]:{form}}",
+                in_words(own[f"{what}_ci95"], form),
+                f"{own[f'{what}_holm']:.2g}"]
         cells += [f"{own['tokens_saved']:.1%}", in_words(own["tokens_saved_ci95"], ".1%"), what_differs(own)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -233,8 +237,8 @@ the table. "differs in": Holm's p is below 0.05 and the interval leaves 0 out. A
 interval is beyond its criterion; what is not met is not claimed."""
 
 
-def page(own, sampled):
+def page(own, sampled, digits=3):
     """own: {"differences", "claims"} -> Markdown of both; "" without either."""
-    text = [differences_table(own["differences"], sampled)] if own["differences"] else []
+    text = [differences_table(own["differences"], sampled, digits)] if own["differences"] else []
     text += [claims_table(own["claims"], sampled)] if own["claims"] else []
     return "\n\n".join([*text, UNDER_THE_TABLE]) if text else ""

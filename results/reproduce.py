@@ -257,6 +257,11 @@ def in_cell(value, digits, unit=1):
     return "" if value is None else f"{value / unit:.{digits}f}"
 
 
+def digits_of(task):
+    """Of its scores: next chapters earn percents."""
+    return 1 if task.endswith("next_chapter") else 3
+
+
 def words_of_interval(ci95, digits):
     return "" if ci95 is None else f"{in_cell(ci95[0], digits)} to {in_cell(ci95[1], digits)}"
 
@@ -283,7 +288,7 @@ SAMPLED = {"paper": "the paper's sampling", "trained": "temperature 1"}
 def table_of(task, found):
     """Scores and tokens -> Markdown. Differences that are too small to mean anything are for the reader to
     see: the interval stands beside them."""
-    digits = 1 if task.endswith("next_chapter") else 3
+    digits = digits_of(task)
     score = "reward, %" if task.endswith("next_chapter") else "accuracy"
     first = next(kind for kind in KINDS if kind in {row["sampling"] for row in found.values()})
 
@@ -348,8 +353,8 @@ PLAINLY = {
 
 
 def controls_table(found, kind):
-    """found: from controls_summary, of that sampling -> Markdown, with each seed's figures in a cell. What is gained is gained
-    over the same models as trained."""
+    """found: from controls_summary, of that sampling -> Markdown, with each seed's figures in a cell. What is
+    gained is gained over the same models as trained."""
 
     def by_seed(what, digits):
         return lambda row: listed([own[what] for own in row["by_seed"]], digits)
@@ -434,7 +439,7 @@ def write_evidence(where, name, rows, controls):
         own = {
             "differences": evidence.differences(methods),
             "claims": evidence.claims(methods, percent=name.endswith("next_chapter"))}
-        if text := evidence.page(own, SAMPLED[kind]):
+        if text := evidence.page(own, SAMPLED[kind], digits_of(name)):
             compared[kind] = own
             texts[f"differences-{mark}"] = text
     for what, found in (("controls", tested), ("differences", compared)):

@@ -38,7 +38,7 @@ def test_the_comparisons_in_the_readme_are_those_in_results(task):
     made = {f"controls-{reproduce.mark_of(task, kind)}": reproduce.controls_table(own, kind)
             for kind, own in figures(f"controls-{task}").items()}
     if os.path.exists(os.path.join(reproduce.HERE, f"differences-{task}.json")):
-        made |= {f"differences-{reproduce.mark_of(task, kind)}": evidence.page(own, reproduce.SAMPLED[kind])
+        made |= {f"differences-{reproduce.mark_of(task, kind)}": evidence.page(own, reproduce.SAMPLED[kind], reproduce.digits_of(task))
                  for kind, own in figures(f"differences-{task}").items()}
     for name, text in made.items():
         assert f"<!-- {name} -->" not in README or block(name) == text
