@@ -75,9 +75,8 @@ def drawn_means(arrays, seed=0, resamples=10000):
 
 
 def middle(draws):
-    """The 95 % in the middle of what was drawn, as far as it is a number."""
-    draws = draws[np.isfinite(draws)]
-    return np.quantile(draws, [0.025, 0.975]).tolist() if len(draws) else [np.nan, np.nan]
+    """The 95 % in the middle of what was drawn."""
+    return np.quantile(draws, [0.025, 0.975]).tolist()
 
 
 def interval(array):
@@ -87,6 +86,15 @@ def interval(array):
     if mean in (0.0, 1.0) and array.min() == array.max():
         return wilson(mean, array.shape[1])
     return middle(drawn_means([array])[0])
+
+
+def interval_of_gain(ours, theirs, ours_drawn, theirs_drawn):
+    """Of the difference of two means of (S, N). Where both are right on the same stories nothing can be drawn
+    that is not 0: then as far as Wilson's interval reaches from 0, for one seed's number of stories."""
+    if (ours == theirs).all() and np.isin(ours, (0, 1)).all():
+        reach = wilson(0.0, ours.shape[1])[1]
+        return [-reach, reach]
+    return middle(ours_drawn - theirs_drawn)
 
 
 def shared_seeds(*methods):
@@ -107,7 +115,7 @@ def compare(ours, theirs):
         a_drawn, b_drawn = drawn_means([a, b])
         differences = a - b
         found[what] = float(differences.mean())
-        found[f"{what}_ci95"] = middle(a_drawn - b_drawn)
+        found[f"{what}_ci95"] = interval_of_gain(a, b, a_drawn, b_drawn)
         found[f"{what}_p"] = sign_flips(differences.mean(0))
         found[f"{what}_by_seed"] = differences.mean(1).tolist()
     found["tokens_saved"] = float(1 - a.mean() / b.mean())
@@ -175,27 +183,38 @@ def claims(methods, percent=False):
 
 
 def measure(methods, statistic, names, more_than, percent=False):
-    """One test of a claim: met if the whole interval is beyond the criterion."""
+    """One test of a claim: met if the whole interval is beyond the criterion. Value and interval are None
+    where there is none: nothing is kept of a gain that is not there."""
     function, of, unit = STATISTICS[statistic]
     seeds = shared_seeds(*(methods[name] for name in names))
     arrays = [observed(methods[name], of, seeds) for name in names]
     if percent and unit == "points":
         arrays = [array / 100 for array in arrays]
-    with np.errstate(divide="ignore", invalid="ignore"):  # no gain at all to keep some of
+    means = drawn_means(arrays)
+    with np.errstate(divide="ignore", invalid="ignore"):
         value = float(function(*(array.mean() for array in arrays)))
-        ci95 = middle(function(*drawn_means(arrays)))
+        draws = function(*means)
+    if statistic == "accuracy gained":
+        ci95 = interval_of_gain(*arrays, *means)
+    else:
+        ci95 = middle(draws) if np.isfinite(draws).all() else None
     met = "not met"
     if value > more_than:
-        met = "met" if ci95[0] > more_than else "met by the mean only"
-    return {"statistic": statistic, "value": value, "ci95": ci95, "more_than": more_than, "unit": unit,
-            "met": met}
+        met = "met" if ci95 and ci95[0] > more_than else "met by the mean only"
+    return {
+        "statistic": statistic,
+        "value": value if np.isfinite(value) else None,
+        "ci95": ci95,
+        "more_than": more_than,
+        "unit": unit,
+        "met": met}
 
 
 # ============================================================ as Markdown
 def differences_table(found, sampled, digits=3):
     """found: from `differences`; sampled: in words; digits: of accuracies."""
     lines = [f"| compared with, {sampled} | accuracy gained | 95 % interval | Holm's p | tokens gained | "
-             "95 % interval | Holm's p | tokens saved | 95 % interval | differs in |", f"|{'---|' * 10}"]
+             "95 % interval | Holm's p | tokens saved, % | 95 % interval | differs in |", f"|{'---|' * 10}"]
     for own in found:
         cells = [f"{own['ours']}: {own['theirs']}"]
         for what, form in (("accuracy", f"+.{digits}f"), ("tokens", "+.1f")):
@@ -203,7 +222,8 @@ def differences_table(found, sampled, digits=3):
                 f"{own[what]:{form}}",
                 in_words(own[f"{what}_ci95"], form),
                 f"{own[f'{what}_holm']:.2g}"]
-        cells += [f"{own['tokens_saved']:.1%}", in_words(own["tokens_saved_ci95"], ".1%"), what_differs(own)]
+        saved = [100 * end for end in own["tokens_saved_ci95"]]
+        cells += [f"{100 * own['tokens_saved']:.1f}", in_words(saved, ".1f"), what_differs(own)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -221,9 +241,12 @@ def claims_table(found, sampled):
 
 
 def in_its_unit(test):
-    low, high = test["ci95"]
-    return (f"{test['statistic']} {100 * test['value']:.1f} {test['unit']} "
-            f"({100 * low:.1f} to {100 * high:.1f})")
+    if test["value"] is None:
+        return f"{test['statistic']}: there is none"
+    interval = "no interval"
+    if test["ci95"]:
+        interval = in_words([100 * end for end in test["ci95"]], ".1f")
+    return f"{test['statistic']} {100 * test['value']:.1f} {test['unit']} ({interval})"
 
 
 def in_words(ci95, form):

@@ -82,6 +82,9 @@ def test_an_interval_does_not_collapse_where_all_is_right_or_wrong():
     assert evidence.interval(np.zeros((3, 100))) == pytest.approx([0.0, 0.037], abs=1e-3)
     low, high = evidence.interval(np.array([[1.0] * 100, [1.0] * 100, [1.0] * 99 + [0.0]]))
     assert low < 0.99 and high == 1
+    perfect = method(1.0, 9, n=100, noise=0.0)
+    got = evidence.compare(perfect, perfect)
+    assert got["accuracy_ci95"] == pytest.approx([-0.037, 0.037], abs=1e-3) and got["tokens_ci95"] == [0, 0]
 
 
 # ---------------------------------------------------------------- methods
@@ -154,7 +157,8 @@ def test_the_gain_kept_is_a_share_of_rls_gain(rl, ours, says):
     test = evidence.measure(arrays, "gain kept", ("ours", "rl", "base"), 0.95)
     assert test["value"] == pytest.approx((ours - 0.5) / (rl - 0.5), abs=0.05)
     assert says is None or test["met"] == says
-    assert evidence.measure(arrays, "gain kept", ("ours", "base", "base"), 0.95)["met"] == "not met"  # no gain
+    none = evidence.measure(arrays, "gain kept", ("ours", "base", "base"), 0.95)  # of no gain
+    assert none["met"] == "not met" and evidence.in_its_unit(none) == "gain kept: there is none"
 
 
 def test_only_pairs_of_which_both_are_there_are_compared_and_judged_together():
