@@ -3,18 +3,22 @@
 One row of the table is one model under one prompt. Latents count as tokens, as in the paper: tokens = text
 tokens + latent steps, both counted while decoding, never read off the text.
 
-Left out, and why: (1) no pass@k or majority vote: the paper reports mean reward over samples. (2) The paper
-samples at temperature 0.7, top-p 0.8, top-k 20; the default here is the distribution that RL trained
-(temperature 1, nothing cut), since cutting hides the base's slips. The flags give the paper's. (3) Length
+Answers are sampled as the paper evaluates (temperature 0.7, top-p 0.8, top-k 20): a gain that exists only at
+temperature 1 is a gain over slips that nobody would sample. `--sampling trained` samples as RL does while it
+trains (temperature 1, nothing cut), `--sampling paper trained` gives both, and --temperature, --top-p and
+--top-k override either.
+
+Left out, and why: (1) no pass@k or majority vote: the paper reports mean reward over samples. (2) Length
 penalties: score what the task scores.
 
     python eval.py --model tiny                       # the base, tag prompt, its tags as text: 5 seconds
     python eval.py --model tiny:plain tiny RUN        # one table: plain prompt, tags, a trained run (its directory)
+    python eval.py --model RUN --sampling paper trained   # .. at both samplings
     python eval.py --model RUN --show 3               # three answers, latents as nearest words
     python eval.py --model RUN --controls             # what its latents do: zeros, noise, none, ..
     python eval.py --model RUN --show 20 --html answers.html   # the same as a page, to be unfolded
     python eval.py --model RUN --alone 20 --json rl.json       # .. and the seconds of an answer decoded alone
-    python eval.py --curve rl.json base.json          # score against tokens, FLOPs, seconds (matplotlib)
+    python eval.py --curve rl.json base.json          # score against tokens (matplotlib)
     python eval.py --training RUN RUN                 # reward, tokens, .. against steps and tokens sampled
     python eval.py --model RUN --write 5 --out DIR    # next chapters, to be read
 """
@@ -32,6 +36,11 @@ import engine
 import report
 import runs
 from litereason import UserError, generate, latent_step, load
+
+# How answers are sampled, as arguments of generate.
+PAPER = {"temperature": 0.7, "top_p": 0.8, "top_k": 20}  # the paper's evaluation
+TRAINED = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}  # as RL samples while it trains, and generate's default
+SAMPLINGS = {"paper": PAPER, "trained": TRAINED}
 
 
 # ============================================================ what an answer costs
@@ -241,19 +250,25 @@ def _another_storys(model, others, seed):
     return another_storys
 
 
+# ============================================================ paired tests
 def interval(scores):
     """95 % interval of the mean of scores: Wilson's where all of them are 0 or 1, else the normal one."""
     n = len(scores)
     mean = _mean(scores)
-    z = 1.96
     if set(scores) <= {0, 1}:
-        shrink = 1 / (1 + z**2 / n)
-        centre = shrink * (mean + z**2 / (2 * n))
-        half = shrink * z * math.sqrt(mean * (1 - mean) / n + z**2 / (4 * n**2))
-        return [max(0.0, centre - half), min(1.0, centre + half)]
+        return wilson(mean, n)
     variance = sum((score - mean) ** 2 for score in scores) / max(1, n - 1)
-    half = z * math.sqrt(variance / n)
+    half = 1.96 * math.sqrt(variance / n)
     return [mean - half, mean + half]
+
+
+def wilson(share, n):
+    """Wilson's 95 % interval of a share of n: it has a width at 0 and at 1, too."""
+    z = 1.96
+    shrink = 1 / (1 + z**2 / n)
+    centre = shrink * (share + z**2 / (2 * n))
+    half = shrink * z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return [max(0.0, centre - half), min(1.0, centre + half)]
 
 
 def mcnemar(a, b):
@@ -264,6 +279,25 @@ def mcnemar(a, b):
     n = up + down
     one_side = sum(math.comb(n, i) for i in range(min(up, down) + 1))
     return min(1.0, 2 * one_side / 2**n)
+
+
+def sign_flips(differences, seed=0, resamples=10000):
+    """Two-sided p for the mean of paired differences: how often it is as far from 0 if the sign of each
+    difference is a matter of chance. All signs are tried for up to 12 differences, else `resamples` of them
+    and the true ones."""
+    differences = np.asarray(differences, dtype=np.float64)
+    differences = differences[differences != 0]
+    n = len(differences)
+    threshold = abs(differences.sum()) * (1 - 1e-9)  # the same sum in another order counts as the same
+    if n <= 12:
+        signs = 1 - 2 * (np.arange(2**n)[:, None] >> np.arange(n) & 1)  # (2**n, n)
+        return float(np.mean(np.abs(signs @ differences) >= threshold))
+    generator = np.random.default_rng(seed)
+    as_far = 1
+    for _ in range(resamples // 100):  # in blocks, which fit any memory
+        signs = 1 - 2 * generator.integers(0, 2, (100, n))
+        as_far += int(np.sum(np.abs(signs @ differences) >= threshold))
+    return as_far / (resamples + 1)
 
 
 def bootstrap(differences, seed=0, resamples=10000):
@@ -278,8 +312,25 @@ def bootstrap(differences, seed=0, resamples=10000):
     return np.quantile(np.concatenate(means), [0.025, 0.975]).tolist()
 
 
+def holm(p):
+    """Holm's correction: the p of one family of tests -> each one's adjusted p. If it is below 0.05 wherever
+    a difference is claimed, the chance of any false claim in the family is below 0.05."""
+    p = np.asarray(p, dtype=np.float64)
+    order = p.argsort()
+    left = np.arange(len(p), 0, -1)  # how many hypotheses are left when this one's turn comes
+    adjusted = np.empty(len(p))
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(p[order] * left))
+    return adjusted.tolist()
+
+
+def differs(adjusted_p, ci95):
+    """The one criterion for "differs": Holm's p is below 0.05 and the 95 % interval leaves 0 out."""
+    low, high = ci95
+    return bool(adjusted_p < 0.05 and not low <= 0 <= high)
+
+
 def against(result, plain, seed=0):
-    """A control's paired tests against the plain run on the same examples."""
+    """A control's paired tests against the plain run on the same examples; `judge` says what differs."""
     ours, theirs = result["per_example"], plain["per_example"]
     scores = np.subtract(ours["score"], theirs["score"])
     tokens = np.subtract(ours["tokens"], theirs["tokens"])
@@ -288,11 +339,23 @@ def against(result, plain, seed=0):
         "accuracy_ci95": bootstrap(scores, seed),
         "better": int((scores > 0).sum()),
         "worse": int((scores < 0).sum()),
-        "mcnemar_p": mcnemar(ours["score"], theirs["score"]),
+        "accuracy_p": mcnemar(ours["score"], theirs["score"]),
         "tokens": float(tokens.mean()),
-        "tokens_ci95": bootstrap(tokens, seed)}
+        "tokens_ci95": bootstrap(tokens, seed),
+        "tokens_p": sign_flips(tokens, seed)}
 
 
+def judge(comparisons):
+    """Adds to each comparison of one table (as `against` makes them) accuracy_holm, tokens_holm, and
+    accuracy_differs, tokens_differs. The family is all of them, accuracies and tokens."""
+    tests = [(own, what) for own in comparisons for what in ("accuracy", "tokens")]
+    adjusted = holm([own[f"{what}_p"] for own, what in tests])
+    for (own, what), p in zip(tests, adjusted):
+        own[f"{what}_holm"] = p
+        own[f"{what}_differs"] = differs(p, own[f"{what}_ci95"])
+
+
+# ============================================================ all controls
 def run_controls(model, tokenizer, task, examples, elsewhere, seed=0, progress=None, **settings):
     """Every control on the same examples with the same seed -> [(name, result)], plain first. elsewhere:
     examples for the first pass.
@@ -316,6 +379,7 @@ def run_controls(model, tokenizer, task, examples, elsewhere, seed=0, progress=N
         rows.append((name, result))
         plain = rows[0][1]
         result["against_plain"] = against(result, plain, seed)
+    judge([result["against_plain"] for _, result in rows[1:]])  # the plain run against itself is no test
     return rows
 
 
@@ -334,9 +398,12 @@ def parse_arguments():
     g = ap.add_argument_group("decoding")
     g.add_argument("--max-new-tokens", type=int, default=None,
                    help="slots per answer, latents included (default: 160 for a small model, else 2048)")
-    g.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (the paper: 0.7)")
-    g.add_argument("--top-p", type=float, default=1.0, help="0 to 1 (the paper: 0.8)")
-    g.add_argument("--top-k", type=int, default=0, help="0 is off (the paper: 20)")
+    g.add_argument("--sampling", nargs="+", default=["paper"], choices=list(SAMPLINGS),
+                   help="paper (default): temperature 0.7, top-p 0.8, top-k 20; trained: as RL samples, "
+                   "temperature 1 and nothing cut; or both, one after the other")
+    g.add_argument("--temperature", type=float, help="instead of that of --sampling; 0 is greedy")
+    g.add_argument("--top-p", type=float, help="instead of that of --sampling; 0 to 1")
+    g.add_argument("--top-k", type=int, help="instead of that of --sampling; 0 is off")
     g.add_argument("--rows", type=int, help="answers decoded at once: memory; changes no result (default: what "
                    "fits on the card, at most 512)")
     g.add_argument("--at-once", action="store_true", help="force the answer without reasoning")
@@ -353,7 +420,9 @@ def parse_arguments():
     g.add_argument("--collect", nargs="+", metavar="DIR",
                    help="average the tables that runs of train_rl.py left, row by row")
     g.add_argument("--curve", nargs="+", metavar="FILE",
-                   help="draw score against tokens, FLOPs and seconds from JSON files of results")
+                   help="draw score against --costs from JSON files of results")
+    g.add_argument("--costs", nargs="+", default=["tokens"], choices=list(report.COSTS),
+                   help="what --curve has a panel for (default tokens)")
     g.add_argument("--training", nargs="+", metavar="DIR",
                    help="draw the training curves of runs of train_rl.py")
     g.add_argument("--plot", default="plot.svg", metavar="FILE",
@@ -391,22 +460,24 @@ def main():
         model, tokenizer = load(name.partition(":")[0], args.device)
         engine.freeze(model)
         model.graphs = args.graphs
-        settings = settings_of(args, name, model)
-        if args.controls:
-            rows += rows_of_controls(args, name, model, tokenizer, task, examples, elsewhere, settings)
-            continue
-        row, rollouts = row_of_model(args, name, model, tokenizer, task, examples, elsewhere, settings)
-        rows.append(row)
-        answers = list(zip(examples, rollouts[:: args.samples]))  # each example's first
-        if args.html:
-            sections.append((row, [report.answer_on_page(model, tokenizer, task, example, rollout, i + 1)
-                                   for i, (example, rollout) in enumerate(answers[: args.show])]))
-        else:
-            print_answers(name, model, tokenizer, task, answers[: args.show])
-        if args.write:
-            append_chapters(args, name, task, answers, is_first=len(rows) == 1)
+        for sampling in args.sampling:
+            settings = settings_of(args, name, model, sampling)
+            own = (args, name, sampling, model, tokenizer, task, examples, elsewhere, settings)
+            if args.controls:
+                rows += rows_of_controls(*own)
+                continue
+            row, rollouts = row_of_model(*own)
+            rows.append(row)
+            answers = list(zip(examples, rollouts[:: args.samples]))  # each example's first
+            if args.html:
+                sections.append((row, [report.answer_on_page(model, tokenizer, task, example, rollout, i + 1)
+                                       for i, (example, rollout) in enumerate(answers[: args.show])]))
+            else:
+                print_answers(row["name"], model, tokenizer, task, answers[: args.show])
+            if args.write:
+                append_chapters(args, row["name"], sampling, task, answers, is_first=len(rows) == 1)
 
-    print(f"\n{report.what_was_asked(args, len(examples))}")
+    print(f"\n{report.what_was_asked(args, len(examples), samplings_of(args))}")
     if not args.controls:
         print_table(rows)
     if args.html:
@@ -434,7 +505,7 @@ def draw(args):
     if args.curve and args.training:
         raise UserError("--curve and --training are two pictures: choose one")
     if args.curve:
-        report.curve(report.collect(args.curve), args.plot)
+        report.curve(report.collect(args.curve), args.plot, args.costs)
     else:
         report.training(args.training, args.plot)
     print(f"drawn: {args.plot}")
@@ -497,8 +568,8 @@ def task_and_examples(args):
 
 
 # ---------------------------------------------------------------------------- each model
-def settings_of(args, name, model):
-    """What all evaluations of a model share, as arguments of evaluate."""
+def settings_of(args, name, model, sampling):
+    """What all evaluations of a model at one sampling share, as arguments of evaluate."""
     path, _, suffix = name.partition(":")
     made = runs.run_settings(path)
     if made.get("script") == "baselines.py":
@@ -511,20 +582,33 @@ def settings_of(args, name, model):
         "progress": name,
         "rows": args.rows,
         "max_new_tokens": args.max_new_tokens or made.get("max_new_tokens") or default,
-        **sampling_of(args)}
+        **samplings_of(args)[sampling]}
 
 
-def sampling_of(args):
-    return {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
+def samplings_of(args):
+    """{each of --sampling: its arguments for generate}, with what the other flags override"""
+    said = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
+    said = {key: value for key, value in said.items() if value is not None}
+    return {sampling: {**SAMPLINGS[sampling], **said} for sampling in args.sampling}
 
 
-def heading(args, name, settings, **control):
-    """What a row of results belongs to."""
+def heading(args, name, sampling, settings, **control):
+    """What a row of results belongs to. Its name in tables says the sampling where there are two."""
     prompt = "tag" if settings["latent_prompt"] else "plain"
-    return {"model": name, **control, "task": args.task, "prompt": prompt}
+    own = samplings_of(args)[sampling]
+    known = [word for word, numbers in SAMPLINGS.items() if numbers == own]
+    title = control.get("control", name)
+    return {
+        "name": f"{title} ({sampling})" if len(args.sampling) > 1 else title,
+        "model": name,
+        **control,
+        "task": args.task,
+        "split": args.split,
+        "sampling": known[0] if known else report.sampling_in_words(own),
+        "prompt": prompt}
 
 
-def row_of_model(args, name, model, tokenizer, task, examples, elsewhere, settings):
+def row_of_model(args, name, sampling, model, tokenizer, task, examples, elsewhere, settings):
     """-> (the row, the rollouts)"""
     latent = args.latent
     if latent == "projector" and not runs_latents(name, model):
@@ -534,7 +618,7 @@ def row_of_model(args, name, model, tokenizer, task, examples, elsewhere, settin
         model, tokenizer, task, examples, samples=args.samples, at_once=args.at_once, alone=args.alone,
         latent=latent_of(latent, model, others, args.seed),
         tag="forbidden" if args.tag == "forbidden" else args.n_latents, **settings)
-    return {**heading(args, name, settings), **result}, rollouts
+    return {**heading(args, name, sampling, settings), **result}, rollouts
 
 
 def runs_latents(name, model):
@@ -544,15 +628,17 @@ def runs_latents(name, model):
     return model.projector_trained and method == "litereason"
 
 
-def rows_of_controls(args, name, model, tokenizer, task, examples, elsewhere, settings):
+def rows_of_controls(args, name, sampling, model, tokenizer, task, examples, elsewhere, settings):
     """--controls: prints their table -> its rows"""
     if not runs_latents(name, model):
         raise UserError(f"--controls asks what latents do, and {name} runs none: its projector was never "
                         f"trained, or its method leaves tags as text")
     results = run_controls(model, tokenizer, task, examples, elsewhere, samples=args.samples, **settings)
-    print(f"\n{name}, {len(examples)} of {args.task} {args.split}")
+    words = report.sampling_in_words(samplings_of(args)[sampling])
+    print(f"\n{name}, {len(examples)} of {args.task} {args.split}, {words}")
     print(report.controls_table(results), flush=True)
-    return [{**heading(args, name, settings, control=control), **result} for control, result in results]
+    return [{**heading(args, name, sampling, settings, control=control), **result}
+            for control, result in results]
 
 
 def print_answers(name, model, tokenizer, task, answers):
@@ -566,20 +652,20 @@ def print_answers(name, model, tokenizer, task, answers):
                   f"length {length:.2f} of an embedding's")
 
 
-def append_chapters(args, name, task, answers, is_first):
+def append_chapters(args, name, sampling, task, answers, is_first):
     """--write: chapters.md, one section per model."""
     examples = [example for example, _ in answers]
     plans = [task.plan_of(rollout.text) for _, rollout in answers]
     path = os.path.join(args.out, "chapters.md")
     with open(path, "w" if is_first else "a", encoding="utf-8") as f:
         f.write(f"\n# {name}\n")
-        report.write_chapters(task, examples, plans, args.write, sampling_of(args), f)
+        report.write_chapters(task, examples, plans, args.write, samplings_of(args)[sampling], f)
     print(f"chapters in {path}")
 
 
 # ---------------------------------------------------------------------------- after the models
 def print_table(rows):
-    named = [(row["model"], row) for row in rows]
+    named = [(row["name"], row) for row in rows]
     print(report.table(named) + "\n")
     for name, row in named:
         alone = f", {row['seconds_alone']:.2g} s alone" if "seconds_alone" in row else ""

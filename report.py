@@ -4,7 +4,7 @@
     step_line, warn, ..             during training
     stop_if_.., put_aside           what goes wrong without a crash: said, and set aside to be read
     table, controls_table, collect  results as tables
-    curve, training                 results as pictures (the only part that needs matplotlib)
+    curve, by_length, training      results as pictures (the only part that needs matplotlib)
     readable, nearest_words         an answer with its latents, as text
     answer_on_page, page            the same as an HTML page
     write_chapters                  chapters written from plans, beside the true ones
@@ -296,12 +296,22 @@ def put_aside(out, step, rollouts, earned, which):
 
 
 # ============================================================ tables
-def what_was_asked(args, n):
-    """The line above a table of eval.py: task, split, number of examples and the sampling."""
-    cut = f"top-p {args.top_p:g}, top-k {args.top_k or 'off'}"
-    sampling = "greedy" if args.temperature == 0 else f"temperature {args.temperature:g}, {cut}"
+def what_was_asked(args, n, samplings):
+    """The line above a table of eval.py: task, split, number of examples and the sampling (or samplings, by
+    name)."""
     each = f", {args.samples} answers each" if args.samples > 1 else ""
-    return f"{args.task}, {args.split} split, {n} examples{each}, {sampling}, seed {args.seed}"
+    words = [sampling_in_words(sampling) for sampling in samplings.values()]
+    if len(words) > 1:
+        words = [f"{name}: {text}" for name, text in zip(samplings, words)]
+    return f"{args.task}, {args.split} split, {n} examples{each}, {'; '.join(words)}, seed {args.seed}"
+
+
+def sampling_in_words(sampling):
+    """sampling: arguments of generate."""
+    if sampling["temperature"] == 0:
+        return "greedy"
+    cut = f"top-p {sampling['top_p']:g}, top-k {sampling['top_k'] or 'off'}"
+    return f"temperature {sampling['temperature']:g}, {cut}"
 
 
 def table(rows):
@@ -340,25 +350,38 @@ def table(rows):
 
 def controls_table(rows):
     """rows: [(control, result)] of eval.run_controls -> a table as text. What is gained is gained over the
-    plain run, which comes first; p is McNemar's (eval.mcnemar), and for graded scores the sign test's."""
+    plain run, which comes first; eval.judge says what differs."""
     lines = ["| control | accuracy | 95 % interval | tokens | text | latent "
-             "| accuracy gained | 95 % interval | p | tokens gained | 95 % interval |",
-             "|---|---|---|---|---|---|---|---|---|---|---|"]
+             "| accuracy gained | 95 % interval | p | Holm's p "
+             "| tokens gained | 95 % interval | p | Holm's p | differs in |",
+             f"|{'---|' * 15}"]
     width = max(len(name) for name, _ in rows)
     for i, (name, row) in enumerate(rows):
         cells = _first_cells(name, width, row)
         if i == 0:
-            lines.append(_table_line(cells) + " | | | | |")
+            lines.append(_table_line(cells + [""] * 9))
             continue
         gained = row["against_plain"]
-        cells += [
-            f"{gained['accuracy']:+.3f}",
-            _interval(gained["accuracy_ci95"], "+.3f"),
-            f"{gained['mcnemar_p']:.2g}",
-            f"{gained['tokens']:+.1f}",
-            _interval(gained["tokens_ci95"], "+.1f")]
-        lines.append(_table_line(cells))
-    return "\n".join(lines)
+        for what, digits in (("accuracy", "+.3f"), ("tokens", "+.1f")):
+            cells += [
+                f"{gained[what]:{digits}}",
+                _interval(gained[f"{what}_ci95"], digits),
+                f"{gained[f'{what}_p']:.2g}",
+                f"{gained[f'{what}_holm']:.2g}"]
+        lines.append(_table_line([*cells, what_differs(gained)]))
+    return "\n".join([*lines, "", HOW_IT_IS_TESTED.format(n=2 * (len(rows) - 1))])
+
+
+HOW_IT_IS_TESTED = """p: McNemar's (accuracy) and that of sign flips (tokens), paired by example; Holm's p is \
+corrected for all {n} tests of
+this table. "differs in": Holm's p is below 0.05 and the 95 % interval (bootstrap) leaves 0 out."""
+
+
+def what_differs(comparison):
+    """In words, of a comparison that eval.judge has judged."""
+    if comparison["accuracy_differs"]:
+        return "accuracy and tokens" if comparison["tokens_differs"] else "accuracy, not tokens"
+    return "tokens, not accuracy" if comparison["tokens_differs"] else "nothing"
 
 
 def _first_cells(name, width, row):
@@ -443,7 +466,8 @@ TRAINING_CURVES = ("reward", "tokens per rollout (text + latents)", "latent step
 
 
 def figure(path, panels, rows=1, height=4.2):
-    """An empty figure of matplotlib, which nothing else here needs -> (figure, its axes (rows, panels))."""
+    """An empty figure of matplotlib, which nothing else here needs -> (figure, its axes (rows, panels)). One
+    panel is as wide as a page."""
     try:
         from matplotlib import rcParams
         from matplotlib.figure import Figure
@@ -452,7 +476,8 @@ def figure(path, panels, rows=1, height=4.2):
     if not path.endswith((".svg", ".png")):
         raise UserError(f"--plot is {path!r}; it must end in .svg or .png")
     rcParams["svg.hashsalt"] = "litereason"  # else the names inside an svg are drawn by chance
-    picture = Figure((4.8 * panels, height * rows), dpi=120, layout="constrained")
+    width = 7.2 if panels == 1 else 4.8 * panels
+    picture = Figure((width, height * rows), dpi=120, layout="constrained")
     return picture, picture.subplots(rows, panels, squeeze=False)
 
 
@@ -465,24 +490,31 @@ def save_figure(picture, path):
         raise UserError(f"cannot write {path}: {e.strerror}") from e
 
 
-def curve(rows, path):
-    """Draws score against each cost that any row has. rows: from collect.
+def curve(rows, path, costs=("tokens",)):
+    """Draws score against those of the costs that any row has, a panel each. rows: from collect.
 
-    Bars: lowest and highest run, or the 95 % interval over examples if there is one run."""
+    Bars: see _bar."""
     for _, row in rows:
         if "seconds" in row and "n_examples" in row:  # older tables have no seconds_each
             answers = row["n_examples"] * row.get("samples", 1)
             row.setdefault("seconds_each", row["seconds"] / answers)
-    panels = {cost: _dots(rows, cost) for cost in COSTS}
+    panels = {cost: _dots(rows, cost) for cost in costs}
     panels = {cost: dots for cost, dots in panels.items() if dots}
-    bars = {name: _bar(row) for name, row in rows}
+    if not panels:
+        raise UserError(f"no row has any of these costs: {', '.join(costs)}")
 
     height = 4.2 + 0.1 * max(0, len(rows) - 6)
     picture, axes = figure(path, len(panels), height=height)
-    picture.supxlabel("bars: lowest to highest run; 95 % interval over examples if one run", fontsize=9)
+    said = {_bar(row, "accuracy")[1] for _, row in rows}
+    picture.supxlabel(f"bars: {'; '.join(sorted(said))}", fontsize=9)
+    by_name = dict(rows)
     for panel, (cost, dots) in zip(axes[0], panels.items()):
         for name, x, y, colour in dots:
-            panel.plot([x, x], bars[name], color=colour, linewidth=1.5)
+            vertical, _ = _bar(by_name[name], "accuracy")
+            panel.plot([x, x], vertical, color=colour, linewidth=1.5)
+            horizontal, _ = _bar(by_name[name], cost)
+            if horizontal:
+                panel.plot([end * COSTS[cost][1] for end in horizontal], [y, y], color=colour, linewidth=1.5)
             panel.plot(x, y, "o", color=colour)
         most = max(x for _, x, _, _ in dots)
         panel.set(xlabel=COSTS[cost][0], ylabel="score", xlim=(0, 1.1 * most or 1))
@@ -495,9 +527,17 @@ def curve(rows, path):
     save_figure(picture, path)
 
 
-def _bar(row):
-    """(lowest, highest) of several runs, or the interval of one."""
-    return row["spread"] if row["runs"] > 1 else row.get("accuracy_ci95", row["spread"])
+def _bar(row, what):
+    """-> ((low, high) or None, what they are) of a row's accuracy or cost. Results of several runs that have
+    an interval of their tokens have intervals that count seeds (results/evidence.py); other means of runs
+    have only the lowest and the highest of them, and only of the accuracy."""
+    if "tokens_ci95" in row:
+        return row.get(f"{what}_ci95"), "95 % interval over seeds and stories"
+    if what != "accuracy":
+        return None, ""
+    if row["runs"] > 1:
+        return row["spread"], "lowest to highest run"
+    return row.get("accuracy_ci95", row["spread"]), "95 % interval over examples of one run"
 
 
 def _dots(rows, cost):
@@ -506,17 +546,63 @@ def _dots(rows, cost):
     unit = COSTS[cost][1]
     dots = []
     for (name, row), colour in zip(rows, itertools.cycle(COLOURS)):
-        if cost in row:
+        if row.get(cost) is not None:
             dots.append((name, row[cost] * unit, row["accuracy"], colour))
     return dots
+
+
+def by_length(rows, path, xlabel="hops from the question to the answer"):
+    """Draws accuracy (top) and tokens (bottom) against the length of the chain, a line for each method, with
+    its name at its end.
+
+    rows: dicts with method, length, accuracy, accuracy_ci95, tokens and tokens_ci95."""
+    picture, axes = figure(path, 1, rows=2, height=3.1)
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    lengths = sorted({row["length"] for row in rows})
+    ends = {"accuracy": [], "tokens": []}  # of the lines: (method, x, y, colour)
+    for i, (method, colour) in enumerate(zip(methods, itertools.cycle(COLOURS))):
+        own = sorted((row for row in rows if row["method"] == method), key=lambda row: row["length"])
+        aside = 0.012 * (lengths[-1] - lengths[0]) * (i - (len(methods) - 1) / 2)  # bars beside each other
+        x = [row["length"] + aside for row in own]
+        for panel, what in zip(axes[:, 0], ends):
+            panel.plot(x, [row[what] for row in own], "o-", color=colour, linewidth=1.5, markersize=4)
+            for at, row in zip(x, own):
+                panel.plot([at, at], row[f"{what}_ci95"], color=colour, linewidth=1.2)
+            ends[what].append((method, x[-1], own[-1][what], colour))
+    axes[0, 0].set(ylabel="accuracy")
+    axes[1, 0].set(ylabel="tokens per answer", xlabel=xlabel, ylim=(0, None))
+    for panel in axes[:, 0]:
+        panel.set_xticks(lengths)
+        panel.grid(alpha=0.3)
+    picture.supxlabel("bars: 95 % interval over seeds and stories", fontsize=9)
+    for panel, what in zip(axes[:, 0], ends):
+        label_ends(panel, ends[what])
+    save_figure(picture, path)
+
+
+def label_ends(panel, ends):
+    """Writes the names of lines beside their ends (name, x, y, colour), at the right; those that would cover
+    each other are moved up."""
+    low, high = panel.get_ylim()
+    inches = panel.figure.get_size_inches()[1] / len(panel.figure.axes)
+    line = (high - low) * 0.17 / inches  # the height of a line of text, in the panel's units
+    free = low
+    for name, x, y, colour in sorted(ends, key=lambda end: end[2]):
+        at = max(y, free)
+        free = at + line
+        panel.annotate(name, (x, y), (1.02, at), textcoords=panel.get_yaxis_transform(), color=colour,
+                       fontsize=9, va="center",
+                       arrowprops={"arrowstyle": "-", "linewidth": 0.6, "color": colour})
 
 
 def label(panel, dots):
     """Writes the names of dots (name, x, y, colour) beside them, from left to right."""
     points_per_pixel = 72 / panel.figure.dpi
+    size_of_text = 9 if len(panel.figure.axes) == 1 else 8
     taken = [line.get_window_extent().padded(4) for line in panel.lines]
     for name, x, y, colour in sorted(dots, key=lambda dot: dot[1]):
-        style = {"color": colour, "fontsize": 8, "textcoords": "offset points", "ha": "center", "va": "center"}
+        style = {"color": colour, "fontsize": size_of_text, "textcoords": "offset points", "ha": "center",
+                 "va": "center"}
         trial = panel.annotate(name, (x, y), (0, 0), **style)
         size = trial.get_window_extent()
         trial.remove()
@@ -767,7 +853,7 @@ def page(sections):
     script."""
     text = PAGE
     for row, answers in sections:
-        model = html.escape(row["model"])
+        model = html.escape(row.get("name", row["model"]))
         task = html.escape(row["task"])
         text += (f"<h2>{model}, task {task}</h2><p>Score <b>{row['accuracy']:.3f}</b> "
                  f"(95 % interval {_interval(row['accuracy_ci95'])}, {row['n_examples']} examples) "

@@ -623,7 +623,8 @@ def check_arguments(args, n=1):
         bound = least.get(name, 0 if isinstance(value, float) else 1)
         if isinstance(value, (int, float)) and not isinstance(value, bool) and not value >= bound:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {bound}")
-    if not 0 < getattr(args, "top_p", 1) <= 1:
+    top_p = getattr(args, "top_p", None)
+    if top_p is not None and not 0 < top_p <= 1:
         raise UserError(f"--top-p is {args.top_p}; it must be above 0 and at most 1")
     device = args.device or "cpu"
     if not (device == "cpu" or device.startswith("cuda")):

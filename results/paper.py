@@ -3,7 +3,7 @@ and where their figures are.
 
 Of each task and seed: the base; stages 1 and 2, made once for all runs that think in latents; RL with and
 without latents, both with a length penalty, and with the tag alone; an evaluation of each, and the controls.
-RL samples at temperature 1, as released. Every row of the table is sampled as the paper's (EVALUATION), by
+RL samples at temperature 1, as released. Every row of the table is sampled as the paper's (eval.PAPER), by
 eval.py, so train_rl.py makes no table of its own (--n 0).
 
 The plan is made before anything runs. Hours come from a short measurement on this machine (report.measure),
@@ -47,7 +47,6 @@ TRAINED = [
      "train_rl.py --model {projector} --overlong-buffer {limit}"),
 ]
 METHODS = [method for _, method, _ in TRAINED]
-SAMPLING = {"temperature": 0.7, "top_p": 0.8, "top_k": 20}  # the paper's evaluation
 ALONE = 8  # answers that are timed alone
 NO_PENALTY = ("no length penalty is run on {task}: its reward is no right or wrong that a penalty between 0 "
               "and 1 could be weighed against, and the paper has one for plot holes only")
@@ -126,7 +125,7 @@ def shared_flags(args, task, seed):
 
 
 def evaluation_flags(args):
-    sampling = [[f"--{name.replace('_', '-')}", str(value)] for name, value in SAMPLING.items()]
+    sampling = [[f"--{name.replace('_', '-')}", str(value)] for name, value in evaluation.PAPER.items()]
     flags = [*args.eval_flags, *itertools.chain(*sampling), "--samples", str(args.samples)]
     return flags + (["--n", str(args.n)] if args.n else [])
 
@@ -277,7 +276,7 @@ def lengths_of_the_base(model, tokenizer, task, examples, max_new_tokens, n=8):
         prompts = [runs.encode_prompt(model, tokenizer, task.prompt(e, kind == "tag")) for e in examples[:n]]
         generator = torch.Generator().manual_seed(0)
         rollouts = generate(model, tokenizer, prompts, 1, max_new_tokens, latent="none", generator=generator,
-                            **SAMPLING)
+                            **evaluation.PAPER)
         lengths[kind] = sum(len(r.slots) for r in rollouts) / len(rollouts)
     return lengths
 
@@ -514,7 +513,7 @@ def caption(args, task, found):
     row = next(iter(found.values()))
     figures = read_json(os.path.join(args.out, task, "measured.json"), {}).get("figures", {})
     numbers = [f"{row['n_examples']:.0f} test examples"]
-    sampling = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in SAMPLING.items())
+    sampling = report.sampling_in_words(evaluation.PAPER)
     numbers.append(f"{row['samples']:.0f} answers each, sampled at {sampling}, up to {args.max_new_tokens} tokens")
     numbers.append("RL at temperature 1")
     numbers.append(f"seeds {' '.join(map(str, args.seeds))}")

@@ -2,9 +2,11 @@
 then writes the tables and pictures. Stop it when you like; started again, it continues.
 
 A run is one method on one task with one seed, in a process of its own, with its output in
-out/results/TASK/METHOD-SEED or, of a real model, out/results/MODEL/TASK/METHOD-SEED (see jobs.py).
+out/results/TASK/METHOD-SEED or, of a real model, out/results/MODEL/TASK/METHOD-SEED (see jobs.py). In the
+tiny world each is evaluated three times: on test stories at the paper's sampling and at temperature 1, and on
+stories that it was trained on, so that what was only memorised shows.
 
-    python results/reproduce.py                         # all: an hour and a half on 2 cores, two runs at once
+    python results/reproduce.py                         # all: hours on 2 cores, two runs at once
     python results/reproduce.py --tasks tiny --seeds 0  # some of it
     python results/reproduce.py --tables                # only the tables, from the runs that are there
 
@@ -15,8 +17,10 @@ out/results/TASK/METHOD-SEED or, of a real model, out/results/MODEL/TASK/METHOD-
         --rl-flags="--steps 2 --prompts 2 --group 4"    # is all in place? Minutes instead of days
 """
 import argparse
+import itertools
 import json
 import os
+import re
 import shlex
 import sys
 
@@ -29,61 +33,105 @@ import torch
 import data
 import report
 import runs
-from eval import bootstrap
-from results import jobs, paper
-from results.jobs import Job, is_done, read_json
+from results import evidence, jobs, paper
+from results.jobs import Job, read_json
 from runs import UserError
 
-# (name in the tables, directory, command); the first runs are those the most is asked about
+# (name in the tables, directory, command), in the order of the tables and of the runs. {NAME} is the
+# directory of another row, which is run before, or a number of TASKS. An eval.py row trains nothing.
 METHODS = [
-    ("LiteReason", "litereason", "train_rl.py"),
+    ("base, explicit reasoning", "base", "eval.py --model tiny:plain"),
+    ("base, tag prompt", "base-tag", "eval.py --model tiny"),
     ("RL without latents", "rl", "train_rl.py --method grpo"),
+    ("LiteReason before RL", "projector", "train_projector.py"),
+    ("LiteReason", "litereason", "train_rl.py"),
+    ("LiteReason, its latents taken away", "litereason-text", "eval.py --model {litereason} --latent none"),
     ("RL with tags, no latents", "tag", "train_rl.py --method tag"),
-    ("pause tokens", "pause", "train_rl.py --projector pause"),
     ("RL + length penalty", "rl-lp", "train_rl.py --method grpo --overlong-buffer {most}"),
     ("RL + late length penalty", "rl-late", "train_rl.py --method grpo --overlong-buffer {late}"),
     ("LiteReason + length penalty", "litereason-lp", "train_rl.py --overlong-buffer {most}"),
-    ("Soft Thinking", "soft-thinking", "baselines.py --method soft-thinking"),
-    ("MoI", "moi", "baselines.py --method moi"),
-    ("Coconut", "coconut", "baselines.py --method coconut"),
-    ("CoLaR", "colar", "baselines.py --method colar"),
+    ("LiteReason + length penalty, its latents taken away", "litereason-lp-text",
+     "eval.py --model {litereason-lp} --latent none"),
+    ("RL with tags + length penalty", "tag-lp", "train_rl.py --method tag --overlong-buffer {most}"),
+    ("pause tokens", "pause", "train_rl.py --projector pause"),
     ("projector never refreshed", "no-refresh", "train_rl.py --no-refresh"),
     ("projector from random numbers", "random", "train_rl.py --projector random"),
+    ("MoI", "moi", "baselines.py --method moi"),
+    ("Soft Thinking", "soft-thinking", "baselines.py --method soft-thinking"),
+    ("Coconut", "coconut", "baselines.py --method coconut"),
+    ("CoLaR", "colar", "baselines.py --method colar"),
 ]
-ORDER = ["base, explicit reasoning", "base, tag prompt", "MoI", "Soft Thinking", "Coconut", "CoLaR",
-         "RL without latents", "RL + length penalty", "RL + late length penalty", "LiteReason before RL",
-         "LiteReason", "LiteReason, its latents taken away", "LiteReason + length penalty",
-         "RL with tags, no latents", "pause tokens", "projector never refreshed",
-         "projector from random numbers"]
 # Of each seed's LiteReason, when that has been trained.
-CONTROLS = ("controls", "eval.py --controls --model {litereason}")
+CONTROLS = ("controls", "eval.py --controls --model {litereason} --sampling paper trained")
+# Of each run: (directory behind the method's name, more flags for eval.py). baselines.py decodes in its own
+# ways, so its runs evaluate themselves: a row of theirs says "sampling" and "split" as eval.py's do, and is
+# of temperature 1 and of test stories where it says neither.
+EVALUATIONS = [("test", "--sampling paper trained --alone 8"), ("train", "--split train --n 200")]
+KINDS = ("paper", "trained", "train")  # of rows: test stories at two samplings, and train stories
 # The length penalty grows from the first token to 1 at the limit of 160; the late one begins 60 tokens
 # before it. The paper does not give its own. Next chapters earn percents, beside which a penalty of at most
 # 1 is nothing: none is run there.
 TASKS = {"tiny": {"most": 160, "late": 60}, "tiny.next_chapter": {}}
+# task: [(length of the chain, flags of eval.py that make it so)]: these methods are evaluated at each length.
+LENGTHS = {}
+ON_LENGTHS = ["RL without latents", "LiteReason", "LiteReason, its latents taken away",
+              "RL with tags, no latents"]
+# In the picture of scores against tokens.
+DRAWN = ["base, explicit reasoning", "RL without latents", "LiteReason", "LiteReason, its latents taken away",
+         "RL with tags, no latents"]
 
 
 # ============================================================ the tiny world's runs
-def methods_of(task):
-    """The METHODS that are run on a task."""
-    return [method for method in METHODS if "{" not in method[2] or TASKS[task]]
-
-
 def directory(task, method, seed):
     return os.path.join(ROOT, "out", "results", task, f"{method}-{seed}")
 
 
-def all_jobs(tasks, seeds):
-    """[Job], in the order in which they are run."""
+def words_in_braces(command):
+    return re.findall(r"\{(.+?)\}", command)
+
+
+def methods_of(task):
+    """The METHODS that are run on a task: those whose numbers, and whose other runs, it has."""
+    chosen = []
+    known = set(TASKS[task])
+    for own in METHODS:
+        if known.issuperset(words_in_braces(own[2])):
+            chosen.append(own)
+            known.add(own[1])
+    return chosen
+
+
+def jobs_of(task, seed):
+    """[Job] of one task and seed, in the order in which they are run."""
+    methods = methods_of(task)
+    places = {**TASKS[task], **{method: directory(task, method, seed) for _, method, _ in methods}}
     found = []
-    for task in tasks:
-        for seed in seeds:
-            places = {"litereason": directory(task, "litereason", seed), **TASKS[task]}
-            for method, command in [own[1:] for own in methods_of(task)] + [CONTROLS]:
-                words = f"{command.format(**places)} --task {task} --seed {seed}".split()
-                needs = [places["litereason"]] if method == CONTROLS[0] else []
-                found.append(Job(f"{task} {method} seed {seed}", directory(task, method, seed), words, needs))
+
+    def add(method, command, needs=()):
+        needs = [*needs, *(places[word] for word in words_in_braces(command) if word not in TASKS[task])]
+        words = f"{command.format(**places)} --task {task} --seed {seed}".split()
+        found.append(Job(f"{task} {method} seed {seed}", directory(task, method, seed), words, needs))
+
+    for name, method, command in methods:
+        trained = []  # the run that is evaluated
+        evaluation = command
+        if not command.startswith("eval.py"):
+            trained = [places[method]]
+            evaluation = f"eval.py --model {places[method]}"
+            add(method, f"{command} --n 0" if command.startswith("train_rl.py") else command)
+        if command.startswith("baselines.py"):
+            continue
+        for kind, flags in EVALUATIONS:
+            add(f"{method}-{kind}", f"{evaluation} {flags}", trained)
+        for length, flags in LENGTHS.get(task, []) if name in ON_LENGTHS else []:
+            add(f"{method}-length-{length}", f"{evaluation} {flags}", trained)
+        if method == "litereason":
+            add(*CONTROLS)
     return found
+
+
+def all_jobs(tasks, seeds):
+    return [job for task in tasks for seed in seeds for job in jobs_of(task, seed)]
 
 
 # ============================================================ from runs to rows
@@ -98,70 +146,108 @@ def tokens_sampled(out):
     return per_rollout * config["prompts"] * config["group"]
 
 
-def is_own(row):
-    """Whether a row of results.json is the method itself, not what it began with or a control under it."""
-    name = row["model"]
-    return not name.startswith((" ", "base", "LiteReason before")) and not name.endswith("SFT")
-
-
 def rows_of(task, seeds):
-    """{name in the table: {seed: row}}; a row is evaluate's result, with what the training took."""
+    """{name in the table: {kind: {seed: row}}}; a row is evaluate's result, with what the training took."""
     found = {}
-    for seed in seeds:
-        for name, method, command in methods_of(task):
+    for name, method, command in methods_of(task):
+        for seed in seeds:
             out = directory(task, method, seed)
-            if not is_done(out):
-                continue
-            rows = read_json(os.path.join(out, "results.json"))
-            own = [row for row in rows if is_own(row)][-1]
-            found.setdefault(name, {})[seed] = {
-                **own,
+            is_trained = not command.startswith("eval.py")
+            cost = {
                 "sampled": tokens_sampled(out),
-                "run_seconds": read_json(os.path.join(out, "seconds.json")),
-                "command": f"python {command.format(**TASKS[task])}",
-            }
-            if method != "litereason":
-                continue
-            for row in rows:  # its other rows, which cost no run of their own
-                if row["model"] != own["model"]:
-                    is_control = row["model"].startswith(" ")
-                    other = f"LiteReason, {row['model'].strip()}" if is_control else row["model"]
-                    free = {"sampled": None, "run_seconds": None, "command": ""}
-                    found.setdefault(other, {})[seed] = {**row, **free}
-    return {name: found[name] for name in sorted(found, key=ORDER.index)}
+                "run_seconds": read_json(os.path.join(out, "seconds.json")) if is_trained else None,
+                "command": shown_command(task, command) if is_trained else ""}
+            folders = [directory(task, f"{method}-{kind}", seed) for kind, _ in EVALUATIONS]
+            if command.startswith("baselines.py"):
+                folders = [out]
+            for row in itertools.chain(*map(paper.results_in, folders)):
+                by_kind = found.setdefault(name, {})
+                by_kind.setdefault(kind_of(row), {})[seed] = {**row, **cost}  # CoLaR's last row is its own
+    return found
 
 
-def summary(rows):
-    """{seed: row} -> means over seeds; accuracy_ci95: bootstrap over test examples, of the mean of seeds."""
-    seeds = list(rows.values())
+def shown_command(task, command):
+    """For the table."""
+    places = {method: f"out/results/{task}/{method}-SEED" for _, method, _ in METHODS}
+    return f"python {command.format(**places, **TASKS[task])}"
+
+
+def kind_of(row):
+    """One of KINDS, or something else that no table has."""
+    split = row.get("split", "test")
+    return row.get("sampling", "trained") if split == "test" else split
+
+
+def at(found, kind):
+    """{name: {kind: {seed: row}}} -> {name: {seed: row}} of the methods that have rows of the kind."""
+    return {name: kinds[kind] for name, kinds in found.items() if kind in kinds}
+
+
+def summary(kinds):
+    """{kind: {seed: row}} -> means over seeds: those of the paper's sampling (of temperature 1 without any;
+    "sampling" says which), and under "trained" and "train" those."""
+    first = next(kind for kind in KINDS if kind in kinds)
+    others = {kind: mean_of(kinds[kind]) for kind in KINDS if kind in kinds and kind != first}
+    return {"sampling": first, **mean_of(kinds[first]), **others}
+
+
+def mean_of(rows):
+    """{seed: row} -> means over seeds, with intervals that count seeds and stories."""
+    seeds = sorted(rows)
 
     def mean(key):
-        return None if seeds[0].get(key) is None else sum(row[key] for row in seeds) / len(seeds)
+        values = [rows[seed].get(key) for seed in seeds]
+        return None if None in values else sum(values) / len(values)
 
-    by_example = zip(*(row["per_example"]["score"] for row in seeds))
-    accuracies = [row["accuracy"] for row in seeds]
-    means = ("tokens", "text_tokens", "latent_steps", "tags", "truncated", "forward_positions", "flops",
-             "seconds_each", "seconds_alone", "sampled", "run_seconds", "n_examples", "samples")
+    accuracies = [rows[seed]["accuracy"] for seed in seeds]
+    means = ("accuracy", "tokens", "text_tokens", "latent_steps", "tags", "truncated", "forward_positions",
+             "flops", "seconds_each", "seconds_alone", "sampled", "run_seconds", "n_examples", "samples")
     return {
-        "seeds": sorted(rows),
-        "runs": len(rows),
-        "accuracy": mean("accuracy"),
-        "accuracy_ci95": bootstrap([sum(scores) / len(scores) for scores in by_example]),
+        "seeds": seeds,
+        "runs": len(seeds),
+        "accuracy_ci95": evidence.interval(evidence.observed(rows, "score", seeds)),
         "by_seed": accuracies,
         "spread": [min(accuracies), max(accuracies)],
-        "tokens_by_seed": [row["tokens"] for row in seeds],
-        "command": seeds[0]["command"],
+        "tokens_ci95": evidence.interval(evidence.observed(rows, "tokens", seeds)),
+        "tokens_by_seed": [rows[seed]["tokens"] for seed in seeds],
+        "command": rows[seeds[0]].get("command", ""),
         **{key: mean(key) for key in means},
     }
 
 
 def controls_of(folders):
-    """The control runs of all seeds -> {control: [row, one per seed]}"""
+    """folders: {seed: directory} of the control runs -> {sampling: {control: {seed: row}}}"""
     found = {}
-    for folder in folders:
-        for row in read_json(os.path.join(folder, "results.json"), []):
-            kept = {key: value for key, value in row.items() if key != "per_example"}
-            found.setdefault(row["control"], []).append(kept)
+    for seed, folder in folders.items():
+        for row in paper.results_in(folder):
+            controls = found.setdefault(row["sampling"], {})
+            controls.setdefault(row["control"], {})[seed] = row
+    return found
+
+
+def controls_summary(controls):
+    """{control: {seed: row}} -> {control: its rows without single stories, and the comparison over seeds, {}
+    for "plain" itself}"""
+    against = {**evidence.against_plain(controls), "plain": {}}
+    found = {}
+    for control, rows in controls.items():
+        kept = [{key: value for key, value in rows[seed].items() if key != "per_example"}
+                for seed in sorted(rows)]
+        found[control] = {"by_seed": kept, "against_plain": against[control]}
+    return found
+
+
+def lengths_of(task, seeds):
+    """-> [row for the picture]: methods at each length of the chain, at the paper's sampling."""
+    found = []
+    for name, method, _ in methods_of(task):
+        for length, _ in LENGTHS.get(task, []):
+            rows = {}
+            for seed in seeds:
+                for row in paper.results_in(directory(task, f"{method}-length-{length}", seed)):
+                    rows[seed] = row
+            if rows:
+                found.append({"method": name, "length": length, **mean_of(rows)})
     return found
 
 
@@ -171,31 +257,78 @@ def in_cell(value, digits, unit=1):
     return "" if value is None else f"{value / unit:.{digits}f}"
 
 
-def table_of(task, found):
-    """-> Markdown. Differences that are too small to mean anything are for the reader to see: the interval
-    stands beside them."""
-    digits = 1 if task == "tiny.next_chapter" else 3
-    score = "reward, %" if task.endswith("next_chapter") else "accuracy"
-    lines = [f"| {task}, test split | {score} | 95 % interval | by seed | tokens | text | latent | "
-             "GFLOP an answer | s alone | M tokens sampled in RL | s in all | command |",
-             "|---|---|---|---|---|---|---|---|---|---|---|---|"]
-    for name, row in found.items():
-        low, high = row["accuracy_ci95"]
-        lines.append("| " + " | ".join([
-            name,
-            in_cell(row["accuracy"], digits),
-            f"{in_cell(low, digits)} to {in_cell(high, digits)}",
-            ", ".join(in_cell(accuracy, digits) for accuracy in row["by_seed"]),
-            in_cell(row["tokens"], 1),
-            in_cell(row["text_tokens"], 1),
-            in_cell(row["latent_steps"], 1),
-            in_cell(row["flops"], 3, 1e9),
-            in_cell(row["seconds_alone"], 2),
-            in_cell(row["sampled"], 2, 1e6),
-            in_cell(row["run_seconds"], 0),
-            row["command"] and f"`{row['command']}`",
-        ]) + " |")
+def digits_of(task):
+    """Of its scores: next chapters earn percents."""
+    return 1 if task.endswith("next_chapter") else 3
+
+
+def words_of_interval(ci95, digits):
+    return "" if ci95 is None else f"{in_cell(ci95[0], digits)} to {in_cell(ci95[1], digits)}"
+
+
+def listed(values, digits):
+    return ", ".join(in_cell(value, digits) for value in values)
+
+
+def markdown(columns, found):
+    """columns: {heading: function of a row -> its cell}, the first of them of the names alone -> Markdown.
+    Columns in which no row has anything are left out."""
+    names, *headings = columns
+    cells = {heading: [columns[heading](row) for row in found.values()] for heading in headings}
+    headings = [heading for heading in headings if any(cells[heading])]
+    lines = [f"| {' | '.join([names, *headings])} |", "|" + "---|" * (1 + len(headings))]
+    for i, name in enumerate(found):
+        lines.append(f"| {' | '.join([name, *(cells[heading][i] for heading in headings)])} |")
     return "\n".join(lines)
+
+
+SAMPLED = {"paper": "the paper's sampling", "trained": "temperature 1"}
+
+
+def table_of(task, found):
+    """Scores and tokens -> Markdown. Differences that are too small to mean anything are for the reader to
+    see: the interval stands beside them."""
+    digits = digits_of(task)
+    score = "reward, %" if task.endswith("next_chapter") else "accuracy"
+    first = next(kind for kind in KINDS if kind in {row["sampling"] for row in found.values()})
+
+    def column(kind, key, form, *details):
+        """The function of a column: of the row's part of that kind, if it has it."""
+
+        def cell(row):
+            part = row if row["sampling"] == kind else row.get(kind, {})
+            return "" if part.get(key) is None else form(part[key], *details)
+
+        return cell
+
+    columns = {
+        f"{task}, test split, {SAMPLED[first]}": None,
+        score: column(first, "accuracy", in_cell, digits),
+        "95 % interval": column(first, "accuracy_ci95", words_of_interval, digits),
+        "by seed": column(first, "by_seed", listed, digits),
+        "tokens": column(first, "tokens", in_cell, 1),
+        "95 % interval of tokens": column(first, "tokens_ci95", words_of_interval, 1),
+        "text": column(first, "text_tokens", in_cell, 1),
+        "latent": column(first, "latent_steps", in_cell, 1),
+        f"{score}, train stories": column("train", "accuracy", in_cell, digits)}
+    if first != "trained":
+        columns |= {
+            f"{score}, temperature 1": column("trained", "accuracy", in_cell, digits),
+            "95 % interval, temperature 1": column("trained", "accuracy_ci95", words_of_interval, digits),
+            "tokens, temperature 1": column("trained", "tokens", in_cell, 1)}
+    return markdown(columns, found)
+
+
+def costs_of(task, found):
+    """What an answer and a training cost -> Markdown."""
+    return markdown({
+        f"{task}, what it took": None,
+        "tokens by seed": lambda row: listed(row["tokens_by_seed"], 1),
+        "GFLOP an answer": lambda row: in_cell(row["flops"], 3, 1e9),
+        "s alone": lambda row: in_cell(row["seconds_alone"], 2),
+        "M tokens sampled in RL": lambda row: in_cell(row["sampled"], 2, 1e6),
+        "s in all": lambda row: in_cell(row["run_seconds"], 0),
+        "command": lambda row: row["command"] and f"`{row['command']}`"}, found)
 
 
 def headline(found):
@@ -219,23 +352,36 @@ PLAINLY = {
 }
 
 
-def controls_table(found):
-    """-> Markdown, with each seed's figures in a cell.
+def controls_table(found, kind):
+    """found: from controls_summary, of that sampling -> Markdown, with each seed's figures in a cell. What is
+    gained is gained over the same models as trained."""
 
-    p is McNemar's against the same model as trained, without a correction for the many tests."""
-    lines = ["| control | accuracy by seed | gained, mean | tokens by seed | p by seed |",
-             "|---|---|---|---|---|"]
-    for name, rows in found.items():
-        against = [row["against_plain"] for row in rows]
-        gained = f" {sum(own['accuracy'] for own in against) / len(against):+.3f} "
-        p = ", ".join(f"{own['mcnemar_p']:.2g}" for own in against)
-        if name == "plain":  # against itself
-            gained = " "
-            p = ""
-        accuracies = ", ".join(f"{row['accuracy']:.3f}" for row in rows)
-        tokens = ", ".join(f"{row['tokens']:.1f}" for row in rows)
-        lines.append(f"| {PLAINLY.get(name, name)} | {accuracies} |{gained}| {tokens} | {p} |")
-    return "\n".join(lines)
+    def by_seed(what, digits):
+        return lambda row: listed([own[what] for own in row["by_seed"]], digits)
+
+    def tested(key, form):
+        """The function of a column of what is compared with the run as trained; "" where that was not."""
+        return lambda row: form(row["against_plain"][key]) if key in row["against_plain"] else ""
+
+    def gained(what, digits):
+        form = f"+.{digits}f"
+        return {
+            f"{what} gained": tested(what, lambda value: format(value, form)),
+            f"95 % interval, {what}": tested(f"{what}_ci95", lambda ci95: evidence.in_words(ci95, form)),
+            f"Holm's p, {what}": tested(f"{what}_holm", lambda p: f"{p:.2g}")}
+
+    def differs_in(row):
+        comparison = row["against_plain"]
+        return report.what_differs(comparison) if "accuracy_differs" in comparison else ""
+
+    columns = {
+        f"control, {SAMPLED[kind]}": None,
+        "accuracy by seed": by_seed("accuracy", 3),
+        **gained("accuracy", 3),
+        "tokens by seed": by_seed("tokens", 1),
+        **gained("tokens", 1),
+        "differs in": differs_in}
+    return markdown(columns, {PLAINLY.get(name, name): row for name, row in found.items()})
 
 
 def into_readme(name, text):
@@ -255,38 +401,75 @@ def into_readme(name, text):
 def write_tables(tasks, seeds):
     """Tables and pictures of the tiny world's runs that are done, into results/ and the README."""
     for task in tasks:
-        found = {name: summary(rows) for name, rows in rows_of(task, seeds).items()}
+        rows = rows_of(task, seeds)
+        found = {name: summary(kinds) for name, kinds in rows.items()}
         if not found:
             continue
+        texts = {f"methods-{task}": table_of(task, found), f"costs-{task}": costs_of(task, found)}
+        folders = {seed: directory(task, CONTROLS[0], seed) for seed in seeds}
+        texts |= write_evidence(HERE, task, rows, controls_of(folders))
+        if task == "tiny":
+            texts["headline"] = headline(found)
+        for name, text in texts.items():
+            into_readme(name, text)
+            print(f"{text}\n")
         path = os.path.join(HERE, f"methods-{task}.json")
         runs.write_json(path, found)
-        into_readme(f"methods-{task}", table_of(task, found))
-        controls = controls_of([directory(task, CONTROLS[0], seed) for seed in seeds])
-        if controls:
-            runs.write_json(os.path.join(HERE, f"controls-{task}.json"), controls)
-            into_readme(f"controls-{task}", controls_table(controls))
-        if task == "tiny":
-            into_readme("headline", headline(found))
-        print(table_of(task, found) + "\n")
-        folders = [directory(task, method, seeds[0]) for method in ("litereason", "rl", "tag", "pause")]
-        draw(folders, HERE, task, path)
+        draw([directory(task, method, seeds[0]) for method in ("litereason", "rl", "tag", "pause")],
+             HERE, task, path)
+        if lengths := lengths_of(task, seeds):
+            runs.write_json(os.path.join(HERE, f"lengths-{task}.json"), lengths)
+            without_matplotlib(report.by_length, lengths, os.path.join(HERE, f"lengths-{task}.svg"))
+
+
+def write_evidence(where, name, rows, controls):
+    """Controls and differences at each sampling, as JSON -> {mark in the README: Markdown}.
+
+    rows: {name: {kind: {seed: row}}}."""
+    texts = {}
+    tested = {}
+    compared = {}
+    for kind in ("paper", "trained"):
+        mark = mark_of(name, kind)
+        methods = at(rows, kind)
+        if kind in controls:
+            tested[kind] = controls_summary(controls[kind])
+            texts[f"controls-{mark}"] = controls_table(tested[kind], kind)
+            methods |= {f"control {control}": by_seed for control, by_seed in controls[kind].items()}
+        own = {
+            "differences": evidence.differences(methods),
+            "claims": evidence.claims(methods, percent=name.endswith("next_chapter"))}
+        if text := evidence.page(own, SAMPLED[kind], digits_of(name)):
+            compared[kind] = own
+            texts[f"differences-{mark}"] = text
+    for what, found in (("controls", tested), ("differences", compared)):
+        if found:
+            runs.write_json(os.path.join(where, f"{what}-{name}.json"), found)
+    return texts
+
+
+def mark_of(name, kind):
+    """What stands at the paper's sampling has the plain mark."""
+    return name if kind == "paper" else f"{name}-{kind}"
 
 
 def write_tables_of_model(args):
     """The same of a real model's runs, into files of their own: JSON, Markdown, pictures."""
+    names = [name for name, _, _ in METHODS]
     for task in args.tasks:
         rows = paper.rows_of(args, task, tokens_sampled)
-        found = {name: summary(rows[name]) for name in sorted(rows, key=ORDER.index)}
+        rows = {own: {"paper": rows[own]} for own in sorted(rows, key=names.index)}
+        found = {own: summary(kinds) for own, kinds in rows.items()}
         if not found:
             continue
         name = f"{paper.short_name(args.model)}.{task}"
         path = os.path.join(args.tables_in, f"methods-{name}.json")
         runs.write_json(path, found)
-        text = f"{table_of(task, found)}\n\n{paper.caption(args, task, found)}\n"
-        controls = controls_of([paper.directory(args, task, CONTROLS[0], seed) for seed in args.seeds])
-        if controls:
-            runs.write_json(os.path.join(args.tables_in, f"controls-{name}.json"), controls)
-            text += f"\n{controls_table(controls)}\n"
+        folders = {seed: paper.directory(args, task, CONTROLS[0], seed) for seed in args.seeds}
+        evidence_texts = write_evidence(args.tables_in, name, rows, controls_of(folders))
+        parts = [table_of(task, found), costs_of(task, found), paper.caption(args, task, found),
+                 *evidence_texts.values()]
+        text = "\n\n".join(parts) + "\n"
         runs.write_text(path.removesuffix("json") + "md", text)
         print(f"\n{text}\nin {path} and .md")
         folders = [paper.directory(args, task, method, args.seeds[0]) for method in paper.METHODS]
@@ -298,12 +481,19 @@ def draw(folders, where, name, table):
     folders."""
     trained = [path for path in folders if os.path.exists(os.path.join(path, "metrics.jsonl"))]
     trained = [os.path.relpath(path) for path in trained]
-    try:  # matplotlib is not among the requirements
-        report.curve(report.collect([table]), os.path.join(where, f"curve-{name}.svg"))
-        if trained:
-            report.training(trained, os.path.join(where, f"training-{name}.svg"))
+    rows = report.collect([table])
+    drawn = [(method, row) for method, row in rows if method in DRAWN]
+    without_matplotlib(report.curve, drawn or rows, os.path.join(where, f"curve-{name}.svg"))
+    if trained:
+        without_matplotlib(report.training, trained, os.path.join(where, f"training-{name}.svg"))
+
+
+def without_matplotlib(function, *arguments):
+    """Draws; a line says so where matplotlib, which is not among the requirements, is missing."""
+    try:
+        function(*arguments)
     except UserError as e:
-        print(f"no pictures: {e}")
+        print(f"no picture: {e}")
 
 
 # ============================================================ the script

@@ -10,7 +10,7 @@ from conftest import LATENTS, LIMIT, PROMPTS, TEXTS, close, project, tag, write
 
 import eval as evaluation
 import litereason
-from eval import against, bootstrap, latent_of, latents_of_others, mcnemar, run_controls
+from eval import against, bootstrap, holm, latent_of, latents_of_others, mcnemar, run_controls
 from litereason import LATENT, UserError, generate, insert_latents, load, logprobs, save, tag_table
 from report import controls_table, nearest_words
 
@@ -181,8 +181,8 @@ def test_the_bootstrap_interval_is_seeded_and_close_to_the_textbooks():
     control = {"per_example": {"score": [1, 0, 1], "tokens": [9, 9, 9]}}
     plain = {"per_example": {"score": [0, 0, 0], "tokens": [10, 11, 12]}}
     got = against(control, plain)
-    keys = ("accuracy", "better", "worse", "mcnemar_p", "tokens")
-    assert [got[key] for key in keys] == [2 / 3, 2, 0, 0.5, -2]
+    keys = ("accuracy", "better", "worse", "accuracy_p", "tokens", "tokens_p")
+    assert [got[key] for key in keys] == [2 / 3, 2, 0, 0.5, -2, 0.25]  # of tokens: 2 of the 8 ways to set 3 signs
 
 
 # ---------------------------------------------------------------- all of them
@@ -206,8 +206,14 @@ def test_all_controls_run_on_the_same_examples_and_without_tags_only_the_forced_
         assert len(scores) == len(tokens) == r["n_examples"] == 4
         assert sum(scores) / 4 == r["accuracy"] and sum(tokens) / 4 == r["tokens"]
         if name != "answer forced at once":
-            assert d["better"] == d["worse"] == 0 and d["mcnemar_p"] == 1 and d["tokens_ci95"] == [0, 0]
-    assert len(controls_table(rows).splitlines()) == 2 + len(rows)
+            assert d["better"] == d["worse"] == 0 and d["accuracy_p"] == 1 and d["tokens_ci95"] == [0, 0]
+            assert name == "plain" or not (d["accuracy_differs"] or d["tokens_differs"])
+    tests = [r["against_plain"][f"{what}_p"] for _, r in rows[1:] for what in ("accuracy", "tokens")]
+    corrected = [r["against_plain"][f"{what}_holm"] for _, r in rows[1:] for what in ("accuracy", "tokens")]
+    assert corrected == holm(tests)
+    table = controls_table(rows)
+    assert len(table.split("\n\n")[0].splitlines()) == 2 + len(rows)
+    assert f"corrected for all {len(tests)} tests" in table and "| nothing |" in table
 
 
 def test_the_nearest_words_of_an_embedding_are_that_word_first_and_what_the_head_says_of_it(model, tok):
@@ -231,7 +237,7 @@ def test_the_command_runs_them_all_and_writes_them_down(tmp_path, monkeypatch, c
     by = {r["control"]: r for r in rows}
     assert by["plain"]["latent_steps"] > 0 == by["latents: none"]["latent_steps"]
     assert by["tag forbidden"]["latent_steps"] == by["tag forbidden"]["tags"] == 0
-    assert by["plain"]["against_plain"]["mcnemar_p"] == 1 and by["answer forced at once"]["tokens"] < 10
+    assert by["plain"]["against_plain"]["accuracy_p"] == 1 and by["answer forced at once"]["tokens"] < 10
 
 
 @pytest.mark.parametrize("words, says", [

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import engine
 import eval as evaluation
 import report
-from eval import evaluate, flops
+from eval import evaluate, flops, generate as evaluation_generate
 from litereason import UserError
 from report import answer_on_page, page, pieces, read_out, readable
 
@@ -131,7 +131,8 @@ def drawn(monkeypatch, *words):
 @pytest.mark.parametrize("end", ["svg", "png"])
 def test_the_curve_has_a_panel_for_each_cost_that_is_known_and_names_every_row_once(end, tmp_path, monkeypatch):
     files, path = results(tmp_path), tmp_path / f"c.{end}"
-    out = drawn(monkeypatch, "--curve", *files, "--plot", path)
+    costs = ("--costs", *report.COSTS)
+    out = drawn(monkeypatch, "--curve", *files, "--plot", path, *costs)
     assert path.read_bytes()[:5] in (b"<?xml", b"\x89PNG\r")
     axes = out.axes
     assert [a.get_xlabel().split()[0] for a in axes] == ["tokens", "forward", "seconds", "seconds"]
@@ -139,8 +140,48 @@ def test_the_curve_has_a_panel_for_each_cost_that_is_known_and_names_every_row_o
     assert names == [["out/rl", "collected", "base"], ["out/rl"], ["out/rl", "base", "collected"], ["out/rl"]]
     bars = [tuple(line.get_ydata()) for line in axes[0].lines[::2]]
     assert bars == [(0.7, 0.9), (0.6, 0.7), (0.5, 0.95)]  # the interval of one run, the spread of several
-    out = drawn(monkeypatch, "--curve", files[1], "--plot", path)
+    out = drawn(monkeypatch, "--curve", files[1], "--plot", path, *costs)
     assert len(out.axes) == 2  # no FLOPs and no seconds alone in this file: no panel
+    out = drawn(monkeypatch, "--curve", *files, "--plot", path)
+    assert [a.get_xlabel() for a in out.axes] == ["tokens per answer (text + latents)"]
+
+
+def test_intervals_that_count_seeds_are_bars_in_both_directions(tmp_path, monkeypatch):
+    row = {**ROW, "runs": 3, "spread": [0.79, 0.81], "tokens_ci95": [90.0, 120.0]}
+    (tmp_path / "s.json").write_text(json.dumps({"a": row}))
+    out = drawn(monkeypatch, "--curve", tmp_path / "s.json", "--plot", tmp_path / "s.svg")
+    vertical, horizontal, dot = out.axes[0].lines
+    assert list(vertical.get_ydata()) == [0.7, 0.9] and list(horizontal.get_xdata()) == [90, 120]
+    assert (dot.get_xdata()[0], dot.get_ydata()[0]) == (100, 0.8)
+    assert "over seeds and stories" in out._supxlabel.get_text()
+
+
+def test_the_papers_sampling_is_the_default_and_both_stand_in_one_table_under_two_names(tmp_path, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(evaluation, "generate", lambda *a, **k: seen.append(k) or evaluation_generate(*a, **k))
+    words = ("--n", 2, "--max-new-tokens", 5, "--json", tmp_path / "r.json")
+
+    def sampled(*more):
+        del seen[:]
+        main(monkeypatch, *words, *more)
+        rows = json.load(open(tmp_path / "r.json"))
+        numbers = [[k[name] for name in ("temperature", "top_p", "top_k")] for k in seen]
+        return numbers, rows if isinstance(rows, list) else [rows]
+
+    numbers, (row,) = sampled()
+    assert numbers == [[0.7, 0.8, 20]] and (row["sampling"], row["split"], row["name"]) == ("paper", "test", "tiny")
+    numbers, rows = sampled("--sampling", "paper", "trained")
+    assert numbers == [[0.7, 0.8, 20], [1.0, 1.0, 0]]
+    assert [row["name"] for row in rows] == ["tiny (paper)", "tiny (trained)"]
+    said = capsys.readouterr().out
+    assert "paper: temperature 0.7, top-p 0.8, top-k 20; trained: temperature 1, top-p 1, top-k off" in said
+    assert len(report.collect([str(tmp_path / "r.json")])) == 2  # never averaged
+    numbers, (row,) = sampled("--temperature", 1, "--top-p", 1, "--top-k", 0)
+    assert numbers == [[1.0, 1.0, 0]] and row["sampling"] == "trained"
+    numbers, (row,) = sampled("--temperature", 0)
+    assert numbers == [[0.0, 0.8, 20]] and row["sampling"] == "greedy"
+    with pytest.raises(UserError, match="--top-p is 0.0"):
+        sampled("--top-p", 0)
 
 
 def test_names_cover_neither_each_other_nor_a_dot_where_all_rows_stand_together(tmp_path, monkeypatch):
@@ -149,7 +190,8 @@ def test_names_cover_neither_each_other_nor_a_dot_where_all_rows_stand_together(
             for i in range(15)]
     rows.append({**ROW, "model": "far", "tokens": 180, "accuracy": 0.2})
     (tmp_path / "m.json").write_text(json.dumps(rows))
-    axes = drawn(monkeypatch, "--curve", tmp_path / "m.json", "--plot", tmp_path / "m.png").axes
+    axes = drawn(monkeypatch, "--curve", tmp_path / "m.json", "--plot", tmp_path / "m.png",
+                 "--costs", *report.COSTS).axes
     for at in axes:
         boxes = [words_of(note) for note in at.texts]
         assert len(boxes) == 16 and not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])

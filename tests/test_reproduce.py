@@ -1,4 +1,5 @@
 """The README's tables are made by scripts from results/*.json; nobody has typed a number there."""
+import importlib
 import json
 import os
 import signal
@@ -9,10 +10,11 @@ from test_real_runs import EOS, data_folder, force, random_model  # noqa: F401  
 from test_real_tasks import one_line, run, shared
 from test_scripts import script
 
+import eval as evaluation
 import runs
 from data.flawed_fictions import prepare as ff_prepare
 from data.next_chapter import prepare as nc_prepare
-from results import jobs, needed, paper, reproduce
+from results import evidence, jobs, needed, paper, reproduce
 
 README = open(os.path.join(reproduce.ROOT, "README.md"), encoding="utf-8").read()
 
@@ -30,9 +32,16 @@ def figures(name):
 def test_the_comparisons_in_the_readme_are_those_in_results(task):
     rows = figures(f"methods-{task}")
     assert block(f"methods-{task}") == reproduce.table_of(task, rows)
+    assert block(f"costs-{task}") == reproduce.costs_of(task, rows)
     if task == "tiny":
         assert block("headline") == reproduce.headline(rows)
-        assert block("controls-tiny") == reproduce.controls_table(figures("controls-tiny"))
+    made = {f"controls-{reproduce.mark_of(task, kind)}": reproduce.controls_table(own, kind)
+            for kind, own in figures(f"controls-{task}").items()}
+    if os.path.exists(os.path.join(reproduce.HERE, f"differences-{task}.json")):
+        made |= {f"differences-{reproduce.mark_of(task, kind)}": evidence.page(own, reproduce.SAMPLED[kind], reproduce.digits_of(task))
+                 for kind, own in figures(f"differences-{task}").items()}
+    for name, text in made.items():
+        assert f"<!-- {name} -->" not in README or block(name) == text
 
 
 def test_the_probe_in_the_readme_is_the_one_in_results():
@@ -49,31 +58,126 @@ def test_a_table_is_put_between_its_marks_and_nowhere_else(tmp_path, monkeypatch
     assert "x\n" not in (tmp_path / "README.md").read_text().replace("| x |", "")
 
 
-def test_runs_are_found_named_and_averaged(tmp_path, monkeypatch):
+def leave(folder, *rows, **files):
+    """A run's directory with its results.json, if there are rows, and other files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if rows:
+        (folder / "results.json").write_text(json.dumps(rows[0] if len(rows) == 1 else rows))
+    for name, text in files.items():
+        (folder / name.replace("_", ".")).write_text(text)
+
+
+def row_of(accuracy, tokens=10.0, **more):
+    """As eval.py leaves it, of four stories."""
+    right = [1.0] * round(4 * accuracy) + [0.0] * (4 - round(4 * accuracy))
+    return {"accuracy": accuracy, "accuracy_ci95": [0, 1], "tokens": tokens, "text_tokens": tokens - 2,
+            "latent_steps": 2.0, "tags": 1.0, "truncated": 0.0, "forward_positions": 5.0, "flops": 1e9,
+            "seconds_each": 0.1, "seconds_alone": 0.2, "n_examples": 4, "samples": 1, "split": "test",
+            "per_example": {"score": right, "tokens": [tokens - 1, tokens, tokens, tokens + 1]}, **more}
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    """Two seeds of the base, LiteReason, its controls and Soft Thinking as their runs would leave them."""
     monkeypatch.setattr(reproduce, "ROOT", str(tmp_path))
-    row = {"accuracy_ci95": [0, 1], "tokens": 10.0, "text_tokens": 8.0, "latent_steps": 2.0, "tags": 1.0,
-           "truncated": 0.0, "forward_positions": 5.0, "flops": 1e9,
-           "seconds_each": 0.1, "seconds_alone": 0.2}
-    accuracies = {"base, explicit reasoning": 0.5, "LiteReason before RL": 0.7, "LiteReason": 1.0,
-                  "  its latents taken away": 0.9}
-    for seed, right in ((0, 1), (1, 0)):
-        out = tmp_path / "out" / "results" / "tiny" / f"litereason-{seed}"
-        out.mkdir(parents=True)
-        rows = []
-        for model, accuracy in accuracies.items():
-            own = {"accuracy": right * accuracy, "per_example": {"score": [right * accuracy] * 4}}
-            rows.append({"model": model, **own, **row})
-        (out / "results.json").write_text(json.dumps(rows))
-        (out / "config.json").write_text(json.dumps({"prompts": 2, "group": 4}))
-        (out / "metrics.jsonl").write_text(json.dumps({"text_tokens": 8, "latent_steps": 2}) + "\n")
-        (out / "seconds.json").write_text("30")
-    means = {name: reproduce.summary(rows) for name, rows in reproduce.rows_of("tiny", [0, 1, 2]).items()}
-    assert list(means) == ["base, explicit reasoning", "LiteReason before RL", "LiteReason",
-                           "LiteReason, its latents taken away"]
-    expected = {"accuracy": 0.5, "by_seed": [1.0, 0.0], "runs": 2, "sampled": 80.0, "run_seconds": 30.0}
-    assert {name: means["LiteReason"][name] for name in expected} == expected
+    monkeypatch.setattr(reproduce, "HERE", str(tmp_path / "results"))
+    monkeypatch.setattr(reproduce, "LENGTHS", {"tiny": [(3, "--hops 3"), (5, "--hops 5")]})
+    (tmp_path / "results").mkdir()
+    (tmp_path / "README.md").write_text("<!-- methods-tiny -->\n\n<!-- /methods-tiny -->\n")
+    at = tmp_path / "out" / "results" / "tiny"
+    for seed in (0, 1):
+        both = {"paper": (0.5, 40.0), "trained": (0.25, 44.0)}
+        leave(at / f"base-test-{seed}", *(row_of(*of, sampling=kind) for kind, of in both.items()))
+        leave(at / f"litereason-{seed}", config_json=json.dumps({"prompts": 2, "group": 4}), seconds_json="30",
+              metrics_jsonl=json.dumps({"text_tokens": 8, "latent_steps": 2}) + "\n")
+        both = {"paper": (1.0 - seed / 4, 10.0 + seed), "trained": (0.75, 12.0)}
+        leave(at / f"litereason-test-{seed}", *(row_of(*of, sampling=kind) for kind, of in both.items()))
+        leave(at / f"litereason-train-{seed}", row_of(1.0, sampling="paper", split="train"))
+        for length in (3, 5):
+            leave(at / f"litereason-length-{length}-{seed}", row_of(0.75, sampling="paper"))
+        leave(at / f"soft-thinking-{seed}", row_of(0.25, model="soft-thinking", split="test"))
+        leave(at / f"controls-{seed}", *(
+            row_of(accuracy, control=control, sampling="paper", against_plain={})
+            for control, accuracy in (("plain", 1.0), ("latents: other", 0.25))))
+    return tmp_path
+
+
+def test_runs_are_found_named_and_averaged(world):
+    rows = reproduce.rows_of("tiny", [0, 1, 2])
+    means = {name: reproduce.summary(kinds) for name, kinds in rows.items()}
+    assert list(means) == ["base, explicit reasoning", "LiteReason", "Soft Thinking"]
+    own = means["LiteReason"]
+    expected = {"sampling": "paper", "accuracy": 0.875, "by_seed": [1.0, 0.75], "runs": 2, "sampled": 80.0,
+                "run_seconds": 30.0, "tokens_by_seed": [10.0, 11.0], "command": "python train_rl.py"}
+    assert {name: own[name] for name in expected} == expected
+    assert own["trained"]["accuracy"] == 0.75 and own["train"]["accuracy"] == 1.0
+    assert own["accuracy_ci95"][0] < 0.875 < own["accuracy_ci95"][1]
     assert means["base, explicit reasoning"]["sampled"] is None
-    assert "`python train_rl.py`" in reproduce.table_of("tiny", means)
+    assert means["Soft Thinking"]["sampling"] == "trained"  # its row says no sampling
+
+
+def test_a_row_of_one_sampling_never_stands_in_the_column_of_the_other(world):
+    means = {name: reproduce.summary(kinds) for name, kinds in reproduce.rows_of("tiny", [0, 1]).items()}
+    lines = [line.strip("| ").split(" | ") for line in reproduce.table_of("tiny", means).splitlines()]
+    table = {line[0]: dict(zip(lines[0], [cell.strip() for cell in line])) for line in lines[2:]}
+    own = table["LiteReason"]
+    assert (own["accuracy"], own["accuracy, train stories"], own["accuracy, temperature 1"]) == (
+        "0.875", "1.000", "0.750")
+    assert own["by seed"] == "1.000, 0.750" and own["tokens, temperature 1"] == "12.0"
+    soft = table["Soft Thinking"]
+    assert soft["accuracy"] == "" == soft["tokens"] and soft["accuracy, temperature 1"] == "0.250"
+    costs = reproduce.costs_of("tiny", means)
+    assert "`python train_rl.py`" in costs and "10.0, 11.0" in costs
+    only = {"Soft Thinking": means["Soft Thinking"]}
+    assert reproduce.table_of("tiny", only).startswith("| tiny, test split, temperature 1 | accuracy | 95 % interval | by seed | tokens")
+
+
+def test_the_tables_the_differences_and_the_claims_are_written_from_the_runs(world, capsys):
+    reproduce.write_tables(["tiny"], [0, 1])
+    said = capsys.readouterr().out
+    found = {name: json.load(open(world / "results" / f"{name}-tiny.json"))
+             for name in ("methods", "controls", "differences", "lengths")}
+    assert found["controls"]["paper"]["plain"]["against_plain"] == {}
+    assert found["controls"]["paper"]["latents: other"]["against_plain"]["accuracy"] == -0.75
+    assert "| another story's latents | 0.250, 0.250 | -0.750 |" in said
+    pair, = found["differences"]["paper"]["differences"]
+    assert (pair["ours"], pair["theirs"]) == ("LiteReason", "base, explicit reasoning")
+    assert pair["tokens_saved"] == pytest.approx(1 - 10.5 / 40)
+    assert [own["claim"] for own in found["differences"]["paper"]["claims"]] == [
+        "LiteReason is shorter than the base",
+        "latents matter: another story's latents in their place cost 10 points or 30 % more tokens"]
+    assert "**not met**" in said and "sampling |" in said and "compared with, temperature 1" in said
+    assert [(row["method"], row["length"]) for row in found["lengths"]] == [("LiteReason", 3), ("LiteReason", 5)]
+    assert "| LiteReason | 0.875 |" in (world / "README.md").read_text()
+
+
+def test_every_run_is_evaluated_after_it_at_both_samplings_and_on_train_stories(monkeypatch):
+    monkeypatch.setattr(reproduce, "LENGTHS", {"tiny": [(3, "--hops 3")]})
+    todo = {job.name.split()[1]: job for job in reproduce.jobs_of("tiny", 1)}
+    at = lambda method: reproduce.directory("tiny", method, 1)
+    assert " ".join(todo["rl-lp"].words) == (
+        "train_rl.py --method grpo --overlong-buffer 160 --n 0 --task tiny --seed 1")
+    assert " ".join(todo["rl-test"].words) == (
+        f"eval.py --model {at('rl')} --sampling paper trained --alone 8 --task tiny --seed 1")
+    assert " ".join(todo["rl-train"].words) == f"eval.py --model {at('rl')} --split train --n 200 --task tiny --seed 1"
+    assert todo["rl-test"].needs == [at("rl")] and not todo["base-test"].needs and "base" not in todo
+    text = todo["litereason-text-length-3"]
+    assert text.needs == [at("litereason")] and "--latent none --hops 3" in " ".join(text.words)
+    assert todo["controls"].needs == [at("litereason")] and "coconut-test" not in todo
+    assert "rl-lp" not in {job.name.split()[1] for job in reproduce.jobs_of("tiny.next_chapter", 0)}
+    before = set()
+    for job in todo.values():  # what a job needs stands before it
+        assert before.issuperset(job.needs)
+        before.add(job.out)
+
+
+def test_every_job_of_the_tiny_world_is_a_command_line_that_its_script_takes(monkeypatch):
+    for job in reproduce.all_jobs(list(reproduce.TASKS), [0]):
+        module = importlib.import_module(job.words[0].removesuffix(".py"))
+        monkeypatch.setattr("sys.argv", [*job.words, "--out", "x"])
+        args = module.parse_arguments()
+        if job.words[0] == "eval.py":
+            evaluation.check_flags(args)
 
 
 # ---------------------------------------------------------------- a real model
@@ -162,9 +266,9 @@ def test_the_papers_table_is_planned_run_stopped_and_continued(here, tmp_path, d
     assert "| flawed_fictions litereason seed 0, from step 1 |" in said and "| flawed_fictions rl seed 0 | done |" in said
 
     found = json.load(open(tmp_path / "out" / "methods-Rnd-1B.flawed_fictions.json"))
-    assert list(found) == ["base, explicit reasoning", "base, tag prompt", "RL without latents", "RL + length penalty",
+    assert list(found) == ["base, explicit reasoning", "base, tag prompt", "RL without latents",
                            "LiteReason before RL", "LiteReason", "LiteReason, its latents taken away",
-                           "LiteReason + length penalty", "RL with tags, no latents"]
+                           "RL with tags, no latents", "RL + length penalty", "LiteReason + length penalty"]
     assert all(row["n_examples"] == 2 and row["samples"] == 2 for row in found.values())
     assert found["LiteReason"]["latent_steps"] == 2 and found["RL with tags, no latents"]["latent_steps"] == 0
     assert found["LiteReason"]["sampled"] > 0 and "--steps 2" in found["LiteReason"]["command"]

@@ -116,7 +116,7 @@ def test_task_length_and_method_come_from_the_run_and_flags_override_them(tmp_pa
     words = ("--device", "cpu", "--n", 3, "--json", tmp_path / "r.json")
     run(evaluation, "--model", a, *words)
     assert results(tmp_path / "r.json")["task"] == "tiny.next_chapter" and results(tmp_path / "r.json")["tokens"] <= 7
-    assert "tiny.next_chapter, test split, 3 examples, temperature 1, top-p 1, top-k off, seed 0" in capsys.readouterr().out
+    assert "tiny.next_chapter, test split, 3 examples, temperature 0.7, top-p 0.8, top-k 20, seed 0" in capsys.readouterr().out
     run(evaluation, "--model", a, "--task", "tiny", "--max-new-tokens", 5, *words)
     assert results(tmp_path / "r.json")["task"] == "tiny" and results(tmp_path / "r.json")["tokens"] <= 5
     b = fake_run(tmp_path, "b")

@@ -1,0 +1,267 @@
+"""How sure the tables of reproduce.py are: intervals that count seeds, differences between methods, and what
+is claimed of them, each claim beside the criterion that it had to meet.
+
+A method's results are {seed: row of eval.py} at one sampling; all methods and seeds answer the same stories.
+"""
+import numpy as np
+
+from eval import judge, sign_flips, wilson
+from report import what_differs
+
+# (a method, what it is compared with): the differences that the text may speak of. Names are those of the
+# tables; a pair of which a run is missing is left out.
+PAIRS = [
+    ("RL without latents", "base, explicit reasoning"),
+    ("LiteReason", "base, explicit reasoning"),
+    ("LiteReason", "RL without latents"),
+    ("LiteReason", "RL with tags, no latents"),
+    ("LiteReason", "LiteReason, its latents taken away"),
+    ("LiteReason + length penalty", "RL + length penalty"),
+    ("LiteReason + length penalty", "RL with tags + length penalty"),
+    ("LiteReason + length penalty", "LiteReason + length penalty, its latents taken away"),
+]
+
+# (claim, whether "all" or "any" of its tests must be met, [(statistic, methods, more than)])
+EQUAL = -0.02  # accuracy gained where accuracy counts as equal: at most two points are lost
+LONGER = 1 - 1 / 1.3  # tokens saved against a run that takes 30 % more
+CLAIMS = [
+    ("LiteReason keeps RL's gain", "all",
+     [("gain kept", ("LiteReason", "RL without latents", "base, explicit reasoning"), 0.95)]),
+    ("LiteReason is shorter than the base", "all",
+     [("tokens saved", ("LiteReason", "base, explicit reasoning"), 0.77)]),
+    ("LiteReason is shorter than RL", "all", [("tokens saved", ("LiteReason", "RL without latents"), 0.70)]),
+]
+for ours, theirs, words in [
+        ("LiteReason", "RL with tags, no latents", "LiteReason beats tags alone"),
+        ("LiteReason", "LiteReason, its latents taken away", "LiteReason beats its own tags as text"),
+        ("LiteReason + length penalty", "RL with tags + length penalty",
+         "LiteReason beats tags alone under the same penalty"),
+        ("LiteReason + length penalty", "LiteReason + length penalty, its latents taken away",
+         "LiteReason beats its own tags as text under the penalty")]:
+    tests = [("tokens saved", (ours, theirs), 0.0), ("accuracy gained", (ours, theirs), EQUAL)]
+    CLAIMS.append((f"{words}: fewer slots at equal accuracy", "all", tests))
+for control, words in [("other", "another story's latents"), ("noise", "noise"), ("mean", "the mean latent")]:
+    pair = ("control plain", f"control latents: {control}")
+    tests = [("accuracy gained", pair, 0.10), ("tokens saved", pair, LONGER)]
+    claim = f"latents matter: {words} in their place cost 10 points or 30 % more tokens"
+    CLAIMS.append((claim, "any", tests))
+
+
+# ============================================================ statistics that count seeds
+def observed(rows, what, seeds):
+    """{seed: row} -> the scores, or the tokens, of each story, (S, N)."""
+    return np.array([rows[seed]["per_example"][what] for seed in seeds], dtype=np.float64)
+
+
+def drawn_means(arrays, seed=0, resamples=10000):
+    """arrays: (S, N) each, of the same seeds and stories -> their means over seeds and stories that are drawn
+    again with replacement, the same ones for all arrays, (len(arrays), resamples).
+
+    Seeds and stories are crossed: all seeds answer the same stories, so one draw of stories serves all seeds
+    of a resample (Owen's pigeonhole bootstrap). Of S seeds S - 1 are drawn, which makes the variance of a
+    mean of few seeds unbiased (Rao and Wu). Even so an interval from three seeds is about as wide as their
+    spread at most: where seeds differ by much more than chance it holds the truth in four of five cases, not
+    in 95 of 100 (tests/test_evidence.py). With one seed it counts stories only."""
+    stacked = np.stack(arrays)  # (M, S, N)
+    _, n_seeds, n_stories = stacked.shape
+    seeds_drawn = max(1, n_seeds - 1)
+    generator = np.random.default_rng(seed)
+    means = []
+    for _ in range(resamples // 500):  # in blocks, which fit any memory
+        seeds = generator.multinomial(seeds_drawn, np.full(n_seeds, 1 / n_seeds), 500) / seeds_drawn
+        stories = generator.multinomial(n_stories, np.full(n_stories, 1 / n_stories), 500) / n_stories
+        means.append([((seeds @ array) * stories).sum(1) for array in stacked])
+    return np.concatenate(means, axis=1)
+
+
+def middle(draws):
+    """The 95 % in the middle of what was drawn."""
+    return np.quantile(draws, [0.025, 0.975]).tolist()
+
+
+def interval(array):
+    """95 % interval of the mean of (S, N), over seeds and stories. Where every story of every seed is right,
+    or none, nothing can be drawn that is not: then Wilson's, for one seed's number of stories."""
+    mean = float(array.mean())
+    if mean in (0.0, 1.0) and array.min() == array.max():
+        return wilson(mean, array.shape[1])
+    return middle(drawn_means([array])[0])
+
+
+def interval_of_gain(ours, theirs, ours_drawn, theirs_drawn):
+    """Of the difference of two means of (S, N). Where both are right on the same stories nothing can be drawn
+    that is not 0: then as far as Wilson's interval reaches from 0, for one seed's number of stories."""
+    if (ours == theirs).all() and np.isin(ours, (0, 1)).all():
+        reach = wilson(0.0, ours.shape[1])[1]
+        return [-reach, reach]
+    return middle(ours_drawn - theirs_drawn)
+
+
+def shared_seeds(*methods):
+    """Of several {seed: row} of the same stories."""
+    return sorted(set.intersection(*map(set, methods)))
+
+
+def compare(ours, theirs):
+    """{seed: row} of two methods -> their paired differences over the seeds that both have, in the shape of
+    eval.against, with tokens_saved as a share of theirs.
+
+    The intervals count seeds and stories. p counts stories alone (sign flips of a story's difference, the
+    mean of its seeds): three seeds cannot give a p below 0.25 by themselves. eval.differs takes both."""
+    seeds = shared_seeds(ours, theirs)
+    found = {"seeds": seeds}
+    for what, of in (("accuracy", "score"), ("tokens", "tokens")):
+        a, b = observed(ours, of, seeds), observed(theirs, of, seeds)
+        a_drawn, b_drawn = drawn_means([a, b])
+        differences = a - b
+        found[what] = float(differences.mean())
+        found[f"{what}_ci95"] = interval_of_gain(a, b, a_drawn, b_drawn)
+        found[f"{what}_p"] = sign_flips(differences.mean(0))
+        found[f"{what}_by_seed"] = differences.mean(1).tolist()
+    found["tokens_saved"] = float(1 - a.mean() / b.mean())
+    found["tokens_saved_ci95"] = middle(1 - a_drawn / b_drawn)
+    return found
+
+
+# ============================================================ differences
+def differences(methods):
+    """methods: {name: {seed: row}} at one sampling -> [comparison], one for each of PAIRS that is there."""
+    found = []
+    for ours, theirs in PAIRS:
+        if ours in methods and theirs in methods and shared_seeds(methods[ours], methods[theirs]):
+            comparison = compare(methods[ours], methods[theirs])
+            found.append({"ours": ours, "theirs": theirs, **comparison})
+    judge(found)
+    return found
+
+
+def against_plain(controls):
+    """controls: {control: {seed: row}} of eval.py --controls -> {control: comparison with the run as
+    trained}, judged together."""
+    found = {control: compare(rows, controls["plain"]) for control, rows in controls.items()}
+    judge([comparison for control, comparison in found.items() if control != "plain"])
+    return found
+
+
+# ============================================================ claims
+def gain_kept(ours, rl, base):
+    """No number where RL gains nothing."""
+    return np.where(rl > base, (ours - base) / (rl - base), np.nan)
+
+
+def tokens_saved(ours, theirs):
+    return 1 - ours / theirs
+
+
+def accuracy_gained(ours, theirs):
+    return ours - theirs
+
+
+STATISTICS = {  # name: (function of the methods' means, of what, unit as printed)
+    "gain kept": (gain_kept, "score", "%"),
+    "tokens saved": (tokens_saved, "tokens", "%"),
+    "accuracy gained": (accuracy_gained, "score", "points"),
+}
+
+
+def claims(methods, percent=False):
+    """methods: {name: {seed: row}}, the controls among them as "control NAME" -> [claim with its tests, each
+    with value, interval and whether it is met]. A claim of which a method is missing is left out.
+
+    percent: scores are in percent already (next chapters)."""
+    found = []
+    for words, needed, tests in CLAIMS:
+        names = {name for _, of, _ in tests for name in of}
+        if not names <= set(methods) or not shared_seeds(*(methods[name] for name in names)):
+            continue
+        measured = [measure(methods, *test, percent=percent) for test in tests]
+        order = ("met", "met by the mean only", "not met")
+        ranks = [order.index(test["met"]) for test in measured]
+        met = order[max(ranks) if needed == "all" else min(ranks)]
+        found.append({"claim": words, "needed": needed, "tests": measured, "met": met})
+    return found
+
+
+def measure(methods, statistic, names, more_than, percent=False):
+    """One test of a claim: met if the whole interval is beyond the criterion. Value and interval are None
+    where there is none: nothing is kept of a gain that is not there."""
+    function, of, unit = STATISTICS[statistic]
+    seeds = shared_seeds(*(methods[name] for name in names))
+    arrays = [observed(methods[name], of, seeds) for name in names]
+    if percent and unit == "points":
+        arrays = [array / 100 for array in arrays]
+    means = drawn_means(arrays)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = float(function(*(array.mean() for array in arrays)))
+        draws = function(*means)
+    if statistic == "accuracy gained":
+        ci95 = interval_of_gain(*arrays, *means)
+    else:
+        ci95 = middle(draws) if np.isfinite(draws).all() else None
+    met = "not met"
+    if value > more_than:
+        met = "met" if ci95 and ci95[0] > more_than else "met by the mean only"
+    return {
+        "statistic": statistic,
+        "value": value if np.isfinite(value) else None,
+        "ci95": ci95,
+        "more_than": more_than,
+        "unit": unit,
+        "met": met}
+
+
+# ============================================================ as Markdown
+def differences_table(found, sampled, digits=3):
+    """found: from `differences`; sampled: in words; digits: of accuracies."""
+    lines = [f"| compared with, {sampled} | accuracy gained | 95 % interval | Holm's p | tokens gained | "
+             "95 % interval | Holm's p | tokens saved, % | 95 % interval | differs in |", f"|{'---|' * 10}"]
+    for own in found:
+        cells = [f"{own['ours']}: {own['theirs']}"]
+        for what, form in (("accuracy", f"+.{digits}f"), ("tokens", "+.1f")):
+            cells += [
+                f"{own[what]:{form}}",
+                in_words(own[f"{what}_ci95"], form),
+                f"{own[f'{what}_holm']:.2g}"]
+        saved = [100 * end for end in own["tokens_saved_ci95"]]
+        cells += [f"{100 * own['tokens_saved']:.1f}", in_words(saved, ".1f"), what_differs(own)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def claims_table(found, sampled):
+    """found: from `claims`; sampled: in words."""
+    lines = [f"| claim, {sampled} | measured | criterion | |", "|---|---|---|---|"]
+    for own in found:
+        joined = f" {'and' if own['needed'] == 'all' else 'or'} "
+        measured = joined.join(in_its_unit(test) for test in own["tests"])
+        criterion = joined.join(f"{test['statistic']} over {100 * test['more_than']:.0f} {test['unit']}"
+                                for test in own["tests"])
+        lines.append(f"| {own['claim']} | {measured} | {criterion} | **{own['met']}** |")
+    return "\n".join(lines)
+
+
+def in_its_unit(test):
+    if test["value"] is None:
+        return f"{test['statistic']}: there is none"
+    interval = "no interval"
+    if test["ci95"]:
+        interval = in_words([100 * end for end in test["ci95"]], ".1f")
+    return f"{test['statistic']} {100 * test['value']:.1f} {test['unit']} ({interval})"
+
+
+def in_words(ci95, form):
+    low, high = ci95
+    return f"{low:{form}} to {high:{form}}"
+
+
+UNDER_THE_TABLE = """\
+Intervals: bootstrap over seeds and stories. Holm's p: of sign flips over stories, corrected for all tests of
+the table. "differs in": Holm's p is below 0.05 and the interval leaves 0 out. A claim is met if its whole
+interval is beyond its criterion; what is not met is not claimed."""
+
+
+def page(own, sampled, digits=3):
+    """own: {"differences", "claims"} -> Markdown of both; "" without either."""
+    text = [differences_table(own["differences"], sampled, digits)] if own["differences"] else []
+    text += [claims_table(own["claims"], sampled)] if own["claims"] else []
+    return "\n\n".join([*text, UNDER_THE_TABLE]) if text else ""

@@ -1,0 +1,208 @@
+"""The statistics of the tables: each against an example worked out by hand, a count of all cases, or a
+simulation in which the truth is known."""
+import itertools
+import types
+
+import numpy as np
+import pytest
+
+import report
+from eval import bootstrap, differs, holm, judge, sign_flips, wilson
+from litereason import UserError
+from results import evidence
+
+
+# ---------------------------------------------------------------- one table's tests
+def test_holms_correction_is_the_worked_example():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])  # 3, 1, 2, 4 are left
+    assert holm([0.5, 0.9]) == [1.0, 1.0] and holm([0.02]) == [0.02] and holm([]) == []
+
+
+def test_the_sign_flips_are_all_of_them_for_few_differences_and_close_to_all_for_many():
+    generator = np.random.default_rng(0)
+    for n in (1, 5, 10):
+        d = generator.normal(0.4, 1, n)
+        means = [abs(np.dot(signs, d)) for signs in itertools.product((1, -1), repeat=n)]
+        enumerated = np.mean([mean >= abs(d.sum()) - 1e-9 for mean in means])
+        assert sign_flips([*d, 0, 0]) == pytest.approx(enumerated)  # what does not differ says nothing
+    d = generator.normal(0.4, 1, 14)
+    signs = 1 - 2 * (np.arange(2**14)[:, None] >> np.arange(14) & 1)
+    exact = np.mean(np.abs(signs @ d) >= abs(d.sum()))
+    assert sign_flips(d) == pytest.approx(exact, abs=4 * np.sqrt(exact / 10000))
+    assert sign_flips([0, 0]) == 1 and sign_flips([3.0] * 500) == pytest.approx(1 / 10001)
+
+
+def test_something_differs_if_the_corrected_p_is_small_and_the_interval_leaves_zero_out():
+    assert differs(0.01, [0.1, 0.3]) and differs(0.01, [-0.3, -0.1])
+    assert not differs(0.05, [0.1, 0.3]) and not differs(0.01, [0.0, 0.3]) and not differs(0.01, [-0.1, 0.1])
+
+
+def test_the_family_is_all_accuracies_and_all_lengths_of_a_table():
+    rows = [{"accuracy_p": p, "accuracy_ci95": [0.1, 0.2], "tokens_p": q, "tokens_ci95": [1, 2]}
+            for p, q in ((0.01, 0.02), (0.03, 0.9))]
+    judge(rows)
+    assert [row["accuracy_holm"] for row in rows] == pytest.approx([0.04, 0.06])
+    assert [row["tokens_holm"] for row in rows] == pytest.approx([0.06, 0.9])
+    assert [row["accuracy_differs"] for row in rows] == [True, False]
+    assert [report.what_differs(row) for row in rows] == ["accuracy, not tokens", "nothing"]
+
+
+# ---------------------------------------------------------------- seeds and stories
+def trial(generator, n_seeds, n_stories, spread):
+    """Right and wrong, (S, N), of seeds that differ and stories that are harder for all of them."""
+    story = generator.normal(0, 1, n_stories)
+    seed = generator.normal(0, spread, (n_seeds, 1))
+    return (generator.random((n_seeds, n_stories)) < 1 / (1 + np.exp(-1 - story - seed))).astype(float)
+
+
+@pytest.mark.parametrize("n_seeds, spread, low, high", [
+    (1, 0.0, 0.88, 1.0), (1, 1.0, 0.0, 0.5), (3, 0.0, 0.95, 1.0), (3, 0.3, 0.88, 1.0), (3, 1.0, 0.7, 0.92),
+    (10, 0.3, 0.88, 1.0)])
+def test_how_often_the_interval_holds_the_truth(n_seeds, spread, low, high):
+    """95 of 100 and more, but for one seed where seeds differ (it knows nothing of that), and for three that
+    differ much more than chance."""
+    generator = np.random.default_rng(0)
+    z = generator.normal(0, np.sqrt(1 + spread**2), 200000)
+    truth = np.mean(1 / (1 + np.exp(-1 - z)))
+    held = 0
+    for i in range(100):
+        draws, = evidence.drawn_means([trial(generator, n_seeds, 100, spread)], i, 500)
+        ends = evidence.middle(draws)
+        held += ends[0] <= truth <= ends[1]
+    assert low <= held / 100 <= high
+
+
+def test_with_one_seed_the_interval_is_the_bootstrap_over_stories():
+    array = trial(np.random.default_rng(1), 1, 200, 0.0)
+    assert evidence.interval(array) == pytest.approx(bootstrap(array[0]), abs=0.01)
+
+
+def test_an_interval_does_not_collapse_where_all_is_right_or_wrong():
+    assert evidence.interval(np.ones((3, 100))) == wilson(1.0, 100) == pytest.approx([0.963, 1.0], abs=1e-3)
+    assert evidence.interval(np.zeros((3, 100))) == pytest.approx([0.0, 0.037], abs=1e-3)
+    low, high = evidence.interval(np.array([[1.0] * 100, [1.0] * 100, [1.0] * 99 + [0.0]]))
+    assert low < 0.99 and high == 1
+    perfect = method(1.0, 9, n=100, noise=0.0)
+    got = evidence.compare(perfect, perfect)
+    assert got["accuracy_ci95"] == pytest.approx([-0.037, 0.037], abs=1e-3) and got["tokens_ci95"] == [0, 0]
+
+
+# ---------------------------------------------------------------- methods
+def method(right, tokens, n_seeds=3, n=200, seed=0, noise=4.0):
+    """{seed: row} of a method that is right so often, in about so many tokens."""
+    generator = np.random.default_rng(seed)
+    rows = {}
+    for s in range(n_seeds):
+        score = (generator.random(n) < right).astype(float).tolist()
+        length = (tokens + noise * generator.normal(size=n)).tolist()
+        rows[s] = {"per_example": {"score": score, "tokens": length}, "accuracy": sum(score) / n}
+    return rows
+
+
+METHODS = {
+    "base, explicit reasoning": method(0.7, 100.0, seed=1),
+    "RL without latents": method(0.97, 80.0, seed=2),
+    "LiteReason": method(0.97, 20.0, seed=3),
+    "RL with tags, no latents": method(0.97, 20.0, seed=4),
+    "control plain": method(0.97, 20.0, seed=3),
+    "control latents: other": method(0.5, 20.0, seed=5),
+    "control latents: noise": method(0.97, 40.0, seed=6),
+    "control latents: mean": method(0.96, 21.0, seed=7)}
+
+
+def test_two_methods_are_compared_over_the_seeds_and_stories_that_both_have():
+    ours, theirs = METHODS["LiteReason"], METHODS["RL without latents"]
+    got = evidence.compare({**ours, 7: ours[0]}, theirs)
+    assert got["seeds"] == [0, 1, 2] and got["tokens"] == pytest.approx(-60, abs=1)
+    assert got["tokens_saved"] == pytest.approx(0.75, abs=0.01)
+    assert got["tokens_saved_ci95"][0] < got["tokens_saved"] < got["tokens_saved_ci95"][1]
+    assert got["tokens_p"] < 1e-3 and got["accuracy_ci95"][0] < 0 < got["accuracy_ci95"][1]
+    assert np.mean(got["tokens_by_seed"]) == pytest.approx(got["tokens"])
+
+
+def test_a_pair_that_shares_its_mistakes_has_the_narrower_interval():
+    ours = method(0.7, 20.0)
+    worse = {}
+    for seed, row in ours.items():  # the same but for every 20th story
+        score = [0.0 if i % 20 == 0 else x for i, x in enumerate(row["per_example"]["score"])]
+        worse[seed] = {"per_example": {**row["per_example"], "score": score}}
+    paired, alone = evidence.compare(ours, worse), evidence.compare(ours, method(0.665, 20.0, seed=9))
+    assert np.ptp(paired["accuracy_ci95"]) < 0.6 * np.ptp(alone["accuracy_ci95"])
+    assert paired["accuracy_ci95"][0] > 0 and paired["tokens_p"] == 1 and paired["tokens_ci95"] == [0, 0]
+
+
+def test_each_claim_is_met_or_not_by_its_criterion_and_the_table_says_so():
+    found = {own["claim"]: own for own in evidence.claims(METHODS)}
+    met = {claim: own["met"] for claim, own in found.items()}
+    assert met == {
+        "LiteReason keeps RL's gain": met["LiteReason keeps RL's gain"],
+        "LiteReason is shorter than the base": "met",
+        "LiteReason is shorter than RL": "met",
+        "LiteReason beats tags alone: fewer slots at equal accuracy": met[
+            "LiteReason beats tags alone: fewer slots at equal accuracy"],
+        "latents matter: another story's latents in their place cost 10 points or 30 % more tokens": "met",
+        "latents matter: noise in their place cost 10 points or 30 % more tokens": "met",
+        "latents matter: the mean latent in their place cost 10 points or 30 % more tokens": "not met"}
+    assert met["LiteReason beats tags alone: fewer slots at equal accuracy"] != "met"  # they are alike
+    test, = found["LiteReason is shorter than the base"]["tests"]
+    assert test["value"] == pytest.approx(0.8, abs=0.01) and test["ci95"][0] > 0.77
+    text = evidence.claims_table(list(found.values()), "greedy")
+    assert "tokens saved over 77 % | **met** |" in text and "accuracy gained over 10 points or" in text
+
+
+@pytest.mark.parametrize("rl, ours, says", [(0.97, 0.99, "met"), (0.97, 0.97, None), (0.97, 0.8, "not met")])
+def test_the_gain_kept_is_a_share_of_rls_gain(rl, ours, says):
+    arrays = {"base": method(0.5, 9, seed=1, n=800), "rl": method(rl, 9, seed=2, n=800),
+              "ours": method(ours, 9, seed=3, n=800)}
+    test = evidence.measure(arrays, "gain kept", ("ours", "rl", "base"), 0.95)
+    assert test["value"] == pytest.approx((ours - 0.5) / (rl - 0.5), abs=0.05)
+    assert says is None or test["met"] == says
+    none = evidence.measure(arrays, "gain kept", ("ours", "base", "base"), 0.95)  # of no gain
+    assert none["met"] == "not met" and evidence.in_its_unit(none) == "gain kept: there is none"
+
+
+def test_only_pairs_of_which_both_are_there_are_compared_and_judged_together():
+    found = evidence.differences(METHODS)
+    pairs = [(own["ours"], own["theirs"]) for own in found]
+    assert pairs == [pair for pair in evidence.PAIRS if set(pair) <= set(METHODS)] and len(pairs) == 4
+    by_pair = {own["theirs"]: report.what_differs(own) for own in found if own["ours"] == "LiteReason"}
+    assert by_pair["base, explicit reasoning"] == "accuracy and tokens"
+    assert by_pair["RL without latents"] == "tokens, not accuracy"
+    table = evidence.differences_table(found, "greedy")
+    assert len(table.splitlines()) == 2 + len(pairs) and "| compared with, greedy |" in table
+
+
+# ---------------------------------------------------------------- pictures
+def test_accuracy_and_tokens_stand_against_the_length_of_the_chain(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: only the pictures need it")
+    rows = []
+    for i, name in enumerate(("tags", "latents", "text")):
+        for length in (9, 3, 5):
+            accuracy = 1 - 0.01 * i * length
+            rows.append({"method": name, "length": length, "accuracy": accuracy, "tokens": 10.0 + length,
+                         "accuracy_ci95": [accuracy - 0.02, accuracy], "tokens_ci95": [8.0, 30.0]})
+    kept, save = [], report.save_figure
+    monkeypatch.setattr(report, "save_figure", lambda out, path: kept.append(out) or save(out, path))
+    report.by_length(rows, str(tmp_path / "l.svg"))
+    top, bottom = kept[0].axes
+    lines = [line for line in top.lines if len(line.get_xdata()) == 3]
+    assert [list(line.get_ydata()) for line in lines][1] == pytest.approx([0.97, 0.95, 0.91])  # from the left
+    assert sorted(note.get_text() for note in top.texts) == sorted(("tags", "latents", "text"))
+    assert len(bottom.lines) == 3 * (1 + 3) and bottom.get_xlabel().startswith("hops")
+    kept[0].canvas.draw()
+    heights = sorted(note.xyann[1] for note in bottom.texts)  # all three lines end at one place there
+    assert np.diff(heights).min() > 0.5
+
+
+def test_without_a_cost_there_is_no_picture():
+    row = {"accuracy": 0.5, "runs": 1, "spread": [0.5, 0.5]}
+    with pytest.raises(UserError, match="no row has any of these costs: tokens"):
+        report.curve([("a", row)], "x.svg")
+
+
+def test_both_samplings_are_said_above_a_table():
+    args = types.SimpleNamespace(task="tiny", split="test", samples=1, seed=0)
+    samplings = {"paper": {"temperature": 0.7, "top_p": 0.8, "top_k": 20},
+                 "trained": {"temperature": 0, "top_p": 1.0, "top_k": 0}}
+    assert report.what_was_asked(args, 5, samplings) == (
+        "tiny, test split, 5 examples, paper: temperature 0.7, top-p 0.8, top-k 20; trained: greedy, seed 0")
