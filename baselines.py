@@ -202,8 +202,17 @@ def epochs(rows, batch, seed):
             yield [rows[i] for i in order[start : start + batch]]
 
 
-def descend(optimizer):
-    """One step with the gradient clipped at 1; a gradient that is not finite is dropped."""
+def sft_rate(highest, step, steps):
+    """The learning rate of an SFT's step: up during the first tenth of the steps, then down to nothing."""
+    warm_up = max(1, steps // 10)
+    return highest * min((step + 1) / warm_up, (steps - step) / (steps - warm_up + 1))
+
+
+def descend(optimizer, lr=None):
+    """One step with the gradient clipped at 1, by default at the optimiser's own rate; a gradient that is not
+    finite is dropped."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["lr"] if lr is None else lr
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if torch.nn.utils.clip_grad_norm_(parameters, 1.0).isfinite():
         optimizer.step()
@@ -237,9 +246,9 @@ def train_coconut(model, tokenizer, traces, cfg, budget, seed):
         rows = coconut_rows(model, tokenizer, traces, stage, cfg["stages"])
         optimizer = torch.optim.AdamW(base_parameters(model), lr=cfg["coconut_lr"], weight_decay=0.01)
         batches = epochs(rows, cfg["batch"], f"{seed} {stage}")
-        for batch in itertools.islice(batches, steps):
+        for step, batch in enumerate(itertools.islice(batches, steps)):
             add_text_gradients(model, batch, budget)
-            descend(optimizer)
+            descend(optimizer, sft_rate(cfg["coconut_lr"], step, steps))
     return steps * (cfg["stages"] + 2)
 
 
@@ -274,32 +283,30 @@ def add_text_gradients(model, batch, budget):
 
 
 # ============================================================ the answer at once
-def train_answer(model, tokenizer, task, examples, cfg, accuracy, budget, seed):
-    """SFT on the gold answers of the stories behind the answer's opening -> optimiser steps.
+def train_answer(model, rows, cfg, accuracy, budget, seed):
+    """SFT on rows of answer_rows -> optimiser steps.
 
     Ten times on the way accuracy() is asked, on val stories; the best weights of these are kept."""
-    if not hasattr(task, "answer"):
-        raise UserError("--method answer trains on gold answers, and this task has none (data/TASK: answer)")
-    rows = answer_rows(model, tokenizer, task, examples)
+    steps = cfg["answer_steps"]
     optimizer = torch.optim.AdamW(base_parameters(model), lr=cfg["answer_lr"], weight_decay=0.01)
-    every = max(1, cfg["answer_steps"] // 10)
+    every = max(1, steps // 10)
     best = -math.inf
-    batches = itertools.islice(epochs(rows, cfg["batch"], seed), cfg["answer_steps"])
-    for step, batch in enumerate(batches, 1):
+    batches = epochs(rows, cfg["batch"], seed)
+    for step, batch in enumerate(itertools.islice(batches, steps)):
         add_text_gradients(model, batch, budget)
-        descend(optimizer)
-        if step % every == 0:
+        descend(optimizer, sft_rate(cfg["answer_lr"], step, steps))
+        if (step + 1) % every == 0:
             val = accuracy()
-            print(f"answer: after {step} steps {val:.3f} on val", flush=True)
+            print(f"answer: after {step + 1} steps {val:.3f} on val", flush=True)
             if val > best:
                 best = val
                 kept = {name: weights.clone() for name, weights in model.state_dict().items()}
     model.load_state_dict(kept)
-    return cfg["answer_steps"]
+    return steps
 
 
 def answer_rows(model, tokenizer, task, examples):
-    """What follows the answer's opening, in which nothing can be learned."""
+    """The gold answers of the examples, from what follows the opening, in which nothing can be learned."""
     encode = plain_encoder(tokenizer)
     _, _, end = runs.chat_parts(model, tokenizer)
     opening = opening_of(task)
@@ -403,7 +410,7 @@ def sft_colar(model, tokenizer, head, traces, cfg, budget, seed):
     rng = random.Random(seed)
     costs = []  # nats of the latest words of answers
     steps = cfg["colar_epochs"] * max(1, len(rows) // cfg["batch"])
-    for _ in tqdm(range(steps), desc="colar, SFT", leave=False):
+    for step in tqdm(range(steps), desc="colar, SFT", leave=False):
         batch = []
         targets = []  # what the LM head learns, for each slot of a row
         for prompt, reasoning, answer in next(batches):
@@ -416,7 +423,7 @@ def sft_colar(model, tokenizer, head, traces, cfg, budget, seed):
             targets.append(drawn + answer)
         costs += add_sft_gradients(model, head, batch, targets, budget)
         costs = costs[-2000:]
-        descend(optimizer)
+        descend(optimizer, sft_rate(cfg["colar_lr"], step, steps))
     mean = sum(costs) / len(costs)
     print(f"colar, SFT: after the latents of its own trace a word of the answer costs {mean:.4f} nats at the "
           f"end", flush=True)
@@ -590,7 +597,7 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("what")
-    group.add_argument("--method", required=True, choices=["soft-thinking", "moi", "coconut", "colar", "answer"])
+    group.add_argument("--method", required=True, choices=list(METHODS))
     group.add_argument("--model", default="tiny",
                        help="the base: tiny, a directory, or a hub name such as Qwen2.5-1.5B")
     data.task_flags(group)
@@ -607,8 +614,7 @@ def parse_arguments():
     group.add_argument("--stories", type=int, default=None, help="train stories (default: all)")
     group.add_argument("--lr", type=float, default=None, help="learning rate of the SFT")
     group.add_argument("--stages", type=int, default=None, help="coconut: latents of its last stage")
-    group.add_argument("--epochs", type=int, default=None,
-                       help="of the SFT; coconut: per stage")
+    group.add_argument("--epochs", type=int, default=None, help="colar: of the SFT; coconut: of each stage")
     group.add_argument("--r", type=int, default=None, choices=RATES,
                        help="colar: reasoning tokens per latent in GRPO and in the test (default: all three "
                             "in the test of the SFT, then the best on val)")
@@ -656,10 +662,73 @@ def best_rate(rates, accuracy):
     return max(rates, key=lambda r: (found[r], r))
 
 
-def tell_what_it_took(method, took):
-    """What a trained method got, to be held against what RL gets."""
-    print(f"{method}: {took['stories']} stories, {took['traces']:,} traces, {took['sampled_tokens']:,} tokens "
-          f"sampled, {took['optimiser_steps']:,} optimiser steps", flush=True)
+# What each method does before its rows of the table, each of which it yields as (name, task, decoding).
+# decoding: arguments of evaluate, or a function of the temperature that makes them. on_val(task, decoding):
+# accuracy. took: what it has learned from so far, filled in here.
+def run_soft_thinking(args, cfg, model, tokenizer, task, examples, on_val, took):
+    end = answers_first_word(tokenizer, task)
+
+    def decoding(temperature):
+        method = soft_thinking(model, end, args.top, patience=args.patience, temperature=temperature)
+        return {**method, "start": cfg["max_new_tokens"]}
+
+    yield "soft-thinking", task, decoding
+
+
+def run_moi(args, cfg, model, tokenizer, task, examples, on_val, took):
+    yield "moi", task, mixture_of_inputs(model, args.beta)
+
+
+def run_answer(args, cfg, model, tokenizer, task, examples, on_val, took):
+    if not hasattr(task, "answer"):
+        raise UserError(f"--method answer trains on gold answers, and {args.task} has none (task.answer)")
+    report.check_answers(task, examples[:8])
+    decoding = {"at_once": True, "latent": "none"}
+    rows = answer_rows(model, tokenizer, task, examples)
+    took["optimiser_steps"] = train_answer(model, rows, cfg, lambda: on_val(task, decoding),
+                                           args.tokens_per_forward, args.seed)
+    yield "answer", task, decoding
+
+
+def traces_of(args, cfg, model, tokenizer, task, examples, took):
+    """own_traces, counted in took."""
+    traces, took["sampled_tokens"] = own_traces(model, tokenizer, task, examples, TRACES,
+                                                cfg["max_new_tokens"], args.seed)
+    took["traces"] = len(traces)
+    return traces
+
+
+def run_coconut(args, cfg, model, tokenizer, task, examples, on_val, took):
+    traces = traces_of(args, cfg, model, tokenizer, task, examples, took)
+    took["optimiser_steps"] = train_coconut(model, tokenizer, traces, cfg, args.tokens_per_forward, args.seed)
+    decoding = {"latent": feed_back, "start": cfg["stages"]}
+    print(f"coconut: {on_val(task, decoding):.3f} on val", flush=True)
+    yield "coconut", task, decoding
+
+
+def run_colar(args, cfg, model, tokenizer, task, examples, on_val, took):
+    traces = traces_of(args, cfg, model, tokenizer, task, examples, took)
+    head = new_head(model, args.seed)
+    budget = args.tokens_per_forward
+    took["optimiser_steps"] = sft_colar(model, tokenizer, head, traces, cfg, budget, args.seed)
+    decoding = {**colar(model, head, answers_first_word(tokenizer, task)), "start": cfg["most_latents"]}
+    rates = [args.r] if args.r else RATES
+    took["r"] = best_rate(rates, lambda r: on_val(told(task, r), decoding))
+    for r in rates:
+        yield f"colar, r = {r}, SFT", told(task, r), decoding
+    if cfg["rl_steps"]:
+        in_rl = {**decoding, "max_new_tokens": cfg["max_new_tokens"], "tag": 0}
+        task = told(task, took["r"])
+        with open(os.path.join(args.out, "metrics.jsonl"), "w") as log:
+            sampled, took["steps_without_gradient"] = rl_colar(model, tokenizer, task, head, examples, cfg,
+                                                               in_rl, budget, args.seed, log)
+        took["sampled_tokens"] += sampled
+        took["optimiser_steps"] += cfg["rl_steps"]
+        yield "colar", task, decoding
+
+
+METHODS = {"soft-thinking": run_soft_thinking, "moi": run_moi, "coconut": run_coconut, "colar": run_colar,
+           "answer": run_answer}
 
 
 def main():
@@ -690,12 +759,12 @@ def main():
         "group": GROUP,
     })
     start = time.time()
-    took = {"stories": 0, "traces": 0, "sampled_tokens": 0, "optimiser_steps": 0}
+    is_trained = args.method not in ("soft-thinking", "moi")
+    took = {"stories": len(examples) * is_trained, "traces": 0, "sampled_tokens": 0, "optimiser_steps": 0}
     rows = []
 
-    def figures(asked, some, decoding, sampling=PAPER, **more):
-        """The result of a task's examples. decoding: arguments of evaluate, or what makes them from the
-        temperature."""
+    def figures(asked, some, decoding, sampling, **more):
+        """evaluate's result on some examples of the task `asked`."""
         if callable(decoding):
             decoding = decoding(sampling["temperature"])
         result, _ = evaluate(model, tokenizer, asked, some, latent_prompt=False, seed=args.seed,
@@ -703,13 +772,16 @@ def main():
                              tag=0, **sampling, **decoding, **more)  # tag=0: to these methods a tag is text
         return result
 
-    def test(name, decoding, asked=task):
-        """Adds the method's rows to the table, one for each way of sampling."""
+    def on_val(asked, decoding):
+        return figures(asked, vals, decoding, PAPER)["accuracy"]
+
+    method = METHODS[args.method](args, cfg, model, tokenizer, task, examples, on_val, took)
+    for name, asked, decoding in method:
         seconds = time.time() - start
         for suffix, sampling in SAMPLINGS.items():
             label = f"  {name}{suffix}" if suffix else name
-            on_train = figures(asked, examples[:CHECKED], decoding, sampling, progress=f"{name}, train")
-            result = figures(asked, tests, decoding, sampling, progress=name, alone=8)
+            on_train = figures(asked, examples[:CHECKED], decoding, sampling, progress=f"{label}, train")
+            result = figures(asked, tests, decoding, sampling, progress=label, alone=8)
             rows.append((label, {
                 "model": label,
                 **took,
@@ -718,87 +790,20 @@ def main():
                 "train_stories": on_train["n_examples"],
                 **result}))
 
-    train = {"coconut": train_coconut_and_test, "colar": train_colar_and_test, "answer": train_answer_and_test}
-    if args.method == "soft-thinking":
-        test("soft-thinking", soft_thinking_at(model, task, tokenizer, args, cfg))
-    elif args.method == "moi":
-        test("moi", mixture_of_inputs(model, args.beta))
-    else:
-        took["stories"] = len(examples)
-        train[args.method](args, cfg, model, tokenizer, task, examples, vals, took, figures, test)
+    if is_trained:
         runs.save(model, tokenizer, os.path.join(args.out, "model"))
     runs.write_json(os.path.join(args.out, "results.json"), [result for _, result in rows])
+    tell(args, rows, took, len(tests), time.time() - start)
+
+
+def tell(args, rows, took, n_tests, seconds):
+    """The table, and under it how each row does on train stories and what the method got."""
     print(report.table(rows) + "\n")
     for name, row in rows:
         print(f"{name}: {row['train_accuracy']:.3f} on {row['train_stories']} train stories")
-    print(f"\n{len(tests)} test examples, seed {args.seed}, {time.time() - start:.0f}s; "
-          f"numbers in {args.out}/results.json")
-
-
-def soft_thinking_at(model, task, tokenizer, args, cfg):
-    """temperature -> arguments of evaluate"""
-    end = answers_first_word(tokenizer, task)
-
-    def decoding(temperature):
-        method = soft_thinking(model, end, args.top, patience=args.patience, temperature=temperature)
-        return {**method, "start": cfg["max_new_tokens"]}
-
-    return decoding
-
-
-# What the trained methods do between the model and the table. took: filled in; figures and test: of main.
-def train_answer_and_test(args, cfg, model, tokenizer, task, examples, vals, took, figures, test):
-    decoding = {"at_once": True, "latent": "none"}
-
-    def accuracy():
-        return figures(task, vals, decoding)["accuracy"]
-
-    report.check_answers(task, examples[:8])
-    took["optimiser_steps"] = train_answer(model, tokenizer, task, examples, cfg, accuracy,
-                                           args.tokens_per_forward, args.seed)
-    tell_what_it_took("answer", took)
-    test("answer", decoding)
-
-
-def traces_of(args, cfg, model, tokenizer, task, examples, took):
-    traces, took["sampled_tokens"] = own_traces(model, tokenizer, task, examples, TRACES,
-                                                cfg["max_new_tokens"], args.seed)
-    took["traces"] = len(traces)
-    return traces
-
-
-def train_coconut_and_test(args, cfg, model, tokenizer, task, examples, vals, took, figures, test):
-    traces = traces_of(args, cfg, model, tokenizer, task, examples, took)
-    took["optimiser_steps"] = train_coconut(model, tokenizer, traces, cfg, args.tokens_per_forward, args.seed)
-    tell_what_it_took("coconut", took)
-    decoding = {"latent": feed_back, "start": cfg["stages"]}
-    print(f"coconut: {figures(task, vals, decoding)['accuracy']:.3f} on val", flush=True)
-    test("coconut", decoding)
-
-
-def train_colar_and_test(args, cfg, model, tokenizer, task, examples, vals, took, figures, test):
-    traces = traces_of(args, cfg, model, tokenizer, task, examples, took)
-    head = new_head(model, args.seed)
-    budget = args.tokens_per_forward
-    took["optimiser_steps"] = sft_colar(model, tokenizer, head, traces, cfg, budget, args.seed)
-    decoding = {**colar(model, head, answers_first_word(tokenizer, task)), "start": cfg["most_latents"]}
-
-    def accuracy(r):
-        return figures(told(task, r), vals, decoding)["accuracy"]
-
-    rates = [args.r] if args.r else RATES
-    took["r"] = best_rate(rates, accuracy)
-    for r in rates:
-        test(f"colar, r = {r}, SFT", decoding, told(task, r))
-    if cfg["rl_steps"]:
-        in_rl = {**decoding, "max_new_tokens": cfg["max_new_tokens"], "tag": 0}
-        with open(os.path.join(args.out, "metrics.jsonl"), "w") as log:
-            sampled, took["steps_without_gradient"] = rl_colar(
-                model, tokenizer, told(task, took["r"]), head, examples, cfg, in_rl, budget, args.seed, log)
-        took["sampled_tokens"] += sampled
-        took["optimiser_steps"] += cfg["rl_steps"]
-        test("colar", decoding, told(task, took["r"]))
-    tell_what_it_took("colar", took)
+    print(f"{args.method}: {took['stories']} stories, {took['traces']:,} traces, "
+          f"{took['sampled_tokens']:,} tokens sampled, {took['optimiser_steps']:,} optimiser steps")
+    print(f"\n{n_tests} test examples, seed {args.seed}, {seconds:.0f}s; numbers in {args.out}/results.json")
 
 
 if __name__ == "__main__":

@@ -237,7 +237,8 @@ def test_the_answer_learns_what_follows_its_opening_and_keeps_the_weights_that_v
     model, tok = load("tiny")
     task = data.load_task("tiny")
     examples = task.examples("train")[:8]
-    row = baselines.answer_rows(model, tok, task, examples)[0]
+    rows = baselines.answer_rows(model, tok, task, examples)
+    row = rows[0]
     assert tok.decode(row.prompt_ids).endswith("answer : \\boxed{") and row.n_latents == 0
     assert tok.decode(row.slots[:-1]).split() in (["Yes", "}"], ["No", "}"])
 
@@ -249,7 +250,7 @@ def test_the_answer_learns_what_follows_its_opening_and_keeps_the_weights_that_v
         return next(val)
 
     cfg = {"answer_lr": 1e-2, "answer_steps": 10, "batch": 8}
-    assert baselines.train_answer(model, tok, task, examples, cfg, accuracy, 1000, 0) == 10
+    assert baselines.train_answer(model, rows, cfg, accuracy, 1000, 0) == 10
     assert torch.equal(model.model.norm.weight, seen[1]) and not torch.equal(seen[1], seen[2])
 
 
@@ -280,7 +281,7 @@ def test_every_method_runs_on_both_tasks(method, rows, tmp_path, monkeypatch, ca
         assert (r["sampled_tokens"] > 0) == (r["traces"] > 0) == (method in ("coconut", "colar"))
         assert (r["optimiser_steps"] > 0) == trained
     said = capsys.readouterr().out
-    assert not trained or f"{method}: 2 stories, {found[-1]['traces']} traces" in said
+    assert not trained or f"{method}: 2 stories, {found[-1]['traces']} traces, " in said
     if method == "colar":
         assert found[-1]["optimiser_steps"] == found[0]["optimiser_steps"] + 1
         in_rl = found[-1]["steps_without_gradient"]
@@ -292,7 +293,7 @@ def test_baselines_say_what_is_wrong_in_one_line(tmp_path, model, tok):
                  "--out", tmp_path / "o")
     assert got.returncode == 2 and "nothing to train on" in got.stderr and "Traceback" not in got.stderr
     for method, words, complaint in [("moi", ["--stories", 4000], "has 480 train stories"),
-                                     ("answer", ["--task", "tiny.next_chapter"], "this task has none")]:
+                                     ("answer", ["--task", "tiny.next_chapter"], "tiny.next_chapter has none")]:
         got = script("baselines.py", "--method", method, *words, "--n", 1, "--out", tmp_path / method)
         assert got.returncode == 2 and complaint in got.stderr and "Traceback" not in got.stderr
     with pytest.raises(UserError):
