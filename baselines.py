@@ -6,7 +6,7 @@ counting of tokens.
     moi             (every token, mixed with rivals)     (there are no blocks)                  none
     coconut         the last hidden state itself         a fixed number has been run            SFT in stages
     colar           a draw from N(mu(h), sigma(h))       the LM head draws the answer's word    SFT, then GRPO
-    answer          (the answer is forced at once)       (nothing is reasoned)                  SFT on gold answers
+    answer          (the answer is forced at once)       (nothing is reasoned)                  SFT, gold answers
 
 All of them are `generate` of litereason.py with another latent step and other rules for where a block begins
 and ends (its arguments latent, start, leave, feed); a block begins at the answer's first position. They get
@@ -55,16 +55,17 @@ from train_projector import SENTENCE, split_answer
 # ours), and what a small model trained from scratch needs. stories: None is all there are.
 RELEASED = {
     "stories": None, "batch": 128, "max_new_tokens": 2048, "answer_lr": 5e-5, "answer_steps": 200,
-    "coconut_lr": 5e-5, "stages": 5, "per_stage": 2,
-    "colar_lr": 1e-4, "colar_epochs": 50, "most_latents": 64, "rl_lr": 5e-7, "rl_steps": 180, "rl_prompts": 48}
+    "coconut_lr": 5e-5, "stages": 5, "per_stage": 2, "last_stage": 2,  # epochs per stage, and of the last
+    "colar_lr": 1e-4, "colar_epochs": 50, "most_latents": 64,
+    "rl_lr": 5e-7, "rl_steps": 180, "rl_prompts": 48}
 # Chosen on 200 val stories, seed 0, sampled as the paper samples:
 # TUNED
 # CoLaR's GRPO has the steps, prompts and learning rate of train_rl.py.
 SMALL = {
-    "stories": None, "batch": 32, "max_new_tokens": 160, "answer_lr": 1e-3, "answer_steps": 400,
-    "coconut_lr": 3e-4, "stages": 8, "per_stage": 1,
-    "colar_lr": 1e-3, "colar_epochs": 4, "most_latents": 150, "rl_lr": train_rl.SMALL["lr"],
-    "rl_steps": train_rl.SMALL["steps"], "rl_prompts": train_rl.SMALL["prompts"]}
+    "stories": None, "batch": 32, "max_new_tokens": 160, "answer_lr": 3e-4, "answer_steps": 240,
+    "coconut_lr": 3e-4, "stages": 8, "per_stage": 1 / 3, "last_stage": 8 / 3,
+    "colar_lr": 1e-3, "colar_epochs": 2, "most_latents": 150,
+    "rl_lr": train_rl.SMALL["lr"], "rl_steps": train_rl.SMALL["steps"], "rl_prompts": train_rl.SMALL["prompts"]}
 TRACES = 5  # sampled per train story
 GROUP = 16  # rollouts per prompt in CoLaR's GRPO
 RATES = (1, 2, 5)  # reasoning tokens per latent with which CoLaR is tested after its SFT
@@ -239,17 +240,22 @@ def train_coconut(model, tokenizer, traces, cfg, budget, seed):
 
     The paper: in stage s the first s reasoning sentences of each trace are deleted and latents put at the
     answer's beginning; after the last stage all reasoning is deleted. Cross-entropy on the text that is
-    left, back-propagated through the latents; a new optimiser per stage. Ours: one latent per sentence (the
-    paper's maths has two, the author's plot-hole runs one). budget: positions per forward pass."""
-    steps = cfg["per_stage"] * max(1, len(traces) // cfg["batch"])
+    left, back-propagated through the latents; a new optimiser per stage; most epochs are the last stage's.
+    Ours: one latent per sentence (the paper's maths has two, the author's plot-hole runs one). budget:
+    positions per forward pass."""
+    taken = 0
     for stage in tqdm(range(cfg["stages"] + 2), desc="coconut, stages", leave=False):
         rows = coconut_rows(model, tokenizer, traces, stage, cfg["stages"])
         optimizer = torch.optim.AdamW(base_parameters(model), lr=cfg["coconut_lr"], weight_decay=0.01)
         batches = epochs(rows, cfg["batch"], f"{seed} {stage}")
+        is_last = stage > cfg["stages"]
+        n_epochs = cfg["last_stage"] if is_last else cfg["per_stage"]
+        steps = max(1, int(n_epochs * len(rows) / cfg["batch"]))
         for step, batch in enumerate(itertools.islice(batches, steps)):
             add_text_gradients(model, batch, budget)
             descend(optimizer, sft_rate(cfg["coconut_lr"], step, steps))
-    return steps * (cfg["stages"] + 2)
+        taken += steps
+    return taken
 
 
 def coconut_rows(model, tokenizer, traces, stage, last_stage):
@@ -409,7 +415,7 @@ def sft_colar(model, tokenizer, head, traces, cfg, budget, seed):
     batches = epochs(rows, cfg["batch"], seed)
     rng = random.Random(seed)
     costs = []  # nats of the latest words of answers
-    steps = cfg["colar_epochs"] * max(1, len(rows) // cfg["batch"])
+    steps = max(1, int(cfg["colar_epochs"] * len(rows) / cfg["batch"]))
     for step in tqdm(range(steps), desc="colar, SFT", leave=False):
         batch = []
         targets = []  # what the LM head learns, for each slot of a row
@@ -517,8 +523,8 @@ def rl_colar(model, tokenizer, task, head, examples, cfg, decoding, budget, seed
         descend(optimizer)
         share = tell_step(log, step, cfg["rl_steps"], epoch, rollouts, groups, start)
         without_gradient += share == 1
-    print(f"colar, GRPO: in {without_gradient} of {cfg['rl_steps']} steps all groups had zero variance, hence "
-          f"no gradient", flush=True)
+    print(f"colar, GRPO: in {without_gradient} of {cfg['rl_steps']} steps all groups had zero variance and no "
+          f"gradient", flush=True)
     return spent, without_gradient
 
 
@@ -614,7 +620,8 @@ def parse_arguments():
     group.add_argument("--stories", type=int, default=None, help="train stories (default: all)")
     group.add_argument("--lr", type=float, default=None, help="learning rate of the SFT")
     group.add_argument("--stages", type=int, default=None, help="coconut: latents of its last stage")
-    group.add_argument("--epochs", type=int, default=None, help="colar: of the SFT; coconut: of each stage")
+    group.add_argument("--epochs", type=float, default=None,
+                       help="colar: of the SFT; coconut: of each stage but the last")
     group.add_argument("--r", type=int, default=None, choices=RATES,
                        help="colar: reasoning tokens per latent in GRPO and in the test (default: all three "
                             "in the test of the SFT, then the best on val)")

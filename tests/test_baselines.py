@@ -96,9 +96,9 @@ def test_coconut_learns_through_its_latents(model, tok):
     by_latents = model.model.embed_tokens.weight.grad.clone()
     assert latents[0].requires_grad and by_latents.abs().sum() > 0
     before = [p.detach().clone() for p in model.parameters()]
-    cfg = {"stages": 2, "per_stage": 1, "coconut_lr": 1e-3, "batch": 2}
+    cfg = {"stages": 2, "per_stage": 1, "last_stage": 2, "coconut_lr": 1e-3, "batch": 2}
     traces = [("a b", "One. Two. Three.", "\\boxed{1}"), ("b", "One.", "\\boxed{2}")]
-    assert train_coconut(model, tok, traces, cfg, 1000, 0) == 4  # a step in each of 4 stages
+    assert train_coconut(model, tok, traces, cfg, 1000, 0) == 5  # a step in each stage but the last
     changed = [not torch.equal(a, b) for a, b in zip(before, model.parameters())]
     names = [n for n, _ in model.named_parameters()]
     for change, name in zip(changed, names):
@@ -265,7 +265,7 @@ def test_every_method_runs_on_both_tasks(method, rows, tmp_path, monkeypatch, ca
     limit = 160 if method == "colar" else 60  # a trace of all eight steps has 148 words
     words = ["--method", method, "--task", task, "--n", 4, "--stories", 2, "--steps", 1,
              "--max-new-tokens", limit, "--seed", 1, "--out", tmp_path / "o"]
-    shorter = {"stages": 1, "per_stage": 1, "colar_epochs": 6, "rl_prompts": 1, "most_latents": 8}
+    shorter = {"stages": 1, "per_stage": 1, "last_stage": 1, "colar_epochs": 6, "rl_prompts": 1, "most_latents": 8}
     monkeypatch.setattr(baselines, "SMALL", {**baselines.SMALL, **shorter})
     monkeypatch.setattr(baselines, "GROUP", 4)
     monkeypatch.setattr(baselines, "CHECKED", 3)
@@ -285,7 +285,7 @@ def test_every_method_runs_on_both_tasks(method, rows, tmp_path, monkeypatch, ca
     if method == "colar":
         assert found[-1]["optimiser_steps"] == found[0]["optimiser_steps"] + 1
         in_rl = found[-1]["steps_without_gradient"]
-        assert in_rl in (0, 1) and f"in {in_rl} of 1 steps all groups had zero variance" in said
+        assert in_rl in (0, 1) and f"in {in_rl} of 1 steps all groups had zero variance and no" in said
 
 
 def test_baselines_say_what_is_wrong_in_one_line(tmp_path, model, tok):
