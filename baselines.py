@@ -66,14 +66,17 @@ RELEASED = {
 #              no further); lr 3e-4 with warm-up 0.915 after 48 steps, 1.000 (1.000) from 72 on
 #   coconut    25 steps in every stage: lr 3e-4 at a constant rate 0.540 (0.635), lr 1e-3 with warm-up 0.560
 #              (0.575); lr 3e-4 with warm-up and 200 steps in the last stage 0.995 (1.000)
-#   colar, SFT lr 1e-3 at a constant rate, 150 steps: 0.500, 0.500, 0.500 for r = 1, 2, 5 (0.500 each); lr 3e-4
-#              with warm-up, 200 steps: 0.490, 0.485, 0.500 (0.500, 0.495, 0.535)
+#   colar, SFT for r = 1, 2, 5: lr 1e-3 at a constant rate, 150 steps 0.500, 0.500, 0.500 (0.500 each: every
+#              answer is the same, GRPO has no gradient); lr 1e-3 with warm-up, 74 steps 0.480, 0.525, 0.500
+#              (0.545, 0.505, 0.440; all of 4 GRPO steps had a gradient); lr 3e-4 with warm-up, 200 steps
+#              0.490, 0.485, 0.500 (0.500, 0.495, 0.535): a coin everywhere. The last is taken, as its
+#              answers differ and its rate is the other methods'
 #
 # CoLaR's GRPO has the steps, prompts and learning rate of train_rl.py.
 SMALL = {
     "stories": None, "batch": 32, "max_new_tokens": 160, "answer_lr": 3e-4, "answer_steps": 240,
     "coconut_lr": 3e-4, "stages": 8, "per_stage": 1 / 3, "last_stage": 8 / 3,
-    "colar_lr": 1e-3, "colar_epochs": 2, "most_latents": 150,
+    "colar_lr": 3e-4, "colar_epochs": 8 / 3, "most_latents": 150,
     "rl_lr": train_rl.SMALL["lr"], "rl_steps": train_rl.SMALL["steps"], "rl_prompts": train_rl.SMALL["prompts"]}
 TRACES = 5  # sampled per train story
 GROUP = 16  # rollouts per prompt in CoLaR's GRPO
