@@ -758,15 +758,15 @@ def main():
     runs.check_arguments(args)
     held = runs.lock(args.out)  # noqa: F841, until the process ends
     runs.check_what_is_there(args)
+    examples = task.examples("train")
+    if (args.stories or 1) > len(examples):
+        raise UserError(f"--stories is {args.stories}; {args.task} has {len(examples)} train stories")
+    vals = task.examples("val")[:CHECKED]
+    tests = task.examples("test")[: args.n]
     model, tokenizer = load(args.model, args.device)
     model.graphs = args.graphs
     cfg = settings(args, model)
-    examples = task.examples("train")
-    if (cfg["stories"] or 1) > len(examples):
-        raise UserError(f"--stories is {cfg['stories']}; {args.task} has {len(examples)} train stories")
     examples = examples[: cfg["stories"]]
-    vals = task.examples("val")[:CHECKED]
-    tests = task.examples("test")[: args.n]
     data.start_task(args, task, args.model)
     runs.delete_earlier_run(args.out)
     runs.write_json(os.path.join(args.out, "config.json"), {
