@@ -11,6 +11,7 @@ from conftest import close
 from test_scripts import script
 
 import baselines
+import data
 from baselines import LatentHead, colar, feed_back, mixture_of_inputs, normal_numbers, soft_thinking, train_coconut
 from litereason import LATENT, UserError, attach, generate, load, logprobs, save, start_projector, states, unroll
 
@@ -95,9 +96,9 @@ def test_coconut_learns_through_its_latents(model, tok):
     by_latents = model.model.embed_tokens.weight.grad.clone()
     assert latents[0].requires_grad and by_latents.abs().sum() > 0
     before = [p.detach().clone() for p in model.parameters()]
-    cfg = {"stages": 2, "per_stage": 1, "coconut_lr": 1e-3, "batch": 2}
-    traces = [(tok.encode("a b"), "One. Two. Three.", "\\boxed{1}"), (tok.encode("b"), "One.", "\\boxed{2}")]
-    assert train_coconut(model, tok, traces, cfg, 1000, 0) == 2
+    cfg = {"stages": 2, "per_stage": 1, "last_stage": 2, "coconut_lr": 1e-3, "batch": 2}
+    traces = [("a b", "One. Two. Three.", "\\boxed{1}"), ("b", "One.", "\\boxed{2}")]
+    assert train_coconut(model, tok, traces, cfg, 1000, 0) == 5  # a step in each stage but the last
     changed = [not torch.equal(a, b) for a, b in zip(before, model.parameters())]
     names = [n for n, _ in model.named_parameters()]
     for change, name in zip(changed, names):
@@ -184,29 +185,116 @@ def test_controls_of_the_projector_run_and_are_refused_on_a_trained_one(tmp_path
     assert rows[-1]["latent_steps"] == 0
 
 
+def test_a_latent_of_colar_is_the_sum_of_its_words_over_the_root_of_their_number(model):
+    z = baselines.compress(model, [[5], [7, 9, 7, 11]])
+    e = model.get_input_embeddings().weight.detach().float()
+    close(z, torch.stack([e[5], (2 * e[7] + e[9] + e[11]) / 2]), 1e-6)
+
+
+def test_colars_sft_draws_r_from_1_to_5_and_says_it_in_the_prompt(model, tok, monkeypatch):
+    model = attach(type(model)(model.config).double())
+    learned = []
+
+    def gradients(model, head, batch, targets, budget):
+        learned.extend(batch)
+        return [0.0]
+
+    monkeypatch.setattr(baselines, "add_sft_gradients", gradients)
+    cfg = {"colar_epochs": 100, "colar_lr": 0.0, "batch": 1}
+    baselines.sft_colar(model, tok, head_of(model), [("a b", "x" * 10, "\\boxed{1}")], cfg, 1000, 0)
+    latents = {tok.decode(row.prompt_ids): row.n_latents for row in learned}
+    assert latents == {"a b 1": 10, "a b 2": 5, "a b 3": 4, "a b 4": 3, "a b 5": 2}
+
+
+def test_a_task_that_is_told_r_is_the_task_with_r_in_its_prompts():
+    task = data.load_task("tiny.next_chapter")
+    example = task.examples("val")[0]
+    told = baselines.told(task, 2)
+    assert told.prompt(example, False) == task.prompt(example, False) + " 2"
+    assert told.rewards is task.rewards and told.ANSWER == task.ANSWER
+
+
+def test_the_best_rate_on_val_is_chosen_and_of_equals_the_one_with_the_fewest_latents(capsys):
+    assert baselines.best_rate((1, 2, 5), {1: 0.6, 2: 0.7, 5: 0.5}.get) == 2
+    assert baselines.best_rate((1, 2, 5), {1: 0.5, 2: 0.5, 5: 0.5}.get) == 5
+    assert "r = 2: 0.700 on val" in capsys.readouterr().out
+
+
+def test_a_step_in_which_all_groups_had_zero_variance_says_so(model, tok, tmp_path, capsys):
+    rolls = generate(model, tok, PROMPTS, 2, max_new_tokens=6, start=3, tag=0, generator=seeded(),
+                     **colar(model, head_of(model), 5))
+    with open(tmp_path / "log", "w") as log:
+        assert baselines.tell_step(log, 0, 9, 0, rolls, torch.tensor([[1.0, 1.0], [0.0, 0.0]]), 0.0) == 1
+        assert "warning: step 1: in all 2 groups every rollout earned the same" in capsys.readouterr().out
+        assert baselines.tell_step(log, 1, 9, 0, rolls, torch.tensor([[1.0, 0.0], [0.0, 0.0]]), 0.0) == 0.5
+        assert "earned the same" not in capsys.readouterr().out
+    lines = [json.loads(line) for line in open(tmp_path / "log")]
+    assert [line["zero_variance"] for line in lines] == [1, 0.5]
+
+
+# ---------------------------------------------------------------- the answer at once
+def test_the_answer_learns_what_follows_its_opening_and_keeps_the_weights_that_val_likes_best():
+    model, tok = load("tiny")
+    task = data.load_task("tiny")
+    examples = task.examples("train")[:8]
+    rows = baselines.answer_rows(model, tok, task, examples)
+    row = rows[0]
+    assert tok.decode(row.prompt_ids).endswith("answer : \\boxed{") and row.n_latents == 0
+    assert tok.decode(row.slots[:-1]).split() in (["Yes", "}"], ["No", "}"])
+
+    val = iter([0.5, 0.9, 0.9, *[0.3] * 7])
+    seen = []
+
+    def accuracy():
+        seen.append(model.model.norm.weight.detach().clone())
+        return next(val)
+
+    cfg = {"answer_lr": 1e-2, "answer_steps": 10, "batch": 8}
+    assert baselines.train_answer(model, rows, cfg, accuracy, 1000, 0) == 10
+    assert torch.equal(model.model.norm.weight, seen[1]) and not torch.equal(seen[1], seen[2])
+
+
 # ---------------------------------------------------------------- the script
-@pytest.mark.parametrize("method, rows", [("soft-thinking", ["soft-thinking"]), ("moi", ["moi"]),
-                                          ("coconut", ["coconut"]), ("colar", ["colar, SFT", "colar"])])
-def test_every_method_runs_on_both_tasks(method, rows, tmp_path, monkeypatch):
-    task = "tiny" if method in ("moi", "colar") else "tiny.next_chapter"
+SFTS = ["colar, r = 1, SFT", "colar, r = 2, SFT", "colar, r = 5, SFT"]
+
+
+@pytest.mark.parametrize("method, rows", [("soft-thinking", ["soft-thinking"]), ("moi", ["moi"]), ("answer", ["answer"]),
+                                          ("coconut", ["coconut"]), ("colar", [*SFTS, "colar"])])
+def test_every_method_runs_on_both_tasks(method, rows, tmp_path, monkeypatch, capsys):
+    task = "tiny" if method in ("moi", "colar", "answer") else "tiny.next_chapter"
     limit = 160 if method == "colar" else 60  # a trace of all eight steps has 148 words
-    words = ["--method", method, "--task", task, "--n", 4, "--prompts", 2, "--steps", 1,
-             "--max-new-tokens", limit, "--seed", 1, "--out", tmp_path / "o"]  # seed 1: short answers
-    shorter = {"stages": 1, "per_stage": 1, "colar_epochs": 6, "rl_prompts": 1}
+    words = ["--method", method, "--task", task, "--n", 4, "--stories", 2, "--steps", 1,
+             "--max-new-tokens", limit, "--seed", 1, "--out", tmp_path / "o"]
+    shorter = {"stages": 1, "per_stage": 1, "last_stage": 1, "colar_epochs": 6, "rl_prompts": 1, "most_latents": 8}
     monkeypatch.setattr(baselines, "SMALL", {**baselines.SMALL, **shorter})
     monkeypatch.setattr(baselines, "GROUP", 4)
-    monkeypatch.setattr(baselines, "MOST_LATENTS", 8)
+    monkeypatch.setattr(baselines, "CHECKED", 3)
     monkeypatch.setattr(sys, "argv", ["baselines.py", *map(str, words)])
     with torch.random.fork_rng(devices=[]):
         baselines.main()
     found = json.load(open(tmp_path / "o" / "results.json"))
-    assert [r["model"] for r in found] == rows
+    assert [r["model"] for r in found] == [name for row in rows for name in (row, f"  {row}, temperature 1")]
     assert all(r["n_examples"] == 4 and r["training_seconds"] >= 0 for r in found)
+    trained = method not in ("soft-thinking", "moi")
+    for r in found:
+        assert "train_accuracy" in r and r["train_stories"] == 2 and r["stories"] == 2 * trained
+        assert (r["sampled_tokens"] > 0) == (r["traces"] > 0) == (method in ("coconut", "colar"))
+        assert (r["optimiser_steps"] > 0) == trained
+    said = capsys.readouterr().out
+    assert not trained or f"{method}: 2 stories, {found[-1]['traces']} traces, " in said
+    if method == "colar":
+        assert found[-1]["optimiser_steps"] == found[0]["optimiser_steps"] + 1
+        in_rl = found[-1]["steps_without_gradient"]
+        assert in_rl in (0, 1) and f"in {in_rl} of 1 steps all groups had zero variance and no" in said
 
 
 def test_baselines_say_what_is_wrong_in_one_line(tmp_path, model, tok):
-    got = script("baselines.py", "--method", "coconut", "--max-new-tokens", 1, "--prompts", 2, "--n", 1,
+    got = script("baselines.py", "--method", "coconut", "--max-new-tokens", 1, "--stories", 2, "--n", 1,
                  "--out", tmp_path / "o")
     assert got.returncode == 2 and "nothing to train on" in got.stderr and "Traceback" not in got.stderr
+    for method, words, complaint in [("moi", ["--stories", 4000], "has 480 train stories"),
+                                     ("answer", ["--task", "tiny.next_chapter"], "tiny.next_chapter has none")]:
+        got = script("baselines.py", "--method", method, *words, "--n", 1, "--out", tmp_path / method)
+        assert got.returncode == 2 and complaint in got.stderr and "Traceback" not in got.stderr
     with pytest.raises(UserError):
         generate(model, tok, ["x"], max_new_tokens=0)

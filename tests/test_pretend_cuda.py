@@ -498,17 +498,18 @@ def on_the_card_baseline(method, out):
     import runs
 
     def traces(model, tokenizer, task, examples, *_):
-        prompts = [runs.encode_prompt(model, tokenizer, task.prompt(example, False)) for example in examples]
+        prompts = [task.prompt(example, False) for example in examples]
         return [(prompt, REASONING, r"\boxed{ No }") for prompt in prompts], 0
 
     baselines.own_traces = traces
-    baselines.SMALL.update(prompts=4, batch=4, stages=1, per_stage=1, colar_epochs=1, rl_prompts=1)
+    baselines.SMALL.update(stories=4, batch=4, stages=1, per_stage=1, colar_epochs=1, rl_prompts=1)
     baselines.GROUP = 4
+    baselines.CHECKED = 1
     sys.argv = ["baselines.py", "--method", method, "--n", "1", "--steps", "1", "--max-new-tokens", "12", "--out", out]
     runs.run_script(baselines.main)
 
 
-@pytest.mark.parametrize("method", ["soft-thinking", "moi", "coconut", "colar"])
+@pytest.mark.parametrize("method", ["soft-thinking", "moi", "coconut", "colar", "answer"])
 def test_a_baseline(method, tmp_path):
     pretend.run(on_the_card_baseline, method, str(tmp_path / "run"))
-    assert [row["model"] for row in results(tmp_path / "run")][-1] == method
+    assert [row["model"] for row in results(tmp_path / "run")][-2] == method  # the last is at temperature 1
