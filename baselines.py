@@ -46,7 +46,7 @@ import engine
 import report
 import runs
 import train_rl
-from eval import evaluate
+from eval import PAPER, TRAINED, evaluate
 from litereason import (LATENT, Rollout, UserError, generate, group_advantages, load, logprobs, policy_loss,
                         projector_loss, states)
 from train_projector import SENTENCE, split_answer
@@ -83,8 +83,7 @@ GROUP = 16  # rollouts per prompt in CoLaR's GRPO
 RATES = (1, 2, 5)  # reasoning tokens per latent with which CoLaR is tested after its SFT
 CHECKED = 200  # val stories by which something is chosen, and train stories evaluated beside the test
 # What a row's name ends in: how its answers are sampled.
-PAPER = {"temperature": 0.7, "top_p": 0.8, "top_k": 20}
-SAMPLINGS = {"": PAPER, ", temperature 1": {"temperature": 1.0}}
+SAMPLINGS = {"": PAPER, ", temperature 1": TRAINED}
 
 
 # ============================================================ Soft Thinking (arXiv 2505.15778)
@@ -780,7 +779,7 @@ def main():
     start = time.time()
     is_trained = args.method not in ("soft-thinking", "moi")
     took = {"stories": len(examples) * is_trained, "traces": 0, "sampled_tokens": 0, "optimiser_steps": 0}
-    rows = []
+    rows, on_train_stories = [], []
 
     def figures(asked, some, decoding, sampling, **more):
         """evaluate's result on some examples of the task `asked`."""
@@ -801,17 +800,23 @@ def main():
             label = f"  {name}{suffix}" if suffix else name
             on_train = figures(asked, examples[:CHECKED], decoding, sampling, progress=f"{label}, train")
             result = figures(asked, tests, decoding, sampling, progress=label, alone=8)
+            # As in eval.py's results.
+            of_row = {"model": label, "sampling": "trained" if suffix else "paper"}
             rows.append((label, {
-                "model": label,
+                **of_row,
+                "split": "test",
                 **took,
                 "training_seconds": seconds,
                 "train_accuracy": on_train["accuracy"],
                 "train_stories": on_train["n_examples"],
                 **result}))
+            if not suffix:
+                on_train_stories.append({**of_row, "split": "train", **took, **on_train})
 
     if is_trained:
         runs.save(model, tokenizer, os.path.join(args.out, "model"))
-    runs.write_json(os.path.join(args.out, "results.json"), [result for _, result in rows])
+    results = [result for _, result in rows] + on_train_stories
+    runs.write_json(os.path.join(args.out, "results.json"), results)
     tell(args, rows, took, len(tests), time.time() - start)
 
 

@@ -56,6 +56,7 @@ METHODS = [
     ("pause tokens", "pause", "train_rl.py --projector pause"),
     ("projector never refreshed", "no-refresh", "train_rl.py --no-refresh"),
     ("projector from random numbers", "random", "train_rl.py --projector random"),
+    ("answer at once", "answer", "baselines.py --method answer"),
     ("MoI", "moi", "baselines.py --method moi"),
     ("Soft Thinking", "soft-thinking", "baselines.py --method soft-thinking"),
     ("Coconut", "coconut", "baselines.py --method coconut"),
@@ -333,7 +334,9 @@ def costs_of(task, found):
 
 def headline(found):
     """The README's first table: the claim, and beside it the row that it has to be read with."""
-    lines = ["| plot holes, tiny world | accuracy | tokens |", "|---|---|---|"]
+    sampled = {"paper": "the paper's sampling", "trained": "temperature 1"}
+    said = sampled[next(iter(found.values()))["sampling"]]
+    lines = [f"| plot holes, tiny world, {said} | accuracy | tokens |", "|---|---|---|"]
     for name in ("base, explicit reasoning", "LiteReason before RL", "LiteReason", "RL without latents",
                  "RL with tags, no latents"):
         if name in found:

@@ -273,6 +273,10 @@ def test_every_method_runs_on_both_tasks(method, rows, tmp_path, monkeypatch, ca
     with torch.random.fork_rng(devices=[]):
         baselines.main()
     found = json.load(open(tmp_path / "o" / "results.json"))
+    on_train = [r for r in found if r["split"] == "train"]
+    assert [r["sampling"] for r in on_train] == ["paper"] * len(rows)
+    found = [r for r in found if r["split"] == "test"]
+    assert [r["sampling"] for r in found] == ["paper", "trained"] * len(rows)
     assert [r["model"] for r in found] == [name for row in rows for name in (row, f"  {row}, temperature 1")]
     assert all(r["n_examples"] == 4 and r["training_seconds"] >= 0 for r in found)
     trained = method not in ("soft-thinking", "moi")
