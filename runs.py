@@ -38,7 +38,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-TINY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "tiny", "base")
+DATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data")
+TINY = os.path.join(DATA, "tiny", "base")
+SHIPPED = {"tiny": TINY, "serial": os.path.join(DATA, "serial", "base")}  # models for the tasks of these names
 
 
 # ============================================================ how a script ends
@@ -148,7 +150,7 @@ def why_the_hub_refuses(name, what, error):
 
 def checkpoint_path(name_or_path):
     """The directory, or the hub id, that a name means."""
-    path = TINY if name_or_path == "tiny" else str(name_or_path)
+    path = SHIPPED.get(str(name_or_path), str(name_or_path))
     if os.path.exists(os.path.join(path, "model", "config.json")):
         path = os.path.join(path, "model")  # a run's output directory
     if os.path.isdir(path):

@@ -127,7 +127,7 @@ def choose_task(args, name):
     """The task module of args.task, by default (then set in args) the tiny world for a checkpoint whose
     vocabulary is that world's, else flawed_fictions. Reads no weights: what is wrong with a task is said
     before a model is fetched."""
-    args.task = args.task or ("tiny" if _reads_the_tiny_world(name) else "flawed_fictions")
+    args.task = args.task or _world_of(name) or "flawed_fictions"
     task = load_task(args.task)
     if (args.reward or args.scorer) and not hasattr(task, "settings"):
         raise UserError(f"--reward and --scorer are for tasks with a scorer (next_chapter); {args.task} has "
@@ -135,15 +135,20 @@ def choose_task(args, name):
     return task
 
 
-def _reads_the_tiny_world(name):
-    """Whether a checkpoint's tokenizer knows whole words only, and the tiny world's people among them."""
+# Words that only one of the tiny worlds has.
+WORLDS = {"tiny": {"cup", "upstairs", "attic"}, "serial": {"map", "halves", "lost"}}
+
+
+def _world_of(name):
+    """The tiny world of a checkpoint whose tokenizer knows whole words only; None if it is another's."""
     path = os.path.join(checkpoint_path(name), "tokenizer.json")
     try:
         with open(path, encoding="utf-8") as f:
             model = json.load(f)["model"]
-        return model["type"] == "WordLevel" and {"Karl", "Mara", "Otto"} <= set(model["vocab"])
+        known = set(model["vocab"]) if model["type"] == "WordLevel" else set()
     except (OSError, ValueError, KeyError):
-        return False
+        return None
+    return next((world for world, words in WORLDS.items() if words <= known), None)
 
 
 def start_task(args, task, name):
