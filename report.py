@@ -31,6 +31,10 @@ GIB = 2.0**30
 
 
 # ============================================================ before a run
+def _as_text(value):
+    return value if isinstance(value, str) else f"{value:g}"
+
+
 def say_what_runs(args, model, tokenizer, task, prompts, released, ours):
     """The sizes, the settings beside the released ones and, of a real model, the work and the hours that a
     run may need."""
@@ -42,8 +46,8 @@ def say_what_runs(args, model, tokenizer, task, prompts, released, ours):
     settings = []
     for name, theirs in released.items():
         value = getattr(args, name)
-        beside = f" (released: {theirs:g})" if name not in ours and value != theirs else ""
-        settings.append(f"{name} {value:g}{beside}")
+        beside = f" (released: {_as_text(theirs)})" if name not in ours and value != theirs else ""
+        settings.append(f"{name} {_as_text(value)}{beside}")
     print("settings: " + ", ".join(settings))
     if not runs.is_small(model):
         batch = args.prompts * args.group

@@ -17,6 +17,7 @@ batch's tokens is clipped.
     python train_projector.py --resume out/tiny-projector   # continue a stopped run: on a CPU bit for bit
 """
 import argparse
+import collections
 import contextlib
 import itertools
 import json
@@ -34,28 +35,30 @@ import card
 import engine
 import runs
 from eval import evaluate
-from litereason import (CAP, CLOSE, LATENT, OPEN, Rollout, UserError, generate, insert_latents, load,
-                        parse_tags, projector_loss)
+from litereason import (CAP, CLOSE, LATENT, OPEN, Rollout, UserError, generate, insert_latents, latent_step,
+                        load, parse_tags, projector_loss, states)
 
 # Share of the sentences that become tags; versions per trace and ratio (paper Sec. 3.3)
 RATIOS, VERSIONS = (0.10, 0.25), 5
+# With --targets words: the shares, and a word is informative if fewer of all sentences than this have it.
+SHARES, COMMON = (0.3, 0.6, 1.0), 0.3
 AT_ONCE = 32  # prompts for which stage 1 samples traces before it writes them down
 
 # The released settings, and what a model of under 50 M parameters trained from scratch needs.
-RELEASED = {"prompts": None, "k": 5, "lr": 1e-4, "batch": 16, "steps": None}
-SMALL = {"prompts": 160, "k": 5, "lr": 1e-3, "batch": 16, "steps": 150}
+RELEASED = {"prompts": None, "k": 5, "lr": 1e-4, "batch": 16, "steps": None, "targets": "none", "words": 2}
+SMALL = {"prompts": 160, "k": 5, "lr": 1e-3, "batch": 16, "steps": 150, "targets": "none", "words": 2}
 
 
 # ============================================================ stage 1: the model's own traces
-def collect_traces(model, tokenizer, task, examples, k, max_new_tokens, seed, path):
+def collect_traces(model, tokenizer, task, examples, k, max_new_tokens, seed, path, tag=None):
     """Stage 1: k samples per example, those with reward > 0 that are whole kept -> [{"example", "prompt",
     "text"}].
 
     `path` has a line for the settings and one for each AT_ONCE prompts, written when they are done: what is
     there with the same settings is not sampled again. The draws of a line follow from the seed and its number
     alone, so a stopped stage 1 loses one at most. The base has no trained projector yet, so tags that it
-    writes run no latents (latent="none")."""
-    header = _settings_of_traces(model, task, examples, k, max_new_tokens, seed)
+    writes run no latents (latent="none"); with tag="forbidden" it writes none."""
+    header = _settings_of_traces(model, task, examples, k, max_new_tokens, seed, tag)
     lines = _lines_already_there(path, header)
     starts = range(0, len(examples), AT_ONCE)
     if lines:
@@ -74,7 +77,7 @@ def collect_traces(model, tokenizer, task, examples, k, max_new_tokens, seed, pa
             prompts = [task.prompt(example, True) for example in asked]
             generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
             rollouts = generate(model, tokenizer, prompts, k, max_new_tokens, temperature=0.7, top_p=0.8,
-                                top_k=20, latent="none", generator=generator, bar=bar)
+                                top_k=20, latent="none", generator=generator, bar=bar, tag=tag)
             rewards = data.score(task, [asked[r.prompt] for r in rollouts], [r.text for r in rollouts])
             line = []
             for r, reward in zip(rollouts, rewards):
@@ -90,7 +93,7 @@ def collect_traces(model, tokenizer, task, examples, k, max_new_tokens, seed, pa
     return traces
 
 
-def _settings_of_traces(model, task, examples, k, max_new_tokens, seed):
+def _settings_of_traces(model, task, examples, k, max_new_tokens, seed, tag):
     """All that decides what stage 1 samples."""
     own = getattr(task, "settings", {"reward": None, "scorer": None})
     return {
@@ -101,6 +104,7 @@ def _settings_of_traces(model, task, examples, k, max_new_tokens, seed):
         "max_new_tokens": max_new_tokens,
         "at_once": AT_ONCE,
         "seed": seed,
+        "tag": tag,
         "reward": own["reward"],
         "scorer": own["scorer"] and own["scorer"][0].config._name_or_path}
 
@@ -178,13 +182,19 @@ def masked_trace(model, tokenizer, rng, prompt, text, answer, marker, ratio):
     return Rollout(prompt_ids, slots, no_latents, text=text) if LATENT in slots else None
 
 
-def mask_all(model, tokenizer, traces, marker, rng):
-    """Every trace in RATIOS x VERSIONS masked versions -> (training rows, held-out rows); a tenth of the
-    stories is held out."""
+def mask_all(model, tokenizer, traces, marker, rng, targets="none", words=2):
+    """Every trace in RATIOS (with targets: SHARES) x VERSIONS masked versions -> (training rows, held-out rows);
+    a tenth of the stories is held out."""
+    reasonings = [split_answer(trace["text"], marker)[0] for trace in traces]
+    common = common_words(tokenizer, [s for text in reasonings for s in SENTENCE.findall(text) if s.strip()])
     rows = []  # (story, row)
     for trace in traces:
-        for ratio in RATIOS * VERSIONS:
-            row = masked_trace(model, tokenizer, rng, trace["prompt"], trace["text"], None, marker, ratio)
+        prompt, text = trace["prompt"], trace["text"]
+        for ratio in (SHARES if targets == "words" else RATIOS) * VERSIONS:
+            if targets == "words":
+                row = mask_runs(model, tokenizer, rng, prompt, text, marker, ratio, common, words)
+            else:
+                row = masked_trace(model, tokenizer, rng, prompt, text, None, marker, ratio)
             if row is not None:
                 rows.append((trace["example"], row))
     stories = sorted({story for story, _ in rows})
@@ -201,9 +211,87 @@ def mask_all(model, tokenizer, traces, marker, rng):
     return train, rng.sample(held, min(256, len(held)))
 
 
+# ============================================================ stage 1: a target for each latent (ours)
+# The paper's loss does not say what a latent should hold. With --targets words a run of skipped sentences becomes
+# one tag, with a latent for each of them and one before: where the thought stood when the tag was opened. Each has
+# a target: the embeddings of the last informative words, of its sentence or of the text before the tag, added up
+# and divided by the root of their number, so that the sum is about as long as one word's.
+def common_words(tokenizer, sentences):
+    """Token ids that tell nothing: more than COMMON of the sentences have them."""
+    counts = collections.Counter()
+    for sentence in sentences:
+        counts.update(set(_encode(tokenizer, sentence)))
+    return {token for token, n in counts.items() if n > COMMON * len(sentences)}
+
+
+def last_words(model, tokenizer, text, common, words):
+    """A latent's target (D,): what the text came to; None if it has too few informative words."""
+    ids = [token for token in _encode(tokenizer, text) if token not in common]
+    informative = [token for token in ids if any(char.isalnum() for char in tokenizer.decode([token]))]
+    if len(informative) < words:
+        return None
+    last = torch.tensor(informative[-words:], device=model.device)
+    return model.get_input_embeddings()(last).detach().sum(0) / words**0.5
+
+
+def mask_runs(model, tokenizer, rng, prompt, text, marker, share, common, words):
+    """One training trace: each sentence is skipped with this chance, a run of them for one tag -> Rollout whose
+    `latents` are the targets, or None if nothing was skipped.
+
+    In a skipped run a sentence that tells nothing has no latent. A run too long for the cap takes several tags."""
+    cap = model.config.litereason_max_reasoning_steps
+    reasoning, answer = split_answer(text, marker)
+    sentences = [s.strip() for s in SENTENCE.findall(reasoning) if s.strip()]
+    pieces, targets = [], []
+    run, before = [], last_words(model, tokenizer, prompt, common, words)  # of the sentences skipped just now
+    for sentence in sentences + [answer]:
+        target = last_words(model, tokenizer, sentence, common, words)
+        if sentence is not answer and rng.random() < share:
+            run += [] if target is None else [target]
+        else:
+            while run:
+                held = [before] + run[: cap - 1]
+                pieces.append(f"{OPEN}{len(held)}{CLOSE}")
+                targets += held
+                before, run = held[-1], run[cap - 1 :]
+            pieces.append(sentence)
+            before = before if target is None else target
+    if not targets:
+        return None
+    ids = _encode(tokenizer, " ".join(pieces))
+    slots = insert_latents(model, tokenizer, ids + [runs.chat_parts(model, tokenizer)[2]])
+    prompt_ids = runs.encode_prompt(model, tokenizer, prompt)
+    return Rollout(prompt_ids, slots, torch.stack(targets).cpu(), text=text)
+
+
+def _encode(tokenizer, text):
+    return tokenizer.encode(text.strip(), add_special_tokens=False, split_special_tokens=True)
+
+
+def nearest_targets(model, latents, words):
+    """latents (n, D) -> the sums of word embeddings nearest to them, (n, D), found word by word: what they say,
+    said clearly."""
+    embeddings = model.get_input_embeddings().weight.detach().float()  # (V, D)
+    left = latents.to(embeddings)
+    for _ in range(words):
+        distance = torch.cdist(left * words**0.5, embeddings)  # (n, V)
+        left = left - embeddings[distance.argmin(1)] / words**0.5
+    return latents.to(embeddings) - left
+
+
+def target_loss(model, rows):
+    """Squared error of each latent to its target, in units of the embeddings' variance, the true ones fed
+    meanwhile. rows: Rollouts whose `latents` are the targets. -> (sum over latents, their number)"""
+    h, slots, valid = states(model, rows)
+    targets = torch.cat([row.latents for row in rows]).to(model.device)  # (n, D)
+    z, _ = latent_step(model, h[valid & (slots == LATENT)], None)  # (n, D)
+    variance = model.get_input_embeddings().weight.detach().var()
+    return (z - targets.to(z)).square().mean(-1).sum() / variance, len(targets)
+
+
 # ============================================================ stage 2: the projector learns, the base is frozen
 def fit_projector(model, traces, lr, batch, steps=None, schedule=True, clip=0.2, seed=0, budget=None,
-                  progress=None, states=None, every=50, carried=None):
+                  progress=None, states=None, every=50, carried=None, targets="none"):
     """Trains the projector and nothing else on traces, one epoch or `steps` steps -> the last steps' mean
     loss.
 
@@ -241,10 +329,13 @@ def fit_projector(model, traces, lr, batch, steps=None, schedule=True, clip=0.2,
 
             # (2) The loss, in micro-batches. Its denominator is known before the first of them: text tokens after
             #     the first tag, over the whole batch.
-            tokens = sum(_scored_tokens(r.slots) for r in rows)
+            if targets == "words":
+                loss_of, denominator = target_loss, sum(r.n_latents for r in rows)
+            else:
+                loss_of, denominator = projector_loss, sum(_scored_tokens(r.slots) for r in rows)
             total = 0.0
             for part in engine.pack(rows, budget, unrolled=True):
-                loss = projector_loss(model, [rows[i] for i in part])[0] / tokens
+                loss = loss_of(model, [rows[i] for i in part])[0] / denominator
                 loss.backward()
                 total += loss.item()
 
@@ -351,8 +442,11 @@ def stages_1_and_2(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, e
     # Stage 2 has its own way to stop.
     runs.on_stop(lambda: f"the traces sampled so far are kept; go on with --resume {out}")
     path = os.path.join(out, "traces.jsonl")
-    traces = collect_traces(model, tokenizer, task, examples, cfg["k"], max_new_tokens, seed, path)
-    train, held = mask_all(model, tokenizer, traces, getattr(task, "ANSWER", "\\boxed{"), rng)
+    # Targets are taken from what was written, so everything is.
+    tag = "forbidden" if cfg["targets"] == "words" else None
+    traces = collect_traces(model, tokenizer, task, examples, cfg["k"], max_new_tokens, seed, path, tag)
+    marker = getattr(task, "ANSWER", "\\boxed{")
+    train, held = mask_all(model, tokenizer, traces, marker, rng, cfg["targets"], cfg["words"])
     print(f"stage 2: {len(train)} masked traces, {len(held)} more held out; the base is frozen", flush=True)
 
     checked = task.examples("val")[:n]
@@ -373,7 +467,7 @@ def stages_1_and_2(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, e
             "warm start": mean_loss(model, held, "projector")}
         before = evaluate_now()
     fit_projector(model, train, cfg["lr"], cfg["batch"], cfg["steps"], seed=seed, progress="stage 2",
-                  states=states, every=every, carried=[dict(losses), before])
+                  states=states, every=every, carried=[dict(losses), before], targets=cfg["targets"])
     losses["trained"] = mean_loss(model, held, "projector")
     after = evaluate_now()
     said = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
@@ -388,8 +482,17 @@ def stages_1_and_2(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, e
 
 def _setting(name, value):
     """As text, with the released value where it is another; None is all prompts, or all traces once."""
-    shown, released = ("all" if v is None else f"{v:g}" for v in (value, RELEASED[name]))
+    shown, released = ("all" if v is None else v if isinstance(v, str) else f"{v:g}"
+                       for v in (value, RELEASED[name]))
     return f"{name} {shown}" + (f" (released: {released})" if value != RELEASED[name] else "")
+
+
+def target_flags(group):
+    """Adds the flags that say what a latent learns in stage 2, the same for both training scripts."""
+    group.add_argument("--targets", default=None, choices=["words", "none"],
+                       help="of the latents in stage 2: words, the embeddings of the skipped sentence's last "
+                            "informative words (ours; for --model serial); none, the paper's loss (default)")
+    group.add_argument("--words", type=int, default=None, help="words in the target of a latent (default 2)")
 
 
 def parse_arguments():
@@ -407,6 +510,7 @@ def parse_arguments():
     g.add_argument("--steps", type=int, default=None, help="optimiser steps")
     g.add_argument("--batch", type=int, default=None, help="traces per optimiser step")
     g.add_argument("--lr", type=float, default=None, help="peak learning rate, of AdamW")
+    target_flags(g)
     g = ap.add_argument_group("run")
     g.add_argument("--resume", default=None, metavar="DIR", help="continue the run in DIR, by its own "
                    "settings; only --device and --graphs may stand beside it")
@@ -439,7 +543,7 @@ def main():
     runs.write_settings(args, "train_projector.py")
     result = stages_1_and_2(model, tokenizer, task, args.out, args.max_new_tokens, args.seed, args.n,
                             args.save_every, prompts=args.prompts, k=args.samples, lr=args.lr,
-                            batch=args.batch, steps=args.steps)
+                            batch=args.batch, steps=args.steps, targets=args.targets, words=args.words)
     runs.save(model, tokenizer, os.path.join(args.out, "model"))
     runs.write_json(os.path.join(args.out, "results.json"), result)
     print(f"saved {args.out}/model; next: python train_rl.py --model {args.out} --task {args.task}")

@@ -26,6 +26,7 @@ import os
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import argparse
+import dataclasses
 import json
 import math
 import random
@@ -41,7 +42,7 @@ import runs
 from eval import evaluate
 from litereason import (PROJECTORS, RULES, Rollout, UserError, generate, load, logprobs, policy_loss,
                         recompute_latents, start_projector)
-from train_projector import RATIOS, fit_projector, masked_trace, stages_1_and_2
+from train_projector import RATIOS, fit_projector, masked_trace, nearest_targets, stages_1_and_2, target_flags
 
 # ============================================================ settings that depend on the model's size
 # RELEASED is the authors' script: 2880 steps are 30 passes over 290 stories, 6 rollout batches each, 16 steps
@@ -49,11 +50,11 @@ from train_projector import RATIOS, fit_projector, masked_trace, stages_1_and_2
 # on CUDA), and the steps between two states on the disk.
 RELEASED = {
     "lr": 5e-7, "group": 16, "prompts": 48, "minibatches": 16, "steps": 2880, "max_new_tokens": 2048,
-    "clip": 0.2, "refresh_lr": 1e-4, "refresh_share": 0.1,
+    "clip": 0.2, "refresh_lr": 1e-4, "refresh_share": 0.1, "targets": "none", "words": 2,
     "rows": 256, "tokens_per_forward": 16_384, "checkpoint_layers": True, "save_every": 16}
 SMALL = {
     "lr": 1.5e-4, "group": 16, "prompts": 16, "minibatches": 1, "steps": 48, "max_new_tokens": 160,
-    "clip": 0.2, "refresh_lr": 1e-4, "refresh_share": 0.1,
+    "clip": 0.2, "refresh_lr": 1e-4, "refresh_share": 0.1, "targets": "none", "words": 2,
     "rows": 512, "tokens_per_forward": 12_000, "checkpoint_layers": False, "save_every": 4}
 PLANNED = ("rows", "tokens_per_forward", "checkpoint_layers", "offload")
 OURS = (*PLANNED, "save_every")
@@ -127,11 +128,13 @@ def train(args, model, base, masters, tokenizer, task, examples, prompts, vals, 
             phases.end("step")
 
             # (7) At the end of each epoch the projector is refreshed on the epoch's own rewarded rollouts.
-            if minibatch == 0 and args.method == "litereason" and not args.no_refresh:
+            needs_texts = args.method == "litereason" and not args.no_refresh and args.targets == "none"
+            if minibatch == 0 and needs_texts:
                 remember_rewarded(state, index)
             refresh_loss = val = None
             if (step + 1) % (per_epoch * args.minibatches) == 0:
-                refresh_loss = refresh(args, model, tokenizer, task, state, examples, prompts, epoch)
+                if args.method == "litereason" and not args.no_refresh:
+                    refresh_loss = refresh(args, model, tokenizer, task, state, examples, prompts, epoch)
                 runs.save(model, tokenizer, os.path.join(args.out, "model"))
                 phases.end("refresh")
                 val = validate(args, model, tokenizer, task, vals)
@@ -254,6 +257,8 @@ def refresh(args, model, tokenizer, task, state, examples, prompts, epoch):
 
     A random share of the epoch's rewarded rollouts, each once per ratio; tags already there stay and are
     never replaced; the target ends in the gold answer in exactly the format that the reward parses."""
+    if args.targets == "words":
+        return sharpen(args, model, state, epoch)
     rewarded = state.carried["epoch_rollouts"]
     state.carried["epoch_rollouts"] = []
     if not rewarded:
@@ -271,6 +276,19 @@ def refresh(args, model, tokenizer, task, state, examples, prompts, epoch):
         return None
     return fit_projector(model, traces, args.refresh_lr, batch=16, schedule=False, seed=epoch,
                          budget=args.tokens_per_forward)
+
+
+def sharpen(args, model, state, epoch):
+    """The refresh with targets (ours) -> the loss, or None if there was nothing to learn from.
+
+    The last batch's rewarded rollouts as they are, tags and all; the target of each latent is the sum of words that
+    is nearest to what it was. So the projector follows the base, and no error adds up."""
+    rows = [r for r, reward in zip(state.rollouts, state.earned.tolist()) if reward > 0 and r.n_latents]
+    if not rows:
+        return None
+    rows = [dataclasses.replace(r, latents=nearest_targets(model, r.latents, args.words)) for r in rows]
+    return fit_projector(model, rows, args.refresh_lr, batch=16, schedule=False, seed=epoch,
+                         budget=args.tokens_per_forward, targets="words")
 
 
 def validate(args, model, tokenizer, task, vals):
@@ -379,6 +397,7 @@ def parse_arguments():
     g.add_argument("--projector-steps", type=int, help="optimiser steps of stage 2, if it is run")
     g.add_argument("--trace-prompts", type=int,
                    help="train prompts that stage 1 samples traces for, if it is run")
+    target_flags(g)
     others = [name for name in PROJECTORS if name != "mlp"]
     g.add_argument("--projector", default="warm", choices=["warm", "random", *others],
                    help="what stage 2 starts from: copies of the last MLP (warm, the paper), random weights "
@@ -471,7 +490,7 @@ def main():
             if not model.projector_trained:
                 stages_1_and_2(model, tokenizer, task, args.out, args.max_new_tokens, args.seed,
                                n=min(200, args.n or 200), every=args.save_every, steps=args.projector_steps,
-                               prompts=args.trace_prompts)
+                               prompts=args.trace_prompts, targets=args.targets, words=args.words)
                 runs.save(model, tokenizer, os.path.join(args.out, "model"))
             add_row("LiteReason before RL", True, "projector")
 
