@@ -1,0 +1,138 @@
+"""The serial world: a plot hole is found by following two chains at once, and by nothing else; and a target for each latent."""
+import collections
+import os
+import random
+
+import pytest
+import torch
+from conftest import close
+
+from data import serial
+from litereason import LATENT, OPEN, latent_step, load, states
+from train_projector import (SENTENCE, common_words, last_words, mask_runs, nearest_targets, split_answer,
+                             target_loss)
+
+
+@pytest.fixture(scope="module")
+def base():
+    return load("serial", "cpu")
+
+
+def follow(story, start):
+    """To whom a piece goes in the end, read from the events."""
+    events = dict(e.split()[1:3] for e in story.split(" .") if e.strip())
+    holder = start
+    while holder in events:
+        holder = events[holder]
+    return holder
+
+
+def test_the_label_follows_from_the_chains_and_from_nothing_else():
+    for split in serial.SIZES:
+        examples = serial.examples(split)
+        assert len(examples) == serial.SIZES[split] and sum(e["label"] for e in examples) == len(examples) / 2
+        for example in examples:
+            ends = {follow(example["story"], start) for start in example["first"]}
+            assert example["label"] == (serial.NOBODY in ends) and ends <= {serial.NOBODY, example["asked"]}
+            # Counting tells nothing: every story has one lost piece, and two that come to who acts.
+            takers = collections.Counter(e.split()[2] for e in example["story"].split(" .") if e.strip())
+            assert takers[serial.NOBODY] == 1 and takers[example["asked"]] == 2
+
+
+def test_no_story_is_in_two_splits_and_every_word_is_one_token(base):
+    _, tokenizer = base
+    stories = [e["story"] for split in serial.SIZES for e in serial.examples(split)]
+    assert len(set(stories)) == len(stories)
+    for example in serial.examples("test")[:50]:
+        for latent in (False, True):
+            text = serial.prompt(example, latent)
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            assert tokenizer.unk_token_id not in ids and len(ids) == len(text.split())
+
+
+def test_longer_chains_are_longer_stories():
+    short, long = serial.examples("test", n=4, hops=3)[0], serial.examples("test", n=4, hops=6)[0]
+    assert short["story"].count("from") == 9 and long["story"].count("from") == 18
+
+
+def test_a_reward_is_for_the_right_word_alone():
+    hole = {"label": True}
+    assert serial.reward(hole, serial.answer(hole)) == 1 and serial.reward(hole, "\\boxed{ No }") == 0
+    assert serial.reward(hole, "") == 0
+
+
+# ============================================================ targets
+def trace_of(example):
+    """What a careful reader writes: a sentence a round."""
+    rounds = [list(pair) for pair in zip(*example["chains"])]
+    sentences = [f"from {a} {c} and from {b} {d} , go on with {c} and {d} ." for (a, b), (c, d) in zip(rounds, rounds[1:])]
+    return " ".join(sentences) + " " + serial.answer(example), rounds
+
+
+def words_in(model, tokenizer, target):
+    """The two words whose embeddings add up to a target."""
+    embeddings = model.get_input_embeddings().weight.detach()
+    scores = embeddings @ target
+    best = scores.topk(4).indices.tolist()
+    for i in best:
+        for j in best:
+            if torch.allclose((embeddings[i] + embeddings[j]) / 2**0.5, target, atol=1e-5):
+                return {tokenizer.decode([i]), tokenizer.decode([j])}
+    return None
+
+
+def test_a_skipped_run_is_one_tag_whose_latents_have_the_words_of_each_round_as_targets(base):
+    model, tokenizer = base
+    examples = serial.examples("train")[:20]
+    texts = [trace_of(e)[0] for e in examples]
+    common = common_words(tokenizer, [s for text in texts for s in SENTENCE.findall(split_answer(text)[0]) if s.strip()])
+    row = mask_runs(model, tokenizer, random.Random(0), serial.prompt(examples[0], True), texts[0], "\\boxed{", 1.0, common, 2)
+    _, rounds = trace_of(examples[0])
+    text = tokenizer.decode([s for s in row.slots if s != LATENT])
+    assert text.count(OPEN) == 1 and row.n_latents == len(rounds) == len(row.latents)
+    assert [words_in(model, tokenizer, z) for z in row.latents] == [set(pair) for pair in rounds]
+    assert mask_runs(model, tokenizer, random.Random(0), "p", texts[0], "\\boxed{", 0.0, common, 2) is None
+
+
+def test_the_loss_of_targets_is_that_of_the_definition_and_true_latents_are_fed(base):
+    model, tokenizer = base
+    examples = serial.examples("train")[:6]
+    rows = [mask_runs(model, tokenizer, random.Random(i), serial.prompt(e, True), trace_of(e)[0], "\\boxed{", 0.7, set(), 2)
+            for i, e in enumerate(examples)]
+    rows = [row for row in rows if row is not None]
+    with torch.no_grad():
+        loss, n = target_loss(model, rows)
+        expected = 0
+        for row in rows:
+            h, slots, _ = states(model, [row])
+            z, _ = latent_step(model, h[0][slots[0] == LATENT], None)
+            expected += ((z - row.latents) ** 2).mean(1).sum() / model.get_input_embeddings().weight.var()
+    assert n == sum(row.n_latents for row in rows)
+    close(loss, expected, 1e-4 * float(expected))
+
+
+def test_the_nearest_sum_of_words_is_found_and_noise_is_taken_off(base):
+    model, tokenizer = base
+    embeddings = model.get_input_embeddings().weight.detach()
+    pair = tokenizer.encode("Karl Mara", add_special_tokens=False)
+    target = embeddings[pair].sum(0) / 2**0.5
+    noisy = target + 0.05 * embeddings.std() * torch.randn(len(target), generator=torch.Generator().manual_seed(0))
+    close(nearest_targets(model, torch.stack([target, noisy]), 2), torch.stack([target, target]), 1e-5)
+
+
+def test_words_that_all_sentences_have_tell_nothing(base):
+    model, tokenizer = base
+    common = common_words(tokenizer, ["go on with Karl .", "go on with Mara .", "go on with Otto .", "go on with Lena ."])
+    assert {tokenizer.decode([i]) for i in common} == {"go", "on", "with", "."}
+    assert last_words(model, tokenizer, "go on with Karl .", common, 2) is None  # one word that tells something
+    assert last_words(model, tokenizer, "go on with Karl .", common, 1) is not None
+
+
+def test_its_base_is_made_by_a_command(tmp_path):
+    import subprocess
+    import sys
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    subprocess.run([sys.executable, "data/serial/prepare.py", "--steps", "3", "--most", "6", "--out", str(tmp_path / "b")],
+                   cwd=root, check=True, capture_output=True)
+    model, tokenizer = load(str(tmp_path / "b"), "cpu")
+    assert tokenizer.unk_token_id not in tokenizer.encode(serial.prompt(serial.examples("val")[0], True))
