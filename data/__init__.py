@@ -115,8 +115,8 @@ def load_task(name):
 def task_flags(group):
     """Adds the flags that say what is to be done, the same for all scripts, to an argparse group."""
     group.add_argument("--task", default=None,
-                       help="a folder under data/, or tiny.next_chapter (default: tiny for a model of that "
-                            "world, else flawed_fictions)")
+                       help="a folder under data/, or tiny.next_chapter (default: tiny or serial for a model of "
+                            "that world, else flawed_fictions)")
     group.add_argument("--reward", default=None, choices=["contrastive", "vrcli", "thresholded"],
                        help="of next_chapter (default contrastive)")
     group.add_argument("--scorer", default=None, metavar="NAME",
