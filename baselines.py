@@ -231,12 +231,6 @@ def descend(optimizer, lr=None):
     optimizer.zero_grad(set_to_none=True)
 
 
-def base_parameters(model):
-    """All but the projector's, which these methods have no use for."""
-    named = model.named_parameters()
-    return [p for name, p in named if not name.startswith("reasoning_projector.")]
-
-
 # ============================================================ Coconut (arXiv 2412.06769)
 def feed_back(h, *_):
     """Coconut's latent step: the next input is the last hidden state."""
@@ -257,7 +251,7 @@ def train_coconut(model, tokenizer, traces, cfg, budget, seed):
     taken = 0
     for stage in tqdm(range(cfg["stages"] + 2), desc="coconut, stages", leave=False):
         rows = coconut_rows(model, tokenizer, traces, stage, cfg["stages"])
-        optimizer = torch.optim.AdamW(base_parameters(model), lr=cfg["coconut_lr"], weight_decay=0.01)
+        optimizer = torch.optim.AdamW(engine.base_parameters(model), lr=cfg["coconut_lr"], weight_decay=0.01)
         batches = epochs(rows, cfg["batch"], f"{seed} {stage}")
         is_last = stage > cfg["stages"]
         n_epochs = cfg["last_stage"] if is_last else cfg["per_stage"]
@@ -305,7 +299,7 @@ def train_answer(model, rows, cfg, accuracy, budget, seed):
 
     Ten times on the way accuracy() is asked, on val stories; the best weights of these are kept."""
     steps = cfg["answer_steps"]
-    optimizer = torch.optim.AdamW(base_parameters(model), lr=cfg["answer_lr"], weight_decay=0.01)
+    optimizer = torch.optim.AdamW(engine.base_parameters(model), lr=cfg["answer_lr"], weight_decay=0.01)
     every = max(1, steps // 10)
     best = -math.inf
     batches = epochs(rows, cfg["batch"], seed)
@@ -421,7 +415,7 @@ def sft_colar(model, tokenizer, head, traces, cfg, budget, seed):
     chance, and the latent head the latent itself. Ours: latents are constants for the embeddings. budget:
     positions per forward pass."""
     rows = colar_rows(model, tokenizer, traces)
-    parameters = base_parameters(model) + list(head.parameters())
+    parameters = engine.base_parameters(model) + list(head.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=cfg["colar_lr"], weight_decay=0.01)
     batches = epochs(rows, cfg["batch"], seed)
     rng = random.Random(seed)
@@ -509,7 +503,7 @@ def rl_colar(model, tokenizer, task, head, examples, cfg, decoding, budget, seed
     decoding: arguments for `generate`; budget: positions per forward pass; log: a file that gets a line of
     JSON per step. -> (tokens sampled, steps in which every group earned the same)."""
     prompts = [runs.encode_prompt(model, tokenizer, task.prompt(example, False)) for example in examples]
-    parameters = base_parameters(model) + list(head.parameters())
+    parameters = engine.base_parameters(model) + list(head.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=cfg["rl_lr"], betas=(0.9, 0.95), weight_decay=0.0)
     spent = 0
     without_gradient = 0

@@ -11,6 +11,7 @@ fp32. tests/test_card.py holds them against a counter of live tensors at the sha
 Letters: those of litereason.py, and
     c bytes of an activation   I width of the MLP   heads: H * d, of queries   kv: 2 * K * d, keys and values
 """
+import itertools
 import types
 
 import torch
@@ -47,8 +48,6 @@ def shape(model):
     s.kept = 16 * s.D + s.c * (5 * s.D + 2 * s.heads + s.kv + 4 * s.I)
     # Without gradients, at the worst moment: residual, norm and its copy, three of the MLP's.
     s.passing = (8 + s.c) * s.D + 3 * s.c * s.I
-    # Fused attention has a row's own copy of each key and value, repeated for all heads.
-    s.copied = 2 * s.c * s.heads
     return s
 
 
@@ -210,16 +209,14 @@ def fit(args, model, longest, scorer=None, room=None):
     s = shape(model)
     whole = longest + args.max_new_tokens  # positions of one rollout with its prompt
     usable = USABLE * room
-    for offload in [False, True] if args.offload is None else [args.offload]:
-        for checkpoint in [False, True] if args.checkpoint_layers is None else [args.checkpoint_layers]:
-            chosen = _numbers(args, s, longest, whole, usable, scorer, checkpoint, offload)
-            positions_enough = chosen.tokens_per_forward >= min(FEW_POSITIONS, 2 * whole)
-            rows_enough = chosen.rows >= min(FEW_ROWS, args.prompts * args.group)
-            if positions_enough and rows_enough:
-                break
-        else:
-            continue
-        break
+    offloads, checkpoints = ((False, True) if flag is None else (flag,)
+                             for flag in (args.offload, args.checkpoint_layers))
+    for offload, checkpoint in itertools.product(offloads, checkpoints):
+        chosen = _numbers(args, s, longest, whole, usable, scorer, checkpoint, offload)
+        positions_enough = chosen.tokens_per_forward >= min(FEW_POSITIONS, 2 * whole)
+        rows_enough = chosen.rows >= min(FEW_ROWS, args.prompts * args.group)
+        if positions_enough and rows_enough:
+            break
     for name, value in vars(chosen).items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)

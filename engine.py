@@ -1008,6 +1008,11 @@ def _recomputed(layer, i, x, past_key_values=None, **kwargs):
     return out
 
 
+def base_parameters(model):
+    """The base's weights: all but the projector's."""
+    return [p for name, p in model.named_parameters() if not name.startswith("reasoning_projector.")]
+
+
 def matrices(model):
     """The weights of the layers' linear maps, which autocast multiplies in 16 bits."""
     return [m.weight for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear)]

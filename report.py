@@ -31,7 +31,8 @@ GIB = 2.0**30
 
 
 # ============================================================ before a run
-def _as_text(value):
+def as_text(value):
+    """A setting's value."""
     return value if isinstance(value, str) else f"{value:g}"
 
 
@@ -46,8 +47,8 @@ def say_what_runs(args, model, tokenizer, task, prompts, released, ours):
     settings = []
     for name, theirs in released.items():
         value = getattr(args, name)
-        beside = f" (released: {_as_text(theirs)})" if name not in ours and value != theirs else ""
-        settings.append(f"{name} {_as_text(value)}{beside}")
+        beside = f" (released: {as_text(theirs)})" if name not in ours and value != theirs else ""
+        settings.append(f"{name} {as_text(value)}{beside}")
     print("settings: " + ", ".join(settings))
     if not runs.is_small(model):
         batch = args.prompts * args.group

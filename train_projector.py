@@ -30,11 +30,12 @@ import time
 import torch
 from tqdm import tqdm
 
-import data
 import card
+import data
 import engine
+import report
 import runs
-from eval import evaluate
+from eval import PAPER, evaluate
 from litereason import (CAP, CLOSE, LATENT, OPEN, Rollout, UserError, generate, insert_latents, latent_step,
                         load, parse_tags, projector_loss, states)
 
@@ -76,8 +77,8 @@ def collect_traces(model, tokenizer, task, examples, k, max_new_tokens, seed, pa
             asked = examples[start : start + AT_ONCE]
             prompts = [task.prompt(example, True) for example in asked]
             generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-            rollouts = generate(model, tokenizer, prompts, k, max_new_tokens, temperature=0.7, top_p=0.8,
-                                top_k=20, latent="none", generator=generator, bar=bar, tag=tag)
+            rollouts = generate(model, tokenizer, prompts, k, max_new_tokens, latent="none", generator=generator,
+                                bar=bar, tag=tag, **PAPER)
             rewards = data.score(task, [asked[r.prompt] for r in rollouts], [r.text for r in rollouts])
             line = []
             for r, reward in zip(rollouts, rewards):
@@ -185,8 +186,9 @@ def masked_trace(model, tokenizer, rng, prompt, text, answer, marker, ratio):
 def mask_all(model, tokenizer, traces, marker, rng, targets="none", words=2):
     """Every trace in RATIOS (with targets: SHARES) x VERSIONS masked versions -> (training rows, held-out rows);
     a tenth of the stories is held out."""
-    reasonings = [split_answer(trace["text"], marker)[0] for trace in traces]
-    common = common_words(tokenizer, [s for text in reasonings for s in SENTENCE.findall(text) if s.strip()])
+    if targets == "words":
+        reasonings = [split_answer(trace["text"], marker)[0] for trace in traces]
+        common = common_words(tokenizer, [s for text in reasonings for s in SENTENCE.findall(text) if s.strip()])
     rows = []  # (story, row)
     for trace in traces:
         prompt, text = trace["prompt"], trace["text"]
@@ -296,8 +298,8 @@ def fit_projector(model, traces, lr, batch, steps=None, schedule=True, clip=0.2,
     loss.
 
     Used by stage 2 (cosine to 10 %, warm-up 10 %) and by the refresh of stage 3 (constant rate, as released).
-    budget: positions per forward pass (None: what fits). states: a directory; the fit continues from the newest state in it,
-    and leaves one there every so many steps and when it is stopped, with `carried` (JSON) in it."""
+    budget: positions per forward pass (None: what fits). states: a directory; the fit continues from the
+    newest state in it, and leaves one there every so many steps and when it is stopped, with `carried` (JSON) in it."""
     budget = budget or positions_at_once(model, traces)
     parameters = list(model.reasoning_projector.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
@@ -365,11 +367,9 @@ def _resume_fit(states, parameters, optimizer):
 @contextlib.contextmanager
 def _base_frozen(model):
     """Inside, no weight but the projector's gets a gradient."""
-    frozen = []
-    for name, p in model.named_parameters():
-        if p.requires_grad and not name.startswith("reasoning_projector."):
-            frozen.append(p)
-            p.requires_grad_(False)
+    frozen = [p for p in engine.base_parameters(model) if p.requires_grad]
+    for p in frozen:
+        p.requires_grad_(False)
     try:
         yield
     finally:
@@ -482,8 +482,7 @@ def stages_1_and_2(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, e
 
 def _setting(name, value):
     """As text, with the released value where it is another; None is all prompts, or all traces once."""
-    shown, released = ("all" if v is None else v if isinstance(v, str) else f"{v:g}"
-                       for v in (value, RELEASED[name]))
+    shown, released = ("all" if v is None else report.as_text(v) for v in (value, RELEASED[name]))
     return f"{name} {shown}" + (f" (released: {released})" if value != RELEASED[name] else "")
 
 

@@ -34,8 +34,8 @@ import time
 
 import torch
 
-import data
 import card
+import data
 import engine
 import report
 import runs
@@ -128,12 +128,12 @@ def train(args, model, base, masters, tokenizer, task, examples, prompts, vals, 
             phases.end("step")
 
             # (7) At the end of each epoch the projector is refreshed on the epoch's own rewarded rollouts.
-            needs_texts = args.method == "litereason" and not args.no_refresh and args.targets == "none"
-            if minibatch == 0 and needs_texts:
+            refreshes = args.method == "litereason" and not args.no_refresh
+            if minibatch == 0 and refreshes and args.targets == "none":
                 remember_rewarded(state, index)
             refresh_loss = val = None
             if (step + 1) % (per_epoch * args.minibatches) == 0:
-                if args.method == "litereason" and not args.no_refresh:
+                if refreshes:
                     refresh_loss = refresh(args, model, tokenizer, task, state, examples, prompts, epoch)
                 runs.save(model, tokenizer, os.path.join(args.out, "model"))
                 phases.end("refresh")
@@ -378,7 +378,7 @@ def parse_arguments():
     g.add_argument("--rows", type=int,
                    help="rollouts decoded at once, whole groups: memory for their keys and values; changes "
                         "no result")
-    g = ap.add_argument_group("update (--rows and the last three: on CUDA what fits the card, see card.py)")
+    g = ap.add_argument_group("update (default of --rows, --tokens-per-forward, --checkpoint-layers and --offload on CUDA: what fits the card)")
     g.add_argument("--rule", default="grpo", choices=list(RULES),
                    help="advantages, and how a rollout's tokens are averaged (default: grpo, the paper's)")
     g.add_argument("--lr", type=float, help="learning rate of AdamW, constant")
@@ -455,7 +455,7 @@ def main():
     report.check_answers(task, examples[:8])
     report.warn_of_unknown_words(tokenizer, prompts)
     fit_to_memory(args, model, task, prompts)
-    base = [p for name, p in model.named_parameters() if not name.startswith("reasoning_projector.")]
+    base = engine.base_parameters(model)
     masters = engine.offload(model, base) if args.offload else base
     if not args.resume:
         runs.delete_earlier_run(args.out)
@@ -514,9 +514,9 @@ def fit_to_memory(args, model, task, prompts):
     reader = reader and reader[0]
     if model.device.type == "cuda":
         print(card.fit(args, model, longest, reader), flush=True)
-    args.offload = bool(args.offload)
-    if model.device.type != "cuda" and not runs.is_small(model):
+    elif not runs.is_small(model):
         print(card.forecast(args, model, longest, reader), flush=True)
+    args.offload = bool(args.offload)
     if args.checkpoint_layers:
         engine.checkpoint_layers(model)
 

@@ -35,6 +35,7 @@ sys.path.insert(0, os.path.dirname(HERE))
 import torch
 from tqdm import tqdm
 
+import engine
 import runs
 from data import tiny
 from eval import evaluate, latent_of
@@ -113,7 +114,7 @@ def words_first(things, steps=1500, peak=2e-3):
 def optimizer_of(model, recipe):
     """AdamW over what the recipe trains; the rest is frozen."""
     projector = list(model.reasoning_projector.parameters())
-    base = [p for name, p in model.named_parameters() if not name.startswith("reasoning_projector.")]
+    base = engine.base_parameters(model)
     groups = [{"params": projector, "lr": 1e-4 if recipe.startswith("words") else 1e-3}]
     if recipe == "base too":
         groups.append({"params": base, "lr": 3e-4})

@@ -225,8 +225,7 @@ def measure_task(name, task_name, counts, settings):
     train_rl.fit_to_memory(args, model, task, prompts)
     parameters = sum(p.numel() for p in model.parameters())
     if args.offload:
-        base = [p for key, p in model.named_parameters() if not key.startswith("reasoning_projector.")]
-        engine.offload(model, base)
+        engine.offload(model, engine.base_parameters(model))
     mean = sum(map(len, prompts)) / len(prompts)
     pace = report.measure(model, tokenizer, prompts, args)
     # The prompts that it measured are the longest.

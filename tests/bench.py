@@ -42,6 +42,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+import engine
 import litereason
 import runs
 import train_rl
@@ -282,7 +283,7 @@ def our_training(device, lengths):
     model, tokenizer = load("tiny", device)
     examples, prompts = tiny_prompts(tokenizer, "train")
     settings = types.SimpleNamespace(**train_rl.SMALL, method="grpo", recompute_latents=False)
-    base = [p for name, p in model.named_parameters() if not name.startswith("reasoning_projector.")]
+    base = engine.base_parameters(model)
     optimizer = torch.optim.AdamW(base, lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
     def step():

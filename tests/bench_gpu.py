@@ -27,7 +27,7 @@ from transformers import AutoConfig, Qwen2Config, Qwen2ForCausalLM
 import card
 import runs
 from bench import NEVER, tags_fire, their_generate
-from engine import checkpoint_layers, gradients_to_masters, offload, pack, wait_for_gradients, weights_from_masters
+from engine import base_parameters, checkpoint_layers, gradients_to_masters, offload, pack, wait_for_gradients, weights_from_masters
 from litereason import (LATENT, Rollout, attach, generate, group_advantages, load, logprobs, policy_loss,
                         projector_loss)
 
@@ -93,7 +93,7 @@ def grpo(args, P=48, G=16, L=1024, S=256):
     expected = {phase: card.total(sizes) / 2**30 for phase, sizes in card.peaks(plan, model, L).items()}
     if plan.checkpoint_layers:
         checkpoint_layers(model)
-    base = [p for n, p in model.named_parameters() if not n.startswith("reasoning_projector.")]
+    base = base_parameters(model)
     masters = offload(model, base) if plan.offload else base
     optimizer = torch.optim.AdamW(masters, lr=1e-7, fused=True)
     rollouts = []

@@ -10,23 +10,15 @@ So two chains have to be followed, four look-ups one after the other in each; no
 Every word is one token, so a reader can count. A story's split is a function of its text (`split_of`), hence no
 story can be in two splits, and the base model in `base/` was trained on the train part only."""
 import random
-import zlib
 
-from data import boxed
+# split_of, answer and reward are parts of the task.
+from data.worlds import OFFER, SEEDS, answer, check_split, collect, reward, split_of  # noqa: F401
 
 PEOPLE = ("Karl Mara Otto Lena Ivan Rosa Emil Nina Hugo Tess Olga Paul Vera Finn Ada Bruno Jana Leo Ida Max "
           "Eva Tom").split()
 NOBODY = "nobody"  # who has a piece that is lost
 HOPS = 4  # how often a piece of the map changes hands
 SIZES = {"train": 2000, "val": 200, "test": 500}
-SEEDS = {"train": 1, "val": 2, "test": 3}
-OFFER = " or skip with <implicit_thought> number </implicit_thought>"
-
-
-def split_of(story):
-    """Train, val or test by the story's own text: 80 / 10 / 10 %."""
-    bucket = zlib.crc32(story.encode()) % 10
-    return "test" if bucket == 0 else "val" if bucket == 1 else "train"
 
 
 def make_story(rng, hole, hops=HOPS):
@@ -56,24 +48,11 @@ def events_of(rng, chains):
     return " ".join(rng.sample(events, len(events)))
 
 
-def collect(split, n, make):
-    """n different stories of the split; make(number of the next one) -> a story, of any split."""
-    rows = []
-    seen = set()
-    while len(rows) < n:
-        row = make(len(rows))
-        if split_of(row["story"]) == split and row["story"] not in seen:
-            seen.add(row["story"])
-            rows.append(row)
-    return rows
-
-
 def examples(split, n=None, hops=HOPS):
     """The split's stories, the same on every machine: a list of dicts, exactly half with a hole.
 
     n, hops: another number of stories, another length of the chains."""
-    if split not in SIZES:
-        raise ValueError(f"the serial task has the splits {', '.join(SIZES)}, not {split!r}")
+    check_split("serial", split, SIZES)
     rng = random.Random(SEEDS[split])
     return collect(split, n or SIZES[split], lambda number: make_story(rng, number % 2, hops))
 
@@ -84,14 +63,3 @@ def prompt(example, latent):
     offer = OFFER if latent else ""
     task = f"task : find the hole . {example['asked']} acts on the map . think aloud{offer} ."
     return f"{example['story']} {task} the halves start with {' and '.join(example['first'])} :"
-
-
-def answer(example):
-    """The gold answer, in exactly the format that `reward` parses (the refresh trains on it)."""
-    return "\\boxed{ Yes }" if example["label"] else "\\boxed{ No }"
-
-
-def reward(example, completion):
-    """1.0 if the last box of the completion is the right word, else 0.0 (paper Sec. 4)."""
-    said = (boxed(completion) or "").strip().lower()
-    return float(said == ("yes" if example["label"] else "no"))

@@ -7,16 +7,13 @@ then a matter of course: those who have the two halves in the end put them toget
 
 The policy writes a plan after "In summary :"; a frozen copy of the base model reads the TRUE next chapter
 with and without it, and the reward is how much easier the plan made the reading."""
-import functools
-import random
-
-from data import improvement, perplexity
-from data.serial import HOPS, OFFER, PEOPLE, SEEDS, collect, events_of
-from litereason import load, parse_tags
+from data import worlds
+from data.serial import HOPS, PEOPLE, events_of
+from data.worlds import OFFER, chapter_prompt, plan_of  # noqa: F401, parts of the task
 
 SIZES = {"train": 480, "val": 100, "test": 200}
 MEASURE = "reward"  # what a score of this task is called
-ANSWER = "In summary :"  # what follows is the plan, the only part that the scorer reads
+ANSWER = worlds.PLAN
 
 
 def make_story(rng, hops=HOPS):
@@ -36,16 +33,8 @@ def chapter(holders):
 
 
 def examples(split):
-    """The split's stories; each carries `other`, the chapter of another story, for the contrastive reward.
-
-    The paper draws the other chapter again at every step; a fixed one makes reward() a function."""
-    if split not in SIZES:
-        raise ValueError(f"the serial.next_chapter task has the splits {', '.join(SIZES)}, not {split!r}")
-    rng = random.Random(100 + SEEDS[split])
-    rows = collect(split, SIZES[split], lambda _: make_story(rng))
-    for row, following in zip(rows, rows[1:] + rows[:1]):
-        row["other"] = following["chapter"]
-    return rows
+    """The split's stories, as worlds.chapters says."""
+    return worlds.chapters("serial.next_chapter", split, SIZES, make_story)
 
 
 def prompt(example, latent):
@@ -55,59 +44,21 @@ def prompt(example, latent):
     return f"{example['story']} {task} the halves start with {' and '.join(example['first'])} :"
 
 
-def chapter_prompt(example, plan):
-    """What the frozen scorer reads before the chapter: the story, then the plan if there is one."""
-    return f"{example['story']} plan : {plan} chapter :" if plan else f"{example['story']} chapter :"
-
-
 def gold_plan(example):
     """The plan that says what the true chapter tells."""
     return " and ".join(chain[-1] for chain in example["chains"]) + " ."
 
 
-def plan_of(completion):
-    """The text after the last "In summary :", without tags and without the words that would end the
-    scorer's prompt."""
-    if ANSWER not in completion:
-        return ""
-    plan = completion.rsplit(ANSWER, 1)[1]
-    for start, end, _ in reversed(parse_tags(plan)):
-        plan = plan[:start] + plan[end:]
-    structure = ("chapter", "plan", "task", ":", "<|endoftext|>")
-    return " ".join(word for word in plan.split() if word not in structure)
-
-
-@functools.cache
 def scorer():
-    """The frozen copy of the base model that reads chapters: (model, tokenizer)."""
-    return load("serial")
-
-
-@functools.cache
-def unaided(story, chapter):
-    """Perplexity of a chapter without a plan; each is computed once."""
-    return perplexity(*scorer(), [f"{story} chapter :"], [chapter])[0]
-
-
-def gains(examples, plans, chapters):
-    """I in percent, of each plan for each chapter; 0.0 for an empty plan."""
-    contexts = [chapter_prompt(example, plan) for example, plan in zip(examples, plans)]
-    aided = perplexity(*scorer(), contexts, chapters)
-    gain = [0.0] * len(plans)
-    for i, plan in enumerate(plans):
-        if plan:
-            gain[i] = improvement(unaided(examples[i]["story"], chapters[i]), aided[i])
-    return gain
+    """The frozen copy of this world's base that reads chapters: (model, tokenizer)."""
+    return worlds.scorer("serial")
 
 
 def rewards(examples, completions):
-    """VR-CLI, contrastive (paper Sec. 4): I(true chapter) - 0.5 * I(another's chapter), I in percent."""
-    plans = [plan_of(completion) for completion in completions]
-    own = gains(examples, plans, [example["chapter"] for example in examples])
-    other = gains(examples, plans, [example["other"] for example in examples])
-    return [gain - 0.5 * gain_other for gain, gain_other in zip(own, other)]
+    """See worlds.plan_rewards."""
+    return worlds.plan_rewards("serial", examples, completions)
 
 
 def reward(example, completion):
-    """The same for one completion; a plan that says nothing earns 0."""
+    """The same for one completion."""
     return rewards([example], [completion])[0]

@@ -24,12 +24,13 @@ ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..")
 sys.path.insert(0, ROOT)
 
 import torch
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
+import engine
 from data import serial
 from data.serial import next_chapter
-from eval import evaluate
+from data.tiny.prepare import EOS, save, tokenizer_of
+from eval import PAPER, TRAINED, evaluate
 from litereason import CLOSE, OPEN, Rollout, load, logprobs
 
 # ============================================================ how readers write
@@ -45,7 +46,6 @@ ALL_LEFT = 0.5  # chance that a skipper skips all that is left
 BARE = 0.7     # share of tags with nothing behind them; behind the others stands shorthand
 BLENDED = 0.4   # share of shorthand in which the two words of a round are one position, their embeddings added
 
-EOS = "<|endoftext|>"
 KINDS = ("hole", "careful", "plan", "chapter")  # what is read after school
 PARTS = (50, 35, 10, 5)  # .. in parts of 100
 MOST = 5        # the highest number in a tag
@@ -174,19 +174,13 @@ def later_text(rng):
 
 # ============================================================ tokenizer and model: one word, one token
 def make_tokenizer():
-    """The words of the serial world -> a tokenizer; words stand between spaces, tags and boxes are found
-    without spaces too."""
+    """That of the serial world."""
     words = set(serial.PEOPLE + "1 2 3 4 5 Yes No".split())
     rng = random.Random(0)
     for _ in range(1000):
         for text in (*later_text(rng), *school_text(rng, 2)):
             words.update(word for word in text if isinstance(word, str))
-    vocab = {word: i for i, word in enumerate([EOS, "<unk>"] + sorted(words))}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    pattern = Regex(r"</?implicit_thought>|\\boxed\{|[.,:}]|[^\s<>{}.,:\\]+")
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(pattern, "removed", invert=True)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS, unk_token="<unk>",
-                                   clean_up_tokenization_spaces=False)
+    return tokenizer_of(words)
 
 
 def make_model(vocab_size, pad):
@@ -264,10 +258,7 @@ class Recent:
 
 
 # ============================================================ --check: can the paper's claim fail here?
-SAMPLINGS = {
-    "greedy": {"temperature": 0.0},
-    "the paper's": {"temperature": 0.7, "top_p": 0.8, "top_k": 20},
-    "temperature 1": {"temperature": 1.0}}
+SAMPLINGS = {"greedy": {"temperature": 0.0}, "the paper's": PAPER, "temperature 1": TRAINED}
 
 
 def check(path):
@@ -316,8 +307,7 @@ def answers_at_once(path, n, steps, batch=32, lr=1e-3):
     for example in serial.examples("train", n):
         answer = tokenizer.encode(serial.answer(example)) + [tokenizer.eos_token_id]
         rows.append(Rollout(tokenizer.encode(serial.prompt(example, False)), answer, nothing))
-    base = [p for name, p in model.named_parameters() if not name.startswith("reasoning_projector.")]
-    optimizer = torch.optim.AdamW(base, lr=lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(engine.base_parameters(model), lr=lr, weight_decay=0.01)
     rng = random.Random(0)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
@@ -414,12 +404,6 @@ def main():
             recent = Recent()
             save(model, tokenizer, os.path.join(args.out, "school"))
     save(model, tokenizer, args.out)
-
-
-def save(model, tokenizer, path):
-    os.makedirs(path, exist_ok=True)
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ whether the story holds an error.
 Every word is one token, so a reader can count. A story's split is a function of its text (`split_of`),
 hence no story can be in two splits, and the base model in `base/` was trained on the train part only."""
 import random
-import zlib
 
-from data import boxed
+# split_of, answer and reward are parts of the task.
+from data.worlds import OFFER, SEEDS, answer, check_split, collect, reward, split_of  # noqa: F401
 
 PEOPLE = "Karl Mara Otto Lena Tess Ivan Rosa Emil Nina Hugo".split()
 THINGS = "cup ring key book lamp drum rope coin flute map".split()
@@ -22,13 +22,6 @@ NAMES = dict(zip(PUT, FOUND))  # the same place in act one and in act two
 HIDE = "hides leaves puts".split()
 FETCH = "finds gets takes".split()
 SIZES = {"train": 480, "val": 200, "test": 500}
-SEEDS = {"train": 1, "val": 2, "test": 3}
-
-
-def split_of(story):
-    """Train, val or test by the story's own text: 80 / 10 / 10 %."""
-    bucket = zlib.crc32(story.encode()) % 10
-    return "test" if bucket == 0 else "val" if bucket == 1 else "train"
 
 
 def make_story(rng, errors, things=8):
@@ -59,22 +52,9 @@ def make_story(rng, errors, things=8):
     }
 
 
-def collect(split, n, make):
-    """n different stories of the split; make(number of the next one) -> a story, of any split."""
-    rows = []
-    seen = set()
-    while len(rows) < n:
-        row = make(len(rows))
-        if split_of(row["story"]) == split and row["story"] not in seen:
-            seen.add(row["story"])
-            rows.append(row)
-    return rows
-
-
 def examples(split):
     """The split's stories, the same on every machine: a list of dicts, exactly half with an error."""
-    if split not in SIZES:
-        raise ValueError(f"the tiny task has the splits {', '.join(SIZES)}, not {split!r}")
+    check_split("tiny", split, SIZES)
     rng = random.Random(SEEDS[split])
     return collect(split, SIZES[split], lambda number: make_story(rng, errors=number % 2))
 
@@ -82,17 +62,6 @@ def examples(split):
 def prompt(example, latent):
     """The story and the question; with `latent`, the offer of the tag (the paper's prompt in this world's
     words)."""
-    offer = " or skip with <implicit_thought> number </implicit_thought>" if latent else ""
+    offer = OFFER if latent else ""
     question = f"find the hole . reader asks about {example['asked']}"
     return f"{example['story']} task : {question} . think aloud{offer} . answer :"
-
-
-def answer(example):
-    """The gold answer, in exactly the format that `reward` parses (the refresh trains on it)."""
-    return "\\boxed{ Yes }" if example["label"] else "\\boxed{ No }"
-
-
-def reward(example, completion):
-    """1.0 if the last box of the completion is the right word, else 0.0 (paper Sec. 4)."""
-    said = (boxed(completion) or "").strip().lower()
-    return float(said == ("yes" if example["label"] else "no"))

@@ -143,12 +143,17 @@ def make_text(rng, school=None, things=8):
 
 # ============================================================ tokenizer and model: one word, one token
 def make_tokenizer():
-    """The words of the tiny world -> a tokenizer; words stand between spaces, tags and boxes are found
-    without spaces too."""
+    """That of the tiny world."""
     words = set(tiny.PEOPLE + tiny.THINGS + tiny.PUT + tiny.FOUND + "1 2 3 4 5".split())
     rng = random.Random(0)
     for _ in range(3000):
         words.update(" ".join(make_text(rng)).split())
+    return tokenizer_of(words)
+
+
+def tokenizer_of(words):
+    """Words -> a tokenizer that knows them, and the end; words stand between spaces, tags and boxes are found
+    without spaces too."""
     vocab = {word: i for i, word in enumerate([EOS, "<unk>"] + sorted(words))}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     pattern = Regex(r"</?implicit_thought>|\\boxed\{|[.,:}]|[^\s<>{}.,:\\]+")
