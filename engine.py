@@ -723,20 +723,36 @@ def record(step, *inputs):
 
 
 class TagTable:
-    """An automaton that reads characters, as a table over token ids: rows of sampled tokens are followed
-    without decoding any text.
+    """An automaton as a table over token ids: rows of sampled tokens are followed without decoding any text.
 
-    The automaton is run over the text of every vocabulary entry once, from every state: a table then turns
-    (state, token) into (next state, n). Tokens that act alike share a class; most send every state back to
-    the start. classes (V,); next_state, fires and starts (classes, states). A few seconds for the real Qwen2
-    vocabulary, once per tokenizer."""
+    A table turns (state, token) into (next state, n). Tokens that act alike share a class; most send every
+    state back to the start. classes (V,); next_state, fires and starts (classes, states)."""
 
-    def __init__(self, read_char, start, alphabet, has_begun, only_resets, texts, vocab_size, device):
-        """texts: of the vocabulary's entries. read_char(state, char) -> (state, n): n > 0 where a tag has
-        ended.
+    def __init__(self, classes, next_state, fires, begun, device):
+        """numpy arrays; state 0 is the start, class 0 resets. fires > 0: a tag ends with this token and has so many
+        latents. begun (states,): so much of a tag is written that it can be nothing else."""
+        self.as_lists = classes.tolist(), next_state.tolist(), fires.tolist()  # for one row, on the host
+        self.classes = torch.from_numpy(classes).to(device)
+        self.next_state = torch.from_numpy(next_state).to(device)
+        self.fires = torch.from_numpy(fires).to(device)
 
-        alphabet: every character that read_char tells apart. has_begun(state): so much of a tag is written
-        that it can be nothing else. only_resets: a pattern of texts that lead to `start` from every state."""
+        # Which tokens start a tag, in which states.
+        begun = torch.tensor(begun, device=device)
+        self.starts = begun[self.next_state] | (self.fires > 0)
+
+        # States from which a tag may end within LOOK - 1 tokens, so that its latents begin before the next look.
+        self.soon = (self.fires > 0).any(0)  # (states,)
+        for _ in range(LOOK - 2):
+            self.soon = self.soon | self.soon[self.next_state].any(0)
+
+    @classmethod
+    def of_characters(cls, read_char, start, alphabet, has_begun, only_resets, texts, vocab_size, device):
+        """The table of an automaton that reads characters: it is run over the text of every vocabulary entry
+        once, from every state. A few seconds for the real Qwen2 vocabulary, once per tokenizer.
+
+        texts: of the vocabulary's entries. read_char(state, char) -> (state, n): n > 0 where a tag has ended.
+        alphabet: every character that read_char tells apart. has_begun(state): see `begun`. only_resets: a
+        pattern of texts that lead to `start` from every state."""
         # (1) Every state that some text can reach, as a small integer; 0 is the start.
         other = "\0"  # stands for any character outside the alphabet
         chars = [*alphabet, other]
@@ -776,20 +792,7 @@ class TagTable:
             classes[token] = class_of[key]
         next_state = np.array([at for at, _ in pairs])  # (classes, states)
         fires = np.array([n for _, n in pairs])
-        self.as_lists = classes.tolist(), next_state.tolist(), fires.tolist()  # for one row, on the host
-        self.classes = torch.from_numpy(classes).to(device)
-        self.next_state = torch.from_numpy(next_state).to(device)
-        self.fires = torch.from_numpy(fires).to(device)
-
-        # (3) Which tokens start a tag, in which states.
-        begun = torch.tensor([has_begun(state) for state in queue], device=device)  # (states,)
-        self.starts = begun[self.next_state] | (self.fires > 0)
-
-        # (4) States from which a tag may end within LOOK - 1 tokens, so that its latents begin before the
-        # next look.
-        self.soon = (self.fires > 0).any(0)  # (states,)
-        for _ in range(LOOK - 2):
-            self.soon = self.soon | self.soon[self.next_state].any(0)
+        return cls(classes, next_state, fires, [has_begun(state) for state in queue], device)
 
     def step(self, state, token):
         """state (B,), sampled token (B,) -> (state (B,), n (B,)): n > 0 where this token ends a tag."""

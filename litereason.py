@@ -38,6 +38,7 @@ import transformers
 
 import card
 import engine
+import released
 import runs
 from runs import UserError, save  # save(model, tokenizer, path) belongs to this file's interface
 
@@ -213,7 +214,7 @@ def tag_table(tokenizer, cap, vocab_size, device):
         return kind != "open" or length > 2
 
     alphabet = sorted(set(OPEN + CLOSE + SPACE + DIGITS))
-    return engine.TagTable(
+    return engine.TagTable.of_characters(
         read_char=lambda state, char: _read_char(state, char, cap),
         start=("open", 0, False),
         alphabet=alphabet,
@@ -225,12 +226,18 @@ def tag_table(tokenizer, cap, vocab_size, device):
 
 
 def watcher(model, tokenizer):
-    """The model's tag table, built once per tokenizer, cap and device."""
+    """The model's tag table, built once per tokenizer, rule, cap and device.
+
+    With the config entry litereason_tag_rule "released" tags fire where the released plugin's do (released.py)."""
     key = (model.config.litereason_max_reasoning_steps, model.config.vocab_size, str(model.device))
+    rule = getattr(model.config, "litereason_tag_rule", "text")
     made = tokenizer.__dict__.setdefault("_litereason_watchers", {})
-    if key not in made:
-        made[key] = tag_table(tokenizer, *key)
-    return made[key]
+    if (rule, *key) not in made:
+        if rule == "released":
+            made[rule, *key] = released.tag_table(tokenizer, OPEN, CLOSE, *key)
+        else:
+            made[rule, *key] = tag_table(tokenizer, *key)
+    return made[rule, *key]
 
 
 def insert_latents(model, tokenizer, ids):

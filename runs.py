@@ -43,6 +43,9 @@ TINY = os.path.join(DATA, "tiny", "base")
 SHIPPED = {"tiny": TINY, "serial": os.path.join(DATA, "serial", "base")}  # models for the tasks of these names
 
 
+TAG_RULES = ("text", "released")  # where tags fire: litereason.tag_table, released.tag_table
+
+
 # ============================================================ how a script ends
 class UserError(Exception):
     """Something the person at the keyboard can put right; scripts print it in one line and exit with code
@@ -227,7 +230,16 @@ def check_model(model, cap, layers):
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 64:
             raise UserError(f"config.json: litereason_{key} is {value!r}, expected a whole number from 1 to "
                             "64")
+    rule = getattr(config, "litereason_tag_rule", "text")
+    if rule not in TAG_RULES:
+        raise UserError(f"config.json: litereason_tag_rule is {rule!r}, expected {' or '.join(TAG_RULES)}")
     return cap, layers
+
+
+def set_tag_rule(model, rule):
+    """--tag-rule; None leaves what the checkpoint says."""
+    if rule is not None:
+        model.config.litereason_tag_rule = rule
 
 
 def hub_answers():
@@ -258,6 +270,8 @@ def save(model, tokenizer, path):
     try:
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
+        for name in os.listdir(new):  # safetensors' own are for their owner alone, whatever the umask says
+            shutil.copymode(os.path.join(new, "config.json"), os.path.join(new, name))
         if os.path.exists(path):
             os.rename(path, old)
         os.rename(new, path)
@@ -396,6 +410,7 @@ def write_state(out, step, tensors, rest, keep=2):
             json.dump(rest, f)
         with open(os.path.join(new, "crc32"), "w") as f:
             f.write(_checksum(new))
+        shutil.copymode(os.path.join(new, "crc32"), os.path.join(new, "tensors.safetensors"))  # as in save
         for name in [*os.listdir(new), "."]:
             _sync(os.path.join(new, name))
         # The same step again, after a resume from an older one: it was a damaged one.
