@@ -739,17 +739,17 @@ def group_advantages(rewards, eps=1e-4):
     """rewards (P, G) -> (r - mean) / (std + eps) within each group, (P, G); 0 where a group's rewards are all
     equal.
 
-    eps: ours; the released 1e-9 turns rounding noise between equal real-valued rewards into full-size
-    advantages."""
+    eps: ours; the released 1e-9 (train_rl.py --advantage-eps) turns rounding noise between equal real-valued
+    rewards into full-size advantages."""
     centred = rewards - rewards.mean(1, keepdim=True)
     variance = centred.square().sum(1, keepdim=True) / max(1, rewards.shape[1] - 1)
     differ = rewards.amax(1, keepdim=True) > rewards.amin(1, keepdim=True)
     return torch.where(differ, centred / (variance.sqrt() + eps), 0.0)
 
 
-def grpo(rewards, tokens, limit):
+def grpo(rewards, tokens, limit, eps=1e-4):
     """GRPO as DeepSeekMath writes it: every rollout counts the same, however long it is."""
-    return group_advantages(rewards), tokens.clamp(min=1)
+    return group_advantages(rewards, eps), tokens.clamp(min=1)
 
 
 def rloo(rewards, tokens, limit):

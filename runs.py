@@ -626,6 +626,12 @@ def device_flags(group):
                        "runs without (not yet tried on a GPU)")
 
 
+def tag_rule_flag(group):
+    group.add_argument("--tag-rule", choices=TAG_RULES,
+                       help="where tags fire: text, wherever one is written; released, where the released plugin's "
+                            "do, for a model that it will serve (default: as the checkpoint says, else text)")
+
+
 # The least that a number may be; of others it is 0 if it may be a fraction, else 1.
 LEAST = {
     "n": 1, "seed": 0, "val": 0, "steps": 0, "projector_steps": 0, "overlong_buffer": 0, "show_every": 0,
@@ -643,6 +649,9 @@ def check_arguments(args, n=1):
     top_p = getattr(args, "top_p", None)
     if top_p is not None and not 0 < top_p <= 1:
         raise UserError(f"--top-p is {args.top_p}; it must be above 0 and at most 1")
+    betas = getattr(args, "betas", [])
+    if not all(0 <= beta < 1 for beta in betas):
+        raise UserError(f"--betas are {betas}; each must be at least 0 and below 1")
     device = args.device or "cpu"
     if not (device == "cpu" or device.startswith("cuda")):
         raise UserError(f"--device is {args.device!r}; it must be cpu or cuda")

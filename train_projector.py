@@ -51,15 +51,16 @@ SMALL = {"prompts": 160, "k": 5, "lr": 1e-3, "batch": 16, "steps": 150, "targets
 
 
 # ============================================================ stage 1: the model's own traces
-def collect_traces(model, tokenizer, task, examples, k, max_new_tokens, seed, path, tag=None):
-    """Stage 1: k samples per example, those with reward > 0 that are whole kept -> [{"example", "prompt",
-    "text"}].
+def collect_traces(model, tokenizer, task, examples, k, max_new_tokens, seed, path, tag=None, keep_cut=False):
+    """Stage 1: k samples per example, those with reward > 0 that are whole (keep_cut: or not) kept ->
+    [{"example", "prompt", "text"}].
 
     `path` has a line for the settings and one for each AT_ONCE prompts, written when they are done: what is
     there with the same settings is not sampled again. The draws of a line follow from the seed and its number
     alone, so a stopped stage 1 loses one at most. The base has no trained projector yet, so tags that it
     writes run no latents (latent="none"); with tag="forbidden" it writes none."""
     header = _settings_of_traces(model, task, examples, k, max_new_tokens, seed, tag)
+    header |= {"keep_cut": True} if keep_cut else {}
     lines = _lines_already_there(path, header)
     starts = range(0, len(examples), AT_ONCE)
     if lines:
@@ -82,7 +83,7 @@ def collect_traces(model, tokenizer, task, examples, k, max_new_tokens, seed, pa
             rewards = data.score(task, [asked[r.prompt] for r in rollouts], [r.text for r in rollouts])
             line = []
             for r, reward in zip(rollouts, rewards):
-                if reward > 0 and r.finished:
+                if reward > 0 and (r.finished or keep_cut):
                     line.append({"example": start + r.prompt, "prompt": prompts[r.prompt], "text": r.text})
             lines.append(line)
             f.write(json.dumps(line) + "\n")
@@ -213,6 +214,11 @@ def mask_all(model, tokenizer, traces, marker, rng, targets="none", words=2):
     return train, rng.sample(held, min(256, len(held)))
 
 
+def short_enough(traces, most):
+    """The traces of at most so many tokens, prompt included; None: all."""
+    return [r for r in traces if most is None or len(r.prompt_ids) + r.n_tokens <= most]
+
+
 # ============================================================ stage 1: a target for each latent (ours)
 # The paper's loss does not say what a latent should hold. With --targets words a run of skipped sentences becomes
 # one tag, with a latent for each of them and one before: where the thought stood when the tag was opened. Each has
@@ -293,7 +299,7 @@ def target_loss(model, rows):
 
 # ============================================================ stage 2: the projector learns, the base is frozen
 def fit_projector(model, traces, lr, batch, steps=None, schedule=True, clip=0.2, seed=0, budget=None,
-                  progress=None, states=None, every=50, carried=None, targets="none"):
+                  progress=None, states=None, every=50, carried=None, targets="none", betas=(0.9, 0.95)):
     """Trains the projector and nothing else on traces, one epoch or `steps` steps -> the last steps' mean
     loss.
 
@@ -302,7 +308,7 @@ def fit_projector(model, traces, lr, batch, steps=None, schedule=True, clip=0.2,
     newest state in it, and leaves one there every so many steps and when it is stopped, with `carried` (JSON) in it."""
     budget = budget or positions_at_once(model, traces)
     parameters = list(model.reasoning_projector.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=tuple(betas), weight_decay=0.0)
     if steps is None:
         steps = max(1, len(traces) // batch)
     # One per step so far; the step of the newest state.
@@ -425,12 +431,14 @@ def mean_loss(model, traces, latent):
 
 
 # ============================================================ both stages
-def stages_1_and_2(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, every=50, **changes):
+def stages_1_and_2(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, every=50, betas=(0.9, 0.95),
+                   max_length=None, keep_cut=False, **changes):
     """Both stages; trains model.reasoning_projector in place and prints what came of it -> the figures
     printed.
 
     Continues from what a stopped run left in `out`: traces.jsonl, and stage 2's states (one every so many
-    steps) in stage-2/. n: val examples for the accuracy before and after. changes: of RELEASED or SMALL
+    steps) in stage-2/. n: val examples for the accuracy before and after. betas, max_length, keep_cut: the flags
+    of these names. changes: of RELEASED or SMALL
     above, whichever the model's size selects; None leaves a value as it is."""
     cfg = dict(SMALL if runs.is_small(model) else RELEASED)
     cfg.update({name: value for name, value in changes.items() if value is not None})
@@ -444,9 +452,13 @@ def stages_1_and_2(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, e
     path = os.path.join(out, "traces.jsonl")
     # Targets are taken from what was written, so everything is.
     tag = "forbidden" if cfg["targets"] == "words" else None
-    traces = collect_traces(model, tokenizer, task, examples, cfg["k"], max_new_tokens, seed, path, tag)
+    traces = collect_traces(model, tokenizer, task, examples, cfg["k"], max_new_tokens, seed, path, tag,
+                            keep_cut)
     marker = getattr(task, "ANSWER", "\\boxed{")
     train, held = mask_all(model, tokenizer, traces, marker, rng, cfg["targets"], cfg["words"])
+    train, held = short_enough(train, max_length), short_enough(held, max_length)
+    if not train or not held:
+        raise UserError(f"no masked trace has {max_length} tokens or fewer, prompt included: raise --max-length")
     print(f"stage 2: {len(train)} masked traces, {len(held)} more held out; the base is frozen", flush=True)
 
     checked = task.examples("val")[:n]
@@ -467,7 +479,7 @@ def stages_1_and_2(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, e
             "warm start": mean_loss(model, held, "projector")}
         before = evaluate_now()
     fit_projector(model, train, cfg["lr"], cfg["batch"], cfg["steps"], seed=seed, progress="stage 2",
-                  states=states, every=every, carried=[dict(losses), before], targets=cfg["targets"])
+                  states=states, every=every, carried=[dict(losses), before], targets=cfg["targets"], betas=betas)
     losses["trained"] = mean_loss(model, held, "projector")
     after = evaluate_now()
     said = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
@@ -510,6 +522,14 @@ def parse_arguments():
     g.add_argument("--batch", type=int, default=None, help="traces per optimiser step")
     g.add_argument("--lr", type=float, default=None, help="peak learning rate, of AdamW")
     target_flags(g)
+    g = ap.add_argument_group("as released (the defaults are ours)")
+    g.add_argument("--betas", type=float, nargs=2, default=[0.9, 0.95], metavar="B",
+                   help="of AdamW in stage 2 (default 0.9 0.95; released 0.9 0.999)")
+    g.add_argument("--max-length", type=int, metavar="N", help="leave masked traces of more tokens, prompt "
+                   "included, out of stage 2 (default: none are; released 4096)")
+    g.add_argument("--keep-cut", action="store_true", help="keep rewarded traces that the length limit has cut, "
+                   "as released (default: whole ones only)")
+    runs.tag_rule_flag(g)
     g = ap.add_argument_group("run")
     g.add_argument("--resume", default=None, metavar="DIR", help="continue the run in DIR, by its own "
                    "settings; only --device and --graphs may stand beside it")
@@ -533,6 +553,7 @@ def main():
     task.examples("train")  # what is missing is said before a model is fetched
     model, tokenizer = load(args.model, args.device)
     model.graphs = args.graphs
+    runs.set_tag_rule(model, args.tag_rule)
     data.start_task(args, task, args.model)
     args.max_new_tokens = args.max_new_tokens or (160 if runs.is_small(model) else 2048)
     if not runs.is_small(model):
@@ -542,7 +563,8 @@ def main():
     runs.write_settings(args, "train_projector.py")
     result = stages_1_and_2(model, tokenizer, task, args.out, args.max_new_tokens, args.seed, args.n,
                             args.save_every, prompts=args.prompts, k=args.samples, lr=args.lr,
-                            batch=args.batch, steps=args.steps, targets=args.targets, words=args.words)
+                            batch=args.batch, steps=args.steps, targets=args.targets, words=args.words,
+                            betas=args.betas, max_length=args.max_length, keep_cut=args.keep_cut)
     runs.save(model, tokenizer, os.path.join(args.out, "model"))
     runs.write_json(os.path.join(args.out, "results.json"), result)
     print(f"saved {args.out}/model; next: python train_rl.py --model {args.out} --task {args.task}")

@@ -11,8 +11,8 @@ second pass for the old log-probs: the sampler's own are exact (tests/test_decod
 one optimiser step per rollout batch, so that its ratio is always 1 and the clip idle; a real model gets 16,
 as released. (4) Latents are replayed as they were sampled; --recompute-latents makes them again with the
 current weights, as released. (5) The learning rate is constant; the released script leaves it to OpenRLHF's
-default (a cosine after 3 % warm-up). (6) The refresh steps on 16 traces at a time, with a clipped gradient;
-the released one on single traces, unclipped.
+default (--lr-schedule cosine). (6) The refresh steps on 16 traces at a time, with a clipped gradient; the
+released one on one trace per GPU, unclipped (--refresh-batch, --refresh-clip).
 
     python train_rl.py                                # the tiny model, all stages, a table: 2 minutes, 2 cores
     python train_rl.py --method grpo                  # the same RL without latents, for comparison
@@ -27,6 +27,7 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import random
@@ -42,7 +43,8 @@ import runs
 from eval import evaluate
 from litereason import (PROJECTORS, RULES, Rollout, UserError, generate, load, logprobs, policy_loss,
                         recompute_latents, start_projector)
-from train_projector import RATIOS, fit_projector, masked_trace, nearest_targets, stages_1_and_2, target_flags
+from train_projector import (RATIOS, fit_projector, masked_trace, nearest_targets, short_enough, stages_1_and_2,
+                             target_flags)
 
 # ============================================================ settings that depend on the model's size
 # RELEASED is the authors' script: 2880 steps are 30 passes over 290 stories, 6 rollout batches each, 16 steps
@@ -103,7 +105,7 @@ def train(args, model, base, masters, tokenizer, task, examples, prompts, vals, 
         rewards = state.earned + length_penalty(args, state.rollouts)  # (B,)
         groups = rewards.view(len(index), args.group)  # (P, G)
         tokens = torch.tensor([r.n_tokens for r in state.rollouts]).view_as(groups)
-        advantages, divisors = RULES[args.rule](groups, tokens, args.max_new_tokens)  # (P, G) each
+        advantages, divisors = rule_of(args)(groups, tokens, args.max_new_tokens)  # (P, G) each
         advantages, divisors = advantages.flatten(), divisors.flatten()  # (B,) each
         phases.end("reward")
 
@@ -122,6 +124,7 @@ def train(args, model, base, masters, tokenizer, task, examples, prompts, vals, 
             norm = float(torch.nn.utils.clip_grad_norm_(masters, 1.0))  # OpenRLHF's default
             step_is_finite = all_finite(norm, state.rollouts)
             if step_is_finite:
+                optimizer.param_groups[0]["lr"] = learning_rate(args, step)
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             engine.weights_from_masters(base, masters)
@@ -188,6 +191,12 @@ def length_penalty(args, rollouts):
     return ((begins - length) / args.overlong_buffer).clamp(-1, 0)
 
 
+def rule_of(args):
+    """Step (3): the RL rule; --advantage-eps is GRPO's."""
+    rule = RULES[args.rule]
+    return functools.partial(rule, eps=args.advantage_eps) if args.rule == "grpo" else rule
+
+
 def rollouts_of_minibatch(args, batch, minibatch, n_prompts):
     """Their numbers within the rollout batch, whole groups, in order."""
     rng = random.Random(f"{args.seed} {batch} minibatches")
@@ -245,6 +254,16 @@ def all_finite(norm, rollouts):
     return math.isfinite(norm) and all(r.latents.isfinite().all() for r in rollouts)
 
 
+def learning_rate(args, step):
+    """Step (6): constant (ours) or, as OpenRLHF's default, up over the first 3 % of the steps and then down a
+    cosine to a tenth."""
+    if args.lr_schedule == "constant":
+        return args.lr
+    warm_up = math.ceil(0.03 * args.steps)
+    progress = max(0, step - warm_up) / max(1, args.steps - warm_up)
+    return args.lr * min((step + 1) / warm_up, 0.55 + 0.45 * math.cos(math.pi * progress))
+
+
 def remember_rewarded(state, index):
     """The batch's rewarded rollouts, for the refresh: (number of the train prompt, text)."""
     for rollout, reward in zip(state.rollouts, state.earned.tolist()):
@@ -272,10 +291,11 @@ def refresh(args, model, tokenizer, task, state, examples, prompts, epoch):
             trace = masked_trace(model, tokenizer, rng, prompts[i], text, gold, marker, ratio)
             if trace is not None:
                 traces.append(trace)
+    traces = short_enough(traces, args.refresh_max_length)
     if not traces:
         return None
-    return fit_projector(model, traces, args.refresh_lr, batch=16, schedule=False, seed=epoch,
-                         budget=args.tokens_per_forward)
+    return fit_projector(model, traces, args.refresh_lr, args.refresh_batch, schedule=False, seed=epoch,
+                         clip=args.refresh_clip or math.inf, budget=args.tokens_per_forward)
 
 
 def sharpen(args, model, state, epoch):
@@ -404,6 +424,19 @@ def parse_arguments():
                    "(a control), or another latent step, such as one learned vector for every latent (pause, "
                    "a control)")
     g.add_argument("--no-refresh", action="store_true", help="leave the projector as stage 2 made it")
+    g = ap.add_argument_group("as released (the defaults are ours; those of stages 1 and 2 are train_projector.py's)")
+    g.add_argument("--lr-schedule", default="constant", choices=["constant", "cosine"],
+                   help="cosine: after a warm-up of 3 %% of --steps down to a tenth, as released (default constant)")
+    g.add_argument("--advantage-eps", type=float, default=1e-4, metavar="EPS",
+                   help="beside the deviation in --rule grpo (default 1e-4; released 1e-9)")
+    g.add_argument("--refresh-batch", type=int, default=16, metavar="N",
+                   help="traces per optimiser step of the refresh (default 16; released 1 per GPU, on 4 GPUs)")
+    g.add_argument("--refresh-clip", type=float, default=0.2, metavar="NORM",
+                   help="largest gradient norm in the refresh, 0 for any (default 0.2; released 0)")
+    g.add_argument("--refresh-max-length", type=int, metavar="N",
+                   help="leave traces of more tokens, prompt included, out of the refresh (default: none are; "
+                        "released 2048)")
+    runs.tag_rule_flag(g)
     g = ap.add_argument_group("run")
     g.add_argument("--resume", metavar="DIR",
                    help="continue the run in DIR, by its own settings; only --steps, --device and --graphs "
@@ -441,6 +474,7 @@ def main():
     source = runs.source_of_weights(args, saved)
     model, tokenizer = load(source, args.device)
     model.graphs = args.graphs
+    runs.set_tag_rule(model, args.tag_rule)
     data.start_task(args, task, args.model)
     for name, value in (SMALL if runs.is_small(model) else RELEASED).items():
         is_planned = name in PLANNED and model.device.type == "cuda"

@@ -1,0 +1,125 @@
+"""Settings of the released code that a flag asks for: each does what its help says, the defaults stay ours, and a
+run with all of them resumes exactly."""
+import json
+import math
+import signal
+import types
+
+import pytest
+import torch
+from test_real_tasks import run
+from test_resume import SIZES, same_weights, stopped
+
+import data
+import train_projector
+import train_rl
+from litereason import RULES, Rollout, UserError
+
+FLAGS = ("--lr-schedule", "cosine", "--advantage-eps", 1e-9, "--refresh-batch", 1, "--refresh-clip", 0,
+         "--refresh-max-length", 150, "--tag-rule", "released")
+STAGES_1_AND_2 = ("--device", "cpu", "--prompts", 8, "--samples", 2, "--batch", 2, "--n", 1, "--max-new-tokens", 60)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A run that RL can start from: its projector has made a step."""
+    out = tmp_path_factory.mktemp("start")
+    run(train_projector, *STAGES_1_AND_2, "--steps", 1, "--out", out / "projector")
+    return out / "projector"
+
+
+def test_a_run_with_all_of_them_that_was_stopped_continues_bit_for_bit(start, tmp_path):
+    words = ("--model", start, *SIZES, "--n", 0, *FLAGS, "--steps", 4)
+    run(train_rl, *words, "--out", tmp_path / "whole")
+    said = stopped(train_rl, "learning_rate", 3, signal.SIGTERM, train_rl, *words, "--out", tmp_path / "half")
+    assert "step 3 of 4 is saved" in said
+    run(train_rl, "--resume", tmp_path / "half")
+    assert same_weights(tmp_path / "whole", tmp_path / "half")
+    one, two = ([json.loads(line) for line in open(tmp_path / name / "metrics.jsonl")] for name in ("whole", "half"))
+    assert [m["refresh_loss"] for m in one] == [m["refresh_loss"] for m in two] and one[-1]["refresh_loss"]
+    config = json.load(open(tmp_path / "half" / "model" / "config.json"))
+    assert config["litereason_tag_rule"] == "released"
+
+
+def test_the_default_rate_is_constant_and_the_released_one_warms_up_and_falls_to_a_tenth():
+    constant = types.SimpleNamespace(lr=5e-7, steps=200, lr_schedule="constant")
+    cosine = types.SimpleNamespace(lr=5e-7, steps=200, lr_schedule="cosine")
+    assert {train_rl.learning_rate(constant, step) for step in range(200)} == {5e-7}
+    rates = [train_rl.learning_rate(cosine, step) / 5e-7 for step in range(201)]
+    assert rates[:6] == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1])  # 3 % of 200
+    assert rates[6:] == sorted(rates[6:], reverse=True) and rates[103] == pytest.approx(0.55)
+    assert rates[200] == pytest.approx(0.1)
+    for steps in (1, 2):
+        cosine.steps = steps
+        assert all(0 < train_rl.learning_rate(cosine, step) <= 5e-7 for step in range(steps))
+
+
+def test_the_eps_of_advantages_is_grpos_alone():
+    rewards = torch.tensor([[0.5, 0.5, 0.5, 0.5 + 1e-7]]).double()
+    tokens = torch.ones(1, 4)
+
+    def largest(rule, eps):
+        args = types.SimpleNamespace(rule=rule, advantage_eps=eps)
+        return float(train_rl.rule_of(args)(rewards, tokens, 10)[0].abs().max())
+
+    assert largest("grpo", 1e-4) < 1e-2 < 1 < largest("grpo", 1e-9)
+    assert largest("grpo", 1e-4) == float(RULES["grpo"](rewards, tokens, 10)[0].abs().max())
+    assert largest("rloo", 1e-4) == largest("rloo", 1e-9)
+
+
+def test_the_refresh_has_the_batch_clip_and_length_that_were_asked_for(start, tmp_path, monkeypatch):
+    fitted = []
+    monkeypatch.setattr(train_rl, "fit_projector", lambda *args, **more: fitted.append((*args[1:], more)))
+    words = ("--model", start, *SIZES, "--n", 0, "--val", 0, "--steps", 4)
+    run(train_rl, *words, "--out", tmp_path / "a")
+    traces, _, batch, more = fitted[0]
+    assert (batch, more["clip"]) == (16, 0.2)
+    lengths = [len(r.prompt_ids) + r.n_tokens for r in traces]
+    most = sorted(lengths)[len(lengths) // 2]
+    run(train_rl, *words, "--out", tmp_path / "b", "--refresh-batch", 1, "--refresh-clip", 0,
+        "--refresh-max-length", most)
+    traces, _, batch, more = fitted[1]
+    assert (batch, more["clip"]) == (1, math.inf)
+    assert [len(r.prompt_ids) + r.n_tokens for r in traces] == [n for n in lengths if n <= most]
+
+
+def test_no_clip_leaves_a_gradient_as_it_is():
+    p = torch.nn.Parameter(torch.zeros(3))
+    p.grad = torch.tensor([3.0, 4.0, 1e9])
+    assert torch.nn.utils.clip_grad_norm_([p], math.inf) > 1e8
+    assert p.grad.tolist() == [3.0, 4.0, 1e9]
+
+
+# ---------------------------------------------------------------- stages 1 and 2
+def test_cut_traces_are_kept_only_if_asked_for(monkeypatch, tmp_path):
+    made = [Rollout([1], [2], torch.zeros(0, 4), text=text, finished=text == "whole") for text in ("whole", "cut")]
+    monkeypatch.setattr(train_projector, "generate", lambda *_, **__: made)
+    monkeypatch.setattr(data, "score", lambda *_: [1.0, 1.0])
+    task = types.SimpleNamespace(__name__="task", prompt=lambda example, latent: "q")
+    model = types.SimpleNamespace(config=types.SimpleNamespace(_name_or_path="m"))
+
+    def kept(**more):
+        path = str(tmp_path / "traces.jsonl")
+        traces = train_projector.collect_traces(model, None, task, [{}], 2, 5, 0, path, **more)
+        return [trace["text"] for trace in traces]
+
+    assert kept() == ["whole"]
+    assert kept(keep_cut=True) == ["whole", "cut"]  # sampled again: the file says how it was made
+    assert kept(keep_cut=False) == ["whole"]
+
+
+def test_long_traces_are_left_out_only_if_asked_for():
+    rows = [Rollout([1] * n, [2, 2, -1, -1], torch.zeros(2, 4)) for n in (3, 4, 5)]
+    assert train_projector.short_enough(rows, None) == rows
+    assert train_projector.short_enough(rows, 6) == rows[:2]  # latents do not count
+
+
+def test_stage_2_with_other_betas_and_lengths(tmp_path):
+    words = (*STAGES_1_AND_2, "--steps", 2)
+    run(train_projector, *words, "--out", tmp_path / "a")
+    run(train_projector, *words, "--out", tmp_path / "b", "--betas", 0.9, 0.999)
+    assert not same_weights(tmp_path / "a", tmp_path / "b")
+    for flags, says in ((("--max-length", 5), "no masked trace has 5 tokens or fewer, prompt included: raise "),
+                        (("--betas", 0.9, 1), "--betas are .*; each must be at least 0 and below 1")):
+        with pytest.raises(UserError, match=says):
+            run(train_projector, *words, *flags, "--out", tmp_path / "c")
