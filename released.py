@@ -10,7 +10,7 @@ plugin does.
 Known from a description of that code (commit cf68f72), not copied from it. Left out, and why: a digit that the
 tokenizer cuts into bytes (Arabic ones, by Qwen's) is no number here, since the table reads whole tokens; neither
 is a superscript digit, which stops the released code with an error; a tag in the prompt is text, as everywhere
-here.
+here, and so is one that begins in the prompt.
 """
 import numpy as np
 
@@ -21,7 +21,7 @@ import runs
 BEFORE = [" ", "\n", ".", ",", "!", "?", ":", ";", '"', "'", ")", "(", "[", "]", ">"]
 AFTER = [" ", " </", "\n", "\n\n", "\n\n\n", ".", ",", "!", "?", "</", '"']
 MOST_NUMBER = 3  # tokens between opening and closing
-MOST = 15  # tokens of a whole tag that the plugin looks back
+MOST = 15  # tokens of a whole tag; the plugin refuses a tokenizer with longer ones
 
 
 def patterns(tokenizer, opening, closing):
@@ -49,8 +49,8 @@ def patterns(tokenizer, opening, closing):
 
 # While a tag may be on its way, a set of these holds what the tokens so far can be:
 #     ("start", ids, j)            j tokens of this opening have been read
-#     ("number", ids, k, n, part)  the opening, then k tokens; part 0, 1, 2: before, in, after the digits of n
-#     ("end", length, n, ids, j)   `length` tokens before the closing, of which j have been read
+#     ("number", k, n, part)       an opening, then k tokens; part 0, 1, 2: before, in, after the digits of n
+#     ("end", n, ids, j)           an opening, the number n, and j tokens of this closing
 def _read_number(text, n, part, cap):
     """A token's text as part of the number -> (n, part), or None if it is something else. int() reads the digits of
     every script, strip() all kinds of spaces."""
@@ -72,27 +72,31 @@ def _read_token(state, token, text, starts, ends, cap):
             _, ids, j = item
             if ids[j] == token:
                 is_whole = j + 1 == len(ids)
-                found.add(("number", len(ids), 0, 0, 0) if is_whole else ("start", ids, j + 1))
+                found.add(("number", 0, 0, 0) if is_whole else ("start", ids, j + 1))
         elif item[0] == "number":
-            _, length, k, n, part = item
+            _, k, n, part = item
             number = _read_number(text, n, part, cap) if text and k < MOST_NUMBER else None
             if number is not None:
-                found.add(("number", length, k + 1, *number))
+                found.add(("number", k + 1, *number))
             if n > 0:
-                found |= {("end", length + k, n, ids, 1) for ids in ends if ids[0] == token}
+                found |= {("end", n, ids, 1) for ids in ends if ids[0] == token}
         else:
-            _, length, n, ids, j = item
+            _, n, ids, j = item
             if ids[j] == token:
-                found.add(("end", length, n, ids, j + 1))
+                found.add(("end", n, ids, j + 1))
     for item in found:
-        if item[0] == "end" and item[4] == len(item[3]) and item[1] + item[4] <= MOST:
-            return frozenset(), item[2]  # read to its end; tags do not overlap
+        if item[0] == "end" and item[3] == len(item[2]):
+            return frozenset(), item[1]  # read to its end; tags do not overlap
     return frozenset(found), 0
 
 
 def tag_table(tokenizer, opening, closing, cap, vocab_size, device):
     """The rule as an engine.TagTable over the ids of a vocabulary."""
     starts, ends = patterns(tokenizer, opening, closing)
+    longest = max(map(len, starts)) + MOST_NUMBER + max(map(len, ends))
+    if longest > MOST:
+        raise runs.UserError(f"this tokenizer cuts a tag into up to {longest} tokens, and the released plugin takes no "
+                             f"more than {MOST}: leave --tag-rule released out")
     in_patterns = {token for ids in starts + ends for token in ids}
 
     # (1) The tokens that are told apart: those of the patterns, and one for each text that can be in a number.

@@ -12,7 +12,7 @@ from runs import token_texts
 
 def by_searching(tok, ids, cap=5):
     """The rule, slowly, from its description: from left to right look for an opening, 1 to 3 tokens that say a
-    number above 0, a closing, together at most 15 tokens; go on behind it, else one token further."""
+    number above 0, a closing; go on behind it, else one token further."""
     starts, ends = released.patterns(tok, OPEN, CLOSE)
     out, i = [], 0
     while i < len(ids):
@@ -26,7 +26,7 @@ def by_searching(tok, ids, cap=5):
                     continue
                 for close in sorted(ends, key=len):
                     b = a + gap + len(close)
-                    if end is None and tuple(ids[a + gap : b]) == close and b - i <= 15:
+                    if end is None and tuple(ids[a + gap : b]) == close:
                         end = b
                         out.append((b - 1, min(int(said), cap)))
         i = end or i + 1
@@ -53,6 +53,12 @@ def test_a_row_fires_where_a_search_for_the_patterns_finds_a_tag(tok, cap):
 def test_with_real_qwens_tokens_too(real_tok, rules):
     expected, found = searched_and_fired(real_tok, rules["released"], 5, 400)
     assert found == expected
+
+
+def test_a_tokenizer_that_the_plugin_refuses_is_refused(tok, monkeypatch):
+    monkeypatch.setattr(released, "MOST", 10)
+    with pytest.raises(UserError, match="cuts a tag into up to 13 tokens, and the released plugin takes no more than 10"):
+        released.tag_table(tok, OPEN, CLOSE, 5, len(tok), "cpu")
 
 
 def test_of_qwens_tokens_it_knows_14_that_open_and_9_that_close(real_tok):
