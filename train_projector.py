@@ -214,11 +214,6 @@ def mask_all(model, tokenizer, traces, marker, rng, targets="none", words=2):
     return train, rng.sample(held, min(256, len(held)))
 
 
-def short_enough(traces, most):
-    """The traces of at most so many tokens, prompt included; None: all."""
-    return [r for r in traces if most is None or len(r.prompt_ids) + r.n_tokens <= most]
-
-
 # ============================================================ stage 1: a target for each latent (ours)
 # The paper's loss does not say what a latent should hold. With --targets words a run of skipped sentences becomes
 # one tag, with a latent for each of them and one before: where the thought stood when the tag was opened. Each has
@@ -409,6 +404,11 @@ def _warm_up_and_cosine(step, steps):
     warm_up = max(1, steps // 10)
     progress = max(0, step - warm_up) / max(1, steps - warm_up)
     return min((step + 1) / warm_up, 0.55 + 0.45 * math.cos(math.pi * progress))
+
+
+def short_enough(traces, most):
+    """The traces of at most so many tokens, prompt included; None: all."""
+    return [r for r in traces if most is None or len(r.prompt_ids) + r.n_tokens <= most]
 
 
 def positions_at_once(model, traces):
