@@ -28,7 +28,6 @@ under the same two. (3) LoRA: the base is trained whole, as the paper's author d
     python baselines.py --method colar            # SFT on own traces, then GRPO
     python baselines.py --method answer           # SFT on gold answers; --stories 100: on fewer
 """
-import argparse
 import functools
 import itertools
 import json
@@ -604,39 +603,48 @@ def tell_step(log, step, n_steps, epoch, rollouts, groups, start):
 
 
 # ============================================================ the script
+def by_size(name):
+    return runs.default_text(SMALL[name], RELEASED[name])
+
+
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = runs.parser(__doc__)
     group = parser.add_argument_group("what")
-    group.add_argument("--method", required=True, choices=list(METHODS))
+    group.add_argument("--method", required=True, choices=list(METHODS), help="see above (required, so no default)")
     group.add_argument("--model", default="tiny",
-                       help="the base: tiny, a directory, or a hub name such as Qwen2.5-1.5B")
+                       help="the base: tiny, a directory, or a hub name such as Qwen2.5-1.5B (default tiny)")
     data.task_flags(group)
     runs.out_flags(group, "settings, the table and what was trained", "out/MODEL-TASK-METHOD")
-    group = parser.add_argument_group("decoding")
-    group.add_argument("--max-new-tokens", type=int, default=None,
-                       help="slots per answer, latents included (default: 160 for a small model, else 2048)")
-    group.add_argument("--top", type=int, default=10, help="soft-thinking: words in a mixture")
-    group.add_argument("--patience", type=int, default=256,
-                       help="soft-thinking: certain steps in a row that stop it")
-    group.add_argument("--beta", type=float, default=1.0,
-                       help="moi: weight of the sampled word (its paper: 0.5 to 2)")
-    group = parser.add_argument_group("training (default: set by the model's size, see RELEASED and SMALL)")
-    group.add_argument("--stories", type=int, default=None, help="train stories (default: all)")
-    group.add_argument("--lr", type=float, default=None, help="learning rate of the SFT")
-    group.add_argument("--stages", type=int, default=None, help="coconut: latents of its last stage")
+    group.add_argument("--n", type=int, default=500, help="test examples (default 500)")
+    group.add_argument("--seed", type=int, default=0, help="of all draws (default 0)")
+    group = parser.add_argument_group("training (a small model has less than 50 M parameters)")
+    group.add_argument("--stories", type=int, metavar="N", default=None, help="train stories (default all)")
+    group.add_argument("--lr", type=float, default=None,
+                       help=f"learning rate of the SFT (answer: {by_size('answer_lr')}; coconut: "
+                            f"{by_size('coconut_lr')}; colar: {by_size('colar_lr')})")
+    group.add_argument("--steps", type=int, metavar="N", default=None,
+                       help=f"colar: GRPO steps, 0 is SFT only ({by_size('rl_steps')}); answer: SFT steps "
+                            f"({by_size('answer_steps')})")
     group.add_argument("--epochs", type=float, default=None,
-                       help="colar: of the SFT; coconut: of each stage but the last")
+                       help=f"colar: of the SFT ({by_size('colar_epochs')}); coconut: of each stage but the last "
+                            f"({by_size('per_stage')})")
+    group.add_argument("--stages", type=int, metavar="N", default=None,
+                       help=f"coconut: latents of its last stage ({by_size('stages')})")
     group.add_argument("--r", type=int, default=None, choices=RATES,
-                       help="colar: reasoning tokens per latent in GRPO and in the test (default: all three "
-                            "in the test of the SFT, then the best on val)")
-    group.add_argument("--steps", type=int, default=None,
-                       help="colar: GRPO steps, 0 is SFT only; answer: SFT steps")
-    group.add_argument("--tokens-per-forward", type=int, default=12_000,
-                       help="positions per forward pass: the memory dial; changes no result")
-    group = parser.add_argument_group("run")
-    group.add_argument("--n", type=int, default=500, help="test examples")
-    group.add_argument("--seed", type=int, default=0)
+                       help="colar: reasoning tokens per latent in GRPO and in the test (default: all three in the "
+                            "test of the SFT, then the best on val)")
+    group = parser.add_argument_group("decoding")
+    group.add_argument("--max-new-tokens", type=int, metavar="N", default=None,
+                       help=f"slots per answer, latents included ({by_size('max_new_tokens')})")
+    group.add_argument("--top", type=int, metavar="N", default=10,
+                       help="soft-thinking: words in a mixture (default 10)")
+    group.add_argument("--patience", type=int, metavar="N", default=256,
+                       help="soft-thinking: certain steps in a row that stop it (default 256)")
+    group.add_argument("--beta", type=float, default=1.0,
+                       help="moi: weight of the sampled word; its paper: 0.5 to 2 (default 1)")
+    group = parser.add_argument_group("memory and speed")
+    group.add_argument("--tokens-per-forward", type=int, metavar="N", default=12_000,
+                       help="positions per forward pass; changes no result (default 12000)")
     runs.device_flags(group)
     return parser.parse_args()
 
@@ -693,7 +701,8 @@ def run_moi(args, cfg, model, tokenizer, task, examples, on_val, took):
 
 def run_answer(args, cfg, model, tokenizer, task, examples, on_val, took):
     if not hasattr(task, "answer"):
-        raise UserError(f"--method answer trains on gold answers, and {args.task} has none (task.answer)")
+        raise UserError(f"--method answer trains on gold answers, and {args.task} has none: give the task a function answer, "
+                        "or choose another --method")
     report.check_answers(task, examples[:8])
     decoding = {"at_once": True, "latent": "none"}
     rows = answer_rows(model, tokenizer, task, examples)
@@ -753,7 +762,7 @@ def main():
     runs.check_what_is_there(args)
     examples = task.examples("train")
     if (args.stories or 1) > len(examples):
-        raise UserError(f"--stories is {args.stories}; {args.task} has {len(examples)} train stories")
+        raise UserError(f"--stories is {args.stories}; {args.task} has only {len(examples)} train stories")
     vals = task.examples("val")[:CHECKED]
     tests = task.examples("test")[: args.n]
     model, tokenizer = load(args.model, args.device)

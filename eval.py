@@ -12,7 +12,7 @@ Left out, and why: (1) no pass@k or majority vote: the paper reports mean reward
 penalties: score what the task scores.
 
     python eval.py --model tiny                       # the base, tag prompt, its tags as text: 5 seconds
-    python eval.py --model tiny:plain tiny RUN        # one table: plain prompt, tags, a trained run (its directory)
+    python eval.py --model tiny:plain tiny RUN        # one table: plain prompt, tags, a run's directory
     python eval.py --model RUN --sampling paper trained   # .. at both samplings
     python eval.py --model RUN --show 3               # three answers, latents as nearest words
     python eval.py --model RUN --controls             # what its latents do: zeros, noise, none, ..
@@ -22,7 +22,6 @@ penalties: score what the task scores.
     python eval.py --training RUN RUN                 # reward, tokens, .. against steps and tokens sampled
     python eval.py --model RUN --write 5 --out DIR    # next chapters, to be read
 """
-import argparse
 import math
 import os
 import time
@@ -205,7 +204,7 @@ def latent_of(name, model, others=(), seed=0):
         return _noise(model, seed)
     if not others:
         raise UserError(f"--latent {name} takes the latents of other stories, "
-                        f"and on those read first the model ran none")
+                        f"and on those read first the model ran none: choose another --latent")
     return _mean_latent(model, others) if name == "mean" else _another_storys(model, others, seed)
 
 
@@ -385,60 +384,70 @@ def run_controls(model, tokenizer, task, examples, elsewhere, seed=0, progress=N
 
 # ============================================================ the script
 def parse_arguments():
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap = runs.parser(__doc__)
     g = ap.add_argument_group("what")
-    g.add_argument("--model", nargs="+", default=["tiny"], metavar="NAME", help="models or run directories; "
-                   "NAME:plain uses the prompt without the tag (the default for runs of --method grpo)")
+    g.add_argument("--model", nargs="+", default=["tiny"], metavar="NAME", help="models or run directories (default "
+                   "tiny); NAME:plain uses the prompt without the tag (the default for runs of --method grpo)")
     data.task_flags(g)
-    g.add_argument("--split", default="test", help="train, val or test")
-    g.add_argument("--n", type=int, default=None, help="examples, from the split's first (default all)")
-    g.add_argument("--samples", type=int, default=1, help="answers per example")
-    g.add_argument("--alone", type=int, default=0, metavar="N",
-                   help="also time N answers decoded one at a time")
-    g = ap.add_argument_group("decoding")
-    g.add_argument("--max-new-tokens", type=int, default=None,
-                   help="slots per answer, latents included (default: 160 for a small model, else 2048)")
+    g.add_argument("--split", default="test", help="train, val or test (default test)")
+    g.add_argument("--n", type=int, default=None, help="examples, the split's first (default all)")
+    g.add_argument("--samples", type=int, metavar="N", default=1, help="answers per example (default 1)")
+    g.add_argument("--seed", type=int, default=0, help="of all draws (default 0)")
+    g = ap.add_argument_group("how answers are sampled")
     g.add_argument("--sampling", nargs="+", default=["paper"], choices=list(SAMPLINGS),
-                   help="paper (default): temperature 0.7, top-p 0.8, top-k 20; trained: as RL samples, "
-                   "temperature 1 and nothing cut; or both, one after the other")
-    g.add_argument("--temperature", type=float, help="instead of that of --sampling; 0 is greedy")
-    g.add_argument("--top-p", type=float, help="instead of that of --sampling; 0 to 1")
-    g.add_argument("--top-k", type=int, help="instead of that of --sampling; 0 is off")
-    g.add_argument("--rows", type=int, help="answers decoded at once: memory; changes no result (default: what "
+                   help="paper: temperature 0.7, top-p 0.8, top-k 20; trained: as RL samples, temperature 1 and "
+                   "nothing cut; or both, one after the other (default paper)")
+    g.add_argument("--max-new-tokens", type=int, metavar="N", default=None, help="slots per answer, latents included "
+                   "(default: a run's own, 160 for a model of less than 50 M parameters, else 2048; released 512)")
+    g.add_argument("--temperature", type=float, help="0 is greedy (default: that of --sampling)")
+    g.add_argument("--top-p", type=float, help="0 to 1 (default: that of --sampling)")
+    g.add_argument("--top-k", type=int, help="0 is off (default: that of --sampling)")
+    g = ap.add_argument_group("what to look at")
+    g.add_argument("--controls", action="store_true", help="what the latents do: each control below in turn, same "
+                   "stories and seed, with paired tests against the plain run (default: the plain run alone)")
+    g.add_argument("--show", type=int, default=0, metavar="N", help="print N answers with their latents (default 0)")
+    g.add_argument("--html", default=None, metavar="FILE", help="write the answers of --show there instead, as a page "
+                   "to be opened and read (default: print them)")
+    g.add_argument("--alone", type=int, default=0, metavar="N",
+                   help="also time N answers decoded one at a time (default 0)")
+    g.add_argument("--json", default=None, metavar="FILE",
+                   help="write the numbers there, a list if there are several rows (default: print only)")
+    g.add_argument("--out", default=None, metavar="DIR",
+                   help="write config.json and results.json there (default: print only)")
+    g.add_argument("--write", type=int, default=0, metavar="N", help="next chapters: have the frozen LM write N of "
+                   "them with the plan, without and with another's, into chapters.md in --out (default 0)")
+    add_control_flags(ap.add_argument_group("one control alone"))
+    add_collecting_flags(ap.add_argument_group("instead of evaluating, from runs that are there"))
+    g = ap.add_argument_group("memory and speed")
+    g.add_argument("--rows", type=int, metavar="N", help="answers decoded at once; changes no result (default: what "
                    "fits on the card, at most 512)")
-    g.add_argument("--at-once", action="store_true", help="force the answer without reasoning")
+    runs.device_flags(g)
+    return ap.parse_args()
+
+
+def add_control_flags(g):
     meanings = "; ".join(f"{name}: {meaning}" for name, meaning in LATENTS.items())
     g.add_argument("--latent", default="projector", choices=list(LATENTS),
-                   help=f"what a latent step feeds: {meanings}")
+                   help=f"what a latent step feeds: {meanings} (default projector)")
     g.add_argument("--tag", default="free", choices=["free", "forbidden"],
-                   help="forbidden: no tag can be started")
+                   help="forbidden: no tag can be started (default free)")
     g.add_argument("--n-latents", type=int, default=None, metavar="K",
-                   help="0 to 8: every tag runs K latents, whatever number it says")
-    g = ap.add_argument_group("instead of evaluating")
-    g.add_argument("--controls", action="store_true", help="all of these in turn, same stories and seed, "
-                   "with paired tests against the plain run")
+                   help="0 to 8: every tag runs K latents (default: as many as it says)")
+    g.add_argument("--at-once", action="store_true",
+                   help="force the answer without reasoning (default: the model reasons first)")
+
+
+def add_collecting_flags(g):
     g.add_argument("--collect", nargs="+", metavar="DIR",
-                   help="average the tables that runs of train_rl.py left, row by row")
+                   help="average the tables that runs of train_rl.py left, row by row (default: evaluate)")
     g.add_argument("--curve", nargs="+", metavar="FILE",
-                   help="draw score against --costs from JSON files of results")
+                   help="draw score against --costs from JSON files of results (default: evaluate)")
     g.add_argument("--costs", nargs="+", default=["tokens"], choices=list(report.COSTS),
                    help="what --curve has a panel for (default tokens)")
     g.add_argument("--training", nargs="+", metavar="DIR",
-                   help="draw the training curves of runs of train_rl.py")
+                   help="draw the training curves of runs of train_rl.py (default: evaluate)")
     g.add_argument("--plot", default="plot.svg", metavar="FILE",
-                   help="where --curve and --training draw (svg or png; default plot.svg)")
-    g = ap.add_argument_group("run")
-    g.add_argument("--seed", type=int, default=0)
-    runs.device_flags(g)
-    g.add_argument("--json", default=None, metavar="FILE",
-                   help="write the numbers there (a list if several models)")
-    g.add_argument("--out", default=None, metavar="DIR", help="write config.json and results.json there")
-    g.add_argument("--show", type=int, default=0, metavar="N", help="print N answers with their latents")
-    g.add_argument("--html", default=None, metavar="FILE",
-                   help="write the answers of --show there instead, as a page to be opened and read")
-    g.add_argument("--write", type=int, default=0, metavar="N", help="next chapters: have the frozen LM "
-                   "write N of them with the plan, without and with another's, into chapters.md in --out")
-    return ap.parse_args()
+                   help="where --curve and --training draw, svg or png (default plot.svg)")
 
 
 def main():
@@ -482,7 +491,7 @@ def main():
         print_table(rows)
     if args.html:
         runs.write_text(args.html, report.page(sections))
-        print(f"page: {args.html}")
+        print(f"wrote {args.html}")
     write_results(args, rows)
 
 
@@ -508,7 +517,7 @@ def draw(args):
         report.curve(report.collect(args.curve), args.plot, args.costs)
     else:
         report.training(args.training, args.plot)
-    print(f"drawn: {args.plot}")
+    print(f"wrote {args.plot}")
 
 
 def check_flags(args):
@@ -574,7 +583,7 @@ def settings_of(args, name, model, sampling):
     made = runs.run_settings(path)
     if made.get("script") == "baselines.py":
         raise UserError(f"{path} is a run of baselines.py, whose methods decode in their own ways: "
-                        f"it has its table in its results.json")
+                        f"read the table in its results.json")
     default = 160 if runs.is_small(model) else 2048
     return {
         "latent_prompt": suffix != "plain" and made.get("method") != "grpo",
@@ -632,7 +641,7 @@ def rows_of_controls(args, name, sampling, model, tokenizer, task, examples, els
     """--controls: prints their table -> its rows"""
     if not runs_latents(name, model):
         raise UserError(f"--controls asks what latents do, and {name} runs none: its projector was never "
-                        f"trained, or its method leaves tags as text")
+                        f"trained, or its method leaves tags as text; give it a run of --method litereason")
     results = run_controls(model, tokenizer, task, examples, elsewhere, samples=args.samples, **settings)
     words = report.sampling_in_words(samplings_of(args)[sampling])
     print(f"\n{name}, {len(examples)} of {args.task} {args.split}, {words}")
@@ -660,7 +669,7 @@ def append_chapters(args, name, sampling, task, answers, is_first):
     with open(path, "w" if is_first else "a", encoding="utf-8") as f:
         f.write(f"\n# {name}\n")
         report.write_chapters(task, examples, plans, args.write, samplings_of(args)[sampling], f)
-    print(f"chapters in {path}")
+    print(f"wrote {path}")
 
 
 # ---------------------------------------------------------------------------- after the models

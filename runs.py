@@ -613,9 +613,30 @@ def signals_restored():
 
 
 # ============================================================ the command line and config.json
+def parser(doc):
+    """An argparse parser for a script with the docstring `doc`. --help shows its first paragraph and its indented
+    ones, the usual commands; what else stands there is for readers of the script."""
+    first, *others = doc.split("\n\n")
+    shown = [first] + [paragraph for paragraph in others if paragraph.startswith("    ")]
+    return argparse.ArgumentParser(description="\n\n".join(shown), usage="%(prog)s [flags]",
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def default_text(small, released):
+    """A default that depends on the model's size, for --help."""
+    def said(value):
+        if value is None or isinstance(value, bool):
+            return {None: "all", True: "on", False: "off"}[value]
+        return f"{value:g}"
+
+    if small == released:
+        return f"default {said(small)}"
+    return f"default {said(small)} for a small model, else {said(released)}"
+
+
 def out_flags(group, what, default):
     group.add_argument("--out", metavar="DIR", help=f"{what} go there (default {default})")
-    group.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
+    group.add_argument("--overwrite", action="store_true", help="replace the run that --out holds (default: refuse)")
 
 
 def device_flags(group):
@@ -623,13 +644,13 @@ def device_flags(group):
     group.add_argument("--device", default=None, help="cpu or cuda (default: cuda if there is one)")
     group.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=False,
                        help="on CUDA, record the decoding step as a graph and replay it; where that fails it "
-                       "runs without (not yet tried on a GPU)")
+                       "runs without; not yet tried on a GPU (default off)")
 
 
 def tag_rule_flag(group):
     group.add_argument("--tag-rule", choices=TAG_RULES,
                        help="where tags fire: text, wherever one is written; released, where the released plugin's "
-                            "do, for a model that it will serve (default: as the checkpoint says, else text)")
+                            "do, for a model that it will serve (default: what the checkpoint says, else text)")
 
 
 # The least that a number may be; of others it is 0 if it may be a fraction, else 1.

@@ -1,7 +1,7 @@
 """Stages 1 and 2 (paper Sec. 3.3): collect the model's own traces, put tags into them, train the projector.
 
 Stage 1: k samples per prompt from the base, with the tag prompt; those with reward > 0 that ended by
-themselves are kept (the released code also keeps those that the length limit cut); in every kept trace random
+themselves are kept (as released, with --keep-cut, also those that the length limit cut); in every kept trace random
 sentences are replaced by tags (10 % and 25 % of them, five versions each), N from the sentence's length.
 Stage 2: the base is frozen; cross-entropy on the text after the first tag trains the projector, through all
 latent steps of all tags.
@@ -9,14 +9,14 @@ latent steps of all tags.
 Left out, and why: (1) spaCy: sentences end at [.!?] or a newline. (2) The released code drops paragraphs when
 it joins sentences again; here the text between them stays. (3) Its loss seems to be summed over 16
 micro-batches instead of averaged, so that its clip of 0.2 bites harder; here the gradient of the mean over a
-batch's tokens is clipped.
+batch's tokens is clipped. (4) Its AdamW has the betas 0.9 and 0.999 (--betas), and it takes no trace of more than
+4,096 tokens (--max-length).
 
     python train_projector.py                               # the tiny model: half a minute on 2 cores
     python train_projector.py --model Qwen2.5-1.5B          # the paper's plot holes, on one GPU
     python train_projector.py --steps 2 --prompts 8 --n 8   # a smoke run
     python train_projector.py --resume out/tiny-projector   # continue a stopped run: on a CPU bit for bit
 """
-import argparse
 import collections
 import contextlib
 import itertools
@@ -65,7 +65,7 @@ def collect_traces(model, tokenizer, task, examples, k, max_new_tokens, seed, pa
     starts = range(0, len(examples), AT_ONCE)
     if lines:
         n_traces = sum(map(len, lines))
-        print(f"stage 1: {n_traces} traces from {path}, {len(lines)} of {len(starts)} lines of it")
+        print(f"stage 1: {n_traces} traces are in {path} already, {len(lines)} of {len(starts)} lines of it")
     with open(path + ".tmp", "w") as f:
         f.writelines(json.dumps(line) + "\n" for line in [header] + lines)
         f.flush()
@@ -206,17 +206,12 @@ def mask_all(model, tokenizer, traces, marker, rng, targets="none", words=2):
     held = [row for story, row in rows if story in held_out]
     if traces and not any(marker in trace["text"] for trace in traces):
         raise UserError(f"none of the {len(traces)} traces that stage 1 kept has the words {marker!r}, "
-                        f"before which reasoning stands: the task's ANSWER is not what its prompt asks for")
+                        f"before which reasoning stands: set ANSWER of the task to the words that its prompt asks for")
     if not train or not held:
         raise UserError(f"stage 1 kept {len(traces)} traces, too few with a sentence to mask: this model "
                         "earns too little reward on this task with the tag prompt (give more --prompts, in "
                         "train_rl.py --trace-prompts, or a stronger --model)")
     return train, rng.sample(held, min(256, len(held)))
-
-
-def short_enough(traces, most):
-    """The traces of at most so many tokens, prompt included; None: all."""
-    return [r for r in traces if most is None or len(r.prompt_ids) + r.n_tokens <= most]
 
 
 # ============================================================ stage 1: a target for each latent (ours)
@@ -411,6 +406,11 @@ def _warm_up_and_cosine(step, steps):
     return min((step + 1) / warm_up, 0.55 + 0.45 * math.cos(math.pi * progress))
 
 
+def short_enough(traces, most):
+    """The traces of at most so many tokens, prompt included; None: all."""
+    return [r for r in traces if most is None or len(r.prompt_ids) + r.n_tokens <= most]
+
+
 def positions_at_once(model, traces):
     """How many positions of traces one forward and backward pass can have."""
     longest = max(len(r.prompt_ids) + len(r.slots) for r in traces)
@@ -502,43 +502,49 @@ def target_flags(group):
     """Adds the flags that say what a latent learns in stage 2, the same for both training scripts."""
     group.add_argument("--targets", default=None, choices=["words", "none"],
                        help="of the latents in stage 2: words, the embeddings of the skipped sentence's last "
-                            "informative words (ours; for --model serial); none, the paper's loss (default)")
+                            "informative words (ours; for --model serial); none, the paper's loss (default none)")
     group.add_argument("--words", type=int, default=None, help="words in the target of a latent (default 2)")
 
 
+def by_size(name):
+    return runs.default_text(SMALL[name], RELEASED[name])
+
+
 def parse_arguments():
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap = runs.parser(__doc__)
     g = ap.add_argument_group("what")
-    g.add_argument("--model", default="tiny", help="tiny, a directory, or a hub name such as Qwen2.5-1.5B")
+    g.add_argument("--model", default="tiny",
+                   help="tiny, serial, a directory, or a hub name such as Qwen2.5-1.5B (default tiny)")
     data.task_flags(g)
     runs.out_flags(g, "traces, settings, figures and the model", "out/MODEL-TASK-projector")
-    g = ap.add_argument_group("stage 1 (default: set by the model's size, see RELEASED and SMALL)")
-    g.add_argument("--prompts", type=int, default=None, help="train prompts to sample traces for")
-    g.add_argument("--samples", type=int, default=None, help="traces per prompt")
-    g.add_argument("--max-new-tokens", type=int, default=None, help="slots per trace, latents included "
-                   "(default: 160 for a small model, else 2048)")
+    g.add_argument("--resume", default=None, metavar="DIR", help="continue the run in DIR, by its own settings; only "
+                   "--device and --graphs may stand beside it (default: a new run)")
+    g.add_argument("--seed", type=int, default=0, help="of all draws (default 0)")
+    g = ap.add_argument_group("stage 1 (a small model has less than 50 M parameters)")
+    g.add_argument("--prompts", type=int, metavar="N", default=None,
+                   help=f"train prompts to sample traces for ({by_size('prompts')})")
+    g.add_argument("--samples", type=int, metavar="N", default=None, help=f"traces per prompt ({by_size('k')})")
+    g.add_argument("--max-new-tokens", type=int, metavar="N", default=None,
+                   help="slots per trace, latents included (default 160 for a small model, else 2048)")
     g = ap.add_argument_group("stage 2")
-    g.add_argument("--steps", type=int, default=None, help="optimiser steps")
-    g.add_argument("--batch", type=int, default=None, help="traces per optimiser step")
-    g.add_argument("--lr", type=float, default=None, help="peak learning rate, of AdamW")
+    g.add_argument("--steps", type=int, metavar="N", default=None, help="optimiser steps (default 150 for a small model, else as "
+                   "many as see every masked trace once)")
+    g.add_argument("--batch", type=int, metavar="N", default=None, help=f"traces per optimiser step ({by_size('batch')})")
+    g.add_argument("--lr", type=float, default=None, help=f"peak learning rate of AdamW ({by_size('lr')})")
     target_flags(g)
-    g = ap.add_argument_group("as released (the defaults are ours)")
+    g = ap.add_argument_group("run")
+    g.add_argument("--n", type=int, default=200, help="val stories for the accuracy before and after (default 200)")
+    g.add_argument("--save-every", type=int, metavar="N", default=50, help="steps of stage 2 between two states on the disk, from "
+                   "which --resume continues; the last two are kept; stage 1 keeps each 32 prompts' traces (default 50)")
+    runs.device_flags(g)
+    g = ap.add_argument_group("as released")
     g.add_argument("--betas", type=float, nargs=2, default=[0.9, 0.95], metavar="B",
                    help="of AdamW in stage 2 (default 0.9 0.95; released 0.9 0.999)")
-    g.add_argument("--max-length", type=int, metavar="N", help="leave masked traces of more tokens, prompt "
-                   "included, out of stage 2 (default: none are; released 4096)")
-    g.add_argument("--keep-cut", action="store_true", help="keep rewarded traces that the length limit has cut, "
-                   "as released (default: whole ones only)")
+    g.add_argument("--max-length", type=int, metavar="N", help="leave longer masked traces, prompt included, out of "
+                   "stage 2 (default: none are; released 4096)")
+    g.add_argument("--keep-cut", action="store_true", help="keep rewarded traces that the length limit has cut, as "
+                   "released (default: whole ones only)")
     runs.tag_rule_flag(g)
-    g = ap.add_argument_group("run")
-    g.add_argument("--resume", default=None, metavar="DIR", help="continue the run in DIR, by its own "
-                   "settings; only --device and --graphs may stand beside it")
-    g.add_argument("--save-every", type=int, default=50, help="steps of stage 2 between two states on the "
-                   "disk, from which --resume continues; the last two are kept. Stage 1 keeps each 32 "
-                   "prompts' traces")
-    g.add_argument("--n", type=int, default=200, help="val stories for the accuracy before and after")
-    g.add_argument("--seed", type=int, default=0)
-    runs.device_flags(g)
     return runs.parse_resumable(ap, "train_projector.py")
 
 

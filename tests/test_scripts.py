@@ -3,6 +3,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from data import next_chapter
 
 SCRIPTS = ["train_projector.py", "train_rl.py", "eval.py", "baselines.py", "data/tiny/prepare.py",
            "results/reproduce.py", "results/needed.py", "tests/bench.py"]
+PEOPLE_RUN = ["train_rl.py", "train_projector.py", "eval.py", "baselines.py", "results/reproduce.py"]
 # A run of train_rl.py that is as short as it can be and still has groups with a winner and a loser.
 SHORT = ("--steps", 2, "--prompts", 4, "--group", 4, "--n", 0, "--max-new-tokens", 100)
 
@@ -86,6 +88,17 @@ def trained(processes):
 def test_every_script_answers_help(name):
     done = script(name, "--help")
     assert done.returncode == 0 and "usage:" in done.stdout
+
+
+@pytest.mark.parametrize("name", [*PEOPLE_RUN, "data/flawed_fictions/prepare.py", "data/next_chapter/prepare.py"])
+def test_help_begins_with_what_people_use_and_says_every_default(name, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "110")
+    text = script(name, "--help").stdout
+    assert text.startswith(f"usage: {os.path.basename(name)} [flags]\n") and f"python {name}" in text
+    flags = re.findall(r"\n  (--.+(?:\n    .+)*)", text)
+    assert len(flags) > 4 and not [flag for flag in flags if "default" not in flag]
+    groups = re.split(r"\n(?=\S[^\n]*:\n)", text)
+    assert max(group.count("\n") for group in groups) < 45
 
 
 # ---------------------------------------------------------------- runs

@@ -9,7 +9,6 @@ preparation as it was.
     python data/flawed_fictions/prepare.py --from stories.jsonl  # your own rows, with story and cont_error
     python data/flawed_fictions/prepare.py --split paper         # the released split by row, for comparison
 """
-import argparse
 import html
 import json
 import os
@@ -25,6 +24,7 @@ import numpy as np
 
 from data import SPLITS, read_rows, write_splits
 from data.flawed_fictions import words_of
+import runs
 from runs import UserError, hub_answers, run_script, why_the_hub_refuses
 
 REPO = "kahuja/flawed-fictions"
@@ -117,7 +117,7 @@ def load_stories(paths, keep_endings=False):
         more = " .." if len(empty) > 3 else ""
         print(f"skipped {len(empty)} empty stories: {', '.join(empty[:3])}{more}")
     if not stories:
-        raise UserError(f"no stories in {', '.join(paths)}")
+        raise UserError(f"no stories in {', '.join(paths)}; expected rows with story and cont_error")
     if endings:
         print_endings(endings, Counter(story["label"] for story in stories), keep_endings)
     return stories
@@ -278,18 +278,17 @@ def overlap(split, clusters):
 # ============================================================ the script
 def parse_arguments():
     here = os.path.dirname(os.path.abspath(__file__))
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = runs.parser(__doc__)
     parser.add_argument("--from", dest="files", nargs="+", metavar="FILE",
-                        help="local jsonl, json or csv files instead of the download")
+                        help="local jsonl, json or csv files (default: download the benchmark)")
     parser.add_argument("--out", default=here, metavar="DIR",
                         help="where the three files go (default: beside this script)")
-    parser.add_argument("--split", default="cluster", choices=["cluster", "paper"],
-                        help="keep near-duplicates together, or the released rows")
+    parser.add_argument("--split", default="cluster", choices=["cluster", "paper"], help="cluster: near-duplicates "
+                        "stay together; paper: the released rows (default cluster)")
     parser.add_argument("--keep-endings", action="store_true",
-                        help="leave the rows of dashes that give the label away")
+                        help="leave the rows of dashes that give the label away (default: remove them)")
     parser.add_argument("--seed", type=int, default=0,
-                        help="of the cluster split (the paper's is fixed at 42)")
+                        help="of the cluster split; the paper's is fixed at 42 (default 0)")
     return parser.parse_args()
 
 
@@ -318,7 +317,8 @@ def main():
         examples[name].append({**story, "cluster": cluster})
     if not all(examples.values()):
         n_clusters = len(set(clusters))
-        raise UserError(f"{len(stories)} stories in {n_clusters} clusters are too few for three splits")
+        raise UserError(f"{len(stories)} stories in {n_clusters} clusters are too few for three splits: "
+                        "give more stories")
     digest = write_splits(args.out, examples)
     for name, rows in examples.items():
         print(f"{name:5} {len(rows):4} stories, {sum(row['label'] for row in rows)} with an error")

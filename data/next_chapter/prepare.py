@@ -18,7 +18,6 @@ section).
     python data/next_chapter/prepare.py --from a.txt b.jsonl --story-tokens 1000        # shorter prompts
     python data/next_chapter/prepare.py --from books/ --tokenizer path/to/model         # exact lengths
 """
-import argparse
 import os
 import random
 import re
@@ -28,6 +27,7 @@ from collections import Counter
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 
 from data import SPLITS, read_rows, read_text, write_splits
+import runs
 from runs import UserError, run_script
 
 FIELDS = ("high_level_plan", "prior_summary", "character_sheets", "next_synopsis")
@@ -119,7 +119,7 @@ def files_of(path):
             if name.endswith((".txt", ".md", ".jsonl", ".json")) and not name.startswith("."):
                 files.append((os.path.join(base, name), base))
     if not files:
-        raise UserError(f"no txt, md, jsonl or json files in {path}")
+        raise UserError(f"no txt, md, jsonl or json files in {path}; name a folder that has some")
     return files
 
 
@@ -141,7 +141,8 @@ def collect_books(paths):
                 for where, row in read_rows(file):
                     name, chapters = chapters_of_row(where, row)
                     if "sections" in row and name in books:
-                        raise UserError(f"{where}: a second tale with the name {name!r}")
+                        raise UserError(f"{where}: a second tale with the name {name!r}; give one of them "
+                                        "another name")
                     add(name or (where if "sections" in row else stem), chapters, file)
             else:
                 text = read_text(file)
@@ -298,19 +299,18 @@ def split_books(books, seed):
 # ============================================================ the script
 def parse_arguments():
     here = os.path.dirname(os.path.abspath(__file__))
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = runs.parser(__doc__)
     parser.add_argument("--from", dest="files", nargs="+", required=True, metavar="PATH",
-                        help="files and folders, see above")
+                        help="files and folders, see above (required, so no default)")
     parser.add_argument("--out", default=here, metavar="DIR",
                         help="where the three files go (default: beside this script)")
-    parser.add_argument("--story-tokens", type=int, default=2048,
-                        help="tokens of everything before the chapter; the oldest text is cut first")
-    parser.add_argument("--chapter-tokens", type=int, default=1024,
-                        help="tokens of the chapter that is scored; its end is cut")
+    parser.add_argument("--story-tokens", type=int, default=2048, metavar="N",
+                        help="tokens of everything before the chapter; the oldest text is cut first (default 2048)")
+    parser.add_argument("--chapter-tokens", type=int, default=1024, metavar="N",
+                        help="tokens of the chapter that is scored; its end is cut (default 1024)")
     parser.add_argument("--tokenizer", default=None, metavar="PATH",
                         help="count with this model's tokenizer (default: 1.3 tokens per word)")
-    parser.add_argument("--seed", type=int, default=0, help="of the split by book")
+    parser.add_argument("--seed", type=int, default=0, help="of the split by book (default 0)")
     args = parser.parse_args()
     for flag, value in (("--story-tokens", args.story_tokens), ("--chapter-tokens", args.chapter_tokens)):
         if value < 16:
@@ -326,7 +326,8 @@ def load_tokenizer(path):
         tokenizer("a", return_offsets_mapping=True)
     except Exception as e:  # transformers raises what it likes
         why = (str(e).strip().splitlines() or ["?"])[0][:120]
-        raise UserError(f"no tokenizer that can be used at {path!r} ({why})") from e
+        raise UserError(f"no tokenizer that can be used at {path!r} ({why}); name a model that has one, or leave "
+                        "--tokenizer out") from e
     tokenizer.model_max_length = 10**9  # whole books are measured, nothing is run
     return tokenizer
 
