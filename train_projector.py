@@ -501,8 +501,9 @@ def _setting(name, value):
 def target_flags(group):
     """Adds the flags that say what a latent learns in stage 2, the same for both training scripts."""
     group.add_argument("--targets", default=None, choices=["words", "none"],
-                       help="of the latents in stage 2: words, the embeddings of the skipped sentence's last "
-                            "informative words (ours; for --model serial); none, the paper's loss (default none)")
+                       help="of the latents in stage 2: words, the embeddings of the skipped sentence's "
+                       "last informative words (ours; for --model serial); none, the paper's loss (default "
+                       "none)")
     group.add_argument("--words", type=int, default=None, help="words in the target of a latent (default 2)")
 
 
@@ -517,33 +518,38 @@ def parse_arguments():
                    help="tiny, serial, a directory, or a hub name such as Qwen2.5-1.5B (default tiny)")
     data.task_flags(g)
     runs.out_flags(g, "traces, settings, figures and the model", "out/MODEL-TASK-projector")
-    g.add_argument("--resume", default=None, metavar="DIR", help="continue the run in DIR, by its own settings; only "
-                   "--device and --graphs may stand beside it (default: a new run)")
+    g.add_argument("--resume", default=None, metavar="DIR", help="continue the run in DIR, by its own "
+                   "settings; only --device and --graphs may stand beside it (default: a new run)")
     g.add_argument("--seed", type=int, default=0, help="of all draws (default 0)")
     g = ap.add_argument_group("stage 1 (a small model has less than 50 M parameters)")
     g.add_argument("--prompts", type=int, metavar="N", default=None,
                    help=f"train prompts to sample traces for ({by_size('prompts')})")
-    g.add_argument("--samples", type=int, metavar="N", default=None, help=f"traces per prompt ({by_size('k')})")
+    g.add_argument("--samples", type=int, metavar="N", default=None,
+                   help=f"traces per prompt ({by_size('k')})")
     g.add_argument("--max-new-tokens", type=int, metavar="N", default=None,
                    help="slots per trace, latents included (default 160 for a small model, else 2048)")
     g = ap.add_argument_group("stage 2")
-    g.add_argument("--steps", type=int, metavar="N", default=None, help="optimiser steps (default 150 for a small model, else as "
-                   "many as see every masked trace once)")
-    g.add_argument("--batch", type=int, metavar="N", default=None, help=f"traces per optimiser step ({by_size('batch')})")
+    g.add_argument("--steps", type=int, metavar="N", default=None,
+                   help="optimiser steps (default 150 for a small model, else as many as see every masked "
+                   "trace once)")
+    g.add_argument("--batch", type=int, metavar="N", default=None,
+                   help=f"traces per optimiser step ({by_size('batch')})")
     g.add_argument("--lr", type=float, default=None, help=f"peak learning rate of AdamW ({by_size('lr')})")
     target_flags(g)
     g = ap.add_argument_group("run")
-    g.add_argument("--n", type=int, default=200, help="val stories for the accuracy before and after (default 200)")
-    g.add_argument("--save-every", type=int, metavar="N", default=50, help="steps of stage 2 between two states on the disk, from "
-                   "which --resume continues; the last two are kept; stage 1 keeps each 32 prompts' traces (default 50)")
+    g.add_argument("--n", type=int, default=200, help="val stories for the accuracy before and after "
+                   "(default 200)")
+    g.add_argument("--save-every", type=int, metavar="N", default=50,
+                   help="steps of stage 2 between two states on the disk, from which --resume continues; "
+                   "the last two are kept; stage 1 keeps each 32 prompts' traces (default 50)")
     runs.device_flags(g)
     g = ap.add_argument_group("as released")
     g.add_argument("--betas", type=float, nargs=2, default=[0.9, 0.95], metavar="B",
                    help="of AdamW in stage 2 (default 0.9 0.95; released 0.9 0.999)")
-    g.add_argument("--max-length", type=int, metavar="N", help="leave longer masked traces, prompt included, out of "
-                   "stage 2 (default: none are; released 4096)")
-    g.add_argument("--keep-cut", action="store_true", help="keep rewarded traces that the length limit has cut, as "
-                   "released (default: whole ones only)")
+    g.add_argument("--max-length", type=int, metavar="N", help="leave longer masked traces, prompt "
+                   "included, out of stage 2 (default: none are; released 4096)")
+    g.add_argument("--keep-cut", action="store_true", help="keep rewarded traces that the length limit has "
+                   "cut, as released (default: whole ones only)")
     runs.tag_rule_flag(g)
     return runs.parse_resumable(ap, "train_projector.py")
 
