@@ -610,7 +610,8 @@ def by_size(name):
 def parse_arguments():
     parser = runs.parser(__doc__)
     group = parser.add_argument_group("what")
-    group.add_argument("--method", required=True, choices=list(METHODS), help="see above (required, so no default)")
+    group.add_argument("--method", required=True, choices=list(METHODS),
+                       help="see above (required, so no default)")
     group.add_argument("--model", default="tiny",
                        help="the base: tiny, a directory, or a hub name such as Qwen2.5-1.5B (default tiny)")
     data.task_flags(group)
@@ -626,13 +627,13 @@ def parse_arguments():
                        help=f"colar: GRPO steps, 0 is SFT only ({by_size('rl_steps')}); answer: SFT steps "
                             f"({by_size('answer_steps')})")
     group.add_argument("--epochs", type=float, default=None,
-                       help=f"colar: of the SFT ({by_size('colar_epochs')}); coconut: of each stage but the last "
-                            f"({by_size('per_stage')})")
+                       help=f"colar: of the SFT ({by_size('colar_epochs')}); coconut: of each stage but the "
+                       f"last ({by_size('per_stage')})")
     group.add_argument("--stages", type=int, metavar="N", default=None,
                        help=f"coconut: latents of its last stage ({by_size('stages')})")
     group.add_argument("--r", type=int, default=None, choices=RATES,
-                       help="colar: reasoning tokens per latent in GRPO and in the test (default: all three in the "
-                            "test of the SFT, then the best on val)")
+                       help="colar: reasoning tokens per latent in GRPO and in the test (default: all three "
+                       "in the test of the SFT, then the best on val)")
     group = parser.add_argument_group("decoding")
     group.add_argument("--max-new-tokens", type=int, metavar="N", default=None,
                        help=f"slots per answer, latents included ({by_size('max_new_tokens')})")
@@ -701,8 +702,8 @@ def run_moi(args, cfg, model, tokenizer, task, examples, on_val, took):
 
 def run_answer(args, cfg, model, tokenizer, task, examples, on_val, took):
     if not hasattr(task, "answer"):
-        raise UserError(f"--method answer trains on gold answers, and {args.task} has none: give the task a function answer, "
-                        "or choose another --method")
+        raise UserError(f"--method answer trains on gold answers, and {args.task} has none: give the task a "
+                        "function answer, or choose another --method")
     report.check_answers(task, examples[:8])
     decoding = {"at_once": True, "latent": "none"}
     rows = answer_rows(model, tokenizer, task, examples)

@@ -386,8 +386,9 @@ def run_controls(model, tokenizer, task, examples, elsewhere, seed=0, progress=N
 def parse_arguments():
     ap = runs.parser(__doc__)
     g = ap.add_argument_group("what")
-    g.add_argument("--model", nargs="+", default=["tiny"], metavar="NAME", help="models or run directories (default "
-                   "tiny); NAME:plain uses the prompt without the tag (the default for runs of --method grpo)")
+    g.add_argument("--model", nargs="+", default=["tiny"], metavar="NAME",
+                   help="models or run directories (default tiny); NAME:plain uses the prompt without the "
+                   "tag (the default for runs of --method grpo)")
     data.task_flags(g)
     g.add_argument("--split", default="test", help="train, val or test (default test)")
     g.add_argument("--n", type=int, default=None, help="examples, the split's first (default all)")
@@ -395,32 +396,36 @@ def parse_arguments():
     g.add_argument("--seed", type=int, default=0, help="of all draws (default 0)")
     g = ap.add_argument_group("how answers are sampled")
     g.add_argument("--sampling", nargs="+", default=["paper"], choices=list(SAMPLINGS),
-                   help="paper: temperature 0.7, top-p 0.8, top-k 20; trained: as RL samples, temperature 1 and "
-                   "nothing cut; or both, one after the other (default paper)")
-    g.add_argument("--max-new-tokens", type=int, metavar="N", default=None, help="slots per answer, latents included "
-                   "(default: a run's own, 160 for a model of less than 50 M parameters, else 2048; released 512)")
+                   help="paper: temperature 0.7, top-p 0.8, top-k 20; trained: as RL samples, temperature 1 "
+                   "and nothing cut; or both, one after the other (default paper)")
+    g.add_argument("--max-new-tokens", type=int, metavar="N", default=None,
+                   help="slots per answer, latents included (default: a run's own, 160 for a model of less "
+                   "than 50 M parameters, else 2048; released 512)")
     g.add_argument("--temperature", type=float, help="0 is greedy (default: that of --sampling)")
     g.add_argument("--top-p", type=float, help="0 to 1 (default: that of --sampling)")
     g.add_argument("--top-k", type=int, help="0 is off (default: that of --sampling)")
     g = ap.add_argument_group("what to look at")
-    g.add_argument("--controls", action="store_true", help="what the latents do: each control below in turn, same "
-                   "stories and seed, with paired tests against the plain run (default: the plain run alone)")
-    g.add_argument("--show", type=int, default=0, metavar="N", help="print N answers with their latents (default 0)")
-    g.add_argument("--html", default=None, metavar="FILE", help="write the answers of --show there instead, as a page "
-                   "to be opened and read (default: print them)")
+    g.add_argument("--controls", action="store_true", help="what the latents do: each control below in "
+                   "turn, same stories and seed, with paired tests against the plain run (default: the "
+                   "plain run alone)")
+    g.add_argument("--show", type=int, default=0, metavar="N",
+                   help="print N answers with their latents (default 0)")
+    g.add_argument("--html", default=None, metavar="FILE", help="write the answers of --show there instead, "
+                   "as a page to be opened and read (default: print them)")
     g.add_argument("--alone", type=int, default=0, metavar="N",
                    help="also time N answers decoded one at a time (default 0)")
     g.add_argument("--json", default=None, metavar="FILE",
                    help="write the numbers there, a list if there are several rows (default: print only)")
     g.add_argument("--out", default=None, metavar="DIR",
                    help="write config.json and results.json there (default: print only)")
-    g.add_argument("--write", type=int, default=0, metavar="N", help="next chapters: have the frozen LM write N of "
-                   "them with the plan, without and with another's, into chapters.md in --out (default 0)")
+    g.add_argument("--write", type=int, default=0, metavar="N",
+                   help="next chapters: have the frozen LM write N of them with the plan, without and with "
+                   "another's, into chapters.md in --out (default 0)")
     add_control_flags(ap.add_argument_group("one control alone"))
     add_collecting_flags(ap.add_argument_group("instead of evaluating, from runs that are there"))
     g = ap.add_argument_group("memory and speed")
-    g.add_argument("--rows", type=int, metavar="N", help="answers decoded at once; changes no result (default: what "
-                   "fits on the card, at most 512)")
+    g.add_argument("--rows", type=int, metavar="N", help="answers decoded at once; changes no result "
+                   "(default: what fits on the card, at most 512)")
     runs.device_flags(g)
     return ap.parse_args()
 

@@ -636,7 +636,8 @@ def default_text(small, released):
 
 def out_flags(group, what, default):
     group.add_argument("--out", metavar="DIR", help=f"{what} go there (default {default})")
-    group.add_argument("--overwrite", action="store_true", help="replace the run that --out holds (default: refuse)")
+    group.add_argument("--overwrite", action="store_true", help="replace the run that --out holds (default: "
+                       "refuse)")
 
 
 def device_flags(group):
@@ -648,9 +649,9 @@ def device_flags(group):
 
 
 def tag_rule_flag(group):
-    group.add_argument("--tag-rule", choices=TAG_RULES,
-                       help="where tags fire: text, wherever one is written; released, where the released plugin's "
-                            "do, for a model that it will serve (default: what the checkpoint says, else text)")
+    group.add_argument("--tag-rule", choices=TAG_RULES, help="where tags fire: text, wherever one is "
+                       "written; released, where the released plugin's do, for a model that it will serve "
+                       "(default: what the checkpoint says, else text)")
 
 
 # The least that a number may be; of others it is 0 if it may be a fraction, else 1.

@@ -40,11 +40,11 @@ import data
 import engine
 import report
 import runs
+import targets
 from eval import evaluate
 from litereason import (PROJECTORS, RULES, Rollout, UserError, generate, load, logprobs, policy_loss,
                         recompute_latents, start_projector)
-from train_projector import (RATIOS, fit_projector, masked_trace, nearest_targets, short_enough, stages_1_and_2,
-                             target_flags)
+from train_projector import RATIOS, fit_projector, masked_trace, short_enough, stages_1_and_2
 
 # ============================================================ settings that depend on the model's size
 # RELEASED is the authors' script: 2880 steps are 30 passes over 290 stories, 6 rollout batches each, 16 steps
@@ -306,9 +306,9 @@ def sharpen(args, model, state, epoch):
     rows = [r for r, reward in zip(state.rollouts, state.earned.tolist()) if reward > 0 and r.n_latents]
     if not rows:
         return None
-    rows = [dataclasses.replace(r, latents=nearest_targets(model, r.latents, args.words)) for r in rows]
+    rows = [dataclasses.replace(r, latents=targets.nearest(model, r.latents, args.words)) for r in rows]
     return fit_projector(model, rows, args.refresh_lr, batch=16, schedule=False, seed=epoch,
-                         budget=args.tokens_per_forward, targets="words")
+                         budget=args.tokens_per_forward, aim="words")
 
 
 def validate(args, model, tokenizer, task, vals):
@@ -382,25 +382,28 @@ def by_size(name):
 def parse_arguments():
     ap = runs.parser(__doc__)
     g = ap.add_argument_group("what")
-    g.add_argument("--model", default="tiny", help="tiny, serial, a directory (a run of train_projector.py too), or "
-                   "a hub name such as Qwen2.5-1.5B (default tiny)")
+    g.add_argument("--model", default="tiny", help="tiny, serial, a directory (a run of train_projector.py "
+                   "too), or a hub name such as Qwen2.5-1.5B (default tiny)")
     g.add_argument("--method", default="litereason", choices=list(NAMES),
-                   help="grpo: the same RL with the plain prompt, no tags and no latents; tag: with the tag prompt, "
-                   "but a tag is text (default litereason)")
+                   help="grpo: the same RL with the plain prompt, no tags and no latents; tag: with the tag "
+                   "prompt, but a tag is text (default litereason)")
     data.task_flags(g)
     runs.out_flags(g, "settings, metrics.jsonl, the model and the table", "out/MODEL-TASK-METHOD")
-    g.add_argument("--resume", metavar="DIR", help="continue the run in DIR, by its own settings; only --steps, "
-                   "--device and --graphs may stand beside it (default: a new run)")
+    g.add_argument("--resume", metavar="DIR", help="continue the run in DIR, by its own settings; only "
+                   "--steps, --device and --graphs may stand beside it (default: a new run)")
     g.add_argument("--seed", type=int, default=0, help="of all draws (default 0)")
     g = ap.add_argument_group("how much (a small model has less than 50 M parameters)")
     g.add_argument("--steps", type=int, metavar="N", help=f"optimiser steps ({by_size('steps')})")
-    g.add_argument("--prompts", type=int, metavar="N", help=f"prompts per rollout batch ({by_size('prompts')})")
-    g.add_argument("--group", type=int, metavar="N", help=f"rollouts per prompt, 2 or more ({by_size('group')})")
+    g.add_argument("--prompts", type=int, metavar="N", help="prompts per rollout batch "
+                   f"({by_size('prompts')})")
+    g.add_argument("--group", type=int, metavar="N", help="rollouts per prompt, 2 or more "
+                   f"({by_size('group')})")
     g.add_argument("--max-new-tokens", type=int, metavar="N",
                    help=f"slots per rollout, latents included ({by_size('max_new_tokens')})")
     g.add_argument("--train-prompts", type=int, metavar="N",
                    help="use only so many train prompts; one pass over them is an epoch (default all)")
-    g.add_argument("--n", type=int, default=500, help="test stories for the final table, 0 for none (default 500)")
+    g.add_argument("--n", type=int, default=500, help="test stories for the final table, 0 for none "
+                   "(default 500)")
     g.add_argument("--val", type=int, default=100, help="val examples evaluated after each epoch, to warn if "
                    "validation falls while the train reward rises; 0 for none (default 100)")
     g = ap.add_argument_group("update")
@@ -408,10 +411,11 @@ def parse_arguments():
     g.add_argument("--overlong-buffer", type=int, default=0, metavar="SLOTS",
                    help="soft length penalty (DAPO): from 0 down to -1 over the last so many slots before "
                    "--max-new-tokens; 0 is off (default 0)")
-    g.add_argument("--rule", default="grpo", choices=list(RULES), help="advantages, and how a rollout's tokens are "
-                   "averaged (default grpo, the paper's)")
+    g.add_argument("--rule", default="grpo", choices=list(RULES),
+                   help="advantages, and how a rollout's tokens are averaged (default grpo, the paper's)")
     g.add_argument("--clip", type=float, help=f"of the probability ratio ({by_size('clip')})")
-    g.add_argument("--minibatches", type=int, metavar="N", help=f"optimiser steps per rollout batch ({by_size('minibatches')})")
+    g.add_argument("--minibatches", type=int, metavar="N", help="optimiser steps per rollout batch "
+                   f"({by_size('minibatches')})")
     add_projector_flags(ap.add_argument_group("projector"))
     add_memory_flags(ap.add_argument_group("memory, speed and disk (results are the same up to rounding)"))
     add_released_flags(ap.add_argument_group("as released (for stages 1 and 2: train_projector.py)"))
@@ -421,32 +425,36 @@ def parse_arguments():
 def add_projector_flags(g):
     others = [name for name in PROJECTORS if name != "mlp"]
     g.add_argument("--projector", default="warm", choices=["warm", "random", *others],
-                   help="what stage 2 starts from: copies of the last MLP (warm, the paper's), random weights (a "
-                   "control), or another latent step, such as pause, one learned vector (a control) (default warm)")
+                   help="what stage 2 starts from: copies of the last MLP (warm, the paper's), random "
+                   "weights (a control), or another latent step, such as pause, one learned vector (a "
+                   "control) (default warm)")
     g.add_argument("--no-refresh", action="store_true",
                    help="leave the projector as stage 2 made it (default: refresh it after each epoch)")
     g.add_argument("--projector-steps", type=int, metavar="N",
                    help="optimiser steps of stage 2, if it is run (default as in train_projector.py)")
-    g.add_argument("--trace-prompts", type=int, metavar="N", help="train prompts that stage 1 samples traces for, if it is run "
-                   "(default as in train_projector.py)")
-    target_flags(g)
+    g.add_argument("--trace-prompts", type=int, metavar="N",
+                   help="train prompts that stage 1 samples traces for, if it is run (default as in "
+                   "train_projector.py)")
+    targets.add_flags(g)
 
 
 def add_memory_flags(g):
     """The defaults on CUDA are card.py's."""
     fits = "; on CUDA what fits the card)"
-    g.add_argument("--rows", type=int, metavar="N", help="rollouts decoded at once, whole groups: memory for their keys and "
-                   f"values ({by_size('rows')}{fits}")
-    g.add_argument("--tokens-per-forward", type=int, metavar="N", help="positions per forward pass of the update, a group's "
-                   f"prompt counted once ({by_size('tokens_per_forward')}{fits}")
+    g.add_argument("--rows", type=int, metavar="N", help="rollouts decoded at once, whole groups: memory "
+                   f"for their keys and values ({by_size('rows')}{fits}")
+    g.add_argument("--tokens-per-forward", type=int, metavar="N",
+                   help="positions per forward pass of the update, a group's prompt counted once "
+                   f"({by_size('tokens_per_forward')}{fits}")
     g.add_argument("--checkpoint-layers", action=argparse.BooleanOptionalAction,
                    help="keep no activations inside layers: less memory, a third more time "
                    f"({by_size('checkpoint_layers')}{fits}")
-    g.add_argument("--offload", action=argparse.BooleanOptionalAction, help="bf16 weights on the card, fp32 masters "
-                   "and AdamW's moments on the host (default off; on CUDA if nothing else fits)")
+    g.add_argument("--offload", action=argparse.BooleanOptionalAction,
+                   help="bf16 weights on the card, fp32 masters and AdamW's moments on the host (default "
+                   "off; on CUDA if nothing else fits)")
     runs.device_flags(g)
-    g.add_argument("--save-every", type=int, metavar="N", help="steps between two states on the disk, from which --resume "
-                   f"continues; the last two are kept ({by_size('save_every')})")
+    g.add_argument("--save-every", type=int, metavar="N", help="steps between two states on the disk, from "
+                   f"which --resume continues; the last two are kept ({by_size('save_every')})")
     g.add_argument("--show-every", type=int, metavar="N", default=20,
                    help="print two rollouts every so many steps, 0 for never (default 20)")
 
@@ -454,18 +462,20 @@ def add_memory_flags(g):
 def add_released_flags(g):
     """What the authors' code does where our default is another."""
     g.add_argument("--lr-schedule", default="constant", choices=["constant", "cosine"],
-                   help="cosine: up over the first 3 %% of --steps, then down to a tenth (default constant; released "
-                   "cosine)")
+                   help="cosine: up over the first 3 %% of --steps, then down to a tenth (default constant; "
+                   "released cosine)")
     g.add_argument("--recompute-latents", action="store_true",
-                   help="score with latents made by the current weights, as released (default: as they were sampled)")
+                   help="score with latents made by the current weights, as released (default: as they were "
+                   "sampled)")
     g.add_argument("--advantage-eps", type=float, default=1e-4, metavar="EPS",
                    help="beside the deviation in --rule grpo (default 1e-4; released 1e-9)")
     g.add_argument("--refresh-batch", type=int, default=16, metavar="N",
                    help="traces per optimiser step of the refresh (default 16; released 1 on each of 4 GPUs)")
     g.add_argument("--refresh-clip", type=float, default=0.2, metavar="NORM",
                    help="largest gradient norm in the refresh, 0 for any (default 0.2; released 0)")
-    g.add_argument("--refresh-max-length", type=int, metavar="N", help="leave longer traces, prompt included, out of "
-                   "the refresh (default: none are; released 2048)")
+    g.add_argument("--refresh-max-length", type=int, metavar="N",
+                   help="leave longer traces, prompt included, out of the refresh (default: none are; "
+                   "released 2048)")
     runs.tag_rule_flag(g)
 
 
@@ -538,7 +548,8 @@ def main():
             if not model.projector_trained:
                 stages_1_and_2(model, tokenizer, task, args.out, args.max_new_tokens, args.seed,
                                n=min(200, args.n or 200), every=args.save_every, steps=args.projector_steps,
-                               prompts=args.trace_prompts, targets=args.targets, words=args.words)
+                               prompts=args.trace_prompts, targets=args.targets, words=args.words,
+                               noise=args.noise, train_base=args.train_base)
                 runs.save(model, tokenizer, os.path.join(args.out, "model"))
             add_row("LiteReason before RL", True, "projector")
 

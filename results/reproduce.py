@@ -507,25 +507,28 @@ OF_A_MODEL = ("plan", "out", "methods", "n", "samples", "max_new_tokens", "rewar
 def parse_arguments():
     parser = runs.parser(__doc__)
     g = parser.add_argument_group("what")
-    g.add_argument("--model", default="tiny", help="tiny (the README's comparison), a directory, or a hub name such as "
-                   "Qwen2.5-1.5B (the paper's table) (default tiny)")
+    g.add_argument("--model", default="tiny", help="tiny (the README's comparison), a directory, or a hub "
+                   "name such as Qwen2.5-1.5B (the paper's table) (default tiny)")
     g.add_argument("--tasks", nargs="+", metavar="TASK",
                    help=f"default {' '.join(TASKS)}; of a real model flawed_fictions")
     g.add_argument("--seeds", nargs="+", type=int, metavar="N", help="default 0 1 2; of a real model 0")
-    g.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default 1 on a GPU, else 2, one core each in "
-                   "the tiny world)")
+    g.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default 1 on a GPU, else 2, one "
+                   "core each in the tiny world)")
     g.add_argument("--tables", action="store_true",
                    help="run nothing, write the tables of what is there (default: run what is missing)")
     g = parser.add_argument_group("of a real model")
-    g.add_argument("--plan", "--dry-run", action="store_true", help="say what will be run, the hours and the disk, and "
-                   "start nothing (default: say it, then start)")
-    g.add_argument("--out", metavar="DIR", help="runs and tables go there (default: runs into out/results/MODEL, tables "
-                   "into results/)")
+    g.add_argument("--plan", "--dry-run", action="store_true",
+                   help="say what will be run, the hours and the disk, and start nothing (default: say it, "
+                   "then start)")
+    g.add_argument("--out", metavar="DIR", help="runs and tables go there (default: runs into "
+                   "out/results/MODEL, tables into results/)")
     g.add_argument("--methods", nargs="+", default=paper.METHODS, choices=paper.METHODS,
                    help="beside the base (default all)")
     g.add_argument("--n", type=int, help="test examples (default all)")
-    g.add_argument("--samples", type=int, metavar="N", default=10, help="answers to each (default 10, as released)")
-    g.add_argument("--max-new-tokens", type=int, metavar="N", default=2048, help="per answer, everywhere (default 2048)")
+    g.add_argument("--samples", type=int, metavar="N", default=10,
+                   help="answers to each (default 10, as released)")
+    g.add_argument("--max-new-tokens", type=int, metavar="N", default=2048,
+                   help="per answer, everywhere (default 2048)")
     g.add_argument("--reward", choices=["contrastive", "vrcli", "thresholded"],
                    help="of next_chapter (default contrastive)")
     g.add_argument("--scorer", metavar="NAME", help="of next_chapter: the frozen model that reads chapters "
@@ -534,8 +537,8 @@ def parse_arguments():
     for script, name in (("train_rl.py", "rl"), ("train_projector.py", "projector"), ("eval.py", "eval")):
         g.add_argument(f"--{name}-flags", default="", metavar="FLAGS", help=f"more for each {script}, as in "
                        f"--{name}-flags=\"--device cpu\"; the tables say them (default none)")
-    g.add_argument("--keep-states", action="store_true", help="leave the states of finished runs on the disk: they can "
-                   "be continued with more --steps (default: delete them)")
+    g.add_argument("--keep-states", action="store_true", help="leave the states of finished runs on the "
+                   "disk: they can be continued with more --steps (default: delete them)")
     args = parser.parse_args()
     is_tiny = args.model == "tiny"
     for name in OF_A_MODEL:

@@ -296,7 +296,7 @@ def test_baselines_say_what_is_wrong_in_one_line(tmp_path, model, tok):
     got = script("baselines.py", "--method", "coconut", "--max-new-tokens", 1, "--stories", 2, "--n", 1,
                  "--out", tmp_path / "o")
     assert got.returncode == 2 and "nothing to train on" in got.stderr and "Traceback" not in got.stderr
-    for method, words, complaint in [("moi", ["--stories", 4000], "has 480 train stories"),
+    for method, words, complaint in [("moi", ["--stories", 4000], "has only 480 train stories"),
                                      ("answer", ["--task", "tiny.next_chapter"], "tiny.next_chapter has none")]:
         got = script("baselines.py", "--method", method, *words, "--n", 1, "--out", tmp_path / method)
         assert got.returncode == 2 and complaint in got.stderr and "Traceback" not in got.stderr

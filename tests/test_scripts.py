@@ -120,7 +120,7 @@ def test_stages_1_and_2_keep_their_traces_for_a_second_run(tmp_path):
     for what in ("no latents", "zeros", "warm start", "trained", "accuracy with the tag prompt"):
         assert what in done.stdout
     again = script("train_projector.py", *words, "--overwrite")
-    assert "traces from" in again.stdout
+    assert "traces are in" in again.stdout
 
 
 def test_the_second_task_of_the_tiny_world_runs_too(tmp_path):

@@ -283,8 +283,9 @@ def parse_arguments():
                         help="local jsonl, json or csv files (default: download the benchmark)")
     parser.add_argument("--out", default=here, metavar="DIR",
                         help="where the three files go (default: beside this script)")
-    parser.add_argument("--split", default="cluster", choices=["cluster", "paper"], help="cluster: near-duplicates "
-                        "stay together; paper: the released rows (default cluster)")
+    parser.add_argument("--split", default="cluster", choices=["cluster", "paper"],
+                        help="cluster: near-duplicates stay together; paper: the released rows (default "
+                        "cluster)")
     parser.add_argument("--keep-endings", action="store_true",
                         help="leave the rows of dashes that give the label away (default: remove them)")
     parser.add_argument("--seed", type=int, default=0,

@@ -305,7 +305,8 @@ def parse_arguments():
     parser.add_argument("--out", default=here, metavar="DIR",
                         help="where the three files go (default: beside this script)")
     parser.add_argument("--story-tokens", type=int, default=2048, metavar="N",
-                        help="tokens of everything before the chapter; the oldest text is cut first (default 2048)")
+                        help="tokens of everything before the chapter; the oldest text is cut first "
+                        "(default 2048)")
     parser.add_argument("--chapter-tokens", type=int, default=1024, metavar="N",
                         help="tokens of the chapter that is scored; its end is cut (default 1024)")
     parser.add_argument("--tokenizer", default=None, metavar="PATH",
