@@ -359,7 +359,7 @@ def parse_arguments():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     g = ap.add_argument_group("what")
     g.add_argument("--model", default="tiny",
-                   help="tiny, serial, a directory (a run of train_projector.py too), or a hub name")
+                   help="tiny, a directory (a run of train_projector.py too), or a hub name")
     data.task_flags(g)
     runs.out_flags(g, "settings, metrics.jsonl, the model and the table", "out/MODEL-TASK-METHOD")
     g.add_argument("--method", default="litereason", choices=list(NAMES),

@@ -1,4 +1,4 @@
-"""The serial world: a plot hole is found by following two chains at once, and by nothing else; and a target for each latent."""
+"""The tiny world: a plot hole is found by following two chains at once, and by nothing else; and a target for each latent."""
 import collections
 import os
 import random
@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import close
 
-from data import serial
+from data import tiny
 from litereason import LATENT, OPEN, latent_step, load, states
 from train_projector import (SENTENCE, common_words, last_words, mask_runs, nearest_targets, split_answer,
                              target_loss)
@@ -15,7 +15,7 @@ from train_projector import (SENTENCE, common_words, last_words, mask_runs, near
 
 @pytest.fixture(scope="module")
 def base():
-    return load("serial", "cpu")
+    return load("tiny", "cpu")
 
 
 def follow(story, start):
@@ -28,37 +28,37 @@ def follow(story, start):
 
 
 def test_the_label_follows_from_the_chains_and_from_nothing_else():
-    for split in serial.SIZES:
-        examples = serial.examples(split)
-        assert len(examples) == serial.SIZES[split] and sum(e["label"] for e in examples) == len(examples) / 2
+    for split in tiny.SIZES:
+        examples = tiny.examples(split)
+        assert len(examples) == tiny.SIZES[split] and sum(e["label"] for e in examples) == len(examples) / 2
         for example in examples:
             ends = {follow(example["story"], start) for start in example["first"]}
-            assert example["label"] == (serial.NOBODY in ends) and ends <= {serial.NOBODY, example["asked"]}
+            assert example["label"] == (tiny.NOBODY in ends) and ends <= {tiny.NOBODY, example["asked"]}
             # Counting tells nothing: every story has one lost piece, and two that come to who acts.
             takers = collections.Counter(e.split()[2] for e in example["story"].split(" .") if e.strip())
-            assert takers[serial.NOBODY] == 1 and takers[example["asked"]] == 2
+            assert takers[tiny.NOBODY] == 1 and takers[example["asked"]] == 2
 
 
 def test_no_story_is_in_two_splits_and_every_word_is_one_token(base):
     _, tokenizer = base
-    stories = [e["story"] for split in serial.SIZES for e in serial.examples(split)]
+    stories = [e["story"] for split in tiny.SIZES for e in tiny.examples(split)]
     assert len(set(stories)) == len(stories)
-    for example in serial.examples("test")[:50]:
+    for example in tiny.examples("test")[:50]:
         for latent in (False, True):
-            text = serial.prompt(example, latent)
+            text = tiny.prompt(example, latent)
             ids = tokenizer.encode(text, add_special_tokens=False)
             assert tokenizer.unk_token_id not in ids and len(ids) == len(text.split())
 
 
 def test_longer_chains_are_longer_stories():
-    short, long = serial.examples("test", n=4, hops=3)[0], serial.examples("test", n=4, hops=6)[0]
+    short, long = tiny.examples("test", n=4, hops=3)[0], tiny.examples("test", n=4, hops=6)[0]
     assert short["story"].count("from") == 9 and long["story"].count("from") == 18
 
 
 def test_a_reward_is_for_the_right_word_alone():
     hole = {"label": True}
-    assert serial.reward(hole, serial.answer(hole)) == 1 and serial.reward(hole, "\\boxed{ No }") == 0
-    assert serial.reward(hole, "") == 0
+    assert tiny.reward(hole, tiny.answer(hole)) == 1 and tiny.reward(hole, "\\boxed{ No }") == 0
+    assert tiny.reward(hole, "") == 0
 
 
 # ============================================================ targets
@@ -66,7 +66,7 @@ def trace_of(example):
     """What a careful reader writes: a sentence a round."""
     rounds = [list(pair) for pair in zip(*example["chains"])]
     sentences = [f"from {a} {c} and from {b} {d} , go on with {c} and {d} ." for (a, b), (c, d) in zip(rounds, rounds[1:])]
-    return " ".join(sentences) + " " + serial.answer(example), rounds
+    return " ".join(sentences) + " " + tiny.answer(example), rounds
 
 
 def words_in(model, tokenizer, target):
@@ -83,10 +83,10 @@ def words_in(model, tokenizer, target):
 
 def test_a_skipped_run_is_one_tag_whose_latents_have_the_words_of_each_round_as_targets(base):
     model, tokenizer = base
-    examples = serial.examples("train")[:20]
+    examples = tiny.examples("train")[:20]
     texts = [trace_of(e)[0] for e in examples]
     common = common_words(tokenizer, [s for text in texts for s in SENTENCE.findall(split_answer(text)[0]) if s.strip()])
-    row = mask_runs(model, tokenizer, random.Random(0), serial.prompt(examples[0], True), texts[0], "\\boxed{", 1.0, common, 2)
+    row = mask_runs(model, tokenizer, random.Random(0), tiny.prompt(examples[0], True), texts[0], "\\boxed{", 1.0, common, 2)
     _, rounds = trace_of(examples[0])
     text = tokenizer.decode([s for s in row.slots if s != LATENT])
     assert text.count(OPEN) == 1 and row.n_latents == len(rounds) == len(row.latents)
@@ -96,8 +96,8 @@ def test_a_skipped_run_is_one_tag_whose_latents_have_the_words_of_each_round_as_
 
 def test_the_loss_of_targets_is_that_of_the_definition_and_true_latents_are_fed(base):
     model, tokenizer = base
-    examples = serial.examples("train")[:6]
-    rows = [mask_runs(model, tokenizer, random.Random(i), serial.prompt(e, True), trace_of(e)[0], "\\boxed{", 0.7, set(), 2)
+    examples = tiny.examples("train")[:6]
+    rows = [mask_runs(model, tokenizer, random.Random(i), tiny.prompt(e, True), trace_of(e)[0], "\\boxed{", 0.7, set(), 2)
             for i, e in enumerate(examples)]
     rows = [row for row in rows if row is not None]
     with torch.no_grad():
@@ -132,7 +132,7 @@ def test_its_base_is_made_by_a_command(tmp_path):
     import subprocess
     import sys
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    subprocess.run([sys.executable, "data/serial/prepare.py", "--steps", "3", "--most", "6", "--out", str(tmp_path / "b")],
+    subprocess.run([sys.executable, "data/tiny/prepare.py", "--steps", "3", "--most", "6", "--out", str(tmp_path / "b")],
                    cwd=root, check=True, capture_output=True)
     model, tokenizer = load(str(tmp_path / "b"), "cpu")
-    assert tokenizer.unk_token_id not in tokenizer.encode(serial.prompt(serial.examples("val")[0], True))
+    assert tokenizer.unk_token_id not in tokenizer.encode(tiny.prompt(tiny.examples("val")[0], True))
