@@ -17,7 +17,6 @@ batch's tokens is clipped.
     python train_projector.py --resume out/tiny-projector   # continue a stopped run: on a CPU bit for bit
 """
 import argparse
-import collections
 import contextlib
 import itertools
 import json
@@ -35,19 +34,21 @@ import data
 import engine
 import report
 import runs
+import targets
 from eval import PAPER, evaluate
-from litereason import (CAP, CLOSE, LATENT, OPEN, Rollout, UserError, generate, insert_latents, latent_step,
-                        load, parse_tags, projector_loss, states)
+from litereason import (CAP, CLOSE, LATENT, OPEN, Rollout, UserError, generate, insert_latents, load, parse_tags,
+                        projector_loss)
 
 # Share of the sentences that become tags; versions per trace and ratio (paper Sec. 3.3)
 RATIOS, VERSIONS = (0.10, 0.25), 5
-# With --targets words: the shares, and a word is informative if fewer of all sentences than this have it.
-SHARES, COMMON = (0.3, 0.6, 1.0), 0.3
+VERSIONS_TOGETHER = 4  # of one trace in a batch of stage 2, with --targets words
 AT_ONCE = 32  # prompts for which stage 1 samples traces before it writes them down
 
 # The released settings, and what a model of under 50 M parameters trained from scratch needs.
-RELEASED = {"prompts": None, "k": 5, "lr": 1e-4, "batch": 16, "steps": None, "targets": "none", "words": 2}
-SMALL = {"prompts": 160, "k": 5, "lr": 1e-3, "batch": 16, "steps": 150, "targets": "none", "words": 2}
+RELEASED = {"prompts": None, "k": 5, "lr": 1e-4, "batch": 16, "steps": None,
+            "targets": "none", "words": 2, "noise": 0.5, "train_base": 0.0}
+SMALL = {"prompts": 160, "k": 5, "lr": 1e-3, "batch": 16, "steps": 150,
+         "targets": "none", "words": 2, "noise": 0.5, "train_base": 0.0}
 
 
 # ============================================================ stage 1: the model's own traces
@@ -139,6 +140,10 @@ def split_answer(text, marker="\\boxed{"):
     return (text[:at], text[at:]) if at >= 0 else ("", "")
 
 
+def sentences_of(text):
+    return [sentence.strip() for sentence in SENTENCE.findall(text) if sentence.strip()]
+
+
 def mask_sentences(rng, tokenizer, reasoning, ratio, cap=CAP):
     """Replaces max(1, int(ratio * n)) random sentences by tags, N = clamp(int(0.2 * tokens of the sentence),
     1, cap).
@@ -183,22 +188,11 @@ def masked_trace(model, tokenizer, rng, prompt, text, answer, marker, ratio):
     return Rollout(prompt_ids, slots, no_latents, text=text) if LATENT in slots else None
 
 
-def mask_all(model, tokenizer, traces, marker, rng, targets="none", words=2):
-    """Every trace in RATIOS (with targets: SHARES) x VERSIONS masked versions -> (training rows, held-out rows);
-    a tenth of the stories is held out."""
-    if targets == "words":
-        reasonings = [split_answer(trace["text"], marker)[0] for trace in traces]
-        common = common_words(tokenizer, [s for text in reasonings for s in SENTENCE.findall(text) if s.strip()])
-    rows = []  # (story, row)
-    for trace in traces:
-        prompt, text = trace["prompt"], trace["text"]
-        for ratio in (SHARES if targets == "words" else RATIOS) * VERSIONS:
-            if targets == "words":
-                row = mask_runs(model, tokenizer, rng, prompt, text, marker, ratio, common, words)
-            else:
-                row = masked_trace(model, tokenizer, rng, prompt, text, None, marker, ratio)
-            if row is not None:
-                rows.append((trace["example"], row))
+def mask_all(model, tokenizer, traces, marker, rng, aim="none", words=2):
+    """Every trace in RATIOS x VERSIONS masked versions -> (training rows, held-out rows); a tenth of the stories is
+    held out. aim: "words" gives each latent a target (targets.py)."""
+    masked = versions_with_targets if aim == "words" else versions
+    rows = masked(model, tokenizer, traces, marker, rng, words)  # (story, row)
     stories = sorted({story for story, _ in rows})
     held_out = set(stories[len(stories) - max(1, len(stories) // 10):])
     train = [row for story, row in rows if story not in held_out]
@@ -213,96 +207,53 @@ def mask_all(model, tokenizer, traces, marker, rng, targets="none", words=2):
     return train, rng.sample(held, min(256, len(held)))
 
 
-# ============================================================ stage 1: a target for each latent (ours)
-# The paper's loss does not say what a latent should hold. With --targets words a run of skipped sentences becomes
-# one tag, with a latent for each of them and one before: where the thought stood when the tag was opened. Each has
-# a target: the embeddings of the last informative words, of its sentence or of the text before the tag, added up
-# and divided by the root of their number, so that the sum is about as long as one word's.
-def common_words(tokenizer, sentences):
-    """Token ids that tell nothing: more than COMMON of the sentences have them."""
-    counts = collections.Counter()
-    for sentence in sentences:
-        counts.update(set(_encode(tokenizer, sentence)))
-    return {token for token, n in counts.items() if n > COMMON * len(sentences)}
+def versions(model, tokenizer, traces, marker, rng, words):
+    """The paper's: RATIOS x VERSIONS of each trace -> [(story, row)]"""
+    rows = []
+    for trace in traces:
+        for ratio in RATIOS * VERSIONS:
+            row = masked_trace(model, tokenizer, rng, trace["prompt"], trace["text"], None, marker, ratio)
+            if row is not None:
+                rows.append((trace["example"], row))
+    return rows
 
 
-def last_words(model, tokenizer, text, common, words):
-    """A latent's target (D,): what the text came to; None if it has too few informative words."""
-    ids = [token for token in _encode(tokenizer, text) if token not in common]
-    informative = [token for token in ids if any(char.isalnum() for char in tokenizer.decode([token]))]
-    if len(informative) < words:
-        return None
-    last = torch.tensor(informative[-words:], device=model.device)
-    return model.get_input_embeddings()(last).detach().sum(0) / words**0.5
-
-
-def mask_runs(model, tokenizer, rng, prompt, text, marker, share, common, words):
-    """One training trace: each sentence is skipped with this chance, a run of them for one tag -> Rollout whose
-    `latents` are the targets, or None if nothing was skipped.
-
-    In a skipped run a sentence that tells nothing has no latent. A run too long for the cap takes several tags."""
-    cap = model.config.litereason_max_reasoning_steps
-    reasoning, answer = split_answer(text, marker)
-    sentences = [s.strip() for s in SENTENCE.findall(reasoning) if s.strip()]
-    pieces, targets = [], []
-    run, before = [], last_words(model, tokenizer, prompt, common, words)  # of the sentences skipped just now
-    for sentence in sentences + [answer]:
-        target = last_words(model, tokenizer, sentence, common, words)
-        if sentence is not answer and rng.random() < share:
-            run += [] if target is None else [target]
-        else:
-            while run:
-                held = [before] + run[: cap - 1]
-                pieces.append(f"{OPEN}{len(held)}{CLOSE}")
-                targets += held
-                before, run = held[-1], run[cap - 1 :]
-            pieces.append(sentence)
-            before = before if target is None else target
-    if not targets:
-        return None
-    ids = _encode(tokenizer, " ".join(pieces))
-    slots = insert_latents(model, tokenizer, ids + [runs.chat_parts(model, tokenizer)[2]])
-    prompt_ids = runs.encode_prompt(model, tokenizer, prompt)
-    return Rollout(prompt_ids, slots, torch.stack(targets).cpu(), text=text)
-
-
-def _encode(tokenizer, text):
-    return tokenizer.encode(text.strip(), add_special_tokens=False, split_special_tokens=True)
-
-
-def nearest_targets(model, latents, words):
-    """latents (n, D) -> the sums of word embeddings nearest to them, (n, D), found word by word: what they say,
-    said clearly."""
-    embeddings = model.get_input_embeddings().weight.detach().float()  # (V, D)
-    left = latents.to(embeddings)
-    for _ in range(words):
-        distance = torch.cdist(left * words**0.5, embeddings)  # (n, V)
-        left = left - embeddings[distance.argmin(1)] / words**0.5
-    return latents.to(embeddings) - left
-
-
-def target_loss(model, rows):
-    """Squared error of each latent to its target, in units of the embeddings' variance, the true ones fed
-    meanwhile. rows: Rollouts whose `latents` are the targets. -> (sum over latents, their number)"""
-    h, slots, valid = states(model, rows)
-    targets = torch.cat([row.latents for row in rows]).to(model.device)  # (n, D)
-    z, _ = latent_step(model, h[valid & (slots == LATENT)], None)  # (n, D)
-    variance = model.get_input_embeddings().weight.detach().var()
-    return (z - targets.to(z)).square().mean(-1).sum() / variance, len(targets)
+def versions_with_targets(model, tokenizer, traces, marker, rng, words):
+    """Ours, see targets.py: targets.SHARES x VERSIONS of each trace -> [(story, row)]"""
+    split = [split_answer(trace["text"], marker) for trace in traces]
+    sentences = [sentences_of(reasoning) for reasoning, _ in split]
+    common = targets.common_words(tokenizer, itertools.chain(*sentences))
+    rows = []
+    for trace, own, (_, answer) in zip(traces, sentences, split):
+        prompt_ids = runs.encode_prompt(model, tokenizer, trace["prompt"])
+        known = targets.of_trace(model, tokenizer, trace["prompt"], own, common, words)
+        for share in targets.SHARES * VERSIONS:
+            row = targets.mask_runs(model, tokenizer, rng, prompt_ids, own, answer, known, share)
+            if row is not None:
+                rows.append((trace["example"], row))
+    return rows
 
 
 # ============================================================ stage 2: the projector learns, the base is frozen
 def fit_projector(model, traces, lr, batch, steps=None, schedule=True, clip=0.2, seed=0, budget=None,
-                  progress=None, states=None, every=50, carried=None, targets="none"):
+                  progress=None, states=None, every=50, carried=None, aim="none", noise=0.0,
+                  base_lr=0.0):
     """Trains the projector and nothing else on traces, one epoch or `steps` steps -> the last steps' mean
     loss.
 
     Used by stage 2 (cosine to 10 %, warm-up 10 %) and by the refresh of stage 3 (constant rate, as released).
     budget: positions per forward pass (None: what fits). states: a directory; the fit continues from the
-    newest state in it, and leaves one there every so many steps and when it is stopped, with `carried` (JSON) in it."""
+    newest state in it, and leaves one there every so many steps and when it is stopped, with `carried` (JSON) in it.
+    Ours (targets.py): with aim "words" a trace's latents are targets, fed with noise; with base_lr > 0 the base learns
+    too, from the second fifth of the steps on, when the projector is no longer a stranger."""
     budget = budget or positions_at_once(model, traces)
     parameters = list(model.reasoning_projector.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    groups = [{"params": parameters, "lr": lr, "peak": lr}]
+    if base_lr:
+        base = engine.base_parameters(model)
+        groups.append({"params": base, "lr": base_lr, "peak": base_lr})
+        parameters = parameters + base
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
     if steps is None:
         steps = max(1, len(traces) // batch)
     # One per step so far; the step of the newest state.
@@ -321,23 +272,31 @@ def fit_projector(model, traces, lr, batch, steps=None, schedule=True, clip=0.2,
         keep()  # before the first step: `carried` holds an evaluation that should not be run again
         uninterrupted = runs.on_stop(keep)
     # Here, so that the frozen weights are cast once for all steps.
-    with _base_frozen(model), engine.autocast(model):
+    frozen = contextlib.nullcontext() if base_lr else _base_frozen(model)
+    with frozen, engine.autocast(model):
         done = len(losses)
-        batches = itertools.islice(_batches(traces, batch, seed), done, steps)
+        together = VERSIONS_TOGETHER if aim == "words" else 1
+        batches = itertools.islice(_batches(traces, batch, seed, together), done, steps)
         bar = tqdm(batches, desc=progress, initial=done, total=steps, leave=False, disable=progress is None)
         for step, rows in enumerate(bar, start=done):
             # (1) The learning rate of this step.
-            optimizer.param_groups[0]["lr"] = lr * (_warm_up_and_cosine(step, steps) if schedule else 1.0)
+            for i, group in enumerate(optimizer.param_groups):
+                waits = i > 0 and step < steps // 5
+                group["lr"] = 0.0 if waits else group["peak"] * (_warm_up_and_cosine(step, steps) if schedule else 1)
 
             # (2) The loss, in micro-batches. Its denominator is known before the first of them: text tokens after
             #     the first tag, over the whole batch.
-            if targets == "words":
-                loss_of, denominator = target_loss, sum(r.n_latents for r in rows)
-            else:
-                loss_of, denominator = projector_loss, sum(_scored_tokens(r.slots) for r in rows)
+            n_tokens = sum(_scored_tokens(r.slots) for r in rows)
+            n_latents = sum(r.n_latents for r in rows)
+            if aim == "words":
+                fed = targets.with_noise(rows, noise, torch.Generator().manual_seed(seed * 1_000_003 + step))
             total = 0.0
             for part in engine.pack(rows, budget, unrolled=True):
-                loss = loss_of(model, [rows[i] for i in part])[0] / denominator
+                some = [rows[i] for i in part]
+                if aim == "words":
+                    loss = targets.target_loss(model, some, [fed[i] for i in part], n_tokens, n_latents, base_lr > 0)
+                else:
+                    loss = projector_loss(model, some)[0] / n_tokens
                 loss.backward()
                 total += loss.item()
 
@@ -377,14 +336,16 @@ def _base_frozen(model):
             p.requires_grad_(True)
 
 
-def _batches(traces, size, seed):
+def _batches(traces, size, seed, together=1):
     """Yields batches without end, one shuffled epoch after another; they follow from the seed, so no state
-    needs them."""
+    needs them. together: so many neighbours stay together (versions of one trace: their prompt is read once)."""
     rng = random.Random(seed)
     order = []
     while True:
         while len(order) < size:
-            order += rng.sample(range(len(traces)), len(traces))
+            starts = range(0, len(traces), together)
+            for start in rng.sample(starts, len(starts)):
+                order += range(start, min(start + together, len(traces)))
         rows = [traces[i] for i in order[:size]]
         order = order[size:]
         # Rows of a micro-batch alike: less padding.
@@ -443,11 +404,15 @@ def stages_1_and_2(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, e
     runs.on_stop(lambda: f"the traces sampled so far are kept; go on with --resume {out}")
     path = os.path.join(out, "traces.jsonl")
     # Targets are taken from what was written, so everything is.
-    tag = "forbidden" if cfg["targets"] == "words" else None
+    aim = cfg["targets"]
+    if cfg["train_base"] and aim != "words":
+        raise UserError("--train-base goes with --targets words: the paper's stage 2 leaves the base frozen")
+    tag = "forbidden" if aim == "words" else None
     traces = collect_traces(model, tokenizer, task, examples, cfg["k"], max_new_tokens, seed, path, tag)
     marker = getattr(task, "ANSWER", "\\boxed{")
-    train, held = mask_all(model, tokenizer, traces, marker, rng, cfg["targets"], cfg["words"])
-    print(f"stage 2: {len(train)} masked traces, {len(held)} more held out; the base is frozen", flush=True)
+    train, held = mask_all(model, tokenizer, traces, marker, rng, aim, cfg["words"])
+    base = "learns too" if cfg["train_base"] else "is frozen"
+    print(f"stage 2: {len(train)} masked traces, {len(held)} more held out; the base {base}", flush=True)
 
     checked = task.examples("val")[:n]
 
@@ -467,7 +432,8 @@ def stages_1_and_2(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, e
             "warm start": mean_loss(model, held, "projector")}
         before = evaluate_now()
     fit_projector(model, train, cfg["lr"], cfg["batch"], cfg["steps"], seed=seed, progress="stage 2",
-                  states=states, every=every, carried=[dict(losses), before], targets=cfg["targets"])
+                  states=states, every=every, carried=[dict(losses), before], aim=aim, noise=cfg["noise"],
+                  base_lr=cfg["train_base"])
     losses["trained"] = mean_loss(model, held, "projector")
     after = evaluate_now()
     said = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
@@ -486,14 +452,6 @@ def _setting(name, value):
     return f"{name} {shown}" + (f" (released: {released})" if value != RELEASED[name] else "")
 
 
-def target_flags(group):
-    """Adds the flags that say what a latent learns in stage 2, the same for both training scripts."""
-    group.add_argument("--targets", default=None, choices=["words", "none"],
-                       help="of the latents in stage 2: words, the embeddings of the skipped sentence's last "
-                            "informative words (ours; for --model serial); none, the paper's loss (default)")
-    group.add_argument("--words", type=int, default=None, help="words in the target of a latent (default 2)")
-
-
 def parse_arguments():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     g = ap.add_argument_group("what")
@@ -509,7 +467,7 @@ def parse_arguments():
     g.add_argument("--steps", type=int, default=None, help="optimiser steps")
     g.add_argument("--batch", type=int, default=None, help="traces per optimiser step")
     g.add_argument("--lr", type=float, default=None, help="peak learning rate, of AdamW")
-    target_flags(g)
+    targets.add_flags(g)
     g = ap.add_argument_group("run")
     g.add_argument("--resume", default=None, metavar="DIR", help="continue the run in DIR, by its own "
                    "settings; only --device and --graphs may stand beside it")
@@ -542,7 +500,8 @@ def main():
     runs.write_settings(args, "train_projector.py")
     result = stages_1_and_2(model, tokenizer, task, args.out, args.max_new_tokens, args.seed, args.n,
                             args.save_every, prompts=args.prompts, k=args.samples, lr=args.lr,
-                            batch=args.batch, steps=args.steps, targets=args.targets, words=args.words)
+                            batch=args.batch, steps=args.steps, targets=args.targets, words=args.words,
+                            noise=args.noise, train_base=args.train_base)
     runs.save(model, tokenizer, os.path.join(args.out, "model"))
     runs.write_json(os.path.join(args.out, "results.json"), result)
     print(f"saved {args.out}/model; next: python train_rl.py --model {args.out} --task {args.task}")

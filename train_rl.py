@@ -39,10 +39,11 @@ import data
 import engine
 import report
 import runs
+import targets
 from eval import evaluate
 from litereason import (PROJECTORS, RULES, Rollout, UserError, generate, load, logprobs, policy_loss,
                         recompute_latents, start_projector)
-from train_projector import RATIOS, fit_projector, masked_trace, nearest_targets, stages_1_and_2, target_flags
+from train_projector import RATIOS, fit_projector, masked_trace, stages_1_and_2
 
 # ============================================================ settings that depend on the model's size
 # RELEASED is the authors' script: 2880 steps are 30 passes over 290 stories, 6 rollout batches each, 16 steps
@@ -286,9 +287,9 @@ def sharpen(args, model, state, epoch):
     rows = [r for r, reward in zip(state.rollouts, state.earned.tolist()) if reward > 0 and r.n_latents]
     if not rows:
         return None
-    rows = [dataclasses.replace(r, latents=nearest_targets(model, r.latents, args.words)) for r in rows]
+    rows = [dataclasses.replace(r, latents=targets.nearest(model, r.latents, args.words)) for r in rows]
     return fit_projector(model, rows, args.refresh_lr, batch=16, schedule=False, seed=epoch,
-                         budget=args.tokens_per_forward, targets="words")
+                         budget=args.tokens_per_forward, aim="words")
 
 
 def validate(args, model, tokenizer, task, vals):
@@ -397,7 +398,7 @@ def parse_arguments():
     g.add_argument("--projector-steps", type=int, help="optimiser steps of stage 2, if it is run")
     g.add_argument("--trace-prompts", type=int,
                    help="train prompts that stage 1 samples traces for, if it is run")
-    target_flags(g)
+    targets.add_flags(g)
     others = [name for name in PROJECTORS if name != "mlp"]
     g.add_argument("--projector", default="warm", choices=["warm", "random", *others],
                    help="what stage 2 starts from: copies of the last MLP (warm, the paper), random weights "
@@ -490,7 +491,8 @@ def main():
             if not model.projector_trained:
                 stages_1_and_2(model, tokenizer, task, args.out, args.max_new_tokens, args.seed,
                                n=min(200, args.n or 200), every=args.save_every, steps=args.projector_steps,
-                               prompts=args.trace_prompts, targets=args.targets, words=args.words)
+                               prompts=args.trace_prompts, targets=args.targets, words=args.words,
+                               noise=args.noise, train_base=args.train_base)
                 runs.save(model, tokenizer, os.path.join(args.out, "model"))
             add_row("LiteReason before RL", True, "projector")
 

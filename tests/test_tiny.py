@@ -1,4 +1,4 @@
-"""The tiny world: a plot hole is found by following two chains at once, and by nothing else; and a target for each latent."""
+"""The serial world: a plot hole is found by following two chains at once, and by nothing else; and a target for each latent."""
 import collections
 import os
 import random
@@ -7,15 +7,15 @@ import pytest
 import torch
 from conftest import close
 
-from data import tiny
+from data import serial
 from litereason import LATENT, OPEN, latent_step, load, states
-from train_projector import (SENTENCE, common_words, last_words, mask_runs, nearest_targets, split_answer,
-                             target_loss)
+import targets
+from train_projector import fit_projector, sentences_of, split_answer
 
 
 @pytest.fixture(scope="module")
 def base():
-    return load("tiny", "cpu")
+    return load("serial", "cpu")
 
 
 def follow(story, start):
@@ -28,37 +28,37 @@ def follow(story, start):
 
 
 def test_the_label_follows_from_the_chains_and_from_nothing_else():
-    for split in tiny.SIZES:
-        examples = tiny.examples(split)
-        assert len(examples) == tiny.SIZES[split] and sum(e["label"] for e in examples) == len(examples) / 2
+    for split in serial.SIZES:
+        examples = serial.examples(split)
+        assert len(examples) == serial.SIZES[split] and sum(e["label"] for e in examples) == len(examples) / 2
         for example in examples:
             ends = {follow(example["story"], start) for start in example["first"]}
-            assert example["label"] == (tiny.NOBODY in ends) and ends <= {tiny.NOBODY, example["asked"]}
+            assert example["label"] == (serial.NOBODY in ends) and ends <= {serial.NOBODY, example["asked"]}
             # Counting tells nothing: every story has one lost piece, and two that come to who acts.
             takers = collections.Counter(e.split()[2] for e in example["story"].split(" .") if e.strip())
-            assert takers[tiny.NOBODY] == 1 and takers[example["asked"]] == 2
+            assert takers[serial.NOBODY] == 1 and takers[example["asked"]] == 2
 
 
 def test_no_story_is_in_two_splits_and_every_word_is_one_token(base):
     _, tokenizer = base
-    stories = [e["story"] for split in tiny.SIZES for e in tiny.examples(split)]
+    stories = [e["story"] for split in serial.SIZES for e in serial.examples(split)]
     assert len(set(stories)) == len(stories)
-    for example in tiny.examples("test")[:50]:
+    for example in serial.examples("test")[:50]:
         for latent in (False, True):
-            text = tiny.prompt(example, latent)
+            text = serial.prompt(example, latent)
             ids = tokenizer.encode(text, add_special_tokens=False)
             assert tokenizer.unk_token_id not in ids and len(ids) == len(text.split())
 
 
 def test_longer_chains_are_longer_stories():
-    short, long = tiny.examples("test", n=4, hops=3)[0], tiny.examples("test", n=4, hops=6)[0]
+    short, long = serial.examples("test", n=4, hops=3)[0], serial.examples("test", n=4, hops=6)[0]
     assert short["story"].count("from") == 9 and long["story"].count("from") == 18
 
 
 def test_a_reward_is_for_the_right_word_alone():
     hole = {"label": True}
-    assert tiny.reward(hole, tiny.answer(hole)) == 1 and tiny.reward(hole, "\\boxed{ No }") == 0
-    assert tiny.reward(hole, "") == 0
+    assert serial.reward(hole, serial.answer(hole)) == 1 and serial.reward(hole, "\\boxed{ No }") == 0
+    assert serial.reward(hole, "") == 0
 
 
 # ============================================================ targets
@@ -66,7 +66,7 @@ def trace_of(example):
     """What a careful reader writes: a sentence a round."""
     rounds = [list(pair) for pair in zip(*example["chains"])]
     sentences = [f"from {a} {c} and from {b} {d} , go on with {c} and {d} ." for (a, b), (c, d) in zip(rounds, rounds[1:])]
-    return " ".join(sentences) + " " + tiny.answer(example), rounds
+    return " ".join(sentences) + " " + serial.answer(example), rounds
 
 
 def words_in(model, tokenizer, target):
@@ -81,34 +81,91 @@ def words_in(model, tokenizer, target):
     return None
 
 
+def masked(model, tokenizer, rng, example, share, common=()):
+    """A training trace of a careful reader's text."""
+    reasoning, answer = split_answer(trace_of(example)[0])
+    prompt = serial.prompt(example, True)
+    sentences = sentences_of(reasoning)
+    known = targets.of_trace(model, tokenizer, prompt, sentences, common, 2)
+    return targets.mask_runs(model, tokenizer, rng, tokenizer.encode(prompt), sentences, answer, known, share)
+
+
 def test_a_skipped_run_is_one_tag_whose_latents_have_the_words_of_each_round_as_targets(base):
     model, tokenizer = base
-    examples = tiny.examples("train")[:20]
-    texts = [trace_of(e)[0] for e in examples]
-    common = common_words(tokenizer, [s for text in texts for s in SENTENCE.findall(split_answer(text)[0]) if s.strip()])
-    row = mask_runs(model, tokenizer, random.Random(0), tiny.prompt(examples[0], True), texts[0], "\\boxed{", 1.0, common, 2)
+    examples = serial.examples("train")[:20]
+    sentences = [s for e in examples for s in sentences_of(split_answer(trace_of(e)[0])[0])]
+    common = targets.common_words(tokenizer, sentences)
+    row = masked(model, tokenizer, random.Random(0), examples[0], 1.0, common)
     _, rounds = trace_of(examples[0])
     text = tokenizer.decode([s for s in row.slots if s != LATENT])
     assert text.count(OPEN) == 1 and row.n_latents == len(rounds) == len(row.latents)
     assert [words_in(model, tokenizer, z) for z in row.latents] == [set(pair) for pair in rounds]
-    assert mask_runs(model, tokenizer, random.Random(0), "p", texts[0], "\\boxed{", 0.0, common, 2) is None
+    assert masked(model, tokenizer, random.Random(0), examples[0], 0.0, common) is None
 
 
-def test_the_loss_of_targets_is_that_of_the_definition_and_true_latents_are_fed(base):
+@pytest.fixture
+def rows(base):
     model, tokenizer = base
-    examples = tiny.examples("train")[:6]
-    rows = [mask_runs(model, tokenizer, random.Random(i), tiny.prompt(e, True), trace_of(e)[0], "\\boxed{", 0.7, set(), 2)
-            for i, e in enumerate(examples)]
-    rows = [row for row in rows if row is not None]
+    examples = serial.examples("train")[:6]
+    found = [masked(model, tokenizer, random.Random(i), e, 0.7) for i, e in enumerate(examples)]
+    return [row for row in found if row is not None]
+
+
+def loss_of(model, rows, fed, base_learns):
+    n_tokens = sum(len(r.slots) - r.slots.index(LATENT) - r.n_latents + r.slots[: r.slots.index(LATENT)].count(LATENT)
+                   for r in rows)
+    n_latents = sum(r.n_latents for r in rows)
+    return targets.target_loss(model, rows, fed, n_tokens, n_latents, base_learns)
+
+
+def test_the_loss_of_targets_is_that_of_the_definition_and_what_is_fed_is_not_what_is_wanted(base, rows):
+    model, tokenizer = base
+    fed = targets.with_noise(rows, 0.5, torch.Generator().manual_seed(0))
     with torch.no_grad():
-        loss, n = target_loss(model, rows)
-        expected = 0
-        for row in rows:
-            h, slots, _ = states(model, [row])
+        loss = loss_of(model, rows, fed, base_learns=False)
+        both = loss_of(model, rows, fed, base_learns=True)
+        error, cost, n_latents, n_tokens = 0, 0, 0, 0
+        for row, own in zip(rows, fed):
+            h, slots, _ = states(model, [own])
             z, _ = latent_step(model, h[0][slots[0] == LATENT], None)
-            expected += ((z - row.latents) ** 2).mean(1).sum() / model.get_input_embeddings().weight.var()
-    assert n == sum(row.n_latents for row in rows)
-    close(loss, expected, 1e-4 * float(expected))
+            error += ((z - row.latents) ** 2).mean(1).sum() / model.get_input_embeddings().weight.var()
+            n_latents += row.n_latents
+            for t in range(row.slots.index(LATENT), len(row.slots)):
+                if row.slots[t] != LATENT:
+                    cost -= model.lm_head(h[0, t]).log_softmax(-1)[row.slots[t]]
+                    n_tokens += 1
+    close(loss, error / n_latents, 1e-4 * float(loss))
+    close(both, error / n_latents + cost / n_tokens, 1e-4 * float(both))
+
+
+def test_noise_has_the_strength_that_is_asked_for_and_none_changes_nothing(rows):
+    generator = torch.Generator().manual_seed(0)
+    many = rows * 50
+    noisy = targets.with_noise(many, 0.5, generator)
+    share = [(a.latents - b.latents).norm(dim=1) / b.latents.norm(dim=1) for a, b in zip(noisy, many)]
+    share = torch.cat(share)
+    assert 0.22 < share.mean() < 0.28 and share.max() < 0.75
+    for a, b in zip(targets.with_noise(rows, 0.0, generator), rows):
+        assert torch.equal(a.latents, b.latents)
+
+
+@pytest.mark.parametrize("base_lr", [0.0, 1e-4])
+def test_the_base_learns_with_the_projector_only_if_asked_to(rows, base_lr):
+    model, _ = load("serial", "cpu")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    fit_projector(model, rows, 1e-3, batch=4, steps=6, aim="words", noise=0.5, base_lr=base_lr)
+    for name, p in model.named_parameters():
+        changes = base_lr > 0 or name.startswith("reasoning_projector")
+        assert torch.equal(p, before[name]) != changes, name
+
+
+def test_a_batch_is_the_same_in_micro_batches_of_any_size(rows):
+    ends = []
+    for budget in (10_000, 200):
+        model, _ = load("serial", "cpu", torch.float64)
+        fit_projector(model, rows, 1e-3, batch=4, steps=3, budget=budget, aim="words", noise=0.5, base_lr=1e-4)
+        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    close(ends[0], ends[1], 1e-6)
 
 
 def test_the_nearest_sum_of_words_is_found_and_noise_is_taken_off(base):
@@ -117,22 +174,22 @@ def test_the_nearest_sum_of_words_is_found_and_noise_is_taken_off(base):
     pair = tokenizer.encode("Karl Mara", add_special_tokens=False)
     target = embeddings[pair].sum(0) / 2**0.5
     noisy = target + 0.05 * embeddings.std() * torch.randn(len(target), generator=torch.Generator().manual_seed(0))
-    close(nearest_targets(model, torch.stack([target, noisy]), 2), torch.stack([target, target]), 1e-5)
+    close(targets.nearest(model, torch.stack([target, noisy]), 2), torch.stack([target, target]), 1e-5)
 
 
 def test_words_that_all_sentences_have_tell_nothing(base):
     model, tokenizer = base
-    common = common_words(tokenizer, ["go on with Karl .", "go on with Mara .", "go on with Otto .", "go on with Lena ."])
+    common = targets.common_words(tokenizer, ["go on with Karl .", "go on with Mara .", "go on with Otto .", "go on with Lena ."])
     assert {tokenizer.decode([i]) for i in common} == {"go", "on", "with", "."}
-    assert last_words(model, tokenizer, "go on with Karl .", common, 2) is None  # one word that tells something
-    assert last_words(model, tokenizer, "go on with Karl .", common, 1) is not None
+    assert targets.last_words(model, tokenizer, "go on with Karl .", common, 2) is None  # one word that tells something
+    assert targets.last_words(model, tokenizer, "go on with Karl .", common, 1) is not None
 
 
 def test_its_base_is_made_by_a_command(tmp_path):
     import subprocess
     import sys
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    subprocess.run([sys.executable, "data/tiny/prepare.py", "--steps", "3", "--most", "6", "--out", str(tmp_path / "b")],
+    subprocess.run([sys.executable, "data/serial/prepare.py", "--steps", "3", "--most", "6", "--out", str(tmp_path / "b")],
                    cwd=root, check=True, capture_output=True)
     model, tokenizer = load(str(tmp_path / "b"), "cpu")
-    assert tokenizer.unk_token_id not in tokenizer.encode(tiny.prompt(tiny.examples("val")[0], True))
+    assert tokenizer.unk_token_id not in tokenizer.encode(serial.prompt(serial.examples("val")[0], True))

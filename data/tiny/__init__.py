@@ -18,7 +18,7 @@ PEOPLE = ("Karl Mara Otto Lena Ivan Rosa Emil Nina Hugo Tess Olga Paul Vera Finn
           "Eva Tom").split()
 NOBODY = "nobody"  # who has a piece that is lost
 HOPS = 4  # how often a piece of the map changes hands
-SIZES = {"train": 2000, "val": 200, "test": 500}
+SIZES = {"train": 6000, "val": 200, "test": 500}
 SEEDS = {"train": 1, "val": 2, "test": 3}
 OFFER = " or skip with <implicit_thought> number </implicit_thought>"  # the paper's offer of the tag, in few words
 

@@ -1,0 +1,151 @@
+"""A target for each latent: ours, not in the paper; a first reading can skip this file.
+
+The paper's loss does not say what a latent should hold: it is the cross-entropy of the text behind the tag, which a
+policy can also lower by learning how texts with tags go on. With `--targets words` a run of skipped sentences becomes
+one tag, with a latent for each of them and one before: where the thought stood when the tag was opened. Each has a
+target, the embeddings of the last informative words of its sentence (of the first: of the text before the tag), added
+up and divided by the root of their number, so that the sum is about as long as one word's.
+
+    the policy wrote    a b c . d e f . g h i . \\boxed{Yes}
+    a training trace    a b c . <..> 3 </..>  LATENT      LATENT      LATENT      \\boxed{Yes}
+    targets                                   b + c       e + f       h + i
+
+They are learned with the true targets fed, so that a whole trace takes one pass, and with noise on what is fed, so that
+the reader bears the errors that the projector will make. The base is frozen, as in the paper; or, with
+`--train-base LR`, it learns too (as in Coconut and CODI, arXiv 2412.06769 and 2502.21074), by the paper's loss on the
+text that follows.
+"""
+import collections
+import dataclasses
+
+import torch
+
+import engine
+import runs
+from litereason import CLOSE, LATENT, OPEN, Rollout, insert_latents, latent_step, states
+
+SHARES = (0.3, 0.6, 1.0)  # of the sentences that are skipped, instead of the paper's 0.1 and 0.25
+COMMON = 0.3  # a word is informative if fewer of all sentences than this have it
+
+
+# ============================================================ stage 1: traces with targets
+def common_words(tokenizer, sentences):
+    """Token ids that tell nothing: more than COMMON of the sentences have them."""
+    sentences = list(sentences)
+    counts = collections.Counter()
+    for sentence in sentences:
+        counts.update(set(encode(tokenizer, sentence)))
+    return {token for token, n in counts.items() if n > COMMON * len(sentences)}
+
+
+def last_words(model, tokenizer, text, common, words):
+    """A latent's target (D,): what the text came to; None if it has too few informative words."""
+    ids = [token for token in encode(tokenizer, text) if token not in common]
+    informative = [token for token in ids if any(char.isalnum() for char in tokenizer.decode([token]))]
+    if len(informative) < words:
+        return None
+    last = torch.tensor(informative[-words:], device=model.device)
+    return model.get_input_embeddings()(last).detach().sum(0) / words**0.5
+
+
+def of_trace(model, tokenizer, prompt, sentences, common, words):
+    """-> [the target of the prompt, of each sentence]; None where a text tells nothing."""
+    return [last_words(model, tokenizer, text, common, words) for text in [prompt, *sentences]]
+
+
+def mask_runs(model, tokenizer, rng, prompt_ids, sentences, answer, known, share):
+    """One training trace: each sentence is skipped with this chance, a run of them for one tag -> Rollout whose
+    `latents` are the targets, or None if nothing was skipped. known: from of_trace.
+
+    In a skipped run a sentence that tells nothing has no latent. A run too long for the cap takes several tags."""
+    cap = model.config.litereason_max_reasoning_steps
+    pieces, targets = [], []
+    run = []  # targets of the sentences skipped just now
+    before, *of_sentences = known
+    for sentence, target in zip([*sentences, answer], [*of_sentences, None]):
+        if sentence is not answer and rng.random() < share:
+            run += [] if target is None else [target]
+            continue
+        while run:
+            held = [before] + run[: cap - 1]
+            pieces.append(f"{OPEN}{len(held)}{CLOSE}")
+            targets += held
+            before = held[-1]
+            run = run[cap - 1 :]
+        pieces.append(sentence)
+        before = before if target is None else target
+    if not targets:
+        return None
+    text = " ".join(pieces)
+    slots = insert_latents(model, tokenizer, encode(tokenizer, text) + [runs.chat_parts(model, tokenizer)[2]])
+    return Rollout(prompt_ids, slots, torch.stack(targets).cpu(), text=text)
+
+
+def encode(tokenizer, text):
+    return tokenizer.encode(text.strip(), add_special_tokens=False, split_special_tokens=True)
+
+
+# ============================================================ stage 2: the loss
+def with_noise(rows, noise, generator):
+    """Rollouts whose `latents` are the targets -> the same with noise on each: of a strength of its own, up to `noise`
+    times the target's. (Noise on embeddings as such: NEFTune, arXiv 2310.05914.)"""
+    noisy = []
+    for row in rows:
+        strength = noise * torch.rand(row.n_latents, 1, generator=generator)
+        scale = row.latents.square().mean(-1, keepdim=True).sqrt()
+        added = torch.randn(row.latents.shape, generator=generator) * scale * strength
+        noisy.append(dataclasses.replace(row, latents=row.latents + added.to(row.latents)))
+    return noisy
+
+
+@engine.with_autocast
+def target_loss(model, rows, fed, n_tokens, n_latents, base_learns=False):
+    """The squared error of each latent to its target, and if the base learns the paper's loss, the cross-entropy after
+    the first tag -> this micro-batch's share of the two means over the whole batch.
+
+    rows: Rollouts whose `latents` are the targets; fed: the same rows, with what is fed instead. n_tokens, n_latents: of
+    the whole batch."""
+    h, slots, valid = states(model, fed)
+    targets = torch.cat([row.latents for row in rows]).to(model.device)  # (n, D)
+    z, _ = latent_step(model, h[valid & (slots == LATENT)], None)  # (n, D)
+    loss = squared_error(model, z, targets) / n_latents
+    if base_learns:
+        first = torch.tensor([row.slots.index(LATENT) for row in rows], device=model.device)
+        after_first = torch.arange(slots.shape[1], device=model.device) >= first[:, None]
+        scored = valid & (slots != LATENT) & after_first
+        logp = engine.token_logprobs(model, h[scored], slots[scored])  # (M,)
+        loss = loss - logp.sum() / n_tokens
+    return loss
+
+
+def squared_error(model, z, targets):
+    """Summed over latents, in units of the embeddings' variance."""
+    variance = model.get_input_embeddings().weight.detach().var()
+    return (z - targets.to(z)).square().mean(-1).sum() / variance
+
+
+# ============================================================ stage 3: targets for the refresh
+def nearest(model, latents, words):
+    """latents (n, D) -> the sums of word embeddings nearest to them, (n, D), found word by word: what they say,
+    said clearly."""
+    embeddings = model.get_input_embeddings().weight.detach().float()  # (V, D)
+    left = latents.to(embeddings)
+    for _ in range(words):
+        distance = torch.cdist(left * words**0.5, embeddings)  # (n, V)
+        left = left - embeddings[distance.argmin(1)] / words**0.5
+    return latents.to(embeddings) - left
+
+
+# ============================================================ flags
+def add_flags(group):
+    """What a latent learns in stage 2, the same for both training scripts."""
+    group.add_argument("--targets", default=None, choices=["words", "none"],
+                       help="of the latents in stage 2: words, the embeddings of the skipped sentence's last "
+                            "informative words (ours; default for the tiny world); none, the paper's loss (default)")
+    group.add_argument("--words", type=int, default=None, help="words in the target of a latent (default 2)")
+    group.add_argument("--noise", type=float, default=None,
+                       help="with --targets words: noise on the targets that are fed in stage 2, as a share of their "
+                            "size (default 0.5)")
+    group.add_argument("--train-base", type=float, default=None, metavar="LR",
+                       help="with --targets words: the base learns too in stage 2, at this rate (default 0: it is "
+                            "frozen, as in the paper)")
