@@ -57,9 +57,9 @@ RELEASED = {
     "coconut_lr": 5e-5, "stages": 5, "per_stage": 2, "last_stage": 2,  # epochs per stage, and of the last
     "colar_lr": 1e-4, "colar_epochs": 50, "most_latents": 64,
     "rl_lr": 5e-7, "rl_steps": 180, "rl_prompts": 48}
-# Chosen on 200 val stories of the tiny world's plot holes (16 events, 8 look-ups), seed 0, one run each,
-# sampled as the paper samples, on all 480 train stories (2,390 traces). Val accuracy, in brackets on 200 train
-# stories:
+# Chosen on 200 val stories of plot holes in the tiny world before this one (at commit 7a68d78: 16 events, 8
+# look-ups), seed 0, one run each, sampled as the paper samples, on all 480 train stories (2,390 traces). Val
+# accuracy, in brackets on 200 train stories:
 #
 #   answer     lr 1e-3 at a constant rate 0.575 (0.590) at best of 300 steps; with warm-up 0.970 after 96 (run
 #              no further); lr 3e-4 with warm-up 0.915 after 48 steps, 1.000 (1.000) from 72 on

@@ -38,9 +38,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-DATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data")
-TINY = os.path.join(DATA, "tiny", "base")
-SHIPPED = {"tiny": TINY, "serial": os.path.join(DATA, "serial", "base")}  # models for the tasks of these names
+TINY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "tiny", "base")
 
 
 TAG_RULES = ("text", "released")  # where tags fire: litereason.tag_table, released.tag_table
@@ -153,7 +151,7 @@ def why_the_hub_refuses(name, what, error):
 
 def checkpoint_path(name_or_path):
     """The directory, or the hub id, that a name means."""
-    path = SHIPPED.get(str(name_or_path), str(name_or_path))
+    path = TINY if name_or_path == "tiny" else str(name_or_path)
     if os.path.exists(os.path.join(path, "model", "config.json")):
         path = os.path.join(path, "model")  # a run's output directory
     if os.path.isdir(path):
@@ -183,9 +181,8 @@ def _read_files(path, dtype, only):
 
 
 def _read_tokenizer(path, **only):
-    """AutoTokenizer, but a Qwen2 checkpoint that says it brings its own tokenizer.json (the tiny world's
-    words) gets that one: transformers 5 would replace it by Qwen's own class, whatever the checkpoint
-    says."""
+    """AutoTokenizer, but a checkpoint that says it brings its own tokenizer.json gets that one: of a Qwen2
+    transformers 5 would replace it by Qwen's own class, whatever the checkpoint says."""
     try:
         with open(os.path.join(path, "tokenizer_config.json")) as f:
             own = json.load(f).get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")

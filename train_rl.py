@@ -382,7 +382,7 @@ def by_size(name):
 def parse_arguments():
     ap = runs.parser(__doc__)
     g = ap.add_argument_group("what")
-    g.add_argument("--model", default="tiny", help="tiny, serial, a directory (a run of train_projector.py "
+    g.add_argument("--model", default="tiny", help="tiny, a directory (a run of train_projector.py "
                    "too), or a hub name such as Qwen2.5-1.5B (default tiny)")
     g.add_argument("--method", default="litereason", choices=list(NAMES),
                    help="grpo: the same RL with the plain prompt, no tags and no latents; tag: with the tag "

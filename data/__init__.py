@@ -115,8 +115,8 @@ def load_task(name):
 def task_flags(group):
     """Adds the flags that say what is to be done, the same for all scripts, to an argparse group."""
     group.add_argument("--task", default=None,
-                       help="a folder under data/, or tiny.next_chapter (default: tiny or serial for a model of "
-                            "that world, else flawed_fictions)")
+                       help="a folder under data/, or tiny.next_chapter (default: tiny for a model of that "
+                            "world, else flawed_fictions)")
     group.add_argument("--reward", default=None, choices=["contrastive", "vrcli", "thresholded"],
                        help="of next_chapter (default contrastive)")
     group.add_argument("--scorer", default=None, metavar="NAME",
@@ -127,7 +127,7 @@ def choose_task(args, name):
     """The task module of args.task, by default (then set in args) the tiny world for a checkpoint whose
     vocabulary is that world's, else flawed_fictions. Reads no weights: what is wrong with a task is said
     before a model is fetched."""
-    args.task = args.task or _world_of(name) or "flawed_fictions"
+    args.task = args.task or ("tiny" if _reads_the_tiny_world(name) else "flawed_fictions")
     task = load_task(args.task)
     if (args.reward or args.scorer) and not hasattr(task, "settings"):
         raise UserError(f"--reward and --scorer are for tasks with a scorer (next_chapter); {args.task} has "
@@ -135,20 +135,15 @@ def choose_task(args, name):
     return task
 
 
-# Words that only one of the tiny worlds has.
-WORLDS = {"tiny": {"cup", "upstairs", "attic"}, "serial": {"map", "halves"}}
-
-
-def _world_of(name):
-    """The tiny world of a checkpoint whose tokenizer knows whole words only; None if it is another's."""
+def _reads_the_tiny_world(name):
+    """Whether a checkpoint's tokenizer knows whole words only, and the tiny world's among them."""
     path = os.path.join(checkpoint_path(name), "tokenizer.json")
     try:
         with open(path, encoding="utf-8") as f:
             model = json.load(f)["model"]
-        known = set(model["vocab"]) if model["type"] == "WordLevel" else set()
+        return model["type"] == "WordLevel" and {"map", "halves"} <= set(model["vocab"])
     except (OSError, ValueError, KeyError):
-        return None
-    return next((world for world, words in WORLDS.items() if words <= known), None)
+        return False
 
 
 def start_task(args, task, name):

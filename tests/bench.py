@@ -312,13 +312,11 @@ def trl_trainer(device, steps, folder):
     same = train_rl.SMALL
     rollouts = same["prompts"] * same["group"]
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).to(device)
-    # Not AutoTokenizer, which gives any Qwen2 checkpoint Qwen2's own way to cut words (see runs.py).
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(TINY, padding_side="left")
-    rows = [{"prompt": tiny.prompt(example, False), "number": number}
-            for number, example in enumerate(tiny.examples("train")[: same["prompts"]])]
+    examples = tiny.examples("train")[: same["prompts"]]
+    rows = [{"prompt": tiny.prompt(example, False), "number": number} for number, example in enumerate(examples)]
 
     def rewards(completions, number, **_):
-        examples = tiny.examples("train")
         return [tiny.reward(examples[i], completion) for i, completion in zip(number, completions)]
 
     config = trl.GRPOConfig(

@@ -74,7 +74,7 @@ def main():
     model, tokenizer = load(args.model, args.device)
     # Prompts of several lengths (within one task of the tiny world they are all equal), with the offer of the tag and without.
     kinds = [(task, latent) for task in (tiny, next_chapter) for latent in (True, False)]
-    prompts = [task.prompt(e, latent) for i, (task, latent) in enumerate(kinds) for e in task.examples("train")[i::4]]
+    prompts = [task.prompt(e, latent) for i, (task, latent) in enumerate(kinds) for e in task.examples("train")[:480][i::4]]
     prompts = [prompts[(i * 241) % len(prompts)] for i in range(-(-args.n // 8))]  # 241: a walk through all four kinds
     rollouts = generate(model, tokenizer, prompts, samples=8, max_new_tokens=args.max_new_tokens,
                         generator=torch.Generator().manual_seed(args.seed))[: args.n]

@@ -227,7 +227,7 @@ def test_a_rule_of_ones_own_is_found_by_its_name(tmp_path, monkeypatch):
 def test_a_task_of_ones_own_needs_three_functions(tmp_path, monkeypatch):
     """Count the words: a task as a folder under data/ would be."""
     task = types.ModuleType("data.length")
-    task.examples = lambda split: [{"story": f"Karl hides upstairs {thing} ."} for thing in ("cup", "ring", "key", "book")]
+    task.examples = lambda split: [{"story": f"from Karl {taker} has it ."} for taker in ("Mara", "Otto", "Lena", "Ivan")]
     task.prompt = lambda example, latent: example["story"] + " answer :"
     task.reward = lambda example, completion: float(len(completion.split()) < 40)
     monkeypatch.setitem(sys.modules, "data.length", task)

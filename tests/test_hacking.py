@@ -16,7 +16,8 @@ from litereason import parse_tags
 
 # ---------------------------------------------------------------- yes or no: data.tiny and
 # data.flawed_fictions
-STORY = "Karl leaves uphill cup . Karl finds summit cup . "
+STORY = "from Karl Mara has it . from Otto nobody has it . "
+ASKED = {"asked": "Mara", "first": ["Karl", "Otto"]}
 PLOT_HOLES = [
     ("{right}", 1), ("I thought. {right}", 1), ("{wrong}", 0), ("", 0), (" \n", 0), ("\x00\ufffd", 0),
     # several boxes, both answers: the last one counts, and it holds one of the two words
@@ -80,7 +81,7 @@ def test_a_verdict_scores_what_an_honest_reader_would_give(name, trick, score):
             stories.append(STORY + "\\boxed{Yes} \\boxed{No} " + tag(3))
         yes, no = ("Yes", "No") if label else ("No", "Yes")
         for story in stories:
-            example = {"story": story, "label": label, "asked": "cup"}
+            example = {"story": story, "label": label, **ASKED}
             completion = fill(trick, prompt=task.prompt(example, True), story=story, right=task.answer(example),
                               wrong=task.answer({"label": not label}), yes=yes, no=no)
             assert task.reward(example, completion) == score
@@ -90,7 +91,7 @@ def test_no_answer_that_does_not_depend_on_the_story_beats_chance():
     """What a policy can always write: its score over both labels is at most that of a coin."""
     for name in ("data.tiny", "data.flawed_fictions"):
         task = importlib.import_module(name)
-        both = [{"story": STORY, "label": label, "asked": "cup"} for label in (True, False)]
+        both = [{"story": STORY, "label": label, **ASKED} for label in (True, False)]
         for trick, _ in PLOT_HOLES + QUOTED:
             text = fill(trick, yes="Yes", no="No", right="\\boxed{ Yes }", wrong="\\boxed{ No }", story=STORY)
             assert sum(task.reward(example, text) for example in both) <= 1

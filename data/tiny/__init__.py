@@ -1,67 +1,97 @@
 """The tiny world, task 1 of 2: is there a plot hole? (the shape of Flawed Fictions, paper Sec. 4)
 
-In act one eight people put things somewhere, in act two, in another order, they fetch them again. `attic`
-is where `upstairs` is, and so on. In half of the stories one thing, and only one, is fetched from a place
-where it was not put. A reader asks about one thing: the wrong one, or any if all is well. The answer says
-whether the story holds an error.
+A map is torn, and its pieces go from hand to hand, along three chains of people; who has it from whom is told in
+any order. Two of the chains end with the one who acts on the map; in the third the piece is lost. The prompt says
+who acts, and with whom two halves start: it is a plot hole if one of them is the lost one.
 
-    Karl hides upstairs cup . Mara leaves outside key . .. Mara finds ship key . .. Karl gets attic cup . ..
+    from Mara Otto has it . .. from Otto nobody has it . ..      task : .. Rosa acts .. start with Mara and Karl :
 
-Every word is one token, so a reader can count. A story's split is a function of its text (`split_of`),
-hence no story can be in two splits, and the base model in `base/` was trained on the train part only."""
+So two chains have to be followed, four look-ups one after the other in each; nothing else in the story tells.
+Every word is one token, so a reader can count. A story's split is a function of its text (`split_of`), hence no
+story can be in two splits, and the base model in `base/` was trained on the train part only."""
 import random
+import zlib
 
-# split_of, answer and reward are parts of the task.
-from data.worlds import OFFER, SEEDS, answer, check_split, collect, reward, split_of  # noqa: F401
+from data import boxed
 
-PEOPLE = "Karl Mara Otto Lena Tess Ivan Rosa Emil Nina Hugo".split()
-THINGS = "cup ring key book lamp drum rope coin flute map".split()
-PUT = "upstairs outside indoors underground backstage ashore aboard uphill".split()
-FOUND = "attic garden parlour cellar theatre beach ship summit".split()
-NAMES = dict(zip(PUT, FOUND))  # the same place in act one and in act two
-HIDE = "hides leaves puts".split()
-FETCH = "finds gets takes".split()
-SIZES = {"train": 480, "val": 200, "test": 500}
+PEOPLE = ("Karl Mara Otto Lena Ivan Rosa Emil Nina Hugo Tess Olga Paul Vera Finn Ada Bruno Jana Leo Ida Max "
+          "Eva Tom").split()
+NOBODY = "nobody"  # who has a piece that is lost
+HOPS = 4  # how often a piece of the map changes hands
+SIZES = {"train": 6000, "val": 200, "test": 500}
+SEEDS = {"train": 1, "val": 2, "test": 3}
+OFFER = " or skip with <implicit_thought> number </implicit_thought>"  # the paper's offer of the tag, in few words
 
 
-def make_story(rng, errors, things=8):
-    """One story of 2 * things events with so many errors and, for the trace writer of prepare.py, what a
-    careful reader notes.
+def make_story(rng, hole, hops=HOPS):
+    """One story of three chains.
 
-    Returns {story, label, steps, asked}: steps are (thing, place in act one, place in act two).
-    """
-    people = rng.sample(PEOPLE, things)
-    things = rng.sample(THINGS, things)
-    misplaced = rng.sample(things, errors)
-    put = {thing: rng.choice(PUT) for thing in things}
-    found = {}
-    for thing in things:
-        place = put[thing]
-        if thing in misplaced:
-            place = rng.choice([other for other in PUT if other != place])
-        found[thing] = NAMES[place]
-    cast = list(zip(people, things))
-    act_one = [f"{person} {rng.choice(HIDE)} {put[thing]} {thing} ." for person, thing in cast]
-    order = rng.sample(cast, len(cast))
-    act_two = [f"{person} {rng.choice(FETCH)} {found[thing]} {thing} ." for person, thing in order]
+    Returns {story, label, first, asked, chains}: with whom the two halves start (two people), who acts on the map,
+    and, for the readers of prepare.py, through whose hands each half goes."""
+    asked, *others = rng.sample(PEOPLE, 3 * hops + 1)
+    chains = [others[i * hops : (i + 1) * hops] for i in range(3)]
+    for chain, last in zip(chains, (asked, asked, NOBODY)):
+        chain.append(last)
+    followed = [chains[0], chains[2 if hole else 1]]
+    rng.shuffle(followed)
     return {
-        "story": " ".join(act_one + act_two),
-        "label": errors > 0,
-        "steps": [(thing, put[thing], found[thing]) for thing in things],
-        "asked": rng.choice(misplaced or things),
-    }
+        "story": events_of(rng, chains),
+        "label": bool(hole),
+        "first": [chain[0] for chain in followed],
+        "asked": asked,
+        "chains": followed}
 
 
-def examples(split):
-    """The split's stories, the same on every machine: a list of dicts, exactly half with an error."""
-    check_split("tiny", split, SIZES)
+def events_of(rng, chains):
+    """What happens in some chains of people, in any order, as text."""
+    events = []
+    for chain in chains:
+        events += [f"from {giver} {taker} has it ." for giver, taker in zip(chain, chain[1:])]
+    return " ".join(rng.sample(events, len(events)))
+
+
+def split_of(story):
+    """Train, val or test by the story's own text: 80 / 10 / 10 %."""
+    bucket = zlib.crc32(story.encode()) % 10
+    return "test" if bucket == 0 else "val" if bucket == 1 else "train"
+
+
+def collect(split, n, make):
+    """n different stories of the split; make(number of the next one) -> a story, of any split."""
+    rows = []
+    seen = set()
+    while len(rows) < n:
+        row = make(len(rows))
+        if split_of(row["story"]) == split and row["story"] not in seen:
+            seen.add(row["story"])
+            rows.append(row)
+    return rows
+
+
+def examples(split, n=None, hops=HOPS):
+    """The split's stories, the same on every machine: a list of dicts, exactly half with a hole.
+
+    n, hops: another number of stories, another length of the chains."""
+    if split not in SIZES:
+        raise ValueError(f"the tiny task has the splits {', '.join(SIZES)}, not {split!r}")
     rng = random.Random(SEEDS[split])
-    return collect(split, SIZES[split], lambda number: make_story(rng, errors=number % 2))
+    return collect(split, n or SIZES[split], lambda number: make_story(rng, number % 2, hops))
 
 
 def prompt(example, latent):
     """The story and the question; with `latent`, the offer of the tag (the paper's prompt in this world's
     words)."""
     offer = OFFER if latent else ""
-    question = f"find the hole . reader asks about {example['asked']}"
-    return f"{example['story']} task : {question} . think aloud{offer} . answer :"
+    task = f"task : find the hole . {example['asked']} acts on the map . think aloud{offer} ."
+    return f"{example['story']} {task} the halves start with {' and '.join(example['first'])} :"
+
+
+def answer(example):
+    """The gold answer, in exactly the format that `reward` parses (the refresh trains on it)."""
+    return "\\boxed{ Yes }" if example["label"] else "\\boxed{ No }"
+
+
+def reward(example, completion):
+    """1.0 if the last box of the completion is the right word, else 0.0 (paper Sec. 4)."""
+    said = (boxed(completion) or "").strip().lower()
+    return float(said == ("yes" if example["label"] else "no"))

@@ -1,4 +1,4 @@
-"""The serial world: a plot hole is found by following two chains at once, and by nothing else; and a target for each latent."""
+"""The tiny world: a plot hole is found by following two chains at once, and by nothing else; and a target for each latent."""
 import collections
 import os
 import random
@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import close
 
-from data import serial
+from data import tiny
 from litereason import LATENT, OPEN, latent_step, load, states
 import targets
 from train_projector import fit_projector, sentences_of, split_answer
@@ -15,7 +15,7 @@ from train_projector import fit_projector, sentences_of, split_answer
 
 @pytest.fixture(scope="module")
 def base():
-    return load("serial", "cpu")
+    return load("tiny", "cpu")
 
 
 def follow(story, start):
@@ -28,37 +28,37 @@ def follow(story, start):
 
 
 def test_the_label_follows_from_the_chains_and_from_nothing_else():
-    for split in serial.SIZES:
-        examples = serial.examples(split)
-        assert len(examples) == serial.SIZES[split] and sum(e["label"] for e in examples) == len(examples) / 2
+    for split in tiny.SIZES:
+        examples = tiny.examples(split)
+        assert len(examples) == tiny.SIZES[split] and sum(e["label"] for e in examples) == len(examples) / 2
         for example in examples:
             ends = {follow(example["story"], start) for start in example["first"]}
-            assert example["label"] == (serial.NOBODY in ends) and ends <= {serial.NOBODY, example["asked"]}
+            assert example["label"] == (tiny.NOBODY in ends) and ends <= {tiny.NOBODY, example["asked"]}
             # Counting tells nothing: every story has one lost piece, and two that come to who acts.
             takers = collections.Counter(e.split()[2] for e in example["story"].split(" .") if e.strip())
-            assert takers[serial.NOBODY] == 1 and takers[example["asked"]] == 2
+            assert takers[tiny.NOBODY] == 1 and takers[example["asked"]] == 2
 
 
 def test_no_story_is_in_two_splits_and_every_word_is_one_token(base):
     _, tokenizer = base
-    stories = [e["story"] for split in serial.SIZES for e in serial.examples(split)]
+    stories = [e["story"] for split in tiny.SIZES for e in tiny.examples(split)]
     assert len(set(stories)) == len(stories)
-    for example in serial.examples("test")[:50]:
+    for example in tiny.examples("test")[:50]:
         for latent in (False, True):
-            text = serial.prompt(example, latent)
+            text = tiny.prompt(example, latent)
             ids = tokenizer.encode(text, add_special_tokens=False)
             assert tokenizer.unk_token_id not in ids and len(ids) == len(text.split())
 
 
 def test_longer_chains_are_longer_stories():
-    short, long = serial.examples("test", n=4, hops=3)[0], serial.examples("test", n=4, hops=6)[0]
+    short, long = tiny.examples("test", n=4, hops=3)[0], tiny.examples("test", n=4, hops=6)[0]
     assert short["story"].count("from") == 9 and long["story"].count("from") == 18
 
 
 def test_a_reward_is_for_the_right_word_alone():
     hole = {"label": True}
-    assert serial.reward(hole, serial.answer(hole)) == 1 and serial.reward(hole, "\\boxed{ No }") == 0
-    assert serial.reward(hole, "") == 0
+    assert tiny.reward(hole, tiny.answer(hole)) == 1 and tiny.reward(hole, "\\boxed{ No }") == 0
+    assert tiny.reward(hole, "") == 0
 
 
 # ============================================================ targets
@@ -66,7 +66,7 @@ def trace_of(example):
     """What a careful reader writes: a sentence a round."""
     rounds = [list(pair) for pair in zip(*example["chains"])]
     sentences = [f"from {a} {c} and from {b} {d} , go on with {c} and {d} ." for (a, b), (c, d) in zip(rounds, rounds[1:])]
-    return " ".join(sentences) + " " + serial.answer(example), rounds
+    return " ".join(sentences) + " " + tiny.answer(example), rounds
 
 
 def words_in(model, tokenizer, target):
@@ -84,7 +84,7 @@ def words_in(model, tokenizer, target):
 def masked(model, tokenizer, rng, example, share, common=()):
     """A training trace of a careful reader's text."""
     reasoning, answer = split_answer(trace_of(example)[0])
-    prompt = serial.prompt(example, True)
+    prompt = tiny.prompt(example, True)
     sentences = sentences_of(reasoning)
     known = targets.of_trace(model, tokenizer, prompt, sentences, common, 2)
     return targets.mask_runs(model, tokenizer, rng, tokenizer.encode(prompt), sentences, answer, known, share)
@@ -92,7 +92,7 @@ def masked(model, tokenizer, rng, example, share, common=()):
 
 def test_a_skipped_run_is_one_tag_whose_latents_have_the_words_of_each_round_as_targets(base):
     model, tokenizer = base
-    examples = serial.examples("train")[:20]
+    examples = tiny.examples("train")[:20]
     sentences = [s for e in examples for s in sentences_of(split_answer(trace_of(e)[0])[0])]
     common = targets.common_words(tokenizer, sentences)
     row = masked(model, tokenizer, random.Random(0), examples[0], 1.0, common)
@@ -106,7 +106,7 @@ def test_a_skipped_run_is_one_tag_whose_latents_have_the_words_of_each_round_as_
 @pytest.fixture
 def rows(base):
     model, tokenizer = base
-    examples = serial.examples("train")[:6]
+    examples = tiny.examples("train")[:6]
     found = [masked(model, tokenizer, random.Random(i), e, 0.7) for i, e in enumerate(examples)]
     return [row for row in found if row is not None]
 
@@ -151,7 +151,7 @@ def test_noise_has_the_strength_that_is_asked_for_and_none_changes_nothing(rows)
 
 @pytest.mark.parametrize("base_lr", [0.0, 1e-4])
 def test_the_base_learns_with_the_projector_only_if_asked_to(rows, base_lr):
-    model, _ = load("serial", "cpu")
+    model, _ = load("tiny", "cpu")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     fit_projector(model, rows, 1e-3, batch=4, steps=6, aim="words", noise=0.5, base_lr=base_lr)
     for name, p in model.named_parameters():
@@ -162,7 +162,7 @@ def test_the_base_learns_with_the_projector_only_if_asked_to(rows, base_lr):
 def test_a_batch_is_the_same_in_micro_batches_of_any_size(rows):
     ends = []
     for budget in (10_000, 200):
-        model, _ = load("serial", "cpu", torch.float64)
+        model, _ = load("tiny", "cpu", torch.float64)
         fit_projector(model, rows, 1e-3, batch=4, steps=3, budget=budget, aim="words", noise=0.5, base_lr=1e-4)
         ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     close(ends[0], ends[1], 1e-6)
@@ -189,7 +189,7 @@ def test_its_base_is_made_by_a_command(tmp_path):
     import subprocess
     import sys
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    subprocess.run([sys.executable, "data/serial/prepare.py", "--steps", "3", "--most", "6", "--out", str(tmp_path / "b")],
+    subprocess.run([sys.executable, "data/tiny/prepare.py", "--steps", "3", "--most", "6", "--out", str(tmp_path / "b")],
                    cwd=root, check=True, capture_output=True)
     model, tokenizer = load(str(tmp_path / "b"), "cpu")
-    assert tokenizer.unk_token_id not in tokenizer.encode(serial.prompt(serial.examples("val")[0], True))
+    assert tokenizer.unk_token_id not in tokenizer.encode(tiny.prompt(tiny.examples("val")[0], True))
