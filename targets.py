@@ -67,11 +67,12 @@ def mask_runs(model, tokenizer, rng, prompt_ids, sentences, answer, known, share
             run += [] if target is None else [target]
             continue
         while run:
-            held = [before] + run[: cap - 1]
+            begins = [] if before is None else [before]
+            held = (begins + run)[:cap]
             pieces.append(f"{OPEN}{len(held)}{CLOSE}")
             targets += held
             before = held[-1]
-            run = run[cap - 1 :]
+            run = run[len(held) - len(begins) :]
         pieces.append(sentence)
         before = before if target is None else target
     if not targets:

@@ -472,7 +472,7 @@ def parse_arguments():
     ap = runs.parser(__doc__)
     g = ap.add_argument_group("what")
     g.add_argument("--model", default="tiny",
-                   help="tiny, serial, a directory, or a hub name such as Qwen2.5-1.5B (default tiny)")
+                   help="tiny, a directory, or a hub name such as Qwen2.5-1.5B (default tiny)")
     data.task_flags(g)
     runs.out_flags(g, "traces, settings, figures and the model", "out/MODEL-TASK-projector")
     g.add_argument("--resume", default=None, metavar="DIR", help="continue the run in DIR, by its own "

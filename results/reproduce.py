@@ -39,23 +39,31 @@ from runs import UserError
 
 # (name in the tables, directory, command), in the order of the tables and of the runs. {NAME} is the
 # directory of another row, which is run before, or a number of TASKS. An eval.py row trains nothing.
+STAGES = "--targets words --train-base 5e-4 --prompts 6000 --samples 1 --steps 800 --batch 64 --lr 2e-3"
+PENALTY = "--lr 6e-5 --overlong-buffer {most}"
+NO_PENALTY = "--lr 1.5e-4 --overlong-buffer 0"
 METHODS = [
     ("base, explicit reasoning", "base", "eval.py --model tiny:plain"),
     ("base, tag prompt", "base-tag", "eval.py --model tiny"),
-    ("RL without latents", "rl", "train_rl.py --method grpo"),
-    ("LiteReason before RL", "projector", "train_projector.py"),
-    ("LiteReason", "litereason", "train_rl.py"),
-    ("LiteReason, its latents taken away", "litereason-text", "eval.py --model {litereason} --latent none"),
-    ("RL with tags, no latents", "tag", "train_rl.py --method tag"),
-    ("RL + length penalty", "rl-lp", "train_rl.py --method grpo --overlong-buffer {most}"),
-    ("RL + late length penalty", "rl-late", "train_rl.py --method grpo --overlong-buffer {late}"),
-    ("LiteReason + length penalty", "litereason-lp", "train_rl.py --overlong-buffer {most}"),
+    ("LiteReason before RL", "projector", f"train_projector.py {STAGES}"),
+    ("LiteReason + length penalty", "litereason-lp", f"train_rl.py --model {{projector}} {PENALTY}"),
     ("LiteReason + length penalty, its latents taken away", "litereason-lp-text",
      "eval.py --model {litereason-lp} --latent none"),
-    ("RL with tags + length penalty", "tag-lp", "train_rl.py --method tag --overlong-buffer {most}"),
-    ("pause tokens", "pause", "train_rl.py --projector pause"),
-    ("projector never refreshed", "no-refresh", "train_rl.py --no-refresh"),
-    ("projector from random numbers", "random", "train_rl.py --projector random"),
+    ("RL with tags + length penalty", "tag-lp", f"train_rl.py --method tag {PENALTY}"),
+    ("RL without latents", "rl", f"train_rl.py --method grpo {NO_PENALTY}"),
+    ("RL with tags + length penalty, after stage 2", "written-lp",
+     f"train_rl.py --model {{projector}} --method tag {PENALTY}"),
+    ("RL + length penalty", "rl-lp", f"train_rl.py --method grpo {PENALTY}"),
+    ("LiteReason", "litereason", "train_rl.py --model {projector} --lr 6e-5 --overlong-buffer 0"),
+    ("LiteReason, its latents taken away", "litereason-text", "eval.py --model {litereason} --latent none"),
+    ("RL with tags, no latents", "tag", f"train_rl.py --method tag {NO_PENALTY}"),
+    ("RL + late length penalty", "rl-late", "train_rl.py --method grpo --lr 1.5e-4 --overlong-buffer {late}"),
+    ("the paper's recipe + length penalty", "paper-lp", f"train_rl.py --targets none {PENALTY}"),
+    ("the paper's recipe", "paper", f"train_rl.py --targets none {NO_PENALTY}"),
+    ("base frozen, before RL", "frozen", f"train_projector.py {STAGES} --train-base 0"),
+    ("base frozen + length penalty", "frozen-lp", f"train_rl.py --model {{frozen}} {PENALTY}"),
+    ("no noise, before RL", "clean", f"train_projector.py {STAGES} --noise 0"),
+    ("pause tokens + length penalty", "pause-lp", f"train_rl.py --projector pause --targets none {PENALTY}"),
     ("answer at once", "answer", "baselines.py --method answer"),
     ("MoI", "moi", "baselines.py --method moi"),
     ("Soft Thinking", "soft-thinking", "baselines.py --method soft-thinking"),
@@ -63,7 +71,7 @@ METHODS = [
     ("CoLaR", "colar", "baselines.py --method colar"),
 ]
 # Of each seed's LiteReason, when that has been trained.
-CONTROLS = ("controls", "eval.py --controls --model {litereason} --sampling paper trained")
+CONTROLS = ("controls", "eval.py --controls --model {litereason-lp} --sampling paper trained")
 # Of each run: (directory behind the method's name, more flags for eval.py). baselines.py decodes in its own
 # ways, so its runs evaluate themselves: a row of theirs says "sampling" and "split" as eval.py's do, and is
 # of temperature 1 and of test stories where it says neither.
@@ -126,7 +134,7 @@ def jobs_of(task, seed):
             add(f"{method}-{kind}", f"{evaluation} {flags}", trained)
         for length, flags in LENGTHS.get(task, []) if name in ON_LENGTHS else []:
             add(f"{method}-length-{length}", f"{evaluation} {flags}", trained)
-        if method == "litereason":
+        if method == "litereason-lp":
             add(*CONTROLS)
     return found
 
