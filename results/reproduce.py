@@ -39,7 +39,7 @@ from runs import UserError
 
 # (name in the tables, directory, command), in the order of the tables and of the runs. {NAME} is the
 # directory of another row, which is run before, or a number of TASKS. An eval.py row trains nothing.
-STAGES = "--targets words --train-base 5e-4 --prompts 6000 --samples 1 --steps 800 --batch 64 --lr 2e-3"
+STAGES = "--targets words --train-base 5e-4 --prompts 6000 --samples 1 --steps 1200 --batch 64 --lr 2e-3"
 PENALTY = "--lr 6e-5 --overlong-buffer {most}"
 NO_PENALTY = "--lr 1.5e-4 --overlong-buffer 0"
 METHODS = [
@@ -58,8 +58,10 @@ METHODS = [
     ("LiteReason, its latents taken away", "litereason-text", "eval.py --model {litereason} --latent none"),
     ("RL with tags, no latents", "tag", f"train_rl.py --method tag {NO_PENALTY}"),
     ("RL + late length penalty", "rl-late", "train_rl.py --method grpo --lr 1.5e-4 --overlong-buffer {late}"),
-    ("the paper's recipe + length penalty", "paper-lp", f"train_rl.py --targets none {PENALTY}"),
-    ("the paper's recipe", "paper", f"train_rl.py --targets none {NO_PENALTY}"),
+    ("the paper's recipe, before RL", "paper-stages",
+     "train_projector.py --targets none --prompts 6000 --samples 1 --steps 300 --batch 64 --lr 1e-3"),
+    ("the paper's recipe + length penalty", "paper-lp", f"train_rl.py --model {{paper-stages}} {PENALTY}"),
+    ("the paper's recipe", "paper", "train_rl.py --model {paper-stages} --lr 6e-5 --overlong-buffer 0"),
     ("base frozen, before RL", "frozen", f"train_projector.py {STAGES} --train-base 0"),
     ("base frozen + length penalty", "frozen-lp", f"train_rl.py --model {{frozen}} {PENALTY}"),
     ("no noise, before RL", "clean", f"train_projector.py {STAGES} --noise 0"),
