@@ -142,11 +142,11 @@ def add_flags(group):
     """What a latent learns in stage 2, the same for both training scripts."""
     group.add_argument("--targets", default=None, choices=["words", "none"],
                        help="of the latents in stage 2: words, the embeddings of the skipped sentence's last "
-                            "informative words (ours; default for the tiny world); none, the paper's loss (default)")
+                            "informative words (ours); none, the paper's loss (default none, for a small model words)")
     group.add_argument("--words", type=int, default=None, help="words in the target of a latent (default 2)")
     group.add_argument("--noise", type=float, default=None,
                        help="with --targets words: noise on the targets that are fed in stage 2, as a share of their "
                             "size (default 0.5)")
     group.add_argument("--train-base", type=float, default=None, metavar="LR",
                        help="with --targets words: the base learns too in stage 2, at this rate (default 0: it is "
-                            "frozen, as in the paper)")
+                            "frozen, as in the paper; for a small model 5e-4)")

@@ -47,8 +47,8 @@ AT_ONCE = 32  # prompts for which stage 1 samples traces before it writes them d
 # The released settings, and what a model of under 50 M parameters trained from scratch needs.
 RELEASED = {"prompts": None, "k": 5, "lr": 1e-4, "batch": 16, "steps": None,
             "targets": "none", "words": 2, "noise": 0.5, "train_base": 0.0}
-SMALL = {"prompts": 160, "k": 5, "lr": 1e-3, "batch": 16, "steps": 150,
-         "targets": "none", "words": 2, "noise": 0.5, "train_base": 0.0}
+SMALL = {"prompts": 1500, "k": 1, "lr": 2e-3, "batch": 64, "steps": 200,
+         "targets": "words", "words": 2, "noise": 0.5, "train_base": 5e-4}
 
 
 # ============================================================ stage 1: the model's own traces
@@ -403,7 +403,6 @@ def stages_1_and_2(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, e
     above, whichever the model's size selects; None leaves a value as it is."""
     cfg = dict(SMALL if runs.is_small(model) else RELEASED)
     cfg.update({name: value for name, value in changes.items() if value is not None})
-    print("stages 1 and 2: " + ", ".join(_setting(name, value) for name, value in cfg.items()))
     started = time.time()
     rng = random.Random(seed)
 
@@ -413,8 +412,11 @@ def stages_1_and_2(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, e
     path = os.path.join(out, "traces.jsonl")
     # Targets are taken from what was written, so everything is.
     aim = cfg["targets"]
-    if cfg["train_base"] and aim != "words":
-        raise UserError("--train-base goes with --targets words: the paper's stage 2 leaves the base frozen")
+    if aim != "words":
+        if changes.get("train_base"):
+            raise UserError("--train-base goes with --targets words: the paper's stage 2 leaves the base frozen")
+        cfg["train_base"] = 0.0
+    print("stages 1 and 2: " + ", ".join(_setting(name, value) for name, value in cfg.items()))
     tag = "forbidden" if aim == "words" else None
     traces = collect_traces(model, tokenizer, task, examples, cfg["k"], max_new_tokens, seed, path, tag,
                             keep_cut)
@@ -430,7 +432,7 @@ def stages_1_and_2(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, e
 
     def evaluate_now():
         figures, _ = evaluate(model, tokenizer, task, checked, latent_prompt=True, seed=seed,
-                              max_new_tokens=max_new_tokens)
+                              max_new_tokens=max_new_tokens, **PAPER)
         return figures
 
     states = os.path.join(out, "stage-2")

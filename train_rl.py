@@ -41,7 +41,7 @@ import engine
 import report
 import runs
 import targets
-from eval import evaluate
+from eval import PAPER, against, evaluate, latent_of, latents_of_others
 from litereason import (PROJECTORS, RULES, Rollout, UserError, generate, load, logprobs, policy_loss,
                         recompute_latents, start_projector)
 from train_projector import RATIOS, fit_projector, masked_trace, short_enough, stages_1_and_2
@@ -52,14 +52,15 @@ from train_projector import RATIOS, fit_projector, masked_trace, short_enough, s
 # on CUDA), and the steps between two states on the disk.
 RELEASED = {
     "lr": 5e-7, "group": 16, "prompts": 48, "minibatches": 16, "steps": 2880, "max_new_tokens": 2048,
-    "clip": 0.2, "refresh_lr": 1e-4, "refresh_share": 0.1, "targets": "none", "words": 2,
+    "clip": 0.2, "overlong_buffer": 0, "refresh_lr": 1e-4, "refresh_share": 0.1, "targets": "none", "words": 2,
     "rows": 256, "tokens_per_forward": 16_384, "checkpoint_layers": True, "save_every": 16}
 SMALL = {
-    "lr": 1.5e-4, "group": 16, "prompts": 16, "minibatches": 1, "steps": 48, "max_new_tokens": 160,
-    "clip": 0.2, "refresh_lr": 1e-4, "refresh_share": 0.1, "targets": "none", "words": 2,
+    "lr": 6e-5, "group": 16, "prompts": 16, "minibatches": 1, "steps": 48, "max_new_tokens": 160,
+    "clip": 0.2, "overlong_buffer": 160, "refresh_lr": 1e-4, "refresh_share": 0.1, "targets": "words", "words": 2,
     "rows": 512, "tokens_per_forward": 12_000, "checkpoint_layers": False, "save_every": 4}
 PLANNED = ("rows", "tokens_per_forward", "checkpoint_layers", "offload")
 OURS = (*PLANNED, "save_every")
+TAKEN_AWAY, ANOTHERS = "  its latents taken away", "  another story's latents"
 NAMES = {"litereason": "LiteReason", "grpo": "RL without latents", "tag": "RL with tags, no latents"}
 
 
@@ -408,9 +409,10 @@ def parse_arguments():
                    "validation falls while the train reward rises; 0 for none (default 100)")
     g = ap.add_argument_group("update")
     g.add_argument("--lr", type=float, help=f"learning rate of AdamW ({by_size('lr')})")
-    g.add_argument("--overlong-buffer", type=int, default=0, metavar="SLOTS",
+    g.add_argument("--overlong-buffer", type=int, metavar="SLOTS",
                    help="soft length penalty (DAPO): from 0 down to -1 over the last so many slots before "
-                   "--max-new-tokens; 0 is off (default 0)")
+                   "--max-new-tokens; 0 is off "
+                   f"({by_size('overlong_buffer')})")
     g.add_argument("--rule", default="grpo", choices=list(RULES),
                    help="advantages, and how a rollout's tokens are averaged (default grpo, the paper's)")
     g.add_argument("--clip", type=float, help=f"of the probability ratio ({by_size('clip')})")
@@ -504,6 +506,7 @@ def main():
         is_planned = name in PLANNED and model.device.type == "cuda"
         if getattr(args, name, None) is None and not is_planned:
             setattr(args, name, value)
+    args.overlong_buffer = min(args.overlong_buffer, args.max_new_tokens)
     if source == args.model:
         choose_projector(args, model)
 
@@ -514,6 +517,8 @@ def main():
     report.warn_of_unknown_words(tokenizer, prompts)
     fit_to_memory(args, model, task, prompts)
     base = engine.base_parameters(model)
+    if args.offload and args.train_base:
+        raise UserError("--train-base takes fp32 weights on the card: leave --offload out, or run train_projector.py first")
     masters = engine.offload(model, base) if args.offload else base
     if not args.resume:
         runs.delete_earlier_run(args.out)
@@ -535,21 +540,22 @@ def main():
         """Evaluates one row of the table, unless it is there."""
         if tests and name not in dict(table_rows):
             figures, _ = evaluate(model, tokenizer, task, tests, latent_prompt, seed=args.seed, progress=name,
-                                  latent=latent, alone=8, max_new_tokens=args.max_new_tokens)
+                                  latent=latent, alone=8, max_new_tokens=args.max_new_tokens, **PAPER)
             table_rows.append((name, figures))
             if not runs.saved_states(args.out):
                 runs.write_state(first_rows, len(table_rows), {}, table_rows)
 
     if saved is None:
-        add_row("base, explicit reasoning", False, "none")
+        start = "start" if model.projector_trained else "base"  # a run of train_projector.py may have moved the base
+        add_row(f"{start}, explicit reasoning", False, "none")
         if args.method != "grpo":
-            add_row("base, tag prompt", True, "none")  # a plain LM: its tags are text
+            add_row(f"{start}, tag prompt", True, "none")  # a plain LM: its tags are text
         if args.method == "litereason":
             if not model.projector_trained:
                 stages_1_and_2(model, tokenizer, task, args.out, args.max_new_tokens, args.seed,
                                n=min(200, args.n or 200), every=args.save_every, steps=args.projector_steps,
                                prompts=args.trace_prompts, targets=args.targets, words=args.words,
-                               noise=args.noise, train_base=args.train_base)
+                               noise=args.noise, train_base=0.0 if args.offload else args.train_base)
                 runs.save(model, tokenizer, os.path.join(args.out, "model"))
             add_row("LiteReason before RL", True, "projector")
 
@@ -558,12 +564,31 @@ def main():
 
     add_row(NAMES[args.method], args.method != "grpo", latent_of_method(args))
     if args.method == "litereason":
-        add_row("  its latents taken away", True, "none")
+        add_row(TAKEN_AWAY, True, "none")
+        others = tests and latents_of_others(model, tokenizer, task, task.examples("val")[:100], seed=args.seed,
+                                             max_new_tokens=args.max_new_tokens, **PAPER)
+        if others:
+            add_row(ANOTHERS, True, latent_of("other", model, others, args.seed))
     if table_rows:
         results = [{"model": name, **figures} for name, figures in table_rows]
         runs.write_json(os.path.join(args.out, "results.json"), results)
-        print(f"\n{report.table(table_rows)}\n\n{len(tests)} test stories, seed {args.seed}, "
-              f"{time.time() - started:.0f}s for everything; numbers in {args.out}/results.json")
+        print(f"\n{report.table(table_rows)}\n\n{len(tests)} test stories, the paper's sampling (temperature 0.7, "
+              f"top-p 0.8, top-k 20), seed {args.seed}, {time.time() - started:.0f}s for everything; numbers in "
+              f"{args.out}/results.json")
+        if args.method == "litereason":
+            print(what_latents_did(dict(table_rows)))
+
+
+def what_latents_did(rows):
+    """The last line of a run: its own latents against another story's, on the same stories and random numbers."""
+    if ANOTHERS not in rows:
+        return "what the latents did: nothing, the policy runs none"
+    own, other = rows[NAMES["litereason"]], rows[ANOTHERS]
+    test = against(other, own)
+    low, high = test["accuracy_ci95"]
+    return (f"what the latents did: {own['accuracy']:.3f} with its own, {other['accuracy']:.3f} with another story's "
+            f"({test['accuracy']:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}, p {test['accuracy_p']:.1g}), in "
+            f"{own['tokens']:.1f} and {other['tokens']:.1f} tokens")
 
 
 def fit_to_memory(args, model, task, prompts):
