@@ -688,13 +688,13 @@ def spread(heights, gap, low, high):
 
 
 def label_dots(panel, dots):
-    """Writes the names of dots (name, x, y, colour) beside them, from left to right. A line leads from a name
+    """Writes the names of dots (name, x, y, colour) beside them, from right to left. A line leads from a name
     to its dot unless nothing but the dot or its own bars is near. What is drawn for a dot has its name as
     label."""
     points_per_pixel = 72 / panel.figure.dpi
     ink = [(box, line.get_label()) for line in panel.lines for box in _boxes_of(line)]
     names = []  # boxes of those that are written
-    for name, x, y, colour in sorted(dots, key=lambda dot: dot[1]):
+    for name, x, y, colour in sorted(dots, key=lambda dot: -dot[1]):
         style = {"color": colour, "fontsize": TEXT, "textcoords": "offset points", "ha": "center",
                  "va": "center"}
         trial = panel.annotate(name, (x, y), (0, 0), **style)
@@ -731,6 +731,7 @@ def _free_place(size, dot, ink, names, frame):
     possible one that a straight line from the dot reaches without crossing a name; if there is none, the last
     one tried -> (offset from the dot, box), in pixels. size: the name's box, wherever it is."""
     half = size.size / 2
+    taken = np.array([part.extents for part in ink + names])  # (n, 4): left, bottom, right, top
     free = None
     for i in range(16 * 50):  # places on growing circles, from the right side on
         angle = 2 * math.pi * (i % 16) / 16
@@ -738,7 +739,8 @@ def _free_place(size, dot, ink, names, frame):
         offset = np.array([math.cos(angle), math.sin(angle)]) * (distance + half)
         box = size.translated(*(dot + offset - size.min - half))
         is_inside = np.all(frame.min <= box.min) and np.all(box.max <= frame.max)
-        if not is_inside or any(map(box.overlaps, ink + names)):
+        covers = np.all(taken[:, :2] < box.max, axis=1) & np.all(taken[:, 2:] > box.min, axis=1)
+        if not is_inside or covers.any():
             continue
         free = free or (offset, box)
         way = np.linspace(dot, _nearest_in(box, dot), 20)
