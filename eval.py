@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 import data
 import engine
+import page
 import report
 import runs
 from litereason import UserError, generate, latent_step, load
@@ -484,8 +485,7 @@ def main():
             rows.append(row)
             answers = list(zip(examples, rollouts[:: args.samples]))  # each example's first
             if args.html:
-                sections.append((row, [report.answer_on_page(model, tokenizer, task, example, rollout, i + 1)
-                                       for i, (example, rollout) in enumerate(answers[: args.show])]))
+                sections.append(section_of_page(args, row, sampling, model, tokenizer, task, answers))
             else:
                 print_answers(row["name"], model, tokenizer, task, answers[: args.show])
             if args.write:
@@ -495,7 +495,7 @@ def main():
     if not args.controls:
         print_table(rows)
     if args.html:
-        runs.write_text(args.html, report.page(sections))
+        runs.write_text(args.html, page.whole(sections))
         print(f"wrote {args.html}")
     write_results(args, rows)
 
@@ -664,6 +664,16 @@ def print_answers(name, model, tokenizer, task, answers):
         for i, (near, length, head) in enumerate(report.nearest_words(model, tokenizer, rollout.latents)):
             print(f"    latent {i + 1}: nearest {near}; the head says {head}; "
                   f"length {length:.2f} of an embedding's")
+
+
+def section_of_page(args, row, sampling, model, tokenizer, task, answers):
+    """--html: a model's part of the page. answers: [(example, rollout)], each example's first."""
+    examples, rollouts = zip(*answers)
+    said = report.what_was_asked(args, len(examples), {sampling: samplings_of(args)[sampling]})
+    rewards = row["per_example"]["score"]
+    if args.samples > 1:  # those are means over an example's answers
+        rewards = data.score(task, examples, [rollout.text for rollout in rollouts])
+    return page.section(said, row, model, tokenizer, task, examples, rollouts, rewards, args.show)
 
 
 def append_chapters(args, name, sampling, task, answers, is_first):

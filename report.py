@@ -5,8 +5,7 @@
     stop_if_.., put_aside           what goes wrong without a crash: said, and set aside to be read
     table, controls_table, collect  results as tables
     curve, by_length, training      results as pictures (the only part that needs matplotlib)
-    readable, nearest_words         an answer with its latents, as text
-    answer_on_page, page            the same as an HTML page
+    readable, nearest_words         an answer with its latents, as text (as an HTML page: page.py)
     write_chapters                  chapters written from plans, beside the true ones
 """
 import html
@@ -14,7 +13,6 @@ import itertools
 import json
 import math
 import os
-import re
 import time
 import typing
 
@@ -24,7 +22,7 @@ import torch
 import data
 import engine
 import runs
-from litereason import CLOSE, LATENT, OPEN, TAG, Rollout, generate, logprobs
+from litereason import LATENT, TAG, Rollout, generate, logprobs
 from runs import UserError
 
 GIB = 2.0**30
@@ -459,8 +457,22 @@ def _mean_row(rows):
 
 
 # ============================================================ pictures
-COLOURS = ["#1f5f99", "#c45a00", "#2a7f2a", "#b3261e", "#6f4aa8",  # dark enough for text
-           "#7a4b3a", "#b8479b", "#555555", "#7d7d00", "#0f7f8c"]
+# Each panel is as wide as a README is shown (900 px), all on a white card: legible on any background, and the
+# colours are dark enough for text on it. A method has one colour in all pictures.
+WIDTH = 900  # px of CSS; the figures have as many dots
+DOTS = 96  # per inch, as in CSS
+COLOURS = {
+    "LiteReason": "#1f5f99",
+    "LiteReason, its latents taken away": "#6f4aa8",
+    "RL without latents": "#b3261e",
+    "RL with tags, no latents": "#2a7436",
+    "base, explicit reasoning": "#595959"}
+OTHER_COLOURS = ["#a34a00", "#0d6f7c", "#7a4b3a", "#a8378c", "#6b6b00"]
+DARK, SOFT, GRID = "#1c1c1c", "#555555", "#dddddd"
+TEXT, SMALL = 9.5, 8.5  # points: 12.7 and 11.3 px
+LINE = 17  # px from one line of text to the next
+SMOOTH = 5  # steps
+METHODS = {"litereason": "LiteReason", "grpo": "RL without latents", "tag": "RL with tags, no latents"}
 COSTS = {  # key of a result: (what it is, in which unit)
     "tokens": ("tokens per answer (text + latents)", 1),
     "flops": ("forward GFLOPs per answer", 1e-9),
@@ -470,9 +482,9 @@ TRAINING_CURVES = ("reward", "tokens per rollout (text + latents)", "latent step
                    "share of rollouts with a tag")
 
 
-def figure(path, panels, rows=1, height=4.2):
-    """An empty figure of matplotlib, which nothing else here needs -> (figure, its axes (rows, panels)). One
-    panel is as wide as a page."""
+def figure(path, heights):
+    """An empty figure of matplotlib, which nothing else here needs -> (figure, its panels, one above the
+    other). heights: of the panels with what stands around them, in px."""
     try:
         from matplotlib import rcParams
         from matplotlib.figure import Figure
@@ -481,55 +493,119 @@ def figure(path, panels, rows=1, height=4.2):
     if not path.endswith((".svg", ".png")):
         raise UserError(f"--plot is {path!r}; it must end in .svg or .png")
     rcParams["svg.hashsalt"] = "litereason"  # else the names inside an svg are drawn by chance
-    width = 7.2 if panels == 1 else 4.8 * panels
-    picture = Figure((width, height * rows), dpi=120, layout="constrained")
-    return picture, picture.subplots(rows, panels, squeeze=False)
+    size = WIDTH / DOTS, sum(heights) / DOTS
+    picture = Figure(size, dpi=DOTS, layout="constrained", facecolor="white")
+    picture.get_layout_engine().set(w_pad=0.15, h_pad=0.1)
+    panels = picture.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for panel in panels:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.spines[["left", "bottom"]].set_color(SOFT)
+        panel.tick_params(labelsize=SMALL, color=SOFT, labelcolor=DARK)
+        panel.grid(color=GRID, linewidth=0.8)
+        panel.set_axisbelow(True)
+    return picture, panels
+
+
+def name_axes(panel, x, y):
+    """The y axis has its name above it, where it can be read without turning the head."""
+    panel.set_title(y, loc="left", fontsize=TEXT, color=DARK, pad=8)
+    panel.set_xlabel(x, fontsize=TEXT, color=DARK)
 
 
 def save_figure(picture, path):
     """Without the date: the same numbers make the same file."""
     metadata = {"Date": None} if path.endswith(".svg") else None
     try:
-        picture.savefig(path, metadata=metadata)
+        picture.savefig(path, metadata=metadata, dpi=2 * DOTS)  # the dots of a png: sharp at 900 px
     except OSError as e:
         raise UserError(f"cannot write {path}: {e.strerror}") from e
 
 
-def curve(rows, path, costs=("tokens",)):
-    """Draws score against those of the costs that any row has, a panel each. rows: from collect.
+def colours_of(names):
+    """{name: its colour}"""
+    others = itertools.cycle(OTHER_COLOURS)
+    return {name: COLOURS[name] if name in COLOURS else next(others) for name in names}
+
+
+def names_of(paths):
+    """What pictures call results or runs: a directory of train_rl.py by its method, and anything else as it
+    is. Where two would be called alike, their directories are said too, in full if need be."""
+    names = [_method_of(path) for path in paths]
+    for place_of in (_last_part, str):
+        names = [f"{_method_of(path)} ({place_of(path)})" if names.count(name) > 1 else name
+                 for name, path in zip(names, paths)]
+    return names
+
+
+def _last_part(path):
+    return os.path.basename(os.path.normpath(path))
+
+
+def _method_of(path):
+    """path: of a run, maybe with the sampling behind it, as eval.py names its rows: "RUN (paper)"."""
+    directory, bracket, sampling = path.partition(" (")
+    settings = runs.run_settings(directory)
+    if settings.get("script") != "train_rl.py":
+        return path
+    return METHODS[settings["method"]] + bracket + sampling
+
+
+def curve(rows, path, costs=("tokens",), score="score"):
+    """Draws scores against those of the costs that any row has, a panel each. rows: from collect; score: what
+    the scores are called.
 
     Bars: see _bar."""
+    rows = list(zip(names_of([name for name, _ in rows]), (row for _, row in rows)))
     for _, row in rows:
         if "seconds" in row and "n_examples" in row:  # older tables have no seconds_each
             answers = row["n_examples"] * row.get("samples", 1)
             row.setdefault("seconds_each", row["seconds"] / answers)
-    panels = {cost: _dots(rows, cost) for cost in costs}
-    panels = {cost: dots for cost, dots in panels.items() if dots}
-    if not panels:
+    by_cost = {cost: _dots(rows, cost) for cost in costs}
+    by_cost = {cost: dots for cost, dots in by_cost.items() if dots}
+    if not by_cost:
         raise UserError(f"no row has any of these costs: {', '.join(costs)}")
 
-    height = 4.2 + 0.1 * max(0, len(rows) - 6)
-    picture, axes = figure(path, len(panels), height=height)
-    said = {_bar(row, "accuracy")[1] for _, row in rows}
-    picture.supxlabel(f"bars: {'; '.join(sorted(said))}", fontsize=9)
-    by_name = dict(rows)
-    for panel, (cost, dots) in zip(axes[0], panels.items()):
-        for name, x, y, colour in dots:
-            vertical, _ = _bar(by_name[name], "accuracy")
-            panel.plot([x, x], vertical, color=colour, linewidth=1.5)
-            horizontal, _ = _bar(by_name[name], cost)
-            if horizontal:
-                panel.plot([end * COSTS[cost][1] for end in horizontal], [y, y], color=colour, linewidth=1.5)
-            panel.plot(x, y, "o", color=colour)
-        most = max(x for _, x, _, _ in dots)
-        panel.set(xlabel=COSTS[cost][0], ylabel="score", xlim=(0, 1.1 * most or 1))
-        panel.margins(y=0.1)
-        panel.locator_params(axis="x", nbins=6)
-        panel.grid(alpha=0.3)
-    picture.draw_without_rendering()  # from here on the axes stand where they will stand
-    for panel, dots in zip(axes[0], panels.values()):
-        label(panel, dots)
+    picture, panels = figure(path, [440 + 10 * max(0, len(rows) - 6)] * len(by_cost))
+    for panel, (cost, dots) in zip(panels, by_cost.items()):
+        _draw_dots(panel, cost, dots, dict(rows))
+        name_axes(panel, COSTS[cost][0], score)
+    say_bars(picture, {_bar(row, "accuracy")[1] for _, row in rows})
+    picture.draw_without_rendering()  # from here on the panels stand where they will stand
+    for panel, dots in zip(panels, by_cost.values()):
+        label_dots(panel, dots)
     save_figure(picture, path)
+
+
+def _draw_dots(panel, cost, dots, by_name):
+    """Dots with their bars. The axis of the cost begins at 0, unless one row costs many times what another
+    does: then it is logarithmic."""
+    unit = COSTS[cost][1]
+    for name, x, y, colour in dots:
+        vertical, _ = _bar(by_name[name], "accuracy")
+        panel.plot([x, x], vertical, color=colour, linewidth=1.5, label=name)
+        horizontal, _ = _bar(by_name[name], cost)
+        if horizontal:
+            ends = [end * unit for end in horizontal]
+            panel.plot(ends, [y, y], color=colour, linewidth=1.5, label=name)
+        panel.plot(x, y, "o", color=colour, markersize=6, label=name)
+    panel.margins(y=0.1)
+    least = min(x for _, x, _, _ in dots)
+    most = max(x for _, x, _, _ in dots)
+    if 0 < least < most / 8:
+        panel.set_xscale("log", subs=[2, 5])
+        panel.set_xlim(least / 1.4, most * 1.4)
+        for axis_format in (panel.xaxis.set_major_formatter, panel.xaxis.set_minor_formatter):
+            axis_format(lambda x, _: f"{x:,g}")
+        panel.grid(color=GRID, linewidth=0.8, which="minor")
+        panel.tick_params(which="minor", labelsize=SMALL, labelcolor=DARK, color=SOFT, length=3.5, width=0.8)
+    else:
+        panel.set_xlim(0, 1.1 * most or 1)
+        panel.locator_params(axis="x", nbins=8)
+
+
+def say_bars(picture, kinds):
+    """What the bars are, under the panels at the left."""
+    picture.supxlabel(f"bars: {'; '.join(sorted(kinds))}", x=0.02, ha="left", fontsize=SMALL, color=SOFT)
 
 
 def _bar(row, what):
@@ -550,110 +626,169 @@ def _dots(rows, cost):
     panel."""
     unit = COSTS[cost][1]
     dots = []
-    for (name, row), colour in zip(rows, itertools.cycle(COLOURS)):
+    colours = colours_of([name for name, _ in rows])
+    for name, row in rows:
         if row.get(cost) is not None:
-            dots.append((name, row[cost] * unit, row["accuracy"], colour))
+            dots.append((name, row[cost] * unit, row["accuracy"], colours[name]))
     return dots
 
 
-def by_length(rows, path, xlabel="hops from the question to the answer"):
-    """Draws accuracy (top) and tokens (bottom) against the length of the chain, a line for each method, with
+def by_length(rows, path, xlabel="hops from the question to the answer", score="accuracy"):
+    """Draws scores (top) and tokens (bottom) against the length of the chain, a line for each method, with
     its name at its end.
 
     rows: dicts with method, length, accuracy, accuracy_ci95, tokens and tokens_ci95."""
-    picture, axes = figure(path, 1, rows=2, height=3.1)
-    methods = list(dict.fromkeys(row["method"] for row in rows))
+    picture, panels = figure(path, [310, 310])
+    colours = colours_of(dict.fromkeys(row["method"] for row in rows))
     lengths = sorted({row["length"] for row in rows})
     ends = {"accuracy": [], "tokens": []}  # of the lines: (method, x, y, colour)
-    for i, (method, colour) in enumerate(zip(methods, itertools.cycle(COLOURS))):
+    for i, (method, colour) in enumerate(colours.items()):
         own = sorted((row for row in rows if row["method"] == method), key=lambda row: row["length"])
-        aside = 0.012 * (lengths[-1] - lengths[0]) * (i - (len(methods) - 1) / 2)  # bars beside each other
+        aside = 0.012 * (lengths[-1] - lengths[0]) * (i - (len(colours) - 1) / 2)  # bars beside each other
         x = [row["length"] + aside for row in own]
-        for panel, what in zip(axes[:, 0], ends):
-            panel.plot(x, [row[what] for row in own], "o-", color=colour, linewidth=1.5, markersize=4)
+        for panel, what in zip(panels, ends):
+            panel.plot(x, [row[what] for row in own], "o-", color=colour, linewidth=1.5, markersize=5)
             for at, row in zip(x, own):
-                panel.plot([at, at], row[f"{what}_ci95"], color=colour, linewidth=1.2)
+                panel.plot([at, at], row[f"{what}_ci95"], color=colour, linewidth=1.5)
             ends[what].append((method, x[-1], own[-1][what], colour))
-    axes[0, 0].set(ylabel="accuracy")
-    axes[1, 0].set(ylabel="tokens per answer", xlabel=xlabel, ylim=(0, None))
-    for panel in axes[:, 0]:
+    for panel in panels:
         panel.set_xticks(lengths)
-        panel.grid(alpha=0.3)
-    picture.supxlabel("bars: 95 % interval over seeds and stories", fontsize=9)
-    for panel, what in zip(axes[:, 0], ends):
-        label_ends(panel, ends[what])
+    panels[1].set_ylim(0, None)
+    name_axes(panels[0], "", score)
+    name_axes(panels[1], xlabel, "tokens per answer (text + latents)")
+    say_bars(picture, {"95 % interval over seeds and stories"})
+    label_ends(picture, dict(zip(panels, ends.values())))
     save_figure(picture, path)
 
 
-def label_ends(panel, ends):
-    """Writes the names of lines beside their ends (name, x, y, colour), at the right; those that would cover
-    each other are moved up."""
-    low, high = panel.get_ylim()
-    inches = panel.figure.get_size_inches()[1] / len(panel.figure.axes)
-    line = (high - low) * 0.17 / inches  # the height of a line of text, in the panel's units
-    free = low
-    for name, x, y, colour in sorted(ends, key=lambda end: end[2]):
-        at = max(y, free)
-        free = at + line
-        panel.annotate(name, (x, y), (1.02, at), textcoords=panel.get_yaxis_transform(), color=colour,
-                       fontsize=9, va="center",
-                       arrowprops={"arrowstyle": "-", "linewidth": 0.6, "color": colour})
+def label_ends(picture, ends):
+    """Writes the names of lines at their ends, right of the panels; those that would cover each other are
+    moved up or down. ends: {panel: [(name, x, y, colour)]}"""
+    picture.draw_without_rendering()  # from here on the panels are as high as they will be
+    for panel, lines in ends.items():
+        lines = sorted(lines, key=lambda line: line[2])
+        low, high = panel.get_window_extent().get_points()[:, 1]
+        heights = [panel.transData.transform((x, y))[1] for _, x, y, _ in lines]
+        for (name, x, y, colour), at in zip(lines, spread(heights, LINE, low, high)):
+            share = (at - low) / (high - low)
+            line = {"arrowstyle": "-", "linewidth": 0.7, "color": colour, "shrinkA": 2, "shrinkB": 4,
+                    "relpos": (0, 0.5)}
+            panel.annotate(name, (x, y), (1.035, share), textcoords="axes fraction", color=colour,
+                           fontsize=TEXT, va="center", annotation_clip=False, arrowprops=line)
 
 
-def label(panel, dots):
-    """Writes the names of dots (name, x, y, colour) beside them, from left to right."""
+def spread(heights, gap, low, high):
+    """Sorted heights, moved so that neighbours are a gap apart and, if there is room, all from low to high."""
+    at = [max(low, height) for height in heights]
+    for i in range(1, len(at)):
+        at[i] = max(at[i], at[i - 1] + gap)
+    for i in reversed(range(len(at))):
+        at[i] = min(at[i], high - gap * (len(at) - 1 - i))
+    return at
+
+
+def label_dots(panel, dots):
+    """Writes the names of dots (name, x, y, colour) beside them, from right to left. A line leads from a name
+    to its dot unless nothing but the dot or its own bars is near. What is drawn for a dot has its name as
+    label."""
     points_per_pixel = 72 / panel.figure.dpi
-    size_of_text = 9 if len(panel.figure.axes) == 1 else 8
-    taken = [line.get_window_extent().padded(4) for line in panel.lines]
-    for name, x, y, colour in sorted(dots, key=lambda dot: dot[1]):
-        style = {"color": colour, "fontsize": size_of_text, "textcoords": "offset points", "ha": "center",
+    ink = [(box, line.get_label()) for line in panel.lines for box in _boxes_of(line)]
+    names = []  # boxes of those that are written
+    for name, x, y, colour in sorted(dots, key=lambda dot: -dot[1]):
+        style = {"color": colour, "fontsize": TEXT, "textcoords": "offset points", "ha": "center",
                  "va": "center"}
         trial = panel.annotate(name, (x, y), (0, 0), **style)
         size = trial.get_window_extent()
         trial.remove()
         dot = panel.transData.transform((x, y))
-        distance, offset, box = _free_place(size, dot, taken, panel.get_window_extent())
-        taken.append(box.padded(2))
+        offset, box = _free_place(size, dot, [part for part, _ in ink], names, panel.get_window_extent())
+        near = {owner for part, owner in ink if box.padded(8).overlaps(part)}
+        end = _nearest_in(box, dot)
+        is_far = np.hypot(*(dot - end)) > 14
         line = None
-        if distance > 14:
-            line = {"arrowstyle": "-", "linewidth": 0.6, "color": colour, "shrinkA": 0}
+        if is_far and near != {name}:
+            relative = tuple((end - box.min) / box.size)
+            line = {"arrowstyle": "-", "linewidth": 0.7, "color": colour, "shrinkA": 0, "relpos": relative}
         note = panel.annotate(name, (x, y), offset * points_per_pixel, arrowprops=line, **style)
         note.set_in_layout(False)
+        names.append(box.padded(2))
 
 
-def _free_place(size, dot, taken, frame):
-    """The nearest place around a dot where its name covers no name, dot or bar and stays within the frame; if
-    there is none, the last one tried -> (distance, offset from the dot, box), in pixels. size: the name's
-    box, wherever it is."""
-    half = np.array([size.width / 2, size.height / 2])
-    for i in range(16 * 30):  # places on growing circles, from the right side on
+def _boxes_of(line):
+    """Boxes around the parts of a line from point to point, with some room."""
+    from matplotlib.transforms import Bbox
+    points = line.axes.transData.transform(line.get_xydata())
+    pairs = zip(points, [*points[1:], points[-1]])
+    return [Bbox([np.minimum(a, b), np.maximum(a, b)]).padded(5) for a, b in pairs]
+
+
+def _nearest_in(box, point):
+    return np.clip(point, box.min, box.max)
+
+
+def _free_place(size, dot, ink, names, frame):
+    """The nearest place around a dot where its name covers no ink and no name and stays within the frame, if
+    possible one that a straight line from the dot reaches without crossing a name; if there is none, the last
+    one tried -> (offset from the dot, box), in pixels. size: the name's box, wherever it is."""
+    half = size.size / 2
+    taken = np.array([part.extents for part in ink + names])  # (n, 4): left, bottom, right, top
+    free = None
+    for i in range(16 * 50):  # places on growing circles, from the right side on
         angle = 2 * math.pi * (i % 16) / 16
         distance = 7 + 7 * (i // 16)
         offset = np.array([math.cos(angle), math.sin(angle)]) * (distance + half)
         box = size.translated(*(dot + offset - size.min - half))
         is_inside = np.all(frame.min <= box.min) and np.all(box.max <= frame.max)
-        if is_inside and not any(map(box.overlaps, taken)):
-            break
-    return distance, offset, box
+        covers = np.all(taken[:, :2] < box.max, axis=1) & np.all(taken[:, 2:] > box.min, axis=1)
+        if not is_inside or covers.any():
+            continue
+        free = free or (offset, box)
+        way = np.linspace(dot, _nearest_in(box, dot), 20)
+        if not any(name.contains(*point) for name in names for point in way):
+            return offset, box
+    return free or (offset, box)
 
 
-def training(directories, path):
-    """Draws metrics.jsonl of several runs: reward, tokens, latent steps and tag share against steps (top) and
-    against the tokens sampled in training (bottom)."""
-    picture, axes = figure(path, len(TRAINING_CURVES), 2)
-    for directory in directories:
+def training(directories, path, names=None):
+    """Draws metrics.jsonl of several runs: reward, tokens, latent steps and tag share against steps, and the
+    reward against the tokens sampled in training.
+
+    names: of the runs, by default from names_of."""
+    directories = list(dict.fromkeys(directories))
+    picture, panels = figure(path, [190] * len(TRAINING_CURVES) + [240])
+    names = names or names_of(directories)
+    ends = {panel: [] for panel in panels}
+    for directory, (name, colour) in zip(directories, colours_of(names).items()):
         try:
-            _draw_run(axes, directory)
+            curves = _curves_of(directory)
         except (OSError, ValueError, TypeError, KeyError) as e:
             raise UserError(f"{directory} is not a run of train_rl.py: "
                             f"metrics.jsonl or config.json ({e})") from e
-    lines = axes[0, 0].get_legend_handles_labels()
-    picture.legend(*lines, loc="outside lower center", ncols=min(6, len(directories)))
+        for panel, (x, y) in zip(panels, curves):
+            smooth = running_mean(y)
+            panel.plot(x, y, color=colour, linewidth=0.8, alpha=0.3)
+            panel.plot(x, smooth, color=colour, linewidth=1.8, label=name)
+            ends[panel].append((name, x[-1], smooth[-1], colour))
+    for panel, curve_name in zip(panels, TRAINING_CURVES):
+        name_axes(panel, "", curve_name)
+        panel.tick_params(labelbottom=False)
+        panel.margins(x=0.01)
+    panels[3].set_ylim(-0.05, 1.05)
+    panels[3].tick_params(labelbottom=True)
+    name_axes(panels[3], "step", TRAINING_CURVES[3])
+    name_axes(panels[4], "tokens sampled in training, millions (text + latents)", "reward")
+    panels[4].margins(x=0.01)
+    picture.supxlabel(f"faint: single steps; strong: means of {SMOOTH} steps around each", x=0.02, ha="left",
+                      fontsize=SMALL, color=SOFT)
+    against_tokens = ends.pop(panels[4])  # these lines end anywhere
+    label_ends(picture, ends)
+    picture.draw_without_rendering()
+    label_dots(panels[4], against_tokens)
     save_figure(picture, path)
 
 
-def _draw_run(axes, directory):
-    """The curves of one run into the axes (2, 4)."""
+def _curves_of(directory):
+    """-> [(x, y)] of a run, for the panels of `training`"""
     with open(os.path.join(directory, "metrics.jsonl")) as f:
         metrics = [json.loads(line) for line in f]
     settings = runs.run_settings(directory)
@@ -664,15 +799,17 @@ def _draw_run(axes, directory):
         for key in ("step", "reward", "text_tokens", "latent_steps", "tag_share"))
     tokens = text + latents
     millions = np.cumsum(tokens * rollouts) / 1e6
-    against_steps = (axes[0], steps, "step")
-    against_tokens = (axes[1], millions, "tokens sampled in training, millions (text + latents)")
-    for panels, x, xlabel in (against_steps, against_tokens):
-        for panel, ylabel, y in zip(panels, TRAINING_CURVES, (reward, tokens, latents, tag_share)):
-            panel.plot(x, y, label=os.path.normpath(directory), linewidth=1.2)
-            panel.set(xlabel=xlabel, ylabel=ylabel)
-            panel.grid(alpha=0.3)
-            if ylabel.startswith("share"):
-                panel.set(ylim=(-0.02, 1.02))
+    against_steps = [(steps, y) for y in (reward, tokens, latents, tag_share)]
+    return [*against_steps, (millions, reward)]
+
+
+def running_mean(values):
+    """Of the SMOOTH values around each; of fewer at the ends."""
+    window = np.ones(SMOOTH)
+    counts = np.convolve(np.ones(len(values)), window, "full")
+    sums = np.convolve(values, window, "full")
+    around = slice(SMOOTH // 2, SMOOTH // 2 + len(values))
+    return sums[around] / counts[around]
 
 
 # ============================================================ an answer as text
@@ -736,136 +873,6 @@ def nearest_words(model, tokenizer, latents, n_words=3):
 
 def _listed(words):
     return ", ".join(f"{word!r} {value:.2f}" for word, value in words)
-
-
-# ============================================================ answers as a page
-# Light and dark, no script: the Content-Security-Policy forbids any, so that a story cannot bring one even if
-# an escape were forgotten.
-PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>Answers with their latents</title><style>
-:root { color-scheme: light dark;
-  --back: #fdfdfb; --text: #1c1c1c; --soft: #5c5c5c; --line: #d4d4ce; --box: #f1f1ec; --latent: #6a3fb0;
-  --ok: #1d6b34; --no: #a8271c }
-@media (prefers-color-scheme: dark) { :root {
-  --back: #17181a; --text: #e8e6e1; --soft: #a5a39d; --line: #3d3f43; --box: #222428; --latent: #c0a2f5;
-  --ok: #77cf91; --no: #ff9385 } }
-* { box-sizing: border-box }
-body { margin: 0 auto; padding: .75rem; max-width: 60rem;
-  background: var(--back); color: var(--text); font: 1rem/1.6 system-ui, sans-serif }
-h1 { font-size: 1.5rem }
-h2 { font-size: 1.25rem; margin-top: 2.5rem; overflow-wrap: anywhere }
-h3 { font-size: 1rem; margin: 0 0 .5rem }
-article { border: 1px solid var(--line); border-radius: .5rem; padding: .75rem; margin: 1rem 0 }
-article > p { margin: 0 }
-.text { white-space: pre-wrap; overflow-wrap: anywhere; margin: .5rem 0 }
-.prompt { color: var(--soft); padding-left: .75rem; border-left: 3px solid var(--line) }
-.tag, .soft { color: var(--soft); font-weight: normal }
-.tag { font-size: .8rem }
-.right { color: var(--ok) }
-.wrong { color: var(--no) }
-summary { cursor: pointer }
-summary:focus-visible { outline: 3px solid var(--latent); outline-offset: 2px }
-.latents { display: inline-block; white-space: normal; margin: 0 .2rem }
-.latents[open] { display: block; margin: .5rem 0 }
-.latents summary { display: inline-block; color: var(--latent);
-  border: 1px solid; border-radius: 1rem; padding: 0 .7rem; line-height: 1.4 }
-.latents summary::-webkit-details-marker { display: none }
-.latents summary::before { content: "\\25b8  " }
-.latents[open] summary::before { content: "\\25be  " }
-table { border-collapse: collapse; width: 100%; font-size: .875rem; margin-top: .5rem; background: var(--box) }
-th, td { text-align: left; vertical-align: top; padding: .35rem .4rem; border-top: 1px solid var(--line) }
-td div { display: flex; align-items: baseline; justify-content: space-between; gap: .4rem; max-width: 15rem }
-small, td { white-space: nowrap }
-code { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .8rem; line-height: 1.4 }
-small, .number { font-variant-numeric: tabular-nums; color: var(--soft) }
-.bar { display: block; min-width: 3.5rem; height: .5rem; margin-top: .3rem; border: 1px solid var(--line);
-  background: linear-gradient(var(--text), var(--text)) 25% 0 / 2px 100% no-repeat }
-.bar i { display: block; height: 100%; background: var(--latent); opacity: .75 }
-</style></head><body><h1>Answers with their latents</h1><details open><summary>How to read this page</summary>
-<p>Each box is one answer; what the model was asked unfolds at its top. Where the model stopped writing and
-ran latent steps stands <b>4 latents</b>: unfold it for one line per latent. <b>Head</b>: the words, with
-their probability, that the LM head reads off the latent if it goes through the final norm.
-<b>Embedding</b>: the words whose embeddings point its way, with the cosine. <b>Length</b>: how many times
-as long as the mean embedding; the bar is logarithmic, its mark is at 1, a quarter of it is a factor of 100.
-The words near a latent do not prove what it does; eval.py --controls tests that.</p>
-</details>"""
-
-
-def answer_on_page(model, tokenizer, task, example, rollout, number):
-    """One answer as HTML. Every text of a story or a model goes through html.escape."""
-    reward = data.score(task, [example], [rollout.text])[0]
-    verdict = f"reward {reward:.2f}"
-    gold = ""
-    if hasattr(task, "answer"):
-        is_right = reward > 0
-        verdict = '<span class="right">✓ right</span>' if is_right else '<span class="wrong">✗ wrong</span>'
-        gold = f'<p class="soft">Right would be: {html.escape(task.answer(example))}</p>'
-
-    latents = read_out(model, tokenizer, rollout.latents)
-    lines = [_latent_on_page(i + 1, *latent) for i, latent in enumerate(latents)]
-    body = ""
-    latents_shown = 0
-    for piece in pieces(tokenizer, rollout):
-        if isinstance(piece, str):
-            body += _text_on_page(piece)
-        else:
-            body += _block_on_page(lines[latents_shown : latents_shown + piece])
-            latents_shown += piece
-
-    n_tokens = f"{len(rollout.slots)} tokens, {rollout.n_latents} of them latents"
-    cut_off = "" if rollout.finished else ", cut off"
-    prompt = html.escape(tokenizer.decode(rollout.prompt_ids))
-    return (f'<article><h3>{number}. {verdict} <span class="soft">· {n_tokens}{cut_off}</span></h3>'
-            f"<details><summary>What it was asked ({len(rollout.prompt_ids)} tokens)</summary>"
-            f'<div class="text prompt">{prompt}</div></details>'
-            f'<div class="text">{body}</div>{gold}</article>\n')
-
-
-def _text_on_page(text):
-    """Escaped; the ends of tags are made small."""
-    tag_ends = f"({html.escape(OPEN)}|{html.escape(CLOSE)})"
-    return re.sub(tag_ends, r'<span class="tag">\1</span>', html.escape(text))
-
-
-def _block_on_page(lines):
-    """A block of latents, to be unfolded. lines: of its table."""
-    return (f'<details class="latents"><summary>{_n_latents(len(lines))}</summary>'
-            f"<table><thead><tr><th>#</th><th>Head</th><th>Embedding</th><th>Length</th></tr></thead>"
-            f"<tbody>{''.join(lines)}</tbody></table></details>")
-
-
-def _latent_on_page(number, near, length, head):
-    """A line of a block's table, from what read_out says of the latent."""
-    decades = math.log10(max(length, 1e-9))
-    width = 12.5 * min(8, max(0, 2 + decades))  # percent: 0.01 is empty, 1 a quarter, a million full
-    return (f"<tr><td>{number}</td><td>{_words_on_page(head)}</td><td>{_words_on_page(near)}</td>"
-            f'<td><span class="number">{length:,.3g}</span>'
-            f'<span class="bar"><i style="width:{width:.0f}%"></i></span></td></tr>')
-
-
-def _words_on_page(words):
-    cells = ""
-    for word, value in words:
-        shown = html.escape(word).replace("\n", "⏎")
-        cells += f"<div><code>{shown}</code> <small>{value:.2f}</small></div>"
-    return cells
-
-
-def page(sections):
-    """[(row of the table, its answers as HTML)] -> one HTML page that needs nothing else, no network and no
-    script."""
-    text = PAGE
-    for row, answers in sections:
-        model = html.escape(row.get("name", row["model"]))
-        task = html.escape(row["task"])
-        text += (f"<h2>{model}, task {task}</h2><p>Score <b>{row['accuracy']:.3f}</b> "
-                 f"(95 % interval {_interval(row['accuracy_ci95'])}, {row['n_examples']} examples) "
-                 f"with <b>{row['tokens']:.1f}</b> tokens per answer: {row['text_tokens']:.1f} of text, "
-                 f"{row['latent_steps']:.1f} latents. {len(answers)} of the answers:</p>\n")
-        text += "".join(answers)
-    return text + "</body></html>\n"
 
 
 # ============================================================ chapters

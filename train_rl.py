@@ -61,7 +61,7 @@ SMALL = {
 PLANNED = ("rows", "tokens_per_forward", "checkpoint_layers", "offload")
 OURS = (*PLANNED, "save_every")
 TAKEN_AWAY, ANOTHERS = "  its latents taken away", "  another story's latents"
-NAMES = {"litereason": "LiteReason", "grpo": "RL without latents", "tag": "RL with tags, no latents"}
+NAMES = report.METHODS
 
 
 # ============================================================ stage 3

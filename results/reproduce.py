@@ -273,6 +273,11 @@ def digits_of(task):
     return 1 if task.endswith("next_chapter") else 3
 
 
+def score_of(task):
+    """What its scores are called."""
+    return "reward, %" if task.endswith("next_chapter") else "accuracy"
+
+
 def words_of_interval(ci95, digits):
     return "" if ci95 is None else f"{in_cell(ci95[0], digits)} to {in_cell(ci95[1], digits)}"
 
@@ -300,7 +305,7 @@ def table_of(task, found):
     """Scores and tokens -> Markdown. Differences that are too small to mean anything are for the reader to
     see: the interval stands beside them."""
     digits = digits_of(task)
-    score = "reward, %" if task.endswith("next_chapter") else "accuracy"
+    score = score_of(task)
     first = next(kind for kind in KINDS if kind in {row["sampling"] for row in found.values()})
 
     def column(kind, key, form, *details):
@@ -428,11 +433,12 @@ def write_tables(tasks, seeds):
             print(f"{text}\n")
         path = os.path.join(HERE, f"methods-{task}.json")
         runs.write_json(path, found)
-        draw([directory(task, method, seeds[0]) for method in ("litereason", "rl", "tag", "pause")],
-             HERE, task, path)
+        folders = {method: directory(task, method, seeds[0]) for method in ("litereason", "rl", "tag", "pause")}
+        draw(folders, HERE, task, path)
         if lengths := lengths_of(task, seeds):
             runs.write_json(os.path.join(HERE, f"lengths-{task}.json"), lengths)
-            without_matplotlib(report.by_length, lengths, os.path.join(HERE, f"lengths-{task}.svg"))
+            path = os.path.join(HERE, f"lengths-{task}.svg")
+            without_matplotlib(report.by_length, lengths, path, score=score_of(task))
 
 
 def write_evidence(where, name, rows, controls):
@@ -485,26 +491,29 @@ def write_tables_of_model(args):
         text = "\n\n".join(parts) + "\n"
         runs.write_text(path.removesuffix("json") + "md", text)
         print(f"\n{text}\nin {path} and .md")
-        folders = [paper.directory(args, task, method, args.seeds[0]) for method in paper.METHODS]
+        folders = {method: paper.directory(args, task, method, args.seeds[0]) for method in paper.METHODS}
         draw(folders, args.tables_in, name, path)
 
 
 def draw(folders, where, name, table):
-    """The two pictures of a task: the methods' scores over tokens, and the training of the runs in some
-    folders."""
-    trained = [path for path in folders if os.path.exists(os.path.join(path, "metrics.jsonl"))]
-    trained = [os.path.relpath(path) for path in trained]
+    """The two pictures of a task: the methods' scores over tokens, and the training of the runs in
+    {method: folder}. name: of the task, maybe with a model before it."""
+    names = {method: title for title, method, _ in METHODS}
+    trained = {names[method]: path for method, path in folders.items()
+               if os.path.exists(os.path.join(path, "metrics.jsonl"))}
     rows = report.collect([table])
     drawn = [(method, row) for method, row in rows if method in DRAWN]
-    without_matplotlib(report.curve, drawn or rows, os.path.join(where, f"curve-{name}.svg"))
+    path = os.path.join(where, f"curve-{name}.svg")
+    without_matplotlib(report.curve, drawn or rows, path, score=score_of(name))
     if trained:
-        without_matplotlib(report.training, trained, os.path.join(where, f"training-{name}.svg"))
+        path = os.path.join(where, f"training-{name}.svg")
+        without_matplotlib(report.training, list(trained.values()), path, names=list(trained))
 
 
-def without_matplotlib(function, *arguments):
+def without_matplotlib(function, *arguments, **more):
     """Draws; a line says so where matplotlib, which is not among the requirements, is missing."""
     try:
-        function(*arguments)
+        function(*arguments, **more)
     except UserError as e:
         print(f"no picture: {e}")
 

@@ -3,9 +3,12 @@ and the page of answers shows every latent and lets no story's HTML through."""
 import html.parser
 import importlib
 import json
+import math
+import re
 import sys
 import types
 
+import numpy as np
 import pytest
 from conftest import LATENTS, PROMPTS, TAGS, tag, write
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -16,7 +19,9 @@ import eval as evaluation
 import report
 from eval import evaluate, flops, generate as evaluation_generate
 from litereason import UserError
-from report import answer_on_page, page, pieces, read_out, readable
+from results import reproduce
+from page import answer, percent, plainly, section, whole
+from report import pieces, read_out, readable
 
 TASK = types.SimpleNamespace(prompt=lambda e, latent: e, reward=lambda e, text: float(len(text) % 2))
 
@@ -136,8 +141,8 @@ def test_the_curve_has_a_panel_for_each_cost_that_is_known_and_names_every_row_o
     assert path.read_bytes()[:5] in (b"<?xml", b"\x89PNG\r")
     axes = out.axes
     assert [a.get_xlabel().split()[0] for a in axes] == ["tokens", "forward", "seconds", "seconds"]
-    names = [[t.get_text() for t in a.texts] for a in axes]  # from the left
-    assert names == [["out/rl", "collected", "base"], ["out/rl"], ["out/rl", "base", "collected"], ["out/rl"]]
+    names = [[t.get_text() for t in a.texts] for a in axes]  # from the right
+    assert names == [["base", "collected", "out/rl"], ["out/rl"], ["out/rl", "base", "collected"], ["out/rl"]]
     bars = [tuple(line.get_ydata()) for line in axes[0].lines[::2]]
     assert bars == [(0.7, 0.9), (0.6, 0.7), (0.5, 0.95)]  # the interval of one run, the spread of several
     out = drawn(monkeypatch, "--curve", files[1], "--plot", path, *costs)
@@ -204,21 +209,127 @@ def words_of(note):
     return Text.get_window_extent(note)
 
 
+def made_run(path, method, rewards, minibatches=1, **more):
+    """What is read of a run of train_rl.py, in a directory -> its path."""
+    path.mkdir(parents=True)
+    config = {"script": "train_rl.py", "method": method, "prompts": 2, "group": 4, "minibatches": minibatches}
+    lines = [{"step": i + 1, "reward": reward, "text_tokens": 25.0, "latent_steps": 5.0, "tag_share": 0.5, **more}
+             for i, reward in enumerate(rewards)]
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in lines))
+    return str(path)
+
+
 def test_training_curves_stand_against_steps_and_against_the_tokens_sampled(tmp_path, monkeypatch):
-    for name, minibatches in (("a", 1), ("b", 2)):
-        (tmp_path / name).mkdir()
-        config = {"prompts": 2, "group": 4, "minibatches": minibatches}
-        (tmp_path / name / "config.json").write_text(json.dumps(config))
-        lines = [{"step": i, "reward": i / 4, "text_tokens": 25.0, "latent_steps": 5.0, "tag_share": 0.5}
-                 for i in (1, 2, 3, 4)]
-        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in lines))
-    axes = drawn(monkeypatch, "--training", tmp_path / "a", tmp_path / "b", "--plot", tmp_path / "t.svg").axes
-    assert len(axes) == 8 and [len(a.lines) for a in axes] == [2] * 8
-    x = [[round(v * 1e6) for v in line.get_xdata()] for line in axes[4].lines]
+    rewards = [0.25, 0.5, 0.75, 1]
+    made = [made_run(tmp_path / "a", "litereason", rewards), made_run(tmp_path / "b", "grpo", rewards, 2)]
+    panels = drawn(monkeypatch, "--training", *made, "--plot", tmp_path / "t.svg").axes
+    assert len(panels) == 5
+    for panel in panels:
+        assert [t.get_text() for t in panel.texts].count("LiteReason") == 1  # a name for each line, no path
+        assert sorted(t.get_text() for t in panel.texts) == ["LiteReason", "RL without latents"]
+        assert len(panel.lines) == 4 and panel.get_legend() is None
+    x = [[round(v * 1e6) for v in line.get_xdata()] for line in panels[4].lines[::2]]
     # 30 tokens, 8 rollouts; two optimiser steps share them in b.
     assert x == [[240, 480, 720, 960], [120, 240, 360, 480]]
-    assert list(axes[1].lines[0].get_ydata()) == [30.0] * 4
-    assert list(axes[0].lines[0].get_xdata()) == [1, 2, 3, 4]
+    assert list(panels[1].lines[0].get_ydata()) == [30.0] * 4
+    assert list(panels[0].lines[0].get_xdata()) == [1, 2, 3, 4]
+    single, mean = panels[0].lines[:2]
+    assert list(single.get_ydata()) == rewards
+    assert list(mean.get_ydata()) == [0.5, 0.625, 0.625, 0.75]  # of up to five steps around, of three at the ends
+
+
+def test_runs_are_called_by_their_method_and_by_their_directory_only_where_two_are_alike(tmp_path):
+    one = made_run(tmp_path / "x" / "rl-0", "grpo", [1])
+    alike = [made_run(tmp_path / "x" / "lr-0", "litereason", [1]), made_run(tmp_path / "x" / "lr-1", "litereason", [1])]
+    far = made_run(tmp_path / "y" / "lr-1", "litereason", [1])
+    assert report.names_of([one, alike[0], "MoI"]) == ["RL without latents", "LiteReason", "MoI"]
+    assert report.names_of([one, *alike])[1:] == ["LiteReason (lr-0)", "LiteReason (lr-1)"]
+    names = report.names_of([*alike, far])
+    assert names == ["LiteReason (lr-0)", f"LiteReason ({alike[1]})", f"LiteReason ({far})"]
+    assert report.names_of([f"{one} (paper)"]) == ["RL without latents (paper)"]
+
+
+# The README's five at most, as near to each other as they come.
+README = {"base, explicit reasoning": (0.763, 135), "RL without latents": (0.988, 148), "LiteReason": (0.991, 36),
+          "LiteReason, its latents taken away": (0.987, 38), "RL with tags, no latents": (0.992, 31)}
+
+
+def readme_rows():
+    return [(name, {"runs": 3, "spread": [y, y], "accuracy": y, "accuracy_ci95": [y - 0.01, y + 0.01], "tokens": x,
+                    "tokens_ci95": [x - 4, x + 4]}) for name, (y, x) in README.items()]
+
+
+def kept_figure(monkeypatch, draw, *arguments, **more):
+    """-> the figure that a function of report saves"""
+    needs_matplotlib()
+    kept, save = [], report.save_figure
+    monkeypatch.setattr(report, "save_figure", lambda out, path: kept.append(out) or save(out, path))
+    draw(*arguments, **more)
+    return kept[0]
+
+
+def drawn_curve(tmp_path, monkeypatch):
+    return kept_figure(monkeypatch, report.curve, readme_rows(), str(tmp_path / "c.svg"), score="accuracy")
+
+
+def drawn_lengths(tmp_path, monkeypatch):
+    rows = [{"method": name, "length": length, "accuracy": y, "accuracy_ci95": [y - 0.01, 1], "tokens": x,
+             "tokens_ci95": [x - 1, x + 1]} for name, (y, x) in README.items() for length in (2, 3, 5)]
+    return kept_figure(monkeypatch, report.by_length, rows, str(tmp_path / "l.svg"))
+
+
+def drawn_training(tmp_path, monkeypatch):
+    methods = ("litereason", "grpo", "tag", "litereason")
+    made = [made_run(tmp_path / f"{m}-{i}", m, [0.9 + 0.001 * i] * 9) for i, m in enumerate(methods)]
+    return kept_figure(monkeypatch, report.training, made, str(tmp_path / "t.svg"))
+
+
+@pytest.mark.parametrize("draw", [drawn_curve, drawn_lengths, drawn_training])
+def test_a_picture_is_900_px_wide_and_its_names_are_readable_apart_and_inside(draw, tmp_path, monkeypatch):
+    picture = draw(tmp_path, monkeypatch)
+    picture.draw_without_rendering()
+    assert picture.get_size_inches()[0] * 96 == 900  # as in CSS
+    assert picture.get_facecolor() == (1, 1, 1, 1)  # a white card, on a dark page too
+    for panel in picture.axes:
+        boxes = [words_of(note) for note in panel.texts]
+        assert len(boxes) >= 4
+        assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+        assert all(np.all(box.min >= 0) and np.all(box.max <= picture.bbox.max) for box in boxes)
+    texts = picture.findobj(lambda artist: hasattr(artist, "get_fontsize") and artist.get_text())
+    sizes = [text.get_fontsize() * 96 / 72 for text in texts]
+    assert 11 <= min(sizes) and max(sizes) <= 13
+    assert not any("/" in text.get_text() for text in texts)  # no paths
+
+
+def test_colours_are_dark_enough_for_text_on_white_and_a_method_keeps_its_own():
+    for colour in [*report.COLOURS.values(), *report.OTHER_COLOURS, report.DARK, report.SOFT]:
+        channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+        assert 1.05 / (luminance + 0.05) >= 4.5, colour  # WCAG AA
+    assert report.colours_of(["x", "LiteReason"])["LiteReason"] == report.colours_of(["LiteReason"])["LiteReason"]
+    assert set(reproduce.DRAWN) == set(report.COLOURS) and len(reproduce.DRAWN) <= 5
+
+
+def test_the_axis_of_tokens_begins_at_zero_unless_one_method_needs_many_times_more(tmp_path, monkeypatch):
+    rows = readme_rows()
+    panel = kept_figure(monkeypatch, report.curve, rows, str(tmp_path / "c.svg"), score="accuracy").axes[0]
+    assert panel.get_xscale() == "linear" and panel.get_xlim()[0] == 0
+    assert panel.get_title(loc="left") == "accuracy"
+    rows.append(("slow", {**rows[0][1], "tokens": 1500.0}))
+    picture = kept_figure(monkeypatch, report.curve, rows, str(tmp_path / "c.svg"))
+    assert picture.axes[0].get_xscale() == "log"
+    picture.draw_without_rendering()
+    ticks = picture.axes[0].xaxis.get_ticklabels(which="both")
+    assert {"50", "100", "1,000"} <= {tick.get_text() for tick in ticks}  # numbers, no powers
+
+
+def test_names_at_the_ends_of_lines_stay_within_the_panel():
+    assert report.spread([1, 50], 10, 0, 100) == [1, 50]
+    assert report.spread([50, 50, 50], 10, 0, 100) == [50, 60, 70]
+    assert report.spread([95, 99, 99], 10, 0, 100) == [80, 90, 100]
+    assert report.spread([-5, -5], 10, 0, 100) == [0, 10]
 
 
 @pytest.mark.parametrize("words, says", [
@@ -237,7 +348,7 @@ def test_what_cannot_be_drawn_ends_in_one_line(words, says, tmp_path, monkeypatc
 # ---------------------------------------------------------------- the page
 HOSTILE = '<script>document.title = "x"</script><img src=x onerror="alert(1)"> & </div></details>'
 SUMMARY = {"model": "a <b>", "task": "tiny", "accuracy_ci95": [0.7, 0.9], "accuracy": 0.8, "n_examples": 5,
-           "tokens": 3.0, "text_tokens": 2.0, "latent_steps": 1.0}
+           "tokens": 1234.56, "text_tokens": 2.0, "latent_steps": 1.0, "samples": 1}
 
 
 class Reader(html.parser.HTMLParser):
@@ -270,25 +381,85 @@ def test_a_rollout_in_pieces_is_its_text_and_its_latents_in_order(rollouts, tok)
     assert readable(tok, rollouts[1]).endswith(" [cut off]")
 
 
+GOLD = types.SimpleNamespace(answer=lambda e: "gold & co", reward=lambda e, text: 1.0)
+
+
 def test_every_latent_has_its_line_and_every_word_is_read_off_the_model(model, tok, rollouts):
-    task = types.SimpleNamespace(answer=lambda e: "gold & co", reward=lambda e, text: 1.0)
     for r, latents, tags in zip(rollouts, LATENTS, TAGS):
-        text = answer_on_page(model, tok, task, "", r, 1)
-        got = Reader(text)
+        got = Reader(answer(model, tok, GOLD, "", r, 1.0, 7))
         assert got.elements.count("details") == got.elements.count("summary") == 1 + tags
         assert got.elements.count("tr") == tags + latents
         for near, length, said in read_out(model, tok, r.latents):
             assert len(near) == len(said) == 3
-            assert f"{length:,.3g}" in got.words and all(f"{p:.2f}" in got.words for _, p in near + said)
+            assert f"{plainly(length)} times" in got.words
+            assert all(f"{cosine:.2f}" in got.words for _, cosine in near)
+            assert all(percent(p) in got.words for _, p in said)
             assert all(1 >= a[1] >= b[1] for words in (near, said) for a, b in zip(words, words[1:]))
         assert "right" in got.words and "gold & co" in got.words
 
 
+def test_an_answer_is_one_line_until_it_is_unfolded(model, tok, rollouts):
+    lines = []
+    for r in rollouts:
+        text = answer(model, tok, GOLD, "", r, 0.0, 1234)
+        line, _, rest = text.partition("</summary>")
+        lines.append(Reader(line.partition("<summary>")[2]).words)
+        assert " open" not in text  # folded
+        assert rest.index('class="asked"') < rest.index("Answered")  # the story first, or at the left
+    assert lines[0].startswith("1,234✗ wronggold: gold & co") and lines[0].endswith("ab cd .")
+    assert f"{len(rollouts[0].slots)} tokens2 tags5 latents" in lines[0] and "cut off" not in lines[0]
+    assert "cut off" in lines[1]
+
+
+def test_the_gold_answer_is_shown_without_its_box(model, tok, rollouts):
+    task = types.SimpleNamespace(answer=lambda e: "\\boxed{ No }")
+    assert "gold: No<" in answer(model, tok, task, "", rollouts[0], 1.0, 1)
+    assert "gold" not in answer(model, tok, TASK, "", rollouts[0], 12.5, 1)  # a task without one
+    assert "reward 12.5<" in answer(model, tok, TASK, "", rollouts[0], 12.5, 1)
+
+
+def numbers_of_answers(text):
+    return [int(number) for number in re.findall(r'<span class="number soft">(\d+)<', text)]
+
+
+def test_wrong_answers_come_first_and_are_counted_among_all(model, tok, rollouts):
+    four = [rollouts[0]] * 4
+
+    def made(n, task=GOLD, rewards=(1.0, 0.0, 1.0, 0.0), **more):
+        return section("said <above>", {**SUMMARY, **more}, model, tok, task, [""] * 4, four, list(rewards), n)
+
+    text = made(3)
+    assert numbers_of_answers(text) == [2, 4, 1]
+    words = Reader(text).words
+    assert "✗ 2 wrong, ✓ 2 right of 4 answers. Below are 3 of them, wrong ones first: they are no fair" in words
+    assert words.startswith("a <b>") and words.index("2 wrong") < words.index("✗ wrong")
+    assert "said <above>: 80.0 % right (95 % interval 70.0 to 90.0 %); 1,234.6 tokens per answer" in words
+    assert "All of them are below" in made(9) and numbers_of_answers(made(9)) == [2, 4, 1, 3]
+    assert "the first" not in words and "this page has the first" in Reader(made(3, samples=5)).words
+    rewards = Reader(made(2, TASK, (3.0, -1.0, 2.0, 12.0), accuracy=4.0, accuracy_ci95=[-1.5, 12.0])).words
+    assert "wrong" not in rewards and "the lowest rewards first" in rewards
+    assert "mean reward 4.00 (95 % interval -1.50 to 12.0)" in rewards
+
+
+@pytest.mark.parametrize("number, text", [
+    (7289.7, "7,290"), (7.29e6, "7,290,000"), (999.6, "1,000"), (36.42, "36.4"), (1.0, "1.00"), (9.996, "10.00"),
+    (0.0123, "0.012"), (1e-5, "below 0.001"), (0.0, "0"), (-3.456, "-3.46"), (-1e-9, "above -0.001"),
+    (math.inf, "inf"), (math.nan, "nan")])
+def test_a_number_is_written_without_an_exponent(number, text):
+    assert plainly(number) == text
+
+
+def test_a_share_is_nought_or_all_only_where_it_is():
+    assert [percent(p) for p in (0, 1e-9, 0.014, 0.5, 0.999, 1)] == ["0 %", "<1 %", "1 %", "50 %", ">99 %", "100 %"]
+
+
 def test_a_story_with_a_script_in_it_is_words_on_the_page_and_nothing_else(model, tok):
     r, = write(model, tok, [HOSTILE], [f"{HOSTILE}{tag(2)} {HOSTILE}<eos>"], limit=400)
-    text = page([(SUMMARY, [answer_on_page(model, tok, TASK, HOSTILE, r, 1)])])
+    task = types.SimpleNamespace(answer=lambda e: HOSTILE)
+    text = whole([section(HOSTILE, SUMMARY, model, tok, task, [HOSTILE], [r], [0.0], 1)])
     got = Reader(text)
-    assert got.words.count(HOSTILE) == 3 and "a <b>, task tiny" in got.words
+    # What was asked, the line above, the gold answer, twice in the answer and in its first words.
+    assert got.words.count(HOSTILE) == 7 and "a <b>" in got.words
     assert not {"script", "img", "link", "iframe"} & set(got.elements)
     assert not [a for a, _ in got.attributes if a in ("src", "href") or a.startswith("on")]
     # Nothing is fetched, nothing is run.
@@ -298,7 +469,7 @@ def test_a_story_with_a_script_in_it_is_words_on_the_page_and_nothing_else(model
 def test_the_command_writes_the_page_and_prints_the_table(tmp_path, monkeypatch, capsys):
     main(monkeypatch, "--n", 4, "--show", 3, "--max-new-tokens", 60, "--html", tmp_path / "a.html")
     said, got = capsys.readouterr().out, Reader((tmp_path / "a.html").read_text(encoding="utf-8"))
-    assert got.elements.count("article") == 3 and "tiny, task tiny" in got.words
+    assert got.elements.count("article") == 3 and "tiny, test split, 4 examples, temperature 0.7" in got.words
     assert ">>>" not in said and "| tiny |" in said
     with pytest.raises(UserError, match="--show"):
         main(monkeypatch, "--n", 4, "--html", tmp_path / "b.html")
