@@ -16,7 +16,7 @@ penalties: score what the task scores.
     python eval.py --model RUN --sampling paper trained   # .. at both samplings
     python eval.py --model RUN --show 3               # three answers, latents as nearest words
     python eval.py --model RUN --controls             # what its latents do: zeros, noise, none, ..
-    python eval.py --model RUN --show 20 --html answers.html   # the same as a page, to be unfolded
+    python eval.py --model RUN --show 20 --html answers.html   # as a page, wrong answers first
     python eval.py --model RUN --alone 20 --json rl.json       # .. and the seconds of an answer decoded alone
     python eval.py --curve rl.json base.json          # score against tokens (matplotlib)
     python eval.py --training RUN RUN                 # reward, tokens, .. against steps and tokens sampled

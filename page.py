@@ -41,7 +41,8 @@ summary { cursor: pointer }
 summary:focus-visible, .text:focus-visible { outline: 2px solid var(--latent); outline-offset: -2px }
 article { border-top: 1px solid var(--line) }
 article:last-of-type { border-bottom: 1px solid var(--line) }
-.answer > summary { display: flex; flex-wrap: wrap; gap: 0 .9rem; padding: .5rem .25rem; list-style: none }
+.answer > summary { display: flex; flex-wrap: wrap; gap: 0 .7rem; padding: .5rem .25rem; list-style: none;
+  font-size: .875rem }
 .answer > summary::-webkit-details-marker { display: none }
 .answer > summary::before { content: "\\25b8"; color: var(--soft); width: .75rem }
 .answer[open] > summary::before { content: "\\25be" }
@@ -52,11 +53,11 @@ article:last-of-type { border-bottom: 1px solid var(--line) }
 .sides { display: grid; gap: 1.25rem; padding: .5rem .25rem 1.5rem }
 .sides > section { min-width: 0 }
 .text { white-space: pre-wrap; overflow-wrap: anywhere }
-.asked .text { max-height: 20rem; overflow: auto; padding: .6rem .75rem; background: var(--box);
+.asked .text { max-height: 24rem; overflow: auto; padding: .6rem .75rem; background: var(--box);
   border-radius: .35rem }
 .tag { font-size: .8rem; color: var(--soft) }
 @media (min-width: 700px) {
-  .answer > summary { display: grid; gap: 0 .75rem;
+  .answer > summary { display: grid; gap: 0 .75rem; font-size: 1rem;
     grid-template-columns: .75rem 2.5rem 6rem 7.5rem 5.75rem 3.75rem 5.5rem 4rem minmax(0, 1fr) }
   .number, .amount { text-align: right }
 }
