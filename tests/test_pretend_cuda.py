@@ -245,7 +245,7 @@ def test_between_two_looks_the_host_waits_for_nothing():
 
     found, _ = pretend.run(on_the_card_decode, VARIANTS, 24)
     for name, (n_latents, waited) in found.items():
-        assert len(waited) >= 23 and (n_latents > 0 or name == "cut, no tags"), name
+        assert len(waited) >= 2 * LOOK and (n_latents > 0 or name == "cut, no tags"), name
         for step, events in enumerate(waited, start=1):
             is_look = step % LOOK == 0
             assert is_look or not events, f"{name}: in step {step} the host waits at {events}"
@@ -417,7 +417,7 @@ def results(out):
 
 
 def test_stages_1_and_2(tmp_path):
-    done = pretend.script("train_projector.py", "--prompts", 8, "--samples", 1, "--steps", 2, "--n", 1, "--max-new-tokens", 26,
+    done = pretend.script("train_projector.py", "--prompts", 8, "--samples", 4, "--steps", 2, "--n", 1, "--max-new-tokens", 40,
                           "--out", tmp_path / "run")
     assert_bf16(done)
     found = results(tmp_path / "run")
@@ -446,8 +446,8 @@ def test_rl_with_offloaded_masters_and_layers_computed_again(trained, small, tmp
 
 
 def test_rl_without_latents(tmp_path):
-    steps = train(tmp_path / "run", "--method", "grpo", "--steps", 1, "--minibatches", 1, "--val", 0, "--group", 32,
-                  "--max-new-tokens", 6, "--overlong-buffer", 4)  # a rollout that answers at once is the shorter one
+    steps = train(tmp_path / "run", "--method", "grpo", "--steps", 1, "--minibatches", 1, "--val", 0, "--group", 16,
+                  "--max-new-tokens", 64, "--overlong-buffer", 44)  # a rollout that stops early is the shorter one
     assert steps[0]["grad_norm"] > 0
 
 
@@ -470,7 +470,7 @@ def on_the_card_controls(small, out):
     import runs
 
     eval.CONTROLS = [(name, changed) for name, changed in eval.CONTROLS if changed.get("tag") not in range(2, 8)]
-    sys.argv = ["eval.py", "--model", small, "--controls", "--n", "1", "--max-new-tokens", "24", "--out", out]
+    sys.argv = ["eval.py", "--model", small, "--controls", "--n", "4", "--max-new-tokens", "24", "--out", out]
     runs.run_script(eval.main)
     return [name for name, _ in eval.CONTROLS]
 
@@ -487,7 +487,7 @@ def test_answers_shown_and_next_chapters_written(small, tmp_path):
     assert (tmp_path / "table" / "chapters.md").exists()
 
 
-REASONING = "look for the ring in the story : put ring backstage , got ring theatre , fine . " * 2
+REASONING = "from Mara Otto and from Karl Lena , so Rosa has none of the halves , go on with Otto and Lena . " * 2
 
 
 def on_the_card_baseline(method, out):
