@@ -88,8 +88,9 @@ LENGTHS = {}
 ON_LENGTHS = ["RL without latents", "LiteReason", "LiteReason, its latents taken away",
               "RL with tags, no latents"]
 # In the picture of scores against tokens.
-DRAWN = ["base, explicit reasoning", "RL without latents", "LiteReason", "LiteReason, its latents taken away",
-         "RL with tags, no latents"]
+HEADLINE = ["base, explicit reasoning", "RL without latents", "LiteReason + length penalty",
+            "RL with tags + length penalty", "the paper's recipe + length penalty"]
+DRAWN = HEADLINE
 
 
 # ============================================================ the tiny world's runs
@@ -347,16 +348,57 @@ def costs_of(task, found):
         "command": lambda row: row["command"] and f"`{row['command']}`"}, found)
 
 
-def headline(found):
-    """The README's first table: the claim, and beside it the row that it has to be read with."""
-    sampled = {"paper": "the paper's sampling", "trained": "temperature 1"}
-    said = sampled[next(iter(found.values()))["sampling"]]
+def headline(found, controls):
+    """The README's first table: the claim, and beside it the rows that it has to be read with."""
+    said = SAMPLED[next(iter(found.values()))["sampling"]]
+    rows = {name: (found[name]["accuracy"], found[name]["tokens"]) for name in HEADLINE if name in found}
+    if "other" in {name.removeprefix("latents: ") for name in controls}:
+        own = controls["latents: other"]["by_seed"]
+        mean = [sum(row[key] for row in own) / len(own) for key in ("accuracy", "tokens")]
+        at = list(rows).index("LiteReason + length penalty") + 1
+        rows = dict([*list(rows.items())[:at], (".. with another story's latents", mean), *list(rows.items())[at:]])
     lines = [f"| plot holes, tiny world, {said} | accuracy | tokens |", "|---|---|---|"]
-    for name in ("base, explicit reasoning", "LiteReason before RL", "LiteReason", "RL without latents",
-                 "RL with tags, no latents"):
-        if name in found:
-            lines.append(f"| {name} | {found[name]['accuracy']:.3f} | {found[name]['tokens']:.1f} |")
+    lines += [f"| {name} | {accuracy:.3f} | {tokens:.1f} |" for name, (accuracy, tokens) in rows.items()]
     return "\n".join(lines)
+
+
+def findings(found, controls):
+    """The README's findings, one sentence each, from the same numbers as the tables. What was not run is left out."""
+
+    def of(name):
+        return f"{found[name]['accuracy']:.3f} in {found[name]['tokens']:.1f} tokens"
+
+    ours, rl, base = "LiteReason + length penalty", "RL without latents", "base, explicit reasoning"
+    told = []
+    if {ours, rl, base} <= set(found):
+        kept = (found[ours]["accuracy"] - found[base]["accuracy"]) / (found[rl]["accuracy"] - found[base]["accuracy"])
+        saved = [1 - found[ours]["tokens"] / found[name]["tokens"] for name in (base, rl)]
+        told.append(
+            f"**Score and length.** LiteReason is right on {of(ours)} ({found[ours]['runs']} seeds), the base on {of(base)}, RL "
+            f"without latents on {of(rl)}: {100 * kept:.0f} % of RL's gain with {100 * saved[0]:.0f} % fewer tokens "
+            f"than the base and {100 * saved[1]:.0f} % fewer than RL.")
+    if "latents: other" in controls:
+        parts = []
+        for control, words in (("other", "another story's latents"), ("mean", "the mean latent"), ("noise", "noise"),
+                               ("none", "none")):
+            rows = controls[f"latents: {control}"]["by_seed"]
+            parts.append(f"{sum(row['accuracy'] for row in rows) / len(rows):.3f} with {words}")
+        test = controls["latents: other"]["against_plain"]
+        told.append(
+            f"**The latents matter.** The same policies are right on {', '.join(parts)}. Another story's latents cost "
+            f"{-100 * test['accuracy']:.1f} points (95 % interval {evidence.in_words([-100 * end for end in reversed(test['accuracy_ci95'])], '.1f')}, "
+            f"Holm's p {test['accuracy_holm']:.1g}) and {test['tokens']:+.1f} tokens.")
+    words = "RL with tags + length penalty"
+    if {ours, words} <= set(found):
+        gap = 100 * (found[ours]["accuracy"] - found[words]["accuracy"])
+        told.append(
+            f"**Latents against words.** Under the same penalty RL with the tag as plain text learns written shorthand: "
+            f"{of(words)}. Latents take {100 * (1 - found[ours]['tokens'] / found[words]['tokens']):.0f} % fewer positions, at "
+            f"{gap:+.1f} points.")
+    recipe = "the paper's recipe + length penalty"
+    if recipe in found:
+        told.append(f"**The paper's own recipe** (no target for a latent, base frozen until RL) ends at {of(recipe)} here.")
+    return "\n".join(f"- {sentence}" for sentence in told)
 
 
 PLAINLY = {
@@ -403,16 +445,18 @@ def controls_table(found, kind):
 
 
 def into_readme(name, text):
-    """Puts text between the README's marks <!-- NAME --> and <!-- /NAME -->."""
-    path = os.path.join(ROOT, "README.md")
-    with open(path, encoding="utf-8") as file:
-        readme = file.read()
-    begin = f"<!-- {name} -->\n"
-    end = f"\n<!-- /{name} -->"
-    if begin in readme and end in readme:
-        before, _, rest = readme.partition(begin)
-        _, _, after = rest.partition(end)
-        runs.write_text(path, before + begin + text + end + after)
+    """Puts text between the marks <!-- NAME --> and <!-- /NAME --> of README.md and results/README.md."""
+    for path in (os.path.join(ROOT, "README.md"), os.path.join(HERE, "README.md")):
+        if not os.path.exists(path):
+            continue
+        with open(path, encoding="utf-8") as file:
+            readme = file.read()
+        begin = f"<!-- {name} -->\n"
+        end = f"\n<!-- /{name} -->"
+        if begin in readme and end in readme:
+            before, _, rest = readme.partition(begin)
+            _, _, after = rest.partition(end)
+            runs.write_text(path, before + begin + text + end + after)
 
 
 # ============================================================ files
@@ -427,13 +471,16 @@ def write_tables(tasks, seeds):
         folders = {seed: directory(task, CONTROLS[0], seed) for seed in seeds}
         texts |= write_evidence(HERE, task, rows, controls_of(folders))
         if task == "tiny":
-            texts["headline"] = headline(found)
+            tested = controls_of(folders).get("paper")
+            tested = controls_summary(tested) if tested else {}
+            texts["headline"] = headline(found, tested)
+            texts["findings"] = findings(found, tested)
         for name, text in texts.items():
             into_readme(name, text)
             print(f"{text}\n")
         path = os.path.join(HERE, f"methods-{task}.json")
         runs.write_json(path, found)
-        folders = {method: directory(task, method, seeds[0]) for method in ("litereason", "rl", "tag", "pause")}
+        folders = {method: directory(task, method, seeds[0]) for method in ("litereason-lp", "rl", "tag-lp", "paper-lp")}
         draw(folders, HERE, task, path)
         if lengths := lengths_of(task, seeds):
             runs.write_json(os.path.join(HERE, f"lengths-{task}.json"), lengths)
