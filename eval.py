@@ -393,6 +393,8 @@ def parse_arguments():
     data.task_flags(g)
     g.add_argument("--split", default="test", help="train, val or test (default test)")
     g.add_argument("--n", type=int, default=None, help="examples, the split's first (default all)")
+    g.add_argument("--hops", type=int, default=None, metavar="N",
+                   help="tiny: stories whose chains have N hand-overs, 2 to 7 (default 4)")
     g.add_argument("--samples", type=int, metavar="N", default=1, help="answers per example (default 1)")
     g.add_argument("--seed", type=int, default=0, help="of all draws (default 0)")
     g = ap.add_argument_group("how answers are sampled")
@@ -563,13 +565,21 @@ def take_settings_of_runs(args):
             setattr(args, flag, value)
 
 
+def examples_of(args, task):
+    if args.hops is None:
+        return task.examples(args.split)[: args.n]
+    if args.task != "tiny" or not 2 <= args.hops <= 7:
+        raise UserError("--hops is for --task tiny, from 2 to 7: there are 22 people for three chains")
+    return task.examples(args.split, hops=args.hops)[: args.n]
+
+
 def task_and_examples(args):
     """-> (task, its examples, examples elsewhere: the latents of --latent mean and other come from these)"""
     first = args.model[0].partition(":")[0]
     task = data.choose_task(args, first)
     elsewhere = []
     try:
-        examples = task.examples(args.split)[: args.n]
+        examples = examples_of(args, task)
         if args.controls or args.latent in ("mean", "other"):
             elsewhere = task.examples("train" if args.split == "val" else "val")[: args.n or 200]
     except ValueError as e:

@@ -39,12 +39,12 @@ from runs import UserError
 # The penalty grows from the first token on, to 1 at the length limit. The paper says that it is DAPO's soft
 # one and not how long; its 17 tokens an answer cannot come from a penalty that begins later than that.
 TRAINED = [
-    ("LiteReason", "litereason", "train_rl.py --model {projector}"),
-    ("RL without latents", "rl", "train_rl.py --model {model} --method grpo"),
-    ("RL with tags, no latents", "tag", "train_rl.py --model {model} --method tag"),
+    ("LiteReason", "litereason", "train_rl.py --model {projector} --targets none --overlong-buffer 0"),
+    ("RL without latents", "rl", "train_rl.py --model {model} --method grpo --overlong-buffer 0"),
+    ("RL with tags, no latents", "tag", "train_rl.py --model {model} --method tag --overlong-buffer 0"),
     ("RL + length penalty", "rl-lp", "train_rl.py --model {model} --method grpo --overlong-buffer {limit}"),
     ("LiteReason + length penalty", "litereason-lp",
-     "train_rl.py --model {projector} --overlong-buffer {limit}"),
+     "train_rl.py --model {projector} --targets none --overlong-buffer {limit}"),
 ]
 METHODS = [method for _, method, _ in TRAINED]
 ALONE = 8  # answers that are timed alone
@@ -102,7 +102,7 @@ def jobs_of(args, task, seed):
     jobs[-1].words.insert(3, args.model)  # the tag prompt beside the plain one
     trained = trained_on(args, task)
     if any("{projector}" in command for _, _, command in trained):
-        add("projector", "train_projector.py --model {model}", args.projector_flags)
+        add("projector", "train_projector.py --model {model} --targets none", args.projector_flags)
         add_evaluation("projector-eval", projector, [projector])
     for _, method, command in trained:
         needs = [projector] if "{projector}" in command else []

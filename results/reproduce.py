@@ -84,9 +84,9 @@ KINDS = ("paper", "trained", "train")  # of rows: test stories at two samplings,
 # 1 is nothing: none is run there.
 TASKS = {"tiny": {"most": 160, "late": 60}, "tiny.next_chapter": {}}
 # task: [(length of the chain, flags of eval.py that make it so)]: these methods are evaluated at each length.
-LENGTHS = {}
-ON_LENGTHS = ["RL without latents", "LiteReason", "LiteReason, its latents taken away",
-              "RL with tags, no latents"]
+LENGTHS = {"tiny": [(hops, f"--hops {hops}") for hops in (2, 3, 4, 5, 6)]}
+ON_LENGTHS = ["RL without latents", "LiteReason + length penalty",
+              "LiteReason + length penalty, its latents taken away", "RL with tags + length penalty"]
 # In the picture of scores against tokens.
 HEADLINE = ["base, explicit reasoning", "RL without latents", "LiteReason + length penalty",
             "RL with tags + length penalty", "the paper's recipe + length penalty"]
@@ -352,7 +352,7 @@ def headline(found, controls):
     """The README's first table: the claim, and beside it the rows that it has to be read with."""
     said = SAMPLED[next(iter(found.values()))["sampling"]]
     rows = {name: (found[name]["accuracy"], found[name]["tokens"]) for name in HEADLINE if name in found}
-    if "other" in {name.removeprefix("latents: ") for name in controls}:
+    if "latents: other" in controls and "LiteReason + length penalty" in rows:
         own = controls["latents: other"]["by_seed"]
         mean = [sum(row[key] for row in own) / len(own) for key in ("accuracy", "tokens")]
         at = list(rows).index("LiteReason + length penalty") + 1
@@ -381,7 +381,9 @@ def findings(found, controls):
         parts = []
         for control, words in (("other", "another story's latents"), ("mean", "the mean latent"), ("noise", "noise"),
                                ("none", "none")):
-            rows = controls[f"latents: {control}"]["by_seed"]
+            rows = controls.get(f"latents: {control}", {"by_seed": []})["by_seed"]
+            if not rows:
+                continue
             parts.append(f"{sum(row['accuracy'] for row in rows) / len(rows):.3f} with {words}")
         test = controls["latents: other"]["against_plain"]
         told.append(

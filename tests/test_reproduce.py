@@ -82,6 +82,7 @@ def world(tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce, "ROOT", str(tmp_path))
     monkeypatch.setattr(reproduce, "HERE", str(tmp_path / "results"))
     monkeypatch.setattr(reproduce, "LENGTHS", {"tiny": [(3, "--hops 3"), (5, "--hops 5")]})
+    monkeypatch.setattr(reproduce, "ON_LENGTHS", ["LiteReason"])
     (tmp_path / "results").mkdir()
     (tmp_path / "README.md").write_text("<!-- methods-tiny -->\n\n<!-- /methods-tiny -->\n")
     at = tmp_path / "out" / "results" / "tiny"
@@ -108,7 +109,7 @@ def test_runs_are_found_named_and_averaged(world):
     assert list(means) == ["base, explicit reasoning", "LiteReason", "Soft Thinking"]
     own = means["LiteReason"]
     expected = {"sampling": "paper", "accuracy": 0.875, "by_seed": [1.0, 0.75], "runs": 2, "sampled": 80.0,
-                "run_seconds": 30.0, "tokens_by_seed": [10.0, 11.0], "command": "python train_rl.py"}
+                "run_seconds": 30.0, "tokens_by_seed": [10.0, 11.0]}
     assert {name: own[name] for name in expected} == expected
     assert own["trained"]["accuracy"] == 0.75 and own["train"]["accuracy"] == 1.0
     assert own["accuracy_ci95"][0] < 0.875 < own["accuracy_ci95"][1]
@@ -127,7 +128,7 @@ def test_a_row_of_one_sampling_never_stands_in_the_column_of_the_other(world):
     soft = table["Soft Thinking"]
     assert soft["accuracy"] == "" == soft["tokens"] and soft["accuracy, temperature 1"] == "0.250"
     costs = reproduce.costs_of("tiny", means)
-    assert "`python train_rl.py`" in costs and "10.0, 11.0" in costs
+    assert "`python train_rl.py --model out/results/tiny/projector-SEED --lr" in costs and "10.0, 11.0" in costs
     only = {"Soft Thinking": means["Soft Thinking"]}
     assert reproduce.table_of("tiny", only).startswith("| tiny, test split, temperature 1 | accuracy | 95 % interval | by seed | tokens")
 
@@ -148,7 +149,7 @@ def test_the_tables_the_differences_and_the_claims_are_written_from_the_runs(wor
         "latents matter: another story's latents in their place cost 10 points or 30 % more tokens"]
     assert "**not met**" in said and "sampling |" in said and "compared with, temperature 1" in said
     assert [(row["method"], row["length"]) for row in found["lengths"]] == [("LiteReason", 3), ("LiteReason", 5)]
-    assert "| LiteReason | 0.875 |" in (world / "README.md").read_text()
+    assert "| base, explicit reasoning | 0.500 |" in (world / "README.md").read_text()
 
 
 def test_every_run_is_evaluated_after_it_at_both_samplings_and_on_train_stories(monkeypatch):
@@ -156,14 +157,14 @@ def test_every_run_is_evaluated_after_it_at_both_samplings_and_on_train_stories(
     todo = {job.name.split()[1]: job for job in reproduce.jobs_of("tiny", 1)}
     at = lambda method: reproduce.directory("tiny", method, 1)
     assert " ".join(todo["rl-lp"].words) == (
-        "train_rl.py --method grpo --overlong-buffer 160 --n 0 --task tiny --seed 1")
+        "train_rl.py --method grpo --lr 6e-5 --overlong-buffer 160 --n 0 --task tiny --seed 1")
     assert " ".join(todo["rl-test"].words) == (
         f"eval.py --model {at('rl')} --sampling paper trained --alone 8 --task tiny --seed 1")
     assert " ".join(todo["rl-train"].words) == f"eval.py --model {at('rl')} --split train --n 200 --task tiny --seed 1"
     assert todo["rl-test"].needs == [at("rl")] and not todo["base-test"].needs and "base" not in todo
-    text = todo["litereason-text-length-3"]
-    assert text.needs == [at("litereason")] and "--latent none --hops 3" in " ".join(text.words)
-    assert todo["controls"].needs == [at("litereason")] and "coconut-test" not in todo
+    text = todo["litereason-lp-text-length-3"]
+    assert text.needs == [at("litereason-lp")] and "--latent none --hops 3" in " ".join(text.words)
+    assert todo["controls"].needs == [at("litereason-lp")] and "coconut-test" not in todo
     assert "rl-lp" not in {job.name.split()[1] for job in reproduce.jobs_of("tiny.next_chapter", 0)}
     before = set()
     for job in todo.values():  # what a job needs stands before it
