@@ -17,7 +17,7 @@ from litereason import RULES, Rollout, UserError
 
 FLAGS = ("--lr-schedule", "cosine", "--advantage-eps", 1e-9, "--refresh-batch", 1, "--refresh-clip", 0,
          "--refresh-max-length", 150, "--tag-rule", "released")
-STAGES_1_AND_2 = ("--device", "cpu", "--prompts", 8, "--samples", 2, "--batch", 2, "--n", 1, "--max-new-tokens", 60)
+STAGES_1_AND_2 = ("--device", "cpu", "--prompts", 16, "--samples", 2, "--targets", "none", "--batch", 2, "--n", 1, "--max-new-tokens", 60)
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from test_real_tasks import run
 import data
 import report
 import runs
+import targets
 import train_projector
 import train_rl
 from data import tiny
@@ -27,7 +28,7 @@ from litereason import UserError, load, save
 
 SIZES = ("--device", "cpu", "--n", 1, "--train-prompts", 8, "--prompts", 4, "--group", 4, "--minibatches", 2,
          "--max-new-tokens", 60, "--save-every", 1, "--show-every", 0, "--projector-steps", 2,
-         "--trace-prompts", 8, "--val", 2)
+         "--trace-prompts", 24, "--targets", "none", "--val", 2)
 NO_TABLE = ("--n", 0)  # for tests that do not read it
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -107,9 +108,10 @@ def pair(tmp_path_factory):
     return at
 
 
-def test_stages_1_and_2_stopped_halfway_continue_bit_for_bit(tmp_path, capsys):
+@pytest.mark.parametrize("aim", ["none", "words"])  # the paper's loss; ours, with the base learning too
+def test_stages_1_and_2_stopped_halfway_continue_bit_for_bit(tmp_path, capsys, aim):
     words = ("--device", "cpu", "--prompts", 40, "--samples", 1, "--steps", 5, "--batch", 4,
-             "--save-every", 2, "--n", 1, "--max-new-tokens", 60)
+             "--save-every", 2, "--n", 1, "--max-new-tokens", 100, "--targets", aim)
     whole, half = tmp_path / "whole", tmp_path / "half"
     run(train_projector, *words, "--out", whole)
     # in the second 32 prompts
@@ -120,9 +122,11 @@ def test_stages_1_and_2_stopped_halfway_continue_bit_for_bit(tmp_path, capsys):
     with open(half / "traces.jsonl", "a") as f:
         f.write('[{"example": 32, "pro')
     capsys.readouterr()
-    # 3 losses before the first step
     words = ("--resume", half)
-    said = stopped(train_projector, "projector_loss", 3 + 4, signal.SIGTERM, train_projector, *words)
+    loss = (train_projector, "projector_loss", 3 + 4)  # 3 of them before the first step
+    if aim == "words":
+        loss = (targets, "target_loss", 4)
+    said = stopped(*loss, signal.SIGTERM, train_projector, *words)
     assert said == f"step 3 of 5 of stage 2 is saved; go on with --resume {half}"
     assert runs.saved_states(half / "stage-2") == [2, 3]
     assert "1 of 2 lines of it" in capsys.readouterr().out
@@ -342,7 +346,7 @@ def test_a_reward_that_rises_while_validation_falls_is_said(capsys):
 
 def test_steps_that_are_not_finite_are_skipped_and_three_in_a_row_stop_the_run(pair, monkeypatch, capsys):
     real = train_rl.policy_loss
-    monkeypatch.setattr(train_rl, "policy_loss", lambda *args: (real(*args)[0] * float("nan"), None))
+    monkeypatch.setattr(train_rl, "policy_loss", lambda *args, **more: (real(*args, **more)[0] * float("nan"), None))
     # All rollouts are learned from, whatever they earned: a step with nothing to learn from is finite.
     monkeypatch.setitem(train_rl.RULES, "grpo", lambda rewards, tokens, _: (torch.ones_like(rewards), tokens))
     out = pair / "nan"
