@@ -29,7 +29,7 @@ def start(tmp_path_factory):
 
 
 def test_a_run_with_all_of_them_that_was_stopped_continues_bit_for_bit(start, tmp_path):
-    words = ("--model", start, *SIZES, "--n", 0, *FLAGS, "--steps", 4)
+    words = ("--model", start, *SIZES, "--group", 8, "--max-new-tokens", 120, "--n", 0, *FLAGS, "--steps", 4)
     run(train_rl, *words, "--out", tmp_path / "whole")
     said = stopped(train_rl, "learning_rate", 3, signal.SIGTERM, train_rl, *words, "--out", tmp_path / "half")
     assert "step 3 of 4 is saved" in said
@@ -70,7 +70,7 @@ def test_the_eps_of_advantages_is_grpos_alone():
 def test_the_refresh_has_the_batch_clip_and_length_that_were_asked_for(start, tmp_path, monkeypatch):
     fitted = []
     monkeypatch.setattr(train_rl, "fit_projector", lambda *args, **more: fitted.append((*args[1:], more)))
-    words = ("--model", start, *SIZES, "--n", 0, "--val", 0, "--steps", 4)
+    words = ("--model", start, *SIZES, "--group", 16, "--max-new-tokens", 120, "--n", 0, "--val", 0, "--steps", 4)
     run(train_rl, *words, "--out", tmp_path / "a")
     traces, _, batch, more = fitted[0]
     assert (batch, more["clip"]) == (16, 0.2)

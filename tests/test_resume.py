@@ -348,7 +348,7 @@ def test_steps_that_are_not_finite_are_skipped_and_three_in_a_row_stop_the_run(p
     real = train_rl.policy_loss
     monkeypatch.setattr(train_rl, "policy_loss", lambda *args, **more: (real(*args, **more)[0] * float("nan"), None))
     # All rollouts are learned from, whatever they earned: a step with nothing to learn from is finite.
-    monkeypatch.setitem(train_rl.RULES, "grpo", lambda rewards, tokens, _: (torch.ones_like(rewards), tokens))
+    monkeypatch.setitem(train_rl.RULES, "grpo", lambda rewards, tokens, *_, **more: (torch.ones_like(rewards), tokens))
     out = pair / "nan"
     shutil.copytree(pair / "half", out)
     with pytest.raises(UserError, match="steps 4 to 6 were not finite"):
