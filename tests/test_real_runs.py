@@ -86,10 +86,10 @@ def test_all_stages_of_the_plot_hole_task_run_on_real_stories(tmp_path, data_fol
     force("He left at noon. " + tag(2) + " She waited for him. \\boxed{{}}", ("Yes", "No"))
     common = ("--task", "flawed_fictions", "--device", "cpu")
     run(train_rl, "--model", base, *common, "--max-new-tokens", 60, "--train-prompts", 4, "--prompts", 2,
-        "--group", 4, "--minibatches", 2, "--steps", 4, "--trace-prompts", 3, "--projector-steps", 1,
+        "--group", 4, "--minibatches", 2, "--steps", 4, "--trace-prompts", 12, "--targets", "none", "--projector-steps", 1,
         "--n", 1, "--val", 2, "--out", tmp_path / "rl")
     said = capsys.readouterr().out
-    for what in ("lr 0.00015 (released: 5e-07)", "clip 0.2,", "stage 2: validation loss", "precision"):
+    for what in ("lr 6e-05 (released: 5e-07)", "clip 0.2,", "stage 2: validation loss", "precision"):
         assert what in said
     metrics = [json.loads(line) for line in open(tmp_path / "rl" / "metrics.jsonl")]
     assert all(m["latent_steps"] == 2 and m["tags"] == 1 and m["truncated"] == 0 for m in metrics)
@@ -116,7 +116,7 @@ def test_all_stages_of_the_next_chapter_task_run_on_a_real_book(
     force(f"The king was old. {tag(1)} His son was not.\nIn summary: the{{}} comes.", (" king", " son"))
     common = ("--task", "next_chapter", "--device", "cpu", "--max-new-tokens", 60)
     run(train_rl, "--model", base, *common, "--train-prompts", 4, "--prompts", 2, "--group", 3, "--steps", 2,
-        "--trace-prompts", 3, "--reward", "vrcli", "--projector-steps", 1, "--n", 1, "--val", 2,
+        "--trace-prompts", 12, "--targets", "none", "--reward", "vrcli", "--projector-steps", 1, "--n", 1, "--val", 2,
         "--out", tmp_path / "rl")
     metrics = [json.loads(line) for line in open(tmp_path / "rl" / "metrics.jsonl")]
     assert all(m["latent_steps"] == 1 for m in metrics) and metrics[0]["zero_variance"] < 1
