@@ -267,9 +267,9 @@ def test_the_papers_table_is_planned_run_stopped_and_continued(here, tmp_path, d
     assert "| flawed_fictions litereason seed 0, from step 1 |" in said and "| flawed_fictions rl seed 0 | done |" in said
 
     found = json.load(open(tmp_path / "out" / "methods-Rnd-1B.flawed_fictions.json"))
-    assert list(found) == ["base, explicit reasoning", "base, tag prompt", "RL without latents",
-                           "LiteReason before RL", "LiteReason", "LiteReason, its latents taken away",
-                           "RL with tags, no latents", "RL + length penalty", "LiteReason + length penalty"]
+    assert list(found) == ["base, explicit reasoning", "base, tag prompt", "LiteReason before RL",
+                           "LiteReason + length penalty", "RL without latents", "RL + length penalty", "LiteReason",
+                           "LiteReason, its latents taken away", "RL with tags, no latents"]
     assert all(row["n_examples"] == 2 and row["samples"] == 2 for row in found.values())
     assert found["LiteReason"]["latent_steps"] == 2 and found["RL with tags, no latents"]["latent_steps"] == 0
     assert found["LiteReason"]["sampled"] > 0 and "--steps 2" in found["LiteReason"]["command"]
