@@ -461,11 +461,11 @@ def _mean_row(rows):
 # colours are dark enough for text on it. A method has one colour in all pictures.
 WIDTH = 900  # px of CSS; the figures have as many dots
 DOTS = 96  # per inch, as in CSS
-COLOURS = {
+COLOURS = {  # of a method with the length penalty and without it
     "LiteReason": "#1f5f99",
-    "LiteReason, its latents taken away": "#6f4aa8",
+    "the paper's recipe": "#6f4aa8",
     "RL without latents": "#b3261e",
-    "RL with tags, no latents": "#2a7436",
+    "RL with tags": "#2a7436",
     "base, explicit reasoning": "#595959"}
 OTHER_COLOURS = ["#a34a00", "#0d6f7c", "#7a4b3a", "#a8378c", "#6b6b00"]
 DARK, SOFT, GRID = "#1c1c1c", "#555555", "#dddddd"
@@ -524,7 +524,12 @@ def save_figure(picture, path):
 def colours_of(names):
     """{name: its colour}"""
     others = itertools.cycle(OTHER_COLOURS)
-    return {name: COLOURS[name] if name in COLOURS else next(others) for name in names}
+    colours = {}
+    for name in names:
+        method = name.removesuffix(" + length penalty").removesuffix(", no latents")
+        free = method in COLOURS and COLOURS[method] not in colours.values()
+        colours[name] = COLOURS[method] if free else next(others)
+    return colours
 
 
 def names_of(paths):

@@ -93,9 +93,10 @@ def with_noise(rows, noise, generator):
     noisy = []
     for row in rows:
         strength = noise * torch.rand(row.n_latents, 1, generator=generator)
+        direction = torch.randn(row.latents.shape, generator=generator)  # on the CPU: the same on every device
         scale = row.latents.square().mean(-1, keepdim=True).sqrt()
-        added = torch.randn(row.latents.shape, generator=generator) * scale * strength
-        noisy.append(dataclasses.replace(row, latents=row.latents + added.to(row.latents)))
+        added = direction.to(row.latents) * scale * strength.to(row.latents)
+        noisy.append(dataclasses.replace(row, latents=row.latents + added))
     return noisy
 
 

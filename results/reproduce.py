@@ -87,10 +87,9 @@ TASKS = {"tiny": {"most": 160, "late": 60}, "tiny.next_chapter": {}}
 LENGTHS = {"tiny": [(hops, f"--hops {hops}") for hops in (2, 3, 4, 5, 6)]}
 ON_LENGTHS = ["RL without latents", "LiteReason + length penalty",
               "LiteReason + length penalty, its latents taken away", "RL with tags + length penalty"]
-# In the picture of scores against tokens.
+# In the README's first table and in the picture of scores against tokens.
 HEADLINE = ["base, explicit reasoning", "RL without latents", "LiteReason + length penalty",
             "RL with tags + length penalty", "the paper's recipe + length penalty"]
-DRAWN = HEADLINE
 
 
 # ============================================================ the tiny world's runs
@@ -483,7 +482,7 @@ def write_tables(tasks, seeds):
         path = os.path.join(HERE, f"methods-{task}.json")
         runs.write_json(path, found)
         folders = {method: directory(task, method, seeds[0]) for method in ("litereason-lp", "rl", "tag-lp", "paper-lp")}
-        draw(folders, HERE, task, path)
+        draw(folders, HERE, task, path, HEADLINE)
         if lengths := lengths_of(task, seeds):
             runs.write_json(os.path.join(HERE, f"lengths-{task}.json"), lengths)
             path = os.path.join(HERE, f"lengths-{task}.svg")
@@ -544,14 +543,14 @@ def write_tables_of_model(args):
         draw(folders, args.tables_in, name, path)
 
 
-def draw(folders, where, name, table):
-    """The two pictures of a task: the methods' scores over tokens, and the training of the runs in
-    {method: folder}. name: of the task, maybe with a model before it."""
+def draw(folders, where, name, table, only=()):
+    """The two pictures of a task: the methods' scores over tokens (of all rows of the table, or `only` of
+    some), and the training of the runs in {method: folder}. name: of the task, maybe with a model before it."""
     names = {method: title for title, method, _ in METHODS}
     trained = {names[method]: path for method, path in folders.items()
                if os.path.exists(os.path.join(path, "metrics.jsonl"))}
     rows = report.collect([table])
-    drawn = [(method, row) for method, row in rows if method in DRAWN]
+    drawn = [(method, row) for method, row in rows if method in only]
     path = os.path.join(where, f"curve-{name}.svg")
     without_matplotlib(report.curve, drawn or rows, path, score=score_of(name))
     if trained:

@@ -309,7 +309,9 @@ def test_colours_are_dark_enough_for_text_on_white_and_a_method_keeps_its_own():
         luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
         assert 1.05 / (luminance + 0.05) >= 4.5, colour  # WCAG AA
     assert report.colours_of(["x", "LiteReason"])["LiteReason"] == report.colours_of(["LiteReason"])["LiteReason"]
-    assert set(reproduce.DRAWN) == set(report.COLOURS) and len(reproduce.DRAWN) <= 5
+    drawn = report.colours_of(reproduce.HEADLINE)
+    assert set(drawn.values()) == set(report.COLOURS.values()) and len(drawn) <= 5
+    assert report.colours_of(["LiteReason", "LiteReason + length penalty"])["LiteReason"] == drawn["LiteReason + length penalty"]
 
 
 def test_the_axis_of_tokens_begins_at_zero_unless_one_method_needs_many_times_more(tmp_path, monkeypatch):

@@ -417,7 +417,7 @@ def results(out):
 
 
 def test_stages_1_and_2(tmp_path):
-    done = pretend.script("train_projector.py", "--prompts", 8, "--samples", 4, "--steps", 2, "--n", 1, "--max-new-tokens", 40,
+    done = pretend.script("train_projector.py", "--prompts", 8, "--samples", 4, "--steps", 2, "--n", 1, "--max-new-tokens", 120,
                           "--out", tmp_path / "run")
     assert_bf16(done)
     found = results(tmp_path / "run")
