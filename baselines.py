@@ -51,9 +51,10 @@ from litereason import (LATENT, Rollout, UserError, generate, group_advantages, 
 from train_projector import SENTENCE, split_answer
 
 # The papers' settings (Coconut and CoLaR as LiteReason's author ran them on plot holes; the answer's are
-# ours), and what a small model trained from scratch needs. stories: None is all there are.
+# ours), and what a small model trained from scratch needs. stories: None is all there are;
+# traces: sampled per story.
 RELEASED = {
-    "stories": None, "batch": 128, "max_new_tokens": 2048, "answer_lr": 5e-5, "answer_steps": 200,
+    "stories": None, "traces": 5, "batch": 128, "max_new_tokens": 2048, "answer_lr": 5e-5, "answer_steps": 200,
     "coconut_lr": 5e-5, "stages": 5, "per_stage": 2, "last_stage": 2,  # epochs per stage, and of the last
     "colar_lr": 1e-4, "colar_epochs": 50, "most_latents": 64,
     "rl_lr": 5e-7, "rl_steps": 180, "rl_prompts": 48}
@@ -73,11 +74,10 @@ RELEASED = {
 #
 # CoLaR's GRPO has the steps, prompts and learning rate of train_rl.py.
 SMALL = {
-    "stories": None, "batch": 32, "max_new_tokens": 160, "answer_lr": 3e-4, "answer_steps": 240,
+    "stories": None, "traces": 1, "batch": 32, "max_new_tokens": 160, "answer_lr": 3e-4, "answer_steps": 240,
     "coconut_lr": 3e-4, "stages": 8, "per_stage": 1 / 3, "last_stage": 8 / 3,
     "colar_lr": 3e-4, "colar_epochs": 8 / 3, "most_latents": 150,
     "rl_lr": train_rl.SMALL["lr"], "rl_steps": train_rl.SMALL["steps"], "rl_prompts": train_rl.SMALL["prompts"]}
-TRACES = 5  # sampled per train story
 GROUP = 16  # rollouts per prompt in CoLaR's GRPO
 RATES = (1, 2, 5)  # reasoning tokens per latent with which CoLaR is tested after its SFT
 CHECKED = 200  # val stories by which something is chosen, and train stories evaluated beside the test
@@ -620,6 +620,8 @@ def parse_arguments():
     group.add_argument("--seed", type=int, default=0, help="of all draws (default 0)")
     group = parser.add_argument_group("training (a small model has less than 50 M parameters)")
     group.add_argument("--stories", type=int, metavar="N", default=None, help="train stories (default all)")
+    group.add_argument("--traces", type=int, metavar="N", default=None,
+                       help=f"coconut and colar: traces sampled per train story ({by_size('traces')})")
     group.add_argument("--lr", type=float, default=None,
                        help=f"learning rate of the SFT (answer: {by_size('answer_lr')}; coconut: "
                             f"{by_size('coconut_lr')}; colar: {by_size('colar_lr')})")
@@ -655,6 +657,7 @@ def settings(args, model):
     cfg = dict(SMALL if runs.is_small(model) else RELEASED)
     said = {
         "stories": args.stories,
+        "traces": args.traces,
         "max_new_tokens": args.max_new_tokens,
         "stages": args.stages,
         f"{args.method}_lr": args.lr,
@@ -714,7 +717,7 @@ def run_answer(args, cfg, model, tokenizer, task, examples, on_val, took):
 
 def traces_of(args, cfg, model, tokenizer, task, examples, took):
     """own_traces, counted in took."""
-    traces, took["sampled_tokens"] = own_traces(model, tokenizer, task, examples, TRACES,
+    traces, took["sampled_tokens"] = own_traces(model, tokenizer, task, examples, cfg["traces"],
                                                 cfg["max_new_tokens"], args.seed)
     took["traces"] = len(traces)
     return traces

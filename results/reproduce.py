@@ -72,8 +72,8 @@ METHODS = [
     ("Coconut", "coconut", "baselines.py --method coconut"),
     ("CoLaR", "colar", "baselines.py --method colar"),
 ]
-# Of each seed's LiteReason, when that has been trained.
-CONTROLS = ("controls", "eval.py --controls --model {litereason-lp} --sampling paper trained")
+# task: the run of each seed whose latents are replaced when it has been trained.
+CONTROLLED = {"tiny": "litereason-lp", "tiny.next_chapter": "litereason"}
 # Of each run: (directory behind the method's name, more flags for eval.py). baselines.py decodes in its own
 # ways, so its runs evaluate themselves: a row of theirs says "sampling" and "split" as eval.py's do, and is
 # of temperature 1 and of test stories where it says neither.
@@ -136,8 +136,8 @@ def jobs_of(task, seed):
             add(f"{method}-{kind}", f"{evaluation} {flags}", trained)
         for length, flags in LENGTHS.get(task, []) if name in ON_LENGTHS else []:
             add(f"{method}-length-{length}", f"{evaluation} {flags}", trained)
-        if method == "litereason-lp":
-            add(*CONTROLS)
+        if method == CONTROLLED[task]:
+            add("controls", f"eval.py --controls --model {places[method]} --sampling paper trained", trained)
     return found
 
 
@@ -453,11 +453,11 @@ def into_readme(name, text):
         with open(path, encoding="utf-8") as file:
             readme = file.read()
         begin = f"<!-- {name} -->\n"
-        end = f"\n<!-- /{name} -->"
-        if begin in readme and end in readme:
-            before, _, rest = readme.partition(begin)
-            _, _, after = rest.partition(end)
-            runs.write_text(path, before + begin + text + end + after)
+        end = f"<!-- /{name} -->"
+        before, mark, rest = readme.partition(begin)
+        _, end_mark, after = rest.partition(end)
+        if mark and end_mark:
+            runs.write_text(path, f"{before}{begin}{text}\n{end}{after}")
 
 
 # ============================================================ files
@@ -469,7 +469,7 @@ def write_tables(tasks, seeds):
         if not found:
             continue
         texts = {f"methods-{task}": table_of(task, found), f"costs-{task}": costs_of(task, found)}
-        folders = {seed: directory(task, CONTROLS[0], seed) for seed in seeds}
+        folders = {seed: directory(task, "controls", seed) for seed in seeds}
         texts |= write_evidence(HERE, task, rows, controls_of(folders))
         if task == "tiny":
             tested = controls_of(folders).get("paper")
@@ -532,7 +532,7 @@ def write_tables_of_model(args):
         name = f"{paper.short_name(args.model)}.{task}"
         path = os.path.join(args.tables_in, f"methods-{name}.json")
         runs.write_json(path, found)
-        folders = {seed: paper.directory(args, task, CONTROLS[0], seed) for seed in args.seeds}
+        folders = {seed: paper.directory(args, task, "controls", seed) for seed in args.seeds}
         evidence_texts = write_evidence(args.tables_in, name, rows, controls_of(folders))
         parts = [table_of(task, found), costs_of(task, found), paper.caption(args, task, found),
                  *evidence_texts.values()]

@@ -50,7 +50,7 @@ def test_the_tables_and_the_numbers_in_sentences_are_those_in_results(task):
 
 def test_a_table_is_put_between_its_marks_and_nowhere_else(tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce, "ROOT", str(tmp_path))
-    (tmp_path / "README.md").write_text("a\n<!-- t -->\nold\n<!-- /t -->\nb\n")
+    (tmp_path / "README.md").write_text("a\n<!-- t -->\n<!-- /t -->\nb\n")  # none yet
     for text in ("new", "| x |\n|---|"):
         reproduce.into_readme("t", text)
         assert (tmp_path / "README.md").read_text() == f"a\n<!-- t -->\n{text}\n<!-- /t -->\nb\n"

@@ -14,7 +14,7 @@ from data import improvement, perplexity
 from data.tiny import HOPS, OFFER, PEOPLE, SEEDS, collect, events_of
 from litereason import load, parse_tags
 
-SIZES = {"train": 480, "val": 100, "test": 200}
+SIZES = {"train": 6000, "val": 100, "test": 200}
 MEASURE = "reward"  # what a score of this task is called
 ANSWER = "In summary :"  # what follows is the plan, the only part that the scorer reads
 
