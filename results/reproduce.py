@@ -23,6 +23,7 @@ import os
 import re
 import shlex
 import sys
+import textwrap
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
@@ -399,7 +400,7 @@ def findings(found, controls):
     recipe = "the paper's recipe + length penalty"
     if recipe in found:
         told.append(f"**The paper's own recipe** (no target for a latent, base frozen until RL) ends at {of(recipe)} here.")
-    return "\n".join(f"- {sentence}" for sentence in told)
+    return "\n".join(textwrap.fill(f"- {sentence}", 110, subsequent_indent="  ") for sentence in told)
 
 
 PLAINLY = {
