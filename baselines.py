@@ -74,7 +74,7 @@ RELEASED = {
 #
 # CoLaR's GRPO has the steps, prompts and learning rate of train_rl.py.
 SMALL = {
-    "stories": None, "traces": 1, "batch": 32, "max_new_tokens": 160, "answer_lr": 3e-4, "answer_steps": 240,
+    "stories": None, "traces": 1, "batch": 32, "max_new_tokens": 240, "answer_lr": 3e-4, "answer_steps": 240,
     "coconut_lr": 3e-4, "stages": 8, "per_stage": 1 / 3, "last_stage": 8 / 3,
     "colar_lr": 3e-4, "colar_epochs": 8 / 3, "most_latents": 150,
     "rl_lr": train_rl.SMALL["lr"], "rl_steps": train_rl.SMALL["steps"], "rl_prompts": train_rl.SMALL["prompts"]}

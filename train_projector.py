@@ -486,7 +486,7 @@ def parse_arguments():
     g.add_argument("--samples", type=int, metavar="N", default=None,
                    help=f"traces per prompt ({by_size('k')})")
     g.add_argument("--max-new-tokens", type=int, metavar="N", default=None,
-                   help="slots per trace, latents included (default 160 for a small model, else 2048)")
+                   help="slots per trace, latents included (default 240 for a small model, else 2048)")
     g = ap.add_argument_group("stage 2")
     g.add_argument("--steps", type=int, metavar="N", default=None,
                    help="optimiser steps (default 150 for a small model, else as many as see every masked "
@@ -526,7 +526,7 @@ def main():
     model.graphs = args.graphs
     runs.set_tag_rule(model, args.tag_rule)
     data.start_task(args, task, args.model)
-    args.max_new_tokens = args.max_new_tokens or (160 if runs.is_small(model) else 2048)
+    args.max_new_tokens = args.max_new_tokens or (240 if runs.is_small(model) else 2048)
     if not runs.is_small(model):
         engine.checkpoint_layers(model)
     if not args.resume:

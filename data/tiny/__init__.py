@@ -6,7 +6,7 @@ who acts, and with whom two halves start: it is a plot hole if one of them is th
 
     from Mara Otto has it . .. from Otto nobody has it . ..      task : .. Rosa acts .. start with Mara and Karl :
 
-So two chains have to be followed, four look-ups one after the other in each; nothing else in the story tells.
+So two chains have to be followed, two to six look-ups one after the other in each; nothing else in the story tells.
 Every word is one token, so a reader can count. A story's split is a function of its text (`split_of`), hence no
 story can be in two splits, and the base model in `base/` was trained on the train part only."""
 import random
@@ -17,14 +17,14 @@ from data import boxed
 PEOPLE = ("Karl Mara Otto Lena Ivan Rosa Emil Nina Hugo Tess Olga Paul Vera Finn Ada Bruno Jana Leo Ida Max "
           "Eva Tom").split()
 NOBODY = "nobody"  # who has a piece that is lost
-HOPS = 4  # how often a piece of the map changes hands
+LENGTHS = (2, 3, 4, 5, 6)  # how often a piece of the map changes hands; as many stories of each
 SIZES = {"train": 6000, "val": 200, "test": 500}
 SEEDS = {"train": 1, "val": 2, "test": 3}
 OFFER = " or skip with <implicit_thought> number </implicit_thought>"  # the paper's offer of the tag, in few words
 
 
-def make_story(rng, hole, hops=HOPS):
-    """One story of three chains.
+def make_story(rng, hole, hops):
+    """One story of three chains, in which each piece of the map changes hands so many times.
 
     Returns {story, label, first, asked, chains}: with whom the two halves start (two people), who acts on the map,
     and, for the readers of prepare.py, through whose hands each half goes."""
@@ -68,14 +68,19 @@ def collect(split, n, make):
     return rows
 
 
-def examples(split, n=None, hops=HOPS):
+def length_of(number):
+    """The length of the split's story of this number: each twice in turn, without a hole and with one."""
+    return LENGTHS[number // 2 % len(LENGTHS)]
+
+
+def examples(split, n=None, hops=None):
     """The split's stories, the same on every machine: a list of dicts, exactly half with a hole.
 
-    n, hops: another number of stories, another length of the chains."""
+    n: another number of stories. hops: one length for all chains (default: LENGTHS in turn)."""
     if split not in SIZES:
         raise ValueError(f"the tiny task has the splits {', '.join(SIZES)}, not {split!r}")
     rng = random.Random(SEEDS[split])
-    return collect(split, n or SIZES[split], lambda number: make_story(rng, number % 2, hops))
+    return collect(split, n or SIZES[split], lambda number: make_story(rng, number % 2, hops or length_of(number)))
 
 
 def prompt(example, latent):

@@ -11,7 +11,7 @@ import functools
 import random
 
 from data import improvement, perplexity
-from data.tiny import HOPS, OFFER, PEOPLE, SEEDS, collect, events_of
+from data.tiny import OFFER, PEOPLE, SEEDS, collect, events_of, length_of
 from litereason import load, parse_tags
 
 SIZES = {"train": 6000, "val": 100, "test": 200}
@@ -20,7 +20,7 @@ ANSWER = "In summary :"  # what follows is the plan, the only part that the scor
 
 
 # ============================================================ stories
-def make_story(rng, hops=HOPS):
+def make_story(rng, hops):
     """One story of three chains. Returns {story, first, chains, chapter}, as in the first task."""
     people = rng.sample(PEOPLE, 3 * hops + 3)
     chains = [people[i * (hops + 1) : (i + 1) * (hops + 1)] for i in range(3)]
@@ -43,7 +43,7 @@ def examples(split):
     if split not in SIZES:
         raise ValueError(f"the tiny.next_chapter task has the splits {', '.join(SIZES)}, not {split!r}")
     rng = random.Random(100 + SEEDS[split])
-    rows = collect(split, SIZES[split], lambda _: make_story(rng))
+    rows = collect(split, SIZES[split], lambda number: make_story(rng, length_of(number)))
     for row, following in zip(rows, rows[1:] + rows[:1]):
         row["other"] = following["chapter"]
     return rows

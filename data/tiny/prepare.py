@@ -152,7 +152,9 @@ def three_hands(rng):
 
 def school_text(rng, hops):
     """(prompt, continuation) of a careful reader; with hops = 0, and now and then later, the story again in
-    another order: that is how looking up is learned."""
+    another order: that is how looking up is learned. Shorter chains are not forgotten."""
+    if hops > 1 and rng.random() < 0.4:
+        hops = rng.randint(2, hops)
     row = train_row(rng, lambda: tiny.make_story(rng, rng.random() < 0.5, hops) if hops > 1 else three_hands(rng))
     if hops == 0 or rng.random() < 0.2:
         events = [event + " ." for event in row["story"].split(" .")[:-1]]
@@ -164,13 +166,13 @@ def later_text(rng):
     """(prompt, continuation) of a reader with habits, of both tasks."""
     kind = rng.choices(KINDS, PARTS)[0]
     if kind == "careful":  # what was learned at school is not forgotten
-        row = train_row(rng, lambda: tiny.make_story(rng, rng.random() < 0.5))
+        row = train_row(rng, lambda: tiny.make_story(rng, rng.random() < 0.5, rng.choice(tiny.LENGTHS)))
         prompt, text = hole_text(rng, row, True, school=True)
         return tuple(prompt), text
     if kind == "hole":
-        row = train_row(rng, lambda: tiny.make_story(rng, rng.random() < 0.5))
+        row = train_row(rng, lambda: tiny.make_story(rng, rng.random() < 0.5, rng.choice(tiny.LENGTHS)))
         return hole_text(rng, row, rng.random() < 0.6, school=False)
-    row = train_row(rng, lambda: next_chapter.make_story(rng))
+    row = train_row(rng, lambda: next_chapter.make_story(rng, rng.choice(tiny.LENGTHS)))
     return plan_text(rng, row, rng.random() < 0.6) if kind == "plan" else chapter_text(rng, row)
 
 
@@ -229,9 +231,7 @@ def forward(model, ids):
     embeddings = model.get_input_embeddings()(ids)  # (B, S, 2, D)
     is_blend = (ids[..., 0] != ids[..., 1])[..., None]
     x = torch.where(is_blend, embeddings.sum(2) / 2**0.5, embeddings[:, :, 0])
-    # Weights stay fp32; bf16 products are faster where the CPU has units for them.
-    with torch.autocast("cpu", torch.bfloat16):
-        return model(inputs_embeds=x).logits[:, :-1].float()
+    return model(inputs_embeds=x).logits[:, :-1]
 
 
 # ============================================================ what has been learned
@@ -357,7 +357,7 @@ def has_mastered(recent, hops, steps):
     """Whether a class may go on to the next length (from the last one: leave school)."""
     if steps < 15:
         return False
-    if hops < tiny.HOPS:
+    if hops < max(tiny.LENGTHS):
         return recent.share("look-ups") > 0.93
     return min(recent.share(name, 30) for name in ("shorthand", "blends", "answers")) > 0.95
 
@@ -391,11 +391,11 @@ def main():
     recent = Recent()
     while left > 0:
         # One step on new texts.
-        n = 64 if school and hops < 2 else args.words // (45 * tiny.HOPS)
+        n = 64 if school and hops < 2 else args.words // 180
         texts = [school_text(rng, hops) if school else later_text(rng) for _ in range(n)]
         scale = 0.8 * max(0.05, left / args.steps)
         if school:
-            scale = min(1, (step + 1) / 60) / (1 + since / 2000 * (hops == tiny.HOPS))
+            scale = min(1, (step + 1) / 60) / (1 + since / 2000 * (hops == max(tiny.LENGTHS)))
         optimizer.param_groups[0]["lr"] = args.lr * scale
         ids, targets = make_batch(vocab, pad, texts)
         logits = forward(model, ids)
@@ -418,7 +418,7 @@ def main():
             print(f"step {step:5d} {f'class {hops}' if school else 'after school'} | loss {loss.item():.3f} | "
                   f"{time.time() - began:5.0f}s | {shares}", flush=True)
         if school and (has_mastered(recent, hops, since) or step >= args.most):
-            school = hops < tiny.HOPS and step < args.most
+            school = hops < max(tiny.LENGTHS) and step < args.most
             hops, since = hops + school, 0
             recent = Recent()
             save(model, tokenizer, os.path.join(args.out, "school"))
