@@ -42,12 +42,12 @@ from litereason import (CAP, CLOSE, LATENT, OPEN, Rollout, UserError, generate, 
 # Share of the sentences that become tags; versions per trace and ratio (paper Sec. 3.3)
 RATIOS, VERSIONS = (0.10, 0.25), 5
 VERSIONS_TOGETHER = 4  # of one trace in a batch of stage 2, with --targets words
-AT_ONCE = 32  # prompts for which stage 1 samples traces before it writes them down
+AT_ONCE = 160  # traces that stage 1 samples before it writes those down that it keeps
 
 # The released settings, and what a model of under 50 M parameters trained from scratch needs.
 RELEASED = {"prompts": None, "k": 5, "lr": 1e-4, "batch": 16, "steps": None,
             "targets": "none", "words": 2, "noise": 0.5, "train_base": 0.0}
-SMALL = {"prompts": 1500, "k": 1, "lr": 2e-3, "batch": 64, "steps": 200,
+SMALL = {"prompts": 1500, "k": 1, "lr": 2e-3, "batch": 32, "steps": 200,
          "targets": "words", "words": 2, "noise": 0.5, "train_base": 5e-4}
 
 
@@ -56,14 +56,15 @@ def collect_traces(model, tokenizer, task, examples, k, max_new_tokens, seed, pa
     """Stage 1: k samples per example, those with reward > 0 that are whole (keep_cut: or not) kept ->
     [{"example", "prompt", "text"}].
 
-    `path` has a line for the settings and one for each AT_ONCE prompts, written when they are done: what is
+    `path` has a line for the settings and one for each AT_ONCE samples, written when they are done: what is
     there with the same settings is not sampled again. The draws of a line follow from the seed and its number
     alone, so a stopped stage 1 loses one at most. The base has no trained projector yet, so tags that it
     writes run no latents (latent="none"); with tag="forbidden" it writes none."""
     header = _settings_of_traces(model, task, examples, k, max_new_tokens, seed, tag)
     header |= {"keep_cut": True} if keep_cut else {}
     lines = _lines_already_there(path, header)
-    starts = range(0, len(examples), AT_ONCE)
+    together = max(1, AT_ONCE // k)  # prompts
+    starts = range(0, len(examples), together)
     if lines:
         n_traces = sum(map(len, lines))
         print(f"stage 1: {n_traces} traces are in {path} already, {len(lines)} of {len(starts)} lines of it")
@@ -74,9 +75,9 @@ def collect_traces(model, tokenizer, task, examples, k, max_new_tokens, seed, pa
         bar = tqdm(total=k * len(examples), desc="stage 1", leave=False)
         for number, start in enumerate(starts):
             if number < len(lines):
-                bar.update(k * len(examples[start : start + AT_ONCE]))
+                bar.update(k * len(examples[start : start + together]))
                 continue
-            asked = examples[start : start + AT_ONCE]
+            asked = examples[start : start + together]
             prompts = [task.prompt(example, True) for example in asked]
             generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
             rollouts = generate(model, tokenizer, prompts, k, max_new_tokens, latent="none", generator=generator,
@@ -105,7 +106,7 @@ def _settings_of_traces(model, task, examples, k, max_new_tokens, seed, tag):
         "prompts": len(examples),
         "k": k,
         "max_new_tokens": max_new_tokens,
-        "at_once": AT_ONCE,
+        "at_once": max(1, AT_ONCE // k),
         "seed": seed,
         "tag": tag,
         "reward": own["reward"],
@@ -500,7 +501,7 @@ def parse_arguments():
                    "(default 200)")
     g.add_argument("--save-every", type=int, metavar="N", default=50,
                    help="steps of stage 2 between two states on the disk, from which --resume continues; "
-                   "the last two are kept; stage 1 keeps each 32 prompts' traces (default 50)")
+                   "the last two are kept; stage 1 keeps each 160 samples' traces (default 50)")
     runs.device_flags(g)
     g = ap.add_argument_group("as released")
     g.add_argument("--betas", type=float, nargs=2, default=[0.9, 0.95], metavar="B",
