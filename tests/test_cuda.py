@@ -1,0 +1,142 @@
+"""On a real GPU (skipped without one): the decoding loop, the scorer and the roll-out of latents give what the definition gives.
+
+The pretended device (test_pretend_cuda.py) says what CUDA refuses; kernels, rounding and graphs can only be tried here."""
+import copy
+import dataclasses
+import warnings
+
+import pytest
+import torch
+from conftest import close
+
+import engine
+from data import tiny
+from litereason import LATENT, generate, load, logprobs, naive_score, policy_loss, projector_loss
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(),
+                                reason="needs a GPU")
+
+
+@pytest.fixture
+def model_and_tokenizer():
+    model, tokenizer = load("tiny", "cuda")
+    torch.manual_seed(0)
+    with torch.no_grad():  # an untrained projector, at a size where latents matter
+        for p in model.reasoning_projector.parameters():
+            p.normal_(0.0, 0.05)
+    return model, tokenizer
+
+
+@pytest.fixture
+def exact(model_and_tokenizer):
+    """The same in float64, where rounding decides nothing."""
+    model, tokenizer = model_and_tokenizer
+    model.bf16 = False
+    return model.double(), tokenizer
+
+
+def sampled(model, tokenizer, limit=80, samples=16, n=8, **settings):
+    prompts = [tiny.prompt(example, True) for example in tiny.examples("val")[:n]]
+    return generate(model, tokenizer, prompts, samples, limit, generator=torch.Generator().manual_seed(0), **settings)
+
+
+def largest_difference(model, rows):
+    logp, scored = logprobs(model, rows)
+    differences = [(line[mask].cpu() - r.logprobs[[s != LATENT for s in r.slots]].cpu()).abs()
+                   for line, mask, r in zip(logp.detach(), scored, rows)]
+    return float(torch.cat(differences).max())
+
+
+def test_sampler_scorer_and_definition_agree(exact):
+    model, tokenizer = exact
+    rows = sampled(model, tokenizer)
+    assert sum(r.n_latents for r in rows) > 20
+    assert largest_difference(model, rows) < 1e-6
+    for r in rows[::16]:
+        with torch.no_grad():
+            _, latents, logps = naive_score(model, r.prompt_ids, r.slots)
+        close(r.latents.cpu(), latents.cpu(), 1e-6)
+        close(r.logprobs.cpu(), logps.cpu(), 1e-6)
+
+
+def test_sampler_and_scorer_agree_in_bf16_to_its_rounding(model_and_tokenizer):
+    model, tokenizer = model_and_tokenizer
+    assert model.bf16
+    assert largest_difference(model, sampled(model, tokenizer)) < 0.5
+
+
+def test_a_recorded_step_gives_the_rollouts_of_a_plain_one(exact):
+    model, tokenizer = exact
+    plain = sampled(model, tokenizer)
+    model.graphs = True
+    played = sampled(model, tokenizer)
+    assert model.graphs, "the step could not be recorded"
+    for a, b in zip(plain, played, strict=True):
+        assert a.slots == b.slots
+        close(a.logprobs, b.logprobs, 1e-6)
+
+
+def test_a_row_alone_is_the_row_in_a_batch(exact):
+    model, tokenizer = exact
+    together = sampled(model, tokenizer)
+    few = sampled(model, tokenizer, rows=16)
+    assert [r.slots for r in together] == [r.slots for r in few]
+
+
+def test_between_two_looks_the_host_waits_for_nothing(model_and_tokenizer):
+    model, tokenizer = model_and_tokenizer
+    sampled(model, tokenizer)  # what is made once
+
+    def waits(limit):
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                rows = sampled(model, tokenizer, limit)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        steps = max(len(r.slots) for r in rows)
+        return sum("synchroniz" in str(w.message) for w in seen), steps
+
+    few, short = waits(10)
+    many, long = waits(80)
+    assert many - few <= 6 * ((long - short) / engine.LOOK + 1), (few, short, many, long)
+
+
+def test_gradients_are_those_of_a_cpu(exact):
+    """The policy's update and the projector's."""
+    on_gpu, tokenizer = exact
+    rows = [r for r in sampled(on_gpu, tokenizer) if r.n_latents][:12]
+    rows = [dataclasses.replace(r, latents=r.latents.cpu(), logprobs=r.logprobs.cpu()) for r in rows]
+    on_cpu = load("tiny", "cpu")[0].double()
+    on_cpu.load_state_dict({name: value.cpu() for name, value in on_gpu.state_dict().items()})
+    gradients = []
+    for model in (on_cpu, on_gpu):
+        advantages = torch.linspace(-1, 1, len(rows), device=model.device)
+        logp, scored = logprobs(model, rows)
+        policy_loss(logp, logp.detach(), advantages, scored, len(rows))[0].backward()
+        projector_loss(model, rows)[0].backward()
+        gradients.append({name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, g in gradients[0].items():
+        close(gradients[1][name] / g.abs().max(), g / g.abs().max(), 1e-5)
+
+
+def test_offloaded_masters_get_the_same_gradients(model_and_tokenizer):
+    model, tokenizer = model_and_tokenizer
+    rows = sampled(model, tokenizer)[:32]
+
+    def gradients(model, masters, base):
+        logp, scored = logprobs(model, rows)
+        (-logp.sum() / scored.sum()).backward()
+        engine.wait_for_gradients(model)
+        engine.gradients_to_masters(base, masters)
+        return [p.grad.cpu() for p in masters]
+
+    plain = copy.deepcopy(model)
+    base = engine.base_parameters(plain)
+    expected = gradients(plain, base, base)
+    base = engine.base_parameters(model)
+    found = gradients(model, engine.offload(model, base), base)
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).abs().max() <= 1e-2 * max(1e-6, float(b.abs().max()))
