@@ -770,7 +770,7 @@ def main():
     vals = task.examples("val")[:CHECKED]
     tests = task.examples("test")[: args.n]
     model, tokenizer = load(args.model, args.device)
-    model.graphs = args.graphs
+    runs.use_graphs(model, args.graphs)
     cfg = settings(args, model)
     examples = examples[: cfg["stories"]]
     data.start_task(args, task, args.model)

@@ -394,7 +394,7 @@ def parse_arguments():
     g.add_argument("--split", default="test", help="train, val or test (default test)")
     g.add_argument("--n", type=int, default=None, help="examples, the split's first (default all)")
     g.add_argument("--hops", type=int, default=None, metavar="N",
-                   help="tiny: stories whose chains have N hand-overs, 2 to 7 (default 4)")
+                   help="tiny: stories whose chains have N hand-overs, 2 to 7 (default 2 to 6, as many of each)")
     g.add_argument("--samples", type=int, metavar="N", default=1, help="answers per example (default 1)")
     g.add_argument("--seed", type=int, default=0, help="of all draws (default 0)")
     g = ap.add_argument_group("how answers are sampled")
@@ -476,7 +476,7 @@ def main():
     for name in args.model:
         model, tokenizer = load(name.partition(":")[0], args.device)
         engine.freeze(model)
-        model.graphs = args.graphs
+        runs.use_graphs(model, args.graphs)
         for sampling in args.sampling:
             settings = settings_of(args, name, model, sampling)
             own = (args, name, sampling, model, tokenizer, task, examples, elsewhere, settings)

@@ -98,9 +98,10 @@ def pace(model, tokenizer, prompts, args):
             f"without evaluation and stages 1 and 2")
 
 
-def measure(model, tokenizer, prompts, args, steps=16):
+def measure(model, tokenizer, prompts, args):
     """-> Pace. Measured after a warm-up: as many rows as are decoded at once, with the longest prompts, for a
     few steps; and one forward and backward pass of the update at its full size."""
+    steps = 64 if model.graphs else 16  # a recording serves 64
     at_once = min(args.prompts, _groups_at_once(args))
     longest = sorted(prompts, key=len)[-at_once:]
 
@@ -125,6 +126,7 @@ def measure(model, tokenizer, prompts, args, steps=16):
     to_begin, step = step_of(decode)
     _, alone = step_of(decode_one)
     rollouts = _longest_rollouts(model, longest[-1], args)
+    update(rollouts)  # of this size too: on a GPU it took ten times as long as the second
     one_pass = seconds_of(model, lambda: update(rollouts))
     positions = len(longest[-1]) + sum(len(r.slots) for r in rollouts)
     return Pace(at_once * args.group, to_begin, step, alone, one_pass / positions)

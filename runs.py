@@ -640,9 +640,14 @@ def out_flags(group, what, default):
 def device_flags(group):
     """Where a script runs, and how a GPU is used."""
     group.add_argument("--device", default=None, help="cpu or cuda (default: cuda if there is one)")
-    group.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=False,
+    group.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True,
                        help="on CUDA, record the decoding step as a graph and replay it; where that fails it "
-                       "runs without; not yet tried on a GPU (default off)")
+                       "runs without (default on)")
+
+
+def use_graphs(model, wanted):
+    """--graphs; a CPU has none."""
+    model.graphs = wanted and model.device.type == "cuda"
 
 
 def tag_rule_flag(group):

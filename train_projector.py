@@ -524,7 +524,7 @@ def main():
     runs.check_what_is_there(args)
     task.examples("train")  # what is missing is said before a model is fetched
     model, tokenizer = load(args.model, args.device)
-    model.graphs = args.graphs
+    runs.use_graphs(model, args.graphs)
     runs.set_tag_rule(model, args.tag_rule)
     data.start_task(args, task, args.model)
     args.max_new_tokens = args.max_new_tokens or (240 if runs.is_small(model) else 2048)

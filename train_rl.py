@@ -499,7 +499,7 @@ def main():
     # The model, with the settings for its size.
     source = runs.source_of_weights(args, saved)
     model, tokenizer = load(source, args.device)
-    model.graphs = args.graphs
+    runs.use_graphs(model, args.graphs)
     runs.set_tag_rule(model, args.tag_rule)
     data.start_task(args, task, args.model)
     for name, value in (SMALL if runs.is_small(model) else RELEASED).items():

@@ -1,4 +1,4 @@
-"""What is to be measured on a GPU, ready to run: Qwen2.5-1.5B's real shape with random weights. Nobody has run it on one yet (README).
+"""What is to be measured on a GPU, ready to run: Qwen2.5-1.5B's real shape with random weights. What an H100 gave is in results/gpu.json.
 
     python tests/bench_gpu.py --json results/gpu.json      # all rows, each in a process of its own, on the first CUDA device
     python tests/bench_gpu.py --rows f --device cpu --small        # a toy shape, to see that the harness works
@@ -27,7 +27,7 @@ from transformers import AutoConfig, Qwen2Config, Qwen2ForCausalLM
 import card
 import runs
 from bench import NEVER, tags_fire, their_generate
-from engine import base_parameters, checkpoint_layers, gradients_to_masters, offload, pack, wait_for_gradients, weights_from_masters
+from engine import base_parameters, checkpoint_layers, forget_gradients, gradients_to_masters, offload, pack, wait_for_gradients, weights_from_masters
 from litereason import (LATENT, Rollout, attach, generate, group_advantages, load, logprobs, policy_loss,
                         projector_loss)
 
@@ -117,6 +117,17 @@ def grpo(args, P=48, G=16, L=1024, S=256):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         weights_from_masters(base, masters)
+
+    # Before the clock starts: AdamW's moments are in memory, and the kernels of the update have been called.
+    for p in masters:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    few = [Rollout(prompt, prompt[:S], torch.zeros(0, model.config.hidden_size)) for prompt in random_prompts(model, 1, L) for _ in range(G)]
+    for part in pack(few, plan.tokens_per_forward):
+        logprobs(model, [few[i] for i in part])[0].sum().backward()
+        wait_for_gradients(model)
+    forget_gradients(model)
 
     for name, run in (("sample", sample), ("update", update), ("step", step)):
         torch.cuda.reset_peak_memory_stats() if args.device == "cuda" else None

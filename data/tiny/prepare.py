@@ -341,7 +341,7 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default=os.path.join(here, "base"), help="directory for the model")
-    parser.add_argument("--steps", type=int, default=1200, help="optimiser steps after school")
+    parser.add_argument("--steps", type=int, default=2000, help="optimiser steps after school")
     parser.add_argument("--most", type=int, default=4000,
                         help="most steps at school, which ends when reading is mastered")
     parser.add_argument("--lr", type=float, default=1.5e-3, help="learning rate (AdamW); falls after school")
@@ -351,6 +351,10 @@ def parse_arguments():
     parser.add_argument("--check", action="store_true",
                         help="measure the three properties of the model in --out instead; exit 1 if one is missing")
     return parser.parse_args()
+
+
+def make_optimizer(model):
+    return torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
 
 
 def has_mastered(recent, hops, steps):
@@ -380,7 +384,7 @@ def main():
     model = make_model(len(vocab), pad)
     if args.init:
         model = Qwen3ForCausalLM.from_pretrained(args.init, attn_implementation="eager")
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = make_optimizer(model)
 
     model.train()
     began = time.time()
@@ -422,6 +426,9 @@ def main():
             hops, since = hops + school, 0
             recent = Recent()
             save(model, tokenizer, os.path.join(args.out, "school"))
+            if not school:  # from here on as with --init
+                rng = random.Random(args.seed)
+                optimizer = make_optimizer(model)
     save(model, tokenizer, args.out)
 
 
