@@ -47,8 +47,8 @@ AT_ONCE = 160  # traces that stage 1 samples before it writes those down that it
 # The released settings, and what a model of under 50 M parameters trained from scratch needs.
 RELEASED = {"prompts": None, "k": 5, "lr": 1e-4, "batch": 16, "steps": None,
             "targets": "none", "words": 2, "noise": 0.5, "train_base": 0.0}
-SMALL = {"prompts": 1500, "k": 1, "lr": 2e-3, "batch": 32, "steps": 200,
-         "targets": "words", "words": 2, "noise": 0.5, "train_base": 5e-4}
+SMALL = {"prompts": 1500, "k": 1, "lr": 4e-3, "batch": 32, "steps": 400,
+         "targets": "words", "words": 2, "noise": 0.2, "train_base": 0.0}
 
 
 # ============================================================ stage 1: the model's own traces

@@ -47,7 +47,7 @@ BARE = 0.7     # share of tags with nothing behind them; behind the others stand
 BLENDED = 0.4   # share of shorthand in which the two words of a round are one position, their embeddings added
 
 KINDS = ("hole", "careful", "plan", "chapter")  # what is read after school
-PARTS = (50, 35, 10, 5)  # .. in parts of 100
+PARTS = (40, 45, 10, 5)  # .. in parts of 100
 MOST = 5        # the highest number in a tag
 
 EOS = "<|endoftext|>"
