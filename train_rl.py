@@ -55,7 +55,7 @@ RELEASED = {
     "clip": 0.2, "overlong_buffer": 0, "refresh_lr": 1e-4, "refresh_share": 0.1, "targets": "none", "words": 2,
     "rows": 256, "tokens_per_forward": 16_384, "checkpoint_layers": True, "save_every": 16}
 SMALL = {
-    "lr": 6e-5, "group": 16, "prompts": 16, "minibatches": 1, "steps": 48, "max_new_tokens": 240,
+    "lr": 1.2e-4, "group": 16, "prompts": 16, "minibatches": 1, "steps": 24, "max_new_tokens": 240,
     "clip": 0.2, "overlong_buffer": 240, "refresh_lr": 1e-4, "refresh_share": 0.1, "targets": "words", "words": 2,
     "rows": 512, "tokens_per_forward": 12_000, "checkpoint_layers": False, "save_every": 4}
 PLANNED = ("rows", "tokens_per_forward", "checkpoint_layers", "offload")

@@ -40,32 +40,30 @@ from runs import UserError
 
 # (name in the tables, directory, command), in the order of the tables and of the runs. {NAME} is the
 # directory of another row, which is run before, or a number of TASKS. An eval.py row trains nothing.
-STAGES = "--targets words --train-base 5e-4 --prompts 6000 --samples 1 --steps 1200 --batch 64 --lr 2e-3"
-PENALTY = "--lr 6e-5 --overlong-buffer {most}"
-NO_PENALTY = "--lr 1.5e-4 --overlong-buffer 0"
+STAGES = "train_projector.py --prompts 6000 --steps 1200"
+PENALTY = "--steps 96"  # the default's, from the first slot on
+NO_PENALTY = "--steps 96 --overlong-buffer 0"
 METHODS = [
     ("base, explicit reasoning", "base", "eval.py --model tiny:plain"),
     ("base, tag prompt", "base-tag", "eval.py --model tiny"),
-    ("LiteReason before RL", "projector", f"train_projector.py {STAGES}"),
+    ("LiteReason before RL", "projector", STAGES),
     ("LiteReason + length penalty", "litereason-lp", f"train_rl.py --model {{projector}} {PENALTY}"),
     ("LiteReason + length penalty, its latents taken away", "litereason-lp-text",
      "eval.py --model {litereason-lp} --latent none"),
     ("RL with tags + length penalty", "tag-lp", f"train_rl.py --method tag {PENALTY}"),
     ("RL without latents", "rl", f"train_rl.py --method grpo {NO_PENALTY}"),
-    ("RL with tags + length penalty, after stage 2", "written-lp",
-     f"train_rl.py --model {{projector}} --method tag {PENALTY}"),
     ("RL + length penalty", "rl-lp", f"train_rl.py --method grpo {PENALTY}"),
-    ("LiteReason", "litereason", "train_rl.py --model {projector} --lr 6e-5 --overlong-buffer 0"),
+    ("LiteReason", "litereason", f"train_rl.py --model {{projector}} {NO_PENALTY}"),
     ("LiteReason, its latents taken away", "litereason-text", "eval.py --model {litereason} --latent none"),
     ("RL with tags, no latents", "tag", f"train_rl.py --method tag {NO_PENALTY}"),
-    ("RL + late length penalty", "rl-late", "train_rl.py --method grpo --lr 1.5e-4 --overlong-buffer {late}"),
-    ("the paper's recipe, before RL", "paper-stages",
-     "train_projector.py --targets none --prompts 6000 --samples 1 --steps 300 --batch 64 --lr 1e-3"),
+    ("RL + late length penalty", "rl-late", "train_rl.py --method grpo --steps 96 --overlong-buffer {late}"),
+    ("the paper's recipe, before RL", "paper-stages", f"{STAGES} --targets none --lr 1e-3"),
     ("the paper's recipe + length penalty", "paper-lp", f"train_rl.py --model {{paper-stages}} {PENALTY}"),
-    ("the paper's recipe", "paper", "train_rl.py --model {paper-stages} --lr 6e-5 --overlong-buffer 0"),
-    ("base frozen, before RL", "frozen", f"train_projector.py {STAGES} --train-base 0"),
-    ("base frozen + length penalty", "frozen-lp", f"train_rl.py --model {{frozen}} {PENALTY}"),
-    ("no noise, before RL", "clean", f"train_projector.py {STAGES} --noise 0"),
+    ("the paper's recipe", "paper", f"train_rl.py --model {{paper-stages}} {NO_PENALTY}"),
+    ("base trained too, before RL", "both", f"{STAGES} --train-base 5e-4"),
+    ("base trained too + length penalty", "both-lp", f"train_rl.py --model {{both}} {PENALTY}"),
+    ("no noise, before RL", "clean", f"{STAGES} --noise 0"),
+    ("no noise + length penalty", "clean-lp", f"train_rl.py --model {{clean}} {PENALTY}"),
     ("pause tokens + length penalty", "pause-lp", f"train_rl.py --projector pause --targets none {PENALTY}"),
     ("answer at once", "answer", "baselines.py --method answer"),
     ("MoI", "moi", "baselines.py --method moi"),
@@ -83,7 +81,7 @@ KINDS = ("paper", "trained", "train")  # of rows: test stories at two samplings,
 # The length penalty grows from the first token to 1 at the limit of 240; the late one begins 60 tokens
 # before it. The paper does not give its own. Next chapters earn percents, beside which a penalty of at most
 # 1 is nothing: none is run there.
-TASKS = {"tiny": {"most": 240, "late": 60}, "tiny.next_chapter": {}}
+TASKS = {"tiny": {"late": 60}, "tiny.next_chapter": {}}
 # task: [(length of the chain, flags of eval.py that make it so)]: these methods are evaluated at each length.
 LENGTHS = {"tiny": [(hops, f"--hops {hops}") for hops in (2, 3, 4, 5, 6)]}
 ON_LENGTHS = ["RL without latents", "LiteReason + length penalty",
