@@ -147,7 +147,7 @@ def add_flags(group):
     group.add_argument("--words", type=int, default=None, help="words in the target of a latent (default 2)")
     group.add_argument("--noise", type=float, default=None,
                        help="with --targets words: noise on the targets that are fed in stage 2, as a share of their "
-                            "size (default 0.5)")
+                            "size (default 0.2)")
     group.add_argument("--train-base", type=float, default=None, metavar="LR",
                        help="with --targets words: the base learns too in stage 2, at this rate (default 0: it is "
-                            "frozen, as in the paper; for a small model 5e-4)")
+                            "frozen, as in the paper)")

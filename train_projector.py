@@ -12,7 +12,7 @@ micro-batches instead of averaged, so that its clip of 0.2 bites harder; here th
 batch's tokens is clipped. (4) Its AdamW has the betas 0.9 and 0.999 (--betas), and it takes no trace of more than
 4,096 tokens (--max-length).
 
-    python train_projector.py                               # the tiny model: half a minute on 2 cores
+    python train_projector.py                               # the tiny model: a minute and a half on 2 cores
     python train_projector.py --model Qwen2.5-1.5B          # the paper's plot holes, on one GPU
     python train_projector.py --steps 2 --prompts 8 --n 8   # a smoke run
     python train_projector.py --resume out/tiny-projector   # continue a stopped run: on a CPU bit for bit
@@ -46,7 +46,7 @@ AT_ONCE = 160  # traces that stage 1 samples before it writes those down that it
 
 # The released settings, and what a model of under 50 M parameters trained from scratch needs.
 RELEASED = {"prompts": None, "k": 5, "lr": 1e-4, "batch": 16, "steps": None,
-            "targets": "none", "words": 2, "noise": 0.5, "train_base": 0.0}
+            "targets": "none", "words": 2, "noise": 0.2, "train_base": 0.0}
 SMALL = {"prompts": 1500, "k": 1, "lr": 4e-3, "batch": 32, "steps": 400,
          "targets": "words", "words": 2, "noise": 0.2, "train_base": 0.0}
 
@@ -490,7 +490,7 @@ def parse_arguments():
                    help="slots per trace, latents included (default 240 for a small model, else 2048)")
     g = ap.add_argument_group("stage 2")
     g.add_argument("--steps", type=int, metavar="N", default=None,
-                   help="optimiser steps (default 150 for a small model, else as many as see every masked "
+                   help="optimiser steps (default 400 for a small model, else as many as see every masked "
                    "trace once)")
     g.add_argument("--batch", type=int, metavar="N", default=None,
                    help=f"traces per optimiser step ({by_size('batch')})")

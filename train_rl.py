@@ -14,7 +14,7 @@ current weights, as released. (5) The learning rate is constant; the released sc
 default (--lr-schedule cosine). (6) The refresh steps on 16 traces at a time, with a clipped gradient; the
 released one on one trace per GPU, unclipped (--refresh-batch, --refresh-clip).
 
-    python train_rl.py                                # the tiny model, all stages, a table: 2 minutes, 2 cores
+    python train_rl.py                                # the tiny model, all stages, a table: 3 minutes, 2 cores
     python train_rl.py --method grpo                  # the same RL without latents, for comparison
     python train_rl.py --resume out/tiny-litereason   # continue a stopped run, exactly: on a CPU bit for bit
     python train_rl.py --model Qwen2.5-1.5B           # the paper's plot holes on one GPU; before it, once:

@@ -20,9 +20,10 @@ PAIRS = [
     ("LiteReason", "LiteReason, its latents taken away"),
     ("LiteReason + length penalty", "RL + length penalty"),
     ("LiteReason + length penalty", "RL with tags + length penalty"),
-    ("LiteReason + length penalty", "RL with tags + length penalty, after stage 2"),
     ("LiteReason + length penalty", "the paper's recipe + length penalty"),
-    ("LiteReason + length penalty", "base frozen + length penalty"),
+    ("LiteReason + length penalty", "base trained too + length penalty"),
+    ("LiteReason + length penalty", "no noise + length penalty"),
+    ("LiteReason + length penalty", "pause tokens + length penalty"),
     ("LiteReason + length penalty", "LiteReason + length penalty, its latents taken away"),
 ]
 
@@ -42,9 +43,7 @@ for ours, theirs, words in [
         ("LiteReason + length penalty", "RL with tags + length penalty",
          "LiteReason beats tags alone under the same penalty"),
         ("LiteReason + length penalty", "LiteReason + length penalty, its latents taken away",
-         "LiteReason beats its own tags as text under the penalty"),
-        ("LiteReason + length penalty", "RL with tags + length penalty, after stage 2",
-         "LiteReason beats tags alone under the same penalty and after the same stage 2")]:
+         "LiteReason beats its own tags as text under the penalty")]:
     tests = [("tokens saved", (ours, theirs), 0.0), ("accuracy gained", (ours, theirs), EQUAL)]
     CLAIMS.append((f"{words}: fewer slots at equal accuracy", "all", tests))
 for control, words in [("other", "another story's latents"), ("noise", "noise"), ("mean", "the mean latent")]:

@@ -41,7 +41,7 @@ from runs import UserError
 # (name in the tables, directory, command), in the order of the tables and of the runs. {NAME} is the
 # directory of another row, which is run before, or a number of TASKS. An eval.py row trains nothing.
 STAGES = "train_projector.py --prompts 6000 --steps 1200"
-PENALTY = "--steps 96"  # the default's, from the first slot on
+PENALTY = "--steps 96 --overlong-buffer {most}"
 NO_PENALTY = "--steps 96 --overlong-buffer 0"
 METHODS = [
     ("base, explicit reasoning", "base", "eval.py --model tiny:plain"),
@@ -81,7 +81,7 @@ KINDS = ("paper", "trained", "train")  # of rows: test stories at two samplings,
 # The length penalty grows from the first token to 1 at the limit of 240; the late one begins 60 tokens
 # before it. The paper does not give its own. Next chapters earn percents, beside which a penalty of at most
 # 1 is nothing: none is run there.
-TASKS = {"tiny": {"late": 60}, "tiny.next_chapter": {}}
+TASKS = {"tiny": {"most": 240, "late": 60}, "tiny.next_chapter": {}}
 # task: [(length of the chain, flags of eval.py that make it so)]: these methods are evaluated at each length.
 LENGTHS = {"tiny": [(hops, f"--hops {hops}") for hops in (2, 3, 4, 5, 6)]}
 ON_LENGTHS = ["RL without latents", "LiteReason + length penalty",
@@ -360,8 +360,10 @@ def headline(found, controls):
     return "\n".join(lines)
 
 
-def findings(found, controls):
-    """The README's findings, one sentence each, from the same numbers as the tables. What was not run is left out."""
+def findings(found, controls, lengths=()):
+    """The README's findings, one sentence each, from the same numbers as the tables. What was not run is left out.
+
+    lengths: rows of lengths_of."""
 
     def of(name):
         return f"{found[name]['accuracy']:.3f} in {found[name]['tokens']:.1f} tokens"
@@ -395,13 +397,28 @@ def findings(found, controls):
             f"**Latents against words.** Under the same penalty RL with the tag as plain text learns written shorthand: "
             f"{of(words)}. Latents take {100 * (1 - found[ours]['tokens'] / found[words]['tokens']):.0f} % fewer positions, at "
             f"{gap:+.1f} points.")
+    if lengths:
+        parts = [over_lengths(lengths, name, short) for name, short in (
+            (ours, "LiteReason"), (words, "RL with tags"), (rl, "RL without latents"))]
+        told.append(f"**Longer chains** ({lengths[0]['length']} to {lengths[-1]['length']} hand-overs): "
+                    f"{'; '.join(filter(None, parts))}.")
     recipe = "the paper's recipe + length penalty"
     if recipe in found:
         told.append(
-            f"**The paper's own recipe** (no target for a latent, base frozen until RL) ends at {of(recipe)} here "
-            f"(seeds: {found[recipe]['runs']}). It had a quarter of our updates in stage 2, at half our rate, and is not "
-            f"tuned as hard: this is no verdict on it.")
+            f"**The paper's own recipe**, the same but for the targets of the latents, ends at {of(recipe)} here "
+            f"(seeds: {found[recipe]['runs']}). That is a finding about a model of two layers that has learned little "
+            f"but this world, not about the paper's.")
     return "\n".join(textwrap.fill(f"- {sentence}", 110, subsequent_indent="  ") for sentence in told)
+
+
+def over_lengths(lengths, name, short):
+    """How a method does on the shortest and on the longest chains; "" if it was not evaluated there."""
+    own = [row for row in lengths if row["method"] == name]
+    if not own:
+        return ""
+    first, last = min(own, key=lambda row: row["length"]), max(own, key=lambda row: row["length"])
+    return (f"{short} {first['accuracy']:.3f} in {first['tokens']:.1f} tokens to {last['accuracy']:.3f} in "
+            f"{last['tokens']:.1f}")
 
 
 PLAINLY = {
@@ -447,6 +464,29 @@ def controls_table(found, kind):
     return markdown(columns, {PLAINLY.get(name, name): row for name, row in found.items()})
 
 
+def gpu_table(measured):
+    """measured: gpu.json, which tests/bench_gpu.py writes -> Markdown."""
+    decoding, step = measured["f"], measured["g"]
+    hours = step["hours_of_the_papers_run"]
+    lines = [f"| {measured['device']} | |", "|---|---|"]
+    for what, value in {
+            "a decoding step of 128 rows (8 prompts of 1,024 tokens), one kernel after the other":
+                f"{decoding['ms_per_step']:.1f} ms",
+            "the same, recorded as a CUDA graph": f"{decoding['ms_per_step_graphs']:.1f} ms",
+            f"weights and cache read once, at {decoding['bandwidth_GB_s']:,.0f} GB/s": f"{decoding['floor_ms']:.1f} ms",
+            "tokens a second, recorded": f"{decoding['tokens_per_s']:,.0f}",
+            "tokens a second, transformers' `generate` in bf16": f"{decoding['tokens_per_s_transformers']:,.0f}",
+            "a GRPO step of 48 prompts x 16 answers, 1,024 + 256 slots: sampling, recorded": f"{step['sample_s']:.1f} s",
+            "its update (share of the card's peak)": f"{step['update_s']:.1f} s ({100 * step['utilisation']:.0f} %)",
+            "its optimiser step": f"{step['step_s']:.1f} s",
+            "peak of sampling, without AdamW": f"{step['sample_GiB']:.1f} GiB",
+            "peak of the update, without AdamW": f"{step['update_GiB']:.1f} GiB",
+            "hours of the paper's plot-hole run at 256, 115 or 34 slots an answer":
+                ", ".join(f"{hours[slots]:.1f}" for slots in ("256", "115", "34"))}.items():
+        lines.append(f"| {what} | {value} |")
+    return "\n".join(lines)
+
+
 def into_readme(name, text):
     """Puts text between the marks <!-- NAME --> and <!-- /NAME --> of README.md and results/README.md."""
     for path in (os.path.join(ROOT, "README.md"), os.path.join(HERE, "README.md")):
@@ -465,6 +505,8 @@ def into_readme(name, text):
 # ============================================================ files
 def write_tables(tasks, seeds):
     """Tables and pictures of the tiny world's runs that are done, into results/ and the README."""
+    if measured := read_json(os.path.join(HERE, "gpu.json")):
+        into_readme("gpu", gpu_table(measured))
     for task in tasks:
         rows = rows_of(task, seeds)
         found = {name: summary(kinds) for name, kinds in rows.items()}
@@ -477,7 +519,7 @@ def write_tables(tasks, seeds):
             tested = controls_of(folders).get("paper")
             tested = controls_summary(tested) if tested else {}
             texts["headline"] = headline(found, tested)
-            texts["findings"] = findings(found, tested)
+            texts["findings"] = findings(found, tested, lengths_of(task, seeds))
         for name, text in texts.items():
             into_readme(name, text)
             print(f"{text}\n")

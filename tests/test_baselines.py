@@ -263,7 +263,7 @@ SFTS = ["colar, r = 1, SFT", "colar, r = 2, SFT", "colar, r = 5, SFT"]
                                           ("coconut", ["coconut"]), ("colar", [*SFTS, "colar"])])
 def test_every_method_runs_on_both_tasks(method, rows, tmp_path, monkeypatch, capsys):
     task = "tiny" if method in ("moi", "colar", "answer") else "tiny.next_chapter"
-    limit = 160 if method in ("coconut", "colar") else 60  # a trace of all four rounds has up to 124 words
+    limit = 240 if method in ("coconut", "colar") else 60  # a trace of all six rounds has up to 186 words
     words = ["--method", method, "--task", task, "--n", 4, "--stories", 2, "--steps", 1,
              "--max-new-tokens", limit, "--seed", 1, "--out", tmp_path / "o"]
     shorter = {"stages": 1, "per_stage": 1, "last_stage": 1, "colar_epochs": 6, "rl_prompts": 1, "most_latents": 8}

@@ -50,6 +50,11 @@ def test_no_story_is_in_two_splits_and_every_word_is_one_token(base):
             assert tokenizer.unk_token_id not in ids and len(ids) == len(text.split())
 
 
+def test_every_length_has_as_many_stories_with_a_hole_and_without():
+    stories = collections.Counter((e["story"].count("from") // 3, e["label"]) for e in tiny.examples("test"))
+    assert stories == {(hops, label): 50 for hops in tiny.LENGTHS for label in (False, True)}
+
+
 def test_longer_chains_are_longer_stories():
     short, long = tiny.examples("test", n=4, hops=3)[0], tiny.examples("test", n=4, hops=6)[0]
     assert short["story"].count("from") == 9 and long["story"].count("from") == 18
