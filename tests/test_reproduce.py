@@ -130,7 +130,7 @@ def test_a_row_of_one_sampling_never_stands_in_the_column_of_the_other(world):
     soft = table["Soft Thinking"]
     assert soft["accuracy"] == "" == soft["tokens"] and soft["accuracy, temperature 1"] == "0.250"
     costs = reproduce.costs_of("tiny", means)
-    assert "`python train_rl.py --model out/results/tiny/projector-SEED --lr" in costs and "10.0, 11.0" in costs
+    assert "`python train_rl.py --model out/results/tiny/projector-SEED --steps" in costs and "10.0, 11.0" in costs
     only = {"Soft Thinking": means["Soft Thinking"]}
     assert reproduce.table_of("tiny", only).startswith("| tiny, test split, temperature 1 | accuracy | 95 % interval | by seed | tokens")
 
@@ -159,7 +159,7 @@ def test_every_run_is_evaluated_after_it_at_both_samplings_and_on_train_stories(
     todo = {job.name.split()[1]: job for job in reproduce.jobs_of("tiny", 1)}
     at = lambda method: reproduce.directory("tiny", method, 1)
     assert " ".join(todo["rl-lp"].words) == (
-        "train_rl.py --method grpo --lr 6e-5 --overlong-buffer 160 --n 0 --task tiny --seed 1")
+        "train_rl.py --method grpo --steps 96 --overlong-buffer 240 --n 0 --task tiny --seed 1")
     assert " ".join(todo["rl-test"].words) == (
         f"eval.py --model {at('rl')} --sampling paper trained --alone 8 --task tiny --seed 1")
     assert " ".join(todo["rl-train"].words) == f"eval.py --model {at('rl')} --split train --n 200 --task tiny --seed 1"

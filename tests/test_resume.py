@@ -109,7 +109,8 @@ def pair(tmp_path_factory):
 
 
 @pytest.mark.parametrize("aim", ["none", "words"])  # the paper's loss; ours, with the base learning too
-def test_stages_1_and_2_stopped_halfway_continue_bit_for_bit(tmp_path, capsys, aim):
+def test_stages_1_and_2_stopped_halfway_continue_bit_for_bit(tmp_path, capsys, monkeypatch, aim):
+    monkeypatch.setattr(train_projector, "AT_ONCE", 32)
     words = ("--device", "cpu", "--prompts", 40, "--samples", 1, "--steps", 5, "--batch", 4,
              "--save-every", 2, "--n", 1, "--max-new-tokens", 100, "--targets", aim)
     whole, half = tmp_path / "whole", tmp_path / "half"
