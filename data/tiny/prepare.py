@@ -302,7 +302,7 @@ def check(path):
     # (1) The base is imperfect by habit, and RL mends it.
     with tempfile.TemporaryDirectory() as out:
         command = [sys.executable, os.path.join(ROOT, "train_rl.py"), "--model", path, "--task", "tiny",
-                   "--method", "grpo", "--n", "0", "--val", "0", "--out", os.path.join(out, "grpo")]
+                   "--method", "grpo", "--overlong-buffer", "0", "--n", "0", "--val", "0", "--out", os.path.join(out, "grpo")]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         for name, sampling in SAMPLINGS.items():
             base = accuracy(path, False, **sampling)
