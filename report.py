@@ -126,7 +126,7 @@ def measure(model, tokenizer, prompts, args):
     to_begin, step = step_of(decode)
     _, alone = step_of(decode_one)
     rollouts = _longest_rollouts(model, longest[-1], args)
-    update(rollouts)  # of this size too: on a GPU it took ten times as long as the second
+    update(rollouts)  # of this size too; without it the forecast of the update was ten times too long on an H100
     one_pass = seconds_of(model, lambda: update(rollouts))
     positions = len(longest[-1]) + sum(len(r.slots) for r in rollouts)
     return Pace(at_once * args.group, to_begin, step, alone, one_pass / positions)

@@ -220,7 +220,7 @@ def test_a_rule_of_ones_own_is_found_by_its_name(tmp_path, monkeypatch):
         run(monkeypatch, *SIZES, "--method", "tag", "--rule", rule, "--steps", 1, "--n", 0, "--val", 0, "--out", tmp_path / rule)
         m = json.loads(open(tmp_path / rule / "metrics.jsonl").readline())
         assert m["grad_norm"] is not None and json.load(open(tmp_path / rule / "config.json"))["rule"] == rule
-    assert seen == [((2, 4), 60)]
+    assert seen == [((2, 4), 120)]
 
 
 # ---------------------------------------------------------------- a task: one folder, three functions
