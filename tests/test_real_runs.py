@@ -89,7 +89,7 @@ def test_all_stages_of_the_plot_hole_task_run_on_real_stories(tmp_path, data_fol
         "--group", 4, "--minibatches", 2, "--steps", 4, "--trace-prompts", 12, "--targets", "none", "--projector-steps", 1,
         "--n", 1, "--val", 2, "--out", tmp_path / "rl")
     said = capsys.readouterr().out
-    for what in ("lr 6e-05 (released: 5e-07)", "clip 0.2,", "stage 2: validation loss", "precision"):
+    for what in ("lr 0.00012 (released: 5e-07)", "clip 0.2,", "stage 2: validation loss", "precision"):
         assert what in said
     metrics = [json.loads(line) for line in open(tmp_path / "rl" / "metrics.jsonl")]
     assert all(m["latent_steps"] == 2 and m["tags"] == 1 and m["truncated"] == 0 for m in metrics)
