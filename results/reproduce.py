@@ -408,10 +408,12 @@ def findings(found, controls, lengths=()):
                     f"{'; '.join(filter(None, parts))}.")
     recipe = "the paper's recipe + length penalty"
     if recipe in found:
+        beside = "base frozen + length penalty"
         told.append(
-            f"**The paper's own recipe**, the same but for the targets of the latents, ends at {of(recipe)} here "
-            f"(seeds: {found[recipe]['runs']}). That is a finding about a model of two layers that has learned little "
-            f"but this world, not about the paper's.")
+            f"**The paper's own recipe** ends at {of(recipe)} here (seeds: {found[recipe]['runs']})"
+            + (f"; with a target for each latent and the masks that go with it, base frozen all the same, at {of(beside)} "
+               f"(seeds: {found[beside]['runs']})" if beside in found else "")
+            + ". That is a finding about a model of two layers that knows nothing but this world, not about the paper's.")
     return "\n".join(textwrap.fill(f"- {sentence}", 110, subsequent_indent="  ") for sentence in told)
 
 
