@@ -117,22 +117,24 @@ def measure(model, tokenizer, prompts, args):
         all_slots = seconds_of(model, lambda: decode(steps + 1))
         return one_slot, max(0.0, all_slots - one_slot) / steps
 
-    def update(rollouts):
-        logprobs(model, rollouts)[0].sum().backward()
-        engine.wait_for_gradients(model)
-        engine.forget_gradients(model)
-
-    update(decode(2)[:1])  # the first call of everything is slow
+    update(model, decode(2)[:1])  # the first call of everything is slow
     to_begin, step = step_of(decode)
     _, alone = step_of(decode_one)
-    rollouts = _longest_rollouts(model, longest[-1], args)
-    update(rollouts)  # of this size too; without it the forecast of the update was ten times too long on an H100
-    one_pass = seconds_of(model, lambda: update(rollouts))
+    rollouts = longest_rollouts(model, longest[-1], args)
+    update(model, rollouts)  # of this size too; without it the forecast of the update was ten times too long on an H100
+    one_pass = seconds_of(model, lambda: update(model, rollouts))
     positions = len(longest[-1]) + sum(len(r.slots) for r in rollouts)
     return Pace(at_once * args.group, to_begin, step, alone, one_pass / positions)
 
 
-def _longest_rollouts(model, prompt, args):
+def update(model, rollouts):
+    """A pass of the update, forward and backward, that leaves no gradient."""
+    logprobs(model, rollouts)[0].sum().backward()
+    engine.wait_for_gradients(model)
+    engine.forget_gradients(model)
+
+
+def longest_rollouts(model, prompt, args):
     """As many rollouts of one prompt, of the length allowed, as the update reads in one pass."""
     room = args.tokens_per_forward - len(prompt)
     n = max(1, min(args.group, room // args.max_new_tokens))

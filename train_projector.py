@@ -63,7 +63,7 @@ def collect_traces(model, tokenizer, task, examples, k, max_new_tokens, seed, pa
     header = _settings_of_traces(model, task, examples, k, max_new_tokens, seed, tag)
     header |= {"keep_cut": True} if keep_cut else {}
     lines = _lines_already_there(path, header)
-    together = max(1, AT_ONCE // k)  # prompts
+    together = header["at_once"]
     starts = range(0, len(examples), together)
     if lines:
         n_traces = sum(map(len, lines))
@@ -106,7 +106,7 @@ def _settings_of_traces(model, task, examples, k, max_new_tokens, seed, tag):
         "prompts": len(examples),
         "k": k,
         "max_new_tokens": max_new_tokens,
-        "at_once": max(1, AT_ONCE // k),
+        "at_once": max(1, AT_ONCE // k),  # prompts
         "seed": seed,
         "tag": tag,
         "reward": own["reward"],

@@ -40,8 +40,8 @@ from runs import UserError
 
 # (name in the tables, directory, command), in the order of the tables and of the runs. {NAME} is the
 # directory of another row, which is run before, or a number of TASKS. An eval.py row trains nothing.
-STAGES = "train_projector.py --prompts 6000 --steps 1200 --lr 2e-3 --train-base 5e-4"
 FROZEN = "train_projector.py --prompts 6000 --steps 1200"
+STAGES = f"{FROZEN} --lr 2e-3 --train-base 5e-4"
 GENTLY = "--lr 6e-5"  # so that base and projector stay together; the others learn more at the default's 1.2e-4
 PENALTY = "--steps 96 --overlong-buffer {most}"
 NO_PENALTY = "--steps 96 --overlong-buffer 0"
@@ -521,11 +521,12 @@ def write_tables(tasks, seeds):
         texts = {f"methods-{task}": table_of(task, found), f"costs-{task}": costs_of(task, found)}
         folders = {seed: directory(task, "controls", seed) for seed in seeds}
         texts |= write_evidence(HERE, task, rows, controls_of(folders))
+        lengths = lengths_of(task, seeds)
         if task == "tiny":
             tested = controls_of(folders).get("paper")
             tested = controls_summary(tested) if tested else {}
             texts["headline"] = headline(found, tested)
-            texts["findings"] = findings(found, tested, lengths_of(task, seeds))
+            texts["findings"] = findings(found, tested, lengths)
         for name, text in texts.items():
             into_readme(name, text)
             print(f"{text}\n")
@@ -533,7 +534,7 @@ def write_tables(tasks, seeds):
         runs.write_json(path, found)
         folders = {method: directory(task, method, seeds[0]) for method in ("litereason-lp", "rl", "tag-lp", "paper-lp")}
         draw(folders, HERE, task, path, HEADLINE)
-        if lengths := lengths_of(task, seeds):
+        if lengths:
             runs.write_json(os.path.join(HERE, f"lengths-{task}.json"), lengths)
             path = os.path.join(HERE, f"lengths-{task}.svg")
             without_matplotlib(report.by_length, lengths, path, score=score_of(task))

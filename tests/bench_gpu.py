@@ -25,9 +25,10 @@ import torch
 from transformers import AutoConfig, Qwen2Config, Qwen2ForCausalLM
 
 import card
+import report
 import runs
 from bench import NEVER, tags_fire, their_generate
-from engine import base_parameters, checkpoint_layers, forget_gradients, gradients_to_masters, offload, pack, wait_for_gradients, weights_from_masters
+from engine import base_parameters, checkpoint_layers, gradients_to_masters, offload, pack, wait_for_gradients, weights_from_masters
 from litereason import (LATENT, Rollout, attach, generate, group_advantages, load, logprobs, policy_loss,
                         projector_loss)
 
@@ -123,11 +124,7 @@ def grpo(args, P=48, G=16, L=1024, S=256):
         p.grad = torch.zeros_like(p)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    few = [Rollout(prompt, prompt[:S], torch.zeros(0, model.config.hidden_size)) for prompt in random_prompts(model, 1, L) for _ in range(G)]
-    for part in pack(few, plan.tokens_per_forward):
-        logprobs(model, [few[i] for i in part])[0].sum().backward()
-        wait_for_gradients(model)
-    forget_gradients(model)
+    report.update(model, report.longest_rollouts(model, random_prompts(model, 1, L)[0], plan))
 
     for name, run in (("sample", sample), ("update", update), ("step", step)):
         torch.cuda.reset_peak_memory_stats() if args.device == "cuda" else None
