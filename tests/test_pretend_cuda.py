@@ -349,15 +349,15 @@ def on_the_card_recurrent():
     litereason.start_projector(model, "recurrent")
     rollouts = [r for r in sampled(model, tokenizer, prompts, 28) if r.n_latents]
     again = litereason.recompute_latents(model, rollouts)
-    gap = max(float((a.latents - b.latents.cpu()).norm() / a.latents.norm()) for a, b in zip(rollouts, again))
+    gaps = sorted(float((a.latents - b.latents.cpu()).norm() / a.latents.norm()) for a, b in zip(rollouts, again))
     litereason.projector_loss(model, rollouts)[0].backward()
     gradients = [p.grad for p in model.reasoning_projector.parameters()]
-    return len(rollouts), gap, [str(g.dtype) for g in gradients], all(bool(g.any()) for g in gradients)
+    return len(rollouts), gaps, [str(g.dtype) for g in gradients], all(bool(g.any()) for g in gradients)
 
 
 def test_a_recurrent_projector_keeps_its_precision_and_gets_gradients():
-    (n, gap, types, all_move), _ = pretend.run(on_the_card_recurrent)
-    assert n >= 2 and gap < 0.1
+    (n, gaps, types, all_move), _ = pretend.run(on_the_card_recurrent)
+    assert n >= 2 and gaps[n // 2] < 0.02 and gaps[-1] < 0.1  # one of six rollouts is sensitive: 0.057
     assert set(types) == {"torch.float32"} and all_move
 
 
