@@ -54,7 +54,7 @@ from train_projector import SENTENCE, split_answer
 # ours), and what a small model trained from scratch needs. stories: None is all there are;
 # traces: sampled per story.
 RELEASED = {
-    "stories": None, "traces": 5, "batch": 128, "max_new_tokens": 2048, "answer_lr": 5e-5, "answer_steps": 200,
+    "stories": None, "traces": 5, "batch": 128, "max_new_tokens": runs.SLOTS_RELEASED, "answer_lr": 5e-5, "answer_steps": 200,
     "coconut_lr": 5e-5, "stages": 5, "per_stage": 2, "last_stage": 2,  # epochs per stage, and of the last
     "colar_lr": 1e-4, "colar_epochs": 50, "most_latents": 64,
     "rl_lr": 5e-7, "rl_steps": 180, "rl_prompts": 48}
@@ -74,7 +74,7 @@ RELEASED = {
 #
 # CoLaR's GRPO has the steps, prompts and learning rate of train_rl.py.
 SMALL = {
-    "stories": None, "traces": 1, "batch": 32, "max_new_tokens": 240, "answer_lr": 3e-4, "answer_steps": 240,
+    "stories": None, "traces": 1, "batch": 32, "max_new_tokens": runs.SLOTS_SMALL, "answer_lr": 3e-4, "answer_steps": 240,
     "coconut_lr": 3e-4, "stages": 8, "per_stage": 1 / 3, "last_stage": 8 / 3,
     "colar_lr": 3e-4, "colar_epochs": 8 / 3, "most_latents": 150,
     "rl_lr": train_rl.SMALL["lr"], "rl_steps": train_rl.SMALL["steps"], "rl_prompts": train_rl.SMALL["prompts"]}

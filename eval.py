@@ -402,8 +402,8 @@ def parse_arguments():
                    help="paper: temperature 0.7, top-p 0.8, top-k 20; trained: as RL samples, temperature 1 "
                    "and nothing cut; or both, one after the other (default paper)")
     g.add_argument("--max-new-tokens", type=int, metavar="N", default=None,
-                   help="slots per answer, latents included (default: a run's own, 240 for a model of less "
-                   "than 50 M parameters, else 2048; released 512)")
+                   help=f"slots per answer, latents included (default: a run's own, {runs.SLOTS_SMALL} for a model of "
+                   f"less than 50 M parameters, else {runs.SLOTS_RELEASED}; released 512)")
     g.add_argument("--temperature", type=float, help="0 is greedy (default: that of --sampling)")
     g.add_argument("--top-p", type=float, help="0 to 1 (default: that of --sampling)")
     g.add_argument("--top-k", type=int, help="0 is off (default: that of --sampling)")
@@ -599,13 +599,12 @@ def settings_of(args, name, model, sampling):
     if made.get("script") == "baselines.py":
         raise UserError(f"{path} is a run of baselines.py, whose methods decode in their own ways: "
                         f"read the table in its results.json")
-    default = 240 if runs.is_small(model) else 2048
     return {
         "latent_prompt": suffix != "plain" and made.get("method") != "grpo",
         "seed": args.seed,
         "progress": name,
         "rows": args.rows,
-        "max_new_tokens": args.max_new_tokens or made.get("max_new_tokens") or default,
+        "max_new_tokens": args.max_new_tokens or made.get("max_new_tokens") or runs.slots_per_answer(model),
         **samplings_of(args)[sampling]}
 
 

@@ -84,10 +84,18 @@ def run_script(main):
 
 
 # ============================================================ a model's files
+# Slots per answer, latents included, where no flag says another number: of a small model, and as released.
+SLOTS_SMALL, SLOTS_RELEASED = 240, 2048
+
+
 def is_small(model):
     """Whether a model needs the settings of one trained from scratch (and, by default, the tiny world) or the
     released ones."""
     return sum(p.numel() for p in model.parameters()) < 50e6
+
+
+def slots_per_answer(model):
+    return SLOTS_SMALL if is_small(model) else SLOTS_RELEASED
 
 
 def read_checkpoint(name_or_path, dtype):

@@ -487,7 +487,8 @@ def parse_arguments():
     g.add_argument("--samples", type=int, metavar="N", default=None,
                    help=f"traces per prompt ({by_size('k')})")
     g.add_argument("--max-new-tokens", type=int, metavar="N", default=None,
-                   help="slots per trace, latents included (default 240 for a small model, else 2048)")
+                   help=f"slots per trace, latents included "
+                   f"({runs.default_text(runs.SLOTS_SMALL, runs.SLOTS_RELEASED)})")
     g = ap.add_argument_group("stage 2")
     g.add_argument("--steps", type=int, metavar="N", default=None,
                    help="optimiser steps (default 400 for a small model, else as many as see every masked "
@@ -527,7 +528,7 @@ def main():
     runs.use_graphs(model, args.graphs)
     runs.set_tag_rule(model, args.tag_rule)
     data.start_task(args, task, args.model)
-    args.max_new_tokens = args.max_new_tokens or (240 if runs.is_small(model) else 2048)
+    args.max_new_tokens = args.max_new_tokens or runs.slots_per_answer(model)
     if not runs.is_small(model):
         engine.checkpoint_layers(model)
     if not args.resume:

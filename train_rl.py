@@ -51,12 +51,14 @@ from train_projector import RATIOS, fit_projector, masked_trace, short_enough, s
 # a batch. The last line of each is ours and changes no result: how much is in memory at once (card.py chooses
 # on CUDA), and the steps between two states on the disk.
 RELEASED = {
-    "lr": 5e-7, "group": 16, "prompts": 48, "minibatches": 16, "steps": 2880, "max_new_tokens": 2048,
-    "clip": 0.2, "overlong_buffer": 0, "refresh_lr": 1e-4, "refresh_share": 0.1, "targets": "none", "words": 2,
+    "lr": 5e-7, "group": 16, "prompts": 48, "minibatches": 16, "steps": 2880,
+    "max_new_tokens": runs.SLOTS_RELEASED, "overlong_buffer": 0,
+    "clip": 0.2, "refresh_lr": 1e-4, "refresh_share": 0.1, "targets": "none", "words": 2,
     "rows": 256, "tokens_per_forward": 16_384, "checkpoint_layers": True, "save_every": 16}
 SMALL = {
-    "lr": 1.2e-4, "group": 16, "prompts": 16, "minibatches": 1, "steps": 24, "max_new_tokens": 240,
-    "clip": 0.2, "overlong_buffer": 240, "refresh_lr": 1e-4, "refresh_share": 0.1, "targets": "words", "words": 2,
+    "lr": 1.2e-4, "group": 16, "prompts": 16, "minibatches": 1, "steps": 24,
+    "max_new_tokens": runs.SLOTS_SMALL, "overlong_buffer": runs.SLOTS_SMALL,
+    "clip": 0.2, "refresh_lr": 1e-4, "refresh_share": 0.1, "targets": "words", "words": 2,
     "rows": 512, "tokens_per_forward": 12_000, "checkpoint_layers": False, "save_every": 4}
 PLANNED = ("rows", "tokens_per_forward", "checkpoint_layers", "offload")
 OURS = (*PLANNED, "save_every")

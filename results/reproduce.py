@@ -82,10 +82,10 @@ CONTROLLED = {"tiny": "litereason-lp", "tiny.next_chapter": "litereason"}
 # of temperature 1 and of test stories where it says neither.
 EVALUATIONS = [("test", "--sampling paper trained --alone 8"), ("train", "--split train --n 200")]
 KINDS = ("paper", "trained", "train")  # of rows: test stories at two samplings, and train stories
-# The length penalty grows from the first token to 1 at the limit of 240; the late one begins 60 tokens
+# The length penalty grows from the first token to 1 at the length limit; the late one begins 60 tokens
 # before it. The paper does not give its own. Next chapters earn percents, beside which a penalty of at most
 # 1 is nothing: none is run there.
-TASKS = {"tiny": {"most": 240, "late": 60}, "tiny.next_chapter": {}}
+TASKS = {"tiny": {"most": runs.SLOTS_SMALL, "late": 60}, "tiny.next_chapter": {}}
 # task: [(length of the chain, flags of eval.py that make it so)]: these methods are evaluated at each length.
 LENGTHS = {"tiny": [(hops, f"--hops {hops}") for hops in (2, 3, 4, 5, 6)]}
 ON_LENGTHS = ["RL without latents", "LiteReason + length penalty",
