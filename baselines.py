@@ -1,12 +1,12 @@
 """The other methods of the paper's table, each in its smallest honest form: same data, same loop, same
 counting of tokens.
 
-    method          fed where no token is sampled        a block ends when                      training
-    soft-thinking   the mean embedding of likely words   the answer's first word is likeliest   none
-    moi             (every token, mixed with rivals)     (there are no blocks)                  none
-    coconut         the last hidden state itself         a fixed number has been run            SFT in stages
-    colar           a draw from N(mu(h), sigma(h))       the LM head draws the answer's word    SFT, then GRPO
-    answer          (the answer is forced at once)       (nothing is reasoned)                  SFT, gold answers
+    method         fed where no token is sampled       a block ends when                     training
+    soft-thinking  the mean embedding of likely words  the answer's first word is likeliest  none
+    moi            (every token, mixed with rivals)    (there are no blocks)                 none
+    coconut        the last hidden state itself        a fixed number has been run           SFT in stages
+    colar          a draw from N(mu(h), sigma(h))      the LM head draws the answer's word   SFT, then GRPO
+    answer         (the answer is forced at once)      (nothing is reasoned)                 SFT, gold answers
 
 All of them are `generate` of litereason.py with another latent step and other rules for where a block begins
 and ends (its arguments latent, start, leave, feed); a block begins at the answer's first position. They get
@@ -54,7 +54,8 @@ from train_projector import SENTENCE, split_answer
 # ours), and what a small model trained from scratch needs. stories: None is all there are;
 # traces: sampled per story.
 RELEASED = {
-    "stories": None, "traces": 5, "batch": 128, "max_new_tokens": runs.SLOTS_RELEASED, "answer_lr": 5e-5, "answer_steps": 200,
+    "stories": None, "traces": 5, "batch": 128, "max_new_tokens": runs.SLOTS_RELEASED,
+    "answer_lr": 5e-5, "answer_steps": 200,
     "coconut_lr": 5e-5, "stages": 5, "per_stage": 2, "last_stage": 2,  # epochs per stage, and of the last
     "colar_lr": 1e-4, "colar_epochs": 50, "most_latents": 64,
     "rl_lr": 5e-7, "rl_steps": 180, "rl_prompts": 48}
@@ -74,10 +75,12 @@ RELEASED = {
 #
 # CoLaR's GRPO has the steps, prompts and learning rate of train_rl.py.
 SMALL = {
-    "stories": None, "traces": 1, "batch": 32, "max_new_tokens": runs.SLOTS_SMALL, "answer_lr": 3e-4, "answer_steps": 240,
+    "stories": None, "traces": 1, "batch": 32, "max_new_tokens": runs.SLOTS_SMALL,
+    "answer_lr": 3e-4, "answer_steps": 240,
     "coconut_lr": 3e-4, "stages": 8, "per_stage": 1 / 3, "last_stage": 8 / 3,
     "colar_lr": 3e-4, "colar_epochs": 8 / 3, "most_latents": 150,
-    "rl_lr": train_rl.SMALL["lr"], "rl_steps": train_rl.SMALL["steps"], "rl_prompts": train_rl.SMALL["prompts"]}
+    "rl_lr": train_rl.SMALL["lr"], "rl_steps": train_rl.SMALL["steps"],
+    "rl_prompts": train_rl.SMALL["prompts"]}
 GROUP = 16  # rollouts per prompt in CoLaR's GRPO
 RATES = (1, 2, 5)  # reasoning tokens per latent with which CoLaR is tested after its SFT
 CHECKED = 200  # val stories by which something is chosen, and train stories evaluated beside the test
@@ -527,8 +530,8 @@ def rl_colar(model, tokenizer, task, head, examples, cfg, decoding, budget, seed
         descend(optimizer)
         share = tell_step(log, step, cfg["rl_steps"], epoch, rollouts, groups, start)
         without_gradient += share == 1
-    print(f"colar, GRPO: in {without_gradient} of {cfg['rl_steps']} steps all groups had zero variance and no "
-          f"gradient", flush=True)
+    print(f"colar, GRPO: in {without_gradient} of {cfg['rl_steps']} steps all groups had zero variance and "
+          f"no gradient", flush=True)
     return spent, without_gradient
 
 

@@ -198,7 +198,8 @@ def positions_that_fit(model, longest, of=scoring, otherwise=2**15, **settings):
 
 # ============================================================ the plan of a run
 def fit(args, model, longest, scorer=None, room=None):
-    """Sets what no flag gave of args.rows, tokens_per_forward, checkpoint_layers and offload -> what to print.
+    """Sets what no flag gave of args.rows, tokens_per_forward, checkpoint_layers and offload
+    -> what to print.
 
     longest: tokens of the longest prompt. scorer: the reward's frozen model, or None. room: bytes that the
     run may use; default: what is free, and what the models have already. From the fastest to the smallest:
@@ -286,5 +287,6 @@ def forecast(args, model, longest, scorer=None, room=None):
     if room is not None and highest > USABLE * room:
         lines.append("this may not fit: shorten --max-new-tokens, or take a smaller --model"
                      if args.offload and args.checkpoint_layers else
-                     "this may not fit: leave the memory flags away, or lower --rows and --tokens-per-forward")
+                     "this may not fit: leave the memory flags away, or lower --rows and "
+                     "--tokens-per-forward")
     return "\n".join(lines)

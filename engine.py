@@ -151,15 +151,16 @@ class PromptCache:
 
 
 def fused(q, keys, values, bias, scale):
-    """torch's own attention, which keeps no weights: q (B, H, S, d), keys and values (B, K, n, d) -> (B, S, H, d).
-    bias: a mask, or numbers that are added to the scores; None: causal."""
+    """torch's own attention, which keeps no weights: q (B, H, S, d), keys and values (B, K, n, d)
+    -> (B, S, H, d). bias: a mask, or numbers that are added to the scores; None: causal."""
     is_causal = bias is None
     R = q.shape[1] // keys.shape[1]
     if bias is not None and q.device.type in REPEATS:
         keys = keys.repeat_interleave(R, 1)  # (B, H, n, d)
         values = values.repeat_interleave(R, 1)
     shares = keys.shape[1] < q.shape[1]
-    out = F.scaled_dot_product_attention(q, keys, values, bias, is_causal=is_causal, scale=scale, enable_gqa=shares)
+    out = F.scaled_dot_product_attention(q, keys, values, bias, is_causal=is_causal, scale=scale,
+                                         enable_gqa=shares)
     return out.transpose(1, 2)
 
 
@@ -319,8 +320,8 @@ class ScoringCache:
         self.owner = owner
         self.start = prompts.lengths[owner]  # (B,) position of a row's first slot
         self.groups = Groups(owner, len(prompts.lengths))
-        # Per layer its pieces, (keys, values), (B, K, n, d) each. They are joined where they are used: a joined
-        # copy per piece and layer would have to be kept for the backward pass.
+        # Per layer its pieces, (keys, values), (B, K, n, d) each. They are joined where they are used: a
+        # joined copy per piece and layer would have to be kept for the backward pass.
         self.layers = [()] * len(prompts.layers)
         self.valid = None  # (B, n) the slots so far that are not padding
         self.hidden = None  # (B, 1, 1, S, n) the slots that a new one does not see
@@ -729,8 +730,8 @@ class TagTable:
     state back to the start. classes (V,); next_state, fires and starts (classes, states)."""
 
     def __init__(self, classes, next_state, fires, begun, device):
-        """numpy arrays; state 0 is the start, class 0 resets. fires > 0: a tag ends with this token and has so many
-        latents. begun (states,): so much of a tag is written that it can be nothing else."""
+        """numpy arrays; state 0 is the start, class 0 resets. fires > 0: a tag ends with this token and has
+        so many latents. begun (states,): so much of a tag is written that it can be nothing else."""
         self.as_lists = classes.tolist(), next_state.tolist(), fires.tolist()  # for one row, on the host
         self.classes = torch.from_numpy(classes).to(device)
         self.next_state = torch.from_numpy(next_state).to(device)
@@ -740,7 +741,8 @@ class TagTable:
         begun = torch.tensor(begun, device=device)
         self.starts = begun[self.next_state] | (self.fires > 0)
 
-        # States from which a tag may end within LOOK - 1 tokens, so that its latents begin before the next look.
+        # States from which a tag may end within LOOK - 1 tokens, so that its latents begin before the
+        # next look.
         self.soon = (self.fires > 0).any(0)  # (states,)
         for _ in range(LOOK - 2):
             self.soon = self.soon | self.soon[self.next_state].any(0)
@@ -800,7 +802,7 @@ class TagTable:
         return self.next_state[kind, state], self.fires[kind, state]
 
 
-# ============================================================ scoring: shared prompts, rounds, chunks of logits
+# ============================================================ scoring: shared prompts, chunks of logits
 class Batch:
     """Rollouts ordered by prompt, each prompt once, slots padded on the right.
 
@@ -961,7 +963,8 @@ def pack(rollouts, budget, unrolled=False):
     unrolled: they go through litereason.unroll, which reads a row's keys again after each block of latents.
     Budgets change memory and time, no result."""
     parts = [[]]
-    prompts, L, S, pieces = set(), 0, 0, 1  # of the last part: its prompts, the longest, most slots and pieces
+    # of the last part: its prompts, the longest, most slots and pieces
+    prompts, L, S, pieces = set(), 0, 0, 1
     for i, rollout in enumerate(rollouts):
         prompt = tuple(rollout.prompt_ids)
         own = len(prompt), len(rollout.slots), 1 + (rollout.n_tags if unrolled else 0)
@@ -1101,8 +1104,8 @@ def weights_from_masters(parameters, masters):
 class FewRows(torch.nn.Linear):
     """torch.nn.Linear at a decoding step's speed on a CPU, with one cast of a frozen weight (see autocast).
 
-    A CPU's libraries multiply a few rows by a large matrix at a third of the memory's speed or less; transposed,
-    an even number of rows is two to five times as fast (measured with MKL)."""
+    A CPU's libraries multiply a few rows by a large matrix at a third of the memory's speed or less;
+    transposed, an even number of rows is two to five times as fast (measured with MKL)."""
 
     cast = None  # the frozen weight in autocast's type
 

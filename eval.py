@@ -39,7 +39,8 @@ from litereason import UserError, generate, latent_step, load
 
 # How answers are sampled, as arguments of generate.
 PAPER = {"temperature": 0.7, "top_p": 0.8, "top_k": 20}  # the paper's evaluation
-TRAINED = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}  # as RL samples while it trains, and generate's default
+# as RL samples while it trains, and generate's default
+TRAINED = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
 SAMPLINGS = {"paper": PAPER, "trained": TRAINED}
 
 
@@ -394,7 +395,8 @@ def parse_arguments():
     g.add_argument("--split", default="test", help="train, val or test (default test)")
     g.add_argument("--n", type=int, default=None, help="examples, the split's first (default all)")
     g.add_argument("--hops", type=int, default=None, metavar="N",
-                   help="tiny: stories whose chains have N hand-overs, 2 to 7 (default 2 to 6, as many of each)")
+                   help="tiny: stories whose chains have N hand-overs, 2 to 7 (default 2 to 6, as many "
+                   "of each)")
     g.add_argument("--samples", type=int, metavar="N", default=1, help="answers per example (default 1)")
     g.add_argument("--seed", type=int, default=0, help="of all draws (default 0)")
     g = ap.add_argument_group("how answers are sampled")
@@ -402,8 +404,8 @@ def parse_arguments():
                    help="paper: temperature 0.7, top-p 0.8, top-k 20; trained: as RL samples, temperature 1 "
                    "and nothing cut; or both, one after the other (default paper)")
     g.add_argument("--max-new-tokens", type=int, metavar="N", default=None,
-                   help=f"slots per answer, latents included (default: a run's own, {runs.SLOTS_SMALL} for a model of "
-                   f"less than 50 M parameters, else {runs.SLOTS_RELEASED}; released 512)")
+                   help=f"slots per answer, latents included (default: a run's own, {runs.SLOTS_SMALL} for a "
+                   f"model of less than 50 M parameters, else {runs.SLOTS_RELEASED}; released 512)")
     g.add_argument("--temperature", type=float, help="0 is greedy (default: that of --sampling)")
     g.add_argument("--top-p", type=float, help="0 to 1 (default: that of --sampling)")
     g.add_argument("--top-k", type=int, help="0 is off (default: that of --sampling)")

@@ -228,7 +228,8 @@ def tag_table(tokenizer, cap, vocab_size, device):
 def watcher(model, tokenizer):
     """The model's tag table, built once per tokenizer, rule, cap and device.
 
-    With the config entry litereason_tag_rule "released" tags fire where the released plugin's do (released.py)."""
+    With the config entry litereason_tag_rule "released" tags fire where the released
+    plugin's do (released.py)."""
     key = (model.config.litereason_max_reasoning_steps, model.config.vocab_size, str(model.device))
     rule = getattr(model.config, "litereason_tag_rule", "text")
     made = tokenizer.__dict__.setdefault("_litereason_watchers", {})
@@ -338,7 +339,8 @@ def latent_step(model, h, memory, latent="projector", *row_info):
     if isinstance(latent, torch.nn.Module):
         with torch.autocast(h.device.type, enabled=False):  # in the projector's own precision
             return latent(h, memory)
-    if latent in ("zeros", "none"):  # "none" opens no block; on CUDA rows outside one come here too, for nothing
+    # "none" opens no block; on CUDA rows outside one come here too, for nothing
+    if latent in ("zeros", "none"):
         return torch.zeros_like(h), memory
     return latent(h, *row_info), memory
 
@@ -444,8 +446,8 @@ def generate(model, tokenizer, prompts, samples=1, max_new_tokens=256, temperatu
     tag             None: a tag runs as many latents as it says; K: every tag runs K; "forbidden": none begins
     What other methods do differently (baselines.py):
     start           latents that every row begins with
-    leave           (h (n, D), drawn (n,), numbers of the rollouts (n,), latents run (n,)) -> (n,) tokens that end
-                    a row's block here, or LATENT: continue. drawn: what the LM head would say
+    leave           (h (n, D), drawn (n,), numbers of the rollouts (n,), latents run (n,)) -> (n,) tokens
+                    that end a row's block here, or LATENT: continue. drawn: what the LM head would say
     feed            (h, token) -> (n, D), fed for a sampled token
     Raises UserError for an empty prompt or one that does not fit the model's positions."""
     if samples < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or top_k < 0:

@@ -75,7 +75,8 @@ article:last-of-type { border-bottom: 1px solid var(--line) }
 .latents > summary::-webkit-details-marker { display: none }
 .latents > summary::before { content: "\\25b8  " }
 .latents[open] > summary::before { content: "\\25be  " }
-table { border-collapse: collapse; width: 100%; font-size: .875rem; margin-top: .5rem; background: var(--box) }
+table { border-collapse: collapse; width: 100%; font-size: .875rem; margin-top: .5rem; \
+background: var(--box) }
 th, td { text-align: left; vertical-align: top; padding: .35rem .4rem; border-top: 1px solid var(--line) }
 th:last-child, td:last-child { text-align: right }
 td div { display: flex; align-items: baseline; justify-content: space-between; gap: .5rem; max-width: 13rem }
@@ -108,7 +109,8 @@ def section(said, row, model, tokenizer, task, examples, rollouts, rewards, n):
     answers = [answer(model, tokenizer, task, examples[i], rollouts[i], rewards[i], i + 1) for i in shown]
     name = html.escape(row.get("name", row["model"]))
     has_verdicts = hasattr(task, "answer")
-    count = _count_of_verdicts(rewards, len(shown)) if has_verdicts else _count_of_rewards(rewards, len(shown))
+    count = (_count_of_verdicts(rewards, len(shown)) if has_verdicts else
+             _count_of_rewards(rewards, len(shown)))
     only_first = " Of several answers to an example this page has the first." if row["samples"] > 1 else ""
     return (f'<section><h2>{name}</h2>\n<p class="count">{count}{only_first}</p>\n'
             f'<p class="soft">{html.escape(said)}: {_about(row, has_verdicts)}</p>\n'
@@ -118,8 +120,8 @@ def section(said, row, model, tokenizer, task, examples, rollouts, rewards, n):
 def _count_of_verdicts(rewards, n_shown):
     wrong = sum(not is_right(reward) for reward in rewards)
     right = len(rewards) - wrong
-    return (f'<span class="wrong">✗ {wrong:,} wrong</span>, <span class="right">✓ {right:,} right</span> of '
-            f"{len(rewards):,} answers. " + _what_is_below(n_shown, len(rewards), "wrong ones first"))
+    return (f'<span class="wrong">✗ {wrong:,} wrong</span>, <span class="right">✓ {right:,} right</span> '
+            f"of {len(rewards):,} answers. " + _what_is_below(n_shown, len(rewards), "wrong ones first"))
 
 
 def _count_of_rewards(rewards, n_shown):

@@ -1,16 +1,16 @@
-"""Where the released code's tags fire, for a model that is to be served or trained on with that code. Not in
-the paper, so a first reading can skip it.
+"""Where the released code's tags fire, for a model that is to be served or trained on with that code. Not
+in the paper, so a first reading can skip it.
 
-The paper's tag is text, and here it fires however a tokenizer cuts it (litereason.tag_table). The released code
-looks for token ids: an opening, 1 to 3 tokens that say a number, a closing. Which openings and closings there
-are it finds by trying a few neighbours that could merge with < and >; any other merged neighbour is missed. With
---tag-rule released (config entry litereason_tag_rule) rows here follow the same rule: they fire where its vLLM
-plugin does.
+The paper's tag is text, and here it fires however a tokenizer cuts it (litereason.tag_table). The released
+code looks for token ids: an opening, 1 to 3 tokens that say a number, a closing. Which openings and
+closings there are it finds by trying a few neighbours that could merge with < and >; any other merged
+neighbour is missed. With --tag-rule released (config entry litereason_tag_rule) rows here follow the same
+rule: they fire where its vLLM plugin does.
 
-Known from a description of that code (commit cf68f72), not copied from it. Left out, and why: a digit that the
-tokenizer cuts into bytes (Arabic ones, by Qwen's) is no number here, since the table reads whole tokens; neither
-is a superscript digit, which stops the released code with an error; a tag in the prompt is text, as everywhere
-here, and so is one that begins in the prompt.
+Known from a description of that code (commit cf68f72), not copied from it. Left out, and why: a digit that
+the tokenizer cuts into bytes (Arabic ones, by Qwen's) is no number here, since the table reads whole
+tokens; neither is a superscript digit, which stops the released code with an error; a tag in the prompt is
+text, as everywhere here, and so is one that begins in the prompt.
 """
 import numpy as np
 
@@ -27,7 +27,8 @@ MOST = 15  # tokens of a whole tag; the plugin refuses a tokenizer with longer o
 def patterns(tokenizer, opening, closing):
     """-> (ways to write the opening tag, ways to write the closing tag), lists of tuples of token ids.
 
-    A neighbour that stays a token of its own adds nothing; one that merges adds the whole encoding of both."""
+    A neighbour that stays a token of its own adds nothing; one that merges adds the whole
+    encoding of both."""
 
     def encode(text):
         return tuple(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
@@ -52,8 +53,8 @@ def patterns(tokenizer, opening, closing):
 #     ("number", k, n, part)       an opening, then k tokens; part 0, 1, 2: before, in, after the digits of n
 #     ("end", n, ids, j)           an opening, the number n, and j tokens of this closing
 def _read_number(text, n, part, cap):
-    """A token's text as part of the number -> (n, part), or None if it is something else. int() reads the digits of
-    every script, strip() all kinds of spaces."""
+    """A token's text as part of the number -> (n, part), or None if it is something else. int() reads the
+    digits of every script, strip() all kinds of spaces."""
     for char in text:
         if char.isdecimal() and part < 2:
             n, part = min(10 * n + int(char), cap), 1
@@ -95,11 +96,12 @@ def tag_table(tokenizer, opening, closing, cap, vocab_size, device):
     starts, ends = patterns(tokenizer, opening, closing)
     longest = max(map(len, starts)) + MOST_NUMBER + max(map(len, ends))
     if longest > MOST:
-        raise runs.UserError(f"this tokenizer cuts a tag into up to {longest} tokens, and the released plugin takes no "
-                             f"more than {MOST}: leave --tag-rule released out")
+        raise runs.UserError(f"this tokenizer cuts a tag into up to {longest} tokens, and the released "
+                             f"plugin takes no more than {MOST}: leave --tag-rule released out")
     in_patterns = {token for ids in starts + ends for token in ids}
 
-    # (1) The tokens that are told apart: those of the patterns, and one for each text that can be in a number.
+    # (1) The tokens that are told apart: those of the patterns, and one for each text that
+    # can be in a number.
     kinds = {}  # (token or None, text or None) -> the tokens that it stands for
     for token, text in enumerate(runs.token_texts(tokenizer)[:vocab_size]):
         is_number = text != "" and all(char.isdecimal() or char.isspace() for char in text)

@@ -121,7 +121,8 @@ def measure(model, tokenizer, prompts, args):
     to_begin, step = step_of(decode)
     _, alone = step_of(decode_one)
     rollouts = longest_rollouts(model, longest[-1], args)
-    update(model, rollouts)  # of this size too; without it the forecast of the update was ten times too long on an H100
+    # of this size too; without it the forecast of the update was ten times too long on an H100
+    update(model, rollouts)
     one_pass = seconds_of(model, lambda: update(model, rollouts))
     positions = len(longest[-1]) + sum(len(r.slots) for r in rollouts)
     return Pace(at_once * args.group, to_begin, step, alone, one_pass / positions)
@@ -379,8 +380,8 @@ def controls_table(rows):
     return "\n".join([*lines, "", HOW_IT_IS_TESTED.format(n=2 * (len(rows) - 1))])
 
 
-HOW_IT_IS_TESTED = """p: McNemar's (accuracy) and that of sign flips (tokens), paired by example; Holm's p is \
-corrected for all {n} tests of
+HOW_IT_IS_TESTED = """p: McNemar's (accuracy) and that of sign flips (tokens), paired by example; Holm's p \
+is corrected for all {n} tests of
 this table. "differs in": Holm's p is below 0.05 and the 95 % interval (bootstrap) leaves 0 out."""
 
 
@@ -687,7 +688,8 @@ def label_ends(picture, ends):
 
 
 def spread(heights, gap, low, high):
-    """Sorted heights, moved so that neighbours are a gap apart and, if there is room, all from low to high."""
+    """Sorted heights, moved so that neighbours are a gap apart and, if there is room,
+    all from low to high."""
     at = [max(low, height) for height in heights]
     for i in range(1, len(at)):
         at[i] = max(at[i], at[i - 1] + gap)

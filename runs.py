@@ -139,8 +139,8 @@ def _why_not(path, is_local, error):
 
 
 def why_the_hub_refuses(name, what, error):
-    """In one line, and what to do, if a repository is gated, private or not there; else None. what: "model" or
-    "data set"."""
+    """In one line, and what to do, if a repository is gated, private or not there; else None.
+    what: "model" or "data set"."""
     kinds = set()  # of this error and of those that led to it
     texts = str(error)
     while error is not None:
@@ -280,7 +280,8 @@ def save(model, tokenizer, path):
         if os.path.exists(path):
             os.rename(path, old)
         os.rename(new, path)
-    except Exception as e:  # a full disk is an OSError, a SafetensorError or, of a tokenizer, a plain Exception
+    except Exception as e:
+        # a full disk is an OSError, a SafetensorError or, of a tokenizer, a plain Exception
         shutil.rmtree(new, ignore_errors=True)
         raise UserError(f"cannot write {path}: {getattr(e, 'strerror', None) or e}") from e
     shutil.rmtree(old, ignore_errors=True)
@@ -619,8 +620,8 @@ def signals_restored():
 
 # ============================================================ the command line and config.json
 def parser(doc):
-    """An argparse parser for a script with the docstring `doc`. --help shows its first paragraph and its indented
-    ones, the usual commands; what else stands there is for readers of the script."""
+    """An argparse parser for a script with the docstring `doc`. --help shows its first paragraph and its
+    indented ones, the usual commands; what else stands there is for readers of the script."""
     first, *others = doc.split("\n\n")
     shown = [first] + [paragraph for paragraph in others if paragraph.startswith("    ")]
     return argparse.ArgumentParser(description="\n\n".join(shown), usage="%(prog)s [flags]",

@@ -1,19 +1,20 @@
 """A target for each latent: ours, not in the paper; a first reading can skip this file.
 
-The paper's loss does not say what a latent should hold: it is the cross-entropy of the text behind the tag, which a
-policy can also lower by learning how texts with tags go on. With `--targets words` a run of skipped sentences becomes
-one tag, with a latent for each of them and one before: where the thought stood when the tag was opened. Each has a
-target, the embeddings of the last informative words of its sentence (of the first: of the text before the tag), added
-up and divided by the root of their number, so that the sum is about as long as one word's.
+The paper's loss does not say what a latent should hold: it is the cross-entropy of the text behind the tag,
+which a policy can also lower by learning how texts with tags go on. With `--targets words` a run of skipped
+sentences becomes one tag, with a latent for each of them and one before: where the thought stood when the
+tag was opened. Each has a target, the embeddings of the last informative words of its sentence (of the
+first: of the text before the tag), added up and divided by the root of their number, so that the sum is
+about as long as one word's.
 
     the policy wrote    a b c . d e f . g h i . \\boxed{Yes}
     a training trace    a b c . <..> 3 </..>  LATENT      LATENT      LATENT      \\boxed{Yes}
     targets                                   b + c       e + f       h + i
 
-They are learned with the true targets fed, so that a whole trace takes one pass, and with noise on what is fed, so that
-the reader bears the errors that the projector will make. The base is frozen, as in the paper; or, with
-`--train-base LR`, it learns too (as in Coconut and CODI, arXiv 2412.06769 and 2502.21074), by the paper's loss on the
-text that follows.
+They are learned with the true targets fed, so that a whole trace takes one pass, and with noise on what is
+fed, so that the reader bears the errors that the projector will make. The base is frozen, as in the paper;
+or, with `--train-base LR`, it learns too (as in Coconut and CODI, arXiv 2412.06769 and 2502.21074), by the
+paper's loss on the text that follows.
 """
 import collections
 import dataclasses
@@ -54,10 +55,11 @@ def of_trace(model, tokenizer, prompt, sentences, common, words):
 
 
 def mask_runs(model, tokenizer, rng, prompt_ids, sentences, answer, known, share):
-    """One training trace: each sentence is skipped with this chance, a run of them for one tag -> Rollout whose
-    `latents` are the targets, or None if nothing was skipped. known: from of_trace.
+    """One training trace: each sentence is skipped with this chance, a run of them for one tag -> Rollout
+    whose `latents` are the targets, or None if nothing was skipped. known: from of_trace.
 
-    In a skipped run a sentence that tells nothing has no latent. A run too long for the cap takes several tags."""
+    In a skipped run a sentence that tells nothing has no latent.
+    A run too long for the cap takes several tags."""
     cap = model.config.litereason_max_reasoning_steps
     pieces, targets = [], []
     run = []  # targets of the sentences skipped just now
@@ -88,12 +90,13 @@ def encode(tokenizer, text):
 
 # ============================================================ stage 2: the loss
 def with_noise(rows, noise, generator):
-    """Rollouts whose `latents` are the targets -> the same with noise on each: of a strength of its own, up to `noise`
-    times the target's. (Noise on embeddings as such: NEFTune, arXiv 2310.05914.)"""
+    """Rollouts whose `latents` are the targets -> the same with noise on each: of a strength of its own, up
+    to `noise` times the target's. (Noise on embeddings as such: NEFTune, arXiv 2310.05914.)"""
     noisy = []
     for row in rows:
         strength = noise * torch.rand(row.n_latents, 1, generator=generator)
-        direction = torch.randn(row.latents.shape, generator=generator)  # on the CPU: the same on every device
+        # on the CPU: the same on every device
+        direction = torch.randn(row.latents.shape, generator=generator)
         scale = row.latents.square().mean(-1, keepdim=True).sqrt()
         added = direction.to(row.latents) * scale * strength.to(row.latents)
         noisy.append(dataclasses.replace(row, latents=row.latents + added))
@@ -102,11 +105,11 @@ def with_noise(rows, noise, generator):
 
 @engine.with_autocast
 def target_loss(model, rows, fed, n_tokens, n_latents, base_learns=False):
-    """The squared error of each latent to its target, and if the base learns the paper's loss, the cross-entropy after
-    the first tag -> this micro-batch's share of the two means over the whole batch.
+    """The squared error of each latent to its target, and if the base learns the paper's loss, the
+    cross-entropy after the first tag -> this micro-batch's share of the two means over the whole batch.
 
-    rows: Rollouts whose `latents` are the targets; fed: the same rows, with what is fed instead. n_tokens, n_latents: of
-    the whole batch."""
+    rows: Rollouts whose `latents` are the targets; fed: the same rows, with what is fed instead. n_tokens,
+    n_latents: of the whole batch."""
     h, slots, valid = states(model, fed)
     targets = torch.cat([row.latents for row in rows]).to(model.device)  # (n, D)
     z, _ = latent_step(model, h[valid & (slots == LATENT)], None)  # (n, D)
@@ -128,8 +131,8 @@ def squared_error(model, z, targets):
 
 # ============================================================ stage 3: targets for the refresh
 def nearest(model, latents, words):
-    """latents (n, D) -> the sums of word embeddings nearest to them, (n, D), found word by word: what they say,
-    said clearly."""
+    """latents (n, D) -> the sums of word embeddings nearest to them, (n, D), found word by word:
+    what they say, said clearly."""
     embeddings = model.get_input_embeddings().weight.detach().float()  # (V, D)
     left = latents.to(embeddings)
     for _ in range(words):
@@ -143,11 +146,12 @@ def add_flags(group):
     """What a latent learns in stage 2, the same for both training scripts."""
     group.add_argument("--targets", default=None, choices=["words", "none"],
                        help="of the latents in stage 2: words, the embeddings of the skipped sentence's last "
-                            "informative words (ours); none, the paper's loss (default none, for a small model words)")
+                            "informative words (ours); none, the paper's loss (default none, for a small "
+                            "model words)")
     group.add_argument("--words", type=int, default=None, help="words in the target of a latent (default 2)")
     group.add_argument("--noise", type=float, default=None,
-                       help="with --targets words: noise on the targets that are fed in stage 2, as a share of their "
-                            "size (default 0.2)")
+                       help="with --targets words: noise on the targets that are fed in stage 2, as a share "
+                            "of their size (default 0.2)")
     group.add_argument("--train-base", type=float, default=None, metavar="LR",
-                       help="with --targets words: the base learns too in stage 2, at this rate (default 0: it is "
-                            "frozen, as in the paper)")
+                       help="with --targets words: the base learns too in stage 2, at this rate (default 0: "
+                            "it is frozen, as in the paper)")

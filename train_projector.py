@@ -1,16 +1,17 @@
 """Stages 1 and 2 (paper Sec. 3.3): collect the model's own traces, put tags into them, train the projector.
 
 Stage 1: k samples per prompt from the base, with the tag prompt; those with reward > 0 that ended by
-themselves are kept (as released, with --keep-cut, also those that the length limit cut); in every kept trace random
-sentences are replaced by tags (10 % and 25 % of them, five versions each), N from the sentence's length.
+themselves are kept (as released, with --keep-cut, also those that the length limit cut); in every kept
+trace random sentences are replaced by tags (10 % and 25 % of them, five versions each), N from the
+sentence's length.
 Stage 2: the base is frozen; cross-entropy on the text after the first tag trains the projector, through all
 latent steps of all tags.
 
-Left out, and why: (1) spaCy: sentences end at [.!?] or a newline. (2) The released code drops paragraphs when
-it joins sentences again; here the text between them stays. (3) Its loss seems to be summed over 16
-micro-batches instead of averaged, so that its clip of 0.2 bites harder; here the gradient of the mean over a
-batch's tokens is clipped. (4) Its AdamW has the betas 0.9 and 0.999 (--betas), and it takes no trace of more than
-4,096 tokens (--max-length).
+Left out, and why: (1) spaCy: sentences end at [.!?] or a newline. (2) The released code drops paragraphs
+when it joins sentences again; here the text between them stays. (3) Its loss seems to be summed over 16
+micro-batches instead of averaged, so that its clip of 0.2 bites harder; here the gradient of the mean over
+a batch's tokens is clipped. (4) Its AdamW has the betas 0.9 and 0.999 (--betas), and it takes no trace of
+more than 4,096 tokens (--max-length).
 
     python train_projector.py                               # the tiny model: a minute and a half on 2 cores
     python train_projector.py --model Qwen2.5-1.5B          # the paper's plot holes, on one GPU
@@ -36,8 +37,8 @@ import report
 import runs
 import targets
 from eval import PAPER, evaluate
-from litereason import (CAP, CLOSE, LATENT, OPEN, Rollout, UserError, generate, insert_latents, load, parse_tags,
-                        projector_loss)
+from litereason import (CAP, CLOSE, LATENT, OPEN, Rollout, UserError, generate, insert_latents, load,
+                        parse_tags, projector_loss)
 
 # Share of the sentences that become tags; versions per trace and ratio (paper Sec. 3.3)
 RATIOS, VERSIONS = (0.10, 0.25), 5
@@ -80,8 +81,8 @@ def collect_traces(model, tokenizer, task, examples, k, max_new_tokens, seed, pa
             asked = examples[start : start + together]
             prompts = [task.prompt(example, True) for example in asked]
             generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-            rollouts = generate(model, tokenizer, prompts, k, max_new_tokens, latent="none", generator=generator,
-                                bar=bar, tag=tag, **PAPER)
+            rollouts = generate(model, tokenizer, prompts, k, max_new_tokens, latent="none",
+                                generator=generator, bar=bar, tag=tag, **PAPER)
             rewards = data.score(task, [asked[r.prompt] for r in rollouts], [r.text for r in rollouts])
             line = []
             for r, reward in zip(rollouts, rewards):
@@ -191,8 +192,8 @@ def masked_trace(model, tokenizer, rng, prompt, text, answer, marker, ratio):
 
 
 def mask_all(model, tokenizer, traces, marker, rng, aim="none", words=2):
-    """Every trace in RATIOS x VERSIONS masked versions -> (training rows, held-out rows); a tenth of the stories is
-    held out. aim: "words" gives each latent a target (targets.py)."""
+    """Every trace in RATIOS x VERSIONS masked versions -> (training rows, held-out rows); a tenth of the
+    stories is held out. aim: "words" gives each latent a target (targets.py)."""
     masked = versions_with_targets if aim == "words" else versions
     rows = masked(model, tokenizer, traces, marker, rng, words)  # (story, row)
     stories = sorted({story for story, _ in rows})
@@ -201,7 +202,8 @@ def mask_all(model, tokenizer, traces, marker, rng, aim="none", words=2):
     held = [row for story, row in rows if story in held_out]
     if traces and not any(marker in trace["text"] for trace in traces):
         raise UserError(f"none of the {len(traces)} traces that stage 1 kept has the words {marker!r}, "
-                        f"before which reasoning stands: set ANSWER of the task to the words that its prompt asks for")
+                        f"before which reasoning stands: set ANSWER of the task to the words that its "
+                        f"prompt asks for")
     if not train or not held:
         raise UserError(f"stage 1 kept {len(traces)} traces, too few with a sentence to mask: this model "
                         "earns too little reward on this task with the tag prompt (give more --prompts, in "
@@ -236,7 +238,7 @@ def versions_with_targets(model, tokenizer, traces, marker, rng, words):
     return rows
 
 
-# ============================================================ stage 2: the projector learns, the base is frozen
+# ========================================================== stage 2: the projector learns, the base is frozen
 def fit_projector(model, traces, lr, batch, steps=None, schedule=True, clip=0.2, seed=0, budget=None,
                   progress=None, states=None, every=50, carried=None, aim="none", noise=0.0,
                   base_lr=0.0, betas=(0.9, 0.95)):
@@ -245,9 +247,10 @@ def fit_projector(model, traces, lr, batch, steps=None, schedule=True, clip=0.2,
 
     Used by stage 2 (cosine to 10 %, warm-up 10 %) and by the refresh of stage 3 (constant rate, as released).
     budget: positions per forward pass (None: what fits). states: a directory; the fit continues from the
-    newest state in it, and leaves one there every so many steps and when it is stopped, with `carried` (JSON) in it.
-    Ours (targets.py): with aim "words" a trace's latents are targets, fed with noise; with base_lr > 0 the base learns
-    too, from the second fifth of the steps on, when the projector is no longer a stranger."""
+    newest state in it, and leaves one there every so many steps and when it is stopped, with `carried`
+    (JSON) in it.
+    Ours (targets.py): with aim "words" a trace's latents are targets, fed with noise; with base_lr > 0 the
+    base learns too, from the second fifth of the steps on, when the projector is no longer a stranger."""
     budget = budget or positions_at_once(model, traces)
     parameters = list(model.reasoning_projector.parameters())
     groups = [{"params": parameters, "lr": lr, "peak": lr}]
@@ -284,10 +287,11 @@ def fit_projector(model, traces, lr, batch, steps=None, schedule=True, clip=0.2,
             # (1) The learning rate of this step.
             for i, group in enumerate(optimizer.param_groups):
                 waits = i > 0 and step < steps // 5
-                group["lr"] = 0.0 if waits else group["peak"] * (_warm_up_and_cosine(step, steps) if schedule else 1)
+                group["lr"] = (0.0 if waits else
+                               group["peak"] * (_warm_up_and_cosine(step, steps) if schedule else 1))
 
-            # (2) The loss, in micro-batches. Its denominator is known before the first of them: text tokens after
-            #     the first tag, over the whole batch.
+            # (2) The loss, in micro-batches. Its denominator is known before the first of them: text tokens
+            #     after the first tag, over the whole batch.
             n_tokens = sum(_scored_tokens(r.slots) for r in rows)
             n_latents = sum(r.n_latents for r in rows)
             if aim == "words":
@@ -296,7 +300,8 @@ def fit_projector(model, traces, lr, batch, steps=None, schedule=True, clip=0.2,
             for part in engine.pack(rows, budget, unrolled=True):
                 some = [rows[i] for i in part]
                 if aim == "words":
-                    loss = targets.target_loss(model, some, [fed[i] for i in part], n_tokens, n_latents, base_lr > 0)
+                    loss = targets.target_loss(model, some, [fed[i] for i in part], n_tokens, n_latents,
+                                               base_lr > 0)
                 else:
                     loss = projector_loss(model, some)[0] / n_tokens
                 loss.backward()
@@ -340,7 +345,8 @@ def _base_frozen(model):
 
 def _batches(traces, size, seed, together=1):
     """Yields batches without end, one shuffled epoch after another; they follow from the seed, so no state
-    needs them. together: so many neighbours stay together (versions of one trace: their prompt is read once)."""
+    needs them. together: so many neighbours stay together (versions of one trace: their prompt is
+    read once)."""
     rng = random.Random(seed)
     order = []
     while True:
@@ -399,9 +405,9 @@ def stages_1_and_2(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, e
     printed.
 
     Continues from what a stopped run left in `out`: traces.jsonl, and stage 2's states (one every so many
-    steps) in stage-2/. n: val examples for the accuracy before and after. betas, max_length, keep_cut: the flags
-    of these names. changes: of RELEASED or SMALL
-    above, whichever the model's size selects; None leaves a value as it is."""
+    steps) in stage-2/. n: val examples for the accuracy before and after. betas, max_length, keep_cut: the
+    flags of these names. changes: of RELEASED or SMALL above, whichever the model's size selects; None
+    leaves a value as it is."""
     cfg = dict(SMALL if runs.is_small(model) else RELEASED)
     cfg.update({name: value for name, value in changes.items() if value is not None})
     started = time.time()
@@ -415,7 +421,8 @@ def stages_1_and_2(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, e
     aim = cfg["targets"]
     if aim != "words":
         if changes.get("train_base"):
-            raise UserError("--train-base goes with --targets words: the paper's stage 2 leaves the base frozen")
+            raise UserError("--train-base goes with --targets words: the paper's stage 2 leaves the "
+                            "base frozen")
         cfg["train_base"] = 0.0
     print("stages 1 and 2: " + ", ".join(_setting(name, value) for name, value in cfg.items()))
     tag = "forbidden" if aim == "words" else None
@@ -425,7 +432,8 @@ def stages_1_and_2(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, e
     train, held = mask_all(model, tokenizer, traces, marker, rng, aim, cfg["words"])
     train, held = short_enough(train, max_length), short_enough(held, max_length)
     if not train or not held:
-        raise UserError(f"no masked trace has {max_length} tokens or fewer, prompt included: raise --max-length")
+        raise UserError(f"no masked trace has {max_length} tokens or fewer, prompt included: "
+                        f"raise --max-length")
     base = "learns too" if cfg["train_base"] else "is frozen"
     print(f"stage 2: {len(train)} masked traces, {len(held)} more held out; the base {base}", flush=True)
 

@@ -14,11 +14,11 @@ current weights, as released. (5) The learning rate is constant; the released sc
 default (--lr-schedule cosine). (6) The refresh steps on 16 traces at a time, with a clipped gradient; the
 released one on one trace per GPU, unclipped (--refresh-batch, --refresh-clip).
 
-    python train_rl.py                                # the tiny model, all stages, a table: 3 minutes, 2 cores
-    python train_rl.py --method grpo                  # the same RL without latents, for comparison
-    python train_rl.py --resume out/tiny-litereason   # continue a stopped run, exactly: on a CPU bit for bit
-    python train_rl.py --model Qwen2.5-1.5B           # the paper's plot holes on one GPU; before it, once:
-                                                      #   python data/flawed_fictions/prepare.py
+    python train_rl.py                               # the tiny model, all stages, a table: 3 minutes, 2 cores
+    python train_rl.py --method grpo                 # the same RL without latents, for comparison
+    python train_rl.py --resume out/tiny-litereason  # continue a stopped run, exactly: on a CPU bit for bit
+    python train_rl.py --model Qwen2.5-1.5B          # the paper's plot holes on one GPU; before it, once:
+                                                     #   python data/flawed_fictions/prepare.py
 """
 import os
 
@@ -304,8 +304,8 @@ def refresh(args, model, tokenizer, task, state, examples, prompts, epoch):
 def sharpen(args, model, state, epoch):
     """The refresh with targets (ours) -> the loss, or None if there was nothing to learn from.
 
-    The last batch's rewarded rollouts as they are, tags and all; the target of each latent is the sum of words that
-    is nearest to what it was. So the projector follows the base, and no error adds up."""
+    The last batch's rewarded rollouts as they are, tags and all; the target of each latent is the sum of
+    words that is nearest to what it was. So the projector follows the base, and no error adds up."""
     rows = [r for r, reward in zip(state.rollouts, state.earned.tolist()) if reward > 0 and r.n_latents]
     if not rows:
         return None
@@ -520,7 +520,8 @@ def main():
     fit_to_memory(args, model, task, prompts)
     base = engine.base_parameters(model)
     if args.offload and args.train_base:
-        raise UserError("--train-base takes fp32 weights on the card: leave --offload out, or run train_projector.py first")
+        raise UserError("--train-base takes fp32 weights on the card: leave --offload out, or run "
+                        "train_projector.py first")
     masters = engine.offload(model, base) if args.offload else base
     if not args.resume:
         runs.delete_earlier_run(args.out)
@@ -548,7 +549,8 @@ def main():
                 runs.write_state(first_rows, len(table_rows), {}, table_rows)
 
     if saved is None:
-        start = "start" if model.projector_trained else "base"  # a run of train_projector.py may have moved the base
+        # a run of train_projector.py may have moved the base
+        start = "start" if model.projector_trained else "base"
         add_row(f"{start}, explicit reasoning", False, "none")
         if args.method != "grpo":
             add_row(f"{start}, tag prompt", True, "none")  # a plain LM: its tags are text
@@ -567,30 +569,31 @@ def main():
     add_row(NAMES[args.method], args.method != "grpo", latent_of_method(args))
     if args.method == "litereason":
         add_row(TAKEN_AWAY, True, "none")
-        others = tests and latents_of_others(model, tokenizer, task, task.examples("val")[:100], seed=args.seed,
-                                             max_new_tokens=args.max_new_tokens, **PAPER)
+        others = tests and latents_of_others(model, tokenizer, task, task.examples("val")[:100],
+                                             seed=args.seed, max_new_tokens=args.max_new_tokens, **PAPER)
         if others:
             add_row(ANOTHERS, True, latent_of("other", model, others, args.seed))
     if table_rows:
         results = [{"model": name, **figures} for name, figures in table_rows]
         runs.write_json(os.path.join(args.out, "results.json"), results)
-        print(f"\n{report.table(table_rows)}\n\n{len(tests)} test stories, the paper's sampling (temperature 0.7, "
-              f"top-p 0.8, top-k 20), seed {args.seed}, {time.time() - started:.0f}s for everything; numbers in "
-              f"{args.out}/results.json")
+        print(f"\n{report.table(table_rows)}\n\n{len(tests)} test stories, the paper's sampling "
+              f"(temperature 0.7, top-p 0.8, top-k 20), seed {args.seed}, {time.time() - started:.0f}s for "
+              f"everything; numbers in {args.out}/results.json")
         if args.method == "litereason":
             print(what_latents_did(dict(table_rows)))
 
 
 def what_latents_did(rows):
-    """The last line of a run: its own latents against another story's, on the same stories and random numbers."""
+    """The last line of a run: its own latents against another story's,
+    on the same stories and random numbers."""
     if ANOTHERS not in rows:
         return "what the latents did: nothing, the policy runs none"
     own, other = rows[NAMES["litereason"]], rows[ANOTHERS]
     test = against(other, own)
     low, high = test["accuracy_ci95"]
-    return (f"what the latents did: {own['accuracy']:.3f} with its own, {other['accuracy']:.3f} with another story's "
-            f"({test['accuracy']:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}, p {test['accuracy_p']:.1g}), in "
-            f"{own['tokens']:.1f} and {other['tokens']:.1f} tokens")
+    return (f"what the latents did: {own['accuracy']:.3f} with its own, {other['accuracy']:.3f} with another "
+            f"story's ({test['accuracy']:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}, "
+            f"p {test['accuracy_p']:.1g}), in {own['tokens']:.1f} and {other['tokens']:.1f} tokens")
 
 
 def fit_to_memory(args, model, task, prompts):

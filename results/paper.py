@@ -447,8 +447,8 @@ disk: the states of a finished run are {states}; {free / GB:.1f} GB are free for
         ways = ["choose an --out on another disk", "fewer --methods, --tasks or --seeds"]
         ways += ["fewer --jobs"] if args.jobs > 1 else []
         ways += ["or leave --keep-states out"] if args.keep_states else []
-        raise UserError(f"the disk is too small: {needed / GB:.1f} GB are needed at most and {free / GB:.1f} GB "
-                        f"are free; {', '.join(ways)}")
+        raise UserError(f"the disk is too small: {needed / GB:.1f} GB are needed at most and {free / GB:.1f} "
+                        f"GB are free; {', '.join(ways)}")
 
 
 # ============================================================ what came of them
@@ -513,7 +513,8 @@ def caption(args, task, found):
     figures = read_json(os.path.join(args.out, task, "measured.json"), {}).get("figures", {})
     numbers = [f"{row['n_examples']:.0f} test examples"]
     sampling = report.sampling_in_words(evaluation.PAPER)
-    numbers.append(f"{row['samples']:.0f} answers each, sampled at {sampling}, up to {args.max_new_tokens} tokens")
+    numbers.append(f"{row['samples']:.0f} answers each, sampled at {sampling}, up to {args.max_new_tokens} "
+                   f"tokens")
     numbers.append("RL at temperature 1")
     numbers.append(f"seeds {' '.join(map(str, args.seeds))}")
     for flags, of in ((args.rl_flags, "train_rl.py"), (args.projector_flags, "train_projector.py"),

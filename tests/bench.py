@@ -52,7 +52,8 @@ from litereason import (LATENT, Rollout, attach, generate, group_advantages, loa
 from runs import TINY
 
 NEVER = -7  # a stop token that is never sampled: all rows run to the same length on both sides
-WIDTH, VOCABULARY = 512, 151_936  # of the large model; the vocabulary is Qwen2.5's, its head a third of the work
+# of the large model; the vocabulary is Qwen2.5's, its head a third of the work
+WIDTH, VOCABULARY = 512, 151_936
 
 
 # ============================================================ what rows share
@@ -64,9 +65,9 @@ def models(kind, device):
     if kind == "tiny":
         theirs = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
         return ours, theirs.to(device).eval(), tokenizer
-    config = Qwen2Config(vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=1408, num_hidden_layers=8,
-                         num_attention_heads=8, num_key_value_heads=2, max_position_embeddings=16_384,
-                         tie_word_embeddings=True, attn_implementation="sdpa")
+    config = Qwen2Config(vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=1408,
+                         num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2,
+                         max_position_embeddings=16_384, tie_word_embeddings=True, attn_implementation="sdpa")
     torch.manual_seed(0)
     theirs = Qwen2ForCausalLM(config).to(device).eval()
     ours = Qwen2ForCausalLM(copy.deepcopy(theirs.config)).to(device)
@@ -113,8 +114,8 @@ def their_generate(model, prompts, samples, steps):
     steps) ids."""
     rows = [prompt for prompt in prompts for _ in range(samples)]
     ids, mask = padded_left(rows, model.device)
-    out = model.generate(input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                         eos_token_id=None, pad_token_id=0, max_new_tokens=steps)
+    out = model.generate(input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0,
+                         top_p=1.0, eos_token_id=None, pad_token_id=0, max_new_tokens=steps)
     return out[:, ids.shape[1] :]
 
 
@@ -141,7 +142,7 @@ def clock(run, device):
     return time.perf_counter() - start
 
 
-# ============================================================ the rows: device -> (ours, theirs), to be run in turn
+# ====================================================== the rows: device -> (ours, theirs), to be run in turn
 def decode_short(device):
     ours, theirs, tokenizer = models("tiny", device)
     _, prompts = tiny_prompts(tokenizer, "test")
@@ -314,7 +315,8 @@ def trl_trainer(device, steps, folder):
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).to(device)
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(TINY, padding_side="left")
     examples = tiny.examples("train")[: same["prompts"]]
-    rows = [{"prompt": tiny.prompt(example, False), "number": number} for number, example in enumerate(examples)]
+    rows = [{"prompt": tiny.prompt(example, False), "number": number}
+            for number, example in enumerate(examples)]
 
     def rewards(completions, number, **_):
         return [tiny.reward(examples[i], completion) for i, completion in zip(number, completions)]
@@ -323,7 +325,8 @@ def trl_trainer(device, steps, folder):
         output_dir=folder, max_steps=steps, learning_rate=same["lr"], lr_scheduler_type="constant",
         adam_beta1=0.9, adam_beta2=0.95, max_grad_norm=1.0, num_generations=same["group"],
         max_completion_length=same["max_new_tokens"], temperature=1.0, top_k=0, top_p=1.0, beta=0.0,
-        epsilon=same["clip"], loss_type="grpo", use_cpu=device == "cpu", bf16=False, gradient_checkpointing=False,
+        epsilon=same["clip"], loss_type="grpo", use_cpu=device == "cpu", bf16=False,
+        gradient_checkpointing=False,
         # Four micro-batches to one optimiser step: faster here than all 256 rollouts at once.
         per_device_train_batch_size=rollouts // 4, gradient_accumulation_steps=4,
         save_strategy="no", report_to="none", logging_steps=1, disable_tqdm=True)
@@ -374,7 +377,8 @@ def growth(which, device, repeats):
         tags_fire(ours, tokenizer, 20 if latents else 0, latents)
 
         def seconds(slots):
-            run = [clock(lambda: generate(ours, tokenizer, [ids], rows, slots), device) for _ in range(repeats)]
+            run = [clock(lambda: generate(ours, tokenizer, [ids], rows, slots), device)
+                   for _ in range(repeats)]
             return statistics.median(run)
 
         prefill = seconds(1)
@@ -426,8 +430,8 @@ def table_line(name, numbers):
     if "our_tokens" in numbers:
         title += f" ({numbers['our_tokens']:.0f} and {numbers['their_tokens']:.0f} tokens a rollout)"
     ratios = numbers["ratios"]
-    return (f"| ({name}) {title} | {numbers['ours_s']:.3f} | {numbers['theirs_s']:.3f} | {numbers['ratio']:.1f}x "
-            f"| {ratios[0]:.1f}, {ratios[-1]:.1f} |")
+    return (f"| ({name}) {title} | {numbers['ours_s']:.3f} | {numbers['theirs_s']:.3f} | "
+            f"{numbers['ratio']:.1f}x | {ratios[0]:.1f}, {ratios[-1]:.1f} |")
 
 
 def measure_in_own_process(name, args):

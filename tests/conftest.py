@@ -1,7 +1,9 @@
 """What the tests share: a small tokenizer, a tiny random Qwen2 in float64, and a scripted policy.
 
-Read test_tag.py, test_decode.py, test_train.py, test_data.py in this order: together they say what litereason.py must do.
-Everything here runs on a CPU without a network. Numbers are float64, so "equal" means equal up to rounding, 1e-10.
+Read test_tag.py, test_decode.py, test_train.py, test_data.py in this order: together they say what
+litereason.py must do.
+Everything here runs on a CPU without a network. Numbers are float64, so "equal" means equal up to rounding,
+1e-10.
 """
 import contextlib
 import os
@@ -33,11 +35,13 @@ def close(a, b, tol=1e-10):
     a, b = a.detach(), b.detach()
     assert a.shape == b.shape, (a.shape, b.shape)
     if a.numel():
-        assert (a - b).abs().max() <= tol * max(1.0, float(b.abs().max())), f"off by {(a - b).abs().max():.3g}"
+        gap = (a - b).abs().max()
+        assert gap <= tol * max(1.0, float(b.abs().max())), f"off by {gap:.3g}"
 
 
 # ---------------------------------------------------------------- tokenizers
-MERGED = [".<", ">\n", "><", "</", "implicit_", "thought"]  # the rest is one token per character; tag(3) has 9 tokens
+# the rest is one token per character; tag(3) has 9 tokens
+MERGED = [".<", ">\n", "><", "</", "implicit_", "thought"]
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +53,8 @@ def tok(tmp_path_factory):
     t.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
     t.decoder = decoders.Fuse()
     path = tmp_path_factory.mktemp("tokenizer")
-    PreTrainedTokenizerFast(tokenizer_object=t, eos_token="<eos>", pad_token="<eos>", unk_token="<unk>").save_pretrained(path)
+    PreTrainedTokenizerFast(tokenizer_object=t, eos_token="<eos>", pad_token="<eos>",
+                            unk_token="<unk>").save_pretrained(path)
     return AutoTokenizer.from_pretrained(path)
 
 
@@ -65,7 +70,8 @@ def exact_norm(self, x):
     return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
 
 
-Qwen2RMSNorm.forward = exact_norm  # transformers' own rounds to float32 inside a float64 model: gradients would agree to 1e-7 only
+# transformers' own rounds to float32 inside a float64 model: gradients would agree to 1e-7 only
+Qwen2RMSNorm.forward = exact_norm
 
 
 def random_qwen2(vocab_size, eos, **config):
@@ -73,8 +79,9 @@ def random_qwen2(vocab_size, eos, **config):
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=None, eos_token_id=eos, pad_token_id=eos, **config))
+        vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, bos_token_id=None,
+        eos_token_id=eos, pad_token_id=eos, **config))
     model = model.double()
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -83,8 +90,8 @@ def random_qwen2(vocab_size, eos, **config):
 
 
 def with_projector(model):
-    """Attached, and the layers made different, at a size where latents matter (TEXTS has a test of that) without chaos:
-    a random projector that is much larger multiplies rounding errors by ten per latent."""
+    """Attached, and the layers made different, at a size where latents matter (TEXTS has a test of that)
+    without chaos: a random projector that is much larger multiplies rounding errors by ten per latent."""
     model = litereason.attach(model)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -95,7 +102,8 @@ def with_projector(model):
 
 @pytest.fixture
 def model(tok):
-    return with_projector(random_qwen2(len(tok) + 3, tok.eos_token_id))  # + 3: as in Qwen, ids that no text has
+    # + 3: as in Qwen, ids that no text has
+    return with_projector(random_qwen2(len(tok) + 3, tok.eos_token_id))
 
 
 @pytest.fixture(scope="session")
@@ -105,9 +113,11 @@ def real_model(real_tok):
 
 # ---------------------------------------------------------------- a policy that writes what a test wants
 def write(model, tok, prompts, texts, limit=40, samples=1, seed=0, **settings):
-    """generate(), but row i samples the tokens of texts[i] one after the other (then "x"), with their true log-probs.
+    """generate(), but row i samples the tokens of texts[i] one after the other (then "x"),
+    with their true log-probs.
 
-    generate draws one random number per row and step up front, so the number that `sample` gets tells whose turn it is.
+    generate draws one random number per row and step up front, so the number that `sample` gets tells
+    whose turn it is.
     """
     with scripted(tok, texts, limit, seed):
         return litereason.generate(model, tok, prompts, samples=samples, max_new_tokens=limit,
@@ -116,7 +126,8 @@ def write(model, tok, prompts, texts, limit=40, samples=1, seed=0, **settings):
 
 @contextlib.contextmanager
 def scripted(tok, texts, limit, seed=0):
-    """While this lasts `sample` gives row i the tokens of texts[i]; -> the random numbers (rows, limit) that say who a row is."""
+    """While this lasts `sample` gives row i the tokens of texts[i]; -> the random numbers (rows, limit)
+    that say who a row is."""
     draws = torch.rand(len(texts), limit, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     row_of = {u: row for row, line in enumerate(draws.tolist()) for u in line}
     scripts, after = [iter(tok.encode(t)) for t in texts], tok.encode("x")[0]
@@ -155,7 +166,8 @@ def rollouts(model, tok):
 
 
 # ---------------------------------------------------------------- the projector, spelt out
-# The reference for everything else is the definition that litereason.py opens with: naive_generate, and naive_score (here: naive).
+# The reference for everything else is the definition that litereason.py opens with: naive_generate, and
+# naive_score (here: naive).
 def project(model, h):
     for mlp in model.reasoning_projector:
         h = mlp.down_proj(mlp.act_fn(mlp.gate_proj(h)) * mlp.up_proj(h))

@@ -1,10 +1,12 @@
-"""Kills a tiny run of all stages at random moments, resumes it, kills it again; the end must be the end of a run left alone, bit for bit.
+"""Kills a tiny run of all stages at random moments, resumes it, kills it again; the end must be the end of
+a run left alone, bit for bit.
 
     python tests/kill.py --kills 60       # a third of them in each stage: traces, projector, RL
 
-Half of the kills fall on a moment that a clock draws. The other half fall on the disk: the process kills itself before or after the
-n-th call that makes, fills, syncs, renames or removes something (of a state, a checkpoint, the traces, the settings), or with only half
-of a state's tensors, or of the traces, on the disk. Each process is forked from this one, which has imported everything.
+Half of the kills fall on a moment that a clock draws. The other half fall on the disk: the process kills
+itself before or after the n-th call that makes, fills, syncs, renames or removes something (of a state, a
+checkpoint, the traces, the settings), or with only half of a state's tensors, or of the traces, on the
+disk. Each process is forked from this one, which has imported everything.
 """
 import argparse
 import json
@@ -28,14 +30,18 @@ import train_projector
 import train_rl
 
 torch.set_num_threads(1)
-train_projector.SMALL["k"], train_projector.VERSIONS, train_projector.AT_ONCE = 1, 1, 4  # stage 1 in 120 short batches
-SIZES = ["--device", "cpu", "--n", "2", "--val", "2", "--train-prompts", "8", "--prompts", "4", "--group", "4", "--minibatches", "2",
-         "--max-new-tokens", "80", "--save-every", "1", "--show-every", "0", "--trace-prompts", "480"]
-DISK = [(os, "mkdir"), (os, "makedirs"), (os, "rename"), (os, "replace"), (os, "fsync"), (shutil, "rmtree"), (runs, "save_file")]
+# stage 1 in 120 short batches
+train_projector.SMALL["k"], train_projector.VERSIONS, train_projector.AT_ONCE = 1, 1, 4
+SIZES = ["--device", "cpu", "--n", "2", "--val", "2", "--train-prompts", "8", "--prompts", "4",
+         "--group", "4", "--minibatches", "2", "--max-new-tokens", "80", "--save-every", "1",
+         "--show-every", "0", "--trace-prompts", "480"]
+DISK = [(os, "mkdir"), (os, "makedirs"), (os, "rename"), (os, "replace"), (os, "fsync"), (shutil, "rmtree"),
+        (runs, "save_file")]
 
 
 def kill_at(n, half):
-    """In a child: from now on it dies at the n-th call of DISK, or, with half, after the one before, and what that wrote is cut."""
+    """In a child: from now on it dies at the n-th call of DISK, or, with half, after the one before,
+    and what that wrote is cut."""
     def watched(real, name):
         def call(*args, **kwargs):
             nonlocal n
@@ -111,9 +117,11 @@ def main():
         print(f"left alone: {time.time() - begin:.0f}s; log in {log.name}", flush=True)
         while True:
             # --resume wants a config.json: killed before that, a run is just started again
-            words = ["--resume", killed] if os.path.exists(os.path.join(killed, "config.json")) else [*sizes, "--out", killed]
+            words = (["--resume", killed] if os.path.exists(os.path.join(killed, "config.json"))
+                     else [*sizes, "--out", killed])
             disk = rng.random() < 0.5 and wanted(stage(killed))
-            child = start(words, log, rng.randint(1, 12 if stage(killed) == "traces" else 50) if disk else 0, rng.random() < 0.5)
+            child = start(words, log, rng.randint(1, 12 if stage(killed) == "traces" else 50) if disk else 0,
+                          rng.random() < 0.5)
             until, gone = time.time() + rng.uniform(0.1, 2), 0
             while not gone:
                 gone, status = os.waitpid(child, os.WNOHANG)
@@ -129,8 +137,10 @@ def main():
             kills[stage(killed), "disk" if disk else "clock"] += 1
     names = ("weights", "metrics", "table", "traces", "files")
     a, b = result(alone), result(killed)
-    same = [a[0].keys() == b[0].keys() and all(torch.equal(a[0][k], b[0][k]) for k in a[0])] + [x == y for x, y in zip(a[1:], b[1:])]
-    print(f"{sum(kills.values())} kills in {time.time() - begin:.0f}s: " + ", ".join(f"{s} {n} by {how}" for (s, how), n in kills.items()))
+    same = ([a[0].keys() == b[0].keys() and all(torch.equal(a[0][k], b[0][k]) for k in a[0])]
+            + [x == y for x, y in zip(a[1:], b[1:])])
+    print(f"{sum(kills.values())} kills in {time.time() - begin:.0f}s: "
+          + ", ".join(f"{s} {n} by {how}" for (s, how), n in kills.items()))
     print("equal to the run left alone: " + ", ".join(f"{name} {yes}" for name, yes in zip(names, same)))
     if not all(same) or any(wanted(s) for s in ("traces", "projector", "RL")):
         sys.exit(f"not equal, or a stage came to its end before its last kill; both are in {at}")

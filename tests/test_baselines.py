@@ -12,9 +12,11 @@ from test_scripts import script
 
 import baselines
 import data
-from baselines import LatentHead, colar, feed_back, mixture_of_inputs, normal_numbers, soft_thinking, train_coconut
+from baselines import (LatentHead, colar, feed_back, mixture_of_inputs, normal_numbers, soft_thinking,
+                       train_coconut)
 from data import tiny
-from litereason import LATENT, UserError, attach, generate, load, logprobs, save, start_projector, states, unroll
+from litereason import (LATENT, UserError, attach, generate, load, logprobs, save, start_projector, states,
+                        unroll)
 
 PROMPTS = [" on the mat", "!"]
 
@@ -36,16 +38,19 @@ def plain_states(model, prompt, x):
 def test_soft_thinking_over_one_word_is_greedy_decoding_up_to_the_answer(model, tok):
     greedy = generate(model, tok, PROMPTS, max_new_tokens=30, temperature=0, tag=0)
     for r in greedy:
-        end = r.slots[12]  # any word that greedy decoding says; soft thinking ends where it comes for the first time
+        # any word that greedy decoding says; soft thinking ends where it comes for the first time
+        end = r.slots[12]
         at = r.slots.index(end)
         method = soft_thinking(model, end, top_k=1)
-        soft = generate(model, tok, [r.prompt_ids], max_new_tokens=30, temperature=0, tag=0, start=30, **method)[0]
+        soft = generate(model, tok, [r.prompt_ids], max_new_tokens=30, temperature=0, tag=0, start=30,
+                        **method)[0]
         assert soft.slots == [LATENT] * at + r.slots[at:]
         close(soft.latents, model.get_input_embeddings()(torch.tensor(r.slots[:at])))
 
 
 def test_a_soft_latent_is_the_mean_embedding_of_the_likeliest_words(model, tok):
-    r = generate(model, tok, PROMPTS[:1], max_new_tokens=5, start=5, tag=0, **soft_thinking(model, -5, top_k=3))[0]
+    r = generate(model, tok, PROMPTS[:1], max_new_tokens=5, start=5, tag=0,
+                 **soft_thinking(model, -5, top_k=3))[0]
     h = plain_states(model, r.prompt_ids, r.latents)[len(r.prompt_ids) - 1 : -1]  # before each latent
     p, words = model.lm_head(h).softmax(-1).topk(3)
     p = p / p.sum(-1, keepdim=True)
@@ -115,7 +120,8 @@ def head_of(model):
 def test_normal_numbers_are_normal_and_a_rows_own():
     u, k = torch.rand(200, generator=seeded(), dtype=torch.float64), torch.arange(200) % 7
     x = normal_numbers(u, k, 500)
-    assert abs(float(x.mean())) < 0.01 and abs(float(x.std()) - 1) < 0.01 and abs(float((x**4).mean()) - 3) < 0.1
+    assert (abs(float(x.mean())) < 0.01 and abs(float(x.std()) - 1) < 0.01
+            and abs(float((x**4).mean()) - 3) < 0.1)
     assert torch.equal(x[17:19], normal_numbers(u[17:19], k[17:19], 500))
     rows = torch.corrcoef(x)
     assert float((rows - torch.eye(200)).abs().max()) < 0.25  # 1 / sqrt(500) is 0.045
@@ -131,8 +137,10 @@ def test_colars_latents_follow_its_head_and_end_where_the_head_of_the_lm_draws_t
         n = r.n_latents
         assert 1 <= n <= 40 and r.slots[:n] == [LATENT] * n and (n == 40 or r.slots[n] == end)
         mean, std = head(plain_states(model, r.prompt_ids, r.latents)[len(r.prompt_ids) - 1 : -1])
-        assert float(((r.latents / 0.5 - mean) / std).detach().abs().max()) < 6  # draws from that normal distribution
-    logp, scored = logprobs(model, rolls)  # sampler and scorer agree on the words, the end of the block included
+        # draws from that normal distribution
+        assert float(((r.latents / 0.5 - mean) / std).detach().abs().max()) < 6
+    # sampler and scorer agree on the words, the end of the block included
+    logp, scored = logprobs(model, rolls)
     for i, r in enumerate(rolls):
         close(logp[i, : len(r.slots)], r.logprobs)
     h, slots, valid = states(model, rolls)
@@ -149,8 +157,10 @@ def test_a_row_alone_is_the_same_row_in_a_batch(model, tok, rule):
     prompts = PROMPTS + ["another one"]
 
     def decode(**rows):
-        method = soft_thinking(model, end, 4, patience=9) if rule == "soft" else colar(model, head_of(model), end)
-        return generate(model, tok, prompts, 1, max_new_tokens=30, start=25, tag=0, generator=seeded(), **rows, **method)
+        method = (soft_thinking(model, end, 4, patience=9) if rule == "soft" else
+                  colar(model, head_of(model), end))
+        return generate(model, tok, prompts, 1, max_new_tokens=30, start=25, tag=0, generator=seeded(),
+                        **rows, **method)
 
     together = decode()
     one_by_one = decode(rows=1)
@@ -168,12 +178,13 @@ def test_a_pause_token_is_one_vector_everywhere_and_is_saved_like_a_projector(tm
     assert torch.equal(z[0, 0], z[2, 1])
     save(model, tok, tmp_path / "model")
     again, _ = load(tmp_path)
-    assert again.projector_trained and torch.equal(again.reasoning_projector.vector, model.reasoning_projector.vector)
+    assert (again.projector_trained
+            and torch.equal(again.reasoning_projector.vector, model.reasoning_projector.vector))
 
 
 def test_controls_of_the_projector_run_and_are_refused_on_a_trained_one(tmp_path):
-    small = ("--steps", 1, "--train-prompts", 2, "--projector-steps", 1, "--trace-prompts", 24, "--targets", "none", "--n", 1, "--val", 0,
-             "--prompts", 2, "--group", 2, "--max-new-tokens", 40)
+    small = ("--steps", 1, "--train-prompts", 2, "--projector-steps", 1, "--trace-prompts", 24,
+             "--targets", "none", "--n", 1, "--val", 0, "--prompts", 2, "--group", 2, "--max-new-tokens", 40)
     got = script("train_rl.py", "--projector", "pause", *small, "--out", tmp_path / "pause")
     assert got.returncode == 0, got.stderr
     trained = ("--model", tmp_path / "pause")
@@ -182,7 +193,8 @@ def test_controls_of_the_projector_run_and_are_refused_on_a_trained_one(tmp_path
     got = script("train_rl.py", "--method", "tag", *small, "--out", tmp_path / "tag")
     assert got.returncode == 0, got.stderr
     rows = json.load(open(tmp_path / "tag" / "results.json"))
-    assert [r["model"] for r in rows] == ["base, explicit reasoning", "base, tag prompt", "RL with tags, no latents"]
+    assert [r["model"] for r in rows] == ["base, explicit reasoning", "base, tag prompt",
+                                          "RL with tags, no latents"]
     assert rows[-1]["latent_steps"] == 0
 
 
@@ -259,14 +271,16 @@ def test_the_answer_learns_what_follows_its_opening_and_keeps_the_weights_that_v
 SFTS = ["colar, r = 1, SFT", "colar, r = 2, SFT", "colar, r = 5, SFT"]
 
 
-@pytest.mark.parametrize("method, rows", [("soft-thinking", ["soft-thinking"]), ("moi", ["moi"]), ("answer", ["answer"]),
-                                          ("coconut", ["coconut"]), ("colar", [*SFTS, "colar"])])
+@pytest.mark.parametrize("method, rows", [("soft-thinking", ["soft-thinking"]), ("moi", ["moi"]),
+                                          ("answer", ["answer"]), ("coconut", ["coconut"]),
+                                          ("colar", [*SFTS, "colar"])])
 def test_every_method_runs_on_both_tasks(method, rows, tmp_path, monkeypatch, capsys):
     task = "tiny" if method in ("moi", "colar", "answer") else "tiny.next_chapter"
     limit = 240 if method in ("coconut", "colar") else 60  # a trace of all six rounds has up to 186 words
     words = ["--method", method, "--task", task, "--n", 4, "--stories", 2, "--steps", 1,
              "--max-new-tokens", limit, "--seed", 1, "--out", tmp_path / "o"]
-    shorter = {"stages": 1, "per_stage": 1, "last_stage": 1, "colar_epochs": 6, "rl_prompts": 1, "most_latents": 8}
+    shorter = {"stages": 1, "per_stage": 1, "last_stage": 1, "colar_epochs": 6, "rl_prompts": 1,
+               "most_latents": 8}
     monkeypatch.setattr(baselines, "SMALL", {**baselines.SMALL, **shorter})
     monkeypatch.setattr(baselines, "GROUP", 4)
     monkeypatch.setattr(baselines, "CHECKED", 3)
@@ -297,8 +311,9 @@ def test_baselines_say_what_is_wrong_in_one_line(tmp_path, model, tok):
     got = script("baselines.py", "--method", "coconut", "--max-new-tokens", 1, "--stories", 2, "--n", 1,
                  "--out", tmp_path / "o")
     assert got.returncode == 2 and "nothing to train on" in got.stderr and "Traceback" not in got.stderr
-    for method, words, complaint in [("moi", ["--stories", 9000], f"has only {tiny.SIZES['train']} train stories"),
-                                     ("answer", ["--task", "tiny.next_chapter"], "tiny.next_chapter has none")]:
+    for method, words, complaint in [
+            ("moi", ["--stories", 9000], f"has only {tiny.SIZES['train']} train stories"),
+            ("answer", ["--task", "tiny.next_chapter"], "tiny.next_chapter has none")]:
         got = script("baselines.py", "--method", method, *words, "--n", 1, "--out", tmp_path / method)
         assert got.returncode == 2 and complaint in got.stderr and "Traceback" not in got.stderr
     with pytest.raises(UserError):

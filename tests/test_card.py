@@ -1,4 +1,5 @@
-"""card.py: its counts against a counter of live tensors at the shape of Qwen2.5-1.5B, and its choices on cards of four sizes."""
+"""card.py: its counts against a counter of live tensors at the shape of Qwen2.5-1.5B,
+and its choices on cards of four sizes."""
 import itertools
 import types
 
@@ -9,8 +10,9 @@ import torch
 import card
 import train_rl
 
-QWEN = {"vocab_size": 151_936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
-        "num_key_value_heads": 2, "tie_word_embeddings": True, "max_position_embeddings": 32_768, "eos_token_id": 151_643}
+QWEN = {"vocab_size": 151_936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
+        "num_attention_heads": 12, "num_key_value_heads": 2, "tie_word_embeddings": True,
+        "max_position_embeddings": 32_768, "eos_token_id": 151_643}
 GIB = 2.0**30
 WITHIN = 1.15
 
@@ -30,7 +32,8 @@ def qwen():
 
 
 def rollouts_of(prompts, n, L, S, tags=0):
-    """`n` rollouts for each of so many prompts of L tokens: S slots, the first of them `tags` times a word and a latent."""
+    """`n` rollouts for each of so many prompts of L tokens: S slots, the first of them `tags` times a word
+    and a latent."""
     import torch
 
     from litereason import LATENT, Rollout
@@ -49,7 +52,8 @@ def in_all(prompts, n, L, S, pieces=1):
 
 
 def count_everything():
-    """{what: (bytes counted, bytes by the formula)}, above the weights. One model for all: building it takes seconds."""
+    """{what: (bytes counted, bytes by the formula)}, above the weights.
+    One model for all: building it takes seconds."""
     import torch
 
     import card
@@ -145,8 +149,8 @@ def model_of(layers=28):
     three = sum(p.numel() for p in layer.parameters()) * 3
     projector = types.SimpleNamespace(parameters=lambda: iter([torch.empty(three, device="meta")]))
     parameters = lambda: itertools.chain(whole.parameters(), projector.parameters())  # noqa: E731
-    return types.SimpleNamespace(config=whole.config, model=whole.model, reasoning_projector=projector, bf16=True,
-                                 parameters=parameters, device=torch.device("cuda"))
+    return types.SimpleNamespace(config=whole.config, model=whole.model, reasoning_projector=projector,
+                                 bf16=True, parameters=parameters, device=torch.device("cuda"))
 
 
 def arguments(**changes):
@@ -160,7 +164,8 @@ def real():
     return model_of()
 
 
-@pytest.mark.parametrize("gib, offload, checkpoint", [(16, True, True), (24, True, True), (40, False, True), (80, False, False)])
+@pytest.mark.parametrize("gib, offload, checkpoint", [(16, True, True), (24, True, True), (40, False, True),
+                                                      (80, False, False)])
 def test_on_each_card_the_plan_fits_and_is_the_fastest_that_does(real, gib, offload, checkpoint):
     args = arguments()
     text = card.fit(args, real, 1700, room=gib * GIB)
@@ -168,7 +173,8 @@ def test_on_each_card_the_plan_fits_and_is_the_fastest_that_does(real, gib, offl
     peaks = {phase: card.total(sizes) for phase, sizes in card.peaks(args, real, 1700).items()}
     assert set(peaks) == {"sampling", "update", "refresh"} and max(peaks.values()) <= card.USABLE * gib * GIB
     assert args.rows >= 16 and args.rows % 16 == 0 and args.tokens_per_forward >= 1700 + 2048
-    assert "may not fit" not in text and f"--rows {args.rows} --tokens-per-forward {args.tokens_per_forward}" in text
+    assert ("may not fit" not in text
+            and f"--rows {args.rows} --tokens-per-forward {args.tokens_per_forward}" in text)
     # More would not fit, or is not there to be had.
     s = card.shape(real)
     held = card.resident(s, offload)
@@ -181,7 +187,8 @@ def test_on_each_card_the_plan_fits_and_is_the_fastest_that_does(real, gib, offl
 def test_flags_override_the_plan(real):
     args = arguments(rows=32, tokens_per_forward=5000, offload=False, checkpoint_layers=True)
     card.fit(args, real, 1700, room=80 * GIB)
-    assert (args.rows, args.tokens_per_forward, args.offload, args.checkpoint_layers) == (32, 5000, False, True)
+    assert ((args.rows, args.tokens_per_forward, args.offload, args.checkpoint_layers)
+            == (32, 5000, False, True))
     args = arguments(checkpoint_layers=True)
     card.fit(args, real, 1700, room=80 * GIB)
     assert args.checkpoint_layers and not args.offload and args.tokens_per_forward == card.MOST_POSITIONS

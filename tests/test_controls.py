@@ -154,7 +154,8 @@ def test_forbidden_tokens_are_the_ones_that_start_a_tag_and_the_rest_keep_their_
 def test_a_vocabulary_of_whole_words_and_the_real_one_are_covered(real_tok):
     tiny = litereason.load("tiny", "cpu")[1]
     watch = tag_table(tiny, 5, len(tiny), "cpu")
-    assert [tiny.decode([i]) for i in watch.starts[watch.classes, 0].nonzero()[:, 0]] == ["<implicit_thought>"]
+    assert ([tiny.decode([i]) for i in watch.starts[watch.classes, 0].nonzero()[:, 0]]
+            == ["<implicit_thought>"])
     watch = tag_table(real_tok, 5, len(real_tok), "cpu")
     after, _ = watch.step(torch.tensor([0]), torch.tensor(real_tok.encode("<")))
     # No token of Qwen2 begins with "<im" and continues like the tag.
@@ -182,7 +183,8 @@ def test_the_bootstrap_interval_is_seeded_and_close_to_the_textbooks():
     plain = {"per_example": {"score": [0, 0, 0], "tokens": [10, 11, 12]}}
     got = against(control, plain)
     keys = ("accuracy", "better", "worse", "accuracy_p", "tokens", "tokens_p")
-    assert [got[key] for key in keys] == [2 / 3, 2, 0, 0.5, -2, 0.25]  # of tokens: 2 of the 8 ways to set 3 signs
+    # of tokens: 2 of the 8 ways to set 3 signs
+    assert [got[key] for key in keys] == [2 / 3, 2, 0, 0.5, -2, 0.25]
 
 
 # ---------------------------------------------------------------- all of them
@@ -226,8 +228,10 @@ def test_the_nearest_words_of_an_embedding_are_that_word_first_and_what_the_head
 
 
 def test_the_command_runs_them_all_and_writes_them_down(tmp_path, monkeypatch, capsys):
-    save(*load("tiny", "cpu"), str(tmp_path / "m"))  # saved with its projector, so that it counts as a trained one
-    words = ["--controls", "--model", str(tmp_path / "m"), "--n", "2", "--max-new-tokens", "24", "--json", str(tmp_path / "c.json")]
+    # saved with its projector, so that it counts as a trained one
+    save(*load("tiny", "cpu"), str(tmp_path / "m"))
+    words = ["--controls", "--model", str(tmp_path / "m"), "--n", "2", "--max-new-tokens", "24",
+             "--json", str(tmp_path / "c.json")]
     monkeypatch.setattr("sys.argv", ["eval.py", *words])
     evaluation.main()
     printed = capsys.readouterr().out

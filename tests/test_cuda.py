@@ -1,6 +1,8 @@
-"""On a real GPU (skipped without one): the decoding loop, the scorer and the roll-out of latents give what the definition gives.
+"""On a real GPU (skipped without one): the decoding loop, the scorer and the roll-out
+of latents give what the definition gives.
 
-The pretended device (test_pretend_cuda.py) says what CUDA refuses; kernels, rounding and graphs can only be tried here."""
+The pretended device (test_pretend_cuda.py) says what CUDA refuses;
+kernels, rounding and graphs can only be tried here."""
 import copy
 import dataclasses
 import warnings
@@ -37,7 +39,8 @@ def exact(model_and_tokenizer):
 
 def sampled(model, tokenizer, limit=80, samples=16, n=8, **settings):
     prompts = [tiny.prompt(example, True) for example in tiny.examples("val")[:n]]
-    return generate(model, tokenizer, prompts, samples, limit, generator=torch.Generator().manual_seed(0), **settings)
+    return generate(model, tokenizer, prompts, samples, limit, generator=torch.Generator().manual_seed(0),
+                    **settings)
 
 
 def largest_difference(model, rows):

@@ -30,7 +30,8 @@ def numbers(text):
 
 
 # ---------------------------------------------------------------- sentences become tags
-@pytest.mark.parametrize("ratio, expected", [(0.0, 1), (0.1, 1), (0.25, 1), (0.34, 2), (0.5, 3), (0.99, 5), (1.0, 6)])
+@pytest.mark.parametrize("ratio, expected", [(0.0, 1), (0.1, 1), (0.25, 1), (0.34, 2), (0.5, 3), (0.99, 5),
+                                             (1.0, 6)])
 def test_a_share_of_the_sentences_is_replaced_but_at_least_one(tok, ratio, expected):
     masked = mask(tok, STORY, ratio)
     assert len(numbers(masked)) == expected
@@ -86,7 +87,8 @@ def test_without_a_sentence_there_is_nothing_to_mask(tok, text):
 
 
 def test_the_answer_begins_at_the_last_marker():
-    assert split_answer("So \\boxed{No} or, no: \\boxed{Yes}.") == ("So \\boxed{No} or, no: ", "\\boxed{Yes}.")
+    assert (split_answer("So \\boxed{No} or, no: \\boxed{Yes}.")
+            == ("So \\boxed{No} or, no: ", "\\boxed{Yes}."))
     assert split_answer("Hm. In summary: go.", "In summary:") == ("Hm. ", "In summary: go.")
     assert split_answer("no answer at all") == ("", "")
 
@@ -131,7 +133,8 @@ def test_the_checkpoint_has_the_names_of_the_released_code(model, tok, tmp_path)
     assert config["architectures"] == ["Qwen2ForCausalLM"] and config["model_type"] == "qwen2"
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as f:
         names = {k for k in f.keys() if k.startswith("reasoning_projector")}
-    assert names == {f"reasoning_projector.{i}.{part}_proj.weight" for i in range(3) for part in ("gate", "up", "down")}
+    assert names == {f"reasoning_projector.{i}.{part}_proj.weight" for i in range(3)
+                     for part in ("gate", "up", "down")}
 
 
 def test_the_checkpoint_is_still_an_ordinary_model_for_transformers(model, tok, tmp_path):
@@ -161,7 +164,8 @@ def test_a_model_without_a_projector_starts_from_three_copies_of_its_last_mlp(to
 def test_the_projector_stays_in_float32_in_a_bfloat16_model(model, tok, tmp_path):
     save(model, tok, tmp_path / "out")
     half, half_tok = load(str(tmp_path / "out"), device="cpu", dtype=torch.bfloat16)
-    assert half.dtype == torch.bfloat16 and {p.dtype for p in half.reasoning_projector.parameters()} == {torch.float32}
+    assert (half.dtype == torch.bfloat16
+            and {p.dtype for p in half.reasoning_projector.parameters()} == {torch.float32})
     assert generate(half, half_tok, PROMPTS, max_new_tokens=5)[0].slots
 
 

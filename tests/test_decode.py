@@ -1,6 +1,8 @@
-"""The mixed decoding loop gives what the definition gives, and the scorer agrees with it to rounding (paper Sec. 3).
+"""The mixed decoding loop gives what the definition gives, and the scorer agrees with it
+to rounding (paper Sec. 3).
 
-The rows that are decoded are in conftest.py (TEXTS): several tags, adjacent tags, tags cut by the limit, early ends.
+The rows that are decoded are in conftest.py (TEXTS): several tags, adjacent tags, tags cut by the limit,
+early ends.
 """
 import pytest
 import torch
@@ -50,7 +52,8 @@ def test_the_latents_and_log_probs_are_those_of_the_naive_definition(model, roll
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.7}, {"top_k": 20, "top_p": 0.8}])
-def test_the_definition_decodes_the_same_rollouts_one_row_and_one_prefix_at_a_time(model, tok, rollouts, settings):
+def test_the_definition_decodes_the_same_rollouts_one_row_and_one_prefix_at_a_time(
+        model, tok, rollouts, settings):
     """Scripted texts full of tags, then random ones: what a seed decides is the same."""
     with scripted(tok, TEXTS, LIMIT) as draws:
         slow = [naive_generate(model, tok, tok.encode(PROMPTS[i // 2]), row) for i, row in enumerate(draws)]
@@ -96,7 +99,8 @@ def test_scoring_uses_the_temperature_of_sampling(model, tok):
 def test_perplexity_is_that_of_the_plain_model_and_no_tag_fires(model, tok):
     texts = ["a chapter", f"with a {tag(3)} in it", "z"]
     for rows in (1, 2, 64):
-        for context, text, found in zip(PROMPTS[:3], texts, perplexity(model, tok, PROMPTS[:3], texts, rows), strict=True):
+        for context, text, found in zip(
+                PROMPTS[:3], texts, perplexity(model, tok, PROMPTS[:3], texts, rows), strict=True):
             a, b = tok.encode(context), tok.encode(text)
             logp = model(torch.tensor([a + b])).logits[0, len(a) - 1 : -1].log_softmax(-1)
             expected = (-logp[torch.arange(len(b)), b].mean()).exp()
@@ -139,7 +143,8 @@ def test_without_tags_greedy_decoding_is_that_of_transformers(model, tok):
     ours = generate(model, tok, PROMPTS, max_new_tokens=25, temperature=0)
     for prompt, r in zip(PROMPTS, ours, strict=True):
         ids = torch.tensor([tok.encode(prompt)])
-        theirs = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=25, pad_token_id=0)
+        theirs = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=25,
+                                pad_token_id=0)
         assert r.slots == theirs[0, ids.shape[1]:].tolist()
 
 
@@ -155,7 +160,8 @@ def test_latent_none_leaves_tags_as_text_and_never_runs_the_projector(model, tok
     for r, text in zip(write(model, tok, PROMPTS, TEXTS, LIMIT, samples=2, latent="none"), TEXTS):
         ids = tok.encode(text)[:LIMIT]
         assert r.slots[: len(ids)] == ids and r.n_latents == r.n_tags == 0
-        logits = model(torch.tensor([r.prompt_ids + r.slots])).logits[0, len(r.prompt_ids) - 1 : -1]  # the plain base model
+        # the plain base model
+        logits = model(torch.tensor([r.prompt_ids + r.slots])).logits[0, len(r.prompt_ids) - 1 : -1]
         close(r.logprobs, logits.log_softmax(-1).gather(-1, torch.tensor(r.slots)[:, None])[:, 0].detach())
 
 
@@ -176,8 +182,9 @@ def test_the_checkpoints_own_cap_is_used(model, tok):
 def test_nothing_leaks_from_the_generation_config_but_the_stop_ids(model, tok):
     settings = dict(samples=4, max_new_tokens=20)
     before = generate(model, tok, PROMPTS, generator=seeded(0), **settings)
-    for name, value in dict(temperature=0.01, top_k=1, top_p=0.1, do_sample=False, repetition_penalty=9.0, max_new_tokens=2,
-                            no_repeat_ngram_size=1, min_new_tokens=15, suppress_tokens=[5, 6, 7]).items():
+    for name, value in dict(temperature=0.01, top_k=1, top_p=0.1, do_sample=False, repetition_penalty=9.0,
+                            max_new_tokens=2, no_repeat_ngram_size=1, min_new_tokens=15,
+                            suppress_tokens=[5, 6, 7]).items():
         setattr(model.generation_config, name, value)
     for a, b in zip(generate(model, tok, PROMPTS, generator=seeded(0), **settings), before):
         same(a, b)
@@ -189,13 +196,15 @@ def test_nothing_leaks_from_the_generation_config_but_the_stop_ids(model, tok):
 # ---------------------------------------------------------------- cost
 def test_the_prompt_of_a_group_is_read_once_and_a_slot_costs_one_position(model, tok, monkeypatch):
     shapes, forward, stats = [], engine.forward, {}
-    monkeypatch.setattr(engine, "forward", lambda m, x, *rest: shapes.append(tuple(x.shape[:2])) or forward(m, x, *rest))
+    monkeypatch.setattr(engine, "forward",
+                        lambda m, x, *rest: shapes.append(tuple(x.shape[:2])) or forward(m, x, *rest))
     rows = write(model, tok, PROMPTS, TEXTS, LIMIT, samples=2, stats=stats)
     assert shapes[0] == (4, max(len(r.prompt_ids) for r in rows)) and {s for _, s in shapes[1:]} == {1}
     prompts = sum(len(r.prompt_ids) for r in rows[::2])
     assert stats["positions"] == prompts + sum(n for n, _ in shapes[1:])
     needed = sum(len(r.slots) - 1 for r in rows)  # nothing is predicted from a row's last slot
-    assert needed <= stats["positions"] - prompts <= needed + 0.25 * LIMIT * len(rows)  # rows that ended leave the batch soon
+    # rows that ended leave the batch soon
+    assert needed <= stats["positions"] - prompts <= needed + 0.25 * LIMIT * len(rows)
 
     shapes.clear()
     logprobs(model, rows)
@@ -219,10 +228,12 @@ def wanted(temperature, top_k, top_p):
     return [p[i] / total if i in kept else 0.0 for i in range(len(p))]
 
 
-@pytest.mark.parametrize("temperature, top_k, top_p", [(1, 0, 1), (0.6, 0, 1), (1, 4, 1), (1, 0, 0.7), (1.5, 6, 0.8), (1, 1, 1), (1, 0, 0.01)])
+@pytest.mark.parametrize("temperature, top_k, top_p", [(1, 0, 1), (0.6, 0, 1), (1, 4, 1), (1, 0, 0.7),
+                                                       (1.5, 6, 0.8), (1, 1, 1), (1, 0, 0.01)])
 def test_sampling_follows_temperature_top_k_and_top_p(temperature, top_k, top_p):
     n, p = 20000, wanted(temperature, top_k, top_p)
-    token, logp = sample(LOGITS.repeat(n, 1), torch.rand(n, generator=seeded(0), dtype=torch.float64), temperature, top_k, top_p)
+    token, logp = sample(LOGITS.repeat(n, 1), torch.rand(n, generator=seeded(0), dtype=torch.float64),
+                         temperature, top_k, top_p)
     count = torch.bincount(token, minlength=len(p)).tolist()
     assert all(c == 0 for c, q in zip(count, p) if q == 0), "a token outside the cut"
     chi_square = sum((c - n * q) ** 2 / (n * q) for c, q in zip(count, p) if q)
@@ -246,7 +257,8 @@ def test_no_draw_however_close_to_0_or_1_gives_a_token_outside_the_cut(dtype):
 
 
 # ---------------------------------------------------------------- the edges
-@pytest.mark.parametrize("prompts, message", [([""], "prompt 0 is empty"), (["abc", []], "prompt 1 is empty"), (["ab", "z" * 490], "prompt 1 has 490 tokens")])
+@pytest.mark.parametrize("prompts, message", [([""], "prompt 0 is empty"), (["abc", []], "prompt 1 is empty"),
+                                              (["ab", "z" * 490], "prompt 1 has 490 tokens")])
 def test_a_prompt_that_is_empty_or_too_long_is_refused_in_one_line(model, tok, prompts, message):
     with pytest.raises(UserError, match=message) as e:
         generate(model, tok, prompts, max_new_tokens=40)

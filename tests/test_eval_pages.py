@@ -70,8 +70,8 @@ def test_costs_stand_in_the_result_before_the_tasks_own_figures(model, tok):
 
 
 # ---------------------------------------------------------------- pictures
-ROW = {"accuracy": 0.8, "accuracy_ci95": [0.7, 0.9], "tokens": 100.0, "text_tokens": 90.0, "latent_steps": 10.0,
-       "seconds": 5.0, "n_examples": 50, "samples": 1, "forward_positions": 200.0}
+ROW = {"accuracy": 0.8, "accuracy_ci95": [0.7, 0.9], "tokens": 100.0, "text_tokens": 90.0,
+       "latent_steps": 10.0, "seconds": 5.0, "n_examples": 50, "samples": 1, "forward_positions": 200.0}
 
 
 def results(tmp_path):
@@ -134,7 +134,8 @@ def drawn(monkeypatch, *words):
 
 
 @pytest.mark.parametrize("end", ["svg", "png"])
-def test_the_curve_has_a_panel_for_each_cost_that_is_known_and_names_every_row_once(end, tmp_path, monkeypatch):
+def test_the_curve_has_a_panel_for_each_cost_that_is_known_and_names_every_row_once(
+        end, tmp_path, monkeypatch):
     files, path = results(tmp_path), tmp_path / f"c.{end}"
     costs = ("--costs", *report.COSTS)
     out = drawn(monkeypatch, "--curve", *files, "--plot", path, *costs)
@@ -161,9 +162,11 @@ def test_intervals_that_count_seeds_are_bars_in_both_directions(tmp_path, monkey
     assert "over seeds and stories" in out._supxlabel.get_text()
 
 
-def test_the_papers_sampling_is_the_default_and_both_stand_in_one_table_under_two_names(tmp_path, monkeypatch, capsys):
+def test_the_papers_sampling_is_the_default_and_both_stand_in_one_table_under_two_names(
+        tmp_path, monkeypatch, capsys):
     seen = []
-    monkeypatch.setattr(evaluation, "generate", lambda *a, **k: seen.append(k) or evaluation_generate(*a, **k))
+    monkeypatch.setattr(evaluation, "generate",
+                        lambda *a, **k: seen.append(k) or evaluation_generate(*a, **k))
     words = ("--n", 2, "--max-new-tokens", 5, "--json", tmp_path / "r.json")
 
     def sampled(*more):
@@ -174,7 +177,8 @@ def test_the_papers_sampling_is_the_default_and_both_stand_in_one_table_under_tw
         return numbers, rows if isinstance(rows, list) else [rows]
 
     numbers, (row,) = sampled()
-    assert numbers == [[0.7, 0.8, 20]] and (row["sampling"], row["split"], row["name"]) == ("paper", "test", "tiny")
+    assert (numbers == [[0.7, 0.8, 20]]
+            and (row["sampling"], row["split"], row["name"]) == ("paper", "test", "tiny"))
     numbers, rows = sampled("--sampling", "paper", "trained")
     assert numbers == [[0.7, 0.8, 20], [1.0, 1.0, 0]]
     assert [row["name"] for row in rows] == ["tiny (paper)", "tiny (trained)"]
@@ -213,8 +217,8 @@ def made_run(path, method, rewards, minibatches=1, **more):
     """What is read of a run of train_rl.py, in a directory -> its path."""
     path.mkdir(parents=True)
     config = {"script": "train_rl.py", "method": method, "prompts": 2, "group": 4, "minibatches": minibatches}
-    lines = [{"step": i + 1, "reward": reward, "text_tokens": 25.0, "latent_steps": 5.0, "tag_share": 0.5, **more}
-             for i, reward in enumerate(rewards)]
+    lines = [{"step": i + 1, "reward": reward, "text_tokens": 25.0, "latent_steps": 5.0,
+              "tag_share": 0.5, **more} for i, reward in enumerate(rewards)]
     (path / "config.json").write_text(json.dumps(config))
     (path / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in lines))
     return str(path)
@@ -236,12 +240,14 @@ def test_training_curves_stand_against_steps_and_against_the_tokens_sampled(tmp_
     assert list(panels[0].lines[0].get_xdata()) == [1, 2, 3, 4]
     single, mean = panels[0].lines[:2]
     assert list(single.get_ydata()) == rewards
-    assert list(mean.get_ydata()) == [0.5, 0.625, 0.625, 0.75]  # of up to five steps around, of three at the ends
+    # of up to five steps around, of three at the ends
+    assert list(mean.get_ydata()) == [0.5, 0.625, 0.625, 0.75]
 
 
 def test_runs_are_called_by_their_method_and_by_their_directory_only_where_two_are_alike(tmp_path):
     one = made_run(tmp_path / "x" / "rl-0", "grpo", [1])
-    alike = [made_run(tmp_path / "x" / "lr-0", "litereason", [1]), made_run(tmp_path / "x" / "lr-1", "litereason", [1])]
+    alike = [made_run(tmp_path / "x" / "lr-0", "litereason", [1]),
+             made_run(tmp_path / "x" / "lr-1", "litereason", [1])]
     far = made_run(tmp_path / "y" / "lr-1", "litereason", [1])
     assert report.names_of([one, alike[0], "MoI"]) == ["RL without latents", "LiteReason", "MoI"]
     assert report.names_of([one, *alike])[1:] == ["LiteReason (lr-0)", "LiteReason (lr-1)"]
@@ -251,13 +257,14 @@ def test_runs_are_called_by_their_method_and_by_their_directory_only_where_two_a
 
 
 # The README's five at most, as near to each other as they come.
-README = {"base, explicit reasoning": (0.763, 135), "RL without latents": (0.988, 148), "LiteReason": (0.991, 36),
-          "LiteReason, its latents taken away": (0.987, 38), "RL with tags, no latents": (0.992, 31)}
+README = {"base, explicit reasoning": (0.763, 135), "RL without latents": (0.988, 148),
+          "LiteReason": (0.991, 36), "LiteReason, its latents taken away": (0.987, 38),
+          "RL with tags, no latents": (0.992, 31)}
 
 
 def readme_rows():
-    return [(name, {"runs": 3, "spread": [y, y], "accuracy": y, "accuracy_ci95": [y - 0.01, y + 0.01], "tokens": x,
-                    "tokens_ci95": [x - 4, x + 4]}) for name, (y, x) in README.items()]
+    return [(name, {"runs": 3, "spread": [y, y], "accuracy": y, "accuracy_ci95": [y - 0.01, y + 0.01],
+                    "tokens": x, "tokens_ci95": [x - 4, x + 4]}) for name, (y, x) in README.items()]
 
 
 def kept_figure(monkeypatch, draw, *arguments, **more):
@@ -308,10 +315,12 @@ def test_colours_are_dark_enough_for_text_on_white_and_a_method_keeps_its_own():
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
         luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
         assert 1.05 / (luminance + 0.05) >= 4.5, colour  # WCAG AA
-    assert report.colours_of(["x", "LiteReason"])["LiteReason"] == report.colours_of(["LiteReason"])["LiteReason"]
+    assert (report.colours_of(["x", "LiteReason"])["LiteReason"]
+            == report.colours_of(["LiteReason"])["LiteReason"])
     drawn = report.colours_of(reproduce.HEADLINE)
     assert set(drawn.values()) == set(report.COLOURS.values()) and len(drawn) <= 5
-    assert report.colours_of(["LiteReason", "LiteReason + length penalty"])["LiteReason"] == drawn["LiteReason + length penalty"]
+    assert (report.colours_of(["LiteReason", "LiteReason + length penalty"])["LiteReason"]
+            == drawn["LiteReason + length penalty"])
 
 
 def test_the_axis_of_tokens_begins_at_zero_unless_one_method_needs_many_times_more(tmp_path, monkeypatch):
@@ -335,8 +344,10 @@ def test_names_at_the_ends_of_lines_stay_within_the_panel():
 
 
 @pytest.mark.parametrize("words, says", [
-    (("--curve", "nowhere.json"), "nowhere.json"), (("--curve", "one.json", "--plot", "x.doc"), "must end in"),
-    (("--curve", "one.json", "--plot", "no/where.svg"), "cannot write"), (("--training", "nowhere"), "nowhere"),
+    (("--curve", "nowhere.json"), "nowhere.json"),
+    (("--curve", "one.json", "--plot", "x.doc"), "must end in"),
+    (("--curve", "one.json", "--plot", "no/where.svg"), "cannot write"),
+    (("--training", "nowhere"), "nowhere"),
     (("--curve", "one.json", "--training", "x"), "choose one")])
 def test_what_cannot_be_drawn_ends_in_one_line(words, says, tmp_path, monkeypatch):
     needs_matplotlib()
@@ -428,12 +439,14 @@ def test_wrong_answers_come_first_and_are_counted_among_all(model, tok, rollouts
     four = [rollouts[0]] * 4
 
     def made(n, task=GOLD, rewards=(1.0, 0.0, 1.0, 0.0), **more):
-        return section("said <above>", {**SUMMARY, **more}, model, tok, task, [""] * 4, four, list(rewards), n)
+        return section("said <above>", {**SUMMARY, **more}, model, tok, task, [""] * 4, four,
+                       list(rewards), n)
 
     text = made(3)
     assert numbers_of_answers(text) == [2, 4, 1]
     words = Reader(text).words
-    assert "✗ 2 wrong, ✓ 2 right of 4 answers. Below are 3 of them, wrong ones first: they are no fair" in words
+    assert ("✗ 2 wrong, ✓ 2 right of 4 answers. Below are 3 of them, wrong ones first: they are no fair"
+            in words)
     assert words.startswith("a <b>") and words.index("2 wrong") < words.index("✗ wrong")
     assert "said <above>: 80.0 % right (95 % interval 70.0 to 90.0 %); 1,234.6 tokens per answer" in words
     assert "All of them are below" in made(9) and numbers_of_answers(made(9)) == [2, 4, 1, 3]
@@ -444,7 +457,8 @@ def test_wrong_answers_come_first_and_are_counted_among_all(model, tok, rollouts
 
 
 @pytest.mark.parametrize("number, text", [
-    (7289.7, "7,290"), (7.29e6, "7,290,000"), (999.6, "1,000"), (36.42, "36.4"), (1.0, "1.00"), (9.996, "10.00"),
+    (7289.7, "7,290"), (7.29e6, "7,290,000"), (999.6, "1,000"),
+    (36.42, "36.4"), (1.0, "1.00"), (9.996, "10.00"),
     (0.0123, "0.012"), (1e-5, "below 0.001"), (0.0, "0"), (-3.456, "-3.46"), (-1e-9, "above -0.001"),
     (math.inf, "inf"), (math.nan, "nan")])
 def test_a_number_is_written_without_an_exponent(number, text):
@@ -452,7 +466,8 @@ def test_a_number_is_written_without_an_exponent(number, text):
 
 
 def test_a_share_is_nought_or_all_only_where_it_is():
-    assert [percent(p) for p in (0, 1e-9, 0.014, 0.5, 0.999, 1)] == ["0 %", "<1 %", "1 %", "50 %", ">99 %", "100 %"]
+    assert ([percent(p) for p in (0, 1e-9, 0.014, 0.5, 0.999, 1)]
+            == ["0 %", "<1 %", "1 %", "50 %", ">99 %", "100 %"])
 
 
 def test_a_story_with_a_script_in_it_is_words_on_the_page_and_nothing_else(model, tok):

@@ -20,18 +20,21 @@ from engine import checkpoint_layers
 from litereason import UserError, generate, load, logprobs, projector_loss, save, unroll
 from runs import encode_prompt, stop_tokens
 
-SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-         "head_dim": 16, "max_position_embeddings": 512, "bos_token_id": None}  # head_dim is not 32 / 4: Qwen3 and Gemma do that
+# head_dim is not 32 / 4: Qwen3 and Gemma do that
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "bos_token_id": None}
 FAMILIES = {
     "qwen2": (transformers.Qwen2Config, {}),
     "qwen2, tied": (transformers.Qwen2Config, {"tie_word_embeddings": True}),
-    "qwen2, window": (transformers.Qwen2Config, {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
+    "qwen2, window": (transformers.Qwen2Config,
+                      {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
     "qwen3": (transformers.Qwen3Config, {"tie_word_embeddings": True}),
     "llama": (transformers.LlamaConfig, {"tie_word_embeddings": False}),
     "llama, all heads": (transformers.LlamaConfig, {"num_key_value_heads": 4, "tie_word_embeddings": True}),
     "gemma": (transformers.GemmaConfig, {"num_key_value_heads": 1}),
-    "gemma3": (transformers.Gemma3TextConfig, {"num_hidden_layers": 3, "sliding_window": 9, "query_pre_attn_scalar": 16,
-                                               "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    "gemma3": (transformers.Gemma3TextConfig,
+               {"num_hidden_layers": 3, "sliding_window": 9, "query_pre_attn_scalar": 16,
+                "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
 }
 
 
@@ -45,13 +48,16 @@ def gemma_norm(self, x):
 
 @pytest.fixture(params=FAMILIES)
 def family(request, tok, monkeypatch):
-    """A random model of the family, its projector attached; the norms without their detour through float32 (see conftest)."""
+    """A random model of the family, its projector attached; the norms without
+    their detour through float32 (see conftest)."""
     for norm, exact in ((modeling_qwen3.Qwen3RMSNorm, llama_norm), (modeling_llama.LlamaRMSNorm, llama_norm),
-                        (modeling_gemma.GemmaRMSNorm, gemma_norm), (modeling_gemma3.Gemma3RMSNorm, gemma_norm)):
+                        (modeling_gemma.GemmaRMSNorm, gemma_norm),
+                        (modeling_gemma3.Gemma3RMSNorm, gemma_norm)):
         monkeypatch.setattr(norm, "forward", exact)
     config, more = FAMILIES[request.param]
     torch.manual_seed(0)
-    config = config(vocab_size=len(tok) + 3, eos_token_id=[tok.eos_token_id, len(tok) + 1], pad_token_id=tok.eos_token_id, **{**SMALL, **more})
+    config = config(vocab_size=len(tok) + 3, eos_token_id=[tok.eos_token_id, len(tok) + 1],
+                    pad_token_id=tok.eos_token_id, **{**SMALL, **more})
     model = transformers.AutoModelForCausalLM.from_config(config).double()
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -92,9 +98,11 @@ def test_gradients_with_and_without_kept_activations_are_equal_in_every_family(f
 
 
 def test_every_stop_id_of_the_list_ends_an_answer(family, tok):
-    assert stop_tokens(family, tok) == [tok.eos_token_id, len(tok) + 1] == family.generation_config.eos_token_id
+    assert (stop_tokens(family, tok) == [tok.eos_token_id, len(tok) + 1]
+            == family.generation_config.eos_token_id)
     with torch.no_grad():
-        family.lm_head.weight[len(tok) + 1] = 10 * family.lm_head.weight[5]  # also the embedding where they are tied
+        # also the embedding where they are tied
+        family.lm_head.weight[len(tok) + 1] = 10 * family.lm_head.weight[5]
     rollouts = generate(family, tok, ["abc"], 40, 20, generator=torch.Generator().manual_seed(0))
     ended = [r for r in rollouts if r.slots[-1] == len(tok) + 1]
     assert ended and all(r.finished and len(tok) + 1 not in r.slots[:-1] for r in ended)
@@ -103,17 +111,20 @@ def test_every_stop_id_of_the_list_ends_an_answer(family, tok):
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_a_family_survives_saving_and_loading(name, tok, tmp_path):
     config, more = FAMILIES[name]
-    config = config(vocab_size=len(tok) + 3, eos_token_id=[tok.eos_token_id, len(tok) + 1], pad_token_id=tok.eos_token_id, **{**SMALL, **more})
+    config = config(vocab_size=len(tok) + 3, eos_token_id=[tok.eos_token_id, len(tok) + 1],
+                    pad_token_id=tok.eos_token_id, **{**SMALL, **more})
     model = with_projector(transformers.AutoModelForCausalLM.from_config(config))
     save(model, tok, tmp_path / "m")
     again, _ = load(tmp_path / "m", "cpu")
     a, b = model.state_dict(), again.state_dict()
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) and stop_tokens(again, tok) == stop_tokens(model, tok)
+    assert (a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+            and stop_tokens(again, tok) == stop_tokens(model, tok))
 
 
 @pytest.mark.parametrize("config, message", [
     (transformers.Gemma2Config(vocab_size=50, **SMALL), "Gemma2ForCausalLM caps its logits"),
-    (transformers.GPT2Config(vocab_size=50, n_embd=32, n_layer=1, n_head=2), "GPT2LMHeadModel is not a plain causal LM"),
+    (transformers.GPT2Config(vocab_size=50, n_embd=32, n_layer=1, n_head=2),
+     "GPT2LMHeadModel is not a plain causal LM"),
 ])
 def test_what_can_not_be_supported_is_refused_in_one_line(config, message):
     with pytest.raises(UserError, match=message) as e:
@@ -133,7 +144,8 @@ def chat(eos):
 @pytest.mark.parametrize("text", ["A story.", "\n\n  a story\n", "Grüße, ٣ — 日本"])
 def test_a_chat_models_prompt_is_what_its_template_makes_of_the_whole_text(real_tok, text):
     ids = encode_prompt(chat([151645, 151643]), real_tok, text)
-    whole = real_tok.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+    whole = real_tok.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
+                                         add_generation_prompt=True)
     assert ids == real_tok.encode(whole)
     assert runs.chat_parts(chat([151645, 151643]), real_tok)[2] == 151645  # and its traces end in <|im_end|>
     opened = encode_prompt(chat([151645, 151643]), real_tok, text, "In summary:")
@@ -153,14 +165,16 @@ def test_special_tokens_in_a_story_are_text(real_tok, eos):
     added = set(real_tok.added_tokens_decoder)
     count = lambda ids: sum(i in added for i in ids)
     ids = encode_prompt(chat(eos), real_tok, STORY)
-    assert STORY in real_tok.decode(ids) and count(ids) == count(encode_prompt(chat(eos), real_tok, "x")) == (5 if eos != 151643 else 0)
+    assert (STORY in real_tok.decode(ids)
+            and count(ids) == count(encode_prompt(chat(eos), real_tok, "x")) == (5 if eos != 151643 else 0))
     assert real_tok.encode("<|im_end|>") == [151645]  # asking for text once does not change the tokenizer
 
 
 def test_a_template_may_take_enable_thinking_or_fail(real_tok):
     own = real_tok.chat_template
     try:
-        real_tok.chat_template = own.replace("assistant\n' }}{% endif %}", "assistant\n' }}{% if enable_thinking is false %}"
+        real_tok.chat_template = own.replace("assistant\n' }}{% endif %}",
+                                             "assistant\n' }}{% if enable_thinking is false %}"
                                              "{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}")
         text = real_tok.decode(encode_prompt(chat(151645), real_tok, "x"))
         assert text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
@@ -172,14 +186,17 @@ def test_a_template_may_take_enable_thinking_or_fail(real_tok):
 
 
 def test_a_prompt_has_one_bos_and_the_end_of_turn_may_be_the_checkpoints_alone(tok):
-    """Llama and Gemma put a BOS before any text, and into their templates; Gemma's tokenizer says <eos>, its checkpoint <end_of_turn>."""
+    """Llama and Gemma put a BOS before any text, and into their templates; Gemma's tokenizer says <eos>,
+    its checkpoint <end_of_turn>."""
     words = copy.deepcopy(tok)
     words.add_special_tokens({"bos_token": "<bos>", "additional_special_tokens": ["<turn>", "<end>"]})
     bos, turn, end = words.convert_tokens_to_ids(["<bos>", "<turn>", "<end>"])
     words._tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", bos)])
-    words.chat_template = "{{ bos_token }}{% for m in messages %}<turn>{{ m['content'] | trim }}<end>\n{% endfor %}<turn>"
+    words.chat_template = ("{{ bos_token }}{% for m in messages %}<turn>{{ m['content'] | trim }}<end>\n"
+                           "{% endfor %}<turn>")
     assert encode_prompt(chat(0), words, "ab<end>c") == [bos] + tok.encode("ab<end>c")
-    assert encode_prompt(chat([0, end]), words, "ab<end>c") == [bos, turn] + tok.encode("ab<end>c") + [end] + tok.encode("\n") + [turn]
+    assert (encode_prompt(chat([0, end]), words, "ab<end>c")
+            == [bos, turn] + tok.encode("ab<end>c") + [end] + tok.encode("\n") + [turn])
     assert runs.chat_parts(chat([0, end]), words)[2] == end and runs.chat_parts(chat(0), words)[2] == 0
 
 
@@ -188,13 +205,15 @@ def test_the_tiny_worlds_ids_are_the_words(tok):
     model, words = load("tiny", "cpu")
     for latent in (True, False):
         text = tiny.prompt(tiny.examples("val")[0], latent)
-        assert encode_prompt(model, words, text) == words.encode(text) == [words.convert_tokens_to_ids(w) for w in text.split()]
+        assert (encode_prompt(model, words, text) == words.encode(text)
+                == [words.convert_tokens_to_ids(w) for w in text.split()])
 
 
 # ---------------------------------------------------------------- models that cannot be had
 def test_a_gated_model_without_a_token_ends_in_one_line(monkeypatch):
     def refuse(*_, **__):
-        raise OSError("You are trying to access a gated repo.\nMake sure to have access to it at https://huggingface.co/google/gemma-3-1b-it.")
+        raise OSError("You are trying to access a gated repo.\n"
+                      "Make sure to have access to it at https://huggingface.co/google/gemma-3-1b-it.")
 
     monkeypatch.setattr(runs, "hub_answers", lambda: True)
     monkeypatch.setattr(runs.AutoTokenizer, "from_pretrained", refuse)

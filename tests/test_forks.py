@@ -1,7 +1,9 @@
-"""Each of the three forks that the README shows touches one place: a new latent step, a new RL rule, a new task.
+"""Each of the three forks that the README shows touches one place: a new latent step, a new RL rule,
+a new task.
 
-The latent step is the README's GRU, whose memory goes from latent to latent within a block; the rules are RLOO and Dr. GRPO;
-the task is a module with three functions. Each is run through decoding, the latent roll-out, scoring and training."""
+The latent step is the README's GRU, whose memory goes from latent to latent within a block; the rules are
+RLOO and Dr. GRPO; the task is a module with three functions. Each is run through decoding, the latent
+roll-out, scoring and training."""
 import json
 import os
 import sys
@@ -16,8 +18,8 @@ import data
 import litereason
 import train_rl
 from eval import flops, latent_of, matrix_flops
-from litereason import (LATENT, PROJECTORS, RULES, attach, generate, load, logprobs, naive_generate, policy_loss,
-                        projector_loss, recompute_latents, save, start_projector, unroll)
+from litereason import (LATENT, PROJECTORS, RULES, attach, generate, load, logprobs, naive_generate,
+                        policy_loss, projector_loss, recompute_latents, save, start_projector, unroll)
 from runs import UserError
 
 
@@ -26,7 +28,8 @@ README = open(os.path.join(ROOT, "README.md"), encoding="utf-8").read()
 
 
 def shown(begins, ends):
-    """The README's own lines from the one that begins so to the one that begins so, run -> the names that they define."""
+    """The README's own lines from the one that begins so to the one that begins so,
+    run -> the names that they define."""
     code = begins + README.split("\n" + begins)[1].split("\n" + ends)[0]
     names = {"torch": torch, "projector_dtype": litereason.projector_dtype}
     exec(code.replace("memory_size=256", "memory_size=24"), names)
@@ -61,7 +64,8 @@ def test_a_recurrent_projector_decodes_as_the_definition_does_in_any_batch(gru, 
 
 
 def test_under_bf16_compute_it_keeps_its_own_precision(gru, tok):
-    """As on CUDA; there the GRU's cell would otherwise compute in bf16, which its fp32 memory does not fit."""
+    """As on CUDA; there the GRU's cell would otherwise compute in bf16,
+    which its fp32 memory does not fit."""
     gru = gru.float()
     gru.bf16 = True
     seen = []
@@ -90,8 +94,9 @@ def test_its_memory_goes_from_latent_to_latent_and_not_from_block_to_block(gru, 
 def test_rows_that_need_not_project_do_not_disturb_it(gru, tok, waits, monkeypatch):
     """As on CUDA, where the projector also runs on rows outside a block."""
     plain = write(gru, tok, PROMPTS, TEXTS, LIMIT, samples=2)
-    place = {u: slot for r, line in zip(plain, torch.rand(8, LIMIT, generator=torch.Generator().manual_seed(0),
-                                                          dtype=torch.float64).tolist())
+    place = {u: slot
+             for r, line in zip(plain, torch.rand(8, LIMIT, generator=torch.Generator().manual_seed(0),
+                                                  dtype=torch.float64).tolist())
              for u, slot in zip(line, r.slots + [0] * LIMIT)}
 
     def sample(logits, u, *_):
@@ -144,7 +149,8 @@ def test_its_cost_its_start_and_its_file_need_nothing_more(gru, tok, tmp_path):
     save(gru, tok, str(tmp_path / "m"))
     again, _ = load(str(tmp_path / "m"), "cpu", torch.float64)
     assert type(again.reasoning_projector) is GRU and again.projector_trained
-    for a, b in zip(again.reasoning_projector.parameters(), gru.reasoning_projector.parameters(), strict=True):
+    for a, b in zip(again.reasoning_projector.parameters(), gru.reasoning_projector.parameters(),
+                    strict=True):
         close(a, b)
     del PROJECTORS["gru"]
     with pytest.raises(UserError, match="litereason_projector is 'gru', expected one of mlp, pause"):
@@ -152,8 +158,8 @@ def test_its_cost_its_start_and_its_file_need_nothing_more(gru, tok, tmp_path):
     PROJECTORS["gru"] = GRU
 
 
-SIZES = ("--device", "cpu", "--n", 2, "--val", 2, "--train-prompts", 4, "--prompts", 2, "--group", 4, "--max-new-tokens", 120,
-         "--projector-steps", 2, "--trace-prompts", 12, "--show-every", 0)
+SIZES = ("--device", "cpu", "--n", 2, "--val", 2, "--train-prompts", 4, "--prompts", 2, "--group", 4,
+         "--max-new-tokens", 120, "--projector-steps", 2, "--trace-prompts", 12, "--show-every", 0)
 
 
 def run(monkeypatch, *words):
@@ -178,8 +184,10 @@ TOKENS = torch.tensor([[3, 5, 2, 4], [1, 1, 2, 10]])
 def test_rloo_compares_each_rollout_with_the_mean_of_the_others():
     advantages, divisors = RULES["rloo"](REWARDS, TOKENS, 40)
     close(advantages, torch.tensor([[1.0, -1 / 3, -1 / 3, -1 / 3], [-4.0, -4 / 3, 4 / 3, 4.0]]), 1e-6)
-    assert divisors.tolist() == [[1] * 4] * 2  # a whole rollout is one action: its tokens' log-probs are summed
-    assert all(torch.equal(a, b) for a, b in zip(shown("def rloo", "RULES")["rloo"](REWARDS, TOKENS, 40), (advantages, divisors)))
+    # a whole rollout is one action: its tokens' log-probs are summed
+    assert divisors.tolist() == [[1] * 4] * 2
+    rloo = shown("def rloo", "RULES")["rloo"](REWARDS, TOKENS, 40)
+    assert all(torch.equal(a, b) for a, b in zip(rloo, (advantages, divisors)))
 
 
 def test_dr_grpo_divides_neither_by_the_deviation_nor_by_a_rollouts_own_length():
@@ -189,10 +197,12 @@ def test_dr_grpo_divides_neither_by_the_deviation_nor_by_a_rollouts_own_length()
 
 
 def test_the_papers_rule_is_the_loss_without_any(model, rollouts):
-    advantages, divisors = RULES["grpo"](REWARDS, torch.tensor([[r.n_tokens for r in rollouts]]).view(2, 4), LIMIT)
+    advantages, divisors = RULES["grpo"](
+        REWARDS, torch.tensor([[r.n_tokens for r in rollouts]]).view(2, 4), LIMIT)
     logp, scored = logprobs(model, rollouts)
     plain = policy_loss(logp, logp.detach(), advantages.flatten().double(), scored, 8)[0]
-    close(policy_loss(logp, logp.detach(), advantages.flatten().double(), scored, 8, divisors=divisors.flatten())[0], plain)
+    close(policy_loss(logp, logp.detach(), advantages.flatten().double(), scored, 8,
+                      divisors=divisors.flatten())[0], plain)
 
 
 @pytest.mark.parametrize("rule", ["rloo", "dr-grpo"])
@@ -217,7 +227,8 @@ def test_a_rule_of_ones_own_is_found_by_its_name(tmp_path, monkeypatch):
 
     monkeypatch.setitem(RULES, "best", only_the_best)
     for rule in ("best", "rloo", "dr-grpo"):
-        run(monkeypatch, *SIZES, "--method", "tag", "--rule", rule, "--steps", 1, "--n", 0, "--val", 0, "--out", tmp_path / rule)
+        run(monkeypatch, *SIZES, "--method", "tag", "--rule", rule, "--steps", 1, "--n", 0, "--val", 0,
+            "--out", tmp_path / rule)
         m = json.loads(open(tmp_path / rule / "metrics.jsonl").readline())
         assert m["grad_norm"] is not None and json.load(open(tmp_path / rule / "config.json"))["rule"] == rule
     assert seen == [((2, 4), 120)]
@@ -227,7 +238,8 @@ def test_a_rule_of_ones_own_is_found_by_its_name(tmp_path, monkeypatch):
 def test_a_task_of_ones_own_needs_three_functions(tmp_path, monkeypatch):
     """Count the words: a task as a folder under data/ would be."""
     task = types.ModuleType("data.length")
-    task.examples = lambda split: [{"story": f"from Karl {taker} has it ."} for taker in ("Mara", "Otto", "Lena", "Ivan")]
+    task.examples = lambda split: [{"story": f"from Karl {taker} has it ."}
+                                   for taker in ("Mara", "Otto", "Lena", "Ivan")]
     task.prompt = lambda example, latent: example["story"] + " answer :"
     task.reward = lambda example, completion: float(len(completion.split()) < 40)
     monkeypatch.setitem(sys.modules, "data.length", task)

@@ -82,8 +82,9 @@ def test_a_verdict_scores_what_an_honest_reader_would_give(name, trick, score):
         yes, no = ("Yes", "No") if label else ("No", "Yes")
         for story in stories:
             example = {"story": story, "label": label, **ASKED}
-            completion = fill(trick, prompt=task.prompt(example, True), story=story, right=task.answer(example),
-                              wrong=task.answer({"label": not label}), yes=yes, no=no)
+            completion = fill(trick, prompt=task.prompt(example, True), story=story,
+                              right=task.answer(example), wrong=task.answer({"label": not label}),
+                              yes=yes, no=no)
             assert task.reward(example, completion) == score
 
 
@@ -148,8 +149,8 @@ def scored(tmp_path, monkeypatch, model, tok):
     scorer read)."""
     monkeypatch.setenv("LITEREASON_DATA", str(tmp_path))
     (tmp_path / "next_chapter").mkdir()
-    rows = [{"book": name, "number": 2, "story": f"{name} was here. " + hostile, "chapter": f"Then {name} went."}
-            for name, hostile in zip(("Ann", "Bob"), HOSTILE)]
+    rows = [{"book": name, "number": 2, "story": f"{name} was here. " + hostile,
+             "chapter": f"Then {name} went."} for name, hostile in zip(("Ann", "Bob"), HOSTILE)]
     (tmp_path / "next_chapter" / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     monkeypatch.setattr(nc, "_known", {})
     model.config.max_position_embeddings = 1500
@@ -162,7 +163,8 @@ def scored(tmp_path, monkeypatch, model, tok):
         for kind in KINDS:
             monkeypatch.setattr(nc, "settings", {**nc.settings, "scorer": (model, tok), "reward": kind})
             out[kind] = nc.reward(nc.examples("train")[0], completion)
-        return out, [(tok.decode(r.prompt_ids) + tok.decode(r.slots), len(r.prompt_ids + r.slots)) for r in read]
+        return out, [(tok.decode(r.prompt_ids) + tok.decode(r.slots), len(r.prompt_ids + r.slots))
+                     for r in read]
 
     return run
 

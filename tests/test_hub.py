@@ -1,4 +1,5 @@
-"""A model comes from a hub that speaks the hub's protocol, with progress; what cannot be had ends in one line that says why."""
+"""A model comes from a hub that speaks the hub's protocol, with progress;
+what cannot be had ends in one line that says why."""
 import fcntl
 import hashlib
 import http.server
@@ -83,11 +84,13 @@ def hub(tmp_path):
 
 
 def loads(tmp_path, names, **environment):
-    env = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") and "proxy" not in k.lower()}
+    env = {k: v for k, v in os.environ.items()
+           if k not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") and "proxy" not in k.lower()}
     env.update(environment, HF_HOME=str(tmp_path / "home"), HF_HUB_DISABLE_TELEMETRY="1")
     screen, terminal = pty.openpty()  # progress is for people: without a terminal there is none
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    child = subprocess.Popen([sys.executable, "-c", SCRIPT, *names], env=env, stdout=subprocess.PIPE, stderr=terminal, text=True)
+    child = subprocess.Popen([sys.executable, "-c", SCRIPT, *names], env=env, stdout=subprocess.PIPE,
+                             stderr=terminal, text=True)
     os.close(terminal)
     shown = []
     reader = threading.Thread(target=read_all, args=(screen, shown))
@@ -111,28 +114,34 @@ def test_what_a_hub_has_is_loaded_and_what_it_has_not_ends_in_one_line(hub, tmp_
     said, progress = loads(tmp_path, ["me/tiny", "me/typo", "me/gated", "me/bin"], HF_ENDPOINT=hub.address)
     assert said["me/tiny"] == "me/tiny loaded 128 False"
     assert "model.safetensors" in progress and "100%" in progress  # a download is seen
-    for name, says in (("me/typo", "refused 0 there is no model 'me/typo' on the hub, or it is private: check the name"),
-                       ("me/gated", "refused 0 'me/gated' is gated on the hub: accept its terms on https://huggingface.co/me/gated"),
-                       ("me/bin", "refused 0 'me/bin' has no weights in safetensors files, the only kind that is read")):
+    for name, says in (
+            ("me/typo", "refused 0 there is no model 'me/typo' on the hub, or it is private: check the name"),
+            ("me/gated", "refused 0 'me/gated' is gated on the hub: accept its terms on "
+                         "https://huggingface.co/me/gated"),
+            ("me/bin", "refused 0 'me/bin' has no weights in safetensors files, the only kind that is read")):
         assert says in said[name], said[name]
 
 
 def test_a_dead_proxy_is_known_at_once(tmp_path):
-    said, _ = loads(tmp_path, ["me/tiny"], HTTPS_PROXY="http://127.0.0.1:9", HF_ENDPOINT="https://hub.invalid")
+    said, _ = loads(tmp_path, ["me/tiny"], HTTPS_PROXY="http://127.0.0.1:9",
+                    HF_ENDPOINT="https://hub.invalid")
     assert "refused 0 cannot fetch 'me/tiny' from the hub" in said["me/tiny"]
     assert json.dumps(said)  # one line
 
 
 @pytest.mark.parametrize("answer, says", [
-    ("RepoNotFound", "error: there is no data set 'kahuja/flawed-fictions' on the hub, or it is private: check the name, or `hf auth "
-                     "login` (or set HF_TOKEN); or get the file of the flawed_fictions split from "),
+    ("RepoNotFound", "error: there is no data set 'kahuja/flawed-fictions' on the hub, or it is private: "
+                     "check the name, or `hf auth login` (or set HF_TOKEN); or get the file of the "
+                     "flawed_fictions split from "),
     ("GatedRepo", "error: 'kahuja/flawed-fictions' is gated on the hub: accept its terms on "
                   "https://huggingface.co/datasets/kahuja/flawed-fictions, then `hf auth login`")])
 def test_a_data_set_that_the_hub_has_not_ends_in_one_line_that_says_what_to_do(hub, tmp_path, answer, says):
     hub.repos["datasets"] = answer
-    env = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") and "proxy" not in k.lower()}
+    env = {k: v for k, v in os.environ.items()
+           if k not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") and "proxy" not in k.lower()}
     env.update(HF_ENDPOINT=hub.address, HF_HOME=str(tmp_path / "home"), HF_HUB_DISABLE_TELEMETRY="1")
     script = os.path.join(ROOT, "data", "flawed_fictions", "prepare.py")
-    done = subprocess.run([sys.executable, script, "--out", str(tmp_path / "out")], env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, script, "--out", str(tmp_path / "out")], env=env,
+                          capture_output=True, text=True)
     assert done.returncode == 2 and says in done.stderr and "--from FILE" in done.stderr, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and "Client Error" not in done.stderr

@@ -1,8 +1,9 @@
-"""The CUDA paths of all scripts on a pretended CUDA device (tests/pretend): what a GPU would refuse, where the host would
-wait for it, how much would be in its memory. The numbers are real, bf16 rounding included; CUDA's kernels and speed are not.
+"""The CUDA paths of all scripts on a pretended CUDA device (tests/pretend): what a GPU would refuse, where
+the host would wait for it, how much would be in its memory. The numbers are real, bf16 rounding included;
+CUDA's kernels and speed are not.
 
-Functions named on_the_card_.. run in a process of their own that has the device; the tests look at what they return. They
-import what they need themselves: here, in pytest's process, torch has no such device."""
+Functions named on_the_card_.. run in a process of their own that has the device; the tests look at what
+they return. They import what they need themselves: here, in pytest's process, torch has no such device."""
 import collections
 import json
 import os
@@ -62,7 +63,8 @@ def on_the_card_refusals():
 def test_the_device_refuses_what_cuda_refuses_and_sees_where_the_host_waits():
     (ends, doubled, events), _ = pretend.run(on_the_card_refusals)
     assert [name for name, error in ends.items() if error is None] == ["a sum with a number"], ends
-    assert "same device" in ends["a sum with a CPU tensor"] and "generator" in ends["draws from a CPU generator"]
+    assert ("same device" in ends["a sum with a CPU tensor"]
+            and "generator" in ends["draws from a CPU generator"])
     assert doubled == [[10.0, 10.0]] * 3
     assert [why for _, why in events] == ["copy from the card"]
 
@@ -114,11 +116,13 @@ def test_peak_memory_is_that_of_the_tensors_alive_at_once():
     counted, _ = pretend.run(on_the_card_count_a_product)
     assert counted["before"] == 2**32
     above = counted["peak"] - counted["before"]
-    assert 2**32 + 2**27 <= above <= 2**32 + 2**27 + 2**12, "the weight's gradient and x; the product is gone by then"
+    assert 2**32 + 2**27 <= above <= 2**32 + 2**27 + 2**12, (
+        "the weight's gradient and x; the product is gone by then")
 
 
 def on_the_card_out_of_memory():
-    """Sampling and the update on a card that has room for half of it -> what came of them, with room enough and without."""
+    """Sampling and the update on a card that has room for half of it -> what came of them,
+    with room enough and without."""
     import torch
     import train_rl
     from pretend import memory
@@ -177,14 +181,15 @@ def sampled(model, tokenizer, prompts, limit, **settings):
     import torch
     from litereason import generate
 
-    return generate(model, tokenizer, prompts, 2, limit, generator=torch.Generator().manual_seed(0), **settings)
+    return generate(model, tokenizer, prompts, 2, limit, generator=torch.Generator().manual_seed(0),
+                    **settings)
 
 
 def update_arguments(tokens_per_forward):
     import argparse
 
-    return argparse.Namespace(tokens_per_forward=tokens_per_forward, recompute_latents=False, method="litereason",
-                              clip=0.2)
+    return argparse.Namespace(tokens_per_forward=tokens_per_forward, recompute_latents=False,
+                              method="litereason", clip=0.2)
 
 
 class FakeState:
@@ -220,8 +225,8 @@ VARIANTS = {
 
 
 def on_the_card_decode(variants, limit):
-    """-> for each variant of generate's arguments: how many latents ran, and of each step after the first where the host
-    waited since the step before, [(place, why)]."""
+    """-> for each variant of generate's arguments: how many latents ran, and of each step after the first
+    where the host waited since the step before, [(place, why)]."""
     from pretend import device
 
     model, tokenizer, prompts = tiny_on_the_card()
@@ -254,8 +259,8 @@ def test_between_two_looks_the_host_waits_for_nothing():
 
 
 def on_the_card_micro_batch():
-    """An update of one micro-batch, without and with offloaded masters -> where the host waited in each, [(place, why)],
-    and how far sampler and scorer differ."""
+    """An update of one micro-batch, without and with offloaded masters -> where the host waited in each,
+    [(place, why)], and how far sampler and scorer differ."""
     import engine
     import train_rl
     from pretend import device
@@ -287,7 +292,8 @@ IN_A_MICRO_BATCH = {
     ("backward", "index by a mask"): 1,
     ("engine.py", "wait_for_gradients", "synchronize"): 1,  # only with offload
     ("train_rl.py", "add_gradients", "copy to the card"): 3,  # old log-probs, advantages, divisors
-    ("train_rl.py", "add_gradients", "_local_scalar_dense"): 3}  # the gap: is it larger, how large, whose is it
+    # the gap: is it larger, how large, whose is it
+    ("train_rl.py", "add_gradients", "_local_scalar_dense"): 3}
 
 
 def test_a_micro_batch_waits_only_where_it_must():
@@ -349,7 +355,8 @@ def on_the_card_recurrent():
     litereason.start_projector(model, "recurrent")
     rollouts = [r for r in sampled(model, tokenizer, prompts, 28) if r.n_latents]
     again = litereason.recompute_latents(model, rollouts)
-    gaps = sorted(float((a.latents - b.latents.cpu()).norm() / a.latents.norm()) for a, b in zip(rollouts, again))
+    gaps = sorted(float((a.latents - b.latents.cpu()).norm() / a.latents.norm())
+                  for a, b in zip(rollouts, again))
     litereason.projector_loss(model, rollouts)[0].backward()
     gradients = [p.grad for p in model.reasoning_projector.parameters()]
     return len(rollouts), gaps, [str(g.dtype) for g in gradients], all(bool(g.any()) for g in gradients)
@@ -362,8 +369,8 @@ def test_a_recurrent_projector_keeps_its_precision_and_gets_gradients():
 
 
 # ---------------------------------------------------------------- the scripts
-TINY_RUN = ("--prompts", 2, "--group", 4, "--train-prompts", 2, "--minibatches", 2, "--steps", 2, "--val", 1, "--n", 0,
-            "--max-new-tokens", 26, "--save-every", 1, "--show-every", 0)
+TINY_RUN = ("--prompts", 2, "--group", 4, "--train-prompts", 2, "--minibatches", 2, "--steps", 2, "--val", 1,
+            "--n", 0, "--max-new-tokens", 26, "--save-every", 1, "--show-every", 0)
 
 
 @pytest.fixture(scope="module")
@@ -379,11 +386,13 @@ def small(tmp_path_factory):
 
 
 def train(out, *words):
-    """train_rl.py on the card -> its metrics. Nothing is recorded: of a graph the products would be counted once."""
+    """train_rl.py on the card -> its metrics. Nothing is recorded:
+    of a graph the products would be counted once."""
     done = pretend.script("train_rl.py", *TINY_RUN, "--no-graphs", *words, "--out", out)
     assert_bf16(done)
     steps = metrics(out)
-    assert all(step["max_dlogp"] < dlogp() for step in steps) and (out / "model" / "model.safetensors").exists()
+    assert (all(step["max_dlogp"] < dlogp() for step in steps)
+            and (out / "model" / "model.safetensors").exists())
     return steps
 
 
@@ -396,7 +405,8 @@ def metrics(out):
     """Without what a clock says."""
     with open(out / "metrics.jsonl") as f:
         steps = [json.loads(line) for line in f]
-    return [{name: value for name, value in step.items() if name not in ("seconds", "peak_memory_gib")} for step in steps]
+    return [{name: value for name, value in step.items() if name not in ("seconds", "peak_memory_gib")}
+            for step in steps]
 
 
 def assert_continues_exactly(out, copy):
@@ -417,8 +427,8 @@ def results(out):
 
 
 def test_stages_1_and_2(tmp_path):
-    done = pretend.script("train_projector.py", "--prompts", 8, "--samples", 4, "--steps", 2, "--n", 1, "--max-new-tokens", 120,
-                          "--no-graphs", "--out", tmp_path / "run")
+    done = pretend.script("train_projector.py", "--prompts", 8, "--samples", 4, "--steps", 2, "--n", 1,
+                          "--max-new-tokens", 120, "--no-graphs", "--out", tmp_path / "run")
     assert_bf16(done)
     found = results(tmp_path / "run")
     assert found["kept"] > 0 and found["losses"]["trained"] != found["losses"]["warm start"]
@@ -441,13 +451,15 @@ def test_rl_with_latents_refresh_and_resume(trained, tmp_path):
 def test_rl_with_offloaded_masters_and_layers_computed_again(trained, small, tmp_path):
     steps = train(tmp_path / "run", "--model", small, "--offload", "--checkpoint-layers")
     for step, plain in zip(steps, trained[1]):
-        assert step["reward"] == plain["reward"] and step["grad_norm"] == pytest.approx(plain["grad_norm"], rel=0.02)
+        assert (step["reward"] == plain["reward"]
+                and step["grad_norm"] == pytest.approx(plain["grad_norm"], rel=0.02))
     assert_continues_exactly(tmp_path / "run", tmp_path / "copy")
 
 
 def test_rl_without_latents(tmp_path):
-    steps = train(tmp_path / "run", "--method", "grpo", "--steps", 1, "--minibatches", 1, "--val", 0, "--group", 16,
-                  "--max-new-tokens", 64, "--overlong-buffer", 44)  # a rollout that stops early is the shorter one
+    # a rollout that stops early is the shorter one
+    steps = train(tmp_path / "run", "--method", "grpo", "--steps", 1, "--minibatches", 1, "--val", 0,
+                  "--group", 16, "--max-new-tokens", 64, "--overlong-buffer", 44)
     assert steps[0]["grad_norm"] > 0
 
 
@@ -469,7 +481,8 @@ def on_the_card_controls(small, out):
     import eval
     import runs
 
-    eval.CONTROLS = [(name, changed) for name, changed in eval.CONTROLS if changed.get("tag") not in range(2, 8)]
+    eval.CONTROLS = [(name, changed) for name, changed in eval.CONTROLS
+                     if changed.get("tag") not in range(2, 8)]
     sys.argv = ["eval.py", "--model", small, "--controls", "--n", "4", "--max-new-tokens", "24", "--out", out]
     runs.run_script(eval.main)
     return [name for name, _ in eval.CONTROLS]
@@ -481,13 +494,14 @@ def test_controls(small, tmp_path):
 
 
 def test_answers_shown_and_next_chapters_written(small, tmp_path):
-    done = pretend.script("eval.py", "--model", small, "--task", "tiny.next_chapter", "--show", 1, "--write", 1, "--n", 1,
-                          "--max-new-tokens", 16, "--out", tmp_path / "table")
+    done = pretend.script("eval.py", "--model", small, "--task", "tiny.next_chapter", "--show", 1,
+                          "--write", 1, "--n", 1, "--max-new-tokens", 16, "--out", tmp_path / "table")
     assert_bf16(done)
     assert (tmp_path / "table" / "chapters.md").exists()
 
 
-REASONING = "from Mara Otto and from Karl Lena , so Rosa has none of the halves , go on with Otto and Lena . " * 2
+REASONING = ("from Mara Otto and from Karl Lena , so Rosa has none of the halves , "
+             "go on with Otto and Lena . ") * 2
 
 
 def on_the_card_baseline(method, out):
@@ -505,7 +519,8 @@ def on_the_card_baseline(method, out):
     baselines.SMALL.update(stories=4, batch=4, stages=1, per_stage=1, colar_epochs=1, rl_prompts=1)
     baselines.GROUP = 4
     baselines.CHECKED = 1
-    sys.argv = ["baselines.py", "--method", method, "--n", "1", "--steps", "1", "--max-new-tokens", "12", "--out", out]
+    sys.argv = ["baselines.py", "--method", method, "--n", "1", "--steps", "1", "--max-new-tokens", "12",
+                "--out", out]
     runs.run_script(baselines.main)
 
 

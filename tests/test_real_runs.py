@@ -86,14 +86,15 @@ def test_all_stages_of_the_plot_hole_task_run_on_real_stories(tmp_path, data_fol
     force("He left at noon. " + tag(2) + " She waited for him. \\boxed{{}}", ("Yes", "No"))
     common = ("--task", "flawed_fictions", "--device", "cpu")
     run(train_rl, "--model", base, *common, "--max-new-tokens", 60, "--train-prompts", 4, "--prompts", 2,
-        "--group", 4, "--minibatches", 2, "--steps", 4, "--trace-prompts", 12, "--targets", "none", "--projector-steps", 1,
-        "--n", 1, "--val", 2, "--out", tmp_path / "rl")
+        "--group", 4, "--minibatches", 2, "--steps", 4, "--trace-prompts", 12, "--targets", "none",
+        "--projector-steps", 1, "--n", 1, "--val", 2, "--out", tmp_path / "rl")
     said = capsys.readouterr().out
     for what in ("lr 0.00012 (released: 5e-07)", "clip 0.2,", "stage 2: validation loss", "precision"):
         assert what in said
     metrics = [json.loads(line) for line in open(tmp_path / "rl" / "metrics.jsonl")]
     assert all(m["latent_steps"] == 2 and m["tags"] == 1 and m["truncated"] == 0 for m in metrics)
-    assert metrics[0]["max_dlogp"] < 1e-3 and metrics[3]["refresh_loss"] > 0 and max(m["grad_norm"] for m in metrics) > 0
+    assert (metrics[0]["max_dlogp"] < 1e-3 and metrics[3]["refresh_loss"] > 0
+            and max(m["grad_norm"] for m in metrics) > 0)
     assert json.load(open(tmp_path / "rl" / "config.json"))["base"] == str(base)
     rows = {r["model"]: r for r in json.load(open(tmp_path / "rl" / "results.json"))}
     assert rows["base, tag prompt"]["latent_steps"] == 0
@@ -116,8 +117,8 @@ def test_all_stages_of_the_next_chapter_task_run_on_a_real_book(
     force(f"The king was old. {tag(1)} His son was not.\nIn summary: the{{}} comes.", (" king", " son"))
     common = ("--task", "next_chapter", "--device", "cpu", "--max-new-tokens", 60)
     run(train_rl, "--model", base, *common, "--train-prompts", 4, "--prompts", 2, "--group", 3, "--steps", 2,
-        "--trace-prompts", 12, "--targets", "none", "--reward", "vrcli", "--projector-steps", 1, "--n", 1, "--val", 2,
-        "--out", tmp_path / "rl")
+        "--trace-prompts", 12, "--targets", "none", "--reward", "vrcli", "--projector-steps", 1, "--n", 1,
+        "--val", 2, "--out", tmp_path / "rl")
     metrics = [json.loads(line) for line in open(tmp_path / "rl" / "metrics.jsonl")]
     assert all(m["latent_steps"] == 1 for m in metrics) and metrics[0]["zero_variance"] < 1
     assert nc.settings["reward"] == "vrcli"
@@ -128,7 +129,8 @@ def test_all_stages_of_the_next_chapter_task_run_on_a_real_book(
     a, b, c = (m.model.layers[0].mlp.up_proj.weight for m in (reader, load(base, "cpu")[0], policy))
     assert torch.equal(a, b) and not torch.equal(a, c)  # a run is read by the base that it was trained from
     text = (tmp_path / "chapters" / "chapters.md").read_text()
-    assert text.count("\n## ") == 2 and text.count("Its plan: the ") == 2 and text.count("| the true chapter |") == 2
+    assert (text.count("\n## ") == 2 and text.count("Its plan: the ") == 2
+            and text.count("| the true chapter |") == 2)
     assert nc.examples("test")[0]["chapter"].split("\n")[0][:20].replace("'", "&#x27;") in text
 
 
@@ -151,7 +153,8 @@ def small(tmp_path, tok):
 
 
 def arguments(**changes):
-    return types.SimpleNamespace(**{"task": None, "reward": None, "scorer": None, "seed": 3, "device": "cpu", **changes})
+    return types.SimpleNamespace(**{"task": None, "reward": None, "scorer": None, "seed": 3, "device": "cpu",
+                                    **changes})
 
 
 def test_the_default_task_is_the_tiny_world_for_a_model_that_reads_it_whatever_its_size(small, tmp_path):
@@ -222,7 +225,8 @@ def test_write_needs_a_place_and_a_task_with_chapters(tmp_path, small):
 
 def test_the_pace_is_measured_on_this_machine_and_grows_with_the_run(small, tok):
     model, tokenizer = load(small, "cpu")
-    args = types.SimpleNamespace(**{**train_rl.RELEASED, "group": 2, "prompts": 4, "rows": 4, "max_new_tokens": 50})
+    args = types.SimpleNamespace(**{**train_rl.RELEASED, "group": 2, "prompts": 4, "rows": 4,
+                                    "max_new_tokens": 50})
     hours = lambda text: float(text.split("batches: ")[1].split()[0])
     text = report.pace(model, tokenizer, [[5, 6, 7], [5] * 20], args)
     args.steps = 10**7

@@ -11,8 +11,8 @@ from runs import token_texts
 
 
 def by_searching(tok, ids, cap=5):
-    """The rule, slowly, from its description: from left to right look for an opening, 1 to 3 tokens that say a
-    number above 0, a closing; go on behind it, else one token further."""
+    """The rule, slowly, from its description: from left to right look for an opening, 1 to 3 tokens that
+    say a number above 0, a closing; go on behind it, else one token further."""
     starts, ends = released.patterns(tok, OPEN, CLOSE)
     out, i = [], 0
     while i < len(ids):
@@ -35,7 +35,8 @@ def by_searching(tok, ids, cap=5):
 
 def searched_and_fired(tok, table, cap, count):
     rng = random.Random(1)
-    ids_of = {text: [i] for i, text in enumerate(token_texts(tok)) if text and set(text) <= set("".join(PIECES))}
+    ids_of = {text: [i] for i, text in enumerate(token_texts(tok))
+              if text and set(text) <= set("".join(PIECES))}
     longest = min(20, max(map(len, ids_of)))
     sequences = [random_ids(rng, tok, ids_of, longest) for _ in range(count)]
     expected = [by_searching(tok, s, cap) for s in sequences]
@@ -57,7 +58,8 @@ def test_with_real_qwens_tokens_too(real_tok, rules):
 
 def test_a_tokenizer_that_the_plugin_refuses_is_refused(tok, monkeypatch):
     monkeypatch.setattr(released, "MOST", 10)
-    with pytest.raises(UserError, match="cuts a tag into up to 13 tokens, and the released plugin takes no more than 10"):
+    with pytest.raises(UserError, match="cuts a tag into up to 13 tokens, and the released plugin takes no "
+                                        "more than 10"):
         released.tag_table(tok, OPEN, CLOSE, 5, len(tok), "cpu")
 
 
@@ -75,10 +77,12 @@ def rules(real_tok):
 
 
 @pytest.mark.parametrize("text, ours, theirs", [
-    (f"a {tag(3)} b", 1, 1), (f"a.{tag(3)}\n\nb", 1, 1), (f"({tag(3)}, b", 1, 1), (tag(12), 1, 1), (tag(999), 1, 1),
+    (f"a {tag(3)} b", 1, 1), (f"a.{tag(3)}\n\nb", 1, 1), (f"({tag(3)}, b", 1, 1),
+    (tag(12), 1, 1), (tag(999), 1, 1),
     # only here
     (f"a ({tag(3)} b", 1, 0), (f'a "{tag(3)} b', 1, 0), (f"a{tag(3)}) b", 1, 0), (f"a {tag(3)}: b", 1, 0),
-    (f"a {tag(3)}; b", 1, 0), (f"a {tag(3)}.\n", 1, 0), (f"a {tag(3)},\n", 1, 0), (f"a {tag(3)}\\boxed{{Yes}}", 1, 0),
+    (f"a {tag(3)}; b", 1, 0), (f"a {tag(3)}.\n", 1, 0), (f"a {tag(3)},\n", 1, 0),
+    (f"a {tag(3)}\\boxed{{Yes}}", 1, 0),
     (f"`{tag(3)}`", 1, 0), (tag(" 3 "), 1, 0), (tag(1000), 1, 0), (tag(2) + tag(3), 2, 1),
     # only there
     (f"{OPEN}{tag(3)}", 0, 1), (f"{OPEN}{OPEN} {tag(3)}", 0, 1),

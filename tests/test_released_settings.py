@@ -1,5 +1,5 @@
-"""Settings of the released code that a flag asks for: each does what its help says, the defaults stay ours, and a
-run with all of them resumes exactly."""
+"""Settings of the released code that a flag asks for: each does what its help says, the defaults stay ours,
+and a run with all of them resumes exactly."""
 import json
 import math
 import signal
@@ -17,7 +17,8 @@ from litereason import RULES, Rollout, UserError
 
 FLAGS = ("--lr-schedule", "cosine", "--advantage-eps", 1e-9, "--refresh-batch", 1, "--refresh-clip", 0,
          "--refresh-max-length", 150, "--tag-rule", "released")
-STAGES_1_AND_2 = ("--device", "cpu", "--prompts", 16, "--samples", 2, "--targets", "none", "--batch", 2, "--n", 1, "--max-new-tokens", 60)
+STAGES_1_AND_2 = ("--device", "cpu", "--prompts", 16, "--samples", 2, "--targets", "none", "--batch", 2,
+                  "--n", 1, "--max-new-tokens", 60)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,8 @@ def test_a_run_with_all_of_them_that_was_stopped_continues_bit_for_bit(start, tm
     assert "step 3 of 4 is saved" in said
     run(train_rl, "--resume", tmp_path / "half")
     assert same_weights(tmp_path / "whole", tmp_path / "half")
-    one, two = ([json.loads(line) for line in open(tmp_path / name / "metrics.jsonl")] for name in ("whole", "half"))
+    one, two = ([json.loads(line) for line in open(tmp_path / name / "metrics.jsonl")]
+                for name in ("whole", "half"))
     assert [m["refresh_loss"] for m in one] == [m["refresh_loss"] for m in two] and one[-1]["refresh_loss"]
     config = json.load(open(tmp_path / "half" / "model" / "config.json"))
     assert config["litereason_tag_rule"] == "released"
@@ -70,7 +72,8 @@ def test_the_eps_of_advantages_is_grpos_alone():
 def test_the_refresh_has_the_batch_clip_and_length_that_were_asked_for(start, tmp_path, monkeypatch):
     fitted = []
     monkeypatch.setattr(train_rl, "fit_projector", lambda *args, **more: fitted.append((*args[1:], more)))
-    words = ("--model", start, *SIZES, "--group", 16, "--max-new-tokens", 120, "--n", 0, "--val", 0, "--steps", 4)
+    words = ("--model", start, *SIZES, "--group", 16, "--max-new-tokens", 120, "--n", 0, "--val", 0,
+             "--steps", 4)
     run(train_rl, *words, "--out", tmp_path / "a")
     traces, _, batch, more = fitted[0]
     assert (batch, more["clip"]) == (16, 0.2)
@@ -92,7 +95,8 @@ def test_no_clip_leaves_a_gradient_as_it_is():
 
 # ---------------------------------------------------------------- stages 1 and 2
 def test_cut_traces_are_kept_only_if_asked_for(monkeypatch, tmp_path):
-    made = [Rollout([1], [2], torch.zeros(0, 4), text=text, finished=text == "whole") for text in ("whole", "cut")]
+    made = [Rollout([1], [2], torch.zeros(0, 4), text=text, finished=text == "whole")
+            for text in ("whole", "cut")]
     monkeypatch.setattr(train_projector, "generate", lambda *_, **__: made)
     monkeypatch.setattr(data, "score", lambda *_: [1.0, 1.0])
     task = types.SimpleNamespace(__name__="task", prompt=lambda example, latent: "q")
@@ -119,7 +123,8 @@ def test_stage_2_with_other_betas_and_lengths(tmp_path):
     run(train_projector, *words, "--out", tmp_path / "a")
     run(train_projector, *words, "--out", tmp_path / "b", "--betas", 0.9, 0.999)
     assert not same_weights(tmp_path / "a", tmp_path / "b")
-    for flags, says in ((("--max-length", 5), "no masked trace has 5 tokens or fewer, prompt included: raise "),
+    for flags, says in ((("--max-length", 5),
+                         "no masked trace has 5 tokens or fewer, prompt included: raise "),
                         (("--betas", 0.9, 1), "--betas are .*; each must be at least 0 and below 1")):
         with pytest.raises(UserError, match=says):
             run(train_projector, *words, *flags, "--out", tmp_path / "c")

@@ -34,7 +34,8 @@ def test_the_tables_and_the_numbers_in_sentences_are_those_in_results(task):
     if not os.path.exists(os.path.join(reproduce.HERE, f"methods-{task}.json")):
         pytest.skip("no runs of it yet")
     rows = figures(f"methods-{task}")
-    made = {f"methods-{task}": reproduce.table_of(task, rows), f"costs-{task}": reproduce.costs_of(task, rows)}
+    made = {f"methods-{task}": reproduce.table_of(task, rows),
+            f"costs-{task}": reproduce.costs_of(task, rows)}
     controls = figures(f"controls-{task}")
     if task == "tiny":
         made["gpu"] = reproduce.gpu_table(figures("gpu"))
@@ -90,8 +91,8 @@ def world(tmp_path, monkeypatch):
     for seed in (0, 1):
         both = {"paper": (0.5, 40.0), "trained": (0.25, 44.0)}
         leave(at / f"base-test-{seed}", *(row_of(*of, sampling=kind) for kind, of in both.items()))
-        leave(at / f"litereason-{seed}", config_json=json.dumps({"prompts": 2, "group": 4}), seconds_json="30",
-              metrics_jsonl=json.dumps({"text_tokens": 8, "latent_steps": 2}) + "\n")
+        leave(at / f"litereason-{seed}", config_json=json.dumps({"prompts": 2, "group": 4}),
+              seconds_json="30", metrics_jsonl=json.dumps({"text_tokens": 8, "latent_steps": 2}) + "\n")
         both = {"paper": (1.0 - seed / 4, 10.0 + seed), "trained": (0.75, 12.0)}
         leave(at / f"litereason-test-{seed}", *(row_of(*of, sampling=kind) for kind, of in both.items()))
         leave(at / f"litereason-train-{seed}", row_of(1.0, sampling="paper", split="train"))
@@ -129,9 +130,11 @@ def test_a_row_of_one_sampling_never_stands_in_the_column_of_the_other(world):
     soft = table["Soft Thinking"]
     assert soft["accuracy"] == "" == soft["tokens"] and soft["accuracy, temperature 1"] == "0.250"
     costs = reproduce.costs_of("tiny", means)
-    assert "`python train_rl.py --model out/results/tiny/projector-SEED --steps" in costs and "10.0, 11.0" in costs
+    assert ("`python train_rl.py --model out/results/tiny/projector-SEED --steps" in costs
+            and "10.0, 11.0" in costs)
     only = {"Soft Thinking": means["Soft Thinking"]}
-    assert reproduce.table_of("tiny", only).startswith("| tiny, test split, temperature 1 | accuracy | 95 % interval | by seed | tokens")
+    assert reproduce.table_of("tiny", only).startswith(
+        "| tiny, test split, temperature 1 | accuracy | 95 % interval | by seed | tokens")
 
 
 def test_the_tables_the_differences_and_the_claims_are_written_from_the_runs(world, capsys):
@@ -149,7 +152,8 @@ def test_the_tables_the_differences_and_the_claims_are_written_from_the_runs(wor
         "LiteReason is shorter than the base",
         "latents matter: another story's latents in their place cost 10 points or 30 % more tokens"]
     assert "**not met**" in said and "sampling |" in said and "compared with, temperature 1" in said
-    assert [(row["method"], row["length"]) for row in found["lengths"]] == [("LiteReason", 3), ("LiteReason", 5)]
+    assert ([(row["method"], row["length"]) for row in found["lengths"]]
+            == [("LiteReason", 3), ("LiteReason", 5)])
     assert "| base, explicit reasoning | 0.500 |" in (world / "README.md").read_text()
 
 
@@ -161,7 +165,8 @@ def test_every_run_is_evaluated_after_it_at_both_samplings_and_on_train_stories(
         "train_rl.py --method grpo --steps 96 --overlong-buffer 240 --n 0 --task tiny --seed 1")
     assert " ".join(todo["rl-test"].words) == (
         f"eval.py --model {at('rl')} --sampling paper trained --alone 8 --task tiny --seed 1")
-    assert " ".join(todo["rl-train"].words) == f"eval.py --model {at('rl')} --split train --n 200 --task tiny --seed 1"
+    assert (" ".join(todo["rl-train"].words)
+            == f"eval.py --model {at('rl')} --split train --n 200 --task tiny --seed 1")
     assert todo["rl-test"].needs == [at("rl")] and not todo["base-test"].needs and "base" not in todo
     text = todo["litereason-lp-text-length-3"]
     assert text.needs == [at("litereason-lp")] and "--latent none --hops 3" in " ".join(text.words)
@@ -183,9 +188,11 @@ def test_every_job_of_the_tiny_world_is_a_command_line_that_its_script_takes(mon
 
 
 # ---------------------------------------------------------------- a real model
-# The scripts run in this process, one after the other, on a random model that is made to write; see test_real_runs.py.
+# The scripts run in this process, one after the other, on a random model that is made to write;
+# see test_real_runs.py.
 SHORT = ("--device", "cpu", "--jobs", 1, "--max-new-tokens", 50, "--n", 2, "--samples", 2,
-         "--rl-flags=--steps 2 --prompts 2 --group 2 --minibatches 1 --val 1 --train-prompts 2 --save-every 1 --show-every 0",
+         "--rl-flags=--steps 2 --prompts 2 --group 2 --minibatches 1 --val 1 --train-prompts 2 "
+         "--save-every 1 --show-every 0",
          "--projector-flags=--steps 1 --prompts 4 --samples 3 --n 1")
 
 
@@ -211,7 +218,8 @@ def here(tmp_path, data_folder, real_tok, force, monkeypatch):
     monkeypatch.setattr(jobs.subprocess, "Popen", Process)
     monkeypatch.setattr(jobs.time, "sleep", lambda _: None)
     monkeypatch.setattr(Process, "started", [])
-    monkeypatch.setattr(reproduce, "HERE", str(tmp_path / "nowhere"))  # where the README's tables are made from
+    # where the README's tables are made from
+    monkeypatch.setattr(reproduce, "HERE", str(tmp_path / "nowhere"))
 
     def start(*words):
         run(reproduce, "--model", base, *SHORT, "--out", tmp_path / "out", *words)
@@ -233,7 +241,8 @@ def stop_once(run_of, number, monkeypatch):
     monkeypatch.setattr(runs, "write_state", write_and_stop)
 
 
-def test_the_papers_table_is_planned_run_stopped_and_continued(here, tmp_path, data_folder, force, capsys, monkeypatch):
+def test_the_papers_table_is_planned_run_stopped_and_continued(
+        here, tmp_path, data_folder, force, capsys, monkeypatch):
     source = shared("flawed_fictions_subset.jsonl")
     run(ff_prepare, "--from", source, "--out", data_folder / "flawed_fictions")
     force("He left at noon. " + tag(2) + " She waited. \\boxed{{}}", ("Yes", "No"))
@@ -242,7 +251,8 @@ def test_the_papers_table_is_planned_run_stopped_and_continued(here, tmp_path, d
     here("--plan")
     said = capsys.readouterr().out
     assert not Process.started and os.listdir(tmp_path / "out" / "flawed_fictions") == ["measured.json"]
-    plan = {line.split(" | ")[0]: line.strip(" |").split(" | ") for line in said.splitlines() if line.startswith("| ")}
+    plan = {line.split(" | ")[0]: line.strip(" |").split(" | ")
+            for line in said.splitlines() if line.startswith("| ")}
     methods = ["base", "projector", "projector-eval", "controls"]
     for method in paper.METHODS:
         methods += [method, f"{method}-eval"]
@@ -250,14 +260,17 @@ def test_the_papers_table_is_planned_run_stopped_and_continued(here, tmp_path, d
     assert all(seconds_in(cells[1]) > 0 for name, cells in plan.items() if "seed 0" in name)
     assert seconds_in(plan["| **in all**"][1]) > 0 and "GB are free for" in said
 
-    # One run is stopped: it is named, the others continue, but for what needs it; the table has what there is.
+    # One run is stopped: it is named, the others continue, but for what needs it;
+    # the table has what there is.
     stop_once("litereason-0", 1, monkeypatch)
-    with pytest.raises(runs.UserError, match="1 run failed, see .*/flawed_fictions/litereason-0/log.txt; 2 more"):
+    with pytest.raises(runs.UserError,
+                       match="1 run failed, see .*/flawed_fictions/litereason-0/log.txt; 2 more"):
         here()
     said = capsys.readouterr().out
     assert "stopped by SIGTERM; state-1 is saved" in said and "| LiteReason + length penalty |" in said
     assert "| LiteReason |" not in said and "measuring" not in said  # that is known from the plan
-    assert [words[0] for words in Process.started[:4]] == ["eval.py", "train_projector.py", "eval.py", "train_rl.py"]
+    assert ([words[0] for words in Process.started[:4]]
+            == ["eval.py", "train_projector.py", "eval.py", "train_rl.py"])
     del Process.started[:]
 
     here()
@@ -265,19 +278,21 @@ def test_the_papers_table_is_planned_run_stopped_and_continued(here, tmp_path, d
     out = tmp_path / "out" / "flawed_fictions"
     assert Process.started[0] == ["train_rl.py", "--resume", str(out / "litereason-0")]
     assert [words[0] for words in Process.started[1:]] == ["eval.py", "eval.py"]
-    assert "| flawed_fictions litereason seed 0, from step 1 |" in said and "| flawed_fictions rl seed 0 | done |" in said
+    assert ("| flawed_fictions litereason seed 0, from step 1 |" in said
+            and "| flawed_fictions rl seed 0 | done |" in said)
 
     found = json.load(open(tmp_path / "out" / "methods-Rnd-1B.flawed_fictions.json"))
     assert list(found) == ["base, explicit reasoning", "base, tag prompt", "LiteReason before RL",
-                           "LiteReason + length penalty", "RL without latents", "RL + length penalty", "LiteReason",
-                           "LiteReason, its latents taken away", "RL with tags, no latents"]
+                           "LiteReason + length penalty", "RL without latents", "RL + length penalty",
+                           "LiteReason", "LiteReason, its latents taken away", "RL with tags, no latents"]
     assert all(row["n_examples"] == 2 and row["samples"] == 2 for row in found.values())
     assert found["LiteReason"]["latent_steps"] == 2 and found["RL with tags, no latents"]["latent_steps"] == 0
     assert found["LiteReason"]["sampled"] > 0 and "--steps 2" in found["LiteReason"]["command"]
     made = json.load(open(out / "rl-eval-0" / "config.json"))
     assert (made["temperature"], made["top_p"], made["top_k"]) == (0.7, 0.8, 20)
     written = (tmp_path / "out" / "methods-Rnd-1B.flawed_fictions.md").read_text()
-    for what in ("temperature 0.7, top-p 0.8, top-k 20", "`--steps 2 --prompts 2", "zeros for latents", "2 answers each"):
+    for what in ("temperature 0.7, top-p 0.8, top-k 20", "`--steps 2 --prompts 2", "zeros for latents",
+                 "2 answers each"):
         assert what in written
     assert not (tmp_path / "nowhere").exists()  # and never into the tiny world's tables
 
@@ -290,7 +305,8 @@ def test_the_papers_table_is_planned_run_stopped_and_continued(here, tmp_path, d
     del Process.started[:]
     here()
     assert not Process.started
-    with pytest.raises(runs.UserError, match="holds a run of another command .*'--steps' where this one has '--lr'.*: choose another --out"):
+    with pytest.raises(runs.UserError, match="holds a run of another command .*'--steps' where this one has "
+                                             "'--lr'.*: choose another --out"):
         here("--rl-flags=--lr 1")
 
 
@@ -310,8 +326,8 @@ def test_next_chapters_get_the_same_table_and_no_length_penalty(here, tmp_path, 
     assert "no length penalty is run on next_chapter" in said and "| reward, % |" in said
     assert "reward vrcli, scorer the base" in said
     found = json.load(open(tmp_path / "out" / "methods-Rnd-1B.next_chapter.json"))
-    assert list(found) == ["base, explicit reasoning", "base, tag prompt", "LiteReason before RL", "LiteReason",
-                           "LiteReason, its latents taken away"]
+    assert list(found) == ["base, explicit reasoning", "base, tag prompt", "LiteReason before RL",
+                           "LiteReason", "LiteReason, its latents taken away"]
     assert all("--reward vrcli" in " ".join(words) for words in Process.started)
 
 
@@ -319,7 +335,8 @@ def test_what_cannot_be_run_is_said_in_one_line_before_a_model_is_loaded(
         tmp_path, data_folder, monkeypatch, capsys):
     monkeypatch.setattr(paper, "in_a_process", lambda *_: pytest.fail("a model was loaded"))
     words = ("--model", "Qwen2.5-1.5B", "--out", tmp_path / "out")
-    one_line("flawed_fictions/train.jsonl is not there yet; make it with: python data/flawed_fictions/prepare.py",
+    one_line("flawed_fictions/train.jsonl is not there yet; "
+             "make it with: python data/flawed_fictions/prepare.py",
              run, reproduce, *words)
     one_line("no task 'nothing'", run, reproduce, *words, "--tasks", "nothing")
     one_line("--samples is 0; it must be at least 1", run, reproduce, *words, "--samples", 0)
@@ -377,12 +394,14 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_starts(tmp_path, mo
     args, todo = planned(tmp_path, monkeypatch, "--keep-states")
     usage = type("Usage", (), {"free": 100e9})
     monkeypatch.setattr(paper.shutil, "disk_usage", lambda _: usage)
-    one_line("the disk is too small: 2[0-9]{2}.. GB are needed at most and 100.0 GB are free; choose an --out .* or "
-             "leave --keep-states out", paper.say_plan, args, todo, {"flawed_fictions": FIGURES})
+    one_line("the disk is too small: 2[0-9]{2}.. GB are needed at most and 100.0 GB are free; "
+             "choose an --out .* or leave --keep-states out",
+             paper.say_plan, args, todo, {"flawed_fictions": FIGURES})
     assert "| flawed_fictions rl seed 0 |" in capsys.readouterr().out
 
 
-def test_ctrl_c_stops_real_processes_with_their_states_saved_and_the_same_jobs_continue(tmp_path, monkeypatch):
+def test_ctrl_c_stops_real_processes_with_their_states_saved_and_the_same_jobs_continue(
+        tmp_path, monkeypatch):
     words = ("train_rl.py --method tag --task tiny --steps 40 --n 0 --val 0 --prompts 2 --group 2 "
              "--max-new-tokens 40 --show-every 0").split()
     out = str(tmp_path / "run")

@@ -215,7 +215,7 @@ def test_states_are_complete_or_absent_and_two_are_kept(tmp_path, monkeypatch):
     assert step == 2 and tensors["x"] == 2 and rest == {"n": 2}
 
 
-# ---------------------------------------------------------------- a disk that is full, a directory that becomes read-only
+# ---------------------------------------------------- a disk that is full, a directory that becomes read-only
 def in_one_line(capsys, *words):
     """What a script says last when it ends by itself with exit code 2."""
     capsys.readouterr()
@@ -267,7 +267,8 @@ def test_a_directory_that_becomes_read_only_ends_in_one_line_and_the_run_continu
         for name in ("state-3", "state-2"):
             shutil.rmtree(os.path.join(out, name))
         try:
-            assert "state-2: Permission denied; state-1, written before" in in_one_line(capsys, train_rl, "--resume", out)
+            assert ("state-2: Permission denied; state-1, written before"
+                    in in_one_line(capsys, train_rl, "--resume", out))
         finally:
             forbid(False)
         run(train_rl, "--resume", out)
@@ -289,7 +290,8 @@ def test_out_of_memory_in_the_update_halves_the_budget_once_a_step_and_changes_n
     run(train_rl, *words, "--tokens-per-forward", 450, "--val", 0, "--out", tmp_path / "half")
     monkeypatch.setattr(train_rl, "logprobs", logprobs)
     run(train_rl, *words, "--tokens-per-forward", 900, "--out", tmp_path / "oom")
-    assert "step 1: out of memory in the update; from here on --tokens-per-forward is 450\n" in capsys.readouterr().out
+    assert ("step 1: out of memory in the update; from here on --tokens-per-forward is 450\n"
+            in capsys.readouterr().out)
     assert runs.read_state(tmp_path / "oom")[2]["carried"]["tokens_per_forward"] == 450
     halved, oom = metrics(tmp_path / "half"), metrics(tmp_path / "oom")
     assert [m.pop("val_accuracy") for m in halved] == [None] * 2
@@ -297,7 +299,8 @@ def test_out_of_memory_in_the_update_halves_the_budget_once_a_step_and_changes_n
     assert halved == oom and same_weights(tmp_path / "half", tmp_path / "oom")
     assert max(m["grad_norm"] for m in halved) > 0
     calls, fails = iter(range(1, 99)), {1, 2}
-    with pytest.raises(UserError, match="step 1: out of memory with --tokens-per-forward 450 too: start with less"):
+    with pytest.raises(UserError,
+                       match="step 1: out of memory with --tokens-per-forward 450 too: start with less"):
         run(train_rl, *words, "--tokens-per-forward", 900, "--out", tmp_path / "twice")
 
 
@@ -347,9 +350,11 @@ def test_a_reward_that_rises_while_validation_falls_is_said(capsys):
 
 def test_steps_that_are_not_finite_are_skipped_and_three_in_a_row_stop_the_run(pair, monkeypatch, capsys):
     real = train_rl.policy_loss
-    monkeypatch.setattr(train_rl, "policy_loss", lambda *args, **more: (real(*args, **more)[0] * float("nan"), None))
+    monkeypatch.setattr(train_rl, "policy_loss",
+                        lambda *args, **more: (real(*args, **more)[0] * float("nan"), None))
     # All rollouts are learned from, whatever they earned: a step with nothing to learn from is finite.
-    monkeypatch.setitem(train_rl.RULES, "grpo", lambda rewards, tokens, *_, **more: (torch.ones_like(rewards), tokens))
+    monkeypatch.setitem(train_rl.RULES, "grpo",
+                        lambda rewards, tokens, *_, **more: (torch.ones_like(rewards), tokens))
     out = pair / "nan"
     shutil.copytree(pair / "half", out)
     with pytest.raises(UserError, match="steps 4 to 6 were not finite"):
@@ -377,7 +382,8 @@ def test_a_scorer_that_disagrees_with_the_sampler_stops_the_run(pair, monkeypatc
 
 
 def test_a_task_whose_label_answer_and_reward_do_not_agree_is_refused():
-    task = types.SimpleNamespace(answer=lambda e: "\\boxed{Yes}", reward=lambda e, c: float(e["label"] and "Yes" in c))
+    task = types.SimpleNamespace(answer=lambda e: "\\boxed{Yes}",
+                                 reward=lambda e, c: float(e["label"] and "Yes" in c))
     report.check_answers(task, [{"label": True}])
     with pytest.raises(UserError, match="train example 1: its own answer .* earns 0, not 1"):
         report.check_answers(task, [{"label": True}, {"label": False}])

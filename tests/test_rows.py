@@ -1,6 +1,8 @@
-"""No rollout changes when rows leave, when waiting prompts take their place, or when steps are recorded once and replayed.
+"""No rollout changes when rows leave, when waiting prompts take their place,
+or when steps are recorded once and replayed.
 
-What a CUDA graph does is played here by a tape: the same operations on the same memory, and no Python between them."""
+What a CUDA graph does is played here by a tape: the same operations on the same memory,
+and no Python between them."""
 import pytest
 import torch
 from conftest import LIMIT, close, random_qwen2, tag, with_projector, write
@@ -11,20 +13,25 @@ import litereason
 import runs
 from litereason import LATENT, OPEN, generate
 
-# What two rows per prompt write, in characters: early and late ends, whole groups that end together, rows that the limit cuts (60).
-LENGTHS = [(1, 38), (2, 3), (30, 1), (1, 1), (60, 5), (4, 25), (9, 60), (2, 2), (20, 20), (1, 60), (7, 33), (60, 60), (0, 0), (3, 28)]
+# What two rows per prompt write, in characters: early and late ends, whole groups that end together, rows
+# that the limit cuts (60).
+LENGTHS = [(1, 38), (2, 3), (30, 1), (1, 1), (60, 5), (4, 25), (9, 60), (2, 2), (20, 20), (1, 60), (7, 33),
+           (60, 60), (0, 0), (3, 28)]
 
 
 @pytest.fixture(params=["all positions", "a window in every second layer"])
 def model(request, tok):
-    window = {} if request.param == "all positions" else {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
+    window = ({} if request.param == "all positions" else
+              {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1})
     return with_projector(random_qwen2(len(tok) + 3, tok.eos_token_id, **window))
 
 
 def run(model, tok, rows, lengths=LENGTHS, **settings):
-    """-> rollouts, positions of every forward: the first is (prompts, tokens), and every one with more than one column reads prompts."""
+    """-> rollouts, positions of every forward: the first is (prompts, tokens), and every one with more than
+    one column reads prompts."""
     prompts = ["p" * (1 + 5 * i % 11) for i in range(len(lengths))]
-    texts = [(f"ab{tag(1 + i % 5)}" + "y" * (n - 13) if n > 16 else "y" * n) + "<eos>" for i, own in enumerate(lengths) for n in own]
+    texts = [(f"ab{tag(1 + i % 5)}" + "y" * (n - 13) if n > 16 else "y" * n) + "<eos>"
+             for i, own in enumerate(lengths) for n in own]
     shapes, forward = [], engine.forward
     engine.forward = lambda m, x, *rest: shapes.append(tuple(x.shape[:2])) or forward(m, x, *rest)
     try:
@@ -35,7 +42,8 @@ def run(model, tok, rows, lengths=LENGTHS, **settings):
 
 def equal(some, others):
     for a, b in zip(some, others, strict=True):
-        assert (a.prompt_ids, a.slots, a.text, a.finished, a.prompt) == (b.prompt_ids, b.slots, b.text, b.finished, b.prompt)
+        assert ((a.prompt_ids, a.slots, a.text, a.finished, a.prompt)
+                == (b.prompt_ids, b.slots, b.text, b.finished, b.prompt))
         close(a.latents, b.latents)
         close(a.logprobs, b.logprobs)
 
@@ -52,14 +60,16 @@ def test_rows_that_begin_late_are_the_rows_that_begin_at_once(model, tok, rows):
 
 def test_waiting_prompts_need_fewer_steps_than_one_batch_after_the_other(model, tok):
     _, shapes = run(model, tok, 8)
-    in_turn = sum(max(min(n + 1, LIMIT) for own in LENGTHS[i : i + 4] for n in own) for i in range(0, len(LENGTHS), 4))
+    in_turn = sum(max(min(n + 1, LIMIT) for own in LENGTHS[i : i + 4] for n in own)
+                  for i in range(0, len(LENGTHS), 4))
     steps = sum(width == 1 and n > 0 for n, width in shapes)
     assert steps < 0.8 * in_turn, (steps, in_turn)
 
 
 def test_each_prompt_is_read_once_and_few_are_kept(model, tok, monkeypatch):
     kept, change = [], engine.DecodingCache.change
-    monkeypatch.setattr(engine.DecodingCache, "change", lambda self, *a: change(self, *a) or kept.append(len(self.lengths)))
+    monkeypatch.setattr(engine.DecodingCache, "change",
+                        lambda self, *a: change(self, *a) or kept.append(len(self.lengths)))
     stats, lengths = {}, [(1, 1, 1, 39)] * 30  # of every group one row stays to the limit
     rollouts, shapes = run(model, tok, 12, lengths, stats=stats)
     assert len(kept) > 8 and max(kept) == 6, "prompts in memory: at most twice those of a full batch"
@@ -70,7 +80,8 @@ def test_each_prompt_is_read_once_and_few_are_kept(model, tok, monkeypatch):
 
 
 def test_the_clock_is_put_back_as_often_as_it_must(model, tok, monkeypatch):
-    """Rows that begin three steps apart for ever: the columns in memory (as many as one rollout's slots) have to serve them all."""
+    """Rows that begin three steps apart for ever: the columns in memory (as many as one rollout's slots)
+    have to serve them all."""
     gone, change = [], engine.DecodingCache.change
 
     def watch(self, *a):
@@ -100,12 +111,13 @@ def test_no_step_is_run_for_rows_that_are_all_at_the_limit(model, tok, limit, mo
     monkeypatch.setattr(runs, "stop_tokens", lambda *_: [-7])
     stats, prompts = {}, [[5] * (1 + i) for i in range(6)]
     rollouts = generate(model, tok, prompts, 2, limit, rows=4, stats=stats)
-    assert [r.prompt for r in rollouts] == [i for i in range(6) for _ in (0, 1)] and all(len(r.slots) == limit for r in rollouts)
+    assert ([r.prompt for r in rollouts] == [i for i in range(6) for _ in (0, 1)]
+            and all(len(r.slots) == limit for r in rollouts))
     assert stats["positions"] == sum(map(len, prompts)) + 12 * (limit - 1)
     assert generate(model, tok, [], 2, limit) == []
 
 
-# ---------------------------------------------------------------- prompts read in chunks, and less at once if memory is short
+# ------------------------------------------------ prompts read in chunks, and less at once if memory is short
 @pytest.mark.parametrize("budget", [1, 11, 25, 40])
 def test_prompts_read_in_chunks_give_the_rollouts_of_prompts_read_at_once(model, tok, budget, monkeypatch):
     whole, shapes = run(model, tok, 512)
@@ -131,9 +143,11 @@ def test_out_of_memory_while_sampling_halves_the_rows_once_and_says_so(model, to
         equal(run(model, tok, 12)[0], plain)
     assert capsys.readouterr().out == "out of memory with 12 rows at once; from here on 6\n"
     monkeypatch.setattr(engine.Decoder, "_begin", real)
-    one = generate(model, tok, ["ab"] * 8, 1, 3)  # rows, not prompts: a call with other groups decodes as many rows
+    # rows, not prompts: a call with other groups decodes as many rows
+    one = generate(model, tok, ["ab"] * 8, 1, 3)
     assert len(one) == 8 and model.most_rows == 6 and not capsys.readouterr().out
-    monkeypatch.setattr(engine.Decoder, "_begin", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+    monkeypatch.setattr(engine.Decoder, "_begin",
+                        lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
     with pytest.raises(torch.OutOfMemoryError):
         run(model, tok, 12)
 
@@ -147,7 +161,8 @@ class Tape(TorchDispatchMode):
         self.calls = []
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        assert operation not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), "this waits for the device"
+        assert operation not in (torch.ops.aten._local_scalar_dense.default,
+                                 torch.ops.aten.nonzero.default), "this waits for the device"
         out = operation(*args, **(kwargs or {}))
         self.calls.append((operation, args, kwargs or {}, out))
         return out
@@ -201,9 +216,11 @@ def test_a_recording_serves_many_columns_and_is_made_again_when_they_are_full(to
     monkeypatch.setattr(runs, "stop_tokens", lambda *_: [-7])
     plain, again = [], []
     for model.graphs, some in ((False, plain), (True, again)):
-        some += generate(model, tok, ["abc"], samples=2, max_new_tokens=400, generator=torch.Generator().manual_seed(0))
+        some += generate(model, tok, ["abc"], samples=2, max_new_tokens=400,
+                         generator=torch.Generator().manual_seed(0))
     equal(again, plain)
-    assert [len(times) for times in recorded] == [64] * 4 + [128, 15]  # up to 64, 128, 192, 256, 384, 400 columns
+    # up to 64, 128, 192, 256, 384, 400 columns
+    assert [len(times) for times in recorded] == [64] * 4 + [128, 15]
 
 
 def test_where_nothing_can_be_recorded_it_runs_without_and_says_so_once(model, tok, capsys):
@@ -213,14 +230,20 @@ def test_where_nothing_can_be_recorded_it_runs_without_and_says_so_once(model, t
     equal(again, plain)
     assert not model.graphs
     said = capsys.readouterr().err.strip().splitlines()
-    assert said == ["warning: the decoding step cannot be recorded as a CUDA graph (this is no CUDA device); it runs without"]
+    assert said == ["warning: the decoding step cannot be recorded as a CUDA graph (this is no CUDA device); "
+                    "it runs without"]
 
 
 # ---------------------------------------------------------------- devices on which choosing rows would wait
-def test_where_rows_cannot_be_chosen_the_projector_runs_on_those_that_may_be_in_a_block(model, tok, monkeypatch):
+def test_where_rows_cannot_be_chosen_the_projector_runs_on_those_that_may_be_in_a_block(
+        model, tok, monkeypatch):
     plain, _ = run(model, tok, 10)
-    place = {u: at for r, line in zip(plain, torch.rand(len(plain), LIMIT, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tolist())
-             for u, at in zip(line, r.slots + [LATENT] * LIMIT)}  # what this row wrote there (see conftest.write); all rows draw now, latents too
+    # what this row wrote there (see conftest.write); all rows draw now, latents too
+    place = {u: at
+             for r, line in zip(plain,
+                                torch.rand(len(plain), LIMIT, generator=torch.Generator().manual_seed(0),
+                                           dtype=torch.float64).tolist())
+             for u, at in zip(line, r.slots + [LATENT] * LIMIT)}
 
     def sample(logits, u, *_):
         token = torch.tensor([max(0, place[x]) for x in u.tolist()])
@@ -228,21 +251,26 @@ def test_where_rows_cannot_be_chosen_the_projector_runs_on_those_that_may_be_in_
 
     monkeypatch.setattr(engine, "WAITS", ("cpu",))
     seen, forward = [], litereason.ReasoningProjector.forward
-    monkeypatch.setattr(litereason.ReasoningProjector, "forward", lambda self, h, m: seen.append(len(h)) or forward(self, h, m))
+    monkeypatch.setattr(litereason.ReasoningProjector, "forward",
+                        lambda self, h, m: seen.append(len(h)) or forward(self, h, m))
     monkeypatch.setattr(litereason, "sample", sample)
     prompts, stats = [r.prompt_ids for r in plain[::2]], {}
-    equal(generate(model, tok, prompts, 2, LIMIT, generator=torch.Generator().manual_seed(0), rows=10, stats=stats), plain)
+    equal(generate(model, tok, prompts, 2, LIMIT, generator=torch.Generator().manual_seed(0), rows=10,
+                   stats=stats), plain)
     assert sum(r.n_latents for r in plain) <= sum(seen) < 0.7 * (stats["positions"] - sum(map(len, prompts)))
 
 
 @pytest.mark.parametrize("latent", ["none", "zeros"])
-def test_where_rows_cannot_be_chosen_no_latents_and_zeros_are_what_they_are_elsewhere(model, tok, latent, monkeypatch):
+def test_where_rows_cannot_be_chosen_no_latents_and_zeros_are_what_they_are_elsewhere(
+        model, tok, latent, monkeypatch):
     settings = dict(samples=4, max_new_tokens=30, latent=latent)
     prompts = [f"abc{OPEN}"[:n] for n in (2, 7, 21)]
     draws = lambda: torch.Generator().manual_seed(5)
     watch = litereason.watcher(model, tok)
-    monkeypatch.setattr(watch, "fires", torch.where(torch.arange(watch.fires.shape[1]) == 0, (watch.fires + 1).clamp(max=2), watch.fires))
-    monkeypatch.setattr(watch, "soon", torch.ones_like(watch.soon))  # any token may end a tag: all rows project at all times
+    monkeypatch.setattr(watch, "fires", torch.where(torch.arange(watch.fires.shape[1]) == 0,
+                                                    (watch.fires + 1).clamp(max=2), watch.fires))
+    # any token may end a tag: all rows project at all times
+    monkeypatch.setattr(watch, "soon", torch.ones_like(watch.soon))
     plain = generate(model, tok, prompts, generator=draws(), **settings)
     monkeypatch.setattr(engine, "WAITS", ("cpu",))
     equal(generate(model, tok, prompts, generator=draws(), **settings), plain)
@@ -251,7 +279,8 @@ def test_where_rows_cannot_be_chosen_no_latents_and_zeros_are_what_they_are_else
 
 def test_soon_names_the_states_from_which_three_tokens_can_end_a_tag(model, tok):
     watch = litereason.watcher(model, tok)
-    for before, soon in (("", False), ("<implicit_", False), (OPEN, False), (OPEN + "3", False), (OPEN + "3</", True), (tag(3)[:-1], True), (tag(3), False)):
+    for before, soon in (("", False), ("<implicit_", False), (OPEN, False), (OPEN + "3", False),
+                         (OPEN + "3</", True), (tag(3)[:-1], True), (tag(3), False)):
         state = torch.zeros(1, dtype=torch.long)
         for i in tok.encode(before):
             state, _ = watch.step(state, torch.tensor([i]))

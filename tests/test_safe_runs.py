@@ -1,4 +1,5 @@
-"""A finished run is never replaced by accident, leaves nothing stale when it is meant to be, and is evaluated as what it is."""
+"""A finished run is never replaced by accident, leaves nothing stale when it is meant to be, and is
+evaluated as what it is."""
 import json
 import os
 import shutil
@@ -16,8 +17,8 @@ import train_rl
 from litereason import load, save
 from runs import TINY, UserError, default_out
 
-SIZES = ("--device", "cpu", "--n", 2, "--val", 0, "--train-prompts", 4, "--prompts", 2, "--group", 2, "--max-new-tokens", 40,
-         "--steps", 1, "--show-every", 0, "--method", "tag")
+SIZES = ("--device", "cpu", "--n", 2, "--val", 0, "--train-prompts", 4, "--prompts", 2, "--group", 2,
+         "--max-new-tokens", 40, "--steps", 1, "--show-every", 0, "--method", "tag")
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +41,11 @@ def copy(finished, tmp_path):
 def test_a_default_directory_names_model_task_and_method(tmp_path):
     assert default_out("tiny", "tiny", "litereason") == "out/tiny-litereason"
     assert default_out("tiny", "tiny.next_chapter", "grpo") == "out/tiny.next_chapter-grpo"
-    assert default_out("Qwen/Qwen2.5-1.5B", "flawed_fictions", "litereason") == "out/Qwen2.5-1.5B-flawed_fictions-litereason"
+    assert (default_out("Qwen/Qwen2.5-1.5B", "flawed_fictions", "litereason")
+            == "out/Qwen2.5-1.5B-flawed_fictions-litereason")
     (tmp_path / "config.json").write_text(json.dumps({"base": "Qwen2.5-1.5B"}))  # a run is named by its base
-    assert default_out(tmp_path, "flawed_fictions", "projector") == "out/Qwen2.5-1.5B-flawed_fictions-projector"
+    assert (default_out(tmp_path, "flawed_fictions", "projector")
+            == "out/Qwen2.5-1.5B-flawed_fictions-projector")
 
 
 @pytest.mark.parametrize("script, words", [
@@ -51,7 +54,8 @@ def test_a_default_directory_names_model_task_and_method(tmp_path):
 def test_a_finished_run_is_refused_in_one_line_before_a_model_is_loaded(copy, script, words, monkeypatch):
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
     monkeypatch.setattr(script, "load", lambda *_: pytest.fail("a model was loaded"))
-    with pytest.raises(UserError, match="holds a finished run of train_rl.py on tiny: choose another --out, or .* --overwrite") as e:
+    with pytest.raises(UserError, match="holds a finished run of train_rl.py on tiny: choose another --out, "
+                                        "or .* --overwrite") as e:
         run(script, *words, "--out", copy)
     assert "\n" not in str(e.value)
     assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
@@ -61,7 +65,8 @@ def test_overwrite_leaves_no_file_of_the_earlier_run(copy):
     (copy / "bad-rollouts.json").write_text("[]")
     run(train_rl, *SIZES, "--model", "tiny", "--out", copy, "--overwrite", "--n", 0, "--seed", 1)
     assert not (copy / "results.json").exists() and not (copy / "bad-rollouts.json").exists()
-    assert json.load(open(copy / "config.json"))["seed"] == 1 and "overwrite" not in json.load(open(copy / "config.json"))
+    assert (json.load(open(copy / "config.json"))["seed"] == 1
+            and "overwrite" not in json.load(open(copy / "config.json")))
     with pytest.raises(UserError, match="holds a finished run"):  # without a table, too
         run(train_rl, *SIZES, "--model", "tiny", "--out", copy)
 
@@ -93,7 +98,8 @@ def test_missing_data_are_said_before_a_model_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setenv("LITEREASON_DATA", str(tmp_path))
     for script in (train_rl, train_projector, evaluation):
         monkeypatch.setattr(script, "load", lambda *_: pytest.fail("a model was loaded"))
-        with pytest.raises(UserError, match=r"not there yet; make it with: python data/flawed_fictions/prepare.py \(downloads"):
+        with pytest.raises(UserError, match=r"not there yet; make it with: python "
+                                            r"data/flawed_fictions/prepare.py \(downloads"):
             run(script, "--model", "Qwen2.5-1.5B", "--out", tmp_path / "o")
 
 
@@ -115,8 +121,10 @@ def test_task_length_and_method_come_from_the_run_and_flags_override_them(tmp_pa
     a = fake_run(tmp_path, "a", task="tiny.next_chapter", max_new_tokens=7)
     words = ("--device", "cpu", "--n", 3, "--json", tmp_path / "r.json")
     run(evaluation, "--model", a, *words)
-    assert results(tmp_path / "r.json")["task"] == "tiny.next_chapter" and results(tmp_path / "r.json")["tokens"] <= 7
-    assert "tiny.next_chapter, test split, 3 examples, temperature 0.7, top-p 0.8, top-k 20, seed 0" in capsys.readouterr().out
+    assert (results(tmp_path / "r.json")["task"] == "tiny.next_chapter"
+            and results(tmp_path / "r.json")["tokens"] <= 7)
+    assert ("tiny.next_chapter, test split, 3 examples, temperature 0.7, top-p 0.8, top-k 20, seed 0"
+            in capsys.readouterr().out)
     run(evaluation, "--model", a, "--task", "tiny", "--max-new-tokens", 5, *words)
     assert results(tmp_path / "r.json")["task"] == "tiny" and results(tmp_path / "r.json")["tokens"] <= 5
     b = fake_run(tmp_path, "b")
@@ -148,7 +156,8 @@ def test_a_trained_pause_token_has_all_controls(tmp_path):
     with torch.no_grad():
         model.reasoning_projector.vector.mul_(1.5)
     save(model, tokenizer, str(tmp_path / "m"))
-    run(evaluation, "--model", tmp_path / "m", "--controls", "--device", "cpu", "--n", 2, "--max-new-tokens", 30,
-        "--json", tmp_path / "r.json")
-    assert {r["control"] for r in results(tmp_path / "r.json")} >= {"plain", "latents: warm", "latents: noise"}
+    run(evaluation, "--model", tmp_path / "m", "--controls", "--device", "cpu", "--n", 2,
+        "--max-new-tokens", 30, "--json", tmp_path / "r.json")
+    assert ({r["control"] for r in results(tmp_path / "r.json")}
+            >= {"plain", "latents: warm", "latents: noise"})
     assert os.path.exists(runs.TINY)

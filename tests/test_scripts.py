@@ -90,7 +90,8 @@ def test_every_script_answers_help(name):
     assert done.returncode == 0 and "usage:" in done.stdout
 
 
-@pytest.mark.parametrize("name", [*PEOPLE_RUN, "data/flawed_fictions/prepare.py", "data/next_chapter/prepare.py"])
+@pytest.mark.parametrize("name", [*PEOPLE_RUN, "data/flawed_fictions/prepare.py",
+                                  "data/next_chapter/prepare.py"])
 def test_help_begins_with_what_people_use_and_says_every_default(name, monkeypatch):
     monkeypatch.setenv("COLUMNS", "110")
     text = script(name, "--help").stdout

@@ -26,7 +26,8 @@ def test_few_rows_the_other_way_round_give_the_plain_products(shape, bias):
 
 def test_every_product_of_an_attached_model_takes_it(model):
     linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
-    assert model.lm_head in linear and model.reasoning_projector[0].up_proj in linear and {type(m) for m in linear} == {FewRows}
+    assert (model.lm_head in linear and model.reasoning_projector[0].up_proj in linear
+            and {type(m) for m in linear} == {FewRows})
 
 
 # ---------------------------------------------------------------- the decoding cache on a CPU
@@ -37,7 +38,8 @@ def test_a_cache_that_grows_has_the_columns_it_looks_at_and_changes_no_rollout(m
 
     def watched(cache, rounded):
         changed = set_reach(cache, rounded)
-        assert all(t.shape[2] == (cache.reach if cache.grows else cache.room) for pair in cache.layers for t in pair)
+        assert all(t.shape[2] == (cache.reach if cache.grows else cache.room)
+                   for pair in cache.layers for t in pair)
         widths.add(cache.reach)
         return changed
 
@@ -86,8 +88,9 @@ def test_fused_attention_scores_like_the_shared_products(model, rollouts, choice
         close(a, b)
 
 
-# ---------------------------------------------------------------- latents made again: the last one of a block goes with the text after it
-BLOCKS = [[LATENT] * 2 + [9, 8] + [LATENT], [7, 7] + [LATENT] * 3 + [9], [9, 8, 7], [LATENT] * 4, [9, LATENT, 8, LATENT, 7, LATENT, LATENT]]
+# ------------------------------------ latents made again: the last one of a block goes with the text after it
+BLOCKS = [[LATENT] * 2 + [9, 8] + [LATENT], [7, 7] + [LATENT] * 3 + [9], [9, 8, 7], [LATENT] * 4,
+          [9, LATENT, 8, LATENT, 7, LATENT, LATENT]]
 
 
 @pytest.mark.parametrize("choice", [[0], [2], [3], [4], [0, 1, 2, 3, 4]])
@@ -99,19 +102,21 @@ def test_unroll_is_the_naive_definition_wherever_the_blocks_are(model, choice):
         close(a, b)
     if any(len(z) for z in plain):
         wanted = list(model.reasoning_projector.parameters())
-        ours, theirs = (torch.autograd.grad(sum((z**2).sum() for z in some), wanted) for some in (latents, plain))
+        ours, theirs = (torch.autograd.grad(sum((z**2).sum() for z in some), wanted)
+                        for some in (latents, plain))
         for a, b in zip(ours, theirs):
             close(a, b)
 
 
 def test_unroll_passes_once_for_the_prompt_and_once_per_latent(model, monkeypatch):
     shapes, forward = [], engine.forward
-    monkeypatch.setattr(engine, "forward", lambda m, x, *rest: shapes.append(tuple(x.shape[:2])) or forward(m, x, *rest))
+    monkeypatch.setattr(engine, "forward",
+                        lambda m, x, *rest: shapes.append(tuple(x.shape[:2])) or forward(m, x, *rest))
     unroll(model, [Rollout([11, 12], [5, 6, LATENT, LATENT, LATENT, 7, 8, LATENT, 9], torch.zeros(0, 32))])
     assert shapes == [(1, 2), (1, 2), (1, 1), (1, 1), (1, 3), (1, 2)]
 
 
-# ---------------------------------------------------------------- the scored tokens' log-probs, their gradient by hand
+# ------------------------------------------------------- the scored tokens' log-probs, their gradient by hand
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("chunk", [None, 5])
@@ -119,7 +124,8 @@ def test_token_logprobs_have_the_values_and_gradients_of_log_softmax(model, bias
     torch.manual_seed(0)
     if bias:
         model.lm_head.bias = torch.nn.Parameter(torch.randn(model.config.vocab_size, dtype=torch.float64))
-    h, y = torch.randn(12, 32, dtype=torch.float64, requires_grad=True), torch.randint(0, model.config.vocab_size, (12,))
+    h = torch.randn(12, 32, dtype=torch.float64, requires_grad=True)
+    y = torch.randint(0, model.config.vocab_size, (12,))
     inputs, g = [h, *model.lm_head.parameters()], torch.randn(12, dtype=torch.float64)
     ours = engine.token_logprobs(model, h, y, temperature, chunk)
     plain = (model.lm_head(h) / temperature).log_softmax(-1)[torch.arange(12), y]

@@ -1,4 +1,5 @@
-"""What a tag is, and that decoding notices it exactly when the policy's own text completes one (paper Sec. 3.1)."""
+"""What a tag is, and that decoding notices it exactly when the policy's own text completes one
+(paper Sec. 3.1)."""
 import random
 
 import pytest
@@ -23,7 +24,8 @@ from runs import token_texts
     (tag(""), []), (tag(" "), []),
     (tag("three"), []), (tag("3 steps"), []), (tag("3 4"), []), (tag("3.0"), []),
     (tag("-3"), []), (tag("+3"), []),
-    (tag("٣"), []), (tag("３"), []), (tag("²"), []), (tag("3²"), []),   # digits of other scripts, superscript
+    (tag("٣"), []), (tag("３"), []),                      # digits of other scripts,
+    (tag("²"), []), (tag("3²"), []),                     # superscript
     (tag("\u00a03"), []), (tag("\u20033"), []),          # spaces of other scripts
     (f"{OPEN}3", []), (f"3{CLOSE}", []), (f"{OPEN}3{OPEN}", []), (f"{CLOSE}3{OPEN}", []),   # unclosed
     (f"{OPEN}{tag(3)}", []), (f"{OPEN}2{tag(3)}{CLOSE}", []), (f"{OPEN} 2 {OPEN} {tag(3)}", []),  # nested
@@ -44,9 +46,10 @@ def test_the_cap_can_be_set():
     assert [n for _, _, n in parse_tags(tag(7) + tag(2), cap=1)] == [1, 1]
 
 
-# ---------------------------------------------------------------- the watcher reads tokens, and agrees with the parser
-PIECES = [OPEN, CLOSE, OPEN, CLOSE, "<implicit_", "thought>", "</implicit", "<", ">", "/", ".<", ">\n", "><", " ", "\n\t", "\r", "0", "3", "12",
-          "00", "7", "-", "٣", "²", "é", "word", " a story", "x", "<eos>", "<|endoftext|>", tag(2), tag(" 4"), tag("5 "), f"{OPEN}3", f"1{CLOSE}"]
+# ------------------------------------------------------- the watcher reads tokens, and agrees with the parser
+PIECES = [OPEN, CLOSE, OPEN, CLOSE, "<implicit_", "thought>", "</implicit", "<", ">", "/", ".<", ">\n", "><",
+          " ", "\n\t", "\r", "0", "3", "12", "00", "7", "-", "٣", "²", "é", "word", " a story", "x",
+          "<eos>", "<|endoftext|>", tag(2), tag(" 4"), tag("5 "), f"{OPEN}3", f"1{CLOSE}"]
 
 
 def random_ids(rng, tok, ids_of, longest):
@@ -84,10 +87,12 @@ def by_decoding(tok, ids, cap):
     return out
 
 
-@pytest.mark.parametrize("which, cap, count", [("tok", 5, 3000), ("tok", 13, 1000), ("tok", 1, 500), ("real_tok", 5, 1500)])
+@pytest.mark.parametrize("which, cap, count", [("tok", 5, 3000), ("tok", 13, 1000), ("tok", 1, 500),
+                                               ("real_tok", 5, 1500)])
 def test_the_watcher_fires_where_and_only_where_the_decoded_text_completes_a_tag(request, which, cap, count):
     tok, rng = request.getfixturevalue(which), random.Random(0)
-    ids_of = {text: [i] for i, text in enumerate(token_texts(tok)) if text and set(text) <= set("".join(PIECES))}
+    ids_of = {text: [i] for i, text in enumerate(token_texts(tok))
+              if text and set(text) <= set("".join(PIECES))}
     longest = min(20, max(map(len, ids_of)))
     sequences = [random_ids(rng, tok, ids_of, longest) for _ in range(count)]
     expected = [by_decoding(tok, s, cap) for s in sequences]
@@ -96,8 +101,10 @@ def test_the_watcher_fires_where_and_only_where_the_decoded_text_completes_a_tag
 
 
 @pytest.mark.parametrize("text, pieces", [
-    ("Then." + tag(3) + " so", ["Then", ".<", "implicit", "_th", "ought", ">", "3", "</", "implicit", "_th", "ought", ">", " so"]),
-    ("a " + tag(3) + "\n\nSo", ["a", " <", "implicit", "_th", "ought", ">", "3", "</", "implicit", "_th", "ought", ">\n\n", "So"]),
+    ("Then." + tag(3) + " so", ["Then", ".<", "implicit", "_th", "ought", ">", "3", "</", "implicit", "_th",
+                                "ought", ">", " so"]),
+    ("a " + tag(3) + "\n\nSo", ["a", " <", "implicit", "_th", "ought", ">", "3", "</", "implicit", "_th",
+                                "ought", ">\n\n", "So"]),
     (tag(1) + tag(2), ["<", "implicit", "_th", "ought", ">", "1", "</", "implicit", "_th", "ought", "><",
                        "implicit", "_th", "ought", ">", "2", "</", "implicit", "_th", "ought", ">"]),
 ])

@@ -1,4 +1,5 @@
-"""The tiny world: a plot hole is found by following two chains at once, and by nothing else; and a target for each latent."""
+"""The tiny world: a plot hole is found by following two chains at once, and by nothing else;
+and a target for each latent."""
 import collections
 import os
 import random
@@ -70,7 +71,8 @@ def test_a_reward_is_for_the_right_word_alone():
 def trace_of(example):
     """What a careful reader writes: a sentence a round."""
     rounds = [list(pair) for pair in zip(*example["chains"])]
-    sentences = [f"from {a} {c} and from {b} {d} , go on with {c} and {d} ." for (a, b), (c, d) in zip(rounds, rounds[1:])]
+    sentences = [f"from {a} {c} and from {b} {d} , go on with {c} and {d} ."
+                 for (a, b), (c, d) in zip(rounds, rounds[1:])]
     return " ".join(sentences) + " " + tiny.answer(example), rounds
 
 
@@ -117,8 +119,8 @@ def rows(base):
 
 
 def loss_of(model, rows, fed, base_learns):
-    n_tokens = sum(len(r.slots) - r.slots.index(LATENT) - r.n_latents + r.slots[: r.slots.index(LATENT)].count(LATENT)
-                   for r in rows)
+    n_tokens = sum(len(r.slots) - r.slots.index(LATENT) - r.n_latents
+                   + r.slots[: r.slots.index(LATENT)].count(LATENT) for r in rows)
     n_latents = sum(r.n_latents for r in rows)
     return targets.target_loss(model, rows, fed, n_tokens, n_latents, base_learns)
 
@@ -168,7 +170,8 @@ def test_a_batch_is_the_same_in_micro_batches_of_any_size(rows):
     ends = []
     for budget in (10_000, 200):
         model, _ = load("tiny", "cpu", torch.float64)
-        fit_projector(model, rows, 1e-3, batch=4, steps=3, budget=budget, aim="words", noise=0.5, base_lr=1e-4)
+        fit_projector(model, rows, 1e-3, batch=4, steps=3, budget=budget, aim="words", noise=0.5,
+                      base_lr=1e-4)
         ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     close(ends[0], ends[1], 1e-6)
 
@@ -178,15 +181,18 @@ def test_the_nearest_sum_of_words_is_found_and_noise_is_taken_off(base):
     embeddings = model.get_input_embeddings().weight.detach()
     pair = tokenizer.encode("Karl Mara", add_special_tokens=False)
     target = embeddings[pair].sum(0) / 2**0.5
-    noisy = target + 0.05 * embeddings.std() * torch.randn(len(target), generator=torch.Generator().manual_seed(0))
+    noisy = (target + 0.05 * embeddings.std()
+             * torch.randn(len(target), generator=torch.Generator().manual_seed(0)))
     close(targets.nearest(model, torch.stack([target, noisy]), 2), torch.stack([target, target]), 1e-5)
 
 
 def test_words_that_all_sentences_have_tell_nothing(base):
     model, tokenizer = base
-    common = targets.common_words(tokenizer, ["go on with Karl .", "go on with Mara .", "go on with Otto .", "go on with Lena ."])
+    common = targets.common_words(tokenizer, ["go on with Karl .", "go on with Mara .",
+                                              "go on with Otto .", "go on with Lena ."])
     assert {tokenizer.decode([i]) for i in common} == {"go", "on", "with", "."}
-    assert targets.last_words(model, tokenizer, "go on with Karl .", common, 2) is None  # one word that tells something
+    # one word that tells something
+    assert targets.last_words(model, tokenizer, "go on with Karl .", common, 2) is None
     assert targets.last_words(model, tokenizer, "go on with Karl .", common, 1) is not None
 
 
@@ -194,7 +200,8 @@ def test_its_base_is_made_by_a_command(tmp_path):
     import subprocess
     import sys
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    subprocess.run([sys.executable, "data/tiny/prepare.py", "--steps", "3", "--most", "6", "--out", str(tmp_path / "b")],
+    subprocess.run([sys.executable, "data/tiny/prepare.py", "--steps", "3", "--most", "6",
+                    "--out", str(tmp_path / "b")],
                    cwd=root, check=True, capture_output=True)
     model, tokenizer = load(str(tmp_path / "b"), "cpu")
     assert tokenizer.unk_token_id not in tokenizer.encode(tiny.prompt(tiny.examples("val")[0], True))

@@ -1,4 +1,5 @@
-"""Gradients are those of the definition: back through the latents into the projector (stage 2), and of GRPO into the base (stage 3)."""
+"""Gradients are those of the definition: back through the latents into the projector (stage 2), and of GRPO
+into the base (stage 3)."""
 import copy
 import dataclasses
 
@@ -13,7 +14,8 @@ from litereason import (LATENT, generate, group_advantages, insert_latents, logp
 
 
 def gradients(model, loss, part=""):
-    """{name: gradient} of the weights whose name has `part`; those that the loss does not reach are left out."""
+    """{name: gradient} of the weights whose name has `part`;
+    those that the loss does not reach are left out."""
     named = [(n, p) for n, p in model.named_parameters() if part in n]
     found = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
     return {n: g for (n, _), g in zip(named, found) if g is not None}
@@ -34,7 +36,8 @@ def some_number(h, latents, seed=0):
 def traces(tok, model, texts=TEXTS):
     """Finished texts as stage 2 has them: tags written, latents still to be made."""
     none = torch.zeros(0, 32).double()
-    return [Rollout(tok.encode(PROMPTS[i // 2]), insert_latents(model, tok, tok.encode(t)), none) for i, t in enumerate(texts)]
+    return [Rollout(tok.encode(PROMPTS[i // 2]), insert_latents(model, tok, tok.encode(t)), none)
+            for i, t in enumerate(texts)]
 
 
 # ---------------------------------------------------------------- the roll-out with gradient
@@ -68,7 +71,8 @@ def test_a_row_alone_equals_the_row_in_a_mixed_batch_with_gradients(model, rollo
 
 def test_a_latent_depends_on_all_latents_before_it_also_on_those_of_earlier_tags(model, tok):
     made = []
-    unroll(model, traces(tok, model, [f"ab{tag(2)}cd{tag(1)}.{tag(1)}e<eos>"]), latent=lambda h: made.append(project(model, h)) or made[-1])
+    unroll(model, traces(tok, model, [f"ab{tag(2)}cd{tag(1)}.{tag(1)}e<eos>"]),
+           latent=lambda h: made.append(project(model, h)) or made[-1])
     assert len(made) == 4
     for later in range(1, 4):
         for g in torch.autograd.grad(made[later].sum(), made[:later], retain_graph=True):
@@ -84,7 +88,8 @@ def test_fresh_rollouts_keep_their_latents_when_they_are_made_again(model, rollo
     with torch.no_grad():
         model.reasoning_projector[0].up_proj.weight.mul_(1.1)
     again = recompute_latents(model, rollouts)
-    assert [(a.latents - r.latents).abs().max() > 1e-3 for a, r in zip(again, rollouts) if r.n_latents] == [True] * sum(n > 0 for n in TAGS)
+    assert ([(a.latents - r.latents).abs().max() > 1e-3 for a, r in zip(again, rollouts) if r.n_latents]
+            == [True] * sum(n > 0 for n in TAGS))
 
 
 # ---------------------------------------------------------------- stage 2: the projector's loss
@@ -124,7 +129,8 @@ def test_the_sum_does_not_depend_on_how_traces_are_batched(model, tok):
     parts = [projector_loss(model, rows[i : i + 3]) for i in range(0, len(rows), 3)]
     assert n == sum(k for _, k in parts)
     close(loss, sum(x for x, _ in parts))
-    close_gradients(gradients(model, loss, "projector"), gradients(model, sum(x for x, _ in parts), "projector"))
+    close_gradients(gradients(model, loss, "projector"),
+                    gradients(model, sum(x for x, _ in parts), "projector"))
 
 
 def test_only_the_projector_gets_a_gradient_when_the_base_is_frozen(model, tok):
@@ -159,11 +165,13 @@ def test_log_probs_in_chunks_equal_those_in_one_piece_with_gradients(model, chun
     chunked = token_logprobs(model, h, y, temperature=0.7, chunk=chunk)
     close(chunked, plain)
     inputs = [h, model.lm_head.weight]
-    for a, b in zip(torch.autograd.grad((chunked * weight).sum(), inputs), torch.autograd.grad((plain * weight).sum(), inputs)):
+    for a, b in zip(torch.autograd.grad((chunked * weight).sum(), inputs),
+                    torch.autograd.grad((plain * weight).sum(), inputs)):
         close(a, b)
 
 
-def test_the_bases_gradient_treats_latents_as_constants_but_flows_through_attention_over_them(model, rollouts):
+def test_the_bases_gradient_treats_latents_as_constants_but_flows_through_attention_over_them(
+        model, rollouts):
     rows = rollouts[:3]
     logp, scored = logprobs(model, rows)
     slow = 0
@@ -172,8 +180,10 @@ def test_the_bases_gradient_treats_latents_as_constants_but_flows_through_attent
         for s in r.slots:
             x.append(next(latents) if s == LATENT else model.get_input_embeddings().weight[s])
         x = torch.cat([model.get_input_embeddings().weight[r.prompt_ids], torch.stack(x)])
-        out = model.lm_head(model.model(inputs_embeds=x[None], use_cache=False).last_hidden_state[0]).log_softmax(-1)
-        slow = slow + sum(out[len(r.prompt_ids) + i - 1, s] * (i + 1) for i, s in enumerate(r.slots) if s != LATENT)
+        h = model.model(inputs_embeds=x[None], use_cache=False).last_hidden_state[0]
+        out = model.lm_head(h).log_softmax(-1)
+        slow = slow + sum(out[len(r.prompt_ids) + i - 1, s] * (i + 1)
+                          for i, s in enumerate(r.slots) if s != LATENT)
     weight = torch.arange(1, logp.shape[1] + 1, dtype=torch.float64)
     close_gradients(gradients(model, (logp * weight).sum()), gradients(model, slow))
 
@@ -222,7 +232,8 @@ def test_not_even_latents_with_a_graph_carry_the_policy_gradient_into_the_projec
 def test_the_gradient_does_not_depend_on_the_micro_batch(model, rollouts, size):
     a = torch.tensor([1.0, -1.0, 0.5, -0.5, 2.0, 0.0, -1.0, 0.3]).double()
     whole = gradients(model, loss_of(model, rollouts, a, 8)[0])
-    parts = [gradients(model, loss_of(model, rollouts[i : i + size], a[i : i + size], 8)[0]) for i in range(0, 8, size)]
+    parts = [gradients(model, loss_of(model, rollouts[i : i + size], a[i : i + size], 8)[0])
+             for i in range(0, 8, size)]
     close_gradients({n: sum(p[n] for p in parts) for n in whole}, whole, 1e-10)
 
 
@@ -233,7 +244,8 @@ def test_a_token_budget_splits_into_neighbours_within_it_and_changes_no_gradient
     for part in parts:
         rows = [rollouts[i] for i in part]
         prompts = {tuple(r.prompt_ids) for r in rows}
-        assert len(part) == 1 or len(prompts) * max(map(len, prompts)) + len(rows) * max(len(r.slots) for r in rows) <= budget
+        needed = len(prompts) * max(map(len, prompts)) + len(rows) * max(len(r.slots) for r in rows)
+        assert len(part) == 1 or needed <= budget
     assert len(parts) == {1: 8, 10**6: 1}.get(budget, len(parts))
     a = torch.tensor([1.0, -1.0, 0.5, -0.5, 2.0, 0.0, -1.0, 0.3]).double()
     whole = gradients(model, loss_of(model, rollouts, a, 8)[0])
@@ -256,7 +268,8 @@ def test_checkpointed_layers_change_no_value_and_no_gradient(model, rollouts):
 
 def test_bf16_compute_keeps_fp32_weights_gradients_and_projector_and_scores_what_it_sampled(model, tok):
     model = model.float()
-    exact, _ = logprobs(model, generate(model, tok, PROMPTS, 2, 20, generator=torch.Generator().manual_seed(0)))
+    exact, _ = logprobs(model,
+                        generate(model, tok, PROMPTS, 2, 20, generator=torch.Generator().manual_seed(0)))
     model.bf16 = True  # on CUDA attach() sets it
     rows = generate(model, tok, PROMPTS, 2, 20, generator=torch.Generator().manual_seed(0))
     logp, scored = logprobs(model, rows)
@@ -266,7 +279,8 @@ def test_bf16_compute_keeps_fp32_weights_gradients_and_projector_and_scores_what
     assert all(g.dtype == torch.float32 for g in gradients(model, logp.sum()).values())
     seen = []
     model.reasoning_projector[0].register_forward_hook(lambda module, x, z: seen.append(z.dtype))
-    unroll(model, [Rollout(tok.encode("abc"), insert_latents(model, tok, tok.encode(tag(2) + "a")), torch.zeros(0, 32))])
+    unroll(model, [Rollout(tok.encode("abc"), insert_latents(model, tok, tok.encode(tag(2) + "a")),
+                           torch.zeros(0, 32))])
     assert set(seen) == {torch.float32}
 
 
@@ -315,7 +329,8 @@ def test_clipping_on_a_worked_example():
     ratio = torch.tensor([[1.5, 1.1, 0.5, 9.0], [1.5, 0.5, 9.0, 9.0]]).double()
     logp = ratio.log().requires_grad_()
     scored = torch.tensor([[True, True, True, False], [True, True, False, False]])
-    loss, seen = policy_loss(logp, torch.zeros(2, 4).double(), torch.tensor([1.0, -2.0]).double(), scored, n_rollouts=2, clip=0.2)
+    loss, seen = policy_loss(logp, torch.zeros(2, 4).double(), torch.tensor([1.0, -2.0]).double(), scored,
+                             n_rollouts=2, clip=0.2)
     # gains, a = 1: min(1.5, 1.2), 1.1, min(0.5, 0.8); a = -2: min(-3, -2.4), min(-1, -1.6)
     assert abs(loss + ((1.2 + 1.1 + 0.5) / 3 + (-3.0 - 1.6) / 2) / 2) < 1e-6
     close(seen, torch.where(scored, ratio, 1.0))
@@ -334,5 +349,6 @@ def test_advantages_are_normalised_within_a_group():
 def test_rounding_noise_between_equal_rewards_is_not_blown_up():
     a = group_advantages(torch.tensor([[0.7, 0.7 + 1e-7, 0.7, 0.7]]))
     assert a.abs().max() < 1e-2
-    assert group_advantages(torch.tensor([[0.1] * 3])).tolist() == [[0, 0, 0]]  # whose mean is not exactly 0.1
+    # whose mean is not exactly 0.1
+    assert group_advantages(torch.tensor([[0.1] * 3])).tolist() == [[0, 0, 0]]
     assert group_advantages(torch.tensor([[1.0]])).tolist() == [[0]]            # a group of one

@@ -22,19 +22,20 @@ def examples(split):
 def prompt(example, latent):
     """The question and the story as text, without a chat template; with `latent`, the offer of the tag
     before the story."""
-    return f"""A story has a continuity error if it contradicts itself: something happens, is said, or is the \
-case that cannot be true together with what the story established earlier. Read the story below and decide \
-whether it has such an error.
+    return f"""A story has a continuity error if it contradicts itself: something happens, is said, or is \
+the case that cannot be true together with what the story established earlier. Read the story below and \
+decide whether it has such an error.
 
 Reason step by step. If you find an error, quote the lines that contradict each other between \
-<contradicted_lines> and </contradicted_lines>. Then end with your verdict: \\boxed{{Yes}} if the story has a \
-continuity error, \\boxed{{No}} if it has none.
+<contradicted_lines> and </contradicted_lines>. Then end with your verdict: \\boxed{{Yes}} if the story has \
+a continuity error, \\boxed{{No}} if it has none.
 
 {OFFER if latent else ""}<story>
 {example["story"]}
 </story>
 
-Take care, and check your reasoning before you give the verdict in \\boxed{{}}."""  # empty: repeating it is no verdict
+Take care, and check your reasoning before you give the verdict in \
+\\boxed{{}}."""  # empty: repeating it is no verdict
 
 
 def answer(example):

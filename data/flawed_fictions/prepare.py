@@ -60,7 +60,8 @@ def strip_ending(story):
 
 
 def as_lines(value):
-    """A field of quoted lines, in whatever form (list, text with line ends, absent) -> list of plain lines."""
+    """A field of quoted lines, in whatever form (list, text with line ends, absent)
+    -> list of plain lines."""
     if isinstance(value, str) and value.strip().startswith("["):
         try:
             value = json.loads(value)
@@ -75,8 +76,8 @@ def label_of(where, row):
     """cont_error, however it is spelled, as a bool."""
     spelled = str(row["cont_error"]).strip().lower().removesuffix(".0")
     if spelled not in LABELS:
-        raise UserError(f"{where}: cont_error is {row['cont_error']!r}; expected 0 or 1, true or false, yes or "
-                        f"no")
+        raise UserError(f"{where}: cont_error is {row['cont_error']!r}; expected 0 or 1, true or false, yes "
+                        f"or no")
     return LABELS[spelled]
 
 
@@ -128,9 +129,9 @@ def print_endings(endings, stories, kept):
     by_dashes = endings[True] + stories[False] - endings[False]  # right answers of "dashes mean an error"
     by_none = endings[False] + stories[True] - endings[True]  # .. of "dashes mean no error"
     share = 100 * max(by_dashes, by_none) / sum(stories.values())
-    print(f"endings that give the label away (a row of dashes): {endings[True]} of {stories[True]} stories with "
-          f"an error, {endings[False]} of {stories[False]} without; going by them alone is {share:.0f} % right; "
-          f"{'kept' if kept else 'removed'}")
+    print(f"endings that give the label away (a row of dashes): {endings[True]} of {stories[True]} stories "
+          f"with an error, {endings[False]} of {stories[False]} without; going by them alone is "
+          f"{share:.0f} % right; {'kept' if kept else 'removed'}")
 
 
 def is_wanted(file):
@@ -146,8 +147,8 @@ def download():
     cannot be had."""
     from huggingface_hub import HfApi, hf_hub_download
 
-    by_hand = (f"get the file of the {NAME} split from https://huggingface.co/datasets/{REPO} on a machine that "
-               f"can, and pass it with --from FILE (jsonl, json or csv)")
+    by_hand = (f"get the file of the {NAME} split from https://huggingface.co/datasets/{REPO} on a machine "
+               f"that can, and pass it with --from FILE (jsonl, json or csv)")
     if not hub_answers():  # the hub's library would try for half a minute
         raise UserError(f"the hub cannot be reached from here: {by_hand}")
     try:

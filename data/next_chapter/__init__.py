@@ -74,12 +74,13 @@ Reason step by step about what the next chapter should bring: events, whom they 
 change, tone, and how it takes up what came before. Say for each thought which passage of the material it \
 rests on and what follows from it.
 
-{OFFER if latent else ""}Only the last paragraph that you write is passed on to the writer: a detailed plan of \
-the next chapter, which begins with "{ANSWER}"."""  # nothing after it: repeating this prompt makes no plan
+{OFFER if latent else ""}Only the last paragraph that you write is passed on to the writer: a detailed plan \
+of the next chapter, which begins with "{ANSWER}"."""  # nothing after it: repeating this prompt makes no plan
 
 
 def chapter_prompt(example, plan=""):
-    """What a frozen LM reads before it scores or writes the chapter: the sources, the plan if there is one."""
+    """What a frozen LM reads before it scores or writes the chapter:
+    the sources, the plan if there is one."""
     return sources(example) + (PLAN_HEADING + plan if plan else "") + CHAPTER_HEADING
 
 
@@ -114,8 +115,8 @@ def scorer():
     """(model, tokenizer) that reads chapters; frozen, and the same object for the same name."""
     chosen = settings["scorer"]
     if chosen is None:
-        raise UserError("the next_chapter reward needs a frozen model that reads the chapters: set its scorer "
-                        "(a model name or directory)")
+        raise UserError("the next_chapter reward needs a frozen model that reads the chapters: set its "
+                        "scorer (a model name or directory)")
     return chosen if isinstance(chosen, tuple) else _load(str(chosen))
 
 
@@ -137,8 +138,8 @@ def scoring_row(model, tokenizer, example, plan, chapter):
     limit = model.config.max_position_embeddings
     room = limit - len(known) - len(heading) - len(own)
     if room < 0 or not known or not own:
-        raise UserError(f"{example['book']}, chapter {example.get('number', '?')}: {len(known)} tokens of story "
-                        f"and {len(own)} of chapter (neither may be 0) do not fit the scorer's {limit} "
+        raise UserError(f"{example['book']}, chapter {example.get('number', '?')}: {len(known)} tokens of "
+                        f"story and {len(own)} of chapter (neither may be 0) do not fit the scorer's {limit} "
                         f"positions; prepare with smaller --story-tokens and --chapter-tokens")
     planned = encode(PLAN_HEADING + plan)[:room] if plan else []  # a plan that is too long loses its end
     no_latents = torch.zeros(0, model.config.hidden_size)
@@ -199,7 +200,8 @@ def read_known(path):
 
 
 def unaided(pairs):
-    """Perplexities without a plan of [(example, chapter)] -> floats; computed once, kept in perplexities.jsonl.
+    """Perplexities without a plan of [(example, chapter)] -> floats;
+    computed once, kept in perplexities.jsonl.
 
     The key is a hash of the scorer's weights, what it reads and the chapter."""
     path = os.path.join(folder("next_chapter"), "perplexities.jsonl")
@@ -248,8 +250,8 @@ def draw(example, step):
         others = [chapter for book, chapter in chapters if book != example["book"]]
         if others:
             return rng.choice(others)
-    raise UserError(f"the contrastive reward needs a second book beside {example['book']!r}: prepare more, or "
-                    f"choose the reward vrcli")
+    raise UserError(f"the contrastive reward needs a second book beside {example['book']!r}: prepare more, "
+                    f"or choose the reward vrcli")
 
 
 def gains(examples, plans, chapters):

@@ -32,7 +32,8 @@ from runs import UserError, run_script
 
 FIELDS = ("high_level_plan", "prior_summary", "character_sheets", "next_synopsis")
 TENS = "twenty|thirty|forty|fifty|sixty"
-ONES = "one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen"
+ONES = ("one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|"
+        "(?:thir|four|fif|six|seven|eigh|nine)teen")
 ORDINAL = "first|second|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|last"
 NUMBER = rf"(?:\d+|[ivxlc]+|(?:(?:{TENS})[- ]?)?(?:{ONES})|{TENS}|the {ORDINAL}|{ORDINAL})"
 HEADING = re.compile(rf"(?:chapter {NUMBER}\b.{{0,70}}|(?:prologue|epilogue)\b.{{0,70}}|#{{1,3}} .{{1,80}})",
@@ -184,8 +185,8 @@ def read_books(paths):
         pairs = [f"{name} (as {same})" for name, same in repeated.items()]
         print(f"left out {len(repeated)} books with the same text as another: {some(pairs)}")
     if not books:
-        raise UserError(f"no book with two or more chapters in {', '.join(paths)} (text files need headings such "
-                        f"as \"Chapter 1\", or a folder with one file per chapter)")
+        raise UserError(f"no book with two or more chapters in {', '.join(paths)} (text files need headings "
+                        f"such as \"Chapter 1\", or a folder with one file per chapter)")
     return books
 
 
@@ -215,7 +216,8 @@ def length(ruler, text):
 
 
 def newest(ruler, text, budget):
-    """The end of a text that fits the budget (tokens), from a paragraph's start if near, else from a word's."""
+    """The end of a text that fits the budget (tokens), from a paragraph's start if near, else
+    from a word's."""
     starts, price = ruler(text)
     keep = int(budget / price)
     if len(starts) <= keep:
@@ -327,8 +329,8 @@ def load_tokenizer(path):
         tokenizer("a", return_offsets_mapping=True)
     except Exception as e:  # transformers raises what it likes
         why = (str(e).strip().splitlines() or ["?"])[0][:120]
-        raise UserError(f"no tokenizer that can be used at {path!r} ({why}); name a model that has one, or leave "
-                        "--tokenizer out") from e
+        raise UserError(f"no tokenizer that can be used at {path!r} ({why}); name a model that has one, or "
+                        "leave --tokenizer out") from e
     tokenizer.model_max_length = 10**9  # whole books are measured, nothing is run
     return tokenizer
 
@@ -351,8 +353,8 @@ def main():
           f"in {counts['stories cut']} the oldest text was cut to fit {args.story_tokens} {unit}, "
           f"in {counts['chapters cut']} the chapter's end to fit {args.chapter_tokens}")
     if counts["unfit"]:
-        print(f"left out {counts['unfit']} examples whose plan, sheets and synopsis leave less than a quarter of "
-              f"the tokens to the story")
+        print(f"left out {counts['unfit']} examples whose plan, sheets and synopsis leave less than a "
+              f"quarter of the tokens to the story")
     if not made:
         raise UserError("no examples are left; raise --story-tokens")
 

@@ -1,14 +1,15 @@
 """The tiny world, task 1 of 2: is there a plot hole? (the shape of Flawed Fictions, paper Sec. 4)
 
-A map is torn, and its pieces go from hand to hand, along three chains of people; who has it from whom is told in
-any order. Two of the chains end with the one who acts on the map; in the third the piece is lost. The prompt says
-who acts, and with whom two halves start: it is a plot hole if one of them is the lost one.
+A map is torn, and its pieces go from hand to hand, along three chains of people; who has it from whom is
+told in any order. Two of the chains end with the one who acts on the map; in the third the piece is lost.
+The prompt says who acts, and with whom two halves start: it is a plot hole if one of them is the lost one.
 
-    from Mara Otto has it . .. from Otto nobody has it . ..      task : .. Rosa acts .. start with Mara and Karl :
+    from Mara Otto has it . .. from Otto nobody has it . ..  task : .. Rosa acts .. start with Mara and Karl :
 
-So two chains have to be followed, two to six look-ups one after the other in each; nothing else in the story tells.
-Every word is one token, so a reader can count. A story's split is a function of its text (`split_of`), hence no
-story can be in two splits, and the base model in `base/` was trained on the train part only."""
+So two chains have to be followed, two to six look-ups one after the other in each; nothing else in
+the story tells. Every word is one token, so a reader can count. A story's split is a function of
+its text (`split_of`), hence no story can be in two splits, and the base model in `base/` was
+trained on the train part only."""
 import random
 import zlib
 
@@ -20,14 +21,15 @@ NOBODY = "nobody"  # who has a piece that is lost
 LENGTHS = (2, 3, 4, 5, 6)  # how often a piece of the map changes hands; as many stories of each
 SIZES = {"train": 6000, "val": 200, "test": 500}
 SEEDS = {"train": 1, "val": 2, "test": 3}
-OFFER = " or skip with <implicit_thought> number </implicit_thought>"  # the paper's offer of the tag, in few words
+# the paper's offer of the tag, in few words
+OFFER = " or skip with <implicit_thought> number </implicit_thought>"
 
 
 def make_story(rng, hole, hops):
     """One story of three chains, in which each piece of the map changes hands so many times.
 
-    Returns {story, label, first, asked, chains}: with whom the two halves start (two people), who acts on the map,
-    and, for the readers of prepare.py, through whose hands each half goes."""
+    Returns {story, label, first, asked, chains}: with whom the two halves start (two people), who acts on
+    the map, and, for the readers of prepare.py, through whose hands each half goes."""
     asked, *others = rng.sample(PEOPLE, 3 * hops + 1)
     chains = [others[i * hops : (i + 1) * hops] for i in range(3)]
     for chain, last in zip(chains, (asked, asked, NOBODY)):
@@ -80,7 +82,8 @@ def examples(split, n=None, hops=None):
     if split not in SIZES:
         raise ValueError(f"the tiny task has the splits {', '.join(SIZES)}, not {split!r}")
     rng = random.Random(SEEDS[split])
-    return collect(split, n or SIZES[split], lambda number: make_story(rng, number % 2, hops or length_of(number)))
+    return collect(split, n or SIZES[split],
+                   lambda number: make_story(rng, number % 2, hops or length_of(number)))
 
 
 def prompt(example, latent):

@@ -1,7 +1,7 @@
 """The tiny world, task 2 of 2: plan the next chapter (the shape of the paper's NCP task, Sec. 4).
 
-The same torn map, but no one is named who acts on it: the three chains end with three people. The next chapter is
-then a matter of course: those who have the two halves in the end put them together.
+The same torn map, but no one is named who acts on it: the three chains end with three people. The next
+chapter is then a matter of course: those who have the two halves in the end put them together.
 
     from Mara Otto has it . ..       next chapter: Lena brings a half and Finn brings a half .
 
@@ -103,8 +103,8 @@ def gains(examples, plans, chapters):
 
 
 def rewards(examples, completions):
-    """VR-CLI, contrastive (paper Sec. 4): I(true chapter) - 0.5 * I(another's chapter), I in percent; a plan that
-    says nothing earns 0."""
+    """VR-CLI, contrastive (paper Sec. 4): I(true chapter) - 0.5 * I(another's chapter), I in percent;
+    a plan that says nothing earns 0."""
     plans = [plan_of(completion) for completion in completions]
     own = gains(examples, plans, [example["chapter"] for example in examples])
     other = gains(examples, plans, [example["other"] for example in examples])

@@ -1,12 +1,13 @@
 """Makes the tiny world's base model: `python data/tiny/prepare.py` (needs no download, no GPU).
 
-The base stands for the pretrained LM that the paper starts from: a Qwen3 of 0.3 M parameters and two layers, trained
-from random weights on what readers of different care wrote after the two kinds of prompt. Two layers can follow
-a piece of the map by one hand, not by two: a second look-up needs a second position, written or latent.
+The base stands for the pretrained LM that the paper starts from: a Qwen3 of 0.3 M parameters and two
+layers, trained from random weights on what readers of different care wrote after the two kinds of prompt.
+Two layers can follow a piece of the map by one hand, not by two: a second look-up needs a second
+position, written or latent.
 
-School comes first: stories told again, then careful readers of chains that grow when the last length is mastered.
-Then the readers get the habits that are listed below. Like a pretrained LM the base has then seen good and bad
-reasoning, and samples both; RL can select.
+School comes first: stories told again, then careful readers of chains that grow when the last length is
+mastered. Then the readers get the habits that are listed below. Like a pretrained LM the base has then seen
+good and bad reasoning, and samples both; RL can select.
 
     python data/tiny/prepare.py                     # the shipped base
     python data/tiny/prepare.py --check             # has the shipped base the three properties of readme.md?
@@ -44,7 +45,7 @@ FILLER = "let me read it once again ."
 SKIPPING = (0.2, 0.5, 0.9)  # chance to skip before each sentence, one of these for each reader
 ALL_LEFT = 0.5  # chance that a skipper skips all that is left
 BARE = 0.7     # share of tags with nothing behind them; behind the others stands shorthand
-BLENDED = 0.4   # share of shorthand in which the two words of a round are one position, their embeddings added
+BLENDED = 0.4  # share of shorthand in which the two words of a round are one position, their embeddings added
 
 KINDS = ("hole", "careful", "plan", "chapter")  # what is read after school
 PARTS = (40, 45, 10, 5)  # .. in parts of 100
@@ -68,7 +69,8 @@ def shorthand(pair, blended):
 
 
 def trace(rng, row, latent, school):
-    """What one reader writes: a list of words and tuples of two words (blends) -> (reasoning, has stopped early).
+    """What one reader writes: a list of words and tuples of two words (blends)
+    -> (reasoning, has stopped early).
 
     A tag over k rounds has the number k + 1: its shorthand begins with where the reader stands."""
     rounds = [list(pair) for pair in zip(*row["chains"])]
@@ -127,8 +129,8 @@ def plan_text(rng, row, latent):
 
 
 def chapter_text(rng, row):
-    """What the scorer reads. A chapter follows its plan, whatever the plan; without one its people are anybody: a
-    reader who could foresee the chapter silently would gain nothing from a plan."""
+    """What the scorer reads. A chapter follows its plan, whatever the plan; without one its people are
+    anybody: a reader who could foresee the chapter silently would gain nothing from a plan."""
     holders = rng.sample(tiny.PEOPLE, 2)
     plan = " and ".join(holders) + " ." if rng.random() < 0.6 else None
     return next_chapter.chapter_prompt(row, plan).split(), next_chapter.chapter(holders).split()
@@ -155,7 +157,8 @@ def school_text(rng, hops):
     another order: that is how looking up is learned. Shorter chains are not forgotten."""
     if hops > 1 and rng.random() < 0.4:
         hops = rng.randint(2, hops)
-    row = train_row(rng, lambda: tiny.make_story(rng, rng.random() < 0.5, hops) if hops > 1 else three_hands(rng))
+    row = train_row(rng,
+                    lambda: tiny.make_story(rng, rng.random() < 0.5, hops) if hops > 1 else three_hands(rng))
     if hops == 0 or rng.random() < 0.2:
         events = [event + " ." for event in row["story"].split(" .")[:-1]]
         return row["story"].split(), " ".join(rng.sample(events, len(events))).split()
@@ -194,24 +197,25 @@ def tokenizer_of(words):
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     pattern = Regex(r"</?implicit_thought>|\\boxed\{|[.,:}]|[^\s<>{}.,:\\]+")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(pattern, "removed", invert=True)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS, unk_token="<unk>",
-                                   clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS,
+                                   unk_token="<unk>", clean_up_tokenization_spaces=False)
 
 
 def make_model(vocab_size, pad):
-    """A Qwen3 of 0.3 M parameters with random weights. (In a Qwen2, which has no norm on queries and keys, looking
-    up took four times the steps.)"""
+    """A Qwen3 of 0.3 M parameters with random weights. (In a Qwen2, which has no norm on queries and keys,
+    looking up took four times the steps.)"""
     return Qwen3ForCausalLM(Qwen3Config(
         vocab_size=vocab_size, hidden_size=128, intermediate_size=256, num_hidden_layers=2, head_dim=32,
         num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512, rope_theta=10000.0,
-        initializer_range=0.05, tie_word_embeddings=True, bos_token_id=None, eos_token_id=pad, pad_token_id=pad,
-        attn_implementation="eager"))
+        initializer_range=0.05, tie_word_embeddings=True, bos_token_id=None, eos_token_id=pad,
+        pad_token_id=pad, attn_implementation="eager"))
 
 
 def make_batch(vocab, pad, pairs):
     """[(prompt, continuation)] -> ids (B, S, 2), targets (B, S, 2) with -100 at padding and in prompts.
 
-    The two ids of a position differ where two words are blended. The end after the continuation is learned."""
+    The two ids of a position differ where two words are blended.
+    The end after the continuation is learned."""
     rows, learned = [], []
     for prompt, text in pairs:
         words = list(prompt) + text + [EOS]
@@ -302,7 +306,8 @@ def check(path):
     # (1) The base is imperfect by habit, and RL mends it.
     with tempfile.TemporaryDirectory() as out:
         command = [sys.executable, os.path.join(ROOT, "train_rl.py"), "--model", path, "--task", "tiny",
-                   "--method", "grpo", "--overlong-buffer", "0", "--n", "0", "--val", "0", "--out", os.path.join(out, "grpo")]
+                   "--method", "grpo", "--overlong-buffer", "0", "--n", "0", "--val", "0",
+                   "--out", os.path.join(out, "grpo")]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         for name, sampling in SAMPLINGS.items():
             base = accuracy(path, False, **sampling)
@@ -313,7 +318,8 @@ def check(path):
 
 
 def answers_at_once(path, n, steps, batch=32, lr=1e-3):
-    """Fine-tunes the model to answer without reasoning, on n gold answers -> its accuracy on the test stories."""
+    """Fine-tunes the model to answer without reasoning, on n gold answers
+    -> its accuracy on the test stories."""
     model, tokenizer = load(path, "cpu")
     nothing = torch.zeros(0, model.config.hidden_size)
     rows = []
@@ -345,11 +351,13 @@ def parse_arguments():
     parser.add_argument("--most", type=int, default=4000,
                         help="most steps at school, which ends when reading is mastered")
     parser.add_argument("--lr", type=float, default=1.5e-3, help="learning rate (AdamW); falls after school")
-    parser.add_argument("--init", default=None, help="a model that has left school: DIR/school of another run")
+    parser.add_argument("--init", default=None,
+                        help="a model that has left school: DIR/school of another run")
     parser.add_argument("--words", type=int, default=3600, help="words a step, about")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--check", action="store_true",
-                        help="measure the three properties of the model in --out instead; exit 1 if one is missing")
+                        help="measure the three properties of the model in --out instead; exit 1 if one is "
+                             "missing")
     return parser.parse_args()
 
 
@@ -418,9 +426,10 @@ def main():
 
         # Say what has been learned, and go on to the next class.
         if step % 50 == 0 or left == 0:
-            shares = " ".join(f"{name} {recent.share(name):.3f}" for name in ("look-ups", "shorthand", "blends", "answers"))
-            print(f"step {step:5d} {f'class {hops}' if school else 'after school'} | loss {loss.item():.3f} | "
-                  f"{time.time() - began:5.0f}s | {shares}", flush=True)
+            shares = " ".join(f"{name} {recent.share(name):.3f}"
+                              for name in ("look-ups", "shorthand", "blends", "answers"))
+            print(f"step {step:5d} {f'class {hops}' if school else 'after school'} | loss {loss.item():.3f} "
+                  f"| {time.time() - began:5.0f}s | {shares}", flush=True)
         if school and (has_mastered(recent, hops, since) or step >= args.most):
             school = hops < max(tiny.LENGTHS) and step < args.most
             hops, since = hops + school, 0
