@@ -504,7 +504,7 @@ class State:
     @classmethod
     def new(cls, args, rows):
         """rows: of the final table, so far."""
-        carried = {"rows": rows, "metrics": [], "epoch_rollouts": [], "skipped": 0, "skipped_in_a_row": 0,
+        carried = {"rows": rows, "metrics": [], "rewarded": [], "skipped": 0, "skipped_in_a_row": 0,
                    "tokens_per_forward": args.tokens_per_forward}
         return cls(0, [], torch.zeros(0), carried)
 
@@ -668,7 +668,7 @@ def tag_rule_flag(group):
 # The least that a number may be; of others it is 0 if it may be a fraction, else 1.
 LEAST = {
     "n": 1, "seed": 0, "val": 0, "steps": 0, "projector_steps": 0, "overlong_buffer": 0, "show_every": 0,
-    "show": 0, "write": 0, "alone": 0, "top_k": 0, "n_latents": 0}
+    "show": 0, "write": 0, "alone": 0, "top_k": 0, "n_latents": 0, "refresh_every": 0}
 
 
 def check_arguments(args, n=1):

@@ -53,12 +53,14 @@ from train_projector import RATIOS, fit_projector, masked_trace, short_enough, s
 RELEASED = {
     "lr": 5e-7, "group": 16, "prompts": 48, "minibatches": 16, "steps": 2880,
     "max_new_tokens": runs.SLOTS_RELEASED, "overlong_buffer": 0,
-    "clip": 0.2, "refresh_lr": 1e-4, "refresh_share": 0.1, "targets": "none", "words": 2,
+    "clip": 0.2, "refresh_lr": 1e-4, "refresh_share": 0.1, "refresh_every": 0,
+    "targets": "none", "words": 2,
     "rows": 256, "tokens_per_forward": 16_384, "checkpoint_layers": True, "save_every": 16}
 SMALL = {
     "lr": 1.2e-4, "group": 16, "prompts": 16, "minibatches": 1, "steps": 24,
     "max_new_tokens": runs.SLOTS_SMALL, "overlong_buffer": runs.SLOTS_SMALL,
-    "clip": 0.2, "refresh_lr": 1e-4, "refresh_share": 0.1, "targets": "words", "words": 2,
+    "clip": 0.2, "refresh_lr": 1e-4, "refresh_share": 0.1, "refresh_every": 4,
+    "targets": "words", "words": 2,
     "rows": 512, "tokens_per_forward": 12_000, "checkpoint_layers": False, "save_every": 4}
 PLANNED = ("rows", "tokens_per_forward", "checkpoint_layers", "offload")
 OURS = (*PLANNED, "save_every")
@@ -133,16 +135,18 @@ def train(args, model, base, masters, tokenizer, task, examples, prompts, vals, 
             engine.weights_from_masters(base, masters)
             phases.end("step")
 
-            # (7) At the end of each epoch the projector is refreshed on the epoch's own rewarded rollouts.
+            # (7) At the end of each epoch the projector is refreshed on the epoch's own rewarded rollouts (ours:
+            # --refresh-every; a small model's epoch is long, and its base drifts away meanwhile).
             refreshes = args.method == "litereason" and not args.no_refresh
             if minibatch == 0 and refreshes and args.targets == "none":
                 remember_rewarded(state, index)
             refresh_loss = val = None
-            if (step + 1) % (per_epoch * args.minibatches) == 0:
-                if refreshes:
-                    refresh_loss = refresh(args, model, tokenizer, task, state, examples, prompts, epoch)
-                runs.save(model, tokenizer, os.path.join(args.out, "model"))
+            ends_epoch = (step + 1) % (per_epoch * args.minibatches) == 0
+            if refreshes and (ends_epoch or refresh_is_due(args, step)):
+                refresh_loss = refresh(args, model, tokenizer, task, state, examples, prompts, batch)
                 phases.end("refresh")
+            if ends_epoch:
+                runs.save(model, tokenizer, os.path.join(args.out, "model"))
                 val = validate(args, model, tokenizer, task, vals)
                 phases.end("validate")
 
@@ -271,21 +275,27 @@ def remember_rewarded(state, index):
     """The batch's rewarded rollouts, for the refresh: (number of the train prompt, text)."""
     for rollout, reward in zip(state.rollouts, state.earned.tolist()):
         if reward > 0:
-            state.carried["epoch_rollouts"].append((index[rollout.prompt], rollout.text))
+            state.carried["rewarded"].append((index[rollout.prompt], rollout.text))
 
 
-def refresh(args, model, tokenizer, task, state, examples, prompts, epoch):
+def refresh_is_due(args, step):
+    """Whether the step ends a rollout batch after which --refresh-every asks for a refresh."""
+    return args.refresh_every > 0 and (step + 1) % (args.refresh_every * args.minibatches) == 0
+
+
+def refresh(args, model, tokenizer, task, state, examples, prompts, batch):
     """Step (7), paper Sec. 3.4 -> the loss, or None if there was nothing to learn from.
 
-    A random share of the epoch's rewarded rollouts, each once per ratio; tags already there stay and are
-    never replaced; the target ends in the gold answer in exactly the format that the reward parses."""
+    A random share of the rollouts since the last refresh that were rewarded, each once per ratio; tags
+    already there stay and are never replaced; the target ends in the gold answer in exactly the format that
+    the reward parses. batch: the number of the rollout batch just learned from."""
     if args.targets == "words":
-        return sharpen(args, model, state, epoch)
-    rewarded = state.carried["epoch_rollouts"]
-    state.carried["epoch_rollouts"] = []
+        return sharpen(args, model, state, batch)
+    rewarded = state.carried["rewarded"]
+    state.carried["rewarded"] = []
     if not rewarded:
         return None
-    rng = random.Random(f"{args.seed} {epoch} refresh")
+    rng = random.Random(f"{args.seed} {batch} refresh")
     marker = getattr(task, "ANSWER", "\\boxed{")
     traces = []
     for i, text in rng.sample(rewarded, max(1, int(args.refresh_share * len(rewarded)))):
@@ -297,11 +307,11 @@ def refresh(args, model, tokenizer, task, state, examples, prompts, epoch):
     traces = short_enough(traces, args.refresh_max_length)
     if not traces:
         return None
-    return fit_projector(model, traces, args.refresh_lr, args.refresh_batch, schedule=False, seed=epoch,
+    return fit_projector(model, traces, args.refresh_lr, args.refresh_batch, schedule=False, seed=batch,
                          clip=args.refresh_clip or math.inf, budget=args.tokens_per_forward)
 
 
-def sharpen(args, model, state, epoch):
+def sharpen(args, model, state, batch):
     """The refresh with targets (ours) -> the loss, or None if there was nothing to learn from.
 
     The last batch's rewarded rollouts as they are, tags and all; the target of each latent is the sum of
@@ -310,7 +320,7 @@ def sharpen(args, model, state, epoch):
     if not rows:
         return None
     rows = [dataclasses.replace(r, latents=targets.nearest(model, r.latents, args.words)) for r in rows]
-    return fit_projector(model, rows, args.refresh_lr, batch=16, schedule=False, seed=epoch,
+    return fit_projector(model, rows, args.refresh_lr, batch=16, schedule=False, seed=batch,
                          budget=args.tokens_per_forward, aim="words")
 
 
@@ -432,8 +442,11 @@ def add_projector_flags(g):
                    help="what stage 2 starts from: copies of the last MLP (warm, the paper's), random "
                    "weights (a control), or another latent step, such as pause, one learned vector (a "
                    "control) (default warm)")
+    g.add_argument("--refresh-every", type=int, metavar="N",
+                   help="rollout batches between two refreshes of the projector, beside the one at the end of "
+                   f"each epoch; 0: there only ({by_size('refresh_every')}, as released)")
     g.add_argument("--no-refresh", action="store_true",
-                   help="leave the projector as stage 2 made it (default: refresh it after each epoch)")
+                   help="leave the projector as stage 2 made it (default: refresh it)")
     g.add_argument("--projector-steps", type=int, metavar="N",
                    help="optimiser steps of stage 2, if it is run (default as in train_projector.py)")
     g.add_argument("--trace-prompts", type=int, metavar="N",

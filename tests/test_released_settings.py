@@ -16,7 +16,7 @@ import train_rl
 from litereason import RULES, Rollout, UserError
 
 FLAGS = ("--lr-schedule", "cosine", "--advantage-eps", 1e-9, "--refresh-batch", 1, "--refresh-clip", 0,
-         "--refresh-max-length", 150, "--tag-rule", "released")
+         "--refresh-max-length", 150, "--refresh-every", 0, "--tag-rule", "released")
 STAGES_1_AND_2 = ("--device", "cpu", "--prompts", 16, "--samples", 2, "--targets", "none", "--batch", 2,
                   "--n", 1, "--max-new-tokens", 60)
 
@@ -84,6 +84,21 @@ def test_the_refresh_has_the_batch_clip_and_length_that_were_asked_for(start, tm
     traces, _, batch, more = fitted[1]
     assert (batch, more["clip"]) == (1, math.inf)
     assert [len(r.prompt_ids) + r.n_tokens for r in traces] == [n for n in lengths if n <= most]
+
+
+def test_the_projector_is_refreshed_every_so_many_batches_and_at_each_epochs_end(start, tmp_path,
+                                                                                monkeypatch):
+    def refreshed(*flags):
+        """The numbers of the batches with a refresh, of 6; an epoch has 2, of 2 minibatches each."""
+        batches = []
+        monkeypatch.setattr(train_rl, "refresh", lambda *args: batches.append(args[-1] + 1))
+        run(train_rl, "--model", start, *SIZES, "--n", 0, "--val", 0, "--steps", 12, *flags,
+            "--out", tmp_path / str(len(list(tmp_path.iterdir()))))
+        return batches
+
+    assert refreshed("--refresh-every", 3) == [2, 3, 4, 6]
+    assert refreshed("--refresh-every", 0) == [2, 4, 6]
+    assert refreshed("--refresh-every", 3, "--no-refresh") == []
 
 
 def test_no_clip_leaves_a_gradient_as_it_is():
