@@ -59,7 +59,7 @@ RELEASED = {
 SMALL = {
     "lr": 1.2e-4, "group": 16, "prompts": 16, "minibatches": 1, "steps": 24,
     "max_new_tokens": runs.SLOTS_SMALL, "overlong_buffer": runs.SLOTS_SMALL,
-    "clip": 0.2, "refresh_lr": 1e-4, "refresh_share": 0.1, "refresh_every": 4,
+    "clip": 0.2, "refresh_lr": 1e-4, "refresh_share": 0.25, "refresh_every": 1,
     "targets": "words", "words": 2,
     "rows": 512, "tokens_per_forward": 12_000, "checkpoint_layers": False, "save_every": 4}
 PLANNED = ("rows", "tokens_per_forward", "checkpoint_layers", "offload")
@@ -135,8 +135,8 @@ def train(args, model, base, masters, tokenizer, task, examples, prompts, vals, 
             engine.weights_from_masters(base, masters)
             phases.end("step")
 
-            # (7) At the end of each epoch the projector is refreshed on the epoch's own rewarded rollouts (ours:
-            # --refresh-every; a small model's epoch is long, and its base drifts away meanwhile).
+            # (7) At the end of each epoch the projector is refreshed on the epoch's own rewarded rollouts; that
+            # of a small model, whose epoch is long, after each rollout batch: its base drifts away fast.
             refreshes = args.method == "litereason" and not args.no_refresh
             if minibatch == 0 and refreshes and args.targets == "none":
                 remember_rewarded(state, index)
@@ -286,9 +286,9 @@ def refresh_is_due(args, step):
 def refresh(args, model, tokenizer, task, state, examples, prompts, batch):
     """Step (7), paper Sec. 3.4 -> the loss, or None if there was nothing to learn from.
 
-    A random share of the rollouts since the last refresh that were rewarded, each once per ratio; tags
-    already there stay and are never replaced; the target ends in the gold answer in exactly the format that
-    the reward parses. batch: the number of the rollout batch just learned from."""
+    A random share of the rewarded rollouts since the last refresh, each once per ratio; tags already there
+    stay and are never replaced; the target ends in the gold answer in exactly the format that the reward
+    parses. batch: the number of the rollout batch just learned from."""
     if args.targets == "words":
         return sharpen(args, model, state, batch)
     rewarded = state.carried["rewarded"]
@@ -314,11 +314,14 @@ def refresh(args, model, tokenizer, task, state, examples, prompts, batch):
 def sharpen(args, model, state, batch):
     """The refresh with targets (ours) -> the loss, or None if there was nothing to learn from.
 
-    The last batch's rewarded rollouts as they are, tags and all; the target of each latent is the sum of
-    words that is nearest to what it was. So the projector follows the base, and no error adds up."""
+    A random share of the batch's rewarded rollouts as they are, tags and all; the target of each latent is
+    the sum of words that is nearest to what it was. So the projector follows the base, and no error adds
+    up."""
     rows = [r for r, reward in zip(state.rollouts, state.earned.tolist()) if reward > 0 and r.n_latents]
     if not rows:
         return None
+    rng = random.Random(f"{args.seed} {batch} refresh")
+    rows = rng.sample(rows, max(1, int(args.refresh_share * len(rows))))
     rows = [dataclasses.replace(r, latents=targets.nearest(model, r.latents, args.words)) for r in rows]
     return fit_projector(model, rows, args.refresh_lr, batch=16, schedule=False, seed=batch,
                          budget=args.tokens_per_forward, aim="words")
@@ -445,6 +448,8 @@ def add_projector_flags(g):
     g.add_argument("--refresh-every", type=int, metavar="N",
                    help="rollout batches between two refreshes of the projector, beside the one at the end of "
                    f"each epoch; 0: there only ({by_size('refresh_every')}, as released)")
+    g.add_argument("--refresh-share", type=float, metavar="X",
+                   help=f"of the rewarded rollouts, for a refresh ({by_size('refresh_share')}, as released)")
     g.add_argument("--no-refresh", action="store_true",
                    help="leave the projector as stage 2 made it (default: refresh it)")
     g.add_argument("--projector-steps", type=int, metavar="N",

@@ -13,7 +13,6 @@ good and bad reasoning, and samples both; RL can select.
     python data/tiny/prepare.py --check             # has the shipped base the three properties of readme.md?
     python data/tiny/prepare.py --steps 20 --most 40 --out /tmp/base      # a smoke run
 """
-import argparse
 import os
 import random
 import subprocess
@@ -29,6 +28,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 import engine
+import runs
 from data import tiny
 from data.tiny import next_chapter
 from eval import PAPER, TRAINED, evaluate
@@ -344,20 +344,22 @@ def answers_at_once(path, n, steps, batch=32, lr=1e-3):
 # ============================================================ training
 def parse_arguments():
     here = os.path.dirname(os.path.abspath(__file__))
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default=os.path.join(here, "base"), help="directory for the model")
-    parser.add_argument("--steps", type=int, default=2000, help="optimiser steps after school")
-    parser.add_argument("--most", type=int, default=4000,
-                        help="most steps at school, which ends when reading is mastered")
-    parser.add_argument("--lr", type=float, default=1.5e-3, help="learning rate (AdamW); falls after school")
-    parser.add_argument("--init", default=None,
-                        help="a model that has left school: DIR/school of another run")
-    parser.add_argument("--words", type=int, default=3600, help="words a step, about")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = runs.parser(__doc__)
+    parser.add_argument("--out", metavar="DIR", default=os.path.join(here, "base"),
+                        help="where the model goes, or with --check is (default data/tiny/base)")
     parser.add_argument("--check", action="store_true",
-                        help="measure the three properties of the model in --out instead; exit 1 if one is "
-                             "missing")
+                        help="measure the three properties instead of training; exit 1 if one is missing")
+    parser.add_argument("--most", type=int, metavar="N", default=4000,
+                        help="most steps at school, which ends when reading is mastered (default 4000)")
+    parser.add_argument("--steps", type=int, metavar="N", default=2000,
+                        help="optimiser steps after school (default 2000)")
+    parser.add_argument("--init", metavar="DIR", help="begin after school, with this model: the school/ of "
+                        "another run's --out (default: begin at school)")
+    parser.add_argument("--words", type=int, metavar="N", default=3600, help="words a step, about "
+                        "(default 3600)")
+    parser.add_argument("--lr", type=float, default=1.5e-3, help="learning rate of AdamW; it falls after "
+                        "school (default 0.0015)")
+    parser.add_argument("--seed", type=int, default=0, help="of all draws (default 0)")
     return parser.parse_args()
 
 
@@ -442,4 +444,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    runs.run_script(main)
