@@ -23,7 +23,6 @@ import os
 import re
 import shlex
 import sys
-import textwrap
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
@@ -34,7 +33,7 @@ import torch
 import data
 import report
 import runs
-from results import evidence, jobs, paper
+from results import evidence, findings, jobs, paper
 from results.jobs import Job, read_json
 from runs import UserError
 
@@ -42,9 +41,11 @@ from runs import UserError
 # directory of another row, which is run before, or a number of TASKS. An eval.py row trains nothing.
 FROZEN = "train_projector.py --prompts 6000 --steps 1200"
 STAGES = f"{FROZEN} --lr 2e-3 --train-base 5e-4"
-GENTLY = "--lr 6e-5"  # so that base and projector stay together; the others learn more at the default's 1.2e-4
+GENTLY = "--lr 6e-5"  # so that base and projector stay together; text learns more at the default's 1.2e-4
 PENALTY = "--steps 96 --overlong-buffer {most}"
 NO_PENALTY = "--steps 96 --overlong-buffer 0"
+# The paper's refresh; 6 rollout batches were an epoch of its 290 stories.
+PAPERS = "--targets none --refresh-every 6 --refresh-share 0.1"
 METHODS = [
     ("base, explicit reasoning", "base", "eval.py --model tiny:plain"),
     ("base, tag prompt", "base-tag", "eval.py --model tiny"),
@@ -60,20 +61,25 @@ METHODS = [
     ("RL with tags, no latents", "tag", f"train_rl.py --method tag {NO_PENALTY}"),
     ("RL + late length penalty", "rl-late", "train_rl.py --method grpo --steps 96 --overlong-buffer {late}"),
     ("the paper's recipe, before RL", "paper-stages", f"{FROZEN} --targets none --lr 1e-3"),
-    ("the paper's recipe + length penalty", "paper-lp", f"train_rl.py --model {{paper-stages}} {PENALTY} {GENTLY}"),
-    ("the paper's recipe", "paper", f"train_rl.py --model {{paper-stages}} {NO_PENALTY} {GENTLY}"),
+    ("the paper's recipe + length penalty", "paper-lp",
+     f"train_rl.py --model {{paper-stages}} {PENALTY} {GENTLY} {PAPERS}"),
+    ("the paper's recipe", "paper",
+     f"train_rl.py --model {{paper-stages}} {NO_PENALTY} {GENTLY} {PAPERS}"),
     ("base frozen, before RL", "frozen", FROZEN),
     ("base frozen + length penalty", "frozen-lp", f"train_rl.py --model {{frozen}} {PENALTY} {GENTLY}"),
+    ("never refreshed + length penalty", "stale-lp",
+     f"train_rl.py --model {{projector}} --no-refresh {PENALTY} {GENTLY}"),
     ("RL with tags + length penalty, after stage 2", "written-lp",
      f"train_rl.py --model {{projector}} --method tag {PENALTY} {GENTLY}"),
     ("no noise, before RL", "clean", f"{STAGES} --noise 0"),
     ("no noise + length penalty", "clean-lp", f"train_rl.py --model {{clean}} {PENALTY} {GENTLY}"),
-    ("pause tokens + length penalty", "pause-lp", f"train_rl.py --projector pause --targets none {PENALTY} {GENTLY}"),
+    ("pause tokens + length penalty", "pause-lp",
+     f"train_rl.py --projector pause {PENALTY} {GENTLY} {PAPERS}"),
     ("answer at once", "answer", "baselines.py --method answer"),
     ("MoI", "moi", "baselines.py --method moi"),
     ("Soft Thinking", "soft-thinking", "baselines.py --method soft-thinking"),
     ("Coconut", "coconut", "baselines.py --method coconut"),
-    ("CoLaR", "colar", "baselines.py --method colar"),
+    ("CoLaR", "colar", "baselines.py --method colar --steps 96"),
 ]
 # task: the run of each seed whose latents are replaced when it has been trained.
 CONTROLLED = {"tiny": "litereason-lp", "tiny.next_chapter": "litereason"}
@@ -88,11 +94,9 @@ KINDS = ("paper", "trained", "train")  # of rows: test stories at two samplings,
 TASKS = {"tiny": {"most": runs.SLOTS_SMALL, "late": 60}, "tiny.next_chapter": {}}
 # task: [(length of the chain, flags of eval.py that make it so)]: these methods are evaluated at each length.
 LENGTHS = {"tiny": [(hops, f"--hops {hops}") for hops in (2, 3, 4, 5, 6)]}
+DRAWN = ("litereason-lp", "rl", "tag-lp", "paper-lp")  # in the picture of the training
 ON_LENGTHS = ["RL without latents", "LiteReason + length penalty",
               "LiteReason + length penalty, its latents taken away", "RL with tags + length penalty"]
-# In the README's first table and in the picture of scores against tokens.
-HEADLINE = ["base, explicit reasoning", "RL without latents", "LiteReason + length penalty",
-            "RL with tags + length penalty", "the paper's recipe + length penalty"]
 
 
 # ============================================================ the tiny world's runs
@@ -350,83 +354,6 @@ def costs_of(task, found):
         "command": lambda row: row["command"] and f"`{row['command']}`"}, found)
 
 
-def headline(found, controls):
-    """The README's first table: the claim, and beside it the rows that it has to be read with."""
-    said = SAMPLED[next(iter(found.values()))["sampling"]]
-    rows = {name: (found[name]["accuracy"], found[name]["tokens"]) for name in HEADLINE if name in found}
-    if "latents: other" in controls and "LiteReason + length penalty" in rows:
-        own = controls["latents: other"]["by_seed"]
-        mean = [sum(row[key] for row in own) / len(own) for key in ("accuracy", "tokens")]
-        at = list(rows).index("LiteReason + length penalty") + 1
-        rows = dict([*list(rows.items())[:at], (".. with another story's latents", mean), *list(rows.items())[at:]])
-    lines = [f"| plot holes, tiny world, {said} | accuracy | tokens |", "|---|---|---|"]
-    lines += [f"| {name} | {accuracy:.3f} | {tokens:.1f} |" for name, (accuracy, tokens) in rows.items()]
-    return "\n".join(lines)
-
-
-def findings(found, controls, lengths=()):
-    """The README's findings, one sentence each, from the same numbers as the tables. What was not run is left out.
-
-    lengths: rows of lengths_of."""
-
-    def of(name):
-        return f"{found[name]['accuracy']:.3f} in {found[name]['tokens']:.1f} tokens"
-
-    ours, rl, base = "LiteReason + length penalty", "RL without latents", "base, explicit reasoning"
-    told = []
-    if {ours, rl, base} <= set(found):
-        kept = (found[ours]["accuracy"] - found[base]["accuracy"]) / (found[rl]["accuracy"] - found[base]["accuracy"])
-        saved = [1 - found[ours]["tokens"] / found[name]["tokens"] for name in (base, rl)]
-        told.append(
-            f"**Score and length.** LiteReason is right on {of(ours)} ({found[ours]['runs']} seeds), the base on {of(base)}, RL "
-            f"without latents on {of(rl)}: {100 * kept:.0f} % of RL's gain with {100 * saved[0]:.0f} % fewer tokens "
-            f"than the base and {100 * saved[1]:.0f} % fewer than RL.")
-    if "latents: other" in controls:
-        parts = []
-        for control, words in (("other", "another story's latents"), ("mean", "the mean latent"), ("noise", "noise"),
-                               ("none", "none")):
-            rows = controls.get(f"latents: {control}", {"by_seed": []})["by_seed"]
-            if not rows:
-                continue
-            parts.append(f"{sum(row['accuracy'] for row in rows) / len(rows):.3f} with {words}")
-        test = controls["latents: other"]["against_plain"]
-        told.append(
-            f"**The latents matter.** The same policies are right on {', '.join(parts)}. Another story's latents cost "
-            f"{-100 * test['accuracy']:.1f} points (95 % interval {evidence.in_words([-100 * end for end in reversed(test['accuracy_ci95'])], '.1f')}, "
-            f"Holm's p {test['accuracy_holm']:.1g}) and {test['tokens']:+.1f} tokens.")
-    words = "RL with tags + length penalty"
-    if {ours, words} <= set(found):
-        gap = 100 * (found[ours]["accuracy"] - found[words]["accuracy"])
-        told.append(
-            f"**Latents against words.** Under the same penalty RL with the tag as plain text learns written shorthand: "
-            f"{of(words)}. Latents take {100 * (1 - found[ours]['tokens'] / found[words]['tokens']):.0f} % fewer positions, at "
-            f"{gap:+.1f} points.")
-    if lengths:
-        parts = [over_lengths(lengths, name, short) for name, short in (
-            (ours, "LiteReason"), (words, "RL with tags"), (rl, "RL without latents"))]
-        told.append(f"**Longer chains** ({lengths[0]['length']} to {lengths[-1]['length']} hand-overs): "
-                    f"{'; '.join(filter(None, parts))}.")
-    recipe = "the paper's recipe + length penalty"
-    if recipe in found:
-        beside = "base frozen + length penalty"
-        told.append(
-            f"**The paper's own recipe** ends at {of(recipe)} here (seeds: {found[recipe]['runs']})"
-            + (f"; with a target for each latent and the masks that go with it, base frozen all the same, at {of(beside)} "
-               f"(seeds: {found[beside]['runs']})" if beside in found else "")
-            + ". That is a finding about a model of two layers that knows nothing but this world, not about the paper's.")
-    return "\n".join(textwrap.fill(f"- {sentence}", 110, subsequent_indent="  ") for sentence in told)
-
-
-def over_lengths(lengths, name, short):
-    """How a method does on the shortest and on the longest chains; "" if it was not evaluated there."""
-    own = [row for row in lengths if row["method"] == name]
-    if not own:
-        return ""
-    first, last = min(own, key=lambda row: row["length"]), max(own, key=lambda row: row["length"])
-    return (f"{short} {first['accuracy']:.3f} in {first['tokens']:.1f} tokens to {last['accuracy']:.3f} in "
-            f"{last['tokens']:.1f}")
-
-
 PLAINLY = {
     "plain": "as trained",
     "latents: zeros": "zeros for latents",
@@ -470,29 +397,6 @@ def controls_table(found, kind):
     return markdown(columns, {PLAINLY.get(name, name): row for name, row in found.items()})
 
 
-def gpu_table(measured):
-    """measured: gpu.json, which tests/bench_gpu.py writes -> Markdown."""
-    decoding, step = measured["f"], measured["g"]
-    hours = step["hours_of_the_papers_run"]
-    lines = [f"| {measured['device']} | |", "|---|---|"]
-    for what, value in {
-            "a decoding step of 128 rows (8 prompts of 1,024 tokens), one kernel after the other":
-                f"{decoding['ms_per_step']:.1f} ms",
-            "the same, recorded as a CUDA graph": f"{decoding['ms_per_step_graphs']:.1f} ms",
-            f"weights and cache read once, at {decoding['bandwidth_GB_s']:,.0f} GB/s": f"{decoding['floor_ms']:.1f} ms",
-            "tokens a second, recorded": f"{decoding['tokens_per_s']:,.0f}",
-            "tokens a second, transformers' `generate` in bf16": f"{decoding['tokens_per_s_transformers']:,.0f}",
-            "a GRPO step of 48 prompts x 16 answers, 1,024 + 256 slots: sampling, recorded": f"{step['sample_s']:.1f} s",
-            "its update (share of the card's peak)": f"{step['update_s']:.1f} s ({100 * step['utilisation']:.0f} %)",
-            "its optimiser step": f"{step['step_s']:.1f} s",
-            "peak of sampling, without AdamW": f"{step['sample_GiB']:.1f} GiB",
-            "peak of the update, without AdamW": f"{step['update_GiB']:.1f} GiB",
-            "hours of the paper's plot-hole run at 256, 115 or 34 slots an answer":
-                ", ".join(f"{hours[slots]:.1f}" for slots in ("256", "115", "34"))}.items():
-        lines.append(f"| {what} | {value} |")
-    return "\n".join(lines)
-
-
 def into_readme(name, text):
     """Puts text between the marks <!-- NAME --> and <!-- /NAME --> of README.md and results/README.md."""
     for path in (os.path.join(ROOT, "README.md"), os.path.join(HERE, "README.md")):
@@ -512,7 +416,7 @@ def into_readme(name, text):
 def write_tables(tasks, seeds):
     """Tables and pictures of the tiny world's runs that are done, into results/ and the README."""
     if measured := read_json(os.path.join(HERE, "gpu.json")):
-        into_readme("gpu", gpu_table(measured))
+        into_readme("gpu", findings.gpu_table(measured))
     for task in tasks:
         rows = rows_of(task, seeds)
         found = {name: summary(kinds) for name, kinds in rows.items()}
@@ -525,15 +429,16 @@ def write_tables(tasks, seeds):
         if task == "tiny":
             tested = controls_of(folders).get("paper")
             tested = controls_summary(tested) if tested else {}
-            texts["headline"] = headline(found, tested)
-            texts["findings"] = findings(found, tested, lengths)
+            sampled = SAMPLED[next(iter(found.values()))["sampling"]]
+            texts["headline"] = findings.headline(found, tested, sampled)
+            texts["findings"] = findings.findings(found, tested, lengths)
         for name, text in texts.items():
             into_readme(name, text)
             print(f"{text}\n")
         path = os.path.join(HERE, f"methods-{task}.json")
         runs.write_json(path, found)
-        folders = {method: directory(task, method, seeds[0]) for method in ("litereason-lp", "rl", "tag-lp", "paper-lp")}
-        draw(folders, HERE, task, path, HEADLINE)
+        folders = {method: directory(task, method, seeds[0]) for method in DRAWN}
+        draw(folders, HERE, task, path, findings.HEADLINE)
         if lengths:
             runs.write_json(os.path.join(HERE, f"lengths-{task}.json"), lengths)
             path = os.path.join(HERE, f"lengths-{task}.svg")
@@ -596,7 +501,8 @@ def write_tables_of_model(args):
 
 def draw(folders, where, name, table, only=()):
     """The two pictures of a task: the methods' scores over tokens (of all rows of the table, or `only` of
-    some), and the training of the runs in {method: folder}. name: of the task, maybe with a model before it."""
+    some), and the training of the runs in {method: folder}. name: of the task, maybe with a model before
+    it."""
     names = {method: title for title, method, _ in METHODS}
     trained = {names[method]: path for method, path in folders.items()
                if os.path.exists(os.path.join(path, "metrics.jsonl"))}

@@ -14,7 +14,7 @@ import eval as evaluation
 import runs
 from data.flawed_fictions import prepare as ff_prepare
 from data.next_chapter import prepare as nc_prepare
-from results import evidence, jobs, paper, reproduce
+from results import evidence, findings, jobs, paper, reproduce
 
 PAGES = ["README.md", os.path.join("results", "README.md")]
 README = "".join(open(os.path.join(reproduce.ROOT, name), encoding="utf-8").read() for name in PAGES)
@@ -38,9 +38,9 @@ def test_the_tables_and_the_numbers_in_sentences_are_those_in_results(task):
             f"costs-{task}": reproduce.costs_of(task, rows)}
     controls = figures(f"controls-{task}")
     if task == "tiny":
-        made["gpu"] = reproduce.gpu_table(figures("gpu"))
-        made["headline"] = reproduce.headline(rows, controls["paper"])
-        made["findings"] = reproduce.findings(rows, controls["paper"], figures(f"lengths-{task}"))
+        made["gpu"] = findings.gpu_table(figures("gpu"))
+        made["headline"] = findings.headline(rows, controls["paper"], "the paper's sampling")
+        made["findings"] = findings.findings(rows, controls["paper"], figures(f"lengths-{task}"))
     made |= {f"controls-{reproduce.mark_of(task, kind)}": reproduce.controls_table(own, kind)
              for kind, own in controls.items()}
     for kind, own in figures(f"differences-{task}").items():

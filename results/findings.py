@@ -1,0 +1,146 @@
+"""What the README says of the tiny world and of the GPU, in words and small tables, from the numbers that
+reproduce.py has written into this directory: nothing here is typed by hand.
+
+found: {method: its means over seeds}, reproduce.summary; controls: {control: its rows and comparison},
+reproduce.controls_summary; lengths: rows of reproduce.lengths_of.
+"""
+import textwrap
+
+from results import evidence
+
+BASE, RL = "base, explicit reasoning", "RL without latents"
+OURS, WORDS = "LiteReason + length penalty", "RL with tags + length penalty"
+RECIPE, FROZEN = "the paper's recipe + length penalty", "base frozen + length penalty"
+HEADLINE = [BASE, RL, OURS, WORDS, RECIPE]  # in the first table, and in the picture of scores against tokens
+OTHERS = "latents: other"  # the control in which each story gets another one's latents
+REPLACED = {OTHERS: "another story's latents", "latents: mean": "the mean latent", "latents: noise": "noise",
+            "latents: none": "none"}
+
+
+def headline(found, controls, sampled):
+    """The README's first table: the claim, and beside it the rows that it has to be read with. sampled: how
+    the answers were, in words."""
+    lines = [f"| plot holes, tiny world, {sampled} | accuracy | tokens |", "|---|---|---|"]
+    for name in HEADLINE:
+        if name not in found:
+            continue
+        lines.append(f"| {name} | {found[name]['accuracy']:.3f} | {found[name]['tokens']:.1f} |")
+        if name == OURS and OTHERS in controls:
+            accuracy = mean_of_seeds(controls[OTHERS], "accuracy")
+            tokens = mean_of_seeds(controls[OTHERS], "tokens")
+            lines.append(f"| .. with another story's latents | {accuracy:.3f} | {tokens:.1f} |")
+    return "\n".join(lines)
+
+
+def findings(found, controls, lengths=()):
+    """The README's list. A finding of which a run is missing is left out."""
+    told = [
+        score_and_length(found),
+        what_latents_hold(controls),
+        against_words(found),
+        over_lengths(lengths),
+        the_papers_recipe(found)]
+    lines = [textwrap.fill(f"- {finding}", 110, subsequent_indent="  ") for finding in told if finding]
+    return "\n".join(lines)
+
+
+def mean_of_seeds(control, key):
+    values = [row[key] for row in control["by_seed"]]
+    return sum(values) / len(values)
+
+
+def score(row):
+    return f"{row['accuracy']:.3f} in {row['tokens']:.1f} tokens"
+
+
+def saved(row, against):
+    """Tokens, in percent."""
+    return 100 * (1 - row["tokens"] / against["tokens"])
+
+
+# ============================================================ one finding each
+def score_and_length(found):
+    if not {OURS, RL, BASE} <= set(found):
+        return ""
+    ours, rl, base = found[OURS], found[RL], found[BASE]
+    kept = 100 * (ours["accuracy"] - base["accuracy"]) / (rl["accuracy"] - base["accuracy"])
+    return (f"**Score and length.** LiteReason is right on {score(ours)} ({ours['runs']} seeds), the base on "
+            f"{score(base)}, RL without latents on {score(rl)}: {kept:.0f} % of RL's gain with "
+            f"{saved(ours, base):.0f} % fewer tokens than the base and {saved(ours, rl):.0f} % fewer than "
+            "RL.")
+
+
+def what_latents_hold(controls):
+    if OTHERS not in controls:
+        return ""
+    scores = []
+    for control, words in REPLACED.items():
+        if controls.get(control, {}).get("by_seed"):
+            scores.append(f"{mean_of_seeds(controls[control], 'accuracy'):.3f} with {words}")
+    test = controls[OTHERS]["against_plain"]
+    low, high = test["accuracy_ci95"]
+    interval = evidence.in_words([-100 * high, -100 * low], ".1f")
+    return (f"**The latents matter.** The same policies are right on {', '.join(scores)}. Another story's "
+            f"latents cost {-100 * test['accuracy']:.1f} points (95 % interval {interval}, Holm's p "
+            f"{test['accuracy_holm']:.1g}) and {test['tokens']:+.1f} tokens.")
+
+
+def against_words(found):
+    if not {OURS, WORDS} <= set(found):
+        return ""
+    gap = 100 * (found[OURS]["accuracy"] - found[WORDS]["accuracy"])
+    return (f"**Latents against words.** Under the same penalty RL with the tag as plain text learns written "
+            f"shorthand: {score(found[WORDS])}. Latents take {saved(found[OURS], found[WORDS]):.0f} % fewer "
+            f"positions, at {gap:+.1f} points.")
+
+
+def over_lengths(lengths):
+    parts = []
+    for name, short in ((OURS, "LiteReason"), (WORDS, "RL with tags"), (RL, "RL without latents")):
+        own = sorted((row for row in lengths if row["method"] == name), key=lambda row: row["length"])
+        if own:
+            last = f"{own[-1]['accuracy']:.3f} in {own[-1]['tokens']:.1f}"
+            parts.append(f"{short} {score(own[0])} to {last}")
+    if not parts:
+        return ""
+    hops = sorted(row["length"] for row in lengths)
+    return f"**Longer chains** ({hops[0]} to {hops[-1]} hand-overs): {'; '.join(parts)}."
+
+
+def the_papers_recipe(found):
+    if RECIPE not in found:
+        return ""
+    beside = ""
+    if FROZEN in found:
+        beside = ("; with a target for each latent and the masks that go with it, base frozen all the same, "
+                  f"at {score(found[FROZEN])} (seeds: {found[FROZEN]['runs']})")
+    return (f"**The paper's own recipe** ends at {score(found[RECIPE])} here (seeds: {found[RECIPE]['runs']})"
+            f"{beside}. That is a finding about a model of two layers that knows nothing but this world, not "
+            "about the paper's.")
+
+
+# ============================================================ the GPU
+def gpu_table(measured):
+    """measured: gpu.json, which tests/bench_gpu.py writes -> Markdown."""
+    decoding, step = measured["f"], measured["g"]
+    hours = [f"{step['hours_of_the_papers_run'][slots]:.1f}" for slots in ("256", "115", "34")]
+    rows = [
+        ("a decoding step of 128 rows (8 prompts of 1,024 tokens), one kernel after the other",
+         f"{decoding['ms_per_step']:.1f} ms"),
+        ("the same, recorded as a CUDA graph", f"{decoding['ms_per_step_graphs']:.1f} ms"),
+        (f"weights and cache read once, at {decoding['bandwidth_GB_s']:,.0f} GB/s",
+         f"{decoding['floor_ms']:.1f} ms"),
+        ("tokens a second, recorded", f"{decoding['tokens_per_s']:,.0f}"),
+        ("tokens a second, transformers' `generate` in bf16",
+         f"{decoding['tokens_per_s_transformers']:,.0f}"),
+        ("a GRPO step of 48 prompts x 16 answers, 1,024 + 256 slots: sampling, recorded",
+         f"{step['sample_s']:.1f} s"),
+        ("its update (share of the card's peak)",
+         f"{step['update_s']:.1f} s ({100 * step['utilisation']:.0f} %)"),
+        ("its optimiser step", f"{step['step_s']:.1f} s"),
+        ("peak of sampling, without AdamW", f"{step['sample_GiB']:.1f} GiB"),
+        ("peak of the update, without AdamW", f"{step['update_GiB']:.1f} GiB"),
+        ("hours of the paper's plot-hole run at 256, 115 or 34 slots an answer", ", ".join(hours))]
+    lines = [f"| {measured['device']} | |", "|---|---|"]
+    lines += [f"| {what} | {value} |" for what, value in rows]
+    return "\n".join(lines)
