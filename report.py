@@ -604,13 +604,18 @@ def _draw_dots(panel, cost, dots, by_name):
     if 0 < least < most / 8:
         panel.set_xscale("log", subs=[2, 5])
         panel.set_xlim(least / 1.4, most * 1.4)
-        for axis_format in (panel.xaxis.set_major_formatter, panel.xaxis.set_minor_formatter):
-            axis_format(lambda x, _: f"{x:,g}")
-        panel.grid(color=GRID, linewidth=0.8, which="minor")
-        panel.tick_params(which="minor", labelsize=SMALL, labelcolor=DARK, color=SOFT, length=3.5, width=0.8)
+        say_minor_ticks(panel, panel.xaxis)
     else:
         panel.set_xlim(0, 1.1 * most or 1)
         panel.locator_params(axis="x", nbins=8)
+
+
+def say_minor_ticks(panel, axis):
+    """On a logarithmic axis 2 and 5 are written like 1 and 10."""
+    for set_formatter in (axis.set_major_formatter, axis.set_minor_formatter):
+        set_formatter(lambda value, _: f"{value:,g}")
+    panel.grid(color=GRID, linewidth=0.8, which="minor")
+    panel.tick_params(which="minor", labelsize=SMALL, labelcolor=DARK, color=SOFT, length=3.5, width=0.8)
 
 
 def say_bars(picture, kinds):
@@ -643,9 +648,9 @@ def _dots(rows, cost):
     return dots
 
 
-def by_length(rows, path, xlabel="hops from the question to the answer", score="accuracy"):
-    """Draws scores (top) and tokens (bottom) against the length of the chain, a line for each method, with
-    its name at its end.
+def by_length(rows, path, xlabel="hand-overs in each chain", score="accuracy"):
+    """Draws scores (top) and tokens (bottom, logarithmic) against the length of the chain, a line for each
+    method, with its name at its end.
 
     rows: dicts with method, length, accuracy, accuracy_ci95, tokens and tokens_ci95."""
     picture, panels = figure(path, [310, 310])
@@ -663,7 +668,9 @@ def by_length(rows, path, xlabel="hops from the question to the answer", score="
             ends[what].append((method, x[-1], own[-1][what], colour))
     for panel in panels:
         panel.set_xticks(lengths)
-    panels[1].set_ylim(0, None)
+    panels[1].set_yscale("log", subs=[2, 5])
+    say_minor_ticks(panels[1], panels[1].yaxis)
+    panels[1].grid(False, which="minor", axis="x")
     name_axes(panels[0], "", score)
     name_axes(panels[1], xlabel, "tokens per answer (text + latents)")
     say_bars(picture, {"95 % interval over seeds and stories"})

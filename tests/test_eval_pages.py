@@ -19,7 +19,7 @@ import eval as evaluation
 import report
 from eval import evaluate, flops, generate as evaluation_generate
 from litereason import UserError
-from results import reproduce
+from results import findings
 from page import answer, percent, plainly, section, whole
 from report import pieces, read_out, readable
 
@@ -317,7 +317,7 @@ def test_colours_are_dark_enough_for_text_on_white_and_a_method_keeps_its_own():
         assert 1.05 / (luminance + 0.05) >= 4.5, colour  # WCAG AA
     assert (report.colours_of(["x", "LiteReason"])["LiteReason"]
             == report.colours_of(["LiteReason"])["LiteReason"])
-    drawn = report.colours_of(reproduce.HEADLINE)
+    drawn = report.colours_of(findings.HEADLINE)
     assert set(drawn.values()) == set(report.COLOURS.values()) and len(drawn) <= 5
     assert (report.colours_of(["LiteReason", "LiteReason + length penalty"])["LiteReason"]
             == drawn["LiteReason + length penalty"])
