@@ -2,15 +2,17 @@
 reproduce.py has written into this directory: nothing here is typed by hand.
 
 found: {method: its means over seeds}, reproduce.summary; controls: {control: its rows and comparison},
-reproduce.controls_summary; lengths: rows of reproduce.lengths_of.
+reproduce.controls_summary; lengths: rows of reproduce.lengths_of; latents: reproduce.latents_of.
 """
 import textwrap
 
 from results import evidence
+from results import latents as latents_table
 
 BASE, RL = "base, explicit reasoning", "RL without latents"
 OURS, WORDS = "LiteReason + length penalty", "RL with tags + length penalty"
 RECIPE, FROZEN = "the paper's recipe + length penalty", "base frozen + length penalty"
+STALE = "never refreshed + length penalty"
 HEADLINE = [BASE, RL, OURS, WORDS, RECIPE]  # in the first table, and in the picture of scores against tokens
 OTHERS = "latents: other"  # the control in which each story gets another one's latents
 REPLACED = {OTHERS: "another story's latents", "latents: mean": "the mean latent", "latents: noise": "noise",
@@ -32,11 +34,12 @@ def headline(found, controls, sampled):
     return "\n".join(lines)
 
 
-def findings(found, controls, lengths=()):
+def findings(found, controls, lengths=(), latents=None):
     """The README's list. A finding of which a run is missing is left out."""
     told = [
         score_and_length(found),
-        what_latents_hold(controls),
+        whether_latents_matter(controls),
+        what_latents_say(latents or {}),
         against_words(found),
         over_lengths(lengths),
         the_papers_recipe(found)]
@@ -70,7 +73,7 @@ def score_and_length(found):
             "RL.")
 
 
-def what_latents_hold(controls):
+def whether_latents_matter(controls):
     if OTHERS not in controls:
         return ""
     scores = []
@@ -83,6 +86,23 @@ def what_latents_hold(controls):
     return (f"**The latents matter.** The same policies are right on {', '.join(scores)}. Another story's "
             f"latents cost {-100 * test['accuracy']:.1f} points (95 % interval {interval}, Holm's p "
             f"{test['accuracy_holm']:.1g}) and {test['tokens']:+.1f} tokens.")
+
+
+def what_latents_say(latents):
+    if OURS not in latents:
+        return ""
+    unread = ""
+    if STALE in latents:
+        ours, stale = (in_total(latents[name], "last_lost") for name in (OURS, STALE))
+        unread = (f" Of the last latents in stories with a hole, {ours} do, and {stale} where the projector is "
+                  "never refreshed: RL moves the base, and these are the answers that go wrong.")
+    share = in_total(latents[OURS], "all")
+    return (f"**What they say.** {share} of the latents are nearest to the two names of their own round, added "
+            f"up (`python results/latents.py`).{unread}")
+
+
+def in_total(rows, key):
+    return latents_table.share(latents_table.total(rows, key))
 
 
 def against_words(found):

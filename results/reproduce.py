@@ -34,6 +34,7 @@ import data
 import report
 import runs
 from results import evidence, findings, jobs, paper
+from results import latents as read_latents
 from results.jobs import Job, read_json
 from runs import UserError
 
@@ -94,6 +95,7 @@ KINDS = ("paper", "trained", "train")  # of rows: test stories at two samplings,
 TASKS = {"tiny": {"most": runs.SLOTS_SMALL, "late": 60}, "tiny.next_chapter": {}}
 # task: [(length of the chain, flags of eval.py that make it so)]: these methods are evaluated at each length.
 LENGTHS = {"tiny": [(hops, f"--hops {hops}") for hops in (2, 3, 4, 5, 6)]}
+READ = {"tiny": ("litereason-lp", "stale-lp", "frozen-lp")}  # task: the runs whose latents latents.py reads
 DRAWN = ("litereason-lp", "rl", "tag-lp", "paper-lp")  # in the picture of the training
 ON_LENGTHS = ["RL without latents", "LiteReason + length penalty",
               "LiteReason + length penalty, its latents taken away", "RL with tags + length penalty"]
@@ -143,6 +145,8 @@ def jobs_of(task, seed):
             add(f"{method}-{kind}", f"{evaluation} {flags}", trained)
         for length, flags in LENGTHS.get(task, []) if name in ON_LENGTHS else []:
             add(f"{method}-length-{length}", f"{evaluation} {flags}", trained)
+        if method in READ.get(task, ()):
+            add(f"{method}-read", f"results/latents.py --model {places[method]}", trained)
         if method == CONTROLLED[task]:
             add("controls", f"eval.py --controls --model {places[method]} --sampling paper trained", trained)
     return found
@@ -266,6 +270,17 @@ def lengths_of(task, seeds):
                     rows[seed] = row
             if rows:
                 found.append({"method": name, "length": length, **mean_of(rows)})
+    return found
+
+
+def latents_of(task, seeds):
+    """{name in the table: [what latents.py found in each seed's run]}"""
+    found = {}
+    for name, method, _ in methods_of(task):
+        folders = [directory(task, f"{method}-read", seed) for seed in seeds]
+        rows = [read_json(os.path.join(folder, "results.json")) for folder in folders]
+        if any(rows):
+            found[name] = [row for row in rows if row]
     return found
 
 
@@ -426,12 +441,16 @@ def write_tables(tasks, seeds):
         folders = {seed: directory(task, "controls", seed) for seed in seeds}
         texts |= write_evidence(HERE, task, rows, controls_of(folders))
         lengths = lengths_of(task, seeds)
+        latents = latents_of(task, seeds)
+        if latents:
+            texts[f"latents-{task}"] = read_latents.table(latents)
+            runs.write_json(os.path.join(HERE, f"latents-{task}.json"), latents)
         if task == "tiny":
             tested = controls_of(folders).get("paper")
             tested = controls_summary(tested) if tested else {}
             sampled = SAMPLED[next(iter(found.values()))["sampling"]]
             texts["headline"] = findings.headline(found, tested, sampled)
-            texts["findings"] = findings.findings(found, tested, lengths)
+            texts["findings"] = findings.findings(found, tested, lengths, latents)
         for name, text in texts.items():
             into_readme(name, text)
             print(f"{text}\n")

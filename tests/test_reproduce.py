@@ -15,6 +15,7 @@ import runs
 from data.flawed_fictions import prepare as ff_prepare
 from data.next_chapter import prepare as nc_prepare
 from results import evidence, findings, jobs, paper, reproduce
+from results import latents as read_latents
 
 PAGES = ["README.md", os.path.join("results", "README.md")]
 README = "".join(open(os.path.join(reproduce.ROOT, name), encoding="utf-8").read() for name in PAGES)
@@ -40,7 +41,9 @@ def test_the_tables_and_the_numbers_in_sentences_are_those_in_results(task):
     if task == "tiny":
         made["gpu"] = findings.gpu_table(figures("gpu"))
         made["headline"] = findings.headline(rows, controls["paper"], "the paper's sampling")
-        made["findings"] = findings.findings(rows, controls["paper"], figures(f"lengths-{task}"))
+        lengths, latents = figures(f"lengths-{task}"), figures(f"latents-{task}")
+        made["findings"] = findings.findings(rows, controls["paper"], lengths, latents)
+        made[f"latents-{task}"] = read_latents.table(latents)
     made |= {f"controls-{reproduce.mark_of(task, kind)}": reproduce.controls_table(own, kind)
              for kind, own in controls.items()}
     for kind, own in figures(f"differences-{task}").items():

@@ -11,6 +11,7 @@ from conftest import close
 from data import tiny
 from litereason import LATENT, OPEN, latent_step, load, states
 import targets
+from results import latents
 from train_projector import fit_projector, sentences_of, split_answer
 
 
@@ -184,6 +185,24 @@ def test_the_nearest_sum_of_words_is_found_and_noise_is_taken_off(base):
     noisy = (target + 0.05 * embeddings.std()
              * torch.randn(len(target), generator=torch.Generator().manual_seed(0)))
     close(targets.nearest(model, torch.stack([target, noisy]), 2), torch.stack([target, target]), 1e-5)
+
+
+def test_each_latent_of_an_answer_of_tags_has_a_round_and_a_reader_says_its_words(base):
+    model, tokenizer = base
+    example = {"chains": [["Mara", "Otto", "Ida"], ["Karl", "Lena", "nobody"]]}
+    rounds = [{"Mara", "Karl"}, {"Otto", "Lena"}, {"Ida", "nobody"}]
+    tag = "<implicit_thought> {} </implicit_thought> "
+    box = "\\boxed{ Yes }"
+    assert latents.rounds_of_latents(example, tag.format(3) + box, 5) == rounds
+    assert (latents.rounds_of_latents(example, tag.format(2) + tag.format(2) + box, 5)
+            == [*rounds[:2], *rounds[1:]])
+    assert latents.rounds_of_latents(example, tag.format(4) + box, 5) is None
+    assert latents.rounds_of_latents(example, "so " + tag.format(3) + box, 5) is None
+    read = latents.Reader(model, tokenizer)
+    words = [["Mara", "Karl"], ["Ida", "Ida"], ["nobody", "Tom"]]
+    ids = torch.tensor([tokenizer.convert_tokens_to_ids(pair) for pair in words])
+    sums = model.get_input_embeddings()(ids).detach().sum(1) / 2**0.5
+    assert read(sums + 0.01) == [set(pair) for pair in words]
 
 
 def test_words_that_all_sentences_have_tell_nothing(base):

@@ -1,0 +1,132 @@
+"""What the latents of a run say in the tiny world, word by word: python results/latents.py --model RUN
+
+There a latent's target in stage 2 is known, the two people with whom a round ends (targets.py), so it can
+be asked whether a latent still is nearest to the sum of those two words when RL is through. The second
+latent block of an answer begins where the first ended, so an answer of nothing but tags has a known round for
+each of its latents; other answers are not read. All at the paper's sampling, on the test stories.
+"""
+import os
+import re
+import sys
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+import torch
+
+import data
+import runs
+from data import tiny
+from eval import PAPER
+from litereason import generate, load, parse_tags
+
+ONLY_TAGS = re.compile(r"\s*(<implicit_thought>[0-9 ]*</implicit_thought>\s*)+\\boxed")
+
+
+def rounds_of_latents(example, text, cap):
+    """With whom the halves are in the round of each latent -> list of sets of one or two words; None if the
+    answer has something beside tags before its box, or more latents than rounds."""
+    if not ONLY_TAGS.match(text):
+        return None
+    rounds = [set(pair) for pair in zip(*example["chains"])]
+    found = []
+    now = 0  # the round where the thought stands
+    for _, _, n_latents in parse_tags(text, cap):
+        if now + n_latents > len(rounds):
+            return None
+        found += rounds[now : now + n_latents]
+        now += n_latents - 1  # the next block begins with the last round again
+    return found
+
+
+class Reader:
+    """Says which two words of the tiny world a latent is nearest to, added up as in a target."""
+
+    def __init__(self, model, tokenizer):
+        words = [*tiny.PEOPLE, tiny.NOBODY]
+        ids = torch.tensor(tokenizer.convert_tokens_to_ids(words))
+        embeddings = model.get_input_embeddings().weight.detach()[ids]  # (W, D)
+        first, second = torch.triu_indices(len(words), len(words))
+        self.sums = (embeddings[first] + embeddings[second]) / 2**0.5  # (pairs, D)
+        self.pairs = [{words[a], words[b]} for a, b in zip(first.tolist(), second.tolist())]
+
+    def __call__(self, latents):
+        """latents (n, D) -> n sets of one or two words"""
+        nearest = torch.cdist(latents.to(self.sums), self.sums).argmin(1)
+        return [self.pairs[i] for i in nearest.tolist()]
+
+
+def read(model, tokenizer, examples, seed):
+    """-> {"answers", "read", and of the latents that were read "all", "last_whole", "last_lost": [how many,
+    how many name their round]}; the last latents are those of the last round, of stories in which both halves
+    arrive ("whole") and of those with a hole ("lost")."""
+    cap = model.config.litereason_max_reasoning_steps
+    reader = Reader(model, tokenizer)
+    prompts = [tiny.prompt(example, True) for example in examples]
+    generator = torch.Generator().manual_seed(seed)
+    limit = runs.slots_per_answer(model)
+    rollouts = generate(model, tokenizer, prompts, 1, limit, generator=generator, **PAPER)
+    counts = {"all": [0, 0], "last_whole": [0, 0], "last_lost": [0, 0]}
+    n_read = 0
+    for rollout in rollouts:
+        example = examples[rollout.prompt]
+        rounds = rounds_of_latents(example, rollout.text, cap)
+        if rounds is None:
+            continue
+        n_read += 1
+        is_right = [said == true for said, true in zip(reader(rollout.latents), rounds)]
+        counts["all"][0] += len(is_right)
+        counts["all"][1] += sum(is_right)
+        if rounds[-1] == set(pair[-1] for pair in example["chains"]):
+            last = counts["last_lost" if example["label"] else "last_whole"]
+            last[0] += 1
+            last[1] += is_right[-1]
+    return {"answers": len(rollouts), "read": n_read, **counts}
+
+
+def total(rows, key):
+    """Of several seeds: [how many, how many name their round]"""
+    return [sum(row[key][i] for row in rows) for i in (0, 1)]
+
+
+def share(count):
+    n, n_right = count
+    return f"{n_right / n:.3f}" if n else ""
+
+
+def table(found):
+    """{name: [what `read` says of each seed]} -> Markdown"""
+    lines = ["| run | answers of tags alone | latents | name their round | the last, both halves arrive "
+             "| the last, one is lost |", "|---|---|---|---|---|---|"]
+    for name, rows in found.items():
+        answers = sum(row["read"] for row in rows) / sum(row["answers"] for row in rows)
+        cells = [name, f"{answers:.3f}", f"{total(rows, 'all')[0]:,}"]
+        cells += [share(total(rows, key)) for key in ("all", "last_whole", "last_lost")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def parse_arguments():
+    parser = runs.parser(__doc__)
+    parser.add_argument("--model", required=True, metavar="DIR", help="a run in the tiny world whose latents "
+                        "have targets of two words (required, so no default)")
+    parser.add_argument("--task", default="tiny", choices=["tiny"], help="plot holes (default tiny)")
+    parser.add_argument("--n", type=int, default=500, help="test stories (default 500)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
+    parser.add_argument("--out", metavar="DIR", help="results.json goes there (default: it is only printed)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_arguments()
+    runs.check_arguments(args)
+    model, tokenizer = load(args.model, args.device)
+    found = read(model, tokenizer, data.load_task("tiny").examples("test")[: args.n], args.seed)
+    print(table({args.model: [found]}))
+    if args.out:
+        runs.write_json(os.path.join(args.out, "results.json"), found)
+
+
+if __name__ == "__main__":
+    runs.run_script(main)
