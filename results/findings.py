@@ -94,11 +94,11 @@ def what_latents_say(latents):
     unread = ""
     if STALE in latents:
         ours, stale = (in_total(latents[name], "last_lost") for name in (OURS, STALE))
-        unread = (f" Of the last latents in stories with a hole, {ours} do, and {stale} where the projector is "
-                  "never refreshed: RL moves the base, and these are the answers that go wrong.")
+        unread = (f" Of the last latents in stories with a hole, {ours} do, and {stale} where the projector "
+                  "is never refreshed: RL moves the base, and these are the answers that go wrong.")
     share = in_total(latents[OURS], "all")
-    return (f"**What they say.** {share} of the latents are nearest to the two names of their own round, added "
-            f"up (`python results/latents.py`).{unread}")
+    return (f"**What they say.** {share} of the latents are nearest to the two names of their own round, "
+            f"added up (`python results/latents.py`).{unread}")
 
 
 def in_total(rows, key):
