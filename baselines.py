@@ -620,7 +620,7 @@ def parse_arguments():
     data.task_flags(group)
     runs.out_flags(group, "settings, the table and what was trained", "out/MODEL-TASK-METHOD")
     group.add_argument("--n", type=int, default=500, help="test examples (default 500)")
-    group.add_argument("--seed", type=int, default=0, help="of all draws (default 0)")
+    group.add_argument("--seed", type=int, default=0, help="of all random draws (default 0)")
     group = parser.add_argument_group("training (a small model has less than 50 M parameters)")
     group.add_argument("--stories", type=int, metavar="N", default=None, help="train stories (default all)")
     group.add_argument("--traces", type=int, metavar="N", default=None,

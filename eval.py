@@ -398,7 +398,7 @@ def parse_arguments():
                    help="tiny: stories whose chains have N hand-overs, 2 to 7 (default 2 to 6, as many "
                    "of each)")
     g.add_argument("--samples", type=int, metavar="N", default=1, help="answers per example (default 1)")
-    g.add_argument("--seed", type=int, default=0, help="of all draws (default 0)")
+    g.add_argument("--seed", type=int, default=0, help="of all random draws (default 0)")
     g = ap.add_argument_group("how answers are sampled")
     g.add_argument("--sampling", nargs="+", default=["paper"], choices=list(SAMPLINGS),
                    help="paper: temperature 0.7, top-p 0.8, top-k 20; trained: as RL samples, temperature 1 "

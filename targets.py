@@ -146,8 +146,8 @@ def add_flags(group):
     """What a latent learns in stage 2, the same for both training scripts."""
     group.add_argument("--targets", default=None, choices=["words", "none"],
                        help="of the latents in stage 2: words, the embeddings of the skipped sentence's last "
-                            "informative words (ours); none, the paper's loss (default none, for a small "
-                            "model words)")
+                            "informative words (ours); none, the paper's loss (default words for a small "
+                            "model, else none)")
     group.add_argument("--words", type=int, default=None, help="words in the target of a latent (default 2)")
     group.add_argument("--noise", type=float, default=None,
                        help="with --targets words: noise on the targets that are fed in stage 2, as a share "

@@ -488,7 +488,7 @@ def parse_arguments():
     runs.out_flags(g, "traces, settings, figures and the model", "out/MODEL-TASK-projector")
     g.add_argument("--resume", default=None, metavar="DIR", help="continue the run in DIR, by its own "
                    "settings; only --device and --graphs may stand beside it (default: a new run)")
-    g.add_argument("--seed", type=int, default=0, help="of all draws (default 0)")
+    g.add_argument("--seed", type=int, default=0, help="of all random draws (default 0)")
     g = ap.add_argument_group("stage 1 (a small model has less than 50 M parameters)")
     g.add_argument("--prompts", type=int, metavar="N", default=None,
                    help=f"train prompts to sample traces for ({by_size('prompts')})")

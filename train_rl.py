@@ -3,8 +3,8 @@ must.
 
 The policy is the LM; its actions are the tokens it samples, the tags and their numbers included. Latent
 vectors are constants in the policy-gradient pass. The projector learns only by imitation: in stage 2, and
-again after each epoch from that epoch's own rewarded rollouts. The loop is `train` below; its seven numbered
-steps are the README's.
+again after each epoch from that epoch's own rewarded rollouts (ours, for a small model: after each rollout
+batch, with targets, see `sharpen`). The loop is `train` below; its seven numbered steps are the README's.
 
 Left out, and why: (1) no KL term and no reference model: the released runs set the coefficient to 0. (2) No
 second pass for the old log-probs: the sampler's own are exact (tests/test_decode.py). (3) A small model gets
@@ -135,8 +135,8 @@ def train(args, model, base, masters, tokenizer, task, examples, prompts, vals, 
             engine.weights_from_masters(base, masters)
             phases.end("step")
 
-            # (7) At the end of each epoch the projector is refreshed on the epoch's own rewarded rollouts; that
-            # of a small model, whose epoch is long, after each rollout batch: its base drifts away fast.
+            # (7) At the end of each epoch the projector is refreshed on the epoch's own rewarded rollouts;
+            # that of a small model, whose epoch is long and whose base drifts away fast, after each batch.
             refreshes = args.method == "litereason" and not args.no_refresh
             if minibatch == 0 and refreshes and args.targets == "none":
                 remember_rewarded(state, index)
@@ -322,9 +322,12 @@ def sharpen(args, model, state, batch):
         return None
     rng = random.Random(f"{args.seed} {batch} refresh")
     rows = rng.sample(rows, max(1, int(args.refresh_share * len(rows))))
+    rows = short_enough(rows, args.refresh_max_length)
+    if not rows:
+        return None
     rows = [dataclasses.replace(r, latents=targets.nearest(model, r.latents, args.words)) for r in rows]
-    return fit_projector(model, rows, args.refresh_lr, batch=16, schedule=False, seed=batch,
-                         budget=args.tokens_per_forward, aim="words")
+    return fit_projector(model, rows, args.refresh_lr, args.refresh_batch, schedule=False, seed=batch,
+                         clip=args.refresh_clip or math.inf, budget=args.tokens_per_forward, aim="words")
 
 
 def validate(args, model, tokenizer, task, vals):
@@ -407,7 +410,7 @@ def parse_arguments():
     runs.out_flags(g, "settings, metrics.jsonl, the model and the table", "out/MODEL-TASK-METHOD")
     g.add_argument("--resume", metavar="DIR", help="continue the run in DIR, by its own settings; only "
                    "--steps, --device and --graphs may stand beside it (default: a new run)")
-    g.add_argument("--seed", type=int, default=0, help="of all draws (default 0)")
+    g.add_argument("--seed", type=int, default=0, help="of all random draws (default 0)")
     g = ap.add_argument_group("how much (a small model has less than 50 M parameters)")
     g.add_argument("--steps", type=int, metavar="N", help=f"optimiser steps ({by_size('steps')})")
     g.add_argument("--prompts", type=int, metavar="N", help="prompts per rollout batch "
@@ -427,10 +430,10 @@ def parse_arguments():
     g.add_argument("--overlong-buffer", type=int, metavar="SLOTS",
                    help="soft length penalty (DAPO): from 0 down to -1 over the last so many slots before "
                    "--max-new-tokens; 0 is off "
-                   f"({by_size('overlong_buffer')})")
+                   f"({by_size('overlong_buffer')}; 0 with --method grpo)")
     g.add_argument("--rule", default="grpo", choices=list(RULES),
                    help="advantages, and how a rollout's tokens are averaged (default grpo, the paper's)")
-    g.add_argument("--clip", type=float, help=f"of the probability ratio ({by_size('clip')})")
+    g.add_argument("--clip", type=float, help=f"clip range of the probability ratio ({by_size('clip')})")
     g.add_argument("--minibatches", type=int, metavar="N", help="optimiser steps per rollout batch "
                    f"({by_size('minibatches')})")
     add_projector_flags(ap.add_argument_group("projector"))
@@ -446,10 +449,12 @@ def add_projector_flags(g):
                    "weights (a control), or another latent step, such as pause, one learned vector (a "
                    "control) (default warm)")
     g.add_argument("--refresh-every", type=int, metavar="N",
-                   help="rollout batches between two refreshes of the projector, beside the one at the end of "
-                   f"each epoch; 0: there only ({by_size('refresh_every')}, as released)")
+                   help="rollout batches between two refreshes of the projector, besides the one at the end "
+                   "of each epoch; 0: only at the end of each epoch, as released "
+                   f"({by_size('refresh_every')})")
     g.add_argument("--refresh-share", type=float, metavar="X",
-                   help=f"of the rewarded rollouts, for a refresh ({by_size('refresh_share')}, as released)")
+                   help="share of the rewarded rollouts that a refresh learns from "
+                   f"({by_size('refresh_share')}; released 0.1)")
     g.add_argument("--no-refresh", action="store_true",
                    help="leave the projector as stage 2 made it (default: refresh it)")
     g.add_argument("--projector-steps", type=int, metavar="N",
@@ -522,6 +527,8 @@ def main():
     runs.use_graphs(model, args.graphs)
     runs.set_tag_rule(model, args.tag_rule)
     data.start_task(args, task, args.model)
+    if args.method == "grpo" and args.overlong_buffer is None:
+        args.overlong_buffer = 0  # a small model without tags answers the penalty with no reasoning at all
     for name, value in (SMALL if runs.is_small(model) else RELEASED).items():
         is_planned = name in PLANNED and model.device.type == "cuda"
         if getattr(args, name, None) is None and not is_planned:

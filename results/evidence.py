@@ -40,14 +40,14 @@ for ours in ("LiteReason + length penalty", "LiteReason"):
         (f"{ours} is shorter than the base", "all", [("tokens saved", (ours, base), 0.77)]),
         (f"{ours} is shorter than RL", "all", [("tokens saved", (ours, rl), 0.70)])]
 for ours, theirs, words in [
-        ("LiteReason", "RL with tags, no latents", "LiteReason beats tags alone"),
-        ("LiteReason", "LiteReason, its latents taken away", "LiteReason beats its own tags as text"),
+        ("LiteReason", "RL with tags, no latents", "LiteReason beats RL with tags"),
+        ("LiteReason", "LiteReason, its latents taken away", "LiteReason beats itself without latents"),
         ("LiteReason + length penalty", "RL with tags + length penalty",
-         "LiteReason beats tags alone under the same penalty"),
+         "LiteReason beats RL with tags under the same penalty"),
         ("LiteReason + length penalty", "LiteReason + length penalty, its latents taken away",
-         "LiteReason beats its own tags as text under the penalty")]:
+         "LiteReason beats itself without latents under the penalty")]:
     tests = [("tokens saved", (ours, theirs), 0.0), ("accuracy gained", (ours, theirs), EQUAL)]
-    CLAIMS.append((f"{words}: fewer slots at equal accuracy", "all", tests))
+    CLAIMS.append((f"{words}: fewer tokens at equal accuracy", "all", tests))
 for control, words in [("other", "another story's latents"), ("noise", "noise"), ("mean", "the mean latent")]:
     pair = ("control plain", f"control latents: {control}")
     tests = [("accuracy gained", pair, 0.10), ("tokens saved", pair, LONGER)]
@@ -263,9 +263,11 @@ def in_words(ci95, form):
 
 
 UNDER_THE_TABLE = """\
-Intervals: bootstrap over seeds and stories. Holm's p: of sign flips over stories, corrected for all tests of
-the table. "differs in": Holm's p is below 0.05 and the interval leaves 0 out. A claim is met if its whole
-interval is beyond its criterion; what is not met is not claimed."""
+"A: B" is A minus B. Intervals: bootstrap over seeds and stories. Holm's p: of sign flips over stories,
+corrected for all tests of the table. "differs in": Holm's p is below 0.05 and the interval leaves 0 out. A
+claim is met if its whole interval is beyond its criterion; what is not met is not claimed. The criteria were
+set before the runs: 77 % fewer tokens is the least of the paper's abstract, the others are ours. Taking 30 %
+more tokens is the same as saving the other 1 - 1 / 1.3 = 23 %."""
 
 
 def page(own, sampled, digits=3):

@@ -2,7 +2,8 @@
 reproduce.py has written into this directory: nothing here is typed by hand.
 
 found: {method: its means over seeds}, reproduce.summary; controls: {control: its rows and comparison},
-reproduce.controls_summary; lengths: rows of reproduce.lengths_of; latents: reproduce.latents_of.
+reproduce.controls_summary; lengths: rows of reproduce.lengths_of; latents: reproduce.latents_of; claims: from
+evidence.claims.
 """
 import textwrap
 
@@ -12,7 +13,7 @@ from results import latents as latents_table
 BASE, RL = "base, explicit reasoning", "RL without latents"
 OURS, WORDS = "LiteReason + length penalty", "RL with tags + length penalty"
 RECIPE, FROZEN = "the paper's recipe + length penalty", "base frozen + length penalty"
-STALE = "never refreshed + length penalty"
+STALE, PENALISED = "never refreshed + length penalty", "RL + length penalty"
 HEADLINE = [BASE, RL, OURS, WORDS, RECIPE]  # in the first table, and in the picture of scores against tokens
 OTHERS = "latents: other"  # the control in which each story gets another one's latents
 REPLACED = {OTHERS: "another story's latents", "latents: mean": "the mean latent", "latents: noise": "noise",
@@ -26,7 +27,8 @@ def headline(found, controls, sampled):
     for name in HEADLINE:
         if name not in found:
             continue
-        lines.append(f"| {name} | {found[name]['accuracy']:.3f} | {found[name]['tokens']:.1f} |")
+        shown = name if found[name]["runs"] > 1 else f"{name} (one seed)"
+        lines.append(f"| {shown} | {found[name]['accuracy']:.3f} | {found[name]['tokens']:.1f} |")
         if name == OURS and OTHERS in controls:
             accuracy = mean_of_seeds(controls[OTHERS], "accuracy")
             tokens = mean_of_seeds(controls[OTHERS], "tokens")
@@ -34,7 +36,7 @@ def headline(found, controls, sampled):
     return "\n".join(lines)
 
 
-def findings(found, controls, lengths=(), latents=None):
+def findings(found, controls, lengths=(), latents=None, claims=()):
     """The README's list. A finding of which a run is missing is left out."""
     told = [
         score_and_length(found),
@@ -42,7 +44,8 @@ def findings(found, controls, lengths=(), latents=None):
         what_latents_say(latents or {}),
         against_words(found),
         over_lengths(lengths),
-        the_papers_recipe(found)]
+        the_papers_recipe(found),
+        what_is_met(claims)]
     lines = [textwrap.fill(f"- {finding}", 110, subsequent_indent="  ") for finding in told if finding]
     return "\n".join(lines)
 
@@ -56,6 +59,10 @@ def score(row):
     return f"{row['accuracy']:.3f} in {row['tokens']:.1f} tokens"
 
 
+def over_seeds(row):
+    return "one seed" if row["runs"] == 1 else f"mean of {row['runs']} seeds"
+
+
 def saved(row, against):
     """Tokens, in percent."""
     return 100 * (1 - row["tokens"] / against["tokens"])
@@ -67,7 +74,7 @@ def score_and_length(found):
         return ""
     ours, rl, base = found[OURS], found[RL], found[BASE]
     kept = 100 * (ours["accuracy"] - base["accuracy"]) / (rl["accuracy"] - base["accuracy"])
-    return (f"**Score and length.** LiteReason is right on {score(ours)} ({ours['runs']} seeds), the base on "
+    return (f"**Score and length.** LiteReason is right on {score(ours)} ({over_seeds(ours)}), the base on "
             f"{score(base)}, RL without latents on {score(rl)}: {kept:.0f} % of RL's gain with "
             f"{saved(ours, base):.0f} % fewer tokens than the base and {saved(ours, rl):.0f} % fewer than "
             "RL.")
@@ -109,9 +116,12 @@ def against_words(found):
     if not {OURS, WORDS} <= set(found):
         return ""
     gap = 100 * (found[OURS]["accuracy"] - found[WORDS]["accuracy"])
-    return (f"**Latents against words.** Under the same penalty RL with the tag as plain text learns written "
-            f"shorthand: {score(found[WORDS])}. Latents take {saved(found[OURS], found[WORDS]):.0f} % fewer "
-            f"positions, at {gap:+.1f} points.")
+    skipped = ""
+    if PENALISED in found:
+        skipped = f", and RL without tags no reasoning at all: {score(found[PENALISED])}"
+    return ("**Latents against words.** Under the same penalty RL with tags that run no latents learns to "
+            f"write shorthand: {score(found[WORDS])}{skipped}. Latents take "
+            f"{saved(found[OURS], found[WORDS]):.0f} % fewer tokens than shorthand, at {gap:+.1f} points.")
 
 
 def over_lengths(lengths):
@@ -133,10 +143,23 @@ def the_papers_recipe(found):
     beside = ""
     if FROZEN in found:
         beside = ("; with a target for each latent and the masks that go with it, base frozen all the same, "
-                  f"at {score(found[FROZEN])} (seeds: {found[FROZEN]['runs']})")
-    return (f"**The paper's own recipe** ends at {score(found[RECIPE])} here (seeds: {found[RECIPE]['runs']})"
+                  f"at {score(found[FROZEN])} ({over_seeds(found[FROZEN])})")
+    return (f"**The paper's own recipe** ends at {score(found[RECIPE])} here ({over_seeds(found[RECIPE])})"
             f"{beside}. That is a finding about a model of two layers that knows nothing but this world, not "
             "about the paper's.")
+
+
+def what_is_met(claims):
+    if not claims:
+        return ""
+    n_met = sum(claim["met"] == "met" for claim in claims)
+    rest = []
+    for claim in claims:
+        if claim["met"] != "met":
+            measured = " and ".join(evidence.in_its_unit(test) for test in claim["tests"])
+            rest.append(f"\"{claim['claim']}\" is {claim['met']} ({measured})")
+    return ("**What would have refuted this.** Each claim has a criterion, and is met if its whole 95 % "
+            f"interval is beyond it: {n_met} of {len(claims)} are. {'; '.join(rest)}{'.' if rest else ''}").strip()
 
 
 # ============================================================ the GPU

@@ -450,7 +450,9 @@ def write_tables(tasks, seeds):
             tested = controls_summary(tested) if tested else {}
             sampled = SAMPLED[next(iter(found.values()))["sampling"]]
             texts["headline"] = findings.headline(found, tested, sampled)
-            texts["findings"] = findings.findings(found, tested, lengths, latents)
+            compared = read_json(os.path.join(HERE, f"differences-{task}.json"), {})
+            claims = compared.get("paper", {}).get("claims", [])
+            texts["findings"] = findings.findings(found, tested, lengths, latents, claims)
         for name, text in texts.items():
             into_readme(name, text)
             print(f"{text}\n")

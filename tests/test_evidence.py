@@ -138,12 +138,12 @@ def test_each_claim_is_met_or_not_by_its_criterion_and_the_table_says_so():
         "LiteReason keeps RL's gain": met["LiteReason keeps RL's gain"],
         "LiteReason is shorter than the base": "met",
         "LiteReason is shorter than RL": "met",
-        "LiteReason beats tags alone: fewer slots at equal accuracy": met[
-            "LiteReason beats tags alone: fewer slots at equal accuracy"],
+        "LiteReason beats RL with tags: fewer tokens at equal accuracy": met[
+            "LiteReason beats RL with tags: fewer tokens at equal accuracy"],
         "latents matter: another story's latents in their place cost 10 points or 30 % more tokens": "met",
         "latents matter: noise in their place cost 10 points or 30 % more tokens": "met",
         "latents matter: the mean latent in their place cost 10 points or 30 % more tokens": "not met"}
-    assert met["LiteReason beats tags alone: fewer slots at equal accuracy"] != "met"  # they are alike
+    assert met["LiteReason beats RL with tags: fewer tokens at equal accuracy"] != "met"  # they are alike
     test, = found["LiteReason is shorter than the base"]["tests"]
     assert test["value"] == pytest.approx(0.8, abs=0.01) and test["ci95"][0] > 0.77
     text = evidence.claims_table(list(found.values()), "greedy")

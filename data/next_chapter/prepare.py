@@ -311,8 +311,9 @@ def parse_arguments():
                         "(default 2048)")
     parser.add_argument("--chapter-tokens", type=int, default=1024, metavar="N",
                         help="tokens of the chapter that is scored; its end is cut (default 1024)")
-    parser.add_argument("--tokenizer", default=None, metavar="PATH",
-                        help="count with this model's tokenizer (default: 1.3 tokens per word)")
+    parser.add_argument("--tokenizer", default=None, metavar="NAME",
+                        help="count with this model's tokenizer: a directory, or OWNER/NAME on the hub "
+                        "(default: 1.3 tokens per word)")
     parser.add_argument("--seed", type=int, default=0, help="of the split by book (default 0)")
     args = parser.parse_args()
     for flag, value in (("--story-tokens", args.story_tokens), ("--chapter-tokens", args.chapter_tokens)):

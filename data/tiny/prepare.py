@@ -346,11 +346,13 @@ def parse_arguments():
     here = os.path.dirname(os.path.abspath(__file__))
     parser = runs.parser(__doc__)
     parser.add_argument("--out", metavar="DIR", default=os.path.join(here, "base"),
-                        help="where the model goes, or with --check is (default data/tiny/base)")
+                        help="where the model is written or, with --check, read (default data/tiny/base: "
+                        "the shipped base is replaced)")
     parser.add_argument("--check", action="store_true",
                         help="measure the three properties instead of training; exit 1 if one is missing")
     parser.add_argument("--most", type=int, metavar="N", default=4000,
-                        help="most steps at school, which ends when reading is mastered (default 4000)")
+                        help="most steps of the first phase, school, which ends when 95 %% of what is "
+                        "asked there is right (default 4000)")
     parser.add_argument("--steps", type=int, metavar="N", default=2000,
                         help="optimiser steps after school (default 2000)")
     parser.add_argument("--init", metavar="DIR", help="begin after school, with this model: the school/ of "
@@ -359,7 +361,7 @@ def parse_arguments():
                         "(default 3600)")
     parser.add_argument("--lr", type=float, default=1.5e-3, help="learning rate of AdamW; it falls after "
                         "school (default 0.0015)")
-    parser.add_argument("--seed", type=int, default=0, help="of all draws (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of all random draws (default 0)")
     return parser.parse_args()
 
 
