@@ -679,10 +679,9 @@ def check_arguments(args, n=1):
         bound = least.get(name, 0 if isinstance(value, float) else 1)
         if isinstance(value, (int, float)) and not isinstance(value, bool) and not value >= bound:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {bound}")
-    for name in ("top_p", "refresh_share"):
-        share = getattr(args, name, None)
-        if share is not None and not 0 < share <= 1:
-            raise UserError(f"--{name.replace('_', '-')} is {share}; it must be above 0 and at most 1")
+    top_p = getattr(args, "top_p", None)
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UserError(f"--top-p is {args.top_p}; it must be above 0 and at most 1")
     betas = getattr(args, "betas", [])
     if not all(0 <= beta < 1 for beta in betas):
         raise UserError(f"--betas are {betas}; each must be at least 0 and below 1")

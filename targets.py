@@ -26,6 +26,7 @@ import runs
 from litereason import CLOSE, LATENT, OPEN, Rollout, insert_latents, latent_step, states
 
 SHARES = (0.3, 0.6, 1.0)  # of the sentences that are skipped, instead of the paper's 0.1 and 0.25
+SHARES_IN_RL = (0.6, 1.0, 1.0)  # there the policy skips more
 COMMON = 0.3  # a word is informative if fewer of all sentences than this have it
 
 
@@ -84,6 +85,15 @@ def mask_runs(model, tokenizer, rng, prompt_ids, sentences, answer, known, share
     return Rollout(prompt_ids, slots, torch.stack(targets).cpu(), text=text)
 
 
+def masked_with_targets(model, tokenizer, rng, prompt, sentences, answer, common, words, shares):
+    """One trace masked again for each of these shares -> [Rollout whose `latents` are the targets], without
+    those in which nothing was skipped. The targets are embeddings as they are now."""
+    prompt_ids = runs.encode_prompt(model, tokenizer, prompt)
+    known = of_trace(model, tokenizer, prompt, sentences, common, words)
+    rows = [mask_runs(model, tokenizer, rng, prompt_ids, sentences, answer, known, share) for share in shares]
+    return [row for row in rows if row is not None]
+
+
 def encode(tokenizer, text):
     return tokenizer.encode(text.strip(), add_special_tokens=False, split_special_tokens=True)
 
@@ -127,18 +137,6 @@ def squared_error(model, z, targets):
     """Summed over latents, in units of the embeddings' variance."""
     variance = model.get_input_embeddings().weight.detach().var()
     return (z - targets.to(z)).square().mean(-1).sum() / variance
-
-
-# ============================================================ stage 3: targets for the refresh
-def nearest(model, latents, words):
-    """latents (n, D) -> the sums of word embeddings nearest to them, (n, D), found word by word:
-    what they say, said clearly."""
-    embeddings = model.get_input_embeddings().weight.detach().float()  # (V, D)
-    left = latents.to(embeddings)
-    for _ in range(words):
-        distance = torch.cdist(left * words**0.5, embeddings)  # (n, V)
-        left = left - embeddings[distance.argmin(1)] / words**0.5
-    return latents.to(embeddings) - left
 
 
 # ============================================================ flags

@@ -131,6 +131,13 @@ def _lines_already_there(path, header):
     return lines
 
 
+def read_traces(path):
+    """The traces that collect_traces has written there."""
+    with open(path) as f:
+        _, *lines = [json.loads(line) for line in f]
+    return list(itertools.chain(*lines))
+
+
 # ============================================================ stage 1: tags in the place of sentences
 # A run of characters up to [.!?] and what closes it, or to the line's end; the look-behind: a run of dots is
 # tried once, not n times.
@@ -224,18 +231,24 @@ def versions(model, tokenizer, traces, marker, rng, words):
 
 def versions_with_targets(model, tokenizer, traces, marker, rng, words):
     """Ours, see targets.py: targets.SHARES x VERSIONS of each trace -> [(story, row)]"""
-    split = [split_answer(trace["text"], marker) for trace in traces]
-    sentences = [sentences_of(reasoning) for reasoning, _ in split]
-    common = targets.common_words(tokenizer, itertools.chain(*sentences))
+    pieces, common = pieces_of(tokenizer, traces, marker)
     rows = []
-    for trace, own, (_, answer) in zip(traces, sentences, split):
-        prompt_ids = runs.encode_prompt(model, tokenizer, trace["prompt"])
-        known = targets.of_trace(model, tokenizer, trace["prompt"], own, common, words)
-        for share in targets.SHARES * VERSIONS:
-            row = targets.mask_runs(model, tokenizer, rng, prompt_ids, own, answer, known, share)
-            if row is not None:
-                rows.append((trace["example"], row))
+    for trace, (sentences, answer) in zip(traces, pieces):
+        shares = targets.SHARES * VERSIONS
+        masked = targets.masked_with_targets(model, tokenizer, rng, trace["prompt"], sentences, answer, common,
+                                             words, shares)
+        rows += [(trace["example"], row) for row in masked]
     return rows
+
+
+def pieces_of(tokenizer, traces, marker):
+    """-> [(sentences, answer) of each trace], the token ids that tell nothing (targets.common_words)"""
+    pieces = []
+    for trace in traces:
+        reasoning, answer = split_answer(trace["text"], marker)
+        pieces.append((sentences_of(reasoning), answer))
+    common = targets.common_words(tokenizer, itertools.chain(*(sentences for sentences, _ in pieces)))
+    return pieces, common
 
 
 # ========================================================== stage 2: the projector learns, the base is frozen

@@ -3,8 +3,9 @@ must.
 
 The policy is the LM; its actions are the tokens it samples, the tags and their numbers included. Latent
 vectors are constants in the policy-gradient pass. The projector learns only by imitation: in stage 2, and
-again after each epoch from that epoch's own rewarded rollouts (ours, for a small model: after each rollout
-batch, with targets, see `sharpen`). The loop is `train` below; its seven numbered steps are the README's.
+again after each epoch from that epoch's own rewarded rollouts. Ours, with targets (targets.py): the update
+holds the base to the latents of stage 1's traces, see `add_anchor`, and the refresh is on such traces too, see
+`rehearse`. The loop is `train` below; its seven numbered steps are the README's.
 
 Left out, and why: (1) no KL term and no reference model: the released runs set the coefficient to 0. (2) No
 second pass for the old log-probs: the sampler's own are exact (tests/test_decode.py). (3) A small model gets
@@ -26,11 +27,12 @@ import os
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import argparse
-import dataclasses
+import contextlib
 import functools
 import json
 import math
 import random
+import shutil
 import time
 
 import torch
@@ -44,7 +46,8 @@ import targets
 from eval import PAPER, against, evaluate, latent_of, latents_of_others
 from litereason import (PROJECTORS, RULES, Rollout, UserError, generate, load, logprobs, policy_loss,
                         recompute_latents, start_projector)
-from train_projector import RATIOS, fit_projector, masked_trace, short_enough, stages_1_and_2
+from train_projector import (RATIOS, fit_projector, masked_trace, pieces_of, read_traces, short_enough,
+                             stages_1_and_2)
 
 # ============================================================ settings that depend on the model's size
 # RELEASED is the authors' script: 2880 steps are 30 passes over 290 stories, 6 rollout batches each, 16 steps
@@ -54,16 +57,17 @@ RELEASED = {
     "lr": 5e-7, "group": 16, "prompts": 48, "minibatches": 16, "steps": 2880,
     "max_new_tokens": runs.SLOTS_RELEASED, "overlong_buffer": 0,
     "clip": 0.2, "refresh_lr": 1e-4, "refresh_share": 0.1, "refresh_every": 0,
-    "targets": "none", "words": 2,
+    "targets": "none", "words": 2, "noise": 0.2, "anchor": 0.0,
     "rows": 256, "tokens_per_forward": 16_384, "checkpoint_layers": True, "save_every": 16}
 SMALL = {
     "lr": 1.2e-4, "group": 16, "prompts": 16, "minibatches": 1, "steps": 24,
     "max_new_tokens": runs.SLOTS_SMALL, "overlong_buffer": runs.SLOTS_SMALL,
-    "clip": 0.2, "refresh_lr": 1e-4, "refresh_share": 0.25, "refresh_every": 1,
-    "targets": "words", "words": 2,
+    "clip": 0.2, "refresh_lr": 1e-4, "refresh_share": 0.1, "refresh_every": 0,
+    "targets": "words", "words": 2, "noise": 0.2, "anchor": 1.0,
     "rows": 512, "tokens_per_forward": 12_000, "checkpoint_layers": False, "save_every": 4}
 PLANNED = ("rows", "tokens_per_forward", "checkpoint_layers", "offload")
 OURS = (*PLANNED, "save_every")
+ANCHORED = 32  # traces of stage 1 in each step's anchor
 TAKEN_AWAY, ANOTHERS = "  its latents taken away", "  another story's latents"
 NAMES = report.METHODS
 
@@ -88,6 +92,8 @@ def train(args, model, base, masters, tokenizer, task, examples, prompts, vals, 
     log = runs.open_log(args.out, state.carried["metrics"])
     # Before step (6) a signal discards the step; after it, the step is finished first.
     uninterrupted = runs.on_stop(keep)
+    refreshes = args.method == "litereason" and not args.no_refresh
+    stage_1 = traces_of_stage_1(args, tokenizer, task) if needs_traces(args) else None
 
     for step in range(state.step, args.steps):
         # Numbers of the rollout batch, and of the minibatch in it.
@@ -119,6 +125,7 @@ def train(args, model, base, masters, tokenizer, task, examples, prompts, vals, 
         # (5) The clipped loss, in micro-batches.
         chosen = rollouts_of_minibatch(args, batch, minibatch, len(index))
         gap = add_gradients_with_one_retry(args, step, model, state, chosen, advantages, divisors)
+        anchor_loss = add_anchor(args, model, tokenizer, stage_1, step) if stage_1 and args.anchor else None
         phases.end("update")
         if minibatch == 0 and not args.recompute_latents:  # there rounding moves every later latent
             report.stop_if_sampler_and_scorer_differ(args, step, model, state, index, gap)
@@ -135,15 +142,16 @@ def train(args, model, base, masters, tokenizer, task, examples, prompts, vals, 
             engine.weights_from_masters(base, masters)
             phases.end("step")
 
-            # (7) At the end of each epoch the projector is refreshed on the epoch's own rewarded rollouts;
-            # that of a small model, whose epoch is long and whose base drifts away fast, after each batch.
-            refreshes = args.method == "litereason" and not args.no_refresh
+            # (7) At the end of each epoch the projector is refreshed on the epoch's own rewarded rollouts.
             if minibatch == 0 and refreshes and args.targets == "none":
                 remember_rewarded(state, index)
             refresh_loss = val = None
             ends_epoch = (step + 1) % (per_epoch * args.minibatches) == 0
             if refreshes and (ends_epoch or refresh_is_due(args, step)):
-                refresh_loss = refresh(args, model, tokenizer, task, state, examples, prompts, batch)
+                if args.targets == "none":
+                    refresh_loss = refresh(args, model, tokenizer, task, state, examples, prompts, batch)
+                else:
+                    refresh_loss = rehearse(args, model, tokenizer, stage_1, batch)
                 phases.end("refresh")
             if ends_epoch:
                 runs.save(model, tokenizer, os.path.join(args.out, "model"))
@@ -151,7 +159,7 @@ def train(args, model, base, masters, tokenizer, task, examples, prompts, vals, 
                 phases.end("validate")
 
             state.count_skipped(step_is_finite)
-            m = metrics(state, step, epoch, groups, gap, norm, refresh_loss, val, phases)
+            m = metrics(state, step, epoch, groups, gap, norm, anchor_loss, refresh_loss, val, phases)
             tell(args, tokenizer, log, state, m, val, is_new_batch=minibatch == 0)
             report.set_aside_if_skipped(args, step, state, chosen, step_is_finite)
             state.step = step + 1
@@ -289,8 +297,6 @@ def refresh(args, model, tokenizer, task, state, examples, prompts, batch):
     A random share of the rewarded rollouts since the last refresh, each once per ratio; tags already there
     stay and are never replaced; the target ends in the gold answer in exactly the format that the reward
     parses. batch: the number of the rollout batch just learned from."""
-    if args.targets == "words":
-        return sharpen(args, model, state, batch)
     rewarded = state.carried["rewarded"]
     state.carried["rewarded"] = []
     if not rewarded:
@@ -311,23 +317,88 @@ def refresh(args, model, tokenizer, task, state, examples, prompts, batch):
                          clip=args.refresh_clip or math.inf, budget=args.tokens_per_forward)
 
 
-def sharpen(args, model, state, batch):
-    """The refresh with targets (ours) -> the loss, or None if there was nothing to learn from.
+def traces_of_stage_1(args, tokenizer, task):
+    """For the anchor and the refresh with targets -> (traces, [(sentences, answer)], the words that tell
+    nothing)."""
+    traces = read_traces(os.path.join(args.out, "traces.jsonl"))
+    pieces, common = pieces_of(tokenizer, traces, getattr(task, "ANSWER", "\\boxed{"))
+    return traces, pieces, common
 
-    A random share of the batch's rewarded rollouts as they are, tags and all; the target of each latent is
-    the sum of words that is nearest to what it was. So the projector follows the base, and no error adds
-    up."""
-    rows = [r for r, reward in zip(state.rollouts, state.earned.tolist()) if reward > 0 and r.n_latents]
-    if not rows:
-        return None
-    rng = random.Random(f"{args.seed} {batch} refresh")
-    rows = rng.sample(rows, max(1, int(args.refresh_share * len(rows))))
+
+def masked_again(args, model, tokenizer, stage_1, n, what):
+    """n traces of stage 1, each masked with a share of targets.SHARES_IN_RL -> Rollouts whose latents are
+    targets. what: a text; the draws are a function of (seed, what) alone."""
+    traces, pieces, common = stage_1
+    rng = random.Random(f"{args.seed} {what}")
+    rows = []
+    for i in rng.sample(range(len(traces)), min(n, len(traces))):
+        sentences, answer = pieces[i]
+        shares = [rng.choice(targets.SHARES_IN_RL)]
+        rows += targets.masked_with_targets(model, tokenizer, rng, traces[i]["prompt"], sentences, answer,
+                                            common, args.words, shares)
+    return rows
+
+
+def add_anchor(args, model, tokenizer, stage_1, step):
+    """Step (5), ours: the gradient of stage 2's squared error for the base -> the error.
+
+    The projector is trained once, on the base as it was; RL moves the base, and nothing in its loss asks that
+    what the projector then makes still says what it should. So some traces of stage 1 are masked again, and
+    the base is held to their targets, as InstructGPT's policy is to its pretraining (arXiv 2203.02155)."""
+    rows = masked_again(args, model, tokenizer, stage_1, ANCHORED, f"{step} anchor")
+    fed = targets.with_noise(rows, args.noise, torch.Generator().manual_seed(args.seed * 1_000_003 + step))
+    n_latents = sum(row.n_latents for row in rows)
+    error = 0.0
+    with projector_frozen(model):
+        for part in engine.pack(rows, args.tokens_per_forward):
+            some, some_fed = [rows[i] for i in part], [fed[i] for i in part]
+            loss = targets.target_loss(model, some, some_fed, None, n_latents)
+            (args.anchor * loss).backward()
+            engine.wait_for_gradients(model)
+            error += loss.item()
+    return error
+
+
+@contextlib.contextmanager
+def projector_frozen(model):
+    model.reasoning_projector.requires_grad_(False)
+    try:
+        yield
+    finally:
+        model.reasoning_projector.requires_grad_(True)
+
+
+def rehearse(args, model, tokenizer, stage_1, batch):
+    """The refresh with targets (ours) -> the loss, or None if there was nothing to learn from. What the
+    latents of a rollout should have said is not known, so stage 2 goes on for some steps instead, on a share
+    of stage 1's traces. batch: the number of the rollout batch just learned from."""
+    traces, _, _ = stage_1
+    n = max(1, int(args.refresh_share * len(traces)))
+    rows = masked_again(args, model, tokenizer, stage_1, n, f"{batch} refresh")
     rows = short_enough(rows, args.refresh_max_length)
     if not rows:
         return None
-    rows = [dataclasses.replace(r, latents=targets.nearest(model, r.latents, args.words)) for r in rows]
     return fit_projector(model, rows, args.refresh_lr, args.refresh_batch, schedule=False, seed=batch,
-                         clip=args.refresh_clip or math.inf, budget=args.tokens_per_forward, aim="words")
+                         clip=args.refresh_clip or math.inf, budget=args.tokens_per_forward, aim="words",
+                         noise=args.noise)
+
+
+def needs_traces(args):
+    """Whether RL learns from stage 1's traces: the anchor and the refresh with targets do."""
+    learns = args.anchor > 0 or not args.no_refresh
+    return args.method == "litereason" and args.targets == "words" and learns
+
+
+def copy_traces(args):
+    """Those of the run that --model is, into --out: so a run can be continued without that one."""
+    model = os.path.normpath(args.model)
+    run = os.path.dirname(model) if os.path.basename(model) == "model" else model
+    theirs, ours = (os.path.join(path, "traces.jsonl") for path in (run, args.out))
+    if not os.path.exists(theirs):
+        raise UserError(f"--targets words learns from stage 1's traces in RL too, and there is no {theirs}: "
+                        f"say --targets none, or --anchor 0 --no-refresh")
+    if os.path.abspath(theirs) != os.path.abspath(ours):
+        shutil.copyfile(theirs, ours)
 
 
 def validate(args, model, tokenizer, task, vals):
@@ -340,7 +411,7 @@ def validate(args, model, tokenizer, task, vals):
     return figures
 
 
-def metrics(state, step, epoch, groups, gap, norm, refresh_loss, val, phases):
+def metrics(state, step, epoch, groups, gap, norm, anchor_loss, refresh_loss, val, phases):
     """One line of metrics.jsonl. The loss is not among them: under grpo, at ratio 1, it is 0 by
     construction."""
 
@@ -363,6 +434,7 @@ def metrics(state, step, epoch, groups, gap, norm, refresh_loss, val, phases):
         "max_dlogp": gap[0],  # how far sampler and scorer differ at most; on a first update it is rounding
         "grad_norm": norm if math.isfinite(norm) else None,  # before clipping
         "skipped": state.carried["skipped"],  # steps so far that were not finite
+        "anchor_loss": anchor_loss,
         "refresh_loss": refresh_loss,
         "val_accuracy": val and val["accuracy"],
         "seconds": phases.seconds,  # by phase
@@ -448,13 +520,13 @@ def add_projector_flags(g):
                    help="what stage 2 starts from: copies of the last MLP (warm, the paper's), random "
                    "weights (a control), or another latent step, such as pause, one learned vector (a "
                    "control) (default warm)")
+    g.add_argument("--anchor", type=float, metavar="X",
+                   help="with --targets words: weight of stage 2's squared error in the update of the base, on "
+                   f"{ANCHORED} traces of stage 1 a step; so RL does not move the base away from the projector "
+                   f"(ours; {by_size('anchor')})")
     g.add_argument("--refresh-every", type=int, metavar="N",
                    help="rollout batches between two refreshes of the projector, besides the one at the end "
-                   "of each epoch; 0: only at the end of each epoch, as released "
-                   f"({by_size('refresh_every')})")
-    g.add_argument("--refresh-share", type=float, metavar="X",
-                   help="share of the rewarded rollouts that a refresh learns from "
-                   f"({by_size('refresh_share')}; released 0.1)")
+                   f"of each epoch; 0: only at the end of each epoch ({by_size('refresh_every')})")
     g.add_argument("--no-refresh", action="store_true",
                    help="leave the projector as stage 2 made it (default: refresh it)")
     g.add_argument("--projector-steps", type=int, metavar="N",
@@ -550,6 +622,8 @@ def main():
     masters = engine.offload(model, base) if args.offload else base
     if not args.resume:
         runs.delete_earlier_run(args.out)
+        if model.projector_trained and needs_traces(args):
+            copy_traces(args)
     runs.write_settings(args, "train_rl.py")
     # Until stage 2 and RL say more.
     runs.on_stop(lambda: f"go on with: python train_rl.py --resume {args.out}")

@@ -22,7 +22,7 @@ PAIRS = [
     ("LiteReason + length penalty", "RL with tags + length penalty"),
     ("LiteReason + length penalty", "the paper's recipe + length penalty"),
     ("LiteReason + length penalty", "base frozen + length penalty"),
-    ("LiteReason + length penalty", "never refreshed + length penalty"),
+    ("LiteReason + length penalty", "no anchor + length penalty"),
     ("LiteReason + length penalty", "RL with tags + length penalty, after stage 2"),
     ("LiteReason + length penalty", "no noise + length penalty"),
     ("LiteReason + length penalty", "pause tokens + length penalty"),

@@ -13,7 +13,7 @@ from results import latents as latents_table
 BASE, RL = "base, explicit reasoning", "RL without latents"
 OURS, WORDS = "LiteReason + length penalty", "RL with tags + length penalty"
 RECIPE, FROZEN = "the paper's recipe + length penalty", "base frozen + length penalty"
-STALE, PENALISED = "never refreshed + length penalty", "RL + length penalty"
+ADRIFT, PENALISED = "no anchor + length penalty", "RL + length penalty"
 HEADLINE = [BASE, RL, OURS, WORDS, RECIPE]  # in the first table, and in the picture of scores against tokens
 OTHERS = "latents: other"  # the control in which each story gets another one's latents
 REPLACED = {OTHERS: "another story's latents", "latents: mean": "the mean latent", "latents: noise": "noise",
@@ -99,10 +99,10 @@ def what_latents_say(latents):
     if OURS not in latents:
         return ""
     unread = ""
-    if STALE in latents:
-        ours, stale = (in_total(latents[name], "last_lost") for name in (OURS, STALE))
-        unread = (f" Of the last latents in stories with a hole, {ours} do, and {stale} where the projector "
-                  "is never refreshed: RL moves the base, and these are the answers that go wrong.")
+    if ADRIFT in latents:
+        ours, adrift = (in_total(latents[name], "last_lost") for name in (OURS, ADRIFT))
+        unread = (f" Of the last latents in stories with a hole, {ours} do, and {adrift} without the anchor: "
+                  "RL moves the base away from the projector, and these are the answers that go wrong.")
     share = in_total(latents[OURS], "all")
     return (f"**What they say.** {share} of the latents are nearest to the two names of their own round, "
             f"added up (`python results/latents.py`).{unread}")

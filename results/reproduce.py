@@ -46,7 +46,7 @@ GENTLY = "--lr 6e-5"  # so that base and projector stay together; text learns mo
 PENALTY = "--steps 96 --overlong-buffer {most}"
 NO_PENALTY = "--steps 96 --overlong-buffer 0"
 # The paper's refresh; 6 rollout batches were an epoch of its 290 stories.
-PAPERS = "--targets none --refresh-every 6 --refresh-share 0.1"
+PAPERS = "--targets none --refresh-every 6"
 METHODS = [
     ("base, explicit reasoning", "base", "eval.py --model tiny:plain"),
     ("base, tag prompt", "base-tag", "eval.py --model tiny"),
@@ -68,8 +68,8 @@ METHODS = [
      f"train_rl.py --model {{paper-stages}} {NO_PENALTY} {GENTLY} {PAPERS}"),
     ("base frozen, before RL", "frozen", FROZEN),
     ("base frozen + length penalty", "frozen-lp", f"train_rl.py --model {{frozen}} {PENALTY} {GENTLY}"),
-    ("never refreshed + length penalty", "stale-lp",
-     f"train_rl.py --model {{projector}} --no-refresh {PENALTY} {GENTLY}"),
+    ("no anchor + length penalty", "adrift-lp",
+     f"train_rl.py --model {{projector}} --anchor 0 {PENALTY} {GENTLY}"),
     ("RL with tags + length penalty, after stage 2", "written-lp",
      f"train_rl.py --model {{projector}} --method tag {PENALTY} {GENTLY}"),
     ("no noise, before RL", "clean", f"{STAGES} --noise 0"),
@@ -95,7 +95,7 @@ KINDS = ("paper", "trained", "train")  # of rows: test stories at two samplings,
 TASKS = {"tiny": {"most": runs.SLOTS_SMALL, "late": 60}, "tiny.next_chapter": {}}
 # task: [(length of the chain, flags of eval.py that make it so)]: these methods are evaluated at each length.
 LENGTHS = {"tiny": [(hops, f"--hops {hops}") for hops in (2, 3, 4, 5, 6)]}
-READ = {"tiny": ("litereason-lp", "stale-lp", "frozen-lp")}  # task: the runs whose latents latents.py reads
+READ = {"tiny": ("litereason-lp", "adrift-lp", "frozen-lp")}  # task: the runs whose latents latents.py reads
 DRAWN = ("litereason-lp", "rl", "tag-lp", "paper-lp")  # in the picture of the training
 ON_LENGTHS = ["RL without latents", "LiteReason + length penalty",
               "LiteReason + length penalty, its latents taken away", "RL with tags + length penalty"]
