@@ -4,8 +4,8 @@ must.
 The policy is the LM; its actions are the tokens it samples, the tags and their numbers included. Latent
 vectors are constants in the policy-gradient pass. The projector learns only by imitation: in stage 2, and
 again after each epoch from that epoch's own rewarded rollouts. Ours, with targets (targets.py): the update
-holds the base to the latents of stage 1's traces, see `add_anchor`, and the refresh is on such traces too, see
-`rehearse`. The loop is `train` below; its seven numbered steps are the README's.
+holds the base to the latents of stage 1's traces, see `add_anchor`, and the refresh is on such traces too,
+see `rehearse`. The loop is `train` below; its seven numbered steps are the README's.
 
 Left out, and why: (1) no KL term and no reference model: the released runs set the coefficient to 0. (2) No
 second pass for the old log-probs: the sampler's own are exact (tests/test_decode.py). (3) A small model gets
@@ -521,9 +521,9 @@ def add_projector_flags(g):
                    "weights (a control), or another latent step, such as pause, one learned vector (a "
                    "control) (default warm)")
     g.add_argument("--anchor", type=float, metavar="X",
-                   help="with --targets words: weight of stage 2's squared error in the update of the base, on "
-                   f"{ANCHORED} traces of stage 1 a step; so RL does not move the base away from the projector "
-                   f"(ours; {by_size('anchor')})")
+                   help="with --targets words: weight of stage 2's squared error in the update of the base, "
+                   f"on {ANCHORED} traces of stage 1 a step, so that RL does not move the base away from the "
+                   f"projector (ours; {by_size('anchor')})")
     g.add_argument("--refresh-every", type=int, metavar="N",
                    help="rollout batches between two refreshes of the projector, besides the one at the end "
                    f"of each epoch; 0: only at the end of each epoch ({by_size('refresh_every')})")

@@ -158,8 +158,9 @@ def what_is_met(claims):
         if claim["met"] != "met":
             measured = " and ".join(evidence.in_its_unit(test) for test in claim["tests"])
             rest.append(f"\"{claim['claim']}\" is {claim['met']} ({measured})")
+    others = f" {'; '.join(rest)}." if rest else ""
     return ("**What would have refuted this.** Each claim has a criterion, and is met if its whole 95 % "
-            f"interval is beyond it: {n_met} of {len(claims)} are. {'; '.join(rest)}{'.' if rest else ''}").strip()
+            f"interval is beyond it: {n_met} of {len(claims)} are.{others}")
 
 
 # ============================================================ the GPU
