@@ -1,5 +1,5 @@
-"""With targets RL holds the base to the latents of stage 1's traces (train_rl.py: add_anchor), and the refresh
-learns from such traces (rehearse)."""
+"""With targets RL holds the base to the latents of stage 1's traces (train_rl.py: add_anchor), and the
+refresh learns from such traces (rehearse)."""
 import json
 import signal
 import types
@@ -60,7 +60,8 @@ def test_the_anchor_is_the_error_of_true_targets_and_moves_the_base_alone(stage_
         close(a, b, 1e-5)
 
     args.tokens_per_forward, args.anchor = 300, 2.0
-    close(torch.tensor(train_rl.add_anchor(args, model, tokenizer, traces, step=3)), torch.tensor(error), 1e-5)
+    again = train_rl.add_anchor(args, model, tokenizer, traces, step=3)
+    close(torch.tensor(again), torch.tensor(error), 1e-5)
     for a, b in zip(whole, gradients(model)):
         close(2 * a, b, 1e-4)
 
@@ -69,7 +70,8 @@ def test_the_traces_of_a_step_follow_from_its_number(stage_1):
     args, model, tokenizer, traces = stage_1
 
     def slots(step):
-        return [row.slots for row in train_rl.masked_again(args, model, tokenizer, traces, 8, f"{step} anchor")]
+        rows = train_rl.masked_again(args, model, tokenizer, traces, 8, f"{step} anchor")
+        return [row.slots for row in rows]
 
     assert slots(1) == slots(1) != slots(2)
 
