@@ -14,10 +14,11 @@ about as long as one word's.
 They are learned with the true targets fed, so that a whole trace takes one pass, and with noise on what is
 fed, so that the reader bears the errors that the projector will make. The base is frozen, as in the paper;
 or, with `--train-base LR`, it learns too (as in Coconut and CODI, arXiv 2412.06769 and 2502.21074), by the
-paper's loss on the text that follows.
+paper's loss on the text that follows. In RL the base is held to the same targets (`--anchor`).
 """
 import collections
 import dataclasses
+import random
 
 import torch
 
@@ -27,6 +28,7 @@ from litereason import CLOSE, LATENT, OPEN, Rollout, insert_latents, latent_step
 
 SHARES = (0.3, 0.6, 1.0)  # of the sentences that are skipped, instead of the paper's 0.1 and 0.25
 SHARES_IN_RL = (0.6, 1.0, 1.0)  # there the policy skips more
+ANCHORED = 32  # traces of stage 1 in each step of the anchor
 COMMON = 0.3  # a word is informative if fewer of all sentences than this have it
 
 
@@ -137,6 +139,42 @@ def squared_error(model, z, targets):
     """Summed over latents, in units of the embeddings' variance."""
     variance = model.get_input_embeddings().weight.detach().var()
     return (z - targets.to(z)).square().mean(-1).sum() / variance
+
+
+# ============================================================ stage 3: the anchor
+def masked_again(args, model, tokenizer, stage_1, n, what):
+    """n traces of stage 1, each masked with a share of SHARES_IN_RL -> Rollouts whose `latents` are the
+    targets. stage_1: (traces, [(sentences, answer)], the words that tell nothing); what: a text; the draws
+    are a function of (args.seed, what) alone."""
+    traces, pieces, common = stage_1
+    rng = random.Random(f"{args.seed} {what}")
+    rows = []
+    for i in rng.sample(range(len(traces)), min(n, len(traces))):
+        sentences, answer = pieces[i]
+        shares = [rng.choice(SHARES_IN_RL)]
+        rows += masked_with_targets(model, tokenizer, rng, traces[i]["prompt"], sentences, answer, common,
+                                    args.words, shares)
+    return rows
+
+
+def add_anchor(args, model, tokenizer, stage_1, step):
+    """Adds args.anchor times the gradient of stage 2's squared error, for the base alone -> the error.
+
+    The projector was trained on the base as it was. RL moves the base, and nothing in RL's loss asks that
+    what the projector then makes still says what it should. So some traces of stage 1 are masked again, and
+    the base is held to their targets, as InstructGPT's policy is to its pretraining (arXiv 2203.02155)."""
+    rows = masked_again(args, model, tokenizer, stage_1, ANCHORED, f"{step} anchor")
+    fed = with_noise(rows, args.noise, torch.Generator().manual_seed(args.seed * 1_000_003 + step))
+    n_latents = sum(row.n_latents for row in rows)
+    error = 0.0
+    model.reasoning_projector.requires_grad_(False)
+    for part in engine.pack(rows, args.tokens_per_forward):
+        loss = target_loss(model, [rows[i] for i in part], [fed[i] for i in part], None, n_latents)
+        (args.anchor * loss).backward()
+        engine.wait_for_gradients(model)
+        error += loss.item()
+    model.reasoning_projector.requires_grad_(True)
+    return error
 
 
 # ============================================================ flags

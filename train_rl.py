@@ -4,8 +4,8 @@ must.
 The policy is the LM; its actions are the tokens it samples, the tags and their numbers included. Latent
 vectors are constants in the policy-gradient pass. The projector learns only by imitation: in stage 2, and
 again after each epoch from that epoch's own rewarded rollouts. Ours, with targets (targets.py): the update
-holds the base to the latents of stage 1's traces, see `add_anchor`, and the refresh is on such traces too,
-see `rehearse`. The loop is `train` below; its seven numbered steps are the README's.
+holds the base to the latents of stage 1's traces (`targets.add_anchor`), and the refresh is on such traces
+too (`rehearse`). The loop is `train` below; its seven numbered steps are the README's.
 
 Left out, and why: (1) no KL term and no reference model: the released runs set the coefficient to 0. (2) No
 second pass for the old log-probs: the sampler's own are exact (tests/test_decode.py). (3) A small model gets
@@ -27,7 +27,6 @@ import os
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import argparse
-import contextlib
 import functools
 import json
 import math
@@ -67,7 +66,6 @@ SMALL = {
     "rows": 512, "tokens_per_forward": 12_000, "checkpoint_layers": False, "save_every": 4}
 PLANNED = ("rows", "tokens_per_forward", "checkpoint_layers", "offload")
 OURS = (*PLANNED, "save_every")
-ANCHORED = 32  # traces of stage 1 in each step's anchor
 TAKEN_AWAY, ANOTHERS = "  its latents taken away", "  another story's latents"
 NAMES = report.METHODS
 
@@ -125,7 +123,9 @@ def train(args, model, base, masters, tokenizer, task, examples, prompts, vals, 
         # (5) The clipped loss, in micro-batches.
         chosen = rollouts_of_minibatch(args, batch, minibatch, len(index))
         gap = add_gradients_with_one_retry(args, step, model, state, chosen, advantages, divisors)
-        anchor_loss = add_anchor(args, model, tokenizer, stage_1, step) if stage_1 and args.anchor else None
+        anchor_loss = None
+        if stage_1 and args.anchor:  # ours, with targets
+            anchor_loss = targets.add_anchor(args, model, tokenizer, stage_1, step)
         phases.end("update")
         if minibatch == 0 and not args.recompute_latents:  # there rounding moves every later latent
             report.stop_if_sampler_and_scorer_differ(args, step, model, state, index, gap)
@@ -325,56 +325,13 @@ def traces_of_stage_1(args, tokenizer, task):
     return traces, pieces, common
 
 
-def masked_again(args, model, tokenizer, stage_1, n, what):
-    """n traces of stage 1, each masked with a share of targets.SHARES_IN_RL -> Rollouts whose latents are
-    targets. what: a text; the draws are a function of (seed, what) alone."""
-    traces, pieces, common = stage_1
-    rng = random.Random(f"{args.seed} {what}")
-    rows = []
-    for i in rng.sample(range(len(traces)), min(n, len(traces))):
-        sentences, answer = pieces[i]
-        shares = [rng.choice(targets.SHARES_IN_RL)]
-        rows += targets.masked_with_targets(model, tokenizer, rng, traces[i]["prompt"], sentences, answer,
-                                            common, args.words, shares)
-    return rows
-
-
-def add_anchor(args, model, tokenizer, stage_1, step):
-    """Step (5), ours: the gradient of stage 2's squared error for the base -> the error.
-
-    The projector is trained once, on the base as it was; RL moves the base, and nothing in its loss asks that
-    what the projector then makes still says what it should. So some traces of stage 1 are masked again, and
-    the base is held to their targets, as InstructGPT's policy is to its pretraining (arXiv 2203.02155)."""
-    rows = masked_again(args, model, tokenizer, stage_1, ANCHORED, f"{step} anchor")
-    fed = targets.with_noise(rows, args.noise, torch.Generator().manual_seed(args.seed * 1_000_003 + step))
-    n_latents = sum(row.n_latents for row in rows)
-    error = 0.0
-    with projector_frozen(model):
-        for part in engine.pack(rows, args.tokens_per_forward):
-            some, some_fed = [rows[i] for i in part], [fed[i] for i in part]
-            loss = targets.target_loss(model, some, some_fed, None, n_latents)
-            (args.anchor * loss).backward()
-            engine.wait_for_gradients(model)
-            error += loss.item()
-    return error
-
-
-@contextlib.contextmanager
-def projector_frozen(model):
-    model.reasoning_projector.requires_grad_(False)
-    try:
-        yield
-    finally:
-        model.reasoning_projector.requires_grad_(True)
-
-
 def rehearse(args, model, tokenizer, stage_1, batch):
     """The refresh with targets (ours) -> the loss, or None if there was nothing to learn from. What the
     latents of a rollout should have said is not known, so stage 2 goes on for some steps instead, on a share
     of stage 1's traces. batch: the number of the rollout batch just learned from."""
     traces, _, _ = stage_1
     n = max(1, int(args.refresh_share * len(traces)))
-    rows = masked_again(args, model, tokenizer, stage_1, n, f"{batch} refresh")
+    rows = targets.masked_again(args, model, tokenizer, stage_1, n, f"{batch} refresh")
     rows = short_enough(rows, args.refresh_max_length)
     if not rows:
         return None
@@ -522,8 +479,8 @@ def add_projector_flags(g):
                    "control) (default warm)")
     g.add_argument("--anchor", type=float, metavar="X",
                    help="with --targets words: weight of stage 2's squared error in the update of the base, "
-                   f"on {ANCHORED} traces of stage 1 a step, so that RL does not move the base away from the "
-                   f"projector (ours; {by_size('anchor')})")
+                   f"on {targets.ANCHORED} traces of stage 1 a step, so that RL does not move the base away "
+                   f"from the projector (ours; {by_size('anchor')})")
     g.add_argument("--refresh-every", type=int, metavar="N",
                    help="rollout batches between two refreshes of the projector, besides the one at the end "
                    f"of each epoch; 0: only at the end of each epoch ({by_size('refresh_every')})")

@@ -1,5 +1,5 @@
-"""With targets RL holds the base to the latents of stage 1's traces (train_rl.py: add_anchor), and the
-refresh learns from such traces (rehearse)."""
+"""With targets RL holds the base to the latents of stage 1's traces (targets.add_anchor), and the
+refresh learns from such traces (train_rl.rehearse)."""
 import json
 import signal
 import types
@@ -47,11 +47,11 @@ def gradients(model):
 
 def test_the_anchor_is_the_error_of_true_targets_and_moves_the_base_alone(stage_1):
     args, model, tokenizer, traces = stage_1
-    error = train_rl.add_anchor(args, model, tokenizer, traces, step=3)
+    error = targets.add_anchor(args, model, tokenizer, traces, step=3)
     assert all(p.grad is None and p.requires_grad for p in model.reasoning_projector.parameters())
     whole = gradients(model)
 
-    rows = train_rl.masked_again(args, model, tokenizer, traces, train_rl.ANCHORED, "3 anchor")
+    rows = targets.masked_again(args, model, tokenizer, traces, targets.ANCHORED, "3 anchor")
     fed = targets.with_noise(rows, 0.2, torch.Generator().manual_seed(3))
     loss = targets.target_loss(model, rows, fed, None, sum(row.n_latents for row in rows))
     close(torch.tensor(error), loss.detach(), 1e-5 * error)
@@ -60,7 +60,7 @@ def test_the_anchor_is_the_error_of_true_targets_and_moves_the_base_alone(stage_
         close(a, b, 1e-5)
 
     args.tokens_per_forward, args.anchor = 300, 2.0
-    again = train_rl.add_anchor(args, model, tokenizer, traces, step=3)
+    again = targets.add_anchor(args, model, tokenizer, traces, step=3)
     close(torch.tensor(again), torch.tensor(error), 1e-5)
     for a, b in zip(whole, gradients(model)):
         close(2 * a, b, 1e-4)
@@ -70,7 +70,7 @@ def test_the_traces_of_a_step_follow_from_its_number(stage_1):
     args, model, tokenizer, traces = stage_1
 
     def slots(step):
-        rows = train_rl.masked_again(args, model, tokenizer, traces, 8, f"{step} anchor")
+        rows = targets.masked_again(args, model, tokenizer, traces, 8, f"{step} anchor")
         return [row.slots for row in rows]
 
     assert slots(1) == slots(1) != slots(2)
