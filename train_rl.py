@@ -62,7 +62,7 @@ SMALL = {
     "lr": 1.2e-4, "group": 16, "prompts": 16, "minibatches": 1, "steps": 24,
     "max_new_tokens": runs.SLOTS_SMALL, "overlong_buffer": runs.SLOTS_SMALL,
     "clip": 0.2, "refresh_lr": 1e-4, "refresh_share": 0.1, "refresh_every": 0,
-    "targets": "words", "words": 2, "noise": 0.2, "anchor": 1.0,
+    "targets": "words", "words": 2, "noise": 0.2, "anchor": 10.0,
     "rows": 512, "tokens_per_forward": 12_000, "checkpoint_layers": False, "save_every": 4}
 PLANNED = ("rows", "tokens_per_forward", "checkpoint_layers", "offload")
 OURS = (*PLANNED, "save_every")
