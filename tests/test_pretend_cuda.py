@@ -375,13 +375,20 @@ TINY_RUN = ("--prompts", 2, "--group", 4, "--train-prompts", 2, "--minibatches",
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """The tiny model, saved with a projector, which counts as trained from then on."""
+    """The tiny model, saved with a projector, which counts as trained from then on, and with traces for the
+    anchor."""
     import litereason
     import runs
+    from data import tiny
+    from test_tiny import trace_of
 
     path = str(tmp_path_factory.mktemp("pretend") / "small")
     model, tokenizer = litereason.load("tiny", "cpu")
     runs.save(model, tokenizer, path)
+    traces = [{"example": i, "prompt": tiny.prompt(example, True), "text": trace_of(example)[0]}
+              for i, example in enumerate(tiny.examples("train", 40))]
+    with open(os.path.join(path, "traces.jsonl"), "w") as f:
+        f.write("{}\n" + json.dumps(traces) + "\n")
     return path
 
 
@@ -445,6 +452,7 @@ def test_rl_with_latents_refresh_and_resume(trained, tmp_path):
     out, steps = trained
     assert steps[-1]["refresh_loss"] is not None and any(step["grad_norm"] > 0 for step in steps)
     assert any(step["latent_steps"] > 0 for step in steps)
+    assert all(step["anchor_loss"] > 0 for step in steps)
     assert_continues_exactly(out, tmp_path / "copy")
 
 
