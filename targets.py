@@ -170,8 +170,9 @@ def add_anchor(args, model, tokenizer, stage_1, step):
     model.reasoning_projector.requires_grad_(False)
     for part in engine.pack(rows, args.tokens_per_forward):
         loss = target_loss(model, [rows[i] for i in part], [fed[i] for i in part], None, n_latents)
-        (args.anchor * loss).backward()
-        engine.wait_for_gradients(model)
+        if loss.requires_grad:  # a pause token does not depend on the base
+            (args.anchor * loss).backward()
+            engine.wait_for_gradients(model)
         error += loss.item()
     model.reasoning_projector.requires_grad_(True)
     return error

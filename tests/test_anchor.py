@@ -99,6 +99,13 @@ def test_a_run_with_an_anchor_stands_alone_and_continues_bit_for_bit(start, tmp_
     assert (tmp_path / "whole" / "traces.jsonl").read_text() == (start / "traces.jsonl").read_text()
 
 
+def test_a_pause_token_has_nothing_that_an_anchor_could_hold(tmp_path):
+    run(train_rl, "--projector", "pause", *RL, "--steps", 1, "--projector-steps", 1, "--trace-prompts", 40,
+        "--out", tmp_path)
+    with open(tmp_path / "metrics.jsonl") as f:
+        assert json.loads(f.readline())["anchor_loss"] > 0
+
+
 def test_without_the_traces_the_run_says_what_to_do(start, tmp_path):
     (tmp_path / "bare").mkdir()
     (start / "model").rename(tmp_path / "bare" / "model")
