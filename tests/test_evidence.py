@@ -188,7 +188,7 @@ def test_accuracy_and_tokens_stand_against_the_length_of_the_chain(tmp_path, mon
     lines = [line for line in top.lines if len(line.get_xdata()) == 3]
     assert [list(line.get_ydata()) for line in lines][1] == pytest.approx([0.97, 0.95, 0.91])  # from the left
     assert sorted(note.get_text() for note in top.texts) == sorted(("tags", "latents", "text"))
-    assert len(bottom.lines) == 3 * (1 + 3) and bottom.get_xlabel().startswith("hops")
+    assert len(bottom.lines) == 3 * (1 + 3) and bottom.get_xlabel().startswith("hand-overs")
     kept[0].canvas.draw()
     heights = sorted(note.xyann[1] for note in bottom.texts)  # all three lines end at one place there
     assert np.diff(heights).min() * bottom.get_window_extent().height > 16  # px: a line of text

@@ -189,7 +189,7 @@ def test_every_run_is_evaluated_after_it_at_both_samplings_and_on_train_stories(
 
 def test_every_job_of_the_tiny_world_is_a_command_line_that_its_script_takes(monkeypatch):
     for job in reproduce.all_jobs(list(reproduce.TASKS), [0]):
-        module = importlib.import_module(job.words[0].removesuffix(".py"))
+        module = importlib.import_module(job.words[0].removesuffix(".py").replace("/", "."))
         monkeypatch.setattr("sys.argv", [*job.words, "--out", "x"])
         args = module.parse_arguments()
         if job.words[0] == "eval.py":
