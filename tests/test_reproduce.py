@@ -12,6 +12,8 @@ from test_scripts import script
 
 import eval as evaluation
 import runs
+import train_projector
+import train_rl
 from data.flawed_fictions import prepare as ff_prepare
 from data.next_chapter import prepare as nc_prepare
 from results import evidence, findings, jobs, paper, reproduce
@@ -57,6 +59,23 @@ def test_the_tables_and_the_numbers_in_sentences_are_those_in_results(task):
         made[name] = evidence.page(own, reproduce.SAMPLED[kind], reproduce.digits_of(task))
     for name, text in made.items():
         assert f"<!-- {name} -->" not in README or block(name) == text, name
+
+
+def test_the_readme_says_how_the_quick_run_differs_from_the_tables():
+    stages, rl = train_projector.SMALL, train_rl.SMALL
+    flags = reproduce.FROZEN.split() + f"{reproduce.PENALTY} {reproduce.GENTLY}".split()
+
+    def of_the_tables(flag, last=False):
+        places = [i for i, word in enumerate(flags) if word == flag]
+        return float(flags[places[-1 if last else 0] + 1])
+
+    said = " ".join(README.split())
+    for words in (
+            f"{stages['prompts']:,} stories instead of {of_the_tables('--prompts'):,.0f} in stage 1",
+            f"{stages['steps']} steps instead of {of_the_tables('--steps'):,.0f} in stage 2",
+            f"{rl['steps']} RL steps instead of {of_the_tables('--steps', last=True):.0f}",
+            f"at {rl['lr']:g} instead of {of_the_tables('--lr'):g}".replace("e-05", "e-5")):
+        assert words.replace("0.00012", "1.2e-4") in said, words
 
 
 def test_a_table_is_put_between_its_marks_and_nowhere_else(tmp_path, monkeypatch):
