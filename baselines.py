@@ -164,7 +164,7 @@ def own_traces(model, tokenizer, task, examples, k, max_new_tokens, seed):
     """Stage 1 of LiteReason with the plain prompt: k samples per prompt, those with a reward are kept.
 
     -> ([(prompt as text, reasoning, answer)], tokens sampled). UserError if no sample earned a reward."""
-    marker = opening_of(task)
+    marker = data.opening_of(task)
     generator = torch.Generator().manual_seed(seed)
     traces = []
     spent = 0
@@ -186,12 +186,8 @@ def own_traces(model, tokenizer, task, examples, k, max_new_tokens, seed):
     return traces, spent
 
 
-def opening_of(task):
-    return getattr(task, "ANSWER", "\\boxed{")
-
-
 def answers_first_word(tokenizer, task):
-    return tokenizer.encode(opening_of(task), add_special_tokens=False)[0]
+    return tokenizer.encode(data.opening_of(task), add_special_tokens=False)[0]
 
 
 def rewards_of(task, examples, rollouts, step=0):
@@ -322,7 +318,7 @@ def answer_rows(model, tokenizer, task, examples):
     """The gold answers of the examples, from what follows the opening, in which nothing can be learned."""
     encode = plain_encoder(tokenizer)
     _, _, end = runs.chat_parts(model, tokenizer)
-    opening = opening_of(task)
+    opening = data.opening_of(task)
     no_latents = torch.zeros(0, model.config.hidden_size)
     rows = []
     for example in examples:

@@ -116,7 +116,7 @@ def evaluate(model, tokenizer, task, examples, latent_prompt=True, samples=1, se
     seconds_alone    per answer of the first `alone` examples, decoded one at a time
     """
     generator = torch.Generator().manual_seed(seed)
-    opening = getattr(task, "ANSWER", "\\boxed{") if at_once else ""
+    opening = data.opening_of(task) if at_once else ""
     start = time.time()
     prompts = [runs.encode_prompt(model, tokenizer, task.prompt(e, latent_prompt), opening) for e in examples]
     rollouts, asked, scores, stats = [], [], [], {}

@@ -229,7 +229,7 @@ DLOGP = {False: 1e-2, True: 2.0}
 def check_answers(task, examples):
     """Before the first step, on real rows: the refresh's target, the label and the reward agree. For tasks
     with `answer`."""
-    marker = getattr(task, "ANSWER", "\\boxed{")
+    marker = data.opening_of(task)
     for i, example in enumerate(examples if hasattr(task, "answer") else []):
         answer = task.answer(example)
         earned = data.score(task, [example], ["Some reasoning.\n" + answer])[0]

@@ -726,12 +726,16 @@ def write_settings(args, script):
     write_json(os.path.join(args.out, "config.json"), settings)
 
 
+def directory_of_run(path):
+    """Of a run directory, or of the model/ in it."""
+    path = os.path.normpath(path)
+    return os.path.dirname(path) if os.path.basename(path) == "model" else path
+
+
 def run_settings(path):
     """What a run directory, or the model/ in it, was made with; {} if it is none."""
-    path = os.path.normpath(path)
-    run = os.path.dirname(path) if os.path.basename(path) == "model" else path
     try:
-        with open(os.path.join(run, "config.json")) as f:
+        with open(os.path.join(directory_of_run(path), "config.json")) as f:
             return dict(json.load(f))
     except (OSError, ValueError, TypeError):
         return {}

@@ -441,7 +441,7 @@ def stages_1_and_2(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, e
     tag = "forbidden" if aim == "words" else None
     traces = collect_traces(model, tokenizer, task, examples, cfg["k"], max_new_tokens, seed, path, tag,
                             keep_cut)
-    marker = getattr(task, "ANSWER", "\\boxed{")
+    marker = data.opening_of(task)
     train, held = mask_all(model, tokenizer, traces, marker, rng, aim, cfg["words"])
     train, held = short_enough(train, max_length), short_enough(held, max_length)
     if not train or not held:

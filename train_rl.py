@@ -302,7 +302,7 @@ def refresh(args, model, tokenizer, task, state, examples, prompts, batch):
     if not rewarded:
         return None
     rng = random.Random(f"{args.seed} {batch} refresh")
-    marker = getattr(task, "ANSWER", "\\boxed{")
+    marker = data.opening_of(task)
     traces = []
     for i, text in rng.sample(rewarded, max(1, int(args.refresh_share * len(rewarded)))):
         gold = task.answer(examples[i]) if hasattr(task, "answer") else None
@@ -321,7 +321,7 @@ def traces_of_stage_1(args, tokenizer, task):
     """For the anchor and the refresh with targets -> (traces, [(sentences, answer)], the words that tell
     nothing)."""
     traces = read_traces(os.path.join(args.out, "traces.jsonl"))
-    pieces, common = pieces_of(tokenizer, traces, getattr(task, "ANSWER", "\\boxed{"))
+    pieces, common = pieces_of(tokenizer, traces, data.opening_of(task))
     return traces, pieces, common
 
 
@@ -348,8 +348,7 @@ def needs_traces(args):
 
 def copy_traces(args):
     """Those of the run that --model is, into --out: so a run can be continued without that one."""
-    model = os.path.normpath(args.model)
-    run = os.path.dirname(model) if os.path.basename(model) == "model" else model
+    run = runs.directory_of_run(args.model)
     theirs, ours = (os.path.join(path, "traces.jsonl") for path in (run, args.out))
     if not os.path.exists(theirs):
         raise UserError(f"--targets words learns from stage 1's traces in RL too, and there is no {theirs}: "
@@ -578,9 +577,9 @@ def main():
                         "train_projector.py first")
     masters = engine.offload(model, base) if args.offload else base
     if not args.resume:
-        runs.delete_earlier_run(args.out)
         if model.projector_trained and needs_traces(args):
-            copy_traces(args)
+            copy_traces(args)  # it may refuse, and then an earlier run should still be there
+        runs.delete_earlier_run(args.out)
     runs.write_settings(args, "train_rl.py")
     # Until stage 2 and RL say more.
     runs.on_stop(lambda: f"go on with: python train_rl.py --resume {args.out}")

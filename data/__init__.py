@@ -54,6 +54,11 @@ at its beginning or its end.
 """
 
 
+def opening_of(task):
+    """The words that an answer to the task begins with."""
+    return getattr(task, "ANSWER", "\\boxed{")
+
+
 def boxed(text):
     """What the last \\boxed{..} holds, braces balanced, \\text{..} unwrapped; None without one, or if cut."""
     opening = "\\boxed{"

@@ -18,9 +18,9 @@ import data
 import runs
 from data import tiny
 from eval import PAPER
-from litereason import generate, load, parse_tags
+from litereason import CLOSE, OPEN, generate, load, parse_tags
 
-ONLY_TAGS = re.compile(r"\s*(<implicit_thought>[0-9 ]*</implicit_thought>\s*)+\\boxed")
+ONLY_TAGS = re.compile(rf"\s*({OPEN}[0-9 ]*{CLOSE}\s*)+\\boxed")
 
 
 def rounds_of_latents(example, text, cap):

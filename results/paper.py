@@ -259,7 +259,7 @@ def with_defaults(settings, defaults):
 
 def seconds_to_score(model, task, example, n=8):
     """Of one answer. Without a scorer model it is next to nothing."""
-    answer = getattr(task, "ANSWER", "\\boxed{") + " " + task.prompt(example, False)[:1000]
+    answer = data.opening_of(task) + " " + task.prompt(example, False)[:1000]
 
     def score():
         data.score(task, [example] * n, [answer] * n)

@@ -114,5 +114,8 @@ def test_without_the_traces_the_run_says_what_to_do(start, tmp_path):
         with pytest.raises(UserError, match="--targets none, or --anchor 0 --no-refresh"):
             run(train_rl, *words, "--out", tmp_path / "a")
         run(train_rl, *words, "--out", tmp_path / "b", "--anchor", 0, "--no-refresh")
+        with pytest.raises(UserError, match="--targets none, or --anchor 0 --no-refresh"):
+            run(train_rl, *words, "--out", tmp_path / "b", "--overwrite")
+        assert (tmp_path / "b" / "model" / "model.safetensors").exists()  # refused before anything is deleted
     finally:
         (tmp_path / "bare" / "model").rename(start / "model")
