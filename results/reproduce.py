@@ -8,7 +8,8 @@ stories that it was trained on, so that what was only memorised shows.
 
     python results/reproduce.py                         # all: hours on 2 cores, two runs at once
     python results/reproduce.py --tasks tiny --seeds 0  # some of it
-    python results/reproduce.py --tables                # only the tables, from the runs that are there
+    python results/reproduce.py --tables                # only the tables, from the runs that are there and
+                                                        #   from those kept in results/runs-TASK.jsonl
 
     python results/reproduce.py --model Qwen2.5-1.5B --tasks flawed_fictions next_chapter --plan
                                                         # hours and disk of each run (see paper.py); without
@@ -17,7 +18,6 @@ stories that it was trained on, so that what was only memorised shows.
         --rl-flags="--steps 2 --prompts 2 --group 4"    # is all in place? Minutes instead of days
 """
 import argparse
-import itertools
 import json
 import os
 import re
@@ -33,7 +33,7 @@ import torch
 import data
 import report
 import runs
-from results import evidence, findings, jobs, paper
+from results import evidence, findings, jobs, kept, paper
 from results import latents as read_latents
 from results.jobs import Job, read_json
 from runs import UserError
@@ -168,23 +168,36 @@ def tokens_sampled(out):
     return per_rollout * config["prompts"] * config["group"]
 
 
-def rows_of(task, seeds):
+def records_of(task, seeds):
+    """{directory: record} of the runs that the tables have: of each a record, as kept.py makes it."""
+    path = os.path.join(HERE, f"runs-{task}.jsonl")
+    return kept.gather(path, all_jobs([task], seeds), ROOT, tokens_sampled)
+
+
+def rows_in(records, task, method, seed):
+    """Those of one run; [] if it is not there."""
+    return records.get(directory(task, method, seed), {"rows": []})["rows"]
+
+
+def rows_of(records, task, seeds):
     """{name in the table: {kind: {seed: row}}}; a row is evaluate's result, with what the training took."""
     found = {}
     for name, method, command in methods_of(task):
         for seed in seeds:
-            out = directory(task, method, seed)
-            is_trained = not command.startswith("eval.py")
+            training = {}
+            if not command.startswith("eval.py"):
+                training = records.get(directory(task, method, seed), {})
             cost = {
-                "sampled": tokens_sampled(out),
-                "run_seconds": read_json(os.path.join(out, "seconds.json")) if is_trained else None,
-                "command": shown_command(task, command) if is_trained else ""}
-            folders = [directory(task, f"{method}-{kind}", seed) for kind, _ in EVALUATIONS]
+                "sampled": training.get("sampled"),
+                "run_seconds": training.get("run_seconds"),
+                "command": shown_command(task, command) if training else ""}
+            of_runs = [f"{method}-{kind}" for kind, _ in EVALUATIONS]
             if command.startswith("baselines.py"):
-                folders = [out]
-            for row in itertools.chain(*map(paper.results_in, folders)):
-                by_kind = found.setdefault(name, {})
-                by_kind.setdefault(kind_of(row), {})[seed] = {**row, **cost}  # CoLaR's last row is its own
+                of_runs = [method]
+            for own in of_runs:
+                for row in rows_in(records, task, own, seed):
+                    by_kind = found.setdefault(name, {})
+                    by_kind.setdefault(kind_of(row), {})[seed] = {**row, **cost}  # CoLaR's last row is its own
     return found
 
 
@@ -237,11 +250,11 @@ def mean_of(rows):
     }
 
 
-def controls_of(folders):
-    """folders: {seed: directory} of the control runs -> {sampling: {control: {seed: row}}}"""
+def controls_of(rows):
+    """rows: {seed: [row]} of the control runs -> {sampling: {control: {seed: row}}}"""
     found = {}
-    for seed, folder in folders.items():
-        for row in paper.results_in(folder):
+    for seed, own in rows.items():
+        for row in own:
             controls = found.setdefault(row["sampling"], {})
             controls.setdefault(row["control"], {})[seed] = row
     return found
@@ -259,28 +272,27 @@ def controls_summary(controls):
     return found
 
 
-def lengths_of(task, seeds):
+def lengths_of(records, task, seeds):
     """-> [row for the picture]: methods at each length of the chain, at the paper's sampling."""
     found = []
     for name, method, _ in methods_of(task):
         for length, _ in LENGTHS.get(task, []):
             rows = {}
             for seed in seeds:
-                for row in paper.results_in(directory(task, f"{method}-length-{length}", seed)):
+                for row in rows_in(records, task, f"{method}-length-{length}", seed):
                     rows[seed] = row
             if rows:
                 found.append({"method": name, "length": length, **mean_of(rows)})
     return found
 
 
-def latents_of(task, seeds):
+def latents_of(records, task, seeds):
     """{name in the table: [what latents.py found in each seed's run]}"""
     found = {}
     for name, method, _ in methods_of(task):
-        folders = [directory(task, f"{method}-read", seed) for seed in seeds]
-        rows = [read_json(os.path.join(folder, "results.json")) for folder in folders]
-        if any(rows):
-            found[name] = [row for row in rows if row]
+        rows = [row for seed in seeds for row in rows_in(records, task, f"{method}-read", seed)]
+        if rows:
+            found[name] = rows
     return found
 
 
@@ -429,24 +441,25 @@ def into_readme(name, text):
 
 # ============================================================ files
 def write_tables(tasks, seeds):
-    """Tables and pictures of the tiny world's runs that are done, into results/ and the README."""
+    """Tables and pictures of the tiny world's runs, into results/ and the README."""
     if measured := read_json(os.path.join(HERE, "gpu.json")):
         into_readme("gpu", findings.gpu_table(measured))
     for task in tasks:
-        rows = rows_of(task, seeds)
+        records = records_of(task, seeds)
+        rows = rows_of(records, task, seeds)
         found = {name: summary(kinds) for name, kinds in rows.items()}
         if not found:
             continue
         texts = {f"methods-{task}": table_of(task, found), f"costs-{task}": costs_of(task, found)}
-        folders = {seed: directory(task, "controls", seed) for seed in seeds}
-        texts |= write_evidence(HERE, task, rows, controls_of(folders))
-        lengths = lengths_of(task, seeds)
-        latents = latents_of(task, seeds)
+        controls = controls_of({seed: rows_in(records, task, "controls", seed) for seed in seeds})
+        texts |= write_evidence(HERE, task, rows, controls)
+        lengths = lengths_of(records, task, seeds)
+        latents = latents_of(records, task, seeds)
         if latents:
             texts[f"latents-{task}"] = read_latents.table(latents)
             runs.write_json(os.path.join(HERE, f"latents-{task}.json"), latents)
         if task == "tiny":
-            tested = controls_of(folders).get("paper")
+            tested = controls.get("paper")
             tested = controls_summary(tested) if tested else {}
             sampled = SAMPLED[next(iter(found.values()))["sampling"]]
             texts["headline"] = findings.headline(found, tested, sampled)
@@ -459,6 +472,8 @@ def write_tables(tasks, seeds):
         path = os.path.join(HERE, f"methods-{task}.json")
         runs.write_json(path, found)
         folders = {method: directory(task, method, seeds[0]) for method in DRAWN}
+        if not all(map(os.path.exists, folders.values())):
+            folders = {}  # of runs that are only kept there is no curve of the training
         draw(folders, HERE, task, path, findings.HEADLINE)
         if lengths:
             runs.write_json(os.path.join(HERE, f"lengths-{task}.json"), lengths)
@@ -509,8 +524,8 @@ def write_tables_of_model(args):
         name = f"{paper.short_name(args.model)}.{task}"
         path = os.path.join(args.tables_in, f"methods-{name}.json")
         runs.write_json(path, found)
-        folders = {seed: paper.directory(args, task, "controls", seed) for seed in args.seeds}
-        evidence_texts = write_evidence(args.tables_in, name, rows, controls_of(folders))
+        controls = {seed: paper.results_in(paper.directory(args, task, "controls", seed)) for seed in args.seeds}
+        evidence_texts = write_evidence(args.tables_in, name, rows, controls_of(controls))
         parts = [table_of(task, found), costs_of(task, found), paper.caption(args, task, found),
                  *evidence_texts.values()]
         text = "\n\n".join(parts) + "\n"

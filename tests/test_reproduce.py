@@ -2,6 +2,7 @@
 import importlib
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -120,7 +121,7 @@ def world(tmp_path, monkeypatch):
         both = {"paper": (0.5, 40.0), "trained": (0.25, 44.0)}
         leave(at / f"base-test-{seed}", *(row_of(*of, sampling=kind) for kind, of in both.items()))
         leave(at / f"litereason-{seed}", config_json=json.dumps({"prompts": 2, "group": 4}),
-              seconds_json="30", metrics_jsonl=json.dumps({"text_tokens": 8, "latent_steps": 2}) + "\n")
+              seconds_json="30", finished_json="[]", metrics_jsonl=json.dumps({"text_tokens": 8, "latent_steps": 2}) + "\n")
         both = {"paper": (1.0 - seed / 4, 10.0 + seed), "trained": (0.75, 12.0)}
         leave(at / f"litereason-test-{seed}", *(row_of(*of, sampling=kind) for kind, of in both.items()))
         leave(at / f"litereason-train-{seed}", row_of(1.0, sampling="paper", split="train"))
@@ -133,8 +134,12 @@ def world(tmp_path, monkeypatch):
     return tmp_path
 
 
+def rows_of(task, seeds):
+    return reproduce.rows_of(reproduce.records_of(task, seeds), task, seeds)
+
+
 def test_runs_are_found_named_and_averaged(world):
-    rows = reproduce.rows_of("tiny", [0, 1, 2])
+    rows = rows_of("tiny", [0, 1, 2])
     means = {name: reproduce.summary(kinds) for name, kinds in rows.items()}
     assert list(means) == ["base, explicit reasoning", "LiteReason", "Soft Thinking"]
     own = means["LiteReason"]
@@ -148,7 +153,7 @@ def test_runs_are_found_named_and_averaged(world):
 
 
 def test_a_row_of_one_sampling_never_stands_in_the_column_of_the_other(world):
-    means = {name: reproduce.summary(kinds) for name, kinds in reproduce.rows_of("tiny", [0, 1]).items()}
+    means = {name: reproduce.summary(kinds) for name, kinds in rows_of("tiny", [0, 1]).items()}
     lines = [line.strip("| ").split(" | ") for line in reproduce.table_of("tiny", means).splitlines()]
     table = {line[0]: dict(zip(lines[0], [cell.strip() for cell in line])) for line in lines[2:]}
     own = table["LiteReason"]
@@ -183,6 +188,39 @@ def test_the_tables_the_differences_and_the_claims_are_written_from_the_runs(wor
     assert ([(row["method"], row["length"]) for row in found["lengths"]]
             == [("LiteReason", 3), ("LiteReason", 5)])
     assert "| base, explicit reasoning | 0.500 |" in (world / "README.md").read_text()
+
+
+def test_a_table_is_made_again_and_gets_rows_where_its_runs_are_gone(world, capsys):
+    reproduce.write_tables(["tiny"], [0, 1])
+    names = [f"{name}-tiny.json" for name in ("methods", "controls", "differences", "lengths")]
+    before = {name: (world / "results" / name).read_bytes() for name in names}
+    at = world / "out" / "results" / "tiny"
+    shutil.rmtree(at)
+    reproduce.write_tables(["tiny"], [0, 1])
+    assert before == {name: (world / "results" / name).read_bytes() for name in names}
+    leave(at / "moi-0", row_of(0.25, model="moi", split="test"))
+    leave(at / "base-test-1", row_of(0.0, sampling="paper"))
+    reproduce.write_tables(["tiny"], [0, 1])
+    found = json.loads((world / "results" / "methods-tiny.json").read_text())
+    assert found["MoI"]["seeds"] == [0] and found["LiteReason"]["by_seed"] == [1.0, 0.75]
+    assert found["base, explicit reasoning"]["by_seed"] == [0.5, 0.0]  # what is there counts first
+    assert found["LiteReason"]["sampled"] == 80.0 and found["LiteReason"]["run_seconds"] == 30
+
+
+def test_a_kept_run_of_another_command_or_seed_is_in_no_table(world, monkeypatch, capsys):
+    reproduce.write_tables(["tiny"], [0, 1])
+    shutil.rmtree(world / "out")
+    kept = world / "results" / "runs-tiny.jsonl"
+    assert str(world) not in kept.read_text()
+    only = rows_of("tiny", [1])
+    assert {seed for kinds in only.values() for rows in kinds.values() for seed in rows} == {1}
+    assert "litereason-test-0" in kept.read_text()
+    methods = [(name, method, command.replace("--lr 6e-5", "--lr 7e-5"))
+               for name, method, command in reproduce.METHODS]
+    monkeypatch.setattr(reproduce, "METHODS", methods)
+    rows = rows_of("tiny", [0])
+    assert list(rows) == ["base, explicit reasoning", "Soft Thinking"]  # evaluations go with their training
+    assert "/litereason-test-0" not in kept.read_text()
 
 
 def test_every_run_is_evaluated_after_it_at_both_samplings_and_on_train_stories(monkeypatch):

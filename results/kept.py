@@ -1,0 +1,64 @@
+"""What the tiny world's tables need of each run, kept in results/runs-TASK.jsonl, a line each: its rows with the
+score and the tokens of every story, and what its training took. So tables can be made again, and rows added
+to them, on a machine that does not have the runs in out/.
+
+A run that is in out/ counts before one that is kept, and one that other commands made does not count.
+"""
+import json
+import os
+
+import runs
+from results import jobs, paper
+
+
+def gather(path, todo, root, tokens_sampled):
+    """{directory: record} of the jobs in `todo` that are done here or whose record is in the file at `path`;
+    the file then has all of these, beside its records of other jobs. root: directories are named from there.
+    UserError as jobs.check."""
+    jobs.check(todo)
+    kept = read(path)
+    commands = {}  # directory -> the commands that make what is in it, from the first
+    found = {}
+    for job in todo:
+        before = [command for need in job.needs for command in commands[need]]
+        own = " ".join(job.words).replace(root + os.sep, "")
+        commands[job.out] = [*dict.fromkeys(before), own]
+        name = os.path.relpath(job.out, root)
+        record = kept.pop(name, None)
+        if jobs.is_done(job.out):
+            record = {"run": name, "commands": commands[job.out], **record_of(job.out, root, tokens_sampled)}
+        if record is not None and record["commands"] == commands[job.out]:
+            found[job.out] = record
+    lines = [*found.values(), *kept.values()]
+    text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
+    runs.write_text(path, text)
+    return found
+
+
+def read(path):
+    """{name of the directory: record}, {} without a file."""
+    if not os.path.exists(path):
+        return {}
+    with open(path, encoding="utf-8") as file:
+        records = [json.loads(line) for line in file]
+    return {record["run"]: record for record in records}
+
+
+def record_of(out, root, tokens_sampled):
+    """Of the run in directory `out`. tokens_sampled: its RL's, a function of the directory."""
+    rows = []
+    for row in paper.results_in(out):
+        if "per_example" in row:
+            row["per_example"] = {what: list(map(whole, values)) for what, values in row["per_example"].items()}
+        if "model" in row:
+            row["model"] = row["model"].replace(root + os.sep, "")
+        rows.append(row)
+    return {
+        "sampled": tokens_sampled(out),
+        "run_seconds": jobs.read_json(os.path.join(out, "seconds.json")),
+        "rows": rows}
+
+
+def whole(number):
+    """An int if it is one: it takes less room in the file."""
+    return int(number) if number == int(number) else number
