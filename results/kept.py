@@ -6,6 +6,7 @@ A run that is in out/ counts before one that is kept, and one that other command
 """
 import json
 import os
+import time
 
 import runs
 from results import jobs, paper
@@ -54,6 +55,7 @@ def record_of(out, root, tokens_sampled):
             row["model"] = row["model"].replace(root + os.sep, "")
         rows.append(row)
     return {
+        "made": time.strftime("%Y-%m-%d", time.gmtime(os.path.getmtime(out))),
         "sampled": tokens_sampled(out),
         "run_seconds": jobs.read_json(os.path.join(out, "seconds.json")),
         "rows": rows}
