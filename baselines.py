@@ -9,11 +9,11 @@ counting of tokens.
     answer         (the answer is forced at once)      (nothing is reasoned)                 SFT, gold answers
 
 All of them are `generate` of litereason.py with another latent step and other rules for where a block begins
-and ends (its arguments latent, start, leave, feed); a block begins at the answer's first position. They get
-the plain prompt, no tags. `answer` is the floor: what the task gives without reasoning. The rest of the table
-is train_rl.py: RL without latents (--method grpo), with a length penalty (--overlong-buffer), the tag without
-a projector (--method tag), pause tokens (--projector pause), a projector from random numbers (--projector
-random) and one that is never refreshed (--no-refresh).
+and ends (its arguments latent, start, leave, feed); a block begins in the first slot that the model fills.
+They get the plain prompt, no tags. `answer` is the floor: what the task gives without reasoning. The rest of
+the table is train_rl.py: RL without latents (--method grpo), with a length penalty (--overlong-buffer), the
+tag without a projector (--method tag), pause tokens (--projector pause), a projector from random numbers
+(--projector random) and one that is never refreshed (--no-refresh).
 
 Every row of results.json says what it took (stories, traces, sampled_tokens, optimiser_steps) and how the
 same model does on train_stories it has learned from (train_accuracy): memorising shows as a gap. The main row
@@ -197,11 +197,6 @@ def rewards_of(task, examples, rollouts, step=0):
     return data.score(task, asked, texts, step)
 
 
-def plain_encoder(tokenizer):
-    """text -> token ids, with no special token added or recognised."""
-    return functools.partial(tokenizer.encode, add_special_tokens=False, split_special_tokens=True)
-
-
 def epochs(rows, batch, seed):
     """Whole batches of rows, shuffled again for each epoch, without end."""
     rng = random.Random(seed)
@@ -243,9 +238,10 @@ def train_coconut(model, tokenizer, traces, cfg, budget, seed):
 
     The paper: in stage s the first s reasoning sentences of each trace are deleted and latents put at the
     answer's beginning; after the last stage all reasoning is deleted. Cross-entropy on the text that is
-    left, back-propagated through the latents; a new optimiser per stage; most epochs are the last stage's.
-    Ours: one latent per sentence (the paper's maths has two, the author's plot-hole runs one). budget:
-    positions per forward pass."""
+    left, back-propagated through the latents; a new optimiser per stage.
+    Ours: one latent per sentence (the paper's maths has two, the author's plot-hole runs one), and the last
+    stage, which has most epochs in the paper, has 2 of 14 as in the author's runs (a small model's: under
+    half). budget: positions per forward pass."""
     taken = 0
     for stage in tqdm(range(cfg["stages"] + 2), desc="coconut, stages", leave=False):
         rows = coconut_rows(model, tokenizer, traces, stage, cfg["stages"])
@@ -263,8 +259,8 @@ def train_coconut(model, tokenizer, traces, cfg, budget, seed):
 
 def coconut_rows(model, tokenizer, traces, stage, last_stage):
     """The traces as a stage trains on them: latents, the sentences that are left, the answer, its end."""
-    encode = plain_encoder(tokenizer)
-    _, _, end = runs.chat_parts(model, tokenizer)
+    encode = functools.partial(runs.encode_text, tokenizer)
+    end = runs.end_of_answer(model, tokenizer)
     no_latents = torch.zeros(0, model.config.hidden_size)  # they are made in the forward pass
     rows = []
     for prompt, reasoning, answer in traces:
@@ -281,7 +277,7 @@ def add_text_gradients(model, batch, budget):
     """Cross-entropy on the text of the rows, mean over the batch's tokens; all begin with equally many of
     Coconut's latents."""
     tokens = sum(row.n_tokens for row in batch)
-    for part in engine.pack(batch, budget):
+    for part in engine.pack(batch, budget, unrolled=batch[0].n_latents > 0):
         some = [batch[i] for i in part]
         if some[0].n_latents:
             loss, _ = projector_loss(model, some, feed_back)
@@ -316,8 +312,8 @@ def train_answer(model, rows, cfg, accuracy, budget, seed):
 
 def answer_rows(model, tokenizer, task, examples):
     """The gold answers of the examples, from what follows the opening, in which nothing can be learned."""
-    encode = plain_encoder(tokenizer)
-    _, _, end = runs.chat_parts(model, tokenizer)
+    encode = functools.partial(runs.encode_text, tokenizer)
+    end = runs.end_of_answer(model, tokenizer)
     opening = data.opening_of(task)
     no_latents = torch.zeros(0, model.config.hidden_size)
     rows = []
@@ -441,8 +437,8 @@ def sft_colar(model, tokenizer, head, traces, cfg, budget, seed):
 
 def colar_rows(model, tokenizer, traces):
     """The traces as [(prompt as text, the tokens of the reasoning, those of the answer and its end)]."""
-    encode = plain_encoder(tokenizer)
-    _, _, end = runs.chat_parts(model, tokenizer)
+    encode = functools.partial(runs.encode_text, tokenizer)
+    end = runs.end_of_answer(model, tokenizer)
     rows = []
     for prompt, reasoning, answer in traces:
         rows.append((prompt, encode(reasoning.strip()), encode(answer.strip()) + [end]))
@@ -507,7 +503,8 @@ def rl_colar(model, tokenizer, task, head, examples, cfg, decoding, budget, seed
     without_gradient = 0
     for step in range(cfg["rl_steps"]):
         start = time.time()
-        epoch, index = prompts_of_step(len(examples), cfg["rl_prompts"], step, seed)
+        epoch, batch_in_epoch = divmod(step, max(1, len(examples) // cfg["rl_prompts"]))
+        index = train_rl.prompts_of_batch(seed, len(examples), cfg["rl_prompts"], epoch, batch_in_epoch)
 
         # Sample a group of rollouts for each prompt.
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
@@ -529,16 +526,6 @@ def rl_colar(model, tokenizer, task, head, examples, cfg, decoding, budget, seed
     print(f"colar, GRPO: in {without_gradient} of {cfg['rl_steps']} steps all groups had zero variance and "
           f"no gradient", flush=True)
     return spent, without_gradient
-
-
-def prompts_of_step(n_examples, n_prompts, step, seed):
-    """(epoch, the numbers of the train prompts of a step)."""
-    per_epoch = max(1, n_examples // n_prompts)
-    epoch, place = divmod(step, per_epoch)
-    rng = random.Random(f"{seed} {epoch}")
-    order = rng.sample(range(n_examples), n_examples)
-    start = place * n_prompts
-    return epoch, order[start : start + n_prompts]
 
 
 def add_policy_gradients(model, head, rollouts, advantages, budget):
@@ -588,7 +575,7 @@ def tell_step(log, step, n_steps, epoch, rollouts, groups, start):
         "accuracy": reward,
         "text_tokens": text,
         "latent_steps": latents,
-        "tags": 1.0,
+        "tags": 1.0,  # as in train_rl.py's file, for report.training: the block with which all answers begin
         "tag_share": 1.0,
         "zero_variance": zero_variance,
         "seconds": {"all": round(seconds, 3)},

@@ -8,8 +8,8 @@ temperature 1 is a gain over slips that nobody would sample. `--sampling trained
 trains (temperature 1, nothing cut), `--sampling paper trained` gives both, and --temperature, --top-p and
 --top-k override either.
 
-Left out, and why: (1) no pass@k or majority vote: the paper reports mean reward over samples. (2) Length
-penalties: score what the task scores.
+Left out, and why: (1) no pass@k or majority vote: the paper reports mean reward over samples. (2) No
+length penalty in the accuracy: it is the task's reward alone.
 
     python eval.py --model tiny                       # the base, tag prompt, its tags as text: 5 seconds
     python eval.py --model tiny:plain tiny RUN        # one table: plain prompt, tags, a run's directory

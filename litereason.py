@@ -23,11 +23,13 @@ Letters in the shape comments (P is a number there, the projector elsewhere):
 
 The definition comes first, as slowly as possible; then the tag, the projector, decoding, scoring, the latent
 roll-out and its loss, GRPO. What is called engine.something is there for speed and memory (on CUDA it brings
-bf16 rounding), what is called runs.something for files, chat templates and the command line. Neither is in
-the paper; a first reading can skip both. Stages 1 and 2 are in train_projector.py, stage 3 is in train_rl.py.
+bf16 rounding), what is called runs.something for files, chat templates and the command line, card.something
+for what fits in memory, released.something for the released code's tag rule. None of them is in the paper; a
+first reading can skip them. Stages 1 and 2 are in train_projector.py, stage 3 is in train_rl.py.
 
 "Sec. 3.1" and the like follow the order of the paper's method and may be off by one in your copy: only its
-abstract and the released code could be read while this was written. "As released" means that code.
+abstract, the authors' project page and the released code could be read while this was written. "As released"
+means that code.
 """
 import copy
 import dataclasses
@@ -616,7 +618,8 @@ def _recorded(r, ended, prompts, samples, stop_ids, tokenizer):
 # ============================================================ scoring (paper Sec. 3.4)
 @engine.with_autocast
 def states(model, rollouts):
-    """Scores given slots: each prompt once, then all slots in one batched forward, latents as constants.
+    """The outputs that predict given slots: each prompt is read once, then all slots in one batched forward,
+    latents as constants.
 
     -> (h (B, S, D), slots (B, S), valid (B, S)): h[b, s] is the output that predicts slot s. Gradients reach
     the base, also through its attention over the latents' keys and values; never the projector."""
@@ -637,7 +640,8 @@ def states(model, rollouts):
 
 @engine.with_autocast
 def logprobs(model, rollouts, temperature=1.0):
-    """-> (logp (B, S), scored (B, S)): log-probs of the sampled tokens, 0 where nothing was sampled.
+    """Scores given slots -> (logp (B, S), scored (B, S)): log-probs of the sampled tokens, 0 where there are
+    none.
 
     Gradients as in `states`. Use the temperature that the rollouts were sampled with. Ours: gradients reach
     the input embeddings too; in the released code they do not, for rollouts with a tag."""

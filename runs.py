@@ -311,6 +311,17 @@ def token_texts(tokenizer):
     return [text[len(before):] if text.startswith(before) else text for text in texts]
 
 
+def end_of_answer(model, tokenizer):
+    """The id that ends an answer."""
+    _, _, end = chat_parts(model, tokenizer)
+    return end
+
+
+def encode_text(tokenizer, text):
+    """Token ids of an answer or a part of one: no special token is added, or recognised in the text."""
+    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+
 def chat_parts(model, tokenizer):
     """(before, after, end): the text around the user's words, and the id that ends an answer; ("", "", the
     eos) for a base model.

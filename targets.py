@@ -24,11 +24,12 @@ import torch
 
 import engine
 import runs
-from litereason import CLOSE, LATENT, OPEN, Rollout, insert_latents, latent_step, states
+from litereason import CLOSE, LATENT, OPEN, Rollout, empty_memory, insert_latents, latent_step, states
 
 SHARES = (0.3, 0.6, 1.0)  # of the sentences that are skipped, instead of the paper's 0.1 and 0.25
 SHARES_IN_RL = (0.6, 1.0, 1.0)  # there the policy skips more
 ANCHORED = 32  # traces of stage 1 in each step of the anchor
+OF_A_LATENT = ("targets", "words", "noise")  # the flags below that RL takes over from stage 2
 COMMON = 0.3  # a word is informative if fewer of all sentences than this have it
 
 
@@ -72,7 +73,7 @@ def mask_runs(model, tokenizer, rng, prompt_ids, sentences, answer, known, share
             run += [] if target is None else [target]
             continue
         while run:
-            begins = [] if before is None else [before]
+            begins = [] if before is None or cap == 1 else [before]
             held = (begins + run)[:cap]
             pieces.append(f"{OPEN}{len(held)}{CLOSE}")
             targets += held
@@ -83,7 +84,7 @@ def mask_runs(model, tokenizer, rng, prompt_ids, sentences, answer, known, share
     if not targets:
         return None
     text = " ".join(pieces)
-    slots = insert_latents(model, tokenizer, encode(tokenizer, text) + [runs.chat_parts(model, tokenizer)[2]])
+    slots = insert_latents(model, tokenizer, encode(tokenizer, text) + [runs.end_of_answer(model, tokenizer)])
     return Rollout(prompt_ids, slots, torch.stack(targets).cpu(), text=text)
 
 
@@ -97,7 +98,7 @@ def masked_with_targets(model, tokenizer, rng, prompt, sentences, answer, common
 
 
 def encode(tokenizer, text):
-    return tokenizer.encode(text.strip(), add_special_tokens=False, split_special_tokens=True)
+    return runs.encode_text(tokenizer, text.strip())
 
 
 # ============================================================ stage 2: the loss
@@ -124,7 +125,7 @@ def target_loss(model, rows, fed, n_tokens, n_latents, base_learns=False):
     n_latents: of the whole batch."""
     h, slots, valid = states(model, fed)
     targets = torch.cat([row.latents for row in rows]).to(model.device)  # (n, D)
-    z, _ = latent_step(model, h[valid & (slots == LATENT)], None)  # (n, D)
+    z = projected(model, h, valid & (slots == LATENT))  # (n, D)
     loss = squared_error(model, z, targets) / n_latents
     if base_learns:
         first = torch.tensor([row.slots.index(LATENT) for row in rows], device=model.device)
@@ -133,6 +134,21 @@ def target_loss(model, rows, fed, n_tokens, n_latents, base_learns=False):
         logp = engine.token_logprobs(model, h[scored], slots[scored])  # (M,)
         loss = loss - logp.sum() / n_tokens
     return loss
+
+
+def projected(model, h, is_latent):
+    """What the projector makes of the outputs h (B, S, D) that predict latents, which is_latent (B, S) marks
+    -> (n, D), row by row. A recurrent projector hands its memory on within a block, as in decoding."""
+    if model.reasoning_projector.memory_size == 0:
+        z, _ = latent_step(model, h[is_latent], None)
+        return z
+    memory = empty_memory(model, len(h))
+    made = []
+    for s in range(is_latent.shape[1]):
+        z, memory = latent_step(model, h[:, s], memory)  # (B, D), (B, memory_size)
+        memory = torch.where(is_latent[:, s, None], memory, 0.0)  # outside a block it is empty
+        made.append(z)
+    return torch.stack(made, 1)[is_latent]
 
 
 def squared_error(model, z, targets):

@@ -7,6 +7,9 @@ sentence's length.
 Stage 2: the base is frozen; cross-entropy on the text after the first tag trains the projector, through all
 latent steps of all tags.
 
+A small model does otherwise by default (--targets words, see targets.py): it writes stage 1 without tags, a
+run of sentences becomes one tag, and each latent learns a target of its own. --targets none is the paper's.
+
 Left out, and why: (1) spaCy: sentences end at [.!?] or a newline. (2) The released code drops paragraphs
 when it joins sentences again; here the text between them stays. (3) Its loss seems to be summed over 16
 micro-batches instead of averaged, so that its clip of 0.2 bites harder; here the gradient of the mean over
@@ -191,16 +194,17 @@ def masked_trace(model, tokenizer, rng, prompt, text, answer, marker, ratio):
     if masked is None:
         return None
     text = masked + "\n" + (own_answer if answer is None else answer).strip()
-    ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-    slots = insert_latents(model, tokenizer, ids + [runs.chat_parts(model, tokenizer)[2]])
+    ids = runs.encode_text(tokenizer, text)
+    slots = insert_latents(model, tokenizer, ids + [runs.end_of_answer(model, tokenizer)])
     prompt_ids = runs.encode_prompt(model, tokenizer, prompt) if isinstance(prompt, str) else prompt
     no_latents = torch.zeros(0, model.config.hidden_size)  # they are made while the projector is trained
     return Rollout(prompt_ids, slots, no_latents, text=text) if LATENT in slots else None
 
 
 def mask_all(model, tokenizer, traces, marker, rng, aim="none", words=2):
-    """Every trace in RATIOS x VERSIONS masked versions -> (training rows, held-out rows); a tenth of the
-    stories is held out. aim: "words" gives each latent a target (targets.py)."""
+    """Every trace in several masked versions (RATIOS x VERSIONS; with targets, targets.SHARES x VERSIONS) ->
+    (training rows, at most 256 held-out rows); a tenth of the stories is held out. aim: "words" gives each
+    latent a target (targets.py)."""
     masked = versions_with_targets if aim == "words" else versions
     rows = masked(model, tokenizer, traces, marker, rng, words)  # (story, row)
     stories = sorted({story for story, _ in rows})
@@ -235,8 +239,8 @@ def versions_with_targets(model, tokenizer, traces, marker, rng, words):
     rows = []
     for trace, (sentences, answer) in zip(traces, pieces):
         shares = targets.SHARES * VERSIONS
-        masked = targets.masked_with_targets(model, tokenizer, rng, trace["prompt"], sentences, answer, common,
-                                             words, shares)
+        masked = targets.masked_with_targets(model, tokenizer, rng, trace["prompt"], sentences, answer,
+                                             common, words, shares)
         rows += [(trace["example"], row) for row in masked]
     return rows
 
@@ -255,8 +259,8 @@ def pieces_of(tokenizer, traces, marker):
 def fit_projector(model, traces, lr, batch, steps=None, schedule=True, clip=0.2, seed=0, budget=None,
                   progress=None, states=None, every=50, carried=None, aim="none", noise=0.0,
                   base_lr=0.0, betas=(0.9, 0.95)):
-    """Trains the projector and nothing else on traces, one epoch or `steps` steps -> the last steps' mean
-    loss.
+    """Trains the projector on traces (and with base_lr > 0 the base), one epoch or `steps` steps -> the last
+    steps' mean loss.
 
     Used by stage 2 (cosine to 10 %, warm-up 10 %) and by the refresh of stage 3 (constant rate, as released).
     budget: positions per forward pass (None: what fits). states: a directory; the fit continues from the
@@ -300,8 +304,8 @@ def fit_projector(model, traces, lr, batch, steps=None, schedule=True, clip=0.2,
             # (1) The learning rate of this step.
             for i, group in enumerate(optimizer.param_groups):
                 waits = i > 0 and step < steps // 5
-                group["lr"] = (0.0 if waits else
-                               group["peak"] * (_warm_up_and_cosine(step, steps) if schedule else 1))
+                share = warm_up_and_cosine(step, steps, max(1, steps // 10)) if schedule else 1.0
+                group["lr"] = 0.0 if waits else group["peak"] * share
 
             # (2) The loss, in micro-batches. Its denominator is known before the first of them: text tokens
             #     after the first tag, over the whole batch.
@@ -380,9 +384,8 @@ def _scored_tokens(slots):
     return len(after_first) - after_first.count(LATENT)
 
 
-def _warm_up_and_cosine(step, steps):
-    """The share of the peak rate: up over the first tenth of the steps, then a cosine down to 0.1."""
-    warm_up = max(1, steps // 10)
+def warm_up_and_cosine(step, steps, warm_up):
+    """The share of the peak rate: up over the first warm_up steps, then a cosine down to 0.1."""
     progress = max(0, step - warm_up) / max(1, steps - warm_up)
     return min((step + 1) / warm_up, 0.55 + 0.45 * math.cos(math.pi * progress))
 
@@ -430,7 +433,6 @@ def stages_1_and_2(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, e
     # Stage 2 has its own way to stop.
     runs.on_stop(lambda: f"the traces sampled so far are kept; go on with --resume {out}")
     path = os.path.join(out, "traces.jsonl")
-    # Targets are taken from what was written, so everything is.
     aim = cfg["targets"]
     if aim != "words":
         if changes.get("train_base"):
@@ -438,6 +440,7 @@ def stages_1_and_2(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, e
                             "base frozen")
         cfg["train_base"] = 0.0
     print("stages 1 and 2: " + ", ".join(_setting(name, value) for name, value in cfg.items()))
+    # With targets no tag is written in stage 1: a target is taken from a sentence that was written out.
     tag = "forbidden" if aim == "words" else None
     traces = collect_traces(model, tokenizer, task, examples, cfg["k"], max_new_tokens, seed, path, tag,
                             keep_cut)

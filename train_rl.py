@@ -8,15 +8,16 @@ holds the base to the latents of stage 1's traces (`targets.add_anchor`), and th
 too (`rehearse`). The loop is `train` below; its seven numbered steps are the README's.
 
 Left out, and why: (1) no KL term and no reference model: the released runs set the coefficient to 0. (2) No
-second pass for the old log-probs: the sampler's own are exact (tests/test_decode.py). (3) A small model gets
-one optimiser step per rollout batch, so that its ratio is always 1 and the clip idle; a real model gets 16,
-as released. (4) Latents are replayed as they were sampled; --recompute-latents makes them again with the
-current weights, as released. (5) The learning rate is constant; the released script leaves it to OpenRLHF's
-default (--lr-schedule cosine). (6) The refresh steps on 16 traces at a time, with a clipped gradient; the
-released one on one trace per GPU, unclipped (--refresh-batch, --refresh-clip).
+second pass for the old log-probs: the sampler's own are the scorer's up to rounding (tests/test_decode.py; in
+bf16 on CUDA up to 0.2). (3) A small model gets one optimiser step per rollout batch, so that its ratio is 1
+up to that rounding and the clip idle; a real model gets 16, as released. (4) Latents are replayed as they
+were sampled; --recompute-latents makes them again with the current weights, as released. (5) The learning
+rate is constant; the released script leaves it to OpenRLHF's default (--lr-schedule cosine). (6) The refresh
+steps on 16 traces at a time, with a clipped gradient; the released one on one trace per GPU, unclipped
+(--refresh-batch, --refresh-clip).
 
     python train_rl.py                               # the tiny model, all stages, a table: 3 minutes, 2 cores
-    python train_rl.py --method grpo                 # the same RL without latents, for comparison
+    python train_rl.py --method grpo                 # RL without latents, by default without a length penalty
     python train_rl.py --resume out/tiny-litereason  # continue a stopped run, exactly: on a CPU bit for bit
     python train_rl.py --model Qwen2.5-1.5B          # the paper's plot holes on one GPU; before it, once:
                                                      #   python data/flawed_fictions/prepare.py
@@ -46,7 +47,7 @@ from eval import PAPER, against, evaluate, latent_of, latents_of_others
 from litereason import (PROJECTORS, RULES, Rollout, UserError, generate, load, logprobs, policy_loss,
                         recompute_latents, start_projector)
 from train_projector import (RATIOS, fit_projector, masked_trace, pieces_of, read_traces, short_enough,
-                             stages_1_and_2)
+                             stages_1_and_2, warm_up_and_cosine)
 
 # ============================================================ settings that depend on the model's size
 # RELEASED is the authors' script: 2880 steps are 30 passes over 290 stories, 6 rollout batches each, 16 steps
@@ -94,10 +95,10 @@ def train(args, model, base, masters, tokenizer, task, examples, prompts, vals, 
     stage_1 = traces_of_stage_1(args, tokenizer, task) if needs_traces(args) else None
 
     for step in range(state.step, args.steps):
-        # Numbers of the rollout batch, and of the minibatch in it.
+        # Numbers of the rollout batch, of the minibatch in it, and of the train prompts.
         batch, minibatch = divmod(step, args.minibatches)
         epoch, batch_in_epoch = divmod(batch, per_epoch)
-        index = prompts_of_batch(args, len(examples), epoch, batch_in_epoch)  # which train prompts
+        index = prompts_of_batch(args.seed, len(examples), args.prompts, epoch, batch_in_epoch)
         phases = runs.Phases(model.device)
         if minibatch == 0:
             # (1) Sample a group of rollouts for each prompt.
@@ -182,10 +183,10 @@ def encode_prompts(args, model, tokenizer, task, examples):
     return [runs.encode_prompt(model, tokenizer, task.prompt(example, offers_tag)) for example in examples]
 
 
-def prompts_of_batch(args, n_examples, epoch, batch_in_epoch):
+def prompts_of_batch(seed, n_examples, n_prompts, epoch, batch_in_epoch):
     """The numbers of a rollout batch's train prompts: their order is a function of (seed, epoch) alone."""
-    order = random.Random(f"{args.seed} {epoch}").sample(range(n_examples), n_examples)
-    return order[batch_in_epoch * args.prompts :][: args.prompts]
+    order = random.Random(f"{seed} {epoch}").sample(range(n_examples), n_examples)
+    return order[batch_in_epoch * n_prompts :][:n_prompts]
 
 
 def sample_groups(args, model, tokenizer, prompts, batch):
@@ -274,9 +275,7 @@ def learning_rate(args, step):
     cosine to a tenth."""
     if args.lr_schedule == "constant":
         return args.lr
-    warm_up = math.ceil(0.03 * args.steps)
-    progress = max(0, step - warm_up) / max(1, args.steps - warm_up)
-    return args.lr * min((step + 1) / warm_up, 0.55 + 0.45 * math.cos(math.pi * progress))
+    return args.lr * warm_up_and_cosine(step, args.steps, math.ceil(0.03 * args.steps))
 
 
 def remember_rewarded(state, index):
@@ -432,8 +431,8 @@ def parse_arguments():
     g.add_argument("--model", default="tiny", help="tiny, a directory (a run of train_projector.py "
                    "too), or a hub name such as Qwen2.5-1.5B (default tiny)")
     g.add_argument("--method", default="litereason", choices=list(NAMES),
-                   help="grpo: the same RL with the plain prompt, no tags and no latents; tag: with the tag "
-                   "prompt, but a tag is text (default litereason)")
+                   help="grpo: RL with the plain prompt, no tags and no latents (and by default no length "
+                   "penalty); tag: with the tag prompt, but a tag is text (default litereason)")
     data.task_flags(g)
     runs.out_flags(g, "settings, metrics.jsonl, the model and the table", "out/MODEL-TASK-METHOD")
     g.add_argument("--resume", metavar="DIR", help="continue the run in DIR, by its own settings; only "
@@ -557,6 +556,10 @@ def main():
     data.start_task(args, task, args.model)
     if args.method == "grpo" and args.overlong_buffer is None:
         args.overlong_buffer = 0  # a small model without tags answers the penalty with no reasoning at all
+    made = runs.run_settings(args.model)
+    for name in targets.OF_A_LATENT:  # a run of stages 1 and 2 has decided what a latent holds
+        if getattr(args, name) is None:
+            setattr(args, name, made.get(name))
     for name, value in (SMALL if runs.is_small(model) else RELEASED).items():
         is_planned = name in PLANNED and model.device.type == "cuda"
         if getattr(args, name, None) is None and not is_planned:

@@ -45,7 +45,8 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 SPLITS = ("train", "val", "test")
 
 # ============================================================ what prompts and rewards are made of
-# The paper's offer of the tag, for prompts of real tasks. "number" is not a number, so this is no tag.
+# The offer of the tag, for prompts of real tasks: the paper's content in our words. "number" is not a number,
+# so this is no tag.
 OFFER = """You may also think without words. Where a sentence of your reasoning would come next, you can \
 write <implicit_thought>number</implicit_thought> in its place and leave the sentence out. The number goes \
 from 1 to 5: the harder the thought, the higher. This works best in the middle of your reasoning rather than \

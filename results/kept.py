@@ -1,6 +1,6 @@
-"""What the tiny world's tables need of each run, kept in results/runs-TASK.jsonl, a line each: its rows with the
-score and the tokens of every story, and what its training took. So tables can be made again, and rows added
-to them, on a machine that does not have the runs in out/.
+"""What the tiny world's tables need of each run, kept in results/runs-TASK.jsonl, a line each: its rows with
+the score and the tokens of every story, and what its training took. So tables can be made again, and rows
+added to them, on a machine that does not have the runs in out/.
 
 A run that is in out/ counts before one that is kept, and one that other commands made does not count.
 """
@@ -50,7 +50,8 @@ def record_of(out, root, tokens_sampled):
     rows = []
     for row in paper.results_in(out):
         if "per_example" in row:
-            row["per_example"] = {what: list(map(whole, values)) for what, values in row["per_example"].items()}
+            by_story = row["per_example"]
+            row["per_example"] = {what: list(map(whole, values)) for what, values in by_story.items()}
         if "model" in row:
             row["model"] = row["model"].replace(root + os.sep, "")
         rows.append(row)

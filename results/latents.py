@@ -59,14 +59,14 @@ class Reader:
 def read(model, tokenizer, examples, seed):
     """-> {"answers", "read", and of the latents that were read "all", "last_whole", "last_lost": [how many,
     how many name their round]}; the last latents are those of the last round, of stories in which both halves
-    arrive ("whole") and of those with a hole ("lost")."""
+    arrive ("whole") and of those with a hole ("lost"); "wrong" are those of the answers that are wrong."""
     cap = model.config.litereason_max_reasoning_steps
     reader = Reader(model, tokenizer)
     prompts = [tiny.prompt(example, True) for example in examples]
     generator = torch.Generator().manual_seed(seed)
     limit = runs.slots_per_answer(model)
     rollouts = generate(model, tokenizer, prompts, 1, limit, generator=generator, **PAPER)
-    counts = {"all": [0, 0], "last_whole": [0, 0], "last_lost": [0, 0]}
+    counts = {"all": [0, 0], "last_whole": [0, 0], "last_lost": [0, 0], "wrong": [0, 0]}
     n_read = 0
     for rollout in rollouts:
         example = examples[rollout.prompt]
@@ -78,9 +78,12 @@ def read(model, tokenizer, examples, seed):
         counts["all"][0] += len(is_right)
         counts["all"][1] += sum(is_right)
         if rounds[-1] == set(pair[-1] for pair in example["chains"]):
-            last = counts["last_lost" if example["label"] else "last_whole"]
-            last[0] += 1
-            last[1] += is_right[-1]
+            kinds = ["last_lost" if example["label"] else "last_whole"]
+            if not tiny.reward(example, rollout.text):
+                kinds.append("wrong")
+            for kind in kinds:
+                counts[kind][0] += 1
+                counts[kind][1] += is_right[-1]
     return {"answers": len(rollouts), "read": n_read, **counts}
 
 
@@ -97,11 +100,13 @@ def share(count):
 def table(found):
     """{name: [what `read` says of each seed]} -> Markdown"""
     lines = ["| run | answers of tags alone | latents | name their round | the last, both halves arrive "
-             "| the last, one is lost |", "|---|---|---|---|---|---|"]
+             "| the last, one is lost | wrong answers | the last, of these |",
+             "|---|---|---|---|---|---|---|---|"]
     for name, rows in found.items():
         answers = sum(row["read"] for row in rows) / sum(row["answers"] for row in rows)
         cells = [name, f"{answers:.3f}", f"{total(rows, 'all')[0]:,}"]
         cells += [share(total(rows, key)) for key in ("all", "last_whole", "last_lost")]
+        cells += [str(total(rows, "wrong")[0]), share(total(rows, "wrong"))]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

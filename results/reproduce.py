@@ -42,40 +42,40 @@ from runs import UserError
 # directory of another row, which is run before, or a number of TASKS. An eval.py row trains nothing.
 FROZEN = "train_projector.py --prompts 6000 --steps 1200"
 STAGES = f"{FROZEN} --lr 2e-3 --train-base 5e-4"
-GENTLY = "--lr 6e-5"  # so that base and projector stay together; text learns more at the default's 1.2e-4
-PENALTY = "--steps 96 --overlong-buffer {most}"
-NO_PENALTY = "--steps 96 --overlong-buffer 0"
+RL = "--steps 96 --lr-schedule cosine"
+PENALTY = f"{RL} --overlong-buffer {{most}}"
+NO_PENALTY = f"{RL} --overlong-buffer 0"
 # The paper's refresh; 6 rollout batches were an epoch of its 290 stories.
 PAPERS = "--targets none --refresh-every 6"
 METHODS = [
     ("base, explicit reasoning", "base", "eval.py --model tiny:plain"),
     ("base, tag prompt", "base-tag", "eval.py --model tiny"),
     ("LiteReason before RL", "projector", STAGES),
-    ("LiteReason + length penalty", "litereason-lp", f"train_rl.py --model {{projector}} {PENALTY} {GENTLY}"),
+    ("LiteReason + length penalty", "litereason-lp", f"train_rl.py --model {{projector}} {PENALTY}"),
     ("LiteReason + length penalty, its latents taken away", "litereason-lp-text",
      "eval.py --model {litereason-lp} --latent none"),
     ("RL with tags + length penalty", "tag-lp", f"train_rl.py --method tag {PENALTY}"),
     ("RL without latents", "rl", f"train_rl.py --method grpo {NO_PENALTY}"),
     ("RL + length penalty", "rl-lp", f"train_rl.py --method grpo {PENALTY}"),
-    ("LiteReason", "litereason", f"train_rl.py --model {{projector}} {NO_PENALTY} {GENTLY}"),
+    ("LiteReason", "litereason", f"train_rl.py --model {{projector}} {NO_PENALTY}"),
     ("LiteReason, its latents taken away", "litereason-text", "eval.py --model {litereason} --latent none"),
     ("RL with tags, no latents", "tag", f"train_rl.py --method tag {NO_PENALTY}"),
-    ("RL + late length penalty", "rl-late", "train_rl.py --method grpo --steps 96 --overlong-buffer {late}"),
+    ("RL + late length penalty", "rl-late", f"train_rl.py --method grpo {RL} --overlong-buffer {{late}}"),
     ("the paper's recipe, before RL", "paper-stages", f"{FROZEN} --targets none --lr 1e-3"),
     ("the paper's recipe + length penalty", "paper-lp",
-     f"train_rl.py --model {{paper-stages}} {PENALTY} {GENTLY} {PAPERS}"),
+     f"train_rl.py --model {{paper-stages}} {PENALTY} {PAPERS}"),
     ("the paper's recipe", "paper",
-     f"train_rl.py --model {{paper-stages}} {NO_PENALTY} {GENTLY} {PAPERS}"),
+     f"train_rl.py --model {{paper-stages}} {NO_PENALTY} {PAPERS}"),
     ("base frozen, before RL", "frozen", FROZEN),
-    ("base frozen + length penalty", "frozen-lp", f"train_rl.py --model {{frozen}} {PENALTY} {GENTLY}"),
+    ("base frozen + length penalty", "frozen-lp", f"train_rl.py --model {{frozen}} {PENALTY}"),
     ("no anchor + length penalty", "adrift-lp",
-     f"train_rl.py --model {{projector}} --anchor 0 {PENALTY} {GENTLY}"),
+     f"train_rl.py --model {{projector}} --anchor 0 {PENALTY}"),
     ("RL with tags + length penalty, after stage 2", "written-lp",
-     f"train_rl.py --model {{projector}} --method tag {PENALTY} {GENTLY}"),
+     f"train_rl.py --model {{projector}} --method tag {PENALTY}"),
     ("no noise, before RL", "clean", f"{STAGES} --noise 0"),
-    ("no noise + length penalty", "clean-lp", f"train_rl.py --model {{clean}} {PENALTY} {GENTLY}"),
+    ("no noise + length penalty", "clean-lp", f"train_rl.py --model {{clean}} {PENALTY}"),
     ("pause tokens + length penalty", "pause-lp",
-     f"train_rl.py --projector pause {PENALTY} {GENTLY} {PAPERS}"),
+     f"train_rl.py --projector pause {PENALTY} {PAPERS}"),
     ("answer at once", "answer", "baselines.py --method answer"),
     ("MoI", "moi", "baselines.py --method moi"),
     ("Soft Thinking", "soft-thinking", "baselines.py --method soft-thinking"),
@@ -195,9 +195,9 @@ def rows_of(records, task, seeds):
             if command.startswith("baselines.py"):
                 of_runs = [method]
             for own in of_runs:
-                for row in rows_in(records, task, own, seed):
+                for row in rows_in(records, task, own, seed):  # the last of CoLaR's is its own
                     by_kind = found.setdefault(name, {})
-                    by_kind.setdefault(kind_of(row), {})[seed] = {**row, **cost}  # CoLaR's last row is its own
+                    by_kind.setdefault(kind_of(row), {})[seed] = {**row, **cost}
     return found
 
 
@@ -524,7 +524,8 @@ def write_tables_of_model(args):
         name = f"{paper.short_name(args.model)}.{task}"
         path = os.path.join(args.tables_in, f"methods-{name}.json")
         runs.write_json(path, found)
-        controls = {seed: paper.results_in(paper.directory(args, task, "controls", seed)) for seed in args.seeds}
+        folders = {seed: paper.directory(args, task, "controls", seed) for seed in args.seeds}
+        controls = {seed: paper.results_in(folder) for seed, folder in folders.items()}
         evidence_texts = write_evidence(args.tables_in, name, rows, controls_of(controls))
         parts = [table_of(task, found), costs_of(task, found), paper.caption(args, task, found),
                  *evidence_texts.values()]

@@ -99,6 +99,22 @@ def test_a_run_with_an_anchor_stands_alone_and_continues_bit_for_bit(start, tmp_
     assert (tmp_path / "whole" / "traces.jsonl").read_text() == (start / "traces.jsonl").read_text()
 
 
+def test_rl_takes_over_what_stage_2_has_taught_the_latents(start, tmp_path):
+    """Another target than that which the projector has learned would pull the base away from it."""
+    run(train_projector, "--device", "cpu", "--prompts", 40, "--samples", 1, "--steps", 2, "--batch", 4,
+        "--n", 1, "--targets", "none", "--out", tmp_path / "paper")
+    run(train_rl, "--model", tmp_path / "paper", *RL, "--steps", 1, "--out", tmp_path / "a")
+    run(train_rl, "--model", tmp_path / "paper" / "model", *RL, "--steps", 1, "--out", tmp_path / "b")
+    run(train_rl, "--model", start, *RL, "--steps", 1, "--noise", 0.1, "--out", tmp_path / "c")
+
+    def of(name):
+        with open(tmp_path / name / "config.json") as config, open(tmp_path / name / "metrics.jsonl") as log:
+            return {**json.load(config), **json.loads(log.readline())}
+
+    assert of("a")["targets"] == of("b")["targets"] == "none" and of("a")["anchor_loss"] is None
+    assert of("c")["targets"] == "words" and of("c")["noise"] == 0.1 and of("c")["anchor_loss"] > 0
+
+
 def test_a_pause_token_has_nothing_that_an_anchor_could_hold(tmp_path):
     run(train_rl, "--projector", "pause", *RL, "--steps", 1, "--projector-steps", 1, "--trace-prompts", 40,
         "--out", tmp_path)

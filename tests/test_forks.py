@@ -16,10 +16,11 @@ from test_train import close_gradients, gradients, some_number
 
 import data
 import litereason
+import targets
 import train_rl
 from eval import flops, latent_of, matrix_flops
 from litereason import (LATENT, PROJECTORS, RULES, attach, generate, load, logprobs, naive_generate,
-                        policy_loss, projector_loss, recompute_latents, save, start_projector, unroll)
+                        policy_loss, projector_loss, recompute_latents, save, start_projector, states, unroll)
 from runs import UserError
 
 
@@ -135,6 +136,30 @@ def test_scoring_replays_its_latents_and_the_policy_gradient_never_reaches_it(gr
     assert gradients(gru, logp.sum(), "projector") == {}
     loss, _ = projector_loss(gru, rollouts)
     assert all(g.abs().max() > 0 for g in gradients(gru, loss, "projector").values())
+
+
+def test_with_targets_it_hands_its_memory_on_within_a_block_too(gru, tok):
+    """Fed with what the sampler made, it makes that again, and its gradients are the definition's."""
+    rollouts = write(gru, tok, PROMPTS, TEXTS, LIMIT, samples=2)
+
+    def outputs():
+        h, slots, valid = states(gru, rollouts)
+        return h, valid & (slots == LATENT)
+
+    fast = targets.projected(gru, *outputs())
+    close(fast, torch.cat([r.latents for r in rollouts]))
+    slow = []
+    memory = None
+    for of_row, marked in zip(*outputs()):
+        for s, is_latent in enumerate(marked.tolist()):
+            if not is_latent:
+                memory = None
+                continue
+            z, memory = gru.reasoning_projector(of_row[s : s + 1], memory)
+            slow.append(z)
+        memory = None
+    weights = torch.randn(fast.shape, dtype=fast.dtype, generator=torch.Generator().manual_seed(0))
+    close_gradients(gradients(gru, (fast * weights).sum()), gradients(gru, (torch.cat(slow) * weights).sum()))
 
 
 def test_its_cost_its_start_and_its_file_need_nothing_more(gru, tok, tmp_path):

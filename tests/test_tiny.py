@@ -111,6 +111,18 @@ def test_a_skipped_run_is_one_tag_whose_latents_have_the_words_of_each_round_as_
     assert masked(model, tokenizer, random.Random(0), examples[0], 0.0, common) is None
 
 
+def test_a_cap_of_one_latent_a_tag_gives_each_round_a_tag_of_its_own(base, monkeypatch):
+    model, tokenizer = base
+    monkeypatch.setattr(model.config, "litereason_max_reasoning_steps", 1)
+    examples = tiny.examples("train")[:20]
+    sentences = [s for e in examples for s in sentences_of(split_answer(trace_of(e)[0])[0])]
+    row = masked(model, tokenizer, random.Random(0), examples[0], 1.0,
+                 targets.common_words(tokenizer, sentences))
+    _, rounds = trace_of(examples[0])
+    assert row.n_tags == row.n_latents == len(rounds) - 1
+    assert [words_in(model, tokenizer, z) for z in row.latents] == [set(pair) for pair in rounds[1:]]
+
+
 @pytest.fixture
 def rows(base):
     model, tokenizer = base
