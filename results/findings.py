@@ -2,8 +2,8 @@
 reproduce.py has written into this directory: nothing here is typed by hand.
 
 found: {method: its means over seeds}, reproduce.summary; controls: {control: its rows and comparison},
-reproduce.controls_summary; lengths: rows of reproduce.lengths_of; latents: reproduce.latents_of; claims: from
-evidence.claims.
+reproduce.controls_summary; lengths: rows of reproduce.lengths_of; latents: reproduce.latents_of; compared:
+{"differences", "claims"} of evidence.py.
 """
 import textwrap
 
@@ -14,6 +14,7 @@ BASE, RL = "base, explicit reasoning", "RL without latents"
 OURS, WORDS = "LiteReason + length penalty", "RL with tags + length penalty"
 RECIPE, FROZEN = "the paper's recipe + length penalty", "base frozen + length penalty"
 ADRIFT, PENALISED = "no anchor + length penalty", "RL + length penalty"
+WRITTEN = "RL with tags + length penalty, after stage 2"
 HEADLINE = [BASE, RL, OURS, WORDS, RECIPE]  # in the first table, and in the picture of scores against tokens
 OTHERS = "latents: other"  # the control in which each story gets another one's latents
 REPLACED = {OTHERS: "another story's latents", "latents: mean": "the mean latent", "latents: noise": "noise",
@@ -36,8 +37,9 @@ def headline(found, controls, sampled):
     return "\n".join(lines)
 
 
-def findings(found, controls, lengths=(), latents=None, claims=()):
+def findings(found, controls, lengths=(), latents=None, compared=None):
     """The README's list. A finding of which a run is missing is left out."""
+    compared = compared or {}
     told = [
         score_and_length(found),
         whether_latents_matter(controls),
@@ -45,7 +47,8 @@ def findings(found, controls, lengths=(), latents=None, claims=()):
         against_words(found),
         over_lengths(lengths),
         the_papers_recipe(found),
-        what_is_met(claims)]
+        what_the_parts_are_worth(compared.get("differences", [])),
+        what_is_met(compared.get("claims", []))]
     lines = [textwrap.fill(f"- {finding}", 110, subsequent_indent="  ") for finding in told if finding]
     return "\n".join(lines)
 
@@ -98,18 +101,25 @@ def whether_latents_matter(controls):
 def what_latents_say(latents):
     if OURS not in latents:
         return ""
-    unread = ""
+    without = ""
     if ADRIFT in latents:
         ours, adrift = (in_total(latents[name], "last_lost") for name in (OURS, ADRIFT))
-        unread = (f" Of the last latents in stories with a hole, {ours} do, and {adrift} without the anchor: "
-                  "RL moves the base away from the projector, and these are the answers that go wrong.")
+        ours_wrong, adrift_wrong = (wrong_names(latents[name]) for name in (OURS, ADRIFT))
+        without = (f" Of the last latents in stories with a hole, {ours} do, and {adrift} without the "
+                   f"anchor; there {adrift_wrong} wrong answers end on a latent with other names, with it "
+                   f"{ours_wrong}.")
     share = in_total(latents[OURS], "all")
     return (f"**What they say.** {share} of the latents are nearest to the two names of their own round, "
-            f"added up (`python results/latents.py`).{unread}")
+            f"added up (`python results/latents.py`).{without}")
 
 
 def in_total(rows, key):
     return latents_table.share(latents_table.total(rows, key))
+
+
+def wrong_names(rows):
+    n_wrong, n_named = latents_table.total(rows, "wrong")
+    return f"{n_wrong - n_named} of {n_wrong}"
 
 
 def against_words(found):
@@ -119,9 +129,14 @@ def against_words(found):
     skipped = ""
     if PENALISED in found:
         skipped = f", and RL without tags no reasoning at all: {score(found[PENALISED])}"
+    matched = ""
+    if WRITTEN in found:
+        matched = (f" RL with tags that begins where LiteReason does, after stages 1 and 2: "
+                   f"{score(found[WRITTEN])}.")
     return ("**Latents against words.** Under the same penalty RL with tags that run no latents learns to "
             f"write shorthand: {score(found[WORDS])}{skipped}. Latents take "
-            f"{saved(found[OURS], found[WORDS]):.0f} % fewer tokens than shorthand, at {gap:+.1f} points.")
+            f"{saved(found[OURS], found[WORDS]):.0f} % fewer tokens than shorthand, at {gap:+.1f} points."
+            f"{matched}")
 
 
 def over_lengths(lengths):
@@ -142,11 +157,23 @@ def the_papers_recipe(found):
         return ""
     beside = ""
     if FROZEN in found:
-        beside = ("; with a target for each latent and the masks that go with it, base frozen all the same, "
-                  f"at {score(found[FROZEN])} ({over_seeds(found[FROZEN])})")
+        beside = ("; with targets for the latents in stage 2 and in RL, the masks and the learning rate that "
+                  "go with them, and no refresh, base frozen in stage 2 all the same, at "
+                  f"{score(found[FROZEN])} ({over_seeds(found[FROZEN])})")
     return (f"**The paper's own recipe** ends at {score(found[RECIPE])} here ({over_seeds(found[RECIPE])})"
             f"{beside}. That is a finding about a model of two layers that knows nothing but this world, not "
             "about the paper's.")
+
+
+def what_the_parts_are_worth(differences):
+    parts = []
+    for without, words in ((ADRIFT, "the anchor in RL"), (FROZEN, "a base that learns in stage 2 too")):
+        for own in differences:
+            if (own["ours"], own["theirs"]) == (OURS, without):
+                interval = evidence.in_words([100 * end for end in own["accuracy_ci95"]], "+.1f")
+                parts.append(f"{words} {100 * own['accuracy']:+.1f} points (95 % interval {interval}, "
+                             f"Holm's p {own['accuracy_holm']:.1g})")
+    return f"**What the other parts are worth**, each left out alone: {'; '.join(parts)}." if parts else ""
 
 
 def what_is_met(claims):

@@ -463,9 +463,8 @@ def write_tables(tasks, seeds):
             tested = controls_summary(tested) if tested else {}
             sampled = SAMPLED[next(iter(found.values()))["sampling"]]
             texts["headline"] = findings.headline(found, tested, sampled)
-            compared = read_json(os.path.join(HERE, f"differences-{task}.json"), {})
-            claims = compared.get("paper", {}).get("claims", [])
-            texts["findings"] = findings.findings(found, tested, lengths, latents, claims)
+            compared = read_json(os.path.join(HERE, f"differences-{task}.json"), {}).get("paper")
+            texts["findings"] = findings.findings(found, tested, lengths, latents, compared)
         for name, text in texts.items():
             into_readme(name, text)
             print(f"{text}\n")

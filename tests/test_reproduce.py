@@ -51,7 +51,7 @@ def test_the_tables_and_the_numbers_in_sentences_are_those_in_results(task):
         lengths = figures(f"lengths-{task}")
         latents = figures(f"latents-{task}") if is_there(f"latents-{task}") else {}
         made["findings"] = findings.findings(rows, controls["paper"], lengths, latents,
-                                             figures(f"differences-{task}")["paper"]["claims"])
+                                             figures(f"differences-{task}")["paper"])
         made |= {f"latents-{task}": read_latents.table(latents)} if latents else {}
     made |= {f"controls-{reproduce.mark_of(task, kind)}": reproduce.controls_table(own, kind)
              for kind, own in controls.items()}
