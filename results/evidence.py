@@ -44,8 +44,6 @@ for ours, theirs, words in [
         ("LiteReason", "LiteReason, its latents taken away", "LiteReason beats itself without latents"),
         ("LiteReason + length penalty", "RL with tags + length penalty",
          "LiteReason beats RL with tags under the same penalty"),
-        ("LiteReason + length penalty", "RL with tags + length penalty, after stage 2",
-         "LiteReason beats RL with tags after the same stages 1 and 2, under the same penalty"),
         ("LiteReason + length penalty", "LiteReason + length penalty, its latents taken away",
          "LiteReason beats itself without latents under the penalty")]:
     tests = [("tokens saved", (ours, theirs), 0.0), ("accuracy gained", (ours, theirs), EQUAL)]
