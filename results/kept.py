@@ -2,7 +2,8 @@
 the score and the tokens of every story, and what its training took. So tables can be made again, and rows
 added to them, on a machine that does not have the runs in out/.
 
-A run that is in out/ counts before one that is kept, and one that other commands made does not count.
+A run that is in out/ counts before one that is kept, and one that other commands made does not count. Code is
+not compared: after a change of what a run computes, delete the file.
 """
 import json
 import os

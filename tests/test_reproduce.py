@@ -120,7 +120,8 @@ def world(tmp_path, monkeypatch):
         both = {"paper": (0.5, 40.0), "trained": (0.25, 44.0)}
         leave(at / f"base-test-{seed}", *(row_of(*of, sampling=kind) for kind, of in both.items()))
         leave(at / f"litereason-{seed}", config_json=json.dumps({"prompts": 2, "group": 4}),
-              seconds_json="30", finished_json="[]", metrics_jsonl=json.dumps({"text_tokens": 8, "latent_steps": 2}) + "\n")
+              seconds_json="30", finished_json="[]",
+              metrics_jsonl=json.dumps({"text_tokens": 8, "latent_steps": 2}) + "\n")
         both = {"paper": (1.0 - seed / 4, 10.0 + seed), "trained": (0.75, 12.0)}
         leave(at / f"litereason-test-{seed}", *(row_of(*of, sampling=kind) for kind, of in both.items()))
         leave(at / f"litereason-train-{seed}", row_of(1.0, sampling="paper", split="train"))
