@@ -12,7 +12,8 @@ from results import latents as latents_table
 
 BASE, RL = "base, explicit reasoning", "RL without latents"
 OURS, WORDS = "LiteReason + length penalty", "RL with tags + length penalty"
-RECIPE, FROZEN = "the paper's recipe + length penalty", "base frozen + length penalty"
+RECIPE, UNPENALISED = "the paper's recipe + length penalty", "the paper's recipe"
+FROZEN = "base frozen + length penalty"
 ADRIFT, PENALISED = "no anchor + length penalty", "RL + length penalty"
 WRITTEN = "RL with tags + length penalty, after stage 2"
 HEADLINE = [BASE, RL, OURS, WORDS, RECIPE]  # in the first table, and in the picture of scores against tokens
@@ -160,8 +161,13 @@ def the_papers_recipe(found):
         beside = ("; with targets for the latents in stage 2 and in RL, the masks and the learning rate that "
                   "go with them, and no refresh, base frozen in stage 2 all the same, at "
                   f"{score(found[FROZEN])} ({over_seeds(found[FROZEN])})")
+    unpenalised = ""
+    if UNPENALISED in found:
+        row = found[UNPENALISED]
+        unpenalised = (f"; without a length penalty at {score(row)}, {row['latent_steps']:.1f} of them latents "
+                       f"({over_seeds(row)})")
     return (f"**The paper's own recipe** ends at {score(found[RECIPE])} here ({over_seeds(found[RECIPE])})"
-            f"{beside}. That is a finding about a model of two layers that knows nothing but this world, not "
+            f"{unpenalised}{beside}. That is a finding about a model of two layers that knows nothing but this world, not "
             "about the paper's.")
 
 
