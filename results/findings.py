@@ -167,8 +167,8 @@ def the_papers_recipe(found):
         unpenalised = (f"; without a length penalty at {score(row)}, {row['latent_steps']:.1f} of them "
                        f"latents ({over_seeds(row)})")
     return (f"**The paper's own recipe** ends at {score(found[RECIPE])} here ({over_seeds(found[RECIPE])})"
-            f"{unpenalised}{beside}. That is a finding about a model of two layers that knows nothing but this "
-            "world, not about the paper's.")
+            f"{unpenalised}{beside}. That is a finding about a model of two layers that knows nothing but "
+            "this world, not about the paper's.")
 
 
 def what_the_parts_are_worth(differences):
