@@ -53,8 +53,9 @@ def record_of(out, root, tokens_sampled):
         if "per_example" in row:
             by_story = row["per_example"]
             row["per_example"] = {what: list(map(whole, values)) for what, values in by_story.items()}
-        if "model" in row:
-            row["model"] = row["model"].replace(root + os.sep, "")
+        for key in ("name", "model"):
+            if key in row:
+                row[key] = row[key].replace(root + os.sep, "")
         rows.append(row)
     return {
         "made": time.strftime("%Y-%m-%d", time.gmtime(os.path.getmtime(out))),
