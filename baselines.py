@@ -28,7 +28,6 @@ under the same two. (3) LoRA: the base is trained whole, as the paper's author d
     python baselines.py --method colar            # SFT on own traces, then GRPO
     python baselines.py --method answer           # SFT on gold answers; --stories 100: on fewer
 """
-import functools
 import itertools
 import json
 import math
@@ -259,7 +258,6 @@ def train_coconut(model, tokenizer, traces, cfg, budget, seed):
 
 def coconut_rows(model, tokenizer, traces, stage, last_stage):
     """The traces as a stage trains on them: latents, the sentences that are left, the answer, its end."""
-    encode = functools.partial(runs.encode_text, tokenizer)
     end = runs.end_of_answer(model, tokenizer)
     no_latents = torch.zeros(0, model.config.hidden_size)  # they are made in the forward pass
     rows = []
@@ -268,7 +266,7 @@ def coconut_rows(model, tokenizer, traces, stage, last_stage):
         sentences = [sentence for sentence in sentences if sentence.strip()]
         left = sentences[stage:] if stage <= last_stage else []
         text = ("".join(left) + " " + answer).strip()
-        slots = [LATENT] * min(stage, last_stage) + encode(text) + [end]
+        slots = [LATENT] * min(stage, last_stage) + runs.encode_text(tokenizer, text) + [end]
         rows.append(Rollout(runs.encode_prompt(model, tokenizer, prompt), slots, no_latents))
     return rows
 
@@ -312,7 +310,6 @@ def train_answer(model, rows, cfg, accuracy, budget, seed):
 
 def answer_rows(model, tokenizer, task, examples):
     """The gold answers of the examples, from what follows the opening, in which nothing can be learned."""
-    encode = functools.partial(runs.encode_text, tokenizer)
     end = runs.end_of_answer(model, tokenizer)
     opening = data.opening_of(task)
     no_latents = torch.zeros(0, model.config.hidden_size)
@@ -320,7 +317,7 @@ def answer_rows(model, tokenizer, task, examples):
     for example in examples:
         prompt = runs.encode_prompt(model, tokenizer, task.prompt(example, False), opening)
         rest = task.answer(example).removeprefix(opening)
-        rows.append(Rollout(prompt, encode(rest) + [end], no_latents))
+        rows.append(Rollout(prompt, runs.encode_text(tokenizer, rest) + [end], no_latents))
     return rows
 
 
@@ -437,11 +434,11 @@ def sft_colar(model, tokenizer, head, traces, cfg, budget, seed):
 
 def colar_rows(model, tokenizer, traces):
     """The traces as [(prompt as text, the tokens of the reasoning, those of the answer and its end)]."""
-    encode = functools.partial(runs.encode_text, tokenizer)
     end = runs.end_of_answer(model, tokenizer)
     rows = []
     for prompt, reasoning, answer in traces:
-        rows.append((prompt, encode(reasoning.strip()), encode(answer.strip()) + [end]))
+        thought = runs.encode_text(tokenizer, reasoning.strip())
+        rows.append((prompt, thought, runs.encode_text(tokenizer, answer.strip()) + [end]))
     return rows
 
 

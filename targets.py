@@ -139,7 +139,7 @@ def target_loss(model, rows, fed, n_tokens, n_latents, base_learns=False):
 def projected(model, h, is_latent):
     """What the projector makes of the outputs h (B, S, D) that predict latents, which is_latent (B, S) marks
     -> (n, D), row by row. A recurrent projector hands its memory on within a block, as in decoding."""
-    if model.reasoning_projector.memory_size == 0:
+    if model.reasoning_projector.memory_size == 0:  # then one call serves all of them
         z, _ = latent_step(model, h[is_latent], None)
         return z
     memory = empty_memory(model, len(h))

@@ -302,9 +302,9 @@ def fit_projector(model, traces, lr, batch, steps=None, schedule=True, clip=0.2,
         bar = tqdm(batches, desc=progress, initial=done, total=steps, leave=False, disable=progress is None)
         for step, rows in enumerate(bar, start=done):
             # (1) The learning rate of this step.
+            share = warm_up_and_cosine(step, steps, max(1, steps // 10)) if schedule else 1.0
             for i, group in enumerate(optimizer.param_groups):
                 waits = i > 0 and step < steps // 5
-                share = warm_up_and_cosine(step, steps, max(1, steps // 10)) if schedule else 1.0
                 group["lr"] = 0.0 if waits else group["peak"] * share
 
             # (2) The loss, in micro-batches. Its denominator is known before the first of them: text tokens

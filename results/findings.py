@@ -172,13 +172,14 @@ def the_papers_recipe(found):
 
 
 def what_the_parts_are_worth(differences):
+    ours_against = {own["theirs"]: own for own in differences if own["ours"] == OURS}
     parts = []
     for without, words in ((ADRIFT, "the anchor in RL"), (FROZEN, "a base that learns in stage 2 too")):
-        for own in differences:
-            if (own["ours"], own["theirs"]) == (OURS, without):
-                interval = evidence.in_words([100 * end for end in own["accuracy_ci95"]], "+.1f")
-                parts.append(f"{words} {100 * own['accuracy']:+.1f} points (95 % interval {interval}, "
-                             f"Holm's p {own['accuracy_holm']:.1g})")
+        if without in ours_against:
+            own = ours_against[without]
+            interval = evidence.in_words([100 * end for end in own["accuracy_ci95"]], "+.1f")
+            parts.append(f"{words} {100 * own['accuracy']:+.1f} points (95 % interval {interval}, "
+                         f"Holm's p {own['accuracy_holm']:.1g})")
     return f"**What the other parts are worth**, each left out alone: {'; '.join(parts)}." if parts else ""
 
 

@@ -15,9 +15,8 @@ from results import jobs, paper
 
 def gather(path, todo, root, tokens_sampled):
     """{directory: record} of the jobs in `todo` that are done here or whose record is in the file at `path`;
-    the file then has all of these, beside its records of other jobs. root: directories are named from there.
-    UserError as jobs.check."""
-    jobs.check(todo)
+    the file then has all of these, beside its records of other jobs. todo: has passed jobs.check; root:
+    directories are named from there."""
     kept = read(path)
     commands = {}  # directory -> the commands that make what is in it, from the first
     found = {}

@@ -452,19 +452,18 @@ def write_tables(tasks, seeds):
             continue
         texts = {f"methods-{task}": table_of(task, found), f"costs-{task}": costs_of(task, found)}
         controls = controls_of({seed: rows_in(records, task, "controls", seed) for seed in seeds})
-        texts |= write_evidence(HERE, task, rows, controls)
+        of_evidence, tested, compared = write_evidence(HERE, task, rows, controls)
+        texts |= of_evidence
         lengths = lengths_of(records, task, seeds)
         latents = latents_of(records, task, seeds)
         if latents:
             texts[f"latents-{task}"] = read_latents.table(latents)
             runs.write_json(os.path.join(HERE, f"latents-{task}.json"), latents)
         if task == "tiny":
-            tested = controls.get("paper")
-            tested = controls_summary(tested) if tested else {}
+            tested = tested.get("paper", {})
             sampled = SAMPLED[next(iter(found.values()))["sampling"]]
             texts["headline"] = findings.headline(found, tested, sampled)
-            compared = read_json(os.path.join(HERE, f"differences-{task}.json"), {}).get("paper")
-            texts["findings"] = findings.findings(found, tested, lengths, latents, compared)
+            texts["findings"] = findings.findings(found, tested, lengths, latents, compared.get("paper"))
         for name, text in texts.items():
             into_readme(name, text)
             print(f"{text}\n")
@@ -481,7 +480,8 @@ def write_tables(tasks, seeds):
 
 
 def write_evidence(where, name, rows, controls):
-    """Controls and differences at each sampling, as JSON -> {mark in the README: Markdown}.
+    """Controls and differences at each sampling, as JSON -> ({mark in the README: Markdown}, {sampling:
+    controls_summary}, {sampling: {"differences", "claims"}}).
 
     rows: {name: {kind: {seed: row}}}."""
     texts = {}
@@ -503,7 +503,7 @@ def write_evidence(where, name, rows, controls):
     for what, found in (("controls", tested), ("differences", compared)):
         if found:
             runs.write_json(os.path.join(where, f"{what}-{name}.json"), found)
-    return texts
+    return texts, tested, compared
 
 
 def mark_of(name, kind):
@@ -525,7 +525,7 @@ def write_tables_of_model(args):
         runs.write_json(path, found)
         folders = {seed: paper.directory(args, task, "controls", seed) for seed in args.seeds}
         controls = {seed: paper.results_in(folder) for seed, folder in folders.items()}
-        evidence_texts = write_evidence(args.tables_in, name, rows, controls_of(controls))
+        evidence_texts, _, _ = write_evidence(args.tables_in, name, rows, controls_of(controls))
         parts = [table_of(task, found), costs_of(task, found), paper.caption(args, task, found),
                  *evidence_texts.values()]
         text = "\n\n".join(parts) + "\n"
@@ -658,9 +658,9 @@ def main():
     args = parse_arguments()
     check_arguments(args)
     if args.model == "tiny":
+        todo = all_jobs(args.tasks, args.seeds)
+        jobs.check(todo)
         if not args.tables:
-            todo = all_jobs(args.tasks, args.seeds)
-            jobs.check(todo)
             jobs.run(todo, args.jobs, args.threads)
         write_tables(args.tasks, args.seeds)
         return

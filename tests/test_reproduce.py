@@ -228,7 +228,8 @@ def test_every_run_is_evaluated_after_it_at_both_samplings_and_on_train_stories(
     todo = {job.name.split()[1]: job for job in reproduce.jobs_of("tiny", 1)}
     at = lambda method: reproduce.directory("tiny", method, 1)
     assert " ".join(todo["rl-lp"].words) == (
-        "train_rl.py --method grpo --steps 96 --lr-schedule cosine --overlong-buffer 240 --n 0 --task tiny --seed 1")
+        "train_rl.py --method grpo --steps 96 --lr-schedule cosine --overlong-buffer 240 --n 0 --task tiny "
+        "--seed 1")
     assert " ".join(todo["rl-test"].words) == (
         f"eval.py --model {at('rl')} --sampling paper trained --alone 8 --task tiny --seed 1")
     assert (" ".join(todo["rl-train"].words)
