@@ -198,13 +198,13 @@ def sample_groups(args, model, tokenizer, prompts, batch):
 
 
 def length_penalty(args, rollouts):
-    """DAPO's soft overlong penalty -> (B,): 0 up to max_new_tokens - overlong_buffer slots, then down to -1
-    at the limit."""
+    """DAPO's soft overlong penalty -> (B,): 0 up to max_new_tokens - overlong_buffer slots, then down to
+    -overlong_penalty at the limit."""
     if not args.overlong_buffer:
         return torch.zeros(len(rollouts))
     length = torch.tensor([len(r.slots) for r in rollouts])  # (B,) latents count
     begins = args.max_new_tokens - args.overlong_buffer
-    return ((begins - length) / args.overlong_buffer).clamp(-1, 0)
+    return args.overlong_penalty * ((begins - length) / args.overlong_buffer).clamp(-1, 0)
 
 
 def rule_of(args):
@@ -455,9 +455,11 @@ def parse_arguments():
     g = ap.add_argument_group("update")
     g.add_argument("--lr", type=float, help=f"learning rate of AdamW ({by_size('lr')})")
     g.add_argument("--overlong-buffer", type=int, metavar="SLOTS",
-                   help="soft length penalty (DAPO): from 0 down to -1 over the last so many slots before "
-                   "--max-new-tokens; 0 is off "
-                   f"({by_size('overlong_buffer')}; 0 with --method grpo)")
+                   help="soft length penalty (DAPO) over the last so many slots before --max-new-tokens; 0 is "
+                   f"off ({by_size('overlong_buffer')}; 0 with --method grpo)")
+    g.add_argument("--overlong-penalty", type=float, metavar="REWARD",
+                   help="what it takes off a rollout that reaches --max-new-tokens (default 1; "
+                   "tiny.next_chapter, which pays in percent, 400)")
     g.add_argument("--rule", default="grpo", choices=list(RULES),
                    help="advantages, and how a rollout's tokens are averaged (default grpo, the paper's)")
     g.add_argument("--clip", type=float, help=f"clip range of the probability ratio ({by_size('clip')})")
@@ -565,6 +567,8 @@ def main():
         if getattr(args, name, None) is None and not is_planned:
             setattr(args, name, value)
     args.overlong_buffer = min(args.overlong_buffer, args.max_new_tokens)
+    if args.overlong_penalty is None:
+        args.overlong_penalty = getattr(task, "PENALTY", 1.0)
     if source == args.model:
         choose_projector(args, model)
 

@@ -19,6 +19,8 @@ Where it has a use for them, it may also have these:
     rewards(examples, completions)   the rewards of many at once, for a scorer model that reads in batches
     report(examples, completions)    {name: number or [low, high]}: what eval.py prints beside the accuracy
     MEASURE                          what its score is called, by default accuracy
+    PENALTY                          the most that train_rl.py's length penalty takes off a reward, by
+                                     default 1
     settings                         a dict that scripts fill in: "reward" (its kind), "scorer" (the frozen
                                      model and its tokenizer), "seed", "step" (of the training; 0 in
                                      evaluation)

@@ -38,12 +38,16 @@ from results import latents as read_latents
 from results.jobs import Job, read_json
 from runs import UserError
 
+TASKS = ("tiny", "tiny.next_chapter")
 # (name in the tables, directory, command), in the order of the tables and of the runs. {NAME} is the
-# directory of another row, which is run before, or a number of TASKS. An eval.py row trains nothing.
+# directory of another row, which is run before. An eval.py row trains nothing.
 FROZEN = "train_projector.py --prompts 6000 --steps 1200"
 STAGES = f"{FROZEN} --lr 2e-3 --train-base 5e-4"
 RL = "--steps 96 --lr-schedule cosine"
-PENALTY = f"{RL} --overlong-buffer {{most}}"
+# The length penalty grows from the first token to the length limit; the late one begins 60 tokens before it.
+# The paper does not give its own.
+PENALTY = f"{RL} --overlong-buffer {runs.SLOTS_SMALL}"
+LATE = f"{RL} --overlong-buffer 60"
 NO_PENALTY = f"{RL} --overlong-buffer 0"
 # The paper's refresh; 6 rollout batches were an epoch of its 290 stories.
 PAPERS = "--targets none --refresh-every 6"
@@ -60,7 +64,7 @@ METHODS = [
     ("LiteReason", "litereason", f"train_rl.py --model {{projector}} {NO_PENALTY}"),
     ("LiteReason, its latents taken away", "litereason-text", "eval.py --model {litereason} --latent none"),
     ("RL with tags, no latents", "tag", f"train_rl.py --method tag {NO_PENALTY}"),
-    ("RL + late length penalty", "rl-late", f"train_rl.py --method grpo {RL} --overlong-buffer {{late}}"),
+    ("RL + late length penalty", "rl-late", f"train_rl.py --method grpo {LATE}"),
     ("the paper's recipe, before RL", "paper-stages", f"{FROZEN} --targets none --lr 1e-3"),
     ("the paper's recipe + length penalty", "paper-lp",
      f"train_rl.py --model {{paper-stages}} {PENALTY} {PAPERS}"),
@@ -82,17 +86,13 @@ METHODS = [
     ("Coconut", "coconut", "baselines.py --method coconut"),
     ("CoLaR", "colar", "baselines.py --method colar --steps 96"),
 ]
-# task: the run of each seed whose latents are replaced when it has been trained.
-CONTROLLED = {"tiny": "litereason-lp", "tiny.next_chapter": "litereason"}
+NOT_RUN = {"tiny.next_chapter": ["answer"]}  # it learns gold answers, which that task has not
+CONTROLLED = "litereason-lp"  # the run of each seed whose latents are replaced when it has been trained
 # Of each run: (directory behind the method's name, more flags for eval.py). baselines.py decodes in its own
 # ways, so its runs evaluate themselves: a row of theirs says "sampling" and "split" as eval.py's do, and is
 # of temperature 1 and of test stories where it says neither.
 EVALUATIONS = [("test", "--sampling paper trained --alone 8"), ("train", "--split train --n 200")]
 KINDS = ("paper", "trained", "train")  # of rows: test stories at two samplings, and train stories
-# The length penalty grows from the first token to 1 at the length limit; the late one begins 60 tokens
-# before it. The paper does not give its own. Next chapters earn percents, beside which a penalty of at most
-# 1 is nothing: none is run there.
-TASKS = {"tiny": {"most": runs.SLOTS_SMALL, "late": 60}, "tiny.next_chapter": {}}
 # task: [(length of the chain, flags of eval.py that make it so)]: these methods are evaluated at each length.
 LENGTHS = {"tiny": [(hops, f"--hops {hops}") for hops in (2, 3, 4, 5, 6)]}
 READ = {"tiny": ("litereason-lp", "adrift-lp", "frozen-lp")}  # task: the runs whose latents latents.py reads
@@ -110,29 +110,19 @@ def words_in_braces(command):
     return re.findall(r"\{(.+?)\}", command)
 
 
-def methods_of(task):
-    """The METHODS that are run on a task: those whose numbers, and whose other runs, it has."""
-    chosen = []
-    known = set(TASKS[task])
-    for own in METHODS:
-        if known.issuperset(words_in_braces(own[2])):
-            chosen.append(own)
-            known.add(own[1])
-    return chosen
-
-
 def jobs_of(task, seed):
     """[Job] of one task and seed, in the order in which they are run."""
-    methods = methods_of(task)
-    places = {**TASKS[task], **{method: directory(task, method, seed) for _, method, _ in methods}}
+    places = {method: directory(task, method, seed) for _, method, _ in METHODS}
     found = []
 
     def add(method, command, needs=()):
-        needs = [*needs, *(places[word] for word in words_in_braces(command) if word not in TASKS[task])]
+        needs = [*needs, *(places[word] for word in words_in_braces(command))]
         words = f"{command.format(**places)} --task {task} --seed {seed}".split()
         found.append(Job(f"{task} {method} seed {seed}", directory(task, method, seed), words, needs))
 
-    for name, method, command in methods:
+    for name, method, command in METHODS:
+        if method in NOT_RUN.get(task, []):
+            continue
         trained = []  # the run that is evaluated
         evaluation = command
         if not command.startswith("eval.py"):
@@ -147,7 +137,7 @@ def jobs_of(task, seed):
             add(f"{method}-length-{length}", f"{evaluation} {flags}", trained)
         if method in READ.get(task, ()):
             add(f"{method}-read", f"results/latents.py --model {places[method]}", trained)
-        if method == CONTROLLED[task]:
+        if method == CONTROLLED:
             add("controls", f"eval.py --controls --model {places[method]} --sampling paper trained", trained)
     return found
 
@@ -182,7 +172,7 @@ def rows_in(records, task, method, seed):
 def rows_of(records, task, seeds):
     """{name in the table: {kind: {seed: row}}}; a row is evaluate's result, with what the training took."""
     found = {}
-    for name, method, command in methods_of(task):
+    for name, method, command in METHODS:
         for seed in seeds:
             training = {}
             if not command.startswith("eval.py"):
@@ -204,7 +194,7 @@ def rows_of(records, task, seeds):
 def shown_command(task, command):
     """For the table."""
     places = {method: f"out/results/{task}/{method}-SEED" for _, method, _ in METHODS}
-    return f"python {command.format(**places, **TASKS[task])}"
+    return f"python {command.format(**places)}"
 
 
 def kind_of(row):
@@ -275,7 +265,7 @@ def controls_summary(controls):
 def lengths_of(records, task, seeds):
     """-> [row for the picture]: methods at each length of the chain, at the paper's sampling."""
     found = []
-    for name, method, _ in methods_of(task):
+    for name, method, _ in METHODS:
         for length, _ in LENGTHS.get(task, []):
             rows = {}
             for seed in seeds:
@@ -289,7 +279,7 @@ def lengths_of(records, task, seeds):
 def latents_of(records, task, seeds):
     """{name in the table: [what latents.py found in each seed's run]}"""
     found = {}
-    for name, method, _ in methods_of(task):
+    for name, method, _ in METHODS:
         rows = [row for seed in seeds for row in rows_in(records, task, f"{method}-read", seed)]
         if rows:
             found[name] = rows

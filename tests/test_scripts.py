@@ -16,6 +16,7 @@ from conftest import ROOT
 
 import litereason
 import runs
+import train_rl
 from data import next_chapter
 
 SCRIPTS = ["train_projector.py", "train_rl.py", "eval.py", "baselines.py", "data/tiny/prepare.py",
@@ -122,6 +123,15 @@ def test_stages_1_and_2_keep_their_traces_for_a_second_run(tmp_path):
         assert what in done.stdout
     again = script("train_projector.py", *words, "--overwrite")
     assert "traces are in" in again.stdout
+
+
+@pytest.mark.parametrize("penalty", [1.0, 400.0])
+def test_the_length_penalty_falls_from_where_it_begins_to_the_limit(penalty):
+    args = types.SimpleNamespace(max_new_tokens=10, overlong_buffer=4, overlong_penalty=penalty)
+    rollouts = [types.SimpleNamespace(slots=[0] * n) for n in (0, 6, 7, 10)]
+    assert train_rl.length_penalty(args, rollouts).tolist() == [0, 0, -penalty / 4, -penalty]
+    args.overlong_buffer = 0
+    assert train_rl.length_penalty(args, rollouts).tolist() == [0, 0, 0, 0]
 
 
 def test_the_second_task_of_the_tiny_world_runs_too(tmp_path):
