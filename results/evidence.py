@@ -270,8 +270,8 @@ set before the runs: 77 % fewer tokens is the least of the paper's abstract, the
 more tokens is the same as saving the other 1 - 1 / 1.3 = 23 %."""
 
 
-def page(own, sampled, digits=3):
-    """own: {"differences", "claims"} -> Markdown of both; "" without either."""
+def page(own, sampled, digits=3, measure="accuracy"):
+    """own: {"differences", "claims"} -> Markdown of both; "" without either. measure: what a score is."""
     text = [differences_table(own["differences"], sampled, digits)] if own["differences"] else []
     text += [claims_table(own["claims"], sampled)] if own["claims"] else []
-    return "\n\n".join([*text, UNDER_THE_TABLE]) if text else ""
+    return "\n\n".join([*text, UNDER_THE_TABLE]).replace("accuracy", measure) if text else ""

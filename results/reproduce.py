@@ -297,9 +297,14 @@ def digits_of(task):
     return 1 if task.endswith("next_chapter") else 3
 
 
+def measure_of(task):
+    """What its scores are."""
+    return "reward" if task.endswith("next_chapter") else "accuracy"
+
+
 def score_of(task):
-    """What its scores are called."""
-    return "reward, %" if task.endswith("next_chapter") else "accuracy"
+    """The same, with its unit."""
+    return "reward, %" if measure_of(task) == "reward" else "accuracy"
 
 
 def words_of_interval(ci95, digits):
@@ -382,9 +387,10 @@ PLAINLY = {
 }
 
 
-def controls_table(found, kind):
+def controls_table(task, found, kind):
     """found: from controls_summary, of that sampling -> Markdown, with each seed's figures in a cell. What is
     gained is gained over the same models as trained."""
+    digits = digits_of(task)
 
     def by_seed(what, digits):
         return lambda row: listed([own[what] for own in row["by_seed"]], digits)
@@ -406,12 +412,13 @@ def controls_table(found, kind):
 
     columns = {
         f"control, {SAMPLED[kind]}": None,
-        "accuracy by seed": by_seed("accuracy", 3),
-        **gained("accuracy", 3),
+        "accuracy by seed": by_seed("accuracy", digits),
+        **gained("accuracy", digits),
         "tokens by seed": by_seed("tokens", 1),
         **gained("tokens", 1),
         "differs in": differs_in}
-    return markdown(columns, {PLAINLY.get(name, name): row for name, row in found.items()})
+    table = markdown(columns, {PLAINLY.get(name, name): row for name, row in found.items()})
+    return table.replace("accuracy", measure_of(task))
 
 
 def into_readme(name, text):
@@ -482,12 +489,12 @@ def write_evidence(where, name, rows, controls):
         methods = at(rows, kind)
         if kind in controls:
             tested[kind] = controls_summary(controls[kind])
-            texts[f"controls-{mark}"] = controls_table(tested[kind], kind)
+            texts[f"controls-{mark}"] = controls_table(name, tested[kind], kind)
             methods |= {f"control {control}": by_seed for control, by_seed in controls[kind].items()}
         own = {
             "differences": evidence.differences(methods),
             "claims": evidence.claims(methods, percent=name.endswith("next_chapter"))}
-        if text := evidence.page(own, SAMPLED[kind], digits_of(name)):
+        if text := evidence.page(own, SAMPLED[kind], digits_of(name), measure_of(name)):
             compared[kind] = own
             texts[f"differences-{mark}"] = text
     for what, found in (("controls", tested), ("differences", compared)):

@@ -218,3 +218,14 @@ def test_a_tiny_plan_is_read_as_plain_words_and_none_scores_nothing():
     scores = task.rewards([example] * len(same), same)
     assert scores == pytest.approx([scores[0]] * len(same), rel=1e-5) and scores[0] > 0
     assert task.reward(example, f"{a} {'. ' * 50}") < scores[0]
+
+
+def test_a_tiny_chapter_has_no_order():
+    task = importlib.import_module("data.tiny.next_chapter")
+    rows = task.examples("val")[:8]
+    told = [f"{task.ANSWER} {task.gold_plan(row)}" for row in rows]
+    turned = [{**row, "chapter": task.other_way_round(row["chapter"])} for row in rows]
+    assert turned[0]["chapter"] != rows[0]["chapter"]
+    assert task.rewards(turned, told) == pytest.approx(task.rewards(rows, told), rel=1e-4)
+    swapped = [f"{task.ANSWER} {row['chains'][1][-1]} and {row['chains'][0][-1]} ." for row in rows]
+    assert min(task.rewards(rows, told) + task.rewards(rows, swapped)) > 0

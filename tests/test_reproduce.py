@@ -53,11 +53,12 @@ def test_the_tables_and_the_numbers_in_sentences_are_those_in_results(task):
         made["findings"] = findings.findings(rows, controls["paper"], lengths, latents,
                                              figures(f"differences-{task}")["paper"])
         made |= {f"latents-{task}": read_latents.table(latents)} if latents else {}
-    made |= {f"controls-{reproduce.mark_of(task, kind)}": reproduce.controls_table(own, kind)
+    made |= {f"controls-{reproduce.mark_of(task, kind)}": reproduce.controls_table(task, own, kind)
              for kind, own in controls.items()}
     for kind, own in figures(f"differences-{task}").items():
         name = f"differences-{reproduce.mark_of(task, kind)}"
-        made[name] = evidence.page(own, reproduce.SAMPLED[kind], reproduce.digits_of(task))
+        made[name] = evidence.page(own, reproduce.SAMPLED[kind], reproduce.digits_of(task),
+                                   reproduce.measure_of(task))
     for name, text in made.items():
         assert f"<!-- {name} -->" not in README or block(name) == text, name
 

@@ -6,7 +6,8 @@ chapter is then a matter of course: those who have the two halves in the end put
     from Mara Otto has it . ..       next chapter: Lena brings a half and Finn brings a half .
 
 The policy writes a plan after "In summary :"; a frozen copy of the base model reads the TRUE next chapter
-with and without it, and the reward is how much easier the plan made the reading."""
+with and without it, and the reward is how much easier the plan made the reading. Both people do the same, so
+the chapter is read both ways round and the easier one counts: who of them is named first says nothing."""
 import functools
 import random
 
@@ -88,16 +89,29 @@ def scorer():
     return load("tiny")
 
 
+def other_way_round(chapter):
+    """The same chapter, with the other person first."""
+    first, second = chapter.removesuffix(" .").split(" and ")
+    return f"{second} and {first} ."
+
+
+def readings(contexts, chapters):
+    """Perplexity of each chapter after its context, told the way round that is easier to read."""
+    as_told = perplexity(*scorer(), contexts, chapters)
+    other = perplexity(*scorer(), contexts, [other_way_round(chapter) for chapter in chapters])
+    return [min(both) for both in zip(as_told, other)]
+
+
 @functools.cache
 def unaided(story, chapter):
     """Perplexity of a chapter without a plan; each is computed once."""
-    return perplexity(*scorer(), [f"{story} chapter :"], [chapter])[0]
+    return readings([f"{story} chapter :"], [chapter])[0]
 
 
 def gains(examples, plans, chapters):
     """I in percent, of each plan for each chapter; 0.0 for an empty plan."""
     contexts = [chapter_prompt(example, plan) for example, plan in zip(examples, plans)]
-    aided = perplexity(*scorer(), contexts, chapters)
+    aided = readings(contexts, chapters)
     gain = [0.0] * len(plans)
     for i, plan in enumerate(plans):
         if plan:
