@@ -186,7 +186,7 @@ def own_traces(model, tokenizer, task, examples, k, max_new_tokens, seed):
 
 
 def answers_first_word(tokenizer, task):
-    return tokenizer.encode(data.opening_of(task), add_special_tokens=False)[0]
+    return runs.encode_text(tokenizer, data.opening_of(task))[0]
 
 
 def rewards_of(task, examples, rollouts, step=0):
