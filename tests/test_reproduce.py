@@ -11,6 +11,7 @@ from test_real_runs import EOS, data_folder, force, random_model  # noqa: F401  
 from test_real_tasks import one_line, run, shared
 from test_scripts import script
 
+import data
 import eval as evaluation
 import runs
 import train_projector
@@ -77,6 +78,16 @@ def test_the_readme_says_how_the_quick_run_differs_from_the_tables():
             f"{stages['steps']} steps instead of {of_the_tables('--steps'):,.0f} in stage 2",
             f"{rl['steps']} RL steps instead of {of_the_tables('--steps', last=True):.0f}"):
         assert words in said, words
+
+
+def test_the_page_says_what_a_right_and_a_half_right_plan_earn():
+    task = data.load_task("tiny.next_chapter")
+    tests = task.examples("test")
+    right = [f"{task.ANSWER} {task.gold_plan(example)}" for example in tests]
+    half = [f"{task.ANSWER} {chain[-1]} and {chain[-2]} ." for chain, _ in (e["chains"] for e in tests)]
+    earned = [sum(task.rewards(tests, plans)) / len(tests) for plans in (right, half)]
+    said = " ".join(README.split())
+    assert "earns {:.0f} on average, one with one of them {:.0f}.".format(*earned) in said
 
 
 def test_a_table_is_put_between_its_marks_and_nowhere_else(tmp_path, monkeypatch):
