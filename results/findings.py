@@ -197,6 +197,27 @@ def what_is_met(claims):
             f"interval is beyond it: {n_met} of {len(claims)} are.{others}")
 
 
+# ============================================================ the second task
+def next_chapters(found, controls):
+    """The README's paragraph about it; "" where a run is missing."""
+    if not {OURS, RL, BASE, WORDS} <= set(found):
+        return ""
+    parts = [f"{words} {reward_of(found[name])}"
+             for name, words in ((OURS, "LiteReason"), (WORDS, "RL with tags"), (RL, "RL without latents"),
+                                 (BASE, "the base"))]
+    with_others = ""
+    if OTHERS in controls:
+        reward = mean_of_seeds(controls[OTHERS], "accuracy")
+        with_others = f" With another story's latents LiteReason earns {reward:.0f}."
+    text = (f"- **Next chapters**, the second task, where a plan earns by how much easier a frozen reader "
+            f"finds the true chapter ({over_seeds(found[OURS])}): {'; '.join(parts)}.{with_others}")
+    return textwrap.fill(text, 110, subsequent_indent="  ")
+
+
+def reward_of(row):
+    return f"earns {row['accuracy']:.0f} % in {row['tokens']:.1f} tokens"
+
+
 # ============================================================ the GPU
 def gpu_table(measured):
     """measured: gpu.json, which tests/bench_gpu.py writes -> Markdown."""

@@ -461,6 +461,8 @@ def write_tables(tasks, seeds):
             sampled = SAMPLED[next(iter(found.values()))["sampling"]]
             texts["headline"] = findings.headline(found, tested, sampled)
             texts["findings"] = findings.findings(found, tested, lengths, latents, compared.get("paper"))
+        else:
+            texts["chapters"] = findings.next_chapters(found, tested.get("paper", {}))
         for name, text in texts.items():
             into_readme(name, text)
             print(f"{text}\n")

@@ -6,12 +6,14 @@ policy was given) and {story}."""
 import importlib
 import json
 import math
+import random
 
 import pytest
 from conftest import tag
 from test_hostile import HOSTILE
 
 from data import next_chapter as nc
+from data.tiny import PEOPLE
 from litereason import parse_tags
 
 # ---------------------------------------------------------------- yes or no: data.tiny and
@@ -218,6 +220,16 @@ def test_a_tiny_plan_is_read_as_plain_words_and_none_scores_nothing():
     scores = task.rewards([example] * len(same), same)
     assert scores == pytest.approx([scores[0]] * len(same), rel=1e-5) and scores[0] > 0
     assert task.reward(example, f"{a} {'. ' * 50}") < scores[0]
+
+
+def test_a_muddled_tiny_plan_cannot_outweigh_all_others():
+    task = importlib.import_module("data.tiny.next_chapter")
+    rows = task.examples("val")[:32]
+    rng = random.Random(0)
+    muddled = [f"{task.ANSWER} {' '.join(rng.choices(PEOPLE + ['.', 'and', 'map', 'half'], k=30))}"
+               for _ in rows]
+    assert min(task.rewards(rows, muddled)) >= task.LEAST_GAIN - 50
+    assert max(task.rewards(rows, muddled)) <= 100 - 0.5 * task.LEAST_GAIN
 
 
 def test_a_tiny_chapter_has_no_order():

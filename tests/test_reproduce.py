@@ -54,6 +54,8 @@ def test_the_tables_and_the_numbers_in_sentences_are_those_in_results(task):
         made["findings"] = findings.findings(rows, controls["paper"], lengths, latents,
                                              figures(f"differences-{task}")["paper"])
         made |= {f"latents-{task}": read_latents.table(latents)} if latents else {}
+    else:
+        made["chapters"] = findings.next_chapters(rows, controls["paper"])
     made |= {f"controls-{reproduce.mark_of(task, kind)}": reproduce.controls_table(task, own, kind)
              for kind, own in controls.items()}
     for kind, own in figures(f"differences-{task}").items():

@@ -20,6 +20,9 @@ MEASURE = "reward"  # what a score of this task is called
 # The most that the length penalty takes: a right plan earns about 230, a wrong one -180, so this weighs as
 # much here as 1 does where right and wrong are 1 and 0.
 PENALTY = 400.0
+# I has no lower bound: this reader is so sure that one muddled plan can make a chapter a thousand times harder,
+# and would outweigh all others in a mean. What is more than six times as hard counts as six times.
+LEAST_GAIN = -500.0
 ANSWER = "In summary :"  # what follows is the plan, the only part that the scorer reads
 
 
@@ -109,13 +112,13 @@ def unaided(story, chapter):
 
 
 def gains(examples, plans, chapters):
-    """I in percent, of each plan for each chapter; 0.0 for an empty plan."""
+    """I in percent, LEAST_GAIN or more, of each plan for each chapter; 0.0 for an empty plan."""
     contexts = [chapter_prompt(example, plan) for example, plan in zip(examples, plans)]
     aided = readings(contexts, chapters)
     gain = [0.0] * len(plans)
     for i, plan in enumerate(plans):
         if plan:
-            gain[i] = improvement(unaided(examples[i]["story"], chapters[i]), aided[i])
+            gain[i] = max(LEAST_GAIN, improvement(unaided(examples[i]["story"], chapters[i]), aided[i]))
     return gain
 
 
