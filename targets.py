@@ -30,19 +30,26 @@ SHARES = (0.3, 0.6, 1.0)  # of the sentences that are skipped, instead of the pa
 SHARES_IN_RL = (0.6, 1.0, 1.0)  # there the policy skips more
 ANCHORED = 32  # traces of stage 1 in each step of the anchor
 OF_A_LATENT = ("targets", "words", "noise")  # the flags below that RL takes over from stage 2
-# A word is informative if fewer of all sentences than this have it. In the tiny world a name is in 0.10 to 0.15
-# of them, a word of the sentence that says nothing in 0.30 to 0.48: far from both.
-COMMON = 0.2
+# What tells nothing: a sentence that is more than this share of all, word for word (in the tiny world it
+# is 0.30 to 0.48 of them, any other less than 0.001) ..
+REPEATED = 0.1
+# .. and, of different sentences, a word that more than this share of them has (there 0.78 and more do, and
+# 0.22 at most have a name).
+COMMON = 0.5
 
 
 # ============================================================ stage 1: traces with targets
 def common_words(tokenizer, sentences):
-    """Token ids that tell nothing: more than COMMON of the sentences have them."""
-    sentences = list(sentences)
+    """Token ids that tell nothing: those of sentences that are repeated, and those that most others have."""
+    times = collections.Counter(sentences)
+    at_most = max(1, REPEATED * times.total())
+    repeated = [sentence for sentence, n in times.items() if n > at_most]
+    others = [sentence for sentence, n in times.items() if n <= at_most]
     counts = collections.Counter()
-    for sentence in sentences:
+    for sentence in others:
         counts.update(set(encode(tokenizer, sentence)))
-    return {token for token, n in counts.items() if n > COMMON * len(sentences)}
+    common = {token for token, n in counts.items() if n > COMMON * len(others)}
+    return common.union(*(encode(tokenizer, sentence) for sentence in repeated))
 
 
 def last_words(model, tokenizer, text, common, words):

@@ -217,6 +217,16 @@ def test_words_that_all_sentences_have_tell_nothing(base):
     assert targets.last_words(model, tokenizer, "go on with Karl .", common, 1) is not None
 
 
+@pytest.mark.parametrize("share", [0.15, 0.29, 0.31, 0.6])
+def test_a_sentence_that_comes_again_and_again_tells_nothing_whatever_its_share(base, share):
+    model, tokenizer = base
+    filler = "let me read it once again ."
+    told = [f"go on with {first} and {second} ." for first in tiny.PEOPLE for second in tiny.PEOPLE]
+    common = targets.common_words(tokenizer, told + [filler] * round(len(told) * share / (1 - share)))
+    assert {tokenizer.decode([i]) for i in common} == set(f"go on with and . {filler}".split())
+    assert targets.last_words(model, tokenizer, filler, common, 1) is None
+
+
 def test_its_base_is_made_by_a_command(tmp_path):
     import subprocess
     import sys
