@@ -292,11 +292,6 @@ def in_cell(value, digits, unit=1):
     return "" if value is None else f"{value / unit:.{digits}f}"
 
 
-def digits_of(task):
-    """Of its scores: next chapters earn percents."""
-    return 1 if task.endswith("next_chapter") else 3
-
-
 def measure_of(task):
     """What its scores are."""
     return "reward" if task.endswith("next_chapter") else "accuracy"
@@ -305,6 +300,11 @@ def measure_of(task):
 def score_of(task):
     """The same, with its unit."""
     return "reward, %" if measure_of(task) == "reward" else "accuracy"
+
+
+def digits_of(task):
+    """Of its scores: next chapters earn percents."""
+    return 1 if measure_of(task) == "reward" else 3
 
 
 def words_of_interval(ci95, digits):
@@ -456,13 +456,13 @@ def write_tables(tasks, seeds):
         if latents:
             texts[f"latents-{task}"] = read_latents.table(latents)
             runs.write_json(os.path.join(HERE, f"latents-{task}.json"), latents)
+        tested = tested.get("paper", {})
         if task == "tiny":
-            tested = tested.get("paper", {})
             sampled = SAMPLED[next(iter(found.values()))["sampling"]]
             texts["headline"] = findings.headline(found, tested, sampled)
             texts["findings"] = findings.findings(found, tested, lengths, latents, compared.get("paper"))
         else:
-            texts["chapters"] = findings.next_chapters(found, tested.get("paper", {}))
+            texts["chapters"] = findings.next_chapters(found, tested)
         for name, text in texts.items():
             into_readme(name, text)
             print(f"{text}\n")
@@ -495,7 +495,7 @@ def write_evidence(where, name, rows, controls):
             methods |= {f"control {control}": by_seed for control, by_seed in controls[kind].items()}
         own = {
             "differences": evidence.differences(methods),
-            "claims": evidence.claims(methods, percent=name.endswith("next_chapter"))}
+            "claims": evidence.claims(methods, percent=measure_of(name) == "reward")}
         if text := evidence.page(own, SAMPLED[kind], digits_of(name), measure_of(name)):
             compared[kind] = own
             texts[f"differences-{mark}"] = text
