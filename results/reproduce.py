@@ -42,7 +42,9 @@ TASKS = ("tiny", "tiny.next_chapter")
 # (name in the tables, directory, command), in the order of the tables and of the runs. {NAME} is the
 # directory of another row, which is run before. An eval.py row trains nothing.
 FROZEN = "train_projector.py --prompts 6000 --steps 1200"
-STAGES = f"{FROZEN} --lr 2e-3 --train-base 5e-4"
+BASE_LEARNS = "--lr 2e-3 --train-base 5e-4"
+STAGES = f"{FROZEN} {BASE_LEARNS}"
+LONG_STAGES = f"train_projector.py --prompts 6000 --steps 2400 {BASE_LEARNS}"
 RL = "--steps 96 --lr-schedule cosine"
 # The length penalty grows from the first token to the length limit; the late one begins 60 tokens before it.
 # The paper does not give its own.
@@ -74,6 +76,8 @@ METHODS = [
     ("base frozen + length penalty", "frozen-lp", f"train_rl.py --model {{frozen}} {PENALTY}"),
     ("no anchor + length penalty", "adrift-lp",
      f"train_rl.py --model {{projector}} --anchor 0 {PENALTY}"),
+    ("stage 2 twice as long, before RL", "longer", LONG_STAGES),
+    ("stage 2 twice as long + length penalty", "longer-lp", f"train_rl.py --model {{longer}} {PENALTY}"),
     ("RL with tags + length penalty, after stage 2", "written-lp",
      f"train_rl.py --model {{projector}} --method tag {PENALTY}"),
     ("no noise, before RL", "clean", f"{STAGES} --noise 0"),
@@ -95,7 +99,8 @@ EVALUATIONS = [("test", "--sampling paper trained --alone 8"), ("train", "--spli
 KINDS = ("paper", "trained", "train")  # of rows: test stories at two samplings, and train stories
 # task: [(length of the chain, flags of eval.py that make it so)]: these methods are evaluated at each length.
 LENGTHS = {"tiny": [(hops, f"--hops {hops}") for hops in (2, 3, 4, 5, 6)]}
-READ = {"tiny": ("litereason-lp", "adrift-lp", "frozen-lp")}  # task: the runs whose latents latents.py reads
+# task: the runs whose latents latents.py reads
+READ = {"tiny": ("litereason-lp", "adrift-lp", "frozen-lp", "longer-lp")}
 DRAWN = ("litereason-lp", "rl", "tag-lp", "paper-lp")  # in the picture of the training
 ON_LENGTHS = ["RL without latents", "LiteReason + length penalty",
               "LiteReason + length penalty, its latents taken away", "RL with tags + length penalty"]
