@@ -15,7 +15,7 @@ OURS, WORDS = "LiteReason + length penalty", "RL with tags + length penalty"
 RECIPE, UNPENALISED = "the paper's recipe + length penalty", "the paper's recipe"
 FROZEN = "base frozen + length penalty"
 ADRIFT, PENALISED = "no anchor + length penalty", "RL + length penalty"
-WRITTEN = "RL with tags + length penalty, after stage 2"
+LONGER, WRITTEN = "stage 2 twice as long + length penalty", "RL with tags + length penalty, after stage 2"
 HEADLINE = [BASE, RL, OURS, WORDS, RECIPE]  # in the first table, and in the picture of scores against tokens
 OTHERS = "latents: other"  # the control in which each story gets another one's latents
 REPLACED = {OTHERS: "another story's latents", "latents: mean": "the mean latent", "latents: noise": "noise",
@@ -29,13 +29,19 @@ def headline(found, controls, sampled):
     for name in HEADLINE:
         if name not in found:
             continue
-        shown = name if found[name]["runs"] > 1 else f"{name} (one seed)"
-        lines.append(f"| {shown} | {found[name]['accuracy']:.3f} | {found[name]['tokens']:.1f} |")
+        lines.append(headline_row(name, found[name]))
         if name == OURS and OTHERS in controls:
             accuracy = mean_of_seeds(controls[OTHERS], "accuracy")
             tokens = mean_of_seeds(controls[OTHERS], "tokens")
             lines.append(f"| .. with another story's latents | {accuracy:.3f} | {tokens:.1f} |")
+        if name == OURS and LONGER in found:
+            lines.append(headline_row(".. with twice the steps in stage 2", found[LONGER]))
     return "\n".join(lines)
+
+
+def headline_row(name, row):
+    shown = name if row["runs"] > 1 else f"{name} (one seed)"
+    return f"| {shown} | {row['accuracy']:.3f} | {row['tokens']:.1f} |"
 
 
 def findings(found, controls, lengths=(), latents=None, compared=None):
@@ -72,16 +78,26 @@ def saved(row, against):
     return 100 * (1 - row["tokens"] / against["tokens"])
 
 
+def gain_kept(row, found):
+    """Of RL's gain over the base, in percent."""
+    base, rl = found[BASE]["accuracy"], found[RL]["accuracy"]
+    return 100 * (row["accuracy"] - base) / (rl - base)
+
+
 # ============================================================ one finding each
 def score_and_length(found):
     if not {OURS, RL, BASE} <= set(found):
         return ""
     ours, rl, base = found[OURS], found[RL], found[BASE]
-    kept = 100 * (ours["accuracy"] - base["accuracy"]) / (rl["accuracy"] - base["accuracy"])
+    longer = ""
+    if LONGER in found:
+        row = found[LONGER]
+        longer = (f" With twice the steps in stage 2 it is {score(row)} ({over_seeds(row)}), "
+                  f"{gain_kept(row, found):.0f} % of the gain.")
     return (f"**Score and length.** LiteReason is right on {score(ours)} ({over_seeds(ours)}), the base on "
-            f"{score(base)}, RL without latents on {score(rl)}: {kept:.0f} % of RL's gain with "
-            f"{saved(ours, base):.0f} % fewer tokens than the base and {saved(ours, rl):.0f} % fewer than "
-            "RL.")
+            f"{score(base)}, RL without latents on {score(rl)}: {gain_kept(ours, found):.0f} % of RL's gain "
+            f"with {saved(ours, base):.0f} % fewer tokens than the base and {saved(ours, rl):.0f} % fewer "
+            f"than RL.{longer}")
 
 
 def whether_latents_matter(controls):
