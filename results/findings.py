@@ -116,7 +116,7 @@ def what_latents_say(latents):
         half, adrift = (in_total(latents[name], "last_lost") for name in (HALF, ADRIFT))
         half_wrong, adrift_wrong = (wrong_names(latents[name]) for name in (HALF, ADRIFT))
         without = (f" Of the last latents in stories with a hole, {in_total(latents[OURS], 'last_lost')} do; "
-                   f"with half the steps in stage 2 {half} do, and {adrift} without the anchor too. Without it "
+                   f"with half the steps in stage 2 {half} do, and {adrift} without the anchor too: there "
                    f"{adrift_wrong} wrong answers end on a latent with other names, with it {half_wrong}.")
     share = in_total(latents[OURS], "all")
     return (f"**What they say.** {share} of the latents are nearest to the two names of their own round, "
