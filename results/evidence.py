@@ -20,15 +20,14 @@ PAIRS = [
     ("LiteReason", "LiteReason, its latents taken away"),
     ("LiteReason + length penalty", "RL + length penalty"),
     ("LiteReason + length penalty", "RL with tags + length penalty"),
-    ("LiteReason + length penalty", "stage 2 half as long + length penalty"),
+    ("LiteReason + length penalty", "the paper's recipe + length penalty"),
+    ("LiteReason + length penalty", "base frozen + length penalty"),
+    ("LiteReason + length penalty", "no anchor + length penalty"),
+    ("LiteReason + length penalty", "stage 2 twice as long + length penalty"),
+    ("LiteReason + length penalty", "RL with tags + length penalty, after stage 2"),
+    ("LiteReason + length penalty", "no noise + length penalty"),
     ("LiteReason + length penalty", "pause tokens + length penalty"),
     ("LiteReason + length penalty", "LiteReason + length penalty, its latents taken away"),
-    # The ablations have half the steps in stage 2.
-    ("stage 2 half as long + length penalty", "the paper's recipe + length penalty"),
-    ("stage 2 half as long + length penalty", "base frozen + length penalty"),
-    ("stage 2 half as long + length penalty", "no anchor + length penalty"),
-    ("stage 2 half as long + length penalty", "RL with tags + length penalty, after stage 2"),
-    ("stage 2 half as long + length penalty", "no noise + length penalty"),
 ]
 
 # (claim, whether "all" or "any" of its tests must be met, [(statistic, methods, more than)])

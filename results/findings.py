@@ -15,7 +15,7 @@ OURS, WORDS = "LiteReason + length penalty", "RL with tags + length penalty"
 RECIPE, UNPENALISED = "the paper's recipe + length penalty", "the paper's recipe"
 FROZEN = "base frozen + length penalty"
 ADRIFT, PENALISED = "no anchor + length penalty", "RL + length penalty"
-HALF, WRITTEN = "stage 2 half as long + length penalty", "RL with tags + length penalty, after stage 2"
+LONGER, WRITTEN = "stage 2 twice as long + length penalty", "RL with tags + length penalty, after stage 2"
 HEADLINE = [BASE, RL, OURS, WORDS, RECIPE]  # in the first table, and in the picture of scores against tokens
 OTHERS = "latents: other"  # the control in which each story gets another one's latents
 REPLACED = {OTHERS: "another story's latents", "latents: mean": "the mean latent", "latents: noise": "noise",
@@ -83,14 +83,15 @@ def score_and_length(found):
     if not {OURS, RL, BASE} <= set(found):
         return ""
     ours, rl, base = found[OURS], found[RL], found[BASE]
-    half = ""
-    if HALF in found:
-        half = (f" With half the steps in stage 2 it is {score(found[HALF])} ({over_seeds(found[HALF])}), "
-                f"{gain_kept(found[HALF], found):.0f} % of the gain.")
+    longer = ""
+    if LONGER in found:
+        row = found[LONGER]
+        longer = (f" With twice the steps in stage 2 it is {score(row)} ({over_seeds(row)}), "
+                  f"{gain_kept(row, found):.0f} % of the gain.")
     return (f"**Score and length.** LiteReason is right on {score(ours)} ({over_seeds(ours)}), the base on "
             f"{score(base)}, RL without latents on {score(rl)}: {gain_kept(ours, found):.0f} % of RL's gain "
             f"with {saved(ours, base):.0f} % fewer tokens than the base and {saved(ours, rl):.0f} % fewer "
-            f"than RL.{half}")
+            f"than RL.{longer}")
 
 
 def whether_latents_matter(controls):
@@ -112,12 +113,12 @@ def what_latents_say(latents):
     if OURS not in latents:
         return ""
     without = ""
-    if {HALF, ADRIFT} <= set(latents):
-        half, adrift = (in_total(latents[name], "last_lost") for name in (HALF, ADRIFT))
-        half_wrong, adrift_wrong = (wrong_names(latents[name]) for name in (HALF, ADRIFT))
-        without = (f" Of the last latents in stories with a hole, {in_total(latents[OURS], 'last_lost')} do; "
-                   f"with half the steps in stage 2 {half} do, and {adrift} without the anchor too: there "
-                   f"{adrift_wrong} wrong answers end on a latent with other names, with it {half_wrong}.")
+    if ADRIFT in latents:
+        ours, adrift = (in_total(latents[name], "last_lost") for name in (OURS, ADRIFT))
+        ours_wrong, adrift_wrong = (wrong_names(latents[name]) for name in (OURS, ADRIFT))
+        without = (f" Of the last latents in stories with a hole, {ours} do, and {adrift} without the "
+                   f"anchor; there {adrift_wrong} wrong answers end on a latent with other names, with it "
+                   f"{ours_wrong}.")
     share = in_total(latents[OURS], "all")
     return (f"**What they say.** {share} of the latents are nearest to the two names of their own round, "
             f"added up (`python results/latents.py`).{without}")
@@ -141,8 +142,8 @@ def against_words(found):
         skipped = f", and RL without tags no reasoning at all: {score(found[PENALISED])}"
     matched = ""
     if WRITTEN in found:
-        matched = (f" RL with tags that begins after such stages 1 and 2, with half the steps in "
-                   f"stage 2: {score(found[WRITTEN])}.")
+        matched = (f" RL with tags that begins where LiteReason does, after stages 1 and 2: "
+                   f"{score(found[WRITTEN])}.")
     return ("**Latents against words.** Under the same penalty RL with tags that run no latents learns to "
             f"write shorthand: {score(found[WORDS])}{skipped}. Latents take "
             f"{saved(found[OURS], found[WORDS]):.0f} % fewer tokens than shorthand, at {gap:+.1f} points."
@@ -176,23 +177,20 @@ def the_papers_recipe(found):
         unpenalised = (f"; without a length penalty at {score(row)}, {row['latent_steps']:.1f} of them "
                        f"latents ({over_seeds(row)})")
     return (f"**The paper's own recipe** ends at {score(found[RECIPE])} here ({over_seeds(found[RECIPE])})"
-            f"{unpenalised}{beside}. All of these have half the steps in stage 2. That is a finding about a "
-            "model of two layers that knows nothing but this world, not about the paper's.")
+            f"{unpenalised}{beside}. That is a finding about a model of two layers that knows nothing but "
+            "this world, not about the paper's.")
 
 
 def what_the_parts_are_worth(differences):
-    half_against = {own["theirs"]: own for own in differences if own["ours"] == HALF}
+    ours_against = {own["theirs"]: own for own in differences if own["ours"] == OURS}
     parts = []
     for without, words in ((ADRIFT, "the anchor in RL"), (FROZEN, "a base that learns in stage 2 too")):
-        if without in half_against:
-            own = half_against[without]
+        if without in ours_against:
+            own = ours_against[without]
             interval = evidence.in_words([100 * end for end in own["accuracy_ci95"]], "+.1f")
             parts.append(f"{words} {100 * own['accuracy']:+.1f} points (95 % interval {interval}, "
                          f"Holm's p {own['accuracy_holm']:.1g})")
-    if not parts:
-        return ""
-    return ("**What the other parts are worth**, each left out alone, with half the steps in stage 2: "
-            f"{'; '.join(parts)}.")
+    return f"**What the other parts are worth**, each left out alone: {'; '.join(parts)}." if parts else ""
 
 
 def what_is_met(claims):

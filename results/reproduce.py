@@ -41,11 +41,10 @@ from runs import UserError
 TASKS = ("tiny", "tiny.next_chapter")
 # (name in the tables, directory, command), in the order of the tables and of the runs. {NAME} is the
 # directory of another row, which is run before. An eval.py row trains nothing.
-BASE_LEARNS = "--lr 2e-3 --train-base 5e-4"
-STAGES = f"train_projector.py --prompts 6000 --steps 2400 {BASE_LEARNS}"
-# The ablations have half the steps in stage 2, as has the row that they are compared with.
 FROZEN = "train_projector.py --prompts 6000 --steps 1200"
-HALF = f"{FROZEN} {BASE_LEARNS}"
+BASE_LEARNS = "--lr 2e-3 --train-base 5e-4"
+STAGES = f"{FROZEN} {BASE_LEARNS}"
+LONG_STAGES = f"train_projector.py --prompts 6000 --steps 2400 {BASE_LEARNS}"
 RL = "--steps 96 --lr-schedule cosine"
 # The length penalty grows from the first token to the length limit; the late one begins 60 tokens before it.
 # The paper does not give its own.
@@ -68,8 +67,6 @@ METHODS = [
     ("LiteReason, its latents taken away", "litereason-text", "eval.py --model {litereason} --latent none"),
     ("RL with tags, no latents", "tag", f"train_rl.py --method tag {NO_PENALTY}"),
     ("RL + late length penalty", "rl-late", f"train_rl.py --method grpo {LATE}"),
-    ("stage 2 half as long, before RL", "half", HALF),
-    ("stage 2 half as long + length penalty", "half-lp", f"train_rl.py --model {{half}} {PENALTY}"),
     ("the paper's recipe, before RL", "paper-stages", f"{FROZEN} --targets none --lr 1e-3"),
     ("the paper's recipe + length penalty", "paper-lp",
      f"train_rl.py --model {{paper-stages}} {PENALTY} {PAPERS}"),
@@ -78,10 +75,12 @@ METHODS = [
     ("base frozen, before RL", "frozen", FROZEN),
     ("base frozen + length penalty", "frozen-lp", f"train_rl.py --model {{frozen}} {PENALTY}"),
     ("no anchor + length penalty", "adrift-lp",
-     f"train_rl.py --model {{half}} --anchor 0 {PENALTY}"),
+     f"train_rl.py --model {{projector}} --anchor 0 {PENALTY}"),
+    ("stage 2 twice as long, before RL", "longer", LONG_STAGES),
+    ("stage 2 twice as long + length penalty", "longer-lp", f"train_rl.py --model {{longer}} {PENALTY}"),
     ("RL with tags + length penalty, after stage 2", "written-lp",
-     f"train_rl.py --model {{half}} --method tag {PENALTY}"),
-    ("no noise, before RL", "clean", f"{HALF} --noise 0"),
+     f"train_rl.py --model {{projector}} --method tag {PENALTY}"),
+    ("no noise, before RL", "clean", f"{STAGES} --noise 0"),
     ("no noise + length penalty", "clean-lp", f"train_rl.py --model {{clean}} {PENALTY}"),
     ("pause tokens + length penalty", "pause-lp",
      f"train_rl.py --projector pause {PENALTY} {PAPERS}"),
@@ -101,7 +100,7 @@ KINDS = ("paper", "trained", "train")  # of rows: test stories at two samplings,
 # task: [(length of the chain, flags of eval.py that make it so)]: these methods are evaluated at each length.
 LENGTHS = {"tiny": [(hops, f"--hops {hops}") for hops in (2, 3, 4, 5, 6)]}
 # task: the runs whose latents latents.py reads
-READ = {"tiny": ("litereason-lp", "half-lp", "adrift-lp", "frozen-lp")}
+READ = {"tiny": ("litereason-lp", "adrift-lp", "frozen-lp", "longer-lp")}
 DRAWN = ("litereason-lp", "rl", "tag-lp", "paper-lp")  # in the picture of the training
 ON_LENGTHS = ["RL without latents", "LiteReason + length penalty",
               "LiteReason + length penalty, its latents taken away", "RL with tags + length penalty"]
