@@ -72,26 +72,16 @@ def saved(row, against):
     return 100 * (1 - row["tokens"] / against["tokens"])
 
 
-def gain_kept(row, found):
-    """Of RL's gain over the base, in percent."""
-    base, rl = found[BASE]["accuracy"], found[RL]["accuracy"]
-    return 100 * (row["accuracy"] - base) / (rl - base)
-
-
 # ============================================================ one finding each
 def score_and_length(found):
     if not {OURS, RL, BASE} <= set(found):
         return ""
     ours, rl, base = found[OURS], found[RL], found[BASE]
-    longer = ""
-    if LONGER in found:
-        row = found[LONGER]
-        longer = (f" With twice the steps in stage 2 it is {score(row)} ({over_seeds(row)}), "
-                  f"{gain_kept(row, found):.0f} % of the gain.")
+    kept = 100 * (ours["accuracy"] - base["accuracy"]) / (rl["accuracy"] - base["accuracy"])
     return (f"**Score and length.** LiteReason is right on {score(ours)} ({over_seeds(ours)}), the base on "
-            f"{score(base)}, RL without latents on {score(rl)}: {gain_kept(ours, found):.0f} % of RL's gain "
-            f"with {saved(ours, base):.0f} % fewer tokens than the base and {saved(ours, rl):.0f} % fewer "
-            f"than RL.{longer}")
+            f"{score(base)}, RL without latents on {score(rl)}: {kept:.0f} % of RL's gain with "
+            f"{saved(ours, base):.0f} % fewer tokens than the base and {saved(ours, rl):.0f} % fewer than "
+            "RL.")
 
 
 def whether_latents_matter(controls):
@@ -186,11 +176,21 @@ def what_the_parts_are_worth(differences):
     parts = []
     for without, words in ((ADRIFT, "the anchor in RL"), (FROZEN, "a base that learns in stage 2 too")):
         if without in ours_against:
-            own = ours_against[without]
-            interval = evidence.in_words([100 * end for end in own["accuracy_ci95"]], "+.1f")
-            parts.append(f"{words} {100 * own['accuracy']:+.1f} points (95 % interval {interval}, "
-                         f"Holm's p {own['accuracy_holm']:.1g})")
-    return f"**What the other parts are worth**, each left out alone: {'; '.join(parts)}." if parts else ""
+            parts.append(f"{words} {worth(ours_against[without])}")
+    if not parts:
+        return ""
+    longer = ""
+    if LONGER in ours_against:
+        longer = (" Against the same with twice the steps in stage 2 LiteReason has "
+                  f"{worth(ours_against[LONGER])}.")
+    return f"**What the other parts are worth**, each left out alone: {'; '.join(parts)}.{longer}"
+
+
+def worth(difference):
+    """In accuracy."""
+    interval = evidence.in_words([100 * end for end in difference["accuracy_ci95"]], "+.1f")
+    return (f"{100 * difference['accuracy']:+.1f} points (95 % interval {interval}, Holm's p "
+            f"{difference['accuracy_holm']:.1g})")
 
 
 def what_is_met(claims):
