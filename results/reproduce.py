@@ -41,10 +41,11 @@ from runs import UserError
 TASKS = ("tiny", "tiny.next_chapter")
 # (name in the tables, directory, command), in the order of the tables and of the runs. {NAME} is the
 # directory of another row, which is run before. An eval.py row trains nothing.
-FROZEN = "train_projector.py --prompts 6000 --steps 1200"
+PROJECTOR = "train_projector.py --prompts 6000"
 BASE_LEARNS = "--lr 2e-3 --train-base 5e-4"
+FROZEN = f"{PROJECTOR} --steps 1200"
 STAGES = f"{FROZEN} {BASE_LEARNS}"
-LONG_STAGES = f"train_projector.py --prompts 6000 --steps 2400 {BASE_LEARNS}"
+LONG_STAGES = f"{PROJECTOR} --steps 2400 {BASE_LEARNS}"
 RL = "--steps 96 --lr-schedule cosine"
 # The length penalty grows from the first token to the length limit; the late one begins 60 tokens before it.
 # The paper does not give its own.
