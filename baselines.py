@@ -608,6 +608,8 @@ def parse_arguments():
     group.add_argument("--lr", type=float, default=None,
                        help=f"learning rate of the SFT (answer: {by_size('answer_lr')}; coconut: "
                             f"{by_size('coconut_lr')}; colar: {by_size('colar_lr')})")
+    group.add_argument("--rl-lr", type=float, default=None,
+                       help=f"colar: learning rate of GRPO ({by_size('rl_lr')})")
     group.add_argument("--steps", type=int, metavar="N", default=None,
                        help=f"colar: GRPO steps, 0 is SFT only ({by_size('rl_steps')}); answer: SFT steps "
                             f"({by_size('answer_steps')})")
@@ -644,6 +646,7 @@ def settings(args, model):
         "max_new_tokens": args.max_new_tokens,
         "stages": args.stages,
         f"{args.method}_lr": args.lr,
+        "rl_lr": args.rl_lr,
         "per_stage" if args.method == "coconut" else "colar_epochs": args.epochs,
         "answer_steps" if args.method == "answer" else "rl_steps": args.steps,
     }

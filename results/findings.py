@@ -15,6 +15,7 @@ OURS, WORDS = "LiteReason + length penalty", "RL with tags + length penalty"
 RECIPE, UNPENALISED = "the paper's recipe + length penalty", "the paper's recipe"
 FROZEN = "base frozen + length penalty"
 ADRIFT, PENALISED = "no anchor + length penalty", "RL + length penalty"
+AFTER, TAGS_AFTER = "LiteReason after RL + length penalty", "RL with tags after RL + length penalty"
 LONGER, WRITTEN = "stage 2 twice as long + length penalty", "RL with tags + length penalty, after stage 2"
 HEADLINE = [BASE, RL, OURS, WORDS, RECIPE]  # in the first table, and in the picture of scores against tokens
 OTHERS = "latents: other"  # the control in which each story gets another one's latents
@@ -46,6 +47,7 @@ def findings(found, controls, lengths=(), latents=None, compared=None):
         whether_latents_matter(controls),
         what_latents_say(latents or {}),
         against_words(found),
+        begun_after_rl(found, compared.get("claims", [])),
         over_lengths(lengths),
         the_papers_recipe(found),
         what_the_parts_are_worth(compared.get("differences", [])),
@@ -138,6 +140,22 @@ def against_words(found):
             f"write shorthand: {score(found[WORDS])}{skipped}. Latents take "
             f"{saved(found[OURS], found[WORDS]):.0f} % fewer tokens than shorthand, at {gap:+.1f} points."
             f"{matched}")
+
+
+def begun_after_rl(found, claims):
+    if not {AFTER, RL} <= set(found):
+        return ""
+    kept = [evidence.in_its_unit(claim["tests"][0]) for claim in claims
+            if claim["claim"] == f"{AFTER} keeps RL's gain"]
+    beside = f", {kept[0]}" if kept else ""
+    others, words = "", ""
+    if f"{AFTER}, {REPLACED[OTHERS]}" in found:
+        others = f"; with another story's latents at {score(found[f'{AFTER}, {REPLACED[OTHERS]}'])}"
+    if TAGS_AFTER in found:
+        words = f" RL with tags from the same model: {score(found[TAGS_AFTER])}."
+    return ("**Begun after RL.** The base's own right traces are often right for a wrong reason, those of RL "
+            "without latents are not. With stages 1 to 3 on that model, whose cost comes on top, LiteReason "
+            f"ends at {score(found[AFTER])} ({over_seeds(found[AFTER])}{beside}){others}.{words}")
 
 
 def over_lengths(lengths):

@@ -46,6 +46,8 @@ BASE_LEARNS = "--lr 2e-3 --train-base 5e-4"
 FROZEN = f"{PROJECTOR} --steps 1200"
 STAGES = f"{FROZEN} {BASE_LEARNS}"
 LONG_STAGES = f"{PROJECTOR} --steps 2400 {BASE_LEARNS}"
+# Stages 1 and 2 of a model that RL without latents has made: its traces are nearly all right.
+AFTER_RL = f"train_projector.py --model {{rl}} --prompts 6000 --steps 1200 {BASE_LEARNS}"
 RL = "--steps 96 --lr-schedule cosine"
 # The length penalty grows from the first token to the length limit; the late one begins 60 tokens before it.
 # The paper does not give its own.
@@ -79,6 +81,13 @@ METHODS = [
      f"train_rl.py --model {{projector}} --anchor 0 {PENALTY}"),
     ("stage 2 twice as long, before RL", "longer", LONG_STAGES),
     ("stage 2 twice as long + length penalty", "longer-lp", f"train_rl.py --model {{longer}} {PENALTY}"),
+    ("LiteReason after RL, before its own RL", "after-rl", AFTER_RL),
+    ("LiteReason after RL + length penalty", "after-rl-lp",
+     f"train_rl.py --model {{after-rl}} {PENALTY}"),
+    ("LiteReason after RL + length penalty, another story's latents", "after-rl-lp-other",
+     "eval.py --model {after-rl-lp} --latent other"),
+    ("RL with tags after RL + length penalty", "after-rl-tag",
+     f"train_rl.py --model {{rl}} --method tag {PENALTY}"),
     ("RL with tags + length penalty, after stage 2", "written-lp",
      f"train_rl.py --model {{projector}} --method tag {PENALTY}"),
     ("no noise, before RL", "clean", f"{STAGES} --noise 0"),
@@ -90,6 +99,8 @@ METHODS = [
     ("Soft Thinking", "soft-thinking", "baselines.py --method soft-thinking"),
     ("Coconut", "coconut", "baselines.py --method coconut"),
     ("CoLaR", "colar", "baselines.py --method colar --steps 96"),
+    ("CoLaR after RL", "colar-rl",
+     "baselines.py --method colar --model {rl} --lr 1e-3 --epochs 4 --r 2 --rl-lr 1.2e-5 --steps 96"),
 ]
 NOT_RUN = {"tiny.next_chapter": ["answer"]}  # it learns gold answers, which that task has not
 CONTROLLED = "litereason-lp"  # the run of each seed whose latents are replaced when it has been trained
@@ -101,7 +112,7 @@ KINDS = ("paper", "trained", "train")  # of rows: test stories at two samplings,
 # task: [(length of the chain, flags of eval.py that make it so)]: these methods are evaluated at each length.
 LENGTHS = {"tiny": [(hops, f"--hops {hops}") for hops in (2, 3, 4, 5, 6)]}
 # task: the runs whose latents latents.py reads
-READ = {"tiny": ("litereason-lp", "adrift-lp", "frozen-lp", "longer-lp")}
+READ = {"tiny": ("litereason-lp", "adrift-lp", "frozen-lp", "longer-lp", "after-rl-lp")}
 DRAWN = ("litereason-lp", "rl", "tag-lp", "paper-lp")  # in the picture of the training
 ON_LENGTHS = ["RL without latents", "LiteReason + length penalty",
               "LiteReason + length penalty, its latents taken away", "RL with tags + length penalty"]
