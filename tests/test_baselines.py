@@ -204,6 +204,12 @@ def test_a_latent_of_colar_is_the_sum_of_its_words_over_the_root_of_their_number
     close(z, torch.stack([e[5], (2 * e[7] + e[9] + e[11]) / 2]), 1e-6)
 
 
+def test_colars_sft_and_its_grpo_have_learning_rates_of_their_own(model, monkeypatch):
+    monkeypatch.setattr(sys, "argv", "baselines.py --method colar --lr 0.5 --rl-lr 0.25".split())
+    cfg = baselines.settings(baselines.parse_arguments(), model)
+    assert (cfg["colar_lr"], cfg["rl_lr"]) == (0.5, 0.25)
+
+
 def test_colars_sft_draws_r_from_1_to_5_and_says_it_in_the_prompt(model, tok, monkeypatch):
     model = attach(type(model)(model.config).double())
     learned = []
