@@ -16,6 +16,7 @@ RECIPE, UNPENALISED = "the paper's recipe + length penalty", "the paper's recipe
 FROZEN = "base frozen + length penalty"
 ADRIFT, PENALISED = "no anchor + length penalty", "RL + length penalty"
 AFTER, TAGS_AFTER = "LiteReason after RL + length penalty", "RL with tags after RL + length penalty"
+CLEAN = "no noise + length penalty"
 LONGER, WRITTEN = "stage 2 twice as long + length penalty", "RL with tags + length penalty, after stage 2"
 HEADLINE = [BASE, RL, OURS, WORDS, RECIPE]  # in the first table, and in the picture of scores against tokens
 OTHERS = "latents: other"  # the control in which each story gets another one's latents
@@ -192,7 +193,8 @@ def the_papers_recipe(found):
 def what_the_parts_are_worth(differences):
     ours_against = {own["theirs"]: own for own in differences if own["ours"] == OURS}
     parts = []
-    for without, words in ((ADRIFT, "the anchor in RL"), (FROZEN, "a base that learns in stage 2 too")):
+    for without, words in ((ADRIFT, "the anchor in RL"), (FROZEN, "a base that learns in stage 2 too"),
+                           (CLEAN, "noise on what stage 2 feeds")):
         if without in ours_against:
             parts.append(f"{words} {worth(ours_against[without])}")
     if not parts:
@@ -207,8 +209,9 @@ def what_the_parts_are_worth(differences):
 def worth(difference):
     """In accuracy."""
     interval = evidence.in_words([100 * end for end in difference["accuracy_ci95"]], "+.1f")
+    one_seed = ", one seed" if len(difference["seeds"]) == 1 else ""
     return (f"{100 * difference['accuracy']:+.1f} points (95 % interval {interval}, Holm's p "
-            f"{difference['accuracy_holm']:.1g})")
+            f"{difference['accuracy_holm']:.1g}{one_seed})")
 
 
 def what_is_met(claims):
