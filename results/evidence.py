@@ -8,6 +8,7 @@ import numpy as np
 from eval import judge, sign_flips, wilson
 from report import what_differs
 
+AFTER_RL = "LiteReason after RL + length penalty"
 # (a method, what it is compared with): the differences that the text may speak of. Names are those of the
 # tables; a pair of which a run is missing is left out.
 PAIRS = [
@@ -28,18 +29,18 @@ PAIRS = [
     ("LiteReason + length penalty", "no noise + length penalty"),
     ("LiteReason + length penalty", "pause tokens + length penalty"),
     ("LiteReason + length penalty", "LiteReason + length penalty, its latents taken away"),
-    ("LiteReason after RL + length penalty", "base, explicit reasoning"),
-    ("LiteReason after RL + length penalty", "RL without latents"),
-    ("LiteReason after RL + length penalty", "LiteReason + length penalty"),
-    ("LiteReason after RL + length penalty", "RL with tags after RL + length penalty"),
-    ("LiteReason after RL + length penalty", "LiteReason after RL + length penalty, another story's latents"),
+    (AFTER_RL, "base, explicit reasoning"),
+    (AFTER_RL, "RL without latents"),
+    (AFTER_RL, "LiteReason + length penalty"),
+    (AFTER_RL, "RL with tags after RL + length penalty"),
+    (AFTER_RL, f"{AFTER_RL}, another story's latents"),
 ]
 
 # (claim, whether "all" or "any" of its tests must be met, [(statistic, methods, more than)])
 EQUAL = -0.02  # accuracy gained where accuracy counts as equal: at most two points are lost
 LONGER = 1 - 1 / 1.3  # tokens saved against a run that takes 30 % more
 CLAIMS = []
-for ours in ("LiteReason + length penalty", "LiteReason", "LiteReason after RL + length penalty"):
+for ours in ("LiteReason + length penalty", "LiteReason", AFTER_RL):
     rl, base = "RL without latents", "base, explicit reasoning"
     CLAIMS += [
         (f"{ours} keeps RL's gain", "all", [("gain kept", (ours, rl, base), 0.95)]),
@@ -52,16 +53,15 @@ for ours, theirs, words in [
          "LiteReason beats RL with tags under the same penalty"),
         ("LiteReason + length penalty", "LiteReason + length penalty, its latents taken away",
          "LiteReason beats itself without latents under the penalty"),
-        ("LiteReason after RL + length penalty", "RL with tags after RL + length penalty",
+        (AFTER_RL, "RL with tags after RL + length penalty",
          "LiteReason after RL beats RL with tags after RL under the same penalty")]:
     tests = [("tokens saved", (ours, theirs), 0.0), ("accuracy gained", (ours, theirs), EQUAL)]
     CLAIMS.append((f"{words}: fewer tokens at equal accuracy", "all", tests))
-after_rl = "LiteReason after RL + length penalty"
 for ours, theirs, words in [
         ("control plain", "control latents: other", "latents matter: another story's latents"),
         ("control plain", "control latents: noise", "latents matter: noise"),
         ("control plain", "control latents: mean", "latents matter: the mean latent"),
-        (after_rl, f"{after_rl}, another story's latents", "after RL too: another story's latents")]:
+        (AFTER_RL, f"{AFTER_RL}, another story's latents", "after RL too: another story's latents")]:
     tests = [("accuracy gained", (ours, theirs), 0.10), ("tokens saved", (ours, theirs), LONGER)]
     CLAIMS.append((f"{words} in their place cost 10 points or 30 % more tokens", "any", tests))
 

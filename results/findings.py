@@ -15,7 +15,7 @@ OURS, WORDS = "LiteReason + length penalty", "RL with tags + length penalty"
 RECIPE, UNPENALISED = "the paper's recipe + length penalty", "the paper's recipe"
 FROZEN = "base frozen + length penalty"
 ADRIFT, PENALISED = "no anchor + length penalty", "RL + length penalty"
-AFTER, TAGS_AFTER = "LiteReason after RL + length penalty", "RL with tags after RL + length penalty"
+AFTER, TAGS_AFTER = evidence.AFTER_RL, "RL with tags after RL + length penalty"
 CLEAN = "no noise + length penalty"
 LONGER, WRITTEN = "stage 2 twice as long + length penalty", "RL with tags + length penalty, after stage 2"
 HEADLINE = [BASE, RL, OURS, WORDS, RECIPE]  # in the first table, and in the picture of scores against tokens
@@ -80,7 +80,7 @@ def score_and_length(found):
     if not {OURS, RL, BASE} <= set(found):
         return ""
     ours, rl, base = found[OURS], found[RL], found[BASE]
-    kept = 100 * (ours["accuracy"] - base["accuracy"]) / (rl["accuracy"] - base["accuracy"])
+    kept = 100 * float(evidence.gain_kept(ours["accuracy"], rl["accuracy"], base["accuracy"]))
     return (f"**Score and length.** LiteReason is right on {score(ours)} ({over_seeds(ours)}), the base on "
             f"{score(base)}, RL without latents on {score(rl)}: {kept:.0f} % of RL's gain with "
             f"{saved(ours, base):.0f} % fewer tokens than the base and {saved(ours, rl):.0f} % fewer than "
@@ -144,14 +144,15 @@ def against_words(found):
 
 
 def begun_after_rl(found, claims):
-    if not {AFTER, RL} <= set(found):
+    if AFTER not in found:
         return ""
     kept = [evidence.in_its_unit(claim["tests"][0]) for claim in claims
             if claim["claim"] == f"{AFTER} keeps RL's gain"]
     beside = f", {kept[0]}" if kept else ""
     others, words = "", ""
-    if f"{AFTER}, {REPLACED[OTHERS]}" in found:
-        others = f"; with another story's latents at {score(found[f'{AFTER}, {REPLACED[OTHERS]}'])}"
+    with_others = found.get(f"{AFTER}, {REPLACED[OTHERS]}")
+    if with_others:
+        others = f"; with another story's latents at {score(with_others)}"
     if TAGS_AFTER in found:
         words = f" RL with tags from the same model: {score(found[TAGS_AFTER])}."
     return ("**Begun after RL.** The base's own right traces are often right for a wrong reason, those of RL "

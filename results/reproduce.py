@@ -47,7 +47,7 @@ FROZEN = f"{PROJECTOR} --steps 1200"
 STAGES = f"{FROZEN} {BASE_LEARNS}"
 LONG_STAGES = f"{PROJECTOR} --steps 2400 {BASE_LEARNS}"
 # Stages 1 and 2 of a model that RL without latents has made: its traces are nearly all right.
-AFTER_RL = f"train_projector.py --model {{rl}} --prompts 6000 --steps 1200 {BASE_LEARNS}"
+AFTER_RL = STAGES.replace("train_projector.py", "train_projector.py --model {rl}")
 RL = "--steps 96 --lr-schedule cosine"
 # The length penalty grows from the first token to the length limit; the late one begins 60 tokens before it.
 # The paper does not give its own.
