@@ -810,12 +810,12 @@ def main():
         runs.save(model, tokenizer, os.path.join(args.out, "model"))
     results = [result for _, result in rows] + on_train_stories
     runs.write_json(os.path.join(args.out, "results.json"), results)
-    tell(args, rows, took, len(tests), time.time() - start)
+    tell(args, task, rows, took, len(tests), time.time() - start)
 
 
-def tell(args, rows, took, n_tests, seconds):
+def tell(args, task, rows, took, n_tests, seconds):
     """The table, and under it how each row does on train stories and what the method got."""
-    print(report.table(rows) + "\n")
+    print(report.table(rows, data.measure_of(task)) + "\n")
     for name, row in rows:
         print(f"{name}: {row['train_accuracy']:.3f} on {row['train_stories']} train stories")
     print(f"{args.method}: {took['stories']} stories, {took['traces']:,} traces, "

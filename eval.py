@@ -497,7 +497,7 @@ def main():
 
     print(f"\n{report.what_was_asked(args, len(examples), samplings_of(args))}")
     if not args.controls:
-        print_table(rows)
+        print_table(rows, data.measure_of(task))
     if args.html:
         runs.write_text(args.html, page.whole(sections))
         print(f"wrote {args.html}")
@@ -661,7 +661,7 @@ def rows_of_controls(args, name, sampling, model, tokenizer, task, examples, els
     results = run_controls(model, tokenizer, task, examples, elsewhere, samples=args.samples, **settings)
     words = report.sampling_in_words(samplings_of(args)[sampling])
     print(f"\n{name}, {len(examples)} of {args.task} {args.split}, {words}")
-    print(report.controls_table(results), flush=True)
+    print(report.controls_table(results, data.measure_of(task)), flush=True)
     return [{**heading(args, name, sampling, settings, control=control), **result}
             for control, result in results]
 
@@ -699,9 +699,9 @@ def append_chapters(args, name, sampling, task, answers, is_first):
 
 
 # ---------------------------------------------------------------------------- after the models
-def print_table(rows):
+def print_table(rows, measure):
     named = [(row["name"], row) for row in rows]
-    print(report.table(named) + "\n")
+    print(report.table(named, measure) + "\n")
     for name, row in named:
         alone = f", {row['seconds_alone']:.2g} s alone" if "seconds_alone" in row else ""
         print(f"{name}: {row['flops']:.3g} FLOPs and {row['seconds_each']:.2g} s an answer{alone}")

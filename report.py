@@ -322,11 +322,11 @@ def sampling_in_words(sampling):
     return f"temperature {sampling['temperature']:g}, {cut}"
 
 
-def table(rows):
+def table(rows, measure="accuracy"):
     """rows: [(name, result of eval.evaluate)] -> a table as text, which is Markdown as well, and under it
-    what the task itself reports. Its columns:
+    what the task itself reports. measure: what the task's scores are called. The columns:
 
-    accuracy    mean reward, and its 95 % interval over examples
+    accuracy    or `measure`: mean reward, and its 95 % interval over examples
     tokens      per answer: text + latent
     text        sampled tokens per answer, those of the tags included
     latent      latent steps per answer
@@ -335,7 +335,7 @@ def table(rows):
     positions   computed per answer, those of its prompt and those wasted on rows that had ended included
     seconds     for all answers together
     """
-    lines = ["| model | accuracy | 95 % interval | tokens | text | latent "
+    lines = [f"| model | {measure} | 95 % interval | tokens | text | latent "
              "| tags | cut off | positions | seconds |",
              "|---|---|---|---|---|---|---|---|---|---|"]
     width = max(len(name) for name, _ in rows)
@@ -356,9 +356,9 @@ def table(rows):
     return "\n".join(lines)
 
 
-def controls_table(rows):
+def controls_table(rows, measure="accuracy"):
     """rows: [(control, result)] of eval.run_controls -> a table as text. What is gained is gained over the
-    plain run, which comes first; eval.judge says what differs."""
+    plain run, which comes first; eval.judge says what differs. measure: what the task's scores are called."""
     lines = ["| control | accuracy | 95 % interval | tokens | text | latent "
              "| accuracy gained | 95 % interval | p | Holm's p "
              "| tokens gained | 95 % interval | p | Holm's p | differs in |",
@@ -377,7 +377,8 @@ def controls_table(rows):
                 f"{gained[f'{what}_p']:.2g}",
                 f"{gained[f'{what}_holm']:.2g}"]
         lines.append(_table_line([*cells, what_differs(gained)]))
-    return "\n".join([*lines, "", HOW_IT_IS_TESTED.format(n=2 * (len(rows) - 1))])
+    text = "\n".join([*lines, "", HOW_IT_IS_TESTED.format(n=2 * (len(rows) - 1))])
+    return text.replace("accuracy", measure)
 
 
 HOW_IT_IS_TESTED = """p: McNemar's (accuracy) and that of sign flips (tokens), paired by example; Holm's p \

@@ -477,8 +477,7 @@ def stages_1_and_2(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, e
     after = evaluate_now()
     said = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
     print(f"stage 2: validation loss after the first tag: {said}")
-    measure = getattr(task, "MEASURE", "accuracy")
-    print(f"stage 2: {measure} with the tag prompt on {len(checked)} val stories: {before['accuracy']:.3f} "
+    print(f"stage 2: {data.measure_of(task)} with the tag prompt on {len(checked)} val stories: {before['accuracy']:.3f} "
           f"with the warm start, {after['accuracy']:.3f} trained; "
           f"both stages {time.time() - started:.0f}s", flush=True)
     sampled = cfg["k"] * len(examples)

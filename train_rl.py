@@ -638,7 +638,7 @@ def main():
     if table_rows:
         results = [{"model": name, **figures} for name, figures in table_rows]
         runs.write_json(os.path.join(args.out, "results.json"), results)
-        print(f"\n{report.table(table_rows)}\n\n{len(tests)} test stories, the paper's sampling "
+        print(f"\n{report.table(table_rows, data.measure_of(task))}\n\n{len(tests)} test stories, the paper's sampling "
               f"(temperature 0.7, top-p 0.8, top-k 20), seed {args.seed}, {time.time() - started:.0f}s for "
               f"everything; numbers in {args.out}/results.json")
         if args.method == "litereason":

@@ -174,6 +174,11 @@ def score(task, examples, completions, step=0):
     return [float(task.reward(example, completion)) for example, completion in zip(examples, completions)]
 
 
+def measure_of(task):
+    """What its scores are called."""
+    return getattr(task, "MEASURE", "accuracy")
+
+
 # ============================================================ prepared examples, a .jsonl per split
 def folder(task):
     """Where a task's prepared files are: LITEREASON_DATA/TASK if that is set, else beside the task's code."""

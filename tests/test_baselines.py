@@ -306,6 +306,7 @@ def test_every_method_runs_on_both_tasks(method, rows, tmp_path, monkeypatch, ca
         assert (r["sampled_tokens"] > 0) == (r["traces"] > 0) == (method in ("coconut", "colar"))
         assert (r["optimiser_steps"] > 0) == trained
     said = capsys.readouterr().out
+    assert f"| model | {data.measure_of(data.load_task(task))} |" in said
     assert not trained or f"{method}: 2 stories, {found[-1]['traces']} traces, " in said
     if method == "colar":
         assert found[-1]["optimiser_steps"] == found[0]["optimiser_steps"] + 1

@@ -216,6 +216,7 @@ def test_all_controls_run_on_the_same_examples_and_without_tags_only_the_forced_
     table = controls_table(rows)
     assert len(table.split("\n\n")[0].splitlines()) == 2 + len(rows)
     assert f"corrected for all {len(tests)} tests" in table and "| nothing |" in table
+    assert controls_table(rows, "reward") == table.replace("accuracy", "reward")
 
 
 def test_the_nearest_words_of_an_embedding_are_that_word_first_and_what_the_head_says_of_it(model, tok):

@@ -138,6 +138,7 @@ def test_the_second_task_of_the_tiny_world_runs_too(tmp_path):
     words = ("--task", "tiny.next_chapter", "--projector-steps", 2, "--trace-prompts", 16, *SHORT, "--n", 1)
     done = script("train_rl.py", *words, "--out", tmp_path / "n")
     assert done.returncode == 0, done.stderr
+    assert "| model | reward |" in done.stdout
 
 
 # ---------------------------------------------------------------- wrong words
