@@ -3,7 +3,7 @@ reproduce.py has written into this directory: nothing here is typed by hand.
 
 found: {method: its means over seeds}, reproduce.summary; controls: {control: its rows and comparison},
 reproduce.controls_summary; lengths: rows of reproduce.lengths_of; latents: reproduce.latents_of; compared:
-{"differences", "claims"} of evidence.py.
+{sampling: {"differences", "claims"}}, reproduce.write_evidence.
 """
 import textwrap
 
@@ -14,6 +14,7 @@ BASE, RL = "base, explicit reasoning", "RL without latents"
 OURS, WORDS = "LiteReason + length penalty", "RL with tags + length penalty"
 RECIPE, UNPENALISED = "the paper's recipe + length penalty", "the paper's recipe"
 FROZEN = "base frozen + length penalty"
+FREE = "LiteReason"  # without a penalty
 ADRIFT, PENALISED = "no anchor + length penalty", "RL + length penalty"
 AFTER, TAGS_AFTER = evidence.AFTER_RL, "RL with tags after RL + length penalty"
 CLEAN = "no noise + length penalty"
@@ -42,17 +43,18 @@ def headline(found, controls, sampled):
 
 def findings(found, controls, lengths=(), latents=None, compared=None):
     """The README's list. A finding of which a run is missing is left out."""
-    compared = compared or {}
+    nothing = {"differences": [], "claims": []}
+    at_papers, at_one = ((compared or {}).get(kind, nothing) for kind in ("paper", "trained"))
     told = [
-        score_and_length(found),
+        score_and_length(found, at_papers["claims"], at_one["claims"]),
         whether_latents_matter(controls),
         what_latents_say(latents or {}),
-        against_words(found),
-        begun_after_rl(found, compared.get("claims", [])),
+        against_words(found, at_papers["differences"]),
+        begun_after_rl(found, at_papers["claims"]),
         over_lengths(lengths),
         the_papers_recipe(found),
-        what_the_parts_are_worth(compared.get("differences", [])),
-        what_is_met(compared.get("claims", []))]
+        what_the_parts_are_worth(at_papers["differences"], at_one["differences"]),
+        what_is_met(at_papers["claims"], at_one["claims"])]
     lines = [textwrap.fill(f"- {finding}", 110, subsequent_indent="  ") for finding in told if finding]
     return "\n".join(lines)
 
@@ -76,15 +78,29 @@ def saved(row, against):
 
 
 # ============================================================ one finding each
-def score_and_length(found):
+def score_and_length(found, claims, at_one):
+    """claims: at the paper's sampling; at_one: at temperature 1."""
     if not {OURS, RL, BASE} <= set(found):
         return ""
     ours, rl, base = found[OURS], found[RL], found[BASE]
-    kept = 100 * float(evidence.gain_kept(ours["accuracy"], rl["accuracy"], base["accuracy"]))
-    return (f"**Score and length.** LiteReason is right on {score(ours)} ({over_seeds(ours)}), the base on "
-            f"{score(base)}, RL without latents on {score(rl)}: {kept:.0f} % of RL's gain with "
-            f"{saved(ours, base):.0f} % fewer tokens than the base and {saved(ours, rl):.0f} % fewer than "
-            "RL.")
+    kept, hotter = gain_kept_in(claims, OURS), gain_kept_in(at_one, OURS)
+    also = f", at temperature 1 {hotter}" if hotter else ""
+    kept = f" Of RL's gain it keeps {kept}{also}." if kept else ""
+    free = ""
+    if FREE in found:
+        free = f" Without the penalty LiteReason is right on {score(found[FREE])}."
+    return (f"**Score and length.** Under a length penalty LiteReason is right on {score(ours)} "
+            f"({over_seeds(ours)}), the base on {score(base)}, RL without latents, which has no penalty, on "
+            f"{score(rl)}: {saved(ours, base):.0f} % fewer tokens than the base, {saved(ours, rl):.0f} % fewer "
+            f"than RL.{kept}{free}")
+
+
+def gain_kept_in(claims, ours):
+    """With its interval; "" if no claim is about it."""
+    for claim in claims:
+        if claim["claim"] == f"{ours} keeps RL's gain":
+            return evidence.in_its_unit(claim["tests"][0]).removeprefix("gain kept ")
+    return ""
 
 
 def whether_latents_matter(controls):
@@ -114,7 +130,7 @@ def what_latents_say(latents):
                    f"{ours_wrong}.")
     share = in_total(latents[OURS], "all")
     return (f"**What they say.** {share} of the latents are nearest to the two names of their own round, "
-            f"added up (`python results/latents.py`).{without}")
+            f"added up (`python results/latents.py --model RUN`).{without}")
 
 
 def in_total(rows, key):
@@ -126,10 +142,13 @@ def wrong_names(rows):
     return f"{n_wrong - n_named} of {n_wrong}"
 
 
-def against_words(found):
+def against_words(found, differences):
     if not {OURS, WORDS} <= set(found):
         return ""
-    gap = 100 * (found[OURS]["accuracy"] - found[WORDS]["accuracy"])
+    gap = f"{100 * (found[OURS]['accuracy'] - found[WORDS]['accuracy']):+.1f} points"
+    for own in differences:
+        if (own["ours"], own["theirs"]) == (OURS, WORDS):
+            gap = worth(own)
     skipped = ""
     if PENALISED in found:
         skipped = f", and RL without tags no reasoning at all: {score(found[PENALISED])}"
@@ -139,16 +158,14 @@ def against_words(found):
                    f"{score(found[WRITTEN])}.")
     return ("**Latents against words.** Under the same penalty RL with tags that run no latents learns to "
             f"write shorthand: {score(found[WORDS])}{skipped}. Latents take "
-            f"{saved(found[OURS], found[WORDS]):.0f} % fewer tokens than shorthand, at {gap:+.1f} points."
-            f"{matched}")
+            f"{saved(found[OURS], found[WORDS]):.0f} % fewer tokens than shorthand, at {gap}.{matched}")
 
 
 def begun_after_rl(found, claims):
     if AFTER not in found:
         return ""
-    kept = [evidence.in_its_unit(claim["tests"][0]) for claim in claims
-            if claim["claim"] == f"{AFTER} keeps RL's gain"]
-    beside = f", {kept[0]}" if kept else ""
+    kept = gain_kept_in(claims, AFTER)
+    beside = f", gain kept {kept}" if kept else ""
     others, words = "", ""
     with_others = found.get(f"{AFTER}, {REPLACED[OTHERS]}")
     if with_others:
@@ -191,13 +208,16 @@ def the_papers_recipe(found):
             "this world, not about the paper's.")
 
 
-def what_the_parts_are_worth(differences):
-    ours_against = {own["theirs"]: own for own in differences if own["ours"] == OURS}
+def what_the_parts_are_worth(differences, at_one):
+    """at_one: the differences at temperature 1."""
+    ours_against, hotter = ({own["theirs"]: own for own in some if own["ours"] == OURS}
+                            for some in (differences, at_one))
     parts = []
     for without, words in ((ADRIFT, "the anchor in RL"), (FROZEN, "a base that learns in stage 2 too"),
                            (CLEAN, "noise on what stage 2 feeds")):
         if without in ours_against:
-            parts.append(f"{words} {worth(ours_against[without])}")
+            also = f", at temperature 1 {in_points(hotter[without])}" if without in hotter else ""
+            parts.append(f"{words} {worth(ours_against[without])}{also}")
     if not parts:
         return ""
     longer = ""
@@ -215,18 +235,35 @@ def worth(difference):
             f"{difference['accuracy_holm']:.1g}{one_seed})")
 
 
-def what_is_met(claims):
+def in_points(difference):
+    """The same in short."""
+    interval = evidence.in_words([100 * end for end in difference["accuracy_ci95"]], "+.1f")
+    return f"{100 * difference['accuracy']:+.1f} ({interval})"
+
+
+def met_of(claims):
+    """How many are, in words."""
+    return f"{sum(claim['met'] == 'met' for claim in claims)} of {len(claims)}"
+
+
+def what_is_met(claims, at_one):
+    """claims: at the paper's sampling; at_one: at temperature 1."""
     if not claims:
         return ""
-    n_met = sum(claim["met"] == "met" for claim in claims)
+    before = [claim for claim in claims if claim["set_before_the_runs"]]
+    later = ""
+    if len(before) < len(claims):
+        later = (f" Of those set before the runs {met_of(before)} are; the others, on the rows after RL, were "
+                 "added when these had been run.")
+    hotter = f"; at temperature 1 {met_of(at_one)}" if at_one else ""
     rest = []
     for claim in claims:
         if claim["met"] != "met":
             measured = " and ".join(evidence.in_its_unit(test) for test in claim["tests"])
             rest.append(f"\"{claim['claim']}\" is {claim['met']} ({measured})")
-    others = f" {'; '.join(rest)}." if rest else ""
+    others = f" ({FREE} alone: without the penalty) {'; '.join(rest)}." if rest else ""
     return ("**What would have refuted this.** Each claim has a criterion, and is met if its whole 95 % "
-            f"interval is beyond it: {n_met} of {len(claims)} are.{others}")
+            f"interval is beyond it: {met_of(claims)} are{hotter}.{later}{others}")
 
 
 # ============================================================ the second task
@@ -235,14 +272,15 @@ def next_chapters(found, controls):
     if not {OURS, RL, BASE, WORDS} <= set(found):
         return ""
     parts = [f"{words} {reward_of(found[name])}"
-             for name, words in ((OURS, "LiteReason"), (WORDS, "RL with tags"), (RL, "RL without latents"),
-                                 (BASE, "the base"))]
+             for name, words in ((OURS, "under the length penalty LiteReason"), (WORDS, "RL with tags"),
+                                 (RL, "without it RL without latents"), (BASE, "the base"))]
     with_others = ""
     if OTHERS in controls:
         reward = mean_of_seeds(controls[OTHERS], "accuracy")
         with_others = f" With another story's latents LiteReason earns {reward:.0f}."
-    text = (f"- **Next chapters**, the second task, where a plan earns by how much easier a frozen reader "
-            f"finds the true chapter ({over_seeds(found[OURS])}): {'; '.join(parts)}.{with_others}")
+    text = ("- **Next chapters**, the second task, where a plan earns by how much easier a frozen reader "
+            "finds the true chapter, and half of how much harder another story's "
+            f"({over_seeds(found[OURS])}): {'; '.join(parts)}.{with_others}")
     return textwrap.fill(text, 110, subsequent_indent="  ")
 
 

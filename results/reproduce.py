@@ -477,7 +477,7 @@ def write_tables(tasks, seeds):
         if task == "tiny":
             sampled = SAMPLED[next(iter(found.values()))["sampling"]]
             texts["headline"] = findings.headline(found, tested, sampled)
-            texts["findings"] = findings.findings(found, tested, lengths, latents, compared.get("paper"))
+            texts["findings"] = findings.findings(found, tested, lengths, latents, compared)
         else:
             texts["chapters"] = findings.next_chapters(found, tested)
         for name, text in texts.items():

@@ -52,7 +52,7 @@ def test_the_tables_and_the_numbers_in_sentences_are_those_in_results(task):
         lengths = figures(f"lengths-{task}")
         latents = figures(f"latents-{task}") if is_there(f"latents-{task}") else {}
         made["findings"] = findings.findings(rows, controls["paper"], lengths, latents,
-                                             figures(f"differences-{task}")["paper"])
+                                             figures(f"differences-{task}"))
         made |= {f"latents-{task}": read_latents.table(latents)} if latents else {}
     else:
         made["chapters"] = findings.next_chapters(rows, controls["paper"])
