@@ -46,7 +46,7 @@ import runs
 import train_rl
 from eval import PAPER, TRAINED, evaluate
 from litereason import (LATENT, Rollout, UserError, generate, group_advantages, load, logprobs, policy_loss,
-                        projector_loss, states)
+                        projector_loss, states, word_embeddings)
 from train_projector import SENTENCE, split_answer
 
 # The papers' settings (Coconut and CoLaR as LiteReason's author ran them on plot holes; the answer's are
@@ -294,6 +294,7 @@ def train_answer(model, rows, cfg, accuracy, budget, seed):
     optimizer = torch.optim.AdamW(engine.base_parameters(model), lr=cfg["answer_lr"], weight_decay=0.01)
     every = max(1, steps // 10)
     best = -math.inf
+    kept = model.state_dict()  # with no steps these
     batches = epochs(rows, cfg["batch"], seed)
     for step, batch in enumerate(itertools.islice(batches, steps)):
         add_text_gradients(model, batch, budget)
@@ -657,8 +658,7 @@ def settings(args, model):
 def new_head(model, seed):
     """CoLaR's latent head, from random numbers."""
     torch.manual_seed(seed)
-    embeddings = model.get_input_embeddings().weight.detach()
-    spread = float(embeddings.float().std())
+    spread = float(word_embeddings(model).float().std())
     head = LatentHead(model.config.hidden_size, spread)
     return head.to(model.device)
 
@@ -769,7 +769,8 @@ def main():
         "prompts": cfg["rl_prompts"],  # this and the next as in train_rl.py, for results/reproduce.py
         "group": GROUP,
     })
-    start = time.time()
+    start = last_row_at = time.time()
+    seconds = 0.0  # of training, without the rows' evaluations
     is_trained = args.method not in ("soft-thinking", "moi")
     took = {"stories": len(examples) * is_trained, "traces": 0, "sampled_tokens": 0, "optimiser_steps": 0}
     rows, on_train_stories = [], []
@@ -788,7 +789,7 @@ def main():
 
     method = METHODS[args.method](args, cfg, model, tokenizer, task, examples, on_val, took)
     for name, asked, decoding in method:
-        seconds = time.time() - start
+        seconds += time.time() - last_row_at
         for suffix, sampling in SAMPLINGS.items():
             label = f"  {name}{suffix}" if suffix else name
             on_train = figures(asked, examples[:CHECKED], decoding, sampling, progress=f"{label}, train")
@@ -805,6 +806,7 @@ def main():
                 **result}))
             if not suffix:
                 on_train_stories.append({**of_row, "split": "train", **took, **on_train})
+        last_row_at = time.time()
 
     if is_trained:
         runs.save(model, tokenizer, os.path.join(args.out, "model"))

@@ -508,12 +508,17 @@ def main():
 def show_collected(args):
     """--collect: the table of means, and each row's runs and spread."""
     rows = report.collect(args.collect)
-    print(report.table(rows))
+    if not all("seconds" in row for _, row in rows):
+        raise UserError("--collect reads results of train_rl.py and eval.py, and these are others")
+    tasks = {runs.run_settings(path).get("task") for path in args.collect} - {None}
+    measure = data.measure_of(data.load_task(tasks.pop())) if len(tasks) == 1 else "accuracy"
+    print(report.table(rows, measure))
     spreads = []
     for name, row in rows:
         low, high = row["spread"]
-        spreads.append(f"{name}: {row['runs']} runs, accuracy {low:.3f} to {high:.3f}")
+        spreads.append(f"{name}: {row['runs']} runs, {measure} {low:.3f} to {high:.3f}")
     print("\n" + "; ".join(spreads))
+    print("the 95 % interval is the mean of the runs' own, which count stories and not runs")
     if args.json:
         runs.write_json(args.json, dict(rows))
 
@@ -542,6 +547,9 @@ def check_flags(args):
     if args.out and runs.run_settings(args.out).get("script"):
         raise UserError(f"--out {args.out} is a run: the results of eval.py would replace its own; choose "
                         "another --out")
+    for name in args.model:
+        if name.partition(":")[2] not in ("", "plain"):
+            raise UserError(f"--model {name}: behind a colon may stand plain, for the prompt without tags")
     if args.write and not args.out:
         raise UserError("--write needs --out DIR: the chapters go into chapters.md there")
     if args.html and not args.show:
@@ -558,6 +566,8 @@ def take_settings_of_runs(args):
         for name in args.model:
             path = name.partition(":")[0]
             made = runs.run_settings(path)
+            if flag != "task" and made.get("task") != args.task:
+                continue  # its reward is another task's
             if made.get("script") in ("train_rl.py", "train_projector.py"):
                 found.setdefault(made.get(flag), path)
         if len(found) > 1:

@@ -295,8 +295,7 @@ class PauseToken(torch.nn.Module):
     @classmethod
     def start(cls, model, layers=None):
         """The mean embedding."""
-        embeddings = model.get_input_embeddings().weight.detach()
-        return cls(embeddings.to(projector_dtype(model)).mean(0))
+        return cls(word_embeddings(model).to(projector_dtype(model)).mean(0))
 
     def forward(self, h, memory=None):
         return self.vector.to(h.dtype).expand_as(h), memory
@@ -304,6 +303,14 @@ class PauseToken(torch.nn.Module):
 
 # A checkpoint names its own in config.litereason_projector.
 PROJECTORS = {"mlp": ReasoningProjector, "pause": PauseToken}
+
+
+@torch.no_grad()
+def word_embeddings(model, most=None):
+    """Of all words, or of the first `most`, as they are fed (V, D): Gemma scales what its matrix holds."""
+    embed = model.get_input_embeddings()
+    n_words = min(embed.num_embeddings, most or embed.num_embeddings)
+    return embed(torch.arange(n_words, device=model.device))
 
 
 def projector_dtype(model):
@@ -380,7 +387,8 @@ def attach(model, weights=None):
     config.litereason_num_reasoning_layers = layers
     config.litereason_max_reasoning_steps = cap
     start_projector(model, kind)
-    model.projector_trained = bool(weights)
+    # Of our own checkpoints, one that stage 2 has not made says so (runs.save).
+    model.projector_trained = bool(weights) and getattr(config, "litereason_projector_trained", True)
     if weights:
         try:
             model.reasoning_projector.load_state_dict(weights)

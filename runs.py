@@ -263,9 +263,22 @@ def hub_answers():
         return False
 
 
+def fingerprint(model):
+    """A number that changes with the weights: of some of each tensor."""
+    crc = 0
+    for p in model.parameters():
+        some = p.detach().flatten()[:1000].float().cpu()
+        crc = zlib.crc32(some.numpy().tobytes(), crc)
+    return crc
+
+
 def save(model, tokenizer, path):
     """An ordinary checkpoint directory (safetensors); complete or absent, since it is renamed into place at
     the end."""
+    if not model.projector_trained:
+        model.config.litereason_projector_trained = False  # else its weights would say that it is
+    elif hasattr(model.config, "litereason_projector_trained"):
+        del model.config.litereason_projector_trained
     path = os.path.abspath(path)
     new = f"{path}.writing-{os.getpid()}"
     old = f"{path}.replaced-{os.getpid()}"
@@ -711,6 +724,8 @@ def parse_resumable(parser, script, free=("device", "graphs")):
     flags in `free` may stand."""
     args = parser.parse_args()
     if args.resume is None:
+        if os.path.isdir(args.model):
+            args.model = os.path.abspath(args.model)  # --resume may be said from elsewhere
         return args
     settings = run_settings(args.resume)
     if settings.get("script") != script:
@@ -728,10 +743,7 @@ def parse_resumable(parser, script, free=("device", "graphs")):
 
 
 def write_settings(args, script):
-    """config.json, which --resume and the other scripts read. --resume may be said from elsewhere, so a
-    directory's name is made absolute."""
-    if os.path.isdir(args.model):
-        args.model = os.path.abspath(args.model)
+    """config.json, which --resume and the other scripts read."""
     settings = {name: value for name, value in vars(args).items() if name not in ("resume", "overwrite")}
     settings = {"script": script, "base": base_of(args.model), **settings}
     write_json(os.path.join(args.out, "config.json"), settings)
@@ -791,6 +803,9 @@ def check_what_is_there(args, saved=None):
         what = f"{made.get('script', 'another script')} on {made.get('task', 'some task')}"
         raise UserError(f"{args.out} holds a finished run of {what}: choose another --out, or replace it "
                         "with --overwrite")
+    if saved_states(os.path.join(args.out, "stage-2")):
+        raise UserError(f"{args.out} holds a run that was stopped in stage 2 or soon after it: go on with "
+                        f"--resume {args.out}, choose another --out, or replace it with --overwrite")
 
 
 def source_of_weights(args, saved):

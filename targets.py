@@ -24,7 +24,8 @@ import torch
 
 import engine
 import runs
-from litereason import CLOSE, LATENT, OPEN, Rollout, empty_memory, insert_latents, latent_step, states
+from litereason import (CLOSE, LATENT, OPEN, Rollout, empty_memory, insert_latents, latent_step, states,
+                        word_embeddings)
 
 SHARES = (0.3, 0.6, 1.0)  # of the sentences that are skipped, instead of the paper's 0.1 and 0.25
 SHARES_IN_RL = (0.6, 1.0, 1.0)  # there the policy skips more
@@ -162,7 +163,7 @@ def projected(model, h, is_latent):
 
 def squared_error(model, z, targets):
     """Summed over latents, in units of the embeddings' variance."""
-    variance = model.get_input_embeddings().weight.detach().var()
+    variance = word_embeddings(model, 10_000).var()  # in a large vocabulary these will do
     return (z - targets.to(z)).square().mean(-1).sum() / variance
 
 

@@ -29,6 +29,7 @@ import os
 import random
 import re
 import time
+import zlib
 
 import torch
 from tqdm import tqdm
@@ -104,10 +105,13 @@ def collect_traces(model, tokenizer, task, examples, k, max_new_tokens, seed, pa
 def _settings_of_traces(model, task, examples, k, max_new_tokens, seed, tag):
     """All that decides what stage 1 samples."""
     own = getattr(task, "settings", {"reward": None, "scorer": None})
+    prompts = "".join(task.prompt(example, True) for example in examples)
     return {
         "model": model.config._name_or_path,
+        "weights": runs.fingerprint(model),
         "task": task.__name__,
         "prompts": len(examples),
+        "prompts_crc32": zlib.crc32(prompts.encode()),
         "k": k,
         "max_new_tokens": max_new_tokens,
         "at_once": max(1, AT_ONCE // k),  # prompts
@@ -293,9 +297,11 @@ def fit_projector(model, traces, lr, batch, steps=None, schedule=True, clip=0.2,
     if states:
         keep()  # before the first step: `carried` holds an evaluation that should not be run again
         uninterrupted = runs.on_stop(keep)
-    # Here, so that the frozen weights are cast once for all steps.
+    # Here, so that frozen weights are cast once for all steps; autocast would keep the first cast of weights
+    # that learn, too.
     frozen = contextlib.nullcontext() if base_lr else _base_frozen(model)
-    with frozen, engine.autocast(model):
+    autocast = contextlib.nullcontext() if base_lr else engine.autocast(model)
+    with frozen, autocast:
         done = len(losses)
         together = VERSIONS_TOGETHER if aim == "words" else 1
         batches = itertools.islice(_batches(traces, batch, seed, together), done, steps)
@@ -468,7 +474,7 @@ def stages_1_and_2(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, e
         losses = {
             "no latents": mean_loss(model, held, "none"),
             "zeros": mean_loss(model, held, "zeros"),
-            "warm start": mean_loss(model, held, "projector")}
+            "before": mean_loss(model, held, "projector")}
         before = evaluate_now()
     fit_projector(model, train, cfg["lr"], cfg["batch"], cfg["steps"], seed=seed, progress="stage 2",
                   states=states, every=every, carried=[dict(losses), before], aim=aim, noise=cfg["noise"],
@@ -477,10 +483,11 @@ def stages_1_and_2(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, e
     after = evaluate_now()
     said = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
     print(f"stage 2: validation loss after the first tag: {said}")
-    print(f"stage 2: {data.measure_of(task)} with the tag prompt on {len(checked)} val stories: {before['accuracy']:.3f} "
-          f"with the warm start, {after['accuracy']:.3f} trained; "
+    print(f"stage 2: {data.measure_of(task)} with the tag prompt on {len(checked)} val stories: "
+          f"{before['accuracy']:.3f} before, {after['accuracy']:.3f} trained; "
           f"both stages {time.time() - started:.0f}s", flush=True)
     sampled = cfg["k"] * len(examples)
+    model.projector_trained = True
     return {"kept": len(traces), "sampled": sampled, "losses": losses, "before": before, "after": after}
 
 

@@ -293,9 +293,10 @@ def refresh_is_due(args, step):
 def refresh(args, model, tokenizer, task, state, examples, prompts, batch):
     """Step (7), paper Sec. 3.4 -> the loss, or None if there was nothing to learn from.
 
-    A random share of the rewarded rollouts since the last refresh, each once per ratio; tags already there
-    stay and are never replaced; the target ends in the gold answer in exactly the format that the reward
-    parses. batch: the number of the rollout batch just learned from."""
+    A random share of the rewarded rollouts since the last refresh, each masked once per ratio; tags already
+    there stay and are never replaced; the target ends in the gold answer in exactly the format that the
+    reward parses. One step for each full --refresh-batch of these, at least one. batch: the number of the
+    rollout batch just learned from."""
     rewarded = state.carried["rewarded"]
     state.carried["rewarded"] = []
     if not rewarded:
@@ -339,10 +340,13 @@ def rehearse(args, model, tokenizer, stage_1, batch):
                          noise=args.noise)
 
 
+def learns_targets(args):
+    return args.method == "litereason" and args.targets == "words"
+
+
 def needs_traces(args):
     """Whether RL learns from stage 1's traces: the anchor and the refresh with targets do."""
-    learns = args.anchor > 0 or not args.no_refresh
-    return args.method == "litereason" and args.targets == "words" and learns
+    return learns_targets(args) and (args.anchor > 0 or not args.no_refresh)
 
 
 def copy_traces(args):
@@ -352,6 +356,11 @@ def copy_traces(args):
     if not os.path.exists(theirs):
         raise UserError(f"--targets words learns from stage 1's traces in RL too, and there is no {theirs}: "
                         f"say --targets none, or --anchor 0 --no-refresh")
+    with open(theirs) as f:
+        is_forbidden = json.loads(f.readline())["tag"] == "forbidden"
+    if not is_forbidden:  # of sentences behind their tags the targets are not known
+        raise UserError(f"the traces in {theirs} may hold tags, as the paper's stage 1 leaves them: say "
+                        f"--targets none, or --anchor 0 --no-refresh")
     if os.path.abspath(theirs) != os.path.abspath(ours):
         shutil.copyfile(theirs, ours)
 
@@ -447,7 +456,8 @@ def parse_arguments():
     g.add_argument("--max-new-tokens", type=int, metavar="N",
                    help=f"slots per rollout, latents included ({by_size('max_new_tokens')})")
     g.add_argument("--train-prompts", type=int, metavar="N",
-                   help="use only so many train prompts; one pass over them is an epoch (default all)")
+                   help="train prompts of RL; one pass over them is an epoch; stage 1 has "
+                   "--trace-prompts (default all)")
     g.add_argument("--n", type=int, default=500, help="test stories for the final table, 0 for none "
                    "(default 500)")
     g.add_argument("--val", type=int, default=100, help="val examples evaluated after each epoch, to warn if "
@@ -544,6 +554,9 @@ def main():
     lock_file = runs.lock(args.out)  # noqa: F841, held until the process ends
     saved = runs.read_state(args.out) if args.resume else None
     runs.check_what_is_there(args, saved)
+    if saved and args.lr_schedule == "cosine" and args.steps != runs.run_settings(args.out)["steps"]:
+        raise UserError("--steps: with --lr-schedule cosine the learning rate falls towards the --steps that "
+                        "the run began with, so a resumed run keeps them")
     if args.group is not None and args.group < 2:
         raise UserError("--group must be 2 or more: an advantage compares the rollouts of one prompt")
     examples = task.examples("train")[: args.train_prompts]
@@ -562,15 +575,20 @@ def main():
     for name in targets.OF_A_LATENT:  # a run of stages 1 and 2 has decided what a latent holds
         if getattr(args, name) is None:
             setattr(args, name, made.get(name))
+    check_flags_of_latents(args, model, source)
     for name, value in (SMALL if runs.is_small(model) else RELEASED).items():
         is_planned = name in PLANNED and model.device.type == "cuda"
         if getattr(args, name, None) is None and not is_planned:
             setattr(args, name, value)
     args.overlong_buffer = min(args.overlong_buffer, args.max_new_tokens)
+    args.minibatches = min(args.minibatches, args.prompts, len(examples))  # each has a prompt at least
+    if not learns_targets(args):
+        args.anchor = 0.0
     if args.overlong_penalty is None:
         args.overlong_penalty = getattr(task, "PENALTY", 1.0)
-    if source == args.model:
-        choose_projector(args, model)
+    if source == args.model and args.projector != "warm":
+        torch.manual_seed(args.seed)
+        start_projector(model, args.projector)
 
     # Stop now if something cannot work, not in the middle of an epoch.
     prompts = encode_prompts(args, model, tokenizer, task, examples + vals)
@@ -625,6 +643,8 @@ def main():
                 runs.save(model, tokenizer, os.path.join(args.out, "model"))
             add_row("LiteReason before RL", True, "projector")
 
+    if args.method == "litereason":
+        model.projector_trained = True  # here, or before the run was resumed
     train(args, model, base, masters, tokenizer, task, examples, prompts[: len(examples)], vals, table_rows,
           saved)
 
@@ -638,7 +658,8 @@ def main():
     if table_rows:
         results = [{"model": name, **figures} for name, figures in table_rows]
         runs.write_json(os.path.join(args.out, "results.json"), results)
-        print(f"\n{report.table(table_rows, data.measure_of(task))}\n\n{len(tests)} test stories, the paper's sampling "
+        print(f"\n{report.table(table_rows, data.measure_of(task))}")
+        print(f"\n{len(tests)} test stories, the paper's sampling "
               f"(temperature 0.7, top-p 0.8, top-k 20), seed {args.seed}, {time.time() - started:.0f}s for "
               f"everything; numbers in {args.out}/results.json")
         if args.method == "litereason":
@@ -672,14 +693,21 @@ def fit_to_memory(args, model, task, prompts):
         engine.checkpoint_layers(model)
 
 
-def choose_projector(args, model):
-    if args.projector == "warm":
+def check_flags_of_latents(args, model, source):
+    """UserError for a flag that would change nothing, said before anything is sampled. Flags are as given,
+    without defaults."""
+    if args.resume:
         return
-    if model.projector_trained:
-        raise UserError(f"--projector {args.projector} is where stage 2 starts, but {args.model} has a "
-                        f"trained projector: leave the flag out, or start from a model that has none")
-    torch.manual_seed(args.seed)
-    start_projector(model, args.projector)
+    if args.anchor and (args.method != "litereason" or args.targets == "none"):
+        raise UserError("--anchor holds the base to targets of latents: it goes with --method litereason "
+                        "and --targets words")
+    if args.train_base and args.targets == "none":
+        raise UserError("--train-base goes with --targets words: the paper's stage 2 leaves the base frozen")
+    of_stage_2 = {"--projector": args.projector != "warm" and args.projector, "--train-base": args.train_base}
+    for flag, value in of_stage_2.items():
+        if value and source == args.model and model.projector_trained:
+            raise UserError(f"{flag} {value} is for stage 2, but {args.model} has a trained projector: leave "
+                            "the flag out, or start from a model that has none")
 
 
 if __name__ == "__main__":

@@ -170,7 +170,7 @@ def score(task, examples, completions, step=0):
     if hasattr(task, "settings"):
         task.settings["step"] = step
     if hasattr(task, "rewards"):
-        return task.rewards(examples, completions)
+        return list(map(float, task.rewards(examples, completions)))
     return [float(task.reward(example, completion)) for example, completion in zip(examples, completions)]
 
 

@@ -91,8 +91,8 @@ def score_and_length(found, claims, at_one):
         free = f" Without the penalty LiteReason is right on {score(found[FREE])}."
     return (f"**Score and length.** Under a length penalty LiteReason is right on {score(ours)} "
             f"({over_seeds(ours)}), the base on {score(base)}, RL without latents, which has no penalty, on "
-            f"{score(rl)}: {saved(ours, base):.0f} % fewer tokens than the base, {saved(ours, rl):.0f} % fewer "
-            f"than RL.{kept}{free}")
+            f"{score(rl)}: {saved(ours, base):.0f} % fewer tokens than the base, {saved(ours, rl):.0f} % "
+            f"fewer than RL.{kept}{free}")
 
 
 def gain_kept_in(claims, ours):
@@ -253,8 +253,8 @@ def what_is_met(claims, at_one):
     before = [claim for claim in claims if claim["set_before_the_runs"]]
     later = ""
     if len(before) < len(claims):
-        later = (f" Of those set before the runs {met_of(before)} are; the others, on the rows after RL, were "
-                 "added when these had been run.")
+        later = (f" Of those set before the runs {met_of(before)} are; the others, on the rows after RL, "
+                 "were added when these had been run.")
     hotter = f"; at temperature 1 {met_of(at_one)}" if at_one else ""
     rest = []
     for claim in claims:

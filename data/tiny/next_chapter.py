@@ -20,7 +20,7 @@ MEASURE = "reward"  # what a score of this task is called
 # The most that the length penalty takes: a right plan earns about 200, a wrong one -190, so this weighs as
 # much here as 1 does where right and wrong are 1 and 0.
 PENALTY = 400.0
-# I has no lower bound: this reader is so sure that one muddled plan can make a chapter a thousand times harder,
+# I has no lower bound: this reader is so sure that a muddled plan can make a chapter a thousand times harder,
 # and would outweigh all others in a mean. What is more than six times as hard counts as six times.
 LEAST_GAIN = -500.0
 ANSWER = "In summary :"  # what follows is the plan, the only part that the scorer reads
@@ -46,7 +46,9 @@ def chapter(holders):
 def examples(split):
     """The split's stories; each carries `other`, the chapter of another story, for the contrastive reward.
 
-    The paper draws the other chapter again at every step; a fixed one makes the reward a function."""
+    The paper draws the other chapter again at every step; a fixed one makes the reward a function. By chance
+    it names the same two people in 28 of 6,000 train stories and 1 of 200 test stories: there a right plan
+    earns about a tenth."""
     if split not in SIZES:
         raise ValueError(f"the tiny.next_chapter task has the splits {', '.join(SIZES)}, not {split!r}")
     rng = random.Random(100 + SEEDS[split])
@@ -88,7 +90,7 @@ def chapter_prompt(example, plan):
 
 @functools.cache
 def scorer():
-    """The frozen copy of the base that reads chapters: (model, tokenizer)."""
+    """The shipped base, whatever the policy is, frozen: it reads chapters -> (model, tokenizer)."""
     return load("tiny")
 
 
