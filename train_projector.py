@@ -474,7 +474,7 @@ def stages_1_and_2(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, e
         losses = {
             "no latents": mean_loss(model, held, "none"),
             "zeros": mean_loss(model, held, "zeros"),
-            "before": mean_loss(model, held, "projector")}
+            "start": mean_loss(model, held, "projector")}
         before = evaluate_now()
     fit_projector(model, train, cfg["lr"], cfg["batch"], cfg["steps"], seed=seed, progress="stage 2",
                   states=states, every=every, carried=[dict(losses), before], aim=aim, noise=cfg["noise"],

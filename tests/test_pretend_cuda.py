@@ -438,7 +438,7 @@ def test_stages_1_and_2(tmp_path):
                           "--max-new-tokens", 120, "--no-graphs", "--out", tmp_path / "run")
     assert_bf16(done)
     found = results(tmp_path / "run")
-    assert found["kept"] > 0 and found["losses"]["trained"] != found["losses"]["warm start"]
+    assert found["kept"] > 0 and found["losses"]["trained"] != found["losses"]["start"]
 
 
 @pytest.fixture(scope="module")

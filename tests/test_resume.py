@@ -139,7 +139,7 @@ def test_stages_1_and_2_stopped_halfway_continue_bit_for_bit(tmp_path, capsys, m
     for result in (one, two):
         for row in ("before", "after"):
             result[row] = without_clocks(result[row])
-    assert one == two and one["losses"]["trained"] != one["losses"]["warm start"]
+    assert one == two and one["losses"]["trained"] != one["losses"]["start"]
     with pytest.raises(UserError, match="--lr: a resumed run keeps the settings of .*, save --device"):
         run(train_projector, "--resume", half, "--lr", 1)
     with pytest.raises(UserError, match="no config.json of train_rl.py"):

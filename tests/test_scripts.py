@@ -119,7 +119,7 @@ def test_stages_1_and_2_keep_their_traces_for_a_second_run(tmp_path):
     words = ("--steps", 2, "--prompts", 8, "--samples", 2, "--n", 4, "--out", tmp_path / "p")
     done = script("train_projector.py", *words)
     assert done.returncode == 0 and "kept" in done.stdout, done.stderr
-    for what in ("no latents", "zeros", "warm start", "trained", "accuracy with the tag prompt"):
+    for what in ("no latents", "zeros", "start", "trained", "accuracy with the tag prompt"):
         assert what in done.stdout
     again = script("train_projector.py", *words, "--overwrite")
     assert "traces are in" in again.stdout
