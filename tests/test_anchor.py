@@ -135,3 +135,11 @@ def test_without_the_traces_the_run_says_what_to_do(start, tmp_path):
         assert (tmp_path / "b" / "model" / "model.safetensors").exists()  # refused before anything is deleted
     finally:
         (tmp_path / "bare" / "model").rename(start / "model")
+
+
+def test_traces_that_may_hold_tags_are_no_targets(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "traces.jsonl").write_text(json.dumps({"tag": None}) + "\n")
+    args = types.SimpleNamespace(model=str(tmp_path / "run"), out=str(tmp_path / "out"))
+    with pytest.raises(UserError, match="may hold tags"):
+        train_rl.copy_traces(args)

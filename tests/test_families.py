@@ -16,6 +16,7 @@ from transformers.models.qwen3 import modeling_qwen3
 
 import litereason
 import runs
+import targets
 from engine import checkpoint_layers
 from litereason import UserError, generate, load, logprobs, projector_loss, save, unroll
 from runs import encode_prompt, stop_tokens
@@ -95,6 +96,16 @@ def test_gradients_with_and_without_kept_activations_are_equal_in_every_family(f
     checkpoint_layers(family)
     for a, b in zip(kept, gradients()):
         close(a, b)
+
+
+def test_embeddings_are_measured_as_they_are_fed(family):
+    """Gemma scales what its matrix holds."""
+    words = litereason.word_embeddings(family)
+    fed = family.get_input_embeddings()(torch.arange(len(words)))
+    assert torch.equal(words, fed) and torch.equal(litereason.word_embeddings(family, 5), fed[:5])
+    close(litereason.PauseToken.start(family).vector, fed.mean(0), 1e-12)
+    error = targets.squared_error(family, fed.mean(0).expand_as(fed), fed) / len(fed)
+    assert 0.9 < error < 1.1  # in units of their variance
 
 
 def test_every_stop_id_of_the_list_ends_an_answer(family, tok):

@@ -181,8 +181,8 @@ def test_reward_and_scorer_go_to_tasks_with_a_scorer_only(small, data_folder):
 
 def test_the_step_reaches_the_task_and_evaluation_is_step_0(data_folder, monkeypatch):
     seen = []
-    monkeypatch.setattr(nc, "rewards", lambda e, c: seen.append(nc.settings["step"]) or [0.0])
-    data.score(nc, [{}], ["x"], 7)
+    monkeypatch.setattr(nc, "rewards", lambda e, c: seen.append(nc.settings["step"]) or [1])
+    assert isinstance(data.score(nc, [{}], ["x"], 7)[0], float)
     data.score(nc, [{}], ["x"])
     assert seen == [7, 0]
 

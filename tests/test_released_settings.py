@@ -115,7 +115,7 @@ def test_cut_traces_are_kept_only_if_asked_for(monkeypatch, tmp_path):
     monkeypatch.setattr(train_projector, "generate", lambda *_, **__: made)
     monkeypatch.setattr(data, "score", lambda *_: [1.0, 1.0])
     task = types.SimpleNamespace(__name__="task", prompt=lambda example, latent: "q")
-    model = types.SimpleNamespace(config=types.SimpleNamespace(_name_or_path="m"))
+    model = types.SimpleNamespace(config=types.SimpleNamespace(_name_or_path="m"), parameters=lambda: [])
 
     def kept(**more):
         path = str(tmp_path / "traces.jsonl")
@@ -125,6 +125,24 @@ def test_cut_traces_are_kept_only_if_asked_for(monkeypatch, tmp_path):
     assert kept() == ["whole"]
     assert kept(keep_cut=True) == ["whole", "cut"]  # sampled again: the file says how it was made
     assert kept(keep_cut=False) == ["whole"]
+
+
+def test_traces_of_other_prompts_or_other_weights_are_not_taken_for_ones_own(monkeypatch, tmp_path, capsys):
+    made = [Rollout([1], [2], torch.zeros(0, 4), text="t", finished=True)]
+    monkeypatch.setattr(train_projector, "generate", lambda *_, **__: made)
+    monkeypatch.setattr(data, "score", lambda *_: [1.0])
+    weights = torch.zeros(3)
+    model = types.SimpleNamespace(config=types.SimpleNamespace(_name_or_path="m"), parameters=lambda: [weights])
+
+    def said(prompt):
+        task = types.SimpleNamespace(__name__="task", prompt=lambda example, latent: prompt)
+        train_projector.collect_traces(model, None, task, [{}], 1, 5, 0, str(tmp_path / "traces.jsonl"))
+        return capsys.readouterr().out
+
+    assert "already" not in said("q") and "already" in said("q")
+    assert "other settings" in said("another q")
+    weights += 1
+    assert "other settings" in said("another q")
 
 
 def test_long_traces_are_left_out_only_if_asked_for():

@@ -91,6 +91,8 @@ def pair(tmp_path_factory):
     words = (*SIZES, "--steps", 4, "--out", at / "half")
     said = stopped(train_projector, "projector_loss", 5, signal.SIGTERM, train_rl, *words)
     assert said == f"step 1 of 2 of stage 2 is saved; go on with --resume {at / 'half'}"
+    with pytest.raises(UserError, match="stopped in stage 2 or soon after it: go on with --resume"):
+        run(train_rl, *words)
     checksum = runs._checksum
 
     def press(path):  # Ctrl-C while the state of step 3 is being written: it is written to its end
@@ -168,10 +170,14 @@ def test_a_damaged_newest_state_falls_back_to_the_one_before_and_says_so(pair, c
 
 def test_what_may_stand_beside_resume_and_what_a_stopped_run_is_guarded_against(pair, tmp_path):
     half = pair / "half"
+    shutil.copytree(half, tmp_path / "cosine")
+    settings = json.loads((half / "config.json").read_text())
+    (tmp_path / "cosine" / "config.json").write_text(json.dumps({**settings, "lr_schedule": "cosine"}))
     for words, says in (
         ((*SIZES, "--steps", 4, "--out", half), "stopped at step 3 of 4: go on with --resume"),
         (("--resume", half, "--lr", 1), "--lr: a resumed run keeps the settings"),
         (("--resume", half, "--steps", 2), "is at step 3 already"),
+        (("--resume", tmp_path / "cosine", "--steps", 6), "--steps: with --lr-schedule cosine"),
         (("--resume", tmp_path), "nothing to resume"),
     ):
         with pytest.raises(UserError, match=says):

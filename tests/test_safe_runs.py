@@ -126,6 +126,8 @@ def test_task_length_and_method_come_from_the_run_and_flags_override_them(tmp_pa
     said = capsys.readouterr().out
     assert "tiny.next_chapter, test split, 3 examples, temperature 0.7, top-p 0.8, top-k 20, seed 0" in said
     assert "| model | reward |" in said  # a plan is not right or wrong
+    c = fake_run(tmp_path, "c", task="next_chapter", reward="vrcli", max_new_tokens=7)  # not asked for here
+    run(evaluation, "--model", c, "--task", "tiny", "--max-new-tokens", 5, *words)
     run(evaluation, "--model", a, "--task", "tiny", "--max-new-tokens", 5, *words)
     assert results(tmp_path / "r.json")["task"] == "tiny" and results(tmp_path / "r.json")["tokens"] <= 5
     b = fake_run(tmp_path, "b")
@@ -140,9 +142,13 @@ def test_an_untrained_projector_is_never_run(tmp_path, monkeypatch):
     monkeypatch.setattr(litereason.ReasoningProjector, "forward", lambda *_: pytest.fail("the projector ran"))
     model, tokenizer = load("tiny", "cpu")
     tag, grpo = (fake_run(tmp_path, name, method=name) for name in ("tag", "grpo"))
-    for at in (tag, grpo):
+    for at, is_trained in ((grpo, False), (tag, True)):  # the second began after stage 2
+        model.projector_trained = is_trained
         save(model, tokenizer, str(at / "model"))
-        assert load(str(at), "cpu")[0].projector_trained  # by its weights
+        again, _ = load(str(at), "cpu")
+        assert again.projector_trained == is_trained
+        save(again, tokenizer, str(at / "model"))
+        assert load(str(at), "cpu")[0].projector_trained == is_trained
     words = ("--device", "cpu", "--n", 6, "--max-new-tokens", 60, "--json", tmp_path / "r.json")
     run(evaluation, "--model", "tiny", "tiny:plain", tag, grpo, *words)
     assert [r["latent_steps"] for r in results(tmp_path / "r.json")] == [0.0] * 4

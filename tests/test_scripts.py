@@ -136,9 +136,13 @@ def test_the_length_penalty_falls_from_where_it_begins_to_the_limit(penalty):
 
 def test_the_second_task_of_the_tiny_world_runs_too(tmp_path):
     words = ("--task", "tiny.next_chapter", "--projector-steps", 2, "--trace-prompts", 16, *SHORT, "--n", 1)
-    done = script("train_rl.py", *words, "--out", tmp_path / "n")
+    done = script("train_rl.py", *words, "--minibatches", 99, "--out", tmp_path / "n")
     assert done.returncode == 0, done.stderr
     assert "| model | reward |" in done.stdout
+    settings = json.load(open(tmp_path / "n" / "config.json"))
+    assert settings["minibatches"] == settings["prompts"]  # each has a prompt at least
+    done = script("eval.py", "--collect", tmp_path / "n", tmp_path / "n")
+    assert "| model | reward |" in done.stdout and ": 2 runs, reward " in done.stdout, done.stderr
 
 
 # ---------------------------------------------------------------- wrong words
@@ -148,6 +152,9 @@ def test_the_second_task_of_the_tiny_world_runs_too(tmp_path):
     (("eval.py", "--task", "nothing"), "no task 'nothing'"),
     (("eval.py", "--split", "dev"), "splits"),
     (("eval.py", "--json", "/nowhere/e.json", "--n", "2"), "/nowhere/e.json"),
+    (("eval.py", "--model", "tiny:plian"), "behind a colon may stand plain"),
+    (("train_rl.py", "--method", "tag", "--anchor", "3"), "--anchor holds the base"),
+    (("train_rl.py", "--targets", "none", "--train-base", "1e-4"), "--train-base goes with --targets words"),
     (("train_rl.py", "--group", "1"), "--group"),
     (("train_rl.py", "--steps", "-1"), "--steps"),
     (("train_rl.py", "--out", "/proc/nothing"), "/proc/nothing"),
@@ -206,6 +213,9 @@ def test_rl_without_latents_and_with_recomputed_ones_run(trained, tmp_path):
     done = script("train_rl.py", "--method", "grpo", *SHORT, "--out", tmp_path / "grpo")
     assert done.returncode == 0, done.stderr
     assert all(m["latent_steps"] == 0 for m in metrics(tmp_path / "grpo"))
+    small = ("--projector-steps", 1, "--trace-prompts", 16, *SHORT)
+    done = script("train_rl.py", "--model", tmp_path / "grpo", *small, "--out", tmp_path / "after")
+    assert "stage 1: kept" in done.stdout, done.stderr  # that run has a projector, but stage 2 was not run
     words = ("--model", trained, "--recompute-latents", "--overlong-buffer", 40, "--minibatches", 2)
     done = script("train_rl.py", *words, *SHORT, "--out", tmp_path / "re")
     assert done.returncode == 0, done.stderr

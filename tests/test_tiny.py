@@ -179,6 +179,18 @@ def test_the_base_learns_with_the_projector_only_if_asked_to(rows, base_lr):
         assert torch.equal(p, before[name]) != changes, name
 
 
+def test_in_bf16_too_a_base_that_learns_is_read_as_it_is_now(rows):
+    """Autocast keeps its first cast of a weight that learns, until its outermost context ends."""
+    losses = []
+    for bf16 in (False, True):
+        model, _ = load("tiny", "cpu")
+        model.bf16 = bf16
+        fit_projector(model, rows, 1e-3, batch=4, steps=30, aim="words", base_lr=1e-3, schedule=False)
+        with torch.no_grad():
+            losses.append(float(loss_of(model, rows, rows, base_learns=True)))
+    assert abs(losses[1] - losses[0]) < 0.05 * losses[0]
+
+
 def test_a_batch_is_the_same_in_micro_batches_of_any_size(rows):
     ends = []
     for budget in (10_000, 200):
