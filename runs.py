@@ -275,7 +275,7 @@ def fingerprint(model):
 def save(model, tokenizer, path):
     """An ordinary checkpoint directory (safetensors); complete or absent, since it is renamed into place at
     the end."""
-    if not model.projector_trained:
+    if not getattr(model, "projector_trained", True):
         model.config.litereason_projector_trained = False  # else its weights would say that it is
     elif hasattr(model.config, "litereason_projector_trained"):
         del model.config.litereason_projector_trained

@@ -338,6 +338,7 @@ def fit_projector(model, traces, lr, batch, steps=None, schedule=True, clip=0.2,
                 losses.append(total)
                 if states and (len(losses) % every == 0 or len(losses) == steps):
                     keep()
+    model.projector_trained = True
     return sum(losses[-20:]) / max(1, len(losses[-20:]))
 
 
@@ -487,7 +488,6 @@ def stages_1_and_2(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, e
           f"{before['accuracy']:.3f} before, {after['accuracy']:.3f} trained; "
           f"both stages {time.time() - started:.0f}s", flush=True)
     sampled = cfg["k"] * len(examples)
-    model.projector_trained = True
     return {"kept": len(traces), "sampled": sampled, "losses": losses, "before": before, "after": after}
 
 

@@ -357,8 +357,8 @@ def copy_traces(args):
         raise UserError(f"--targets words learns from stage 1's traces in RL too, and there is no {theirs}: "
                         f"say --targets none, or --anchor 0 --no-refresh")
     with open(theirs) as f:
-        is_forbidden = json.loads(f.readline())["tag"] == "forbidden"
-    if not is_forbidden:  # of sentences behind their tags the targets are not known
+        header = json.loads(f.readline())
+    if header.get("tag", "forbidden") != "forbidden":  # of sentences behind their tags the targets are not known
         raise UserError(f"the traces in {theirs} may hold tags, as the paper's stage 1 leaves them: say "
                         f"--targets none, or --anchor 0 --no-refresh")
     if os.path.abspath(theirs) != os.path.abspath(ours):

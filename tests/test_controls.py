@@ -229,8 +229,9 @@ def test_the_nearest_words_of_an_embedding_are_that_word_first_and_what_the_head
 
 
 def test_the_command_runs_them_all_and_writes_them_down(tmp_path, monkeypatch, capsys):
-    # saved with its projector, so that it counts as a trained one
-    save(*load("tiny", "cpu"), str(tmp_path / "m"))
+    model, tokenizer = load("tiny", "cpu")
+    model.projector_trained = True
+    save(model, tokenizer, str(tmp_path / "m"))
     words = ["--controls", "--model", str(tmp_path / "m"), "--n", "2", "--max-new-tokens", "24",
              "--json", str(tmp_path / "c.json")]
     monkeypatch.setattr("sys.argv", ["eval.py", *words])

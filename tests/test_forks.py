@@ -171,6 +171,7 @@ def test_its_cost_its_start_and_its_file_need_nothing_more(gru, tok, tmp_path):
     assert flops(gru, rollouts, 2) - flops(gru, rollouts, 2, "zeros") == latents * per_latent
     for name in ("warm", "noise"):  # the controls of eval.py
         write(gru, tok, PROMPTS, TEXTS, LIMIT, samples=2, latent=latent_of(name, gru))
+    gru.projector_trained = True
     save(gru, tok, str(tmp_path / "m"))
     again, _ = load(str(tmp_path / "m"), "cpu", torch.float64)
     assert type(again.reasoning_projector) is GRU and again.projector_trained

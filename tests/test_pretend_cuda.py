@@ -375,8 +375,7 @@ TINY_RUN = ("--prompts", 2, "--group", 4, "--train-prompts", 2, "--minibatches",
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """The tiny model, saved with a projector, which counts as trained from then on, and with traces for the
-    anchor."""
+    """The tiny model, saved as if its projector were trained, and with traces for the anchor."""
     import litereason
     import runs
     from data import tiny
@@ -384,6 +383,7 @@ def small(tmp_path_factory):
 
     path = str(tmp_path_factory.mktemp("pretend") / "small")
     model, tokenizer = litereason.load("tiny", "cpu")
+    model.projector_trained = True
     runs.save(model, tokenizer, path)
     traces = [{"example": i, "prompt": tiny.prompt(example, True), "text": trace_of(example)[0]}
               for i, example in enumerate(tiny.examples("train", 40))]
