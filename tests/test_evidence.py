@@ -80,7 +80,7 @@ def test_with_one_seed_the_interval_is_the_bootstrap_over_stories():
 def test_an_interval_does_not_collapse_where_all_is_right_or_wrong():
     right, one_wrong = np.ones((3, 500)), np.ones((3, 500))
     one_wrong[2, 0] = 0
-    assert evidence.interval(right) == pytest.approx(wilson(1.0, 500)) == pytest.approx([0.992, 1.0], abs=1e-3)
+    assert evidence.interval(right) == pytest.approx([wilson(1.0, 500)[0], 1.0])
     assert evidence.interval(one_wrong)[0] < evidence.interval(right)[0]  # a worse result has no narrower one
     assert evidence.interval(np.zeros((3, 100))) == pytest.approx([0.0, 0.037], abs=1e-3)
     low, high = evidence.interval(np.array([[1.0] * 100, [1.0] * 100, [1.0] * 99 + [0.0]]))

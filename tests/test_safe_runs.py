@@ -162,6 +162,7 @@ def test_a_trained_pause_token_has_all_controls(tmp_path):
     litereason.start_projector(model, "pause")
     with torch.no_grad():
         model.reasoning_projector.vector.mul_(1.5)
+    model.projector_trained = True
     save(model, tokenizer, str(tmp_path / "m"))
     run(evaluation, "--model", tmp_path / "m", "--controls", "--device", "cpu", "--n", 2,
         "--max-new-tokens", 30, "--json", tmp_path / "r.json")

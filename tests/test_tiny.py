@@ -188,7 +188,7 @@ def test_in_bf16_too_a_base_that_learns_is_read_as_it_is_now(rows):
         fit_projector(model, rows, 1e-3, batch=4, steps=30, aim="words", base_lr=1e-3, schedule=False)
         with torch.no_grad():
             losses.append(float(loss_of(model, rows, rows, base_learns=True)))
-    assert abs(losses[1] - losses[0]) < 0.05 * losses[0]
+    assert abs(losses[1] - losses[0]) < 0.3 * losses[0]  # with weights of the first step it is 1,500 times it
 
 
 def test_a_batch_is_the_same_in_micro_batches_of_any_size(rows):
