@@ -358,7 +358,7 @@ def copy_traces(args):
                         f"say --targets none, or --anchor 0 --no-refresh")
     with open(theirs) as f:
         header = json.loads(f.readline())
-    if header.get("tag", "forbidden") != "forbidden":  # of sentences behind their tags the targets are not known
+    if header.get("tag", "forbidden") != "forbidden":  # what their tags skipped is not known, so no target is
         raise UserError(f"the traces in {theirs} may hold tags, as the paper's stage 1 leaves them: say "
                         f"--targets none, or --anchor 0 --no-refresh")
     if os.path.abspath(theirs) != os.path.abspath(ours):
@@ -456,8 +456,8 @@ def parse_arguments():
     g.add_argument("--max-new-tokens", type=int, metavar="N",
                    help=f"slots per rollout, latents included ({by_size('max_new_tokens')})")
     g.add_argument("--train-prompts", type=int, metavar="N",
-                   help="train prompts of RL; one pass over them is an epoch; stage 1 has "
-                   "--trace-prompts (default all)")
+                   help="train prompts of RL, one pass over which is an epoch; stage 1 has --trace-prompts "
+                   "(default all)")
     g.add_argument("--n", type=int, default=500, help="test stories for the final table, 0 for none "
                    "(default 500)")
     g.add_argument("--val", type=int, default=100, help="val examples evaluated after each epoch, to warn if "

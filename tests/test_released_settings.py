@@ -132,7 +132,8 @@ def test_traces_of_other_prompts_or_other_weights_are_not_taken_for_ones_own(mon
     monkeypatch.setattr(train_projector, "generate", lambda *_, **__: made)
     monkeypatch.setattr(data, "score", lambda *_: [1.0])
     weights = torch.zeros(3)
-    model = types.SimpleNamespace(config=types.SimpleNamespace(_name_or_path="m"), parameters=lambda: [weights])
+    config = types.SimpleNamespace(_name_or_path="m")
+    model = types.SimpleNamespace(config=config, parameters=lambda: [weights])
 
     def said(prompt):
         task = types.SimpleNamespace(__name__="task", prompt=lambda example, latent: prompt)
