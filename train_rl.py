@@ -465,8 +465,8 @@ def parse_arguments():
     g = ap.add_argument_group("update")
     g.add_argument("--lr", type=float, help=f"learning rate of AdamW ({by_size('lr')})")
     g.add_argument("--overlong-buffer", type=int, metavar="SLOTS",
-                   help="soft length penalty (DAPO) over the last so many slots before --max-new-tokens; 0 is "
-                   f"off ({by_size('overlong_buffer')}; 0 with --method grpo)")
+                   help="soft length penalty (DAPO) over the last so many slots before --max-new-tokens; 0 "
+                   f"is off ({by_size('overlong_buffer')}; 0 with --method grpo)")
     g.add_argument("--overlong-penalty", type=float, metavar="REWARD",
                    help="what it takes off a rollout that reaches --max-new-tokens (default 1; "
                    "tiny.next_chapter, which pays in percent, 400)")
