@@ -629,7 +629,8 @@ def _bar(row, what):
     an interval of their tokens have intervals that count seeds (results/evidence.py); other means of runs
     have only the lowest and the highest of them, and only of the accuracy."""
     if "tokens_ci95" in row:
-        return row.get(f"{what}_ci95"), "95 % interval over seeds and stories"
+        over = "seeds and stories" if row["runs"] > 1 else "stories of one seed"
+        return row.get(f"{what}_ci95"), f"95 % interval over {over}"
     if what != "accuracy":
         return None, ""
     if row["runs"] > 1:

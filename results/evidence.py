@@ -184,17 +184,19 @@ STATISTICS = {  # name: (function of the methods' means, of what, unit as printe
 }
 
 
-def claims(methods, percent=False):
+def claims(methods, scale=1):
     """methods: {name: {seed: row}}, the controls among them as "control NAME" -> [claim with its tests, each
     with value, interval and whether it is met]. A claim of which a method is missing is left out.
 
-    percent: scores are in percent already (next chapters)."""
+    scale: 0.01 if scores are in percent (next chapters); None leaves out claims on points."""
     found = []
     for words, needed, tests in CLAIMS:
         names = {name for _, of, _ in tests for name in of}
         if not names <= set(methods) or not shared_seeds(*(methods[name] for name in names)):
             continue
-        measured = [measure(methods, *test, percent=percent) for test in tests]
+        if scale is None and any(STATISTICS[statistic][2] == "points" for statistic, _, _ in tests):
+            continue
+        measured = [measure(methods, *test, scale) for test in tests]
         order = ("met", "met by the mean only", "not met")
         ranks = [order.index(test["met"]) for test in measured]
         met = order[max(ranks) if needed == "all" else min(ranks)]
@@ -203,14 +205,14 @@ def claims(methods, percent=False):
     return found
 
 
-def measure(methods, statistic, names, more_than, percent=False):
+def measure(methods, statistic, names, more_than, scale=1):
     """One test of a claim: met if the whole interval is beyond the criterion. Value and interval are None
     where there is none: nothing is kept of a gain that is not there."""
     function, of, unit = STATISTICS[statistic]
     seeds = shared_seeds(*(methods[name] for name in names))
     arrays = [observed(methods[name], of, seeds) for name in names]
-    if percent and unit == "points":
-        arrays = [array / 100 for array in arrays]
+    if unit == "points":
+        arrays = [scale * array for array in arrays]
     means = drawn_means(arrays)
     with np.errstate(divide="ignore", invalid="ignore"):
         value = float(function(*(array.mean() for array in arrays)))

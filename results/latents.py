@@ -71,7 +71,7 @@ def read(model, tokenizer, examples, seed):
     for rollout in rollouts:
         example = examples[rollout.prompt]
         rounds = rounds_of_latents(example, rollout.text, cap)
-        if rounds is None:
+        if not rounds:  # more than tags, or no tag that runs
             continue
         n_read += 1
         is_right = [said == true for said, true in zip(reader(rollout.latents), rounds)]

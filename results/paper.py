@@ -220,6 +220,7 @@ def measure_task(name, task_name, counts, settings):
     data.start_task(args, task, name)
 
     examples = task.examples("train")[: rl["train_prompts"]]
+    rl["minibatches"] = min(rl["minibatches"], rl["prompts"], len(examples))  # as in train_rl.py
     prompts = train_rl.encode_prompts(args, model, tokenizer, task, examples)
     runs.check_lengths(model, prompts, rl["max_new_tokens"])
     train_rl.fit_to_memory(args, model, task, prompts)

@@ -134,7 +134,7 @@ def jobs_of(task, seed):
 
     def add(method, command, needs=()):
         needs = [*needs, *(places[word] for word in words_in_braces(command))]
-        words = f"{command.format(**places)} --task {task} --seed {seed}".split()
+        words = [word.format(**places) for word in f"{command} --task {task} --seed {seed}".split()]
         found.append(Job(f"{task} {method} seed {seed}", directory(task, method, seed), words, needs))
 
     for name, method, command in METHODS:
@@ -171,7 +171,8 @@ def tokens_sampled(out):
     config = read_json(os.path.join(out, "config.json"))
     with open(os.path.join(out, "metrics.jsonl")) as file:
         steps = [json.loads(line) for line in file]
-    per_rollout = sum(step["text_tokens"] + step["latent_steps"] for step in steps)
+    batches = steps[:: config.get("minibatches", 1)]  # each step of a batch says the same of its rollouts
+    per_rollout = sum(step["text_tokens"] + step["latent_steps"] for step in batches)
     return per_rollout * config["prompts"] * config["group"]
 
 
@@ -315,13 +316,18 @@ def measure_of(task):
 
 
 def score_of(task):
-    """The same, with its unit."""
-    return "reward, %" if measure_of(task) == "reward" else "accuracy"
+    """The same, with its unit where it is known: the real task's depends on its --reward."""
+    return "reward, %" if task == "tiny.next_chapter" else measure_of(task)
 
 
 def digits_of(task):
-    """Of its scores: next chapters earn percents."""
-    return 1 if measure_of(task) == "reward" else 3
+    """Of its scores: the tiny world's next chapters earn hundreds of percent, real ones less than one."""
+    return 1 if task == "tiny.next_chapter" else 3
+
+
+def points_of(task):
+    """How many points of a claim a score of 1 is; None where claims in points mean nothing."""
+    return {"next_chapter": None, "tiny.next_chapter": 0.01}.get(task, 1)
 
 
 def words_of_interval(ci95, digits):
@@ -512,7 +518,7 @@ def write_evidence(where, name, rows, controls):
             methods |= {f"control {control}": by_seed for control, by_seed in controls[kind].items()}
         own = {
             "differences": evidence.differences(methods),
-            "claims": evidence.claims(methods, percent=measure_of(name) == "reward")}
+            "claims": evidence.claims(methods, points_of(name))}
         if text := evidence.page(own, SAMPLED[kind], digits_of(name), measure_of(name)):
             compared[kind] = own
             texts[f"differences-{mark}"] = text
@@ -648,7 +654,10 @@ def settle(args):
     args.tables_in = os.path.abspath(args.out) if args.out else HERE
     args.out = args.tables_in if args.out else paper.default_out(args.model)
     for name in ("rl_flags", "projector_flags", "eval_flags"):
-        setattr(args, name, shlex.split(getattr(args, name)))
+        try:
+            setattr(args, name, shlex.split(getattr(args, name)))
+        except ValueError as e:
+            raise UserError(f"--{name.replace('_', '-')}: {e}") from e
 
 
 def run_model(args):
@@ -682,6 +691,7 @@ def main():
         return
     settle(args)
     if args.tables:
+        jobs.check(paper.all_jobs(args))
         write_tables_of_model(args)
     else:
         run_model(args)

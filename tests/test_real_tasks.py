@@ -404,7 +404,10 @@ def test_splits_are_by_book_and_the_same_every_time(tmp_path, capsys):
     assert "val stay empty" in capsys.readouterr().out
     assert [len(contents(tmp_path / "two")[s]) for s in SPLITS] == [2, 0, 2]
     prepare_books(tmp_path, tmp_path / "two", 1)
-    assert "needs a second book" in capsys.readouterr().out and len(contents(tmp_path / "two")["train"]) == 2
+    assert "val and test stay empty" in capsys.readouterr().out
+    assert len(contents(tmp_path / "two")["train"]) == 2
+    prepare_books(tmp_path, tmp_path / "two", 3)
+    assert "train has one book, and the contrastive reward needs two" in capsys.readouterr().out
 
 
 def test_lengths_are_fitted_from_the_oldest_text_and_it_says_so(tmp_path, capsys):
@@ -433,6 +436,26 @@ def test_a_tokenizer_counts_to_within_the_first_words_own_pieces(real_tok):
             assert nc_prepare.length(ruler, cut) <= budget + 2
             assert cut in text and set(cut.split()) <= set(text.split())
     assert nc_prepare.newest(ruler, text, 100) == nc_prepare.first(ruler, text, 100) == text
+
+
+def test_a_text_without_spaces_is_cut_too_and_not_to_nothing(real_tok):
+    text = "天地玄黄宇宙洪荒日月盈昃辰宿列张" * 100
+    for ruler in (nc_prepare.make_ruler(), nc_prepare.make_ruler(real_tok)):
+        assert nc_prepare.length(ruler, text) > 800
+        for cut in (nc_prepare.newest(ruler, text, 200), nc_prepare.first(ruler, text, 200)):
+            assert 100 < nc_prepare.length(ruler, cut) <= 202
+
+
+def test_books_may_have_numbers_for_names_and_nothing_is_taken_twice(tmp_path, capsys):
+    rows = [{"book": book, "chapter": n, "text": words(10 * book + n, 50)} for n in (1, 2) for book in range(4)]
+    path = jsonl(tmp_path / "a.jsonl", [*rows, rows[0]])
+    run(nc_prepare, "--from", path, path, "--out", tmp_path)
+    assert "left out 1 chapters that their book has already" in capsys.readouterr().out
+    made = [row for part in contents(tmp_path).values() for row in part]
+    assert sorted((row["book"], row["number"]) for row in made) == [(str(book), 2) for book in range(4)]
+    path = jsonl(tmp_path / "b.jsonl", [{"book": ["x"], "text": "y"}])
+    with pytest.raises(UserError, match="book and story are names"):
+        run(nc_prepare, "--from", path, "--out", tmp_path)
 
 
 def test_round_trip_of_real_books(data, capsys):

@@ -101,7 +101,7 @@ def load_stories(paths, keep_endings=False):
     empty = []  # where they are
     endings = Counter()  # label -> stories that have an ending which gives it away
     for path in paths:
-        for where, row in read_rows(path):
+        for where, row in read_rows(parquet_to_jsonl(path) if path.endswith(".parquet") else path):
             if not isinstance(row.get("story"), str) or "cont_error" not in row:
                 fields = ", ".join(map(str, row)) or "none"
                 raise UserError(f"{where}: expected the fields story (text) and cont_error, found {fields}")
@@ -148,7 +148,7 @@ def download():
     from huggingface_hub import HfApi, hf_hub_download
 
     by_hand = (f"get the file of the {NAME} split from https://huggingface.co/datasets/{REPO} on a machine "
-               f"that can, and pass it with --from FILE (jsonl, json or csv)")
+               f"that can, and pass it with --from FILE (jsonl, json, csv or parquet)")
     if not hub_answers():  # the hub's library would try for half a minute
         raise UserError(f"the hub cannot be reached from here: {by_hand}")
     try:
@@ -168,7 +168,7 @@ def download():
         is_gate = re.search("40[13]|gated|token", str(e), re.I)
         gate = "; if it asks for a token, run `hf auth login` first" if is_gate else ""
         raise UserError(f"cannot download {REPO} ({why}){gate}; or {by_hand}") from e
-    return [parquet_to_jsonl(path) for path in paths] if kinds[0] == "parquet" else paths
+    return paths
 
 
 def parquet_to_jsonl(path):
@@ -176,11 +176,15 @@ def parquet_to_jsonl(path):
     try:
         import pyarrow.parquet
     except ImportError as e:
-        raise UserError(f"the hub has {REPO} as parquet only; `pip install pyarrow` and run this again "
-                        f"(or convert {path} to jsonl elsewhere and pass that with --from)") from e
+        raise UserError(f"{path} is parquet: `pip install pyarrow` and run this again (or convert it to jsonl "
+                        f"elsewhere and pass that with --from)") from e
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (OSError, pyarrow.ArrowException) as e:
+        raise UserError(f"cannot read {path}: {e}") from e
     out = os.path.join(tempfile.mkdtemp(), f"{NAME}.jsonl")
     with open(out, "w", encoding="utf-8") as file:
-        for row in pyarrow.parquet.read_table(path).to_pylist():
+        for row in rows:
             file.write(json.dumps(row, default=str) + "\n")
     return out
 

@@ -174,7 +174,8 @@ def _perplexities(rows, positions):
 def fingerprint(model):
     """16 digits that change with the weights or their precision, so that a cached perplexity of another
     scorer is never used. Computed once per model object: a scorer is frozen."""
-    digest = hashlib.sha256(str(model.dtype).encode())
+    precision = (model.dtype, getattr(model, "bf16", False))  # the second: fp32 weights, bf16 products
+    digest = hashlib.sha256(str(precision).encode())
     for name, weight in model.named_parameters():
         if "reasoning_projector" not in name:
             sample = weight.detach().flatten()[:: max(1, weight.numel() // 256)]

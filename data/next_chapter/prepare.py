@@ -53,8 +53,10 @@ def field_text(where, name, value):
 
 def chapters_of_row(where, row):
     """(name or None, chapters) of one jsonl row: a whole tale in sections, or one chapter."""
-    names = [row[key] for key in ("book", "story") if isinstance(row.get(key), str)]
-    name = next((own for own in names if own.strip()), None)
+    names = [row[key] for key in ("book", "story") if row.get(key) is not None]
+    if not all(type(name) in (str, int) for name in names):
+        raise UserError(f"{where}: book and story are names, texts or whole numbers, found {names}")
+    name = next((own for own in map(str, names) if own.strip()), None)
     if "sections" in row:
         return name, chapters_of_tale(where, row)
     if not isinstance(row.get("text"), str):
@@ -128,6 +130,7 @@ def collect_books(paths):
     """{book: [chapter, ..]}, all that is in the files; UserError if a book is in two of them."""
     books = {}
     came_from = {}  # the file or folder that a book was first seen in
+    taken = set()  # files, by what they really are
 
     def add(name, chapters, source):
         if came_from.setdefault(name, source) != source:
@@ -137,6 +140,9 @@ def collect_books(paths):
 
     for path in paths:
         for file, directory in files_of(path):
+            if os.path.realpath(file) in taken:
+                continue
+            taken.add(os.path.realpath(file))
             stem = os.path.splitext(os.path.basename(file))[0]
             if file.endswith((".jsonl", ".json")):
                 for where, row in read_rows(file):
@@ -160,7 +166,7 @@ def read_books(paths):
 
     Says in one line each how many of what were left out. UserError if nothing is left."""
     books = {}
-    empty = 0
+    empty, twice = 0, 0
     short = []
     repeated = {}  # book -> the book with the same text
     seen = {}  # text -> book
@@ -169,6 +175,10 @@ def read_books(paths):
             chapters.sort(key=lambda chapter: chapter["order"])
         full = [chapter for chapter in chapters if chapter["text"].strip()]
         empty += len(chapters) - len(full)
+        # Of equal texts the first.
+        unlike = {" ".join(chapter["text"].split()): chapter for chapter in reversed(full)}
+        twice += len(full) - len(unlike)
+        full = [chapter for chapter in full if chapter in unlike.values()]
         text = " ".join(chapter["text"] for chapter in full)
         same = seen.setdefault(" ".join(text.split()), name)
         if len(full) < 2:
@@ -179,6 +189,8 @@ def read_books(paths):
             books[name] = full
     if empty:
         print(f"left out {empty} empty chapters (a table of contents gives some)")
+    if twice:
+        print(f"left out {twice} chapters that their book has already: they would stand in their own story")
     if short:
         print(f"left out {len(short)} books with fewer than two chapters: {some(short)}")
     if repeated:
@@ -197,10 +209,11 @@ def some(names):
 
 # ============================================================ lengths
 def make_ruler(tokenizer=None):
-    """A function text -> (where its units start, tokens per unit): words at 1.3 tokens, or the tokenizer's
-    own tokens."""
+    """A function text -> (where its units start, tokens per unit): words at 1.3 tokens (a Chinese or Japanese
+    character is one), or the tokenizer's own tokens."""
     def words(text):
-        return [match.start() for match in re.finditer(r"\S+", text)], 1.3
+        found = re.finditer(r"[\u2e80-\uffef]|[^\s\u2e80-\uffef]+", text)
+        return [match.start() for match in found], 1.3
 
     def tokens(text):
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -224,7 +237,7 @@ def newest(ruler, text, budget):
         return text
     rest = text[starts[-keep] :] if keep > 0 else ""
     if rest and not text[starts[-keep] - 1].isspace():  # a tokenizer may cut inside a word
-        rest = re.sub(r"^\S*\s*", "", rest)
+        rest = re.sub(r"^\S{0,40}(\s+|$)", "", rest)  # in a text without spaces what is cut stays
     at = rest.find("\n\n", 0, len(rest) // 5)
     return rest[at:].strip() if at >= 0 else rest.strip()
 
@@ -237,7 +250,7 @@ def first(ruler, text, budget):
         return text
     rest = text[: starts[keep]]
     if not text[starts[keep]].isspace() and not rest[-1:].isspace():
-        rest = re.sub(r"\S*$", "", rest)
+        rest = re.sub(r"(^|\s)\S{0,40}$", "", rest)
     at = rest.rfind("\n\n", len(rest) * 4 // 5)
     return rest[:at].strip() if at > 0 else rest.strip()
 
@@ -365,8 +378,11 @@ def main():
         splits[split_of[name]] += examples
     if not all(splits.values()):
         empty = " and ".join(split for split in SPLITS if not splits[split])
-        more = "; the contrastive reward needs a second book" if len(made) == 1 else ""
-        print(f"warning: too few books ({len(made)}) for three splits: {empty} stay empty{more}")
+        print(f"warning: too few books ({len(made)}) for three splits: {empty} stay empty, and training "
+              "reads all three; give four books or more")
+    elif len({example["book"] for example in splits["train"]}) == 1:
+        print("warning: train has one book, and the contrastive reward needs two; give four books or more, "
+              "or train with --reward vrcli")
     digest = write_splits(args.out, splits)
     for split, examples in splits.items():
         n_books = len({example["book"] for example in examples})
