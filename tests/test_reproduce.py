@@ -405,7 +405,7 @@ def test_next_chapters_get_the_same_table_and_no_length_penalty(here, tmp_path, 
     here("--tasks", "next_chapter", "--reward", "vrcli", "--methods", "litereason", "rl-lp",
          "--n", 1, "--samples", 1)
     said = capsys.readouterr().out
-    assert "no length penalty is run on next_chapter" in said and "| reward, % |" in said
+    assert "no length penalty is run on next_chapter" in said and "| reward |" in said
     assert "reward vrcli, scorer the base" in said
     found = json.load(open(tmp_path / "out" / "methods-Rnd-1B.next_chapter.json"))
     assert list(found) == ["base, explicit reasoning", "base, tag prompt", "LiteReason before RL",

@@ -168,7 +168,7 @@ def download():
         is_gate = re.search("40[13]|gated|token", str(e), re.I)
         gate = "; if it asks for a token, run `hf auth login` first" if is_gate else ""
         raise UserError(f"cannot download {REPO} ({why}){gate}; or {by_hand}") from e
-    return paths
+    return [parquet_to_jsonl(path) for path in paths] if kinds[0] == "parquet" else paths
 
 
 def parquet_to_jsonl(path):
