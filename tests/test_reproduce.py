@@ -269,6 +269,13 @@ def test_every_job_of_the_tiny_world_is_a_command_line_that_its_script_takes(mon
             evaluation.check_flags(args)
 
 
+def test_tokens_sampled_count_a_rollout_batch_once(tmp_path):
+    step = json.dumps({"text_tokens": 90, "latent_steps": 10}) + "\n"
+    leave(tmp_path / "run", config_json=json.dumps({"prompts": 3, "group": 2, "minibatches": 4}),
+          metrics_jsonl=8 * step)
+    assert reproduce.tokens_sampled(str(tmp_path / "run")) == 2 * 3 * 2 * 100
+
+
 # ---------------------------------------------------------------- a real model
 # The scripts run in this process, one after the other, on a random model that is made to write;
 # see test_real_runs.py.

@@ -175,10 +175,11 @@ def read_books(paths):
             chapters.sort(key=lambda chapter: chapter["order"])
         full = [chapter for chapter in chapters if chapter["text"].strip()]
         empty += len(chapters) - len(full)
-        # Of equal texts the first.
-        unlike = {" ".join(chapter["text"].split()): chapter for chapter in reversed(full)}
+        unlike = {}  # text -> the first chapter that has it
+        for chapter in full:
+            unlike.setdefault(" ".join(chapter["text"].split()), chapter)
         twice += len(full) - len(unlike)
-        full = [chapter for chapter in full if chapter in unlike.values()]
+        full = list(unlike.values())
         text = " ".join(chapter["text"] for chapter in full)
         same = seen.setdefault(" ".join(text.split()), name)
         if len(full) < 2:
