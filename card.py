@@ -36,16 +36,22 @@ def shape(model):
     s.I = config.intermediate_size
     s.V = config.vocab_size
     d = getattr(config, "head_dim", None) or s.D // config.num_attention_heads
-    s.heads = config.num_attention_heads * d
+    s.H = config.num_attention_heads
+    s.heads = s.H * d
     s.kv = 2 * config.num_key_value_heads * d
     s.c = 2 if model.bf16 else 4
     s.projector = _parameters(model.reasoning_projector)
     s.base = _parameters(model) - s.projector
     s.in_layers = _parameters(model.model.layers)
     s.cached = s.layers * s.kv * s.c  # bytes of one position's keys and values, in all layers
-    # One layer's activations of one position. Kept for the backward pass: two norms' inputs and outputs, five
-    # copies of the latter for five matrices, queries and attention's output, keys and values, the MLP's four.
-    s.kept = 16 * s.D + s.c * (5 * s.D + 2 * s.heads + s.kv + 4 * s.I)
+    # One layer's activations of one position. Kept for the backward pass: inputs and outputs of its norms (two,
+    # in Gemma 3 four), five copies of the latter for five matrices, queries and attention's output, keys and
+    # values, the MLP's four; in Qwen3 and Gemma 3 what the norms of queries and keys keep, as counted.
+    layer = model.model.layers[-1]
+    norms = sum("norm" in name for name, _ in layer.named_children())
+    s.kept = 8 * norms * s.D + s.c * (5 * s.D + 2 * s.heads + s.kv + 4 * s.I)
+    if hasattr(layer.self_attn, "q_norm"):
+        s.kept += 10 * (s.heads + s.kv // 2)
     # Without gradients, at the worst moment: residual, norm and its copy, three of the MLP's.
     s.passing = (8 + s.c) * s.D + 3 * s.c * s.I
     return s
@@ -88,7 +94,7 @@ def sampling(s, rows, prompts, longest, limit, offload=False):
     memory."""
     prefill = s.passing * min(max(engine.PREFILL, longest), prompts * longest)
     logits = (s.c + 16) * rows * s.V  # and four tensors of that size to draw from them
-    attention = 5 * s.c * rows * (s.heads * longest // 128 + 2 * s.heads)
+    attention = 5 * s.c * rows * (s.H * longest + 2 * s.heads)
     return {
         "16-bit copies": casts(s, offload),
         "keys and values": s.cached * (rows * limit + prompts * longest),
@@ -118,9 +124,9 @@ def update(s, positions, longest, checkpoint=False, offload=False):
         "one layer or logits": working}
 
 
-def latent_update(s, positions, longest, checkpoint=False, offload=False, own=None):
-    """The same for the projector (stage 2, refresh): the base is frozen, and prompts leave nothing but keys
-    and values.
+def latent_update(s, positions, longest, checkpoint=False, offload=False, own=None, base_learns=False):
+    """The same for the projector (stage 2, refresh): the base is frozen (--train-base: it is not), and prompts
+    leave nothing but keys and values.
 
     own: of the positions those that are no prompt's; at most, and by default, all."""
     own = positions if own is None else own
@@ -128,7 +134,7 @@ def latent_update(s, positions, longest, checkpoint=False, offload=False, own=No
     logits = _logits(s, own)
     working = max(logits, AGAIN * s.kept * own) if checkpoint else logits
     return {
-        "projector's AdamW and gradients": 12 * s.projector,
+        "AdamW and gradients": 12 * (s.projector + base_learns * s.base),
         "16-bit copies": casts(s, offload),
         "keys and values": s.cached * (positions - own),
         "activations": like_update["activations"],

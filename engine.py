@@ -17,6 +17,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import signal
 import sys
 import types
 
@@ -680,14 +681,29 @@ class Decoder:
         if self.cache.set_reach(rounded=True):
             self.recorded = None
         try:
-            self.recorded = self.recorded or record(self._one_slot, x, positions)
+            if self.recorded is None:
+                with signals_held():
+                    self.recorded = record(self._one_slot, x, positions)
             return self.recorded(x, positions)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as e:
             self.model.graphs = False
             why = str(e).partition("\n")[0]
             print(f"warning: the decoding step cannot be recorded as a CUDA graph ({why}); it runs without",
                   file=sys.stderr)
             return None
+
+
+@contextlib.contextmanager
+def signals_held():
+    """Ctrl-C and SIGTERM take effect at the end: while a graph is recorded nothing can be copied from the
+    card, so no state could be saved."""
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
 
 ASIDE = {}  # device -> the stream on which steps are recorded

@@ -379,7 +379,7 @@ def attach(model, weights=None):
     cap, layers = runs.check_model(model, CAP, PROJECTOR_LAYERS)
     older_pause = set(weights or {}) == {"vector"}  # saved before checkpoints named their projector
     kind = getattr(model.config, "litereason_projector", "pause" if older_pause else "mlp")
-    if kind not in PROJECTORS:
+    if not isinstance(kind, str) or kind not in PROJECTORS:
         known = ", ".join(PROJECTORS)
         raise UserError(f"config.json: litereason_projector is {kind!r}, expected one of {known}")
     config = model.config

@@ -67,8 +67,14 @@ def run_script(main):
         sys.exit(2)
     except torch.OutOfMemoryError as e:
         why = str(e).partition("\n")[0][:200]
-        print(f"{name}: error: out of memory ({why}): lower --rows (sampling) or --tokens-per-forward "
-              f"(update), or take --checkpoint-layers, --offload or a smaller model", file=sys.stderr)
+        print(f"{name}: error: out of memory ({why}): see the flags of memory in --help, or take a smaller "
+              "model", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as e:
+        if "can't allocate memory" not in str(e):  # a CPU's out of memory
+            raise
+        print(f"{name}: error: out of memory: see the flags of memory in --help, or take a smaller model",
+              file=sys.stderr)
         sys.exit(2)
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO):
@@ -173,6 +179,10 @@ def checkpoint_path(name_or_path):
 
 def _read_files(path, dtype, only):
     tokenizer = _read_tokenizer(path, **only)
+    generation = os.path.join(path, "generation_config.json")
+    if os.path.exists(generation):  # transformers leaves out one that cannot be read, and its stop ids with it
+        with open(generation) as f:
+            json.load(f)
     weights = _read_projector(path, local_files_only=only["local_files_only"])
     config = transformers.AutoConfig.from_pretrained(path, **only)
     # Whatever it says: attention code may be fetched from the hub by name.
@@ -194,17 +204,24 @@ def _read_tokenizer(path, **only):
     try:
         with open(os.path.join(path, "tokenizer_config.json")) as f:
             own = json.load(f).get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
+    except FileNotFoundError:
+        own = os.path.exists(os.path.join(path, "tokenizer.json"))
     except (OSError, ValueError):
         own = False
     reader = transformers.PreTrainedTokenizerFast if own else AutoTokenizer
-    return reader.from_pretrained(path, **only)
+    tokenizer = reader.from_pretrained(path, **only)
+    if len(tokenizer) < 20:  # transformers makes one of special tokens alone where the files are missing
+        raise ValueError(f"its tokenizer has {len(tokenizer)} entries: is tokenizer.json missing?")
+    return tokenizer
 
 
 def _read_projector(path, local_files_only):
     """{"i.gate_proj.weight": tensor} from a checkpoint's safetensors files; {} if it has none."""
     fetch = functools.partial(transformers.utils.cached_file, path, local_files_only=local_files_only)
-    index = fetch("model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
-    names = ["model.safetensors"]
+    names = ["model.safetensors"]  # as in transformers first; an index beside it is an old one
+    index = None
+    if not fetch(names[0], _raise_exceptions_for_missing_entries=False):
+        index = fetch("model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
     if index:
         with open(index) as f:
             names = sorted(set(json.load(f)["weight_map"].values()))
@@ -219,13 +236,24 @@ def _read_projector(path, local_files_only):
     return weights
 
 
+FAMILIES = ("qwen2", "qwen3", "llama", "gemma", "gemma3_text")  # config.model_type
+
+
 def check_model(model, cap, layers):
     """UserError unless LiteReason works with this causal LM -> (cap on N, projector layers): what its
     config.json says, else these defaults."""
     config = model.config
-    if not hasattr(getattr(model, "model", None), "layers") or not hasattr(model.model.layers[-1], "mlp"):
-        raise UserError(f"{type(model).__name__} is not a plain causal LM (model.layers, each with an mlp); "
-                        f"Qwen2, Qwen3, Llama, Gemma 1 and 3 are")
+    if config.model_type not in FAMILIES:
+        raise UserError(f"{type(model).__name__} is none of the families that decode here as in transformers: "
+                        f"{', '.join(FAMILIES)} (runs.FAMILIES; tests/test_families.py tests one)")
+    if len(model.model.layers) == 0:
+        raise UserError("config.json: num_hidden_layers is 0")
+    rope = f"{getattr(config, 'rope_parameters', None)} {getattr(config, 'rope_scaling', None)}"
+    if "longrope" in rope or "'dynamic'" in rope:
+        raise UserError("config.json: rope_type longrope or dynamic makes a row depend on the longest beside "
+                        "it, which LiteReason does not support")
+    if getattr(config, "use_bidirectional_attention", False):
+        raise UserError("config.json: use_bidirectional_attention is set, and this is a causal LM")
     if any(getattr(config, key, None) for key in ("attn_logit_softcapping", "final_logit_softcapping")):
         raise UserError(f"{type(model).__name__} caps its logits by a tanh (as Gemma 2 does), which "
                         f"LiteReason does not support")
@@ -255,11 +283,11 @@ def hub_answers():
     proxies = urllib.request.getproxies()
     proxy = proxies.get(url.scheme) or proxies.get("all")
     if proxy and not urllib.request.proxy_bypass(url.hostname):
-        url = urllib.parse.urlsplit(proxy)
+        url = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
     try:
         socket.create_connection((url.hostname, url.port or 443), timeout=5).close()
         return True
-    except OSError:
+    except (OSError, ValueError):  # the second: a port that is no number
         return False
 
 
@@ -288,14 +316,19 @@ def save(model, tokenizer, path):
     try:
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
-        for name in os.listdir(new):  # safetensors' own are for their owner alone, whatever the umask says
-            shutil.copymode(os.path.join(new, "config.json"), os.path.join(new, name))
+        for file in os.scandir(new):  # safetensors' own are for their owner alone, whatever the umask says
+            if file.is_file():
+                shutil.copymode(os.path.join(new, "config.json"), file.path)
         if os.path.exists(path):
             os.rename(path, old)
         os.rename(new, path)
-    except Exception as e:
+    except BaseException as e:
         # a full disk is an OSError, a SafetensorError or, of a tokenizer, a plain Exception
         shutil.rmtree(new, ignore_errors=True)
+        if os.path.exists(old) and not os.path.exists(path):
+            os.rename(old, path)
+        if not isinstance(e, Exception):  # Ctrl-C
+            raise
         raise UserError(f"cannot write {path}: {getattr(e, 'strerror', None) or e}") from e
     shutil.rmtree(old, ignore_errors=True)
 
@@ -327,6 +360,9 @@ def token_texts(tokenizer):
 def end_of_answer(model, tokenizer):
     """The id that ends an answer."""
     _, _, end = chat_parts(model, tokenizer)
+    if end is None:
+        raise UserError("neither the checkpoint nor its tokenizer names a token that ends an answer: set "
+                        "eos_token_id in its config.json")
     return end
 
 
@@ -610,7 +646,11 @@ def on_stop(keep):
     def leave():
         nonlocal held
         held = True  # a second signal changes nothing any more
-        raise KeyboardInterrupt(caught[0], keep())
+        try:
+            said = keep()
+        except Exception as e:
+            said = f"its last steps could not be saved ({e})"
+        raise KeyboardInterrupt(caught[0], said)
 
     def handler(number, _):
         caught.append(number)
@@ -710,11 +750,13 @@ def check_arguments(args, n=1):
     if not all(0 <= beta < 1 for beta in betas):
         raise UserError(f"--betas are {betas}; each must be at least 0 and below 1")
     device = args.device or "cpu"
-    if not (device == "cpu" or device.startswith("cuda")):
-        raise UserError(f"--device is {args.device!r}; it must be cpu or cuda")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise UserError(f"--device is {args.device!r}; it must be cpu, cuda or, of several, cuda:N")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no CUDA device that torch can use; leave the flag "
                         "out or say cpu")
+    if device.startswith("cuda:") and int(device[5:]) >= torch.cuda.device_count():
+        raise UserError(f"--device {device}: this machine has {torch.cuda.device_count()} of them, from 0 on")
     if args.out:
         make_directory(args.out)
 
@@ -724,10 +766,11 @@ def parse_resumable(parser, script, free=("device", "graphs")):
     flags in `free` may stand."""
     args = parser.parse_args()
     if args.resume is None:
-        if os.path.isdir(args.model):
+        if args.model != "tiny" and os.path.isdir(args.model):
             args.model = os.path.abspath(args.model)  # --resume may be said from elsewhere
         return args
-    settings = run_settings(args.resume)
+    args.resume = directory_of_run(args.resume)
+    settings = settings_in(args.resume)
     if settings.get("script") != script:
         raise UserError(f"nothing to resume in {args.resume!r}: it has no config.json of {script}")
     settings = {name: value for name, value in settings.items() if name in vars(args)}
@@ -752,16 +795,22 @@ def write_settings(args, script):
 def directory_of_run(path):
     """Of a run directory, or of the model/ in it."""
     path = os.path.normpath(path)
-    return os.path.dirname(path) if os.path.basename(path) == "model" else path
+    is_in_run = os.path.basename(path) == "model" and "script" not in settings_in(path)
+    return os.path.dirname(path) if is_in_run else path
+
+
+def settings_in(directory):
+    """What its config.json says; {} without one that can be read."""
+    try:
+        with open(os.path.join(directory, "config.json")) as f:
+            return dict(json.load(f))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def run_settings(path):
     """What a run directory, or the model/ in it, was made with; {} if it is none."""
-    try:
-        with open(os.path.join(directory_of_run(path), "config.json")) as f:
-            return dict(json.load(f))
-    except (OSError, ValueError, TypeError):
-        return {}
+    return settings_in(directory_of_run(path))
 
 
 def base_of(name):
@@ -789,7 +838,7 @@ def check_what_is_there(args, saved=None):
     if source == out or source.startswith(out + os.sep):
         raise UserError(f"--model {args.model} is in --out {args.out}, which is to be replaced: choose "
                         f"another --out")
-    made = run_settings(args.out)
+    made = settings_in(args.out)
     if os.path.exists(os.path.join(args.out, "config.json")) and "script" not in made:
         raise UserError(f"{args.out} has a config.json that no run wrote: choose another --out")
     if args.overwrite:
@@ -824,7 +873,7 @@ def source_of_weights(args, saved):
 
 def delete_earlier_run(out):
     """All that an earlier run left in `out` but the traces, which say themselves what they were made with."""
-    if "script" not in run_settings(out):  # no run was here: what there is belongs to somebody else
+    if "script" not in settings_in(out):  # no run was here: what there is belongs to somebody else
         return
     states = [f"state-{step}" for step in saved_states(out)]
     for name in [*states, "metrics.jsonl", "results.json", "bad-rollouts.json", "seconds.json", "model",

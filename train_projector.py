@@ -272,7 +272,7 @@ def fit_projector(model, traces, lr, batch, steps=None, schedule=True, clip=0.2,
     (JSON) in it.
     Ours (targets.py): with aim "words" a trace's latents are targets, fed with noise; with base_lr > 0 the
     base learns too, from the second fifth of the steps on, when the projector is no longer a stranger."""
-    budget = budget or positions_at_once(model, traces)
+    budget = budget or positions_at_once(model, traces, base_lr > 0)
     parameters = list(model.reasoning_projector.parameters())
     groups = [{"params": parameters, "lr": lr, "peak": lr}]
     if base_lr:
@@ -402,11 +402,11 @@ def short_enough(traces, most):
     return [r for r in traces if most is None or len(r.prompt_ids) + r.n_tokens <= most]
 
 
-def positions_at_once(model, traces):
+def positions_at_once(model, traces, base_learns=False):
     """How many positions of traces one forward and backward pass can have."""
     longest = max(len(r.prompt_ids) + len(r.slots) for r in traces)
     return card.positions_that_fit(model, longest, card.latent_update, otherwise=12_000,
-                                   checkpoint=getattr(model, "checkpointed", False))
+                                   checkpoint=getattr(model, "checkpointed", False), base_learns=base_learns)
 
 
 def mean_loss(model, traces, latent):

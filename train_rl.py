@@ -595,6 +595,8 @@ def main():
     runs.check_lengths(model, prompts, args.max_new_tokens)
     report.check_answers(task, examples[:8])
     report.warn_of_unknown_words(tokenizer, prompts)
+    if args.train_base and args.offload is None:
+        args.offload = False  # stage 2 takes fp32 weights on the card
     fit_to_memory(args, model, task, prompts)
     base = engine.base_parameters(model)
     if args.offload and args.train_base:

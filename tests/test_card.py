@@ -104,7 +104,7 @@ def count_everything():
         rollouts = rollouts_of(*shape, tags)
         positions, own = in_all(*shape, pieces=1 + tags)
         expected = card.latent_update(s, positions, sum(shape[2:]), checkpoint=True, own=own)
-        expected["projector's AdamW and gradients"] //= 3  # no optimiser here
+        expected["AdamW and gradients"] //= 3  # no optimiser here
         with engine.autocast(model):
             note(f"stage 2, {shape}", lambda: projector_loss(model, rollouts)[0].backward(), expected)
 
