@@ -44,9 +44,10 @@ def shape(model):
     s.base = _parameters(model) - s.projector
     s.in_layers = _parameters(model.model.layers)
     s.cached = s.layers * s.kv * s.c  # bytes of one position's keys and values, in all layers
-    # One layer's activations of one position. Kept for the backward pass: inputs and outputs of its norms (two,
-    # in Gemma 3 four), five copies of the latter for five matrices, queries and attention's output, keys and
-    # values, the MLP's four; in Qwen3 and Gemma 3 what the norms of queries and keys keep, as counted.
+    # One layer's activations of one position. Kept for the backward pass: inputs and outputs of its norms
+    # (two, in Gemma 3 four), five copies of the latter for five matrices, queries and attention's output,
+    # keys and values, the MLP's four; in Qwen3 and Gemma 3 what the norms of queries and keys keep, as
+    # counted.
     layer = model.model.layers[-1]
     norms = sum("norm" in name for name, _ in layer.named_children())
     s.kept = 8 * norms * s.D + s.c * (5 * s.D + 2 * s.heads + s.kv + 4 * s.I)
@@ -125,7 +126,7 @@ def update(s, positions, longest, checkpoint=False, offload=False):
 
 
 def latent_update(s, positions, longest, checkpoint=False, offload=False, own=None, base_learns=False):
-    """The same for the projector (stage 2, refresh): the base is frozen (--train-base: it is not), and prompts
+    """The same for the projector (stage 2, refresh): the base is frozen, but with --train-base, and prompts
     leave nothing but keys and values.
 
     own: of the positions those that are no prompt's; at most, and by default, all."""

@@ -180,7 +180,7 @@ def checkpoint_path(name_or_path):
 def _read_files(path, dtype, only):
     tokenizer = _read_tokenizer(path, **only)
     generation = os.path.join(path, "generation_config.json")
-    if os.path.exists(generation):  # transformers leaves out one that cannot be read, and its stop ids with it
+    if os.path.exists(generation):  # transformers leaves out one that cannot be read, with its stop ids
         with open(generation) as f:
             json.load(f)
     weights = _read_projector(path, local_files_only=only["local_files_only"])
@@ -244,14 +244,14 @@ def check_model(model, cap, layers):
     config.json says, else these defaults."""
     config = model.config
     if config.model_type not in FAMILIES:
-        raise UserError(f"{type(model).__name__} is none of the families that decode here as in transformers: "
-                        f"{', '.join(FAMILIES)} (runs.FAMILIES; tests/test_families.py tests one)")
+        raise UserError(f"{type(model).__name__} is none of the families that are known to decode here as in "
+                        f"transformers: {', '.join(FAMILIES)} (tests/test_families.py tries one)")
     if len(model.model.layers) == 0:
         raise UserError("config.json: num_hidden_layers is 0")
     rope = f"{getattr(config, 'rope_parameters', None)} {getattr(config, 'rope_scaling', None)}"
     if "longrope" in rope or "'dynamic'" in rope:
         raise UserError("config.json: rope_type longrope or dynamic makes a row depend on the longest beside "
-                        "it, which LiteReason does not support")
+                        "it: that is not supported here")
     if getattr(config, "use_bidirectional_attention", False):
         raise UserError("config.json: use_bidirectional_attention is set, and this is a causal LM")
     if any(getattr(config, key, None) for key in ("attn_logit_softcapping", "final_logit_softcapping")):

@@ -24,6 +24,7 @@ from runs import encode_prompt, stop_tokens
 # head_dim is not 32 / 4: Qwen3 and Gemma do that
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "bos_token_id": None}
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
 FAMILIES = {
     "qwen2": (transformers.Qwen2Config, {}),
     "qwen2, tied": (transformers.Qwen2Config, {"tie_word_embeddings": True}),
@@ -133,9 +134,12 @@ def test_a_family_survives_saving_and_loading(name, tok, tmp_path):
 
 
 @pytest.mark.parametrize("config, message", [
-    (transformers.Gemma2Config(vocab_size=50, **SMALL), "Gemma2ForCausalLM caps its logits"),
+    (transformers.Gemma2Config(vocab_size=50, **SMALL), "Gemma2ForCausalLM is none of the families"),
+    (transformers.Gemma3TextConfig(vocab_size=50, final_logit_softcapping=30.0, **SMALL),
+     "Gemma3ForCausalLM caps its logits"),
     (transformers.GPT2Config(vocab_size=50, n_embd=32, n_layer=1, n_head=2),
-     "GPT2LMHeadModel is not a plain causal LM"),
+     "GPT2LMHeadModel is none of the families"),
+    (transformers.LlamaConfig(vocab_size=50, rope_parameters=DYNAMIC, **SMALL), "longrope or dynamic"),
 ])
 def test_what_can_not_be_supported_is_refused_in_one_line(config, message):
     with pytest.raises(UserError, match=message) as e:

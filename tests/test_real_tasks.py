@@ -447,7 +447,8 @@ def test_a_text_without_spaces_is_cut_too_and_not_to_nothing(real_tok):
 
 
 def test_books_may_have_numbers_for_names_and_nothing_is_taken_twice(tmp_path, capsys):
-    rows = [{"book": book, "chapter": n, "text": words(10 * book + n, 50)} for n in (1, 2) for book in range(4)]
+    rows = [{"book": book, "chapter": n, "text": words(10 * book + n, 50)}
+            for n in (1, 2) for book in range(4)]
     path = jsonl(tmp_path / "a.jsonl", [*rows, rows[0]])
     run(nc_prepare, "--from", path, path, "--out", tmp_path)
     assert "left out 1 chapters that their book has already" in capsys.readouterr().out

@@ -3,6 +3,8 @@ evaluated as what it is."""
 import json
 import os
 import shutil
+import signal
+import time
 
 import pytest
 import torch
@@ -135,6 +137,57 @@ def test_task_length_and_method_come_from_the_run_and_flags_override_them(tmp_pa
         run(evaluation, "--model", a, b, *words)
     run(evaluation, "--model", "tiny", b, "tiny:plain", *words)  # what is no run goes with the others
     assert [r["task"] for r in results(tmp_path / "r.json")] == ["tiny"] * 3
+
+
+def test_the_model_in_a_run_is_no_directory_for_another_run(tmp_path):
+    a = fake_run(tmp_path, "a")
+    before = (a / "model" / "config.json").read_bytes()
+    with pytest.raises(UserError, match="has a config.json that no run wrote"):
+        run(train_rl, "--out", a / "model")
+    (tmp_path / "model").mkdir()
+    shutil.copy(a / "config.json", tmp_path / "model")
+    for path, of in ((a / "model", a), (a, a), (tmp_path / "model", tmp_path / "model")):
+        assert runs.directory_of_run(str(path)) == str(of)  # a run may be named model itself
+    assert (a / "model" / "config.json").read_bytes() == before
+
+
+def test_a_checkpoint_that_cannot_be_replaced_is_kept(tmp_path, monkeypatch):
+    model, tokenizer = load("tiny", "cpu")
+    path = str(tmp_path / "m")
+    save(model, tokenizer, path)
+    rename = os.rename
+
+    def fail(old, new):
+        if ".writing-" in old:
+            raise OSError("no more")
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", fail)
+    with pytest.raises(UserError, match="cannot write"):
+        save(model, tokenizer, path)
+    assert os.listdir(tmp_path) == ["m"] and load(path, "cpu")
+    monkeypatch.undo()
+    tokenizer.save_pretrained = lambda new: os.mkdir(os.path.join(new, "more"))  # several templates have one
+    for _ in range(2):
+        save(model, tokenizer, path)
+        assert os.stat(os.path.join(path, "more")).st_mode & 0o100  # it can be entered
+
+
+def test_a_tokenizer_of_special_tokens_alone_is_refused(tmp_path):
+    save(*load("tiny", "cpu"), str(tmp_path / "m"))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        os.remove(tmp_path / "m" / name)
+    with pytest.raises(UserError, match="cannot load the model"):
+        load(str(tmp_path / "m"), "cpu")
+
+
+def test_a_stop_whose_state_cannot_be_saved_ends_the_run_all_the_same():
+    with runs.signals_restored():
+        runs.on_stop(lambda: 1 / 0)
+        with pytest.raises(KeyboardInterrupt) as e:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+    assert "could not be saved" in e.value.args[1]
 
 
 def test_an_untrained_projector_is_never_run(tmp_path, monkeypatch):

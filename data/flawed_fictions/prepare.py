@@ -176,8 +176,8 @@ def parquet_to_jsonl(path):
     try:
         import pyarrow.parquet
     except ImportError as e:
-        raise UserError(f"{path} is parquet: `pip install pyarrow` and run this again (or convert it to jsonl "
-                        f"elsewhere and pass that with --from)") from e
+        raise UserError(f"{path} is parquet: `pip install pyarrow` and run this again (or convert it to "
+                        f"jsonl elsewhere and pass that with --from)") from e
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except (OSError, pyarrow.ArrowException) as e:
