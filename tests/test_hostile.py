@@ -334,7 +334,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(damaged, config, weights, m
 
 def test_a_model_of_another_shape_is_refused_in_one_line(tok):
     from transformers import GPT2Config, GPT2LMHeadModel
-    refused("Qwen2", attach, GPT2LMHeadModel(GPT2Config(vocab_size=len(tok), n_embd=8, n_layer=1, n_head=1)))
+    refused("qwen2", attach, GPT2LMHeadModel(GPT2Config(vocab_size=len(tok), n_embd=8, n_layer=1, n_head=1)))
 
 
 class Bomb:
