@@ -195,8 +195,8 @@ def the_papers_recipe(found):
         return ""
     beside = ""
     if FROZEN in found:
-        beside = ("; with targets for the latents in stage 2 and in RL, the masks and the learning rate that "
-                  "go with them, and no refresh, base frozen in stage 2 all the same, at "
+        beside = ("; with targets for the latents in stage 2 and in RL, the traces, masks and learning rate "
+                  "that go with them, and no refresh, base frozen in stage 2 all the same, at "
                   f"{score(found[FROZEN])} ({over_seeds(found[FROZEN])})")
     unpenalised = ""
     if UNPENALISED in found:
@@ -261,7 +261,7 @@ def what_is_met(claims, at_one):
         if claim["met"] != "met":
             measured = " and ".join(evidence.in_its_unit(test) for test in claim["tests"])
             rest.append(f"\"{claim['claim']}\" is {claim['met']} ({measured})")
-    others = f" ({FREE} alone: without the penalty) {'; '.join(rest)}." if rest else ""
+    others = f" Not met ({FREE} alone is without the penalty): {'; '.join(rest)}." if rest else ""
     return ("**What would have refuted this.** Each claim has a criterion, and is met if its whole 95 % "
             f"interval is beyond it: {met_of(claims)} are{hotter}.{later}{others}")
 
