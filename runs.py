@@ -18,6 +18,7 @@ import dataclasses
 import errno
 import fcntl
 import functools
+import hashlib
 import json
 import os
 import re
@@ -65,16 +66,12 @@ def run_script(main):
     except UserError as e:
         print(f"{name}: error: {e}", file=sys.stderr)
         sys.exit(2)
-    except torch.OutOfMemoryError as e:
+    except RuntimeError as e:
+        if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):  # a CPU's
+            raise
         why = str(e).partition("\n")[0][:200]
         print(f"{name}: error: out of memory ({why}): see the flags of memory in --help, or take a smaller "
               "model", file=sys.stderr)
-        sys.exit(2)
-    except RuntimeError as e:
-        if "can't allocate memory" not in str(e):  # a CPU's out of memory
-            raise
-        print(f"{name}: error: out of memory: see the flags of memory in --help, or take a smaller model",
-              file=sys.stderr)
         sys.exit(2)
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO):
@@ -292,12 +289,14 @@ def hub_answers():
 
 
 def fingerprint(model):
-    """A number that changes with the weights: of some of each tensor."""
-    crc = 0
-    for p in model.parameters():
-        some = p.detach().flatten()[:1000].float().cpu()
-        crc = zlib.crc32(some.numpy().tobytes(), crc)
-    return crc
+    """16 digits that change with the weights, of which some of each tensor are read; not with the projector,
+    nor with the precision."""
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        if "reasoning_projector" not in name:
+            sample = weight.detach().flatten()[:: max(1, weight.numel() // 256)]
+            digest.update(name.encode() + sample.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def save(model, tokenizer, path):
@@ -831,6 +830,9 @@ def check_what_is_there(args, saved=None):
     that could be resumed, or a finished one that would be replaced."""
     if saved and args.steps < saved[0]:
         raise UserError(f"--steps is {args.steps}, but the run in {args.out} is at step {saved[0]} already")
+    if saved and args.lr_schedule == "cosine" and args.steps != settings_in(args.out)["steps"]:
+        raise UserError("--steps: with --lr-schedule cosine the learning rate falls towards the --steps that "
+                        "the run began with, so a resumed run keeps them")
     if args.resume:
         return
     out = os.path.abspath(args.out)

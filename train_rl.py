@@ -554,9 +554,6 @@ def main():
     lock_file = runs.lock(args.out)  # noqa: F841, held until the process ends
     saved = runs.read_state(args.out) if args.resume else None
     runs.check_what_is_there(args, saved)
-    if saved and args.lr_schedule == "cosine" and args.steps != runs.run_settings(args.out)["steps"]:
-        raise UserError("--steps: with --lr-schedule cosine the learning rate falls towards the --steps that "
-                        "the run began with, so a resumed run keeps them")
     if args.group is not None and args.group < 2:
         raise UserError("--group must be 2 or more: an advantage compares the rollouts of one prompt")
     examples = task.examples("train")[: args.train_prompts]

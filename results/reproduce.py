@@ -312,7 +312,7 @@ def in_cell(value, digits, unit=1):
 
 def measure_of(task):
     """What its scores are."""
-    return "reward" if task.endswith("next_chapter") else "accuracy"
+    return data.measure_of(data.load_task(task))
 
 
 def score_of(task):
@@ -472,7 +472,7 @@ def write_tables(tasks, seeds):
             continue
         texts = {f"methods-{task}": table_of(task, found), f"costs-{task}": costs_of(task, found)}
         controls = controls_of({seed: rows_in(records, task, "controls", seed) for seed in seeds})
-        of_evidence, tested, compared = write_evidence(HERE, task, rows, controls)
+        of_evidence, tested, compared = write_evidence(HERE, task, task, rows, controls)
         texts |= of_evidence
         lengths = lengths_of(records, task, seeds)
         latents = latents_of(records, task, seeds)
@@ -494,18 +494,18 @@ def write_tables(tasks, seeds):
         folders = {method: directory(task, method, seeds[0]) for method in DRAWN}
         if not all(map(os.path.exists, folders.values())):
             folders = {}  # of runs that are only kept there is no curve of the training
-        draw(folders, HERE, task, path, findings.HEADLINE)
+        draw(folders, HERE, task, task, path, findings.HEADLINE)
         if lengths:
             runs.write_json(os.path.join(HERE, f"lengths-{task}.json"), lengths)
             path = os.path.join(HERE, f"lengths-{task}.svg")
             without_matplotlib(report.by_length, lengths, path, score=score_of(task))
 
 
-def write_evidence(where, name, rows, controls):
+def write_evidence(where, name, task, rows, controls):
     """Controls and differences at each sampling, as JSON -> ({mark in the README: Markdown}, {sampling:
     controls_summary}, {sampling: {"differences", "claims"}}).
 
-    rows: {name: {kind: {seed: row}}}."""
+    name: of files and marks, the task's or a model's and the task's. rows: {method: {kind: {seed: row}}}."""
     texts = {}
     tested = {}
     compared = {}
@@ -514,12 +514,12 @@ def write_evidence(where, name, rows, controls):
         methods = at(rows, kind)
         if kind in controls:
             tested[kind] = controls_summary(controls[kind])
-            texts[f"controls-{mark}"] = controls_table(name, tested[kind], kind)
+            texts[f"controls-{mark}"] = controls_table(task, tested[kind], kind)
             methods |= {f"control {control}": by_seed for control, by_seed in controls[kind].items()}
         own = {
             "differences": evidence.differences(methods),
-            "claims": evidence.claims(methods, points_of(name))}
-        if text := evidence.page(own, SAMPLED[kind], digits_of(name), measure_of(name)):
+            "claims": evidence.claims(methods, points_of(task))}
+        if text := evidence.page(own, SAMPLED[kind], digits_of(task), measure_of(task)):
             compared[kind] = own
             texts[f"differences-{mark}"] = text
     for what, found in (("controls", tested), ("differences", compared)):
@@ -547,27 +547,26 @@ def write_tables_of_model(args):
         runs.write_json(path, found)
         folders = {seed: paper.directory(args, task, "controls", seed) for seed in args.seeds}
         controls = {seed: paper.results_in(folder) for seed, folder in folders.items()}
-        evidence_texts, _, _ = write_evidence(args.tables_in, name, rows, controls_of(controls))
+        evidence_texts, _, _ = write_evidence(args.tables_in, name, task, rows, controls_of(controls))
         parts = [table_of(task, found), costs_of(task, found), paper.caption(args, task, found),
                  *evidence_texts.values()]
         text = "\n\n".join(parts) + "\n"
         runs.write_text(path.removesuffix("json") + "md", text)
         print(f"\n{text}\nin {path} and .md")
         folders = {method: paper.directory(args, task, method, args.seeds[0]) for method in paper.METHODS}
-        draw(folders, args.tables_in, name, path)
+        draw(folders, args.tables_in, name, task, path)
 
 
-def draw(folders, where, name, table, only=()):
+def draw(folders, where, name, task, table, only=()):
     """The two pictures of a task: the methods' scores over tokens (of all rows of the table, or `only` of
-    some), and the training of the runs in {method: folder}. name: of the task, maybe with a model before
-    it."""
+    some), and the training of the runs in {method: folder}. name: as in write_evidence."""
     names = {method: title for title, method, _ in METHODS}
     trained = {names[method]: path for method, path in folders.items()
                if os.path.exists(os.path.join(path, "metrics.jsonl"))}
     rows = report.collect([table])
     drawn = [(method, row) for method, row in rows if method in only]
     path = os.path.join(where, f"curve-{name}.svg")
-    without_matplotlib(report.curve, drawn or rows, path, score=score_of(name))
+    without_matplotlib(report.curve, drawn or rows, path, score=score_of(task))
     if trained:
         path = os.path.join(where, f"training-{name}.svg")
         without_matplotlib(report.training, list(trained.values()), path, names=list(trained))

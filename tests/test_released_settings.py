@@ -115,7 +115,8 @@ def test_cut_traces_are_kept_only_if_asked_for(monkeypatch, tmp_path):
     monkeypatch.setattr(train_projector, "generate", lambda *_, **__: made)
     monkeypatch.setattr(data, "score", lambda *_: [1.0, 1.0])
     task = types.SimpleNamespace(__name__="task", prompt=lambda example, latent: "q")
-    model = types.SimpleNamespace(config=types.SimpleNamespace(_name_or_path="m"), parameters=lambda: [])
+    config = types.SimpleNamespace(_name_or_path="m")
+    model = types.SimpleNamespace(config=config, named_parameters=lambda: [])
 
     def kept(**more):
         path = str(tmp_path / "traces.jsonl")
@@ -133,7 +134,7 @@ def test_traces_of_other_prompts_or_other_weights_are_not_taken_for_ones_own(mon
     monkeypatch.setattr(data, "score", lambda *_: [1.0])
     weights = torch.zeros(3)
     config = types.SimpleNamespace(_name_or_path="m")
-    model = types.SimpleNamespace(config=config, parameters=lambda: [weights])
+    model = types.SimpleNamespace(config=config, named_parameters=lambda: [("w", weights)])
 
     def said(prompt):
         task = types.SimpleNamespace(__name__="task", prompt=lambda example, latent: prompt)

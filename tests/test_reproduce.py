@@ -414,6 +414,7 @@ def test_next_chapters_get_the_same_table_and_no_length_penalty(here, tmp_path, 
     said = capsys.readouterr().out
     assert "no length penalty is run on next_chapter" in said and "| reward |" in said
     assert "reward vrcli, scorer the base" in said
+    assert " points" not in said.partition("| claim, ")[2].partition('"A: B"')[0]  # a reward has no points
     found = json.load(open(tmp_path / "out" / "methods-Rnd-1B.next_chapter.json"))
     assert list(found) == ["base, explicit reasoning", "base, tag prompt", "LiteReason before RL",
                            "LiteReason", "LiteReason, its latents taken away"]

@@ -140,9 +140,10 @@ def collect_books(paths):
 
     for path in paths:
         for file, directory in files_of(path):
-            if os.path.realpath(file) in taken:
+            really = os.path.realpath(file)
+            if really in taken:
                 continue
-            taken.add(os.path.realpath(file))
+            taken.add(really)
             stem = os.path.splitext(os.path.basename(file))[0]
             if file.endswith((".jsonl", ".json")):
                 for where, row in read_rows(file):
