@@ -156,6 +156,8 @@ def evaluate(model, tokenizer, task, examples, latent_prompt=True, samples=1, se
         "per_example": {"score": scores, "tokens": lengths.mean(1).tolist()},
         "flops": flops(model, rollouts, samples, sampling.get("latent", "projector"), sampling.get("feed")),
         "seconds_each": seconds / len(rollouts)}
+    if "book" in examples[0]:  # chapters of one book are not independent of each other
+        result["per_example"]["book"] = [example["book"] for example in examples]
     if alone:
         result["seconds_alone"] = seconds_alone(model, tokenizer, prompts[:alone], seed, **sampling)
     result["seconds"] = seconds  # report.table reads what comes after this as the task's own
