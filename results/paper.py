@@ -116,7 +116,7 @@ def jobs_of(args, task, seed):
         add_evaluation(f"{method}-eval", out, [out])
         for _, replaced, latent in REPLACED if method == "litereason" else []:
             add_evaluation(replaced, out, [out], alone=False)
-            jobs[-1].words += ["--latent", latent]
+            jobs[-1].words.extend(["--latent", latent])
         if method == "litereason" and "controls" in args.methods:
             add_evaluation("controls", out, [out], alone=False)
             jobs[-1].words.insert(1, "--controls")
