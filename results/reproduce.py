@@ -243,8 +243,9 @@ def mean_of(rows):
         return None if None in values else sum(values) / len(values)
 
     accuracies = [rows[seed]["accuracy"] for seed in seeds]
-    means = ("accuracy", "tokens", "text_tokens", "latent_steps", "tags", "truncated", "forward_positions",
-             "flops", "seconds_each", "seconds_alone", "sampled", "run_seconds", "n_examples", "samples")
+    means = ("accuracy", "tokens", "text_tokens", "latent_steps", "z_size", "tags", "truncated",
+             "forward_positions", "flops", "seconds_each", "seconds_alone", "sampled", "run_seconds",
+             "n_examples", "samples")
     by_example = [rows[seed]["per_example"] for seed in seeds]
     books = by_example[0].get("book")
     by_book = {}
@@ -386,6 +387,7 @@ def table_of(task, found):
         "95 % interval of tokens": column(first, "tokens_ci95", words_of_interval, 1),
         "text": column(first, "text_tokens", in_cell, 1),
         "latent": column(first, "latent_steps", in_cell, 1),
+        "z size": column(first, "z_size", in_cell, 2),
         f"{score}, train stories": column("train", "accuracy", in_cell, digits)}
     if first != "trained":
         columns |= {
