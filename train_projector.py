@@ -536,7 +536,7 @@ def stages_1_and_2(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, e
             "zeros": mean_loss(model, held, "zeros")}
         with _sizes_made(model) as sizes:
             losses["start"] = mean_loss(model, held, "projector")
-        say_size_of_start(torch.cat(sizes))
+        say_size_of_start(torch.cat(sizes), are_fed=aim == "none")
         before = evaluate_now()
     fit_projector(model, train, cfg["lr"], cfg["batch"], cfg["steps"], seed=seed, progress="stage 2",
                   states=states, every=every, carried=[dict(losses), before], aim=aim, noise=cfg["noise"],
@@ -552,12 +552,12 @@ def stages_1_and_2(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, e
     return {"kept": len(traces), "sampled": sampled, "losses": losses, "before": before, "after": after}
 
 
-def say_size_of_start(sizes):
+def say_size_of_start(sizes, are_fed=True):
     """One line on the latents (n,) that the projector makes before it is trained, in sizes of an embedding; a
-    warning if they drown the words."""
+    warning if they drown the words. are_fed: with targets the targets are fed instead, and pull them back."""
     lost = int((~sizes.isfinite()).sum())
     size = f"a latent is {float(sizes.median()):.3g} times as long as an embedding"
-    if lost or sizes.max() > LARGE:
+    if are_fed and (lost or sizes.max() > LARGE):
         print(f"warning: stage 2 begins where {size}, the longest {float(sizes.nan_to_num(math.inf).max()):.3g} "
               f"times, {lost} of {len(sizes)} not finite: the words around it are not read. Take --projector "
               f"normed, whose outputs are as long as an embedding", flush=True)
