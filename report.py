@@ -29,31 +29,30 @@ GIB = 2.0**30
 
 
 # ============================================================ before a run
-def as_text(value):
-    """A setting's value."""
-    return value if isinstance(value, str) else f"{value:g}"
+def beside_released(settings, released):
+    """The settings that are not the released ones, as text. None is all that there is."""
+    def text(value):
+        return "all" if value is None else value if isinstance(value, str) else f"{value:g}"
+
+    others = [f"{name} {text(settings[name])} (released: {text(theirs)})"
+              for name, theirs in released.items() if settings[name] != theirs]
+    return f"not as released: {', '.join(others)}" if others else "all settings as released"
 
 
-def say_what_runs(args, model, tokenizer, task, prompts, released, ours):
-    """The sizes, the settings beside the released ones and, of a real model, the work and the hours that a
-    run may need."""
+def say_what_runs(args, model, tokenizer, prompts, released):
+    """What is trained, on how much, what differs from the released settings and, of a real model, the hours
+    that a run may need. released: the settings that apply, with their released values."""
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     longest = max(map(len, prompts))
     weights = "bf16 weights, fp32 masters on the host" if args.offload else "fp32 weights"
     print(f"{args.method} on {args.task}: {args.model}, {millions:.1f} M parameters, {model.device}, "
           f"{weights}; {len(prompts)} train prompts of up to {longest} tokens")
-    settings = []
-    for name, theirs in released.items():
-        value = getattr(args, name)
-        beside = f" (released: {as_text(theirs)})" if name not in ours and value != theirs else ""
-        settings.append(f"{name} {as_text(value)}{beside}")
-    print("settings: " + ", ".join(settings))
+    print(f"{args.steps} steps, {args.minibatches} on each batch of {args.prompts * args.group} rollouts of up "
+          f"to {args.max_new_tokens} tokens, {args.group} for each of {args.prompts} prompts")
+    print(beside_released(vars(args), released), flush=True)
     if not runs.is_small(model):
-        batch = args.prompts * args.group
-        positions = batch * args.max_new_tokens + args.prompts * longest
-        print(f"per rollout batch: {batch} rollouts, {min(batch, args.rows)} rows at a time, up to "
-              f"{args.max_new_tokens} decoding steps; the update reads up to {positions:,} positions, "
-              f"{args.tokens_per_forward:,} at a time", flush=True)
+        if model.device.type == "cpu" and not args.smoke:
+            print("on a CPU --smoke makes a whole run in about ten minutes; this one: ", end="", flush=True)
         print(pace(model, tokenizer, prompts, args), flush=True)
 
 

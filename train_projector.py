@@ -21,6 +21,7 @@ more than 4,096 tokens (--max-length).
     python train_projector.py --steps 2 --prompts 8 --n 8   # a smoke run
     python train_projector.py --resume out/tiny-projector   # continue a stopped run: on a CPU bit for bit
 """
+import collections
 import contextlib
 import itertools
 import json
@@ -49,6 +50,15 @@ RATIOS, VERSIONS = (0.10, 0.25), 5
 VERSIONS_TOGETHER = 4  # of one trace in a batch of stage 2, with --targets words
 AT_ONCE = 160  # traces that stage 1 samples before it writes those down that it keeps
 
+# Why a sample of stage 1 is of no use to stage 2: in words, and what helps.
+REASONS = {
+    "no verdict": ("without an answer in the form that the prompt asks for", "a --model that keeps to that form "
+                   "(an instruct model, or a larger one), or another --task"),
+    "cut": ("cut by the length limit", "a higher --max-new-tokens"),
+    "wrong": ("that earned nothing", "more prompts (--prompts, in train_rl.py --trace-prompts) or a stronger "
+              "--model"),
+    "no sentence": ("without a sentence before the answer", "a --model that reasons before it answers")}
+
 # The released settings, and what a model of under 50 M parameters trained from scratch needs.
 RELEASED = {"prompts": None, "k": 5, "lr": 1e-4, "batch": 16, "steps": None,
             "targets": "none", "words": 2, "noise": 0.2, "train_base": 0.0}
@@ -59,7 +69,7 @@ SMALL = {"prompts": 1500, "k": 1, "lr": 4e-3, "batch": 32, "steps": 400,
 # ============================================================ stage 1: the model's own traces
 def collect_traces(model, tokenizer, task, examples, k, max_new_tokens, seed, path, tag=None, keep_cut=False):
     """Stage 1: k samples per example, those with reward > 0 that are whole (keep_cut: or not) kept ->
-    [{"example", "prompt", "text"}].
+    [{"example", "prompt", "text"}], a Counter of why the others were not.
 
     `path` has a line for the settings and one for each AT_ONCE samples, written when they are done: what is
     there with the same settings is not sampled again. The draws of a line follow from the seed and its number
@@ -71,7 +81,7 @@ def collect_traces(model, tokenizer, task, examples, k, max_new_tokens, seed, pa
     together = header["at_once"]
     starts = range(0, len(examples), together)
     if lines:
-        n_traces = sum(map(len, lines))
+        n_traces = len(_kept(lines))
         print(f"stage 1: {n_traces} traces are in {path} already, {len(lines)} of {len(starts)} lines of it")
     with open(path + ".tmp", "w") as f:
         f.writelines(json.dumps(line) + "\n" for line in [header] + lines)
@@ -90,16 +100,35 @@ def collect_traces(model, tokenizer, task, examples, k, max_new_tokens, seed, pa
             rewards = data.score(task, [asked[r.prompt] for r in rollouts], [r.text for r in rollouts])
             line = []
             for r, reward in zip(rollouts, rewards):
+                trace = {"example": start + r.prompt}
                 if reward > 0 and (r.finished or keep_cut):
-                    line.append({"example": start + r.prompt, "prompt": prompts[r.prompt], "text": r.text})
+                    trace |= {"prompt": prompts[r.prompt], "text": r.text}
+                elif not r.finished:
+                    trace["left out"] = "cut"
+                else:
+                    trace["left out"] = "wrong" if data.has_verdict(task, r.text) else "no verdict"
+                line.append(trace)
             lines.append(line)
             f.write(json.dumps(line) + "\n")
             f.flush()
             os.fsync(f.fileno())
         bar.close()
-    traces = list(itertools.chain(*lines))
-    print(f"stage 1: kept {len(traces)} of {k * len(examples)} traces (reward > 0), in {path}")
-    return traces
+    traces = _kept(lines)
+    left_out = collections.Counter(trace["left out"] for trace in itertools.chain(*lines)
+                                   if "left out" in trace)
+    others = f"; the others: {_in_words(left_out)}" if left_out else ""
+    print(f"stage 1: kept {len(traces)} of {k * len(examples)} traces (reward > 0), in {path}{others}")
+    return traces, left_out
+
+
+def _in_words(reasons):
+    """{reason: samples} as text, the most frequent first."""
+    return ", ".join(f"{n} {REASONS[why][0]}" for why, n in reasons.most_common())
+
+
+def _kept(lines):
+    """The traces in lines of traces.jsonl; of what was not kept only the reason is there."""
+    return [trace for trace in itertools.chain(*lines) if "text" in trace]
 
 
 def _settings_of_traces(model, task, examples, k, max_new_tokens, seed, tag):
@@ -117,6 +146,7 @@ def _settings_of_traces(model, task, examples, k, max_new_tokens, seed, tag):
         "at_once": max(1, AT_ONCE // k),  # prompts
         "seed": seed,
         "tag": tag,
+        "left_out": True,  # their reasons are in the lines too
         "reward": own["reward"],
         "scorer": own["scorer"] and own["scorer"][0].config._name_or_path}
 
@@ -142,7 +172,7 @@ def read_traces(path):
     """The traces that collect_traces has written there."""
     with open(path) as f:
         _, *lines = [json.loads(line) for line in f]
-    return list(itertools.chain(*lines))
+    return _kept(lines)
 
 
 # ============================================================ stage 1: tags in the place of sentences
@@ -205,10 +235,10 @@ def masked_trace(model, tokenizer, rng, prompt, text, answer, marker, ratio):
     return Rollout(prompt_ids, slots, no_latents, text=text) if LATENT in slots else None
 
 
-def mask_all(model, tokenizer, traces, marker, rng, aim="none", words=2):
+def mask_all(model, tokenizer, traces, left_out, marker, rng, aim="none", words=2):
     """Every trace in several masked versions (RATIOS x VERSIONS; with targets, targets.SHARES x VERSIONS) ->
-    (training rows, at most 256 held-out rows); a tenth of the stories is held out. aim: "words" gives each
-    latent a target (targets.py)."""
+    (training rows, at most 256 held-out rows); a tenth of the stories is held out. left_out: how many samples
+    are no traces, by the reason. aim: "words" gives each latent a target (targets.py)."""
     masked = versions_with_targets if aim == "words" else versions
     rows = masked(model, tokenizer, traces, marker, rng, words)  # (story, row)
     stories = sorted({story for story, _ in rows})
@@ -220,9 +250,13 @@ def mask_all(model, tokenizer, traces, marker, rng, aim="none", words=2):
                         f"before which reasoning stands: set ANSWER of the task to the words that its "
                         f"prompt asks for")
     if not train or not held:
-        raise UserError(f"stage 1 kept {len(traces)} traces, too few with a sentence to mask: this model "
-                        "earns too little reward on this task with the tag prompt (give more --prompts, in "
-                        "train_rl.py --trace-prompts, or a stronger --model)")
+        empty = sum(trace["example"] not in stories for trace in traces)
+        why = left_out + collections.Counter({"no sentence": empty})
+        leading = max(why, key=why.get, default="wrong")
+        others = f"; the others: {_in_words(why)}" if why else ""
+        raise UserError(f"stage 1 kept {len(traces)} of {len(traces) + left_out.total()} traces, too few: two "
+                        f"stories with a sentence to mask are the least{others}; what helps: "
+                        f"{REASONS[leading][1]}")
     return train, rng.sample(held, min(256, len(held)))
 
 
@@ -446,13 +480,18 @@ def stages_1_and_2(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, e
             raise UserError("--train-base goes with --targets words: the paper's stage 2 leaves the "
                             "base frozen")
         cfg["train_base"] = 0.0
-    print("stages 1 and 2: " + ", ".join(_setting(name, value) for name, value in cfg.items()))
+    applies = {name: value for name, value in RELEASED.items()
+               if aim == "words" or name not in ("words", "noise", "train_base")}
+    steps = "one pass over the masked traces" if cfg["steps"] is None else f"{cfg['steps']} steps"
+    print(f"stages 1 and 2: {cfg['k']} traces of up to {max_new_tokens} tokens for each of {len(examples)} "
+          f"train prompts, then {steps}, {cfg['batch']} masked traces each\n"
+          f"{report.beside_released(cfg, applies)}")
     # With targets no tag is written in stage 1: a target is taken from a sentence that was written out.
     tag = "forbidden" if aim == "words" else None
-    traces = collect_traces(model, tokenizer, task, examples, cfg["k"], max_new_tokens, seed, path, tag,
-                            keep_cut)
+    traces, left_out = collect_traces(model, tokenizer, task, examples, cfg["k"], max_new_tokens, seed, path,
+                                      tag, keep_cut)
     marker = data.opening_of(task)
-    train, held = mask_all(model, tokenizer, traces, marker, rng, aim, cfg["words"])
+    train, held = mask_all(model, tokenizer, traces, left_out, marker, rng, aim, cfg["words"])
     train, held = short_enough(train, max_length), short_enough(held, max_length)
     if not train or not held:
         raise UserError(f"no masked trace has {max_length} tokens or fewer, prompt included: "
@@ -489,12 +528,6 @@ def stages_1_and_2(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, e
           f"both stages {time.time() - started:.0f}s", flush=True)
     sampled = cfg["k"] * len(examples)
     return {"kept": len(traces), "sampled": sampled, "losses": losses, "before": before, "after": after}
-
-
-def _setting(name, value):
-    """As text, with the released value where it is another; None is all prompts, or all traces once."""
-    shown, released = ("all" if v is None else report.as_text(v) for v in (value, RELEASED[name]))
-    return f"{name} {shown}" + (f" (released: {released})" if value != RELEASED[name] else "")
 
 
 def by_size(name):

@@ -24,6 +24,7 @@ import types
 
 import torch
 
+import card
 import data
 import engine
 import eval as evaluation
@@ -214,7 +215,7 @@ def measure_task(name, task_name, counts, settings):
     stages = with_defaults(settings["train_projector.py"],
                            train_projector.SMALL if small else train_projector.RELEASED)
     args = types.SimpleNamespace(**{**rl, "task": task_name, "seed": 0})
-    if model.device.type == "cuda":  # there the card decides what no flag says
+    if not card.has_fixed_numbers(model):  # card.py decides what no flag says
         vars(args).update({key: settings["train_rl.py"][key] for key in train_rl.PLANNED})
     task = data.load_task(task_name)
     data.start_task(args, task, name)
