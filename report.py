@@ -47,18 +47,13 @@ def say_what_runs(args, model, tokenizer, prompts, released):
     weights = "bf16 weights, fp32 masters on the host" if args.offload else "fp32 weights"
     print(f"{args.method} on {args.task}: {args.model}, {millions:.1f} M parameters, {model.device}, "
           f"{weights}; {len(prompts)} train prompts of up to {longest} tokens")
-    print(f"{args.steps} steps, {args.minibatches} on each batch of {args.prompts * args.group} rollouts of up "
-          f"to {args.max_new_tokens} tokens, {args.group} for each of {args.prompts} prompts")
+    print(f"{args.steps} steps, {args.minibatches} on each batch of {args.prompts * args.group} rollouts of "
+          f"up to {args.max_new_tokens} tokens, {args.group} for each of {args.prompts} prompts")
     print(beside_released(vars(args), released), flush=True)
-    if not runs.is_small(model):
-        if model.device.type == "cpu" and not args.smoke:
+    if not runs.is_small(model) and not args.smoke:
+        if model.device.type == "cpu":
             print("on a CPU --smoke makes a whole run in about ten minutes; this one: ", end="", flush=True)
         print(pace(model, tokenizer, prompts, args), flush=True)
-
-
-def _groups_at_once(args):
-    """How many groups are decoded together."""
-    return max(1, args.rows // args.group)
 
 
 class Pace(typing.NamedTuple):
@@ -99,9 +94,10 @@ def pace(model, tokenizer, prompts, args):
 
 def measure(model, tokenizer, prompts, args):
     """-> Pace. Measured after a warm-up: as many rows as are decoded at once, with the longest prompts, for a
-    few steps; and one forward and backward pass of the update at its full size."""
+    few steps; and one forward and backward pass of the update at its full size. On a CPU less of both, where
+    one group and one rollout take minutes already: more at once would be a little faster."""
     steps = 64 if model.graphs else 16  # a recording serves 64
-    at_once = min(args.prompts, _groups_at_once(args))
+    at_once = min(args.prompts, max(1, args.rows // args.group)) if model.device.type == "cuda" else 1
     longest = sorted(prompts, key=len)[-at_once:]
 
     def decode(n_slots):
@@ -135,8 +131,9 @@ def update(model, rollouts):
 
 
 def longest_rollouts(model, prompt, args):
-    """As many rollouts of one prompt, of the length allowed, as the update reads in one pass."""
-    room = args.tokens_per_forward - len(prompt)
+    """As many rollouts of one prompt, of the length allowed, as the update reads in one pass; on a CPU
+    one."""
+    room = args.tokens_per_forward - len(prompt) if model.device.type == "cuda" else 0
     n = max(1, min(args.group, room // args.max_new_tokens))
     slots = (prompt * args.max_new_tokens)[: args.max_new_tokens]
     return [Rollout(prompt, slots, torch.zeros(0, model.config.hidden_size))] * n

@@ -52,8 +52,8 @@ AT_ONCE = 160  # traces that stage 1 samples before it writes those down that it
 
 # Why a sample of stage 1 is of no use to stage 2: in words, and what helps.
 REASONS = {
-    "no verdict": ("without an answer in the form that the prompt asks for", "a --model that keeps to that form "
-                   "(an instruct model, or a larger one), or another --task"),
+    "no verdict": ("without an answer in the form that the prompt asks for", "a --model that keeps to that "
+                   "form (an instruct model, or a larger one), or another --task"),
     "cut": ("cut by the length limit", "a higher --max-new-tokens"),
     "wrong": ("that earned nothing", "more prompts (--prompts, in train_rl.py --trace-prompts) or a stronger "
               "--model"),
@@ -254,8 +254,8 @@ def mask_all(model, tokenizer, traces, left_out, marker, rng, aim="none", words=
         why = left_out + collections.Counter({"no sentence": empty})
         leading = max(why, key=why.get, default="wrong")
         others = f"; the others: {_in_words(why)}" if why else ""
-        raise UserError(f"stage 1 kept {len(traces)} of {len(traces) + left_out.total()} traces, too few: two "
-                        f"stories with a sentence to mask are the least{others}; what helps: "
+        raise UserError(f"stage 1 kept {len(traces)} of {len(traces) + left_out.total()} traces, too few: "
+                        f"two stories with a sentence to mask are the least{others}; what helps: "
                         f"{REASONS[leading][1]}")
     return train, rng.sample(held, min(256, len(held)))
 

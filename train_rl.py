@@ -670,7 +670,7 @@ def main():
     add_row(NAMES[args.method], args.method != "grpo", latent_of_method(args))
     if args.method == "litereason":
         add_row(TAKEN_AWAY, True, "none")
-        others = tests and latents_of_others(model, tokenizer, task, task.examples("val")[:100],
+        others = tests and latents_of_others(model, tokenizer, task, task.examples("val")[: args.val or 100],
                                              seed=args.seed, max_new_tokens=args.max_new_tokens, **PAPER)
         if others:
             add_row(ANOTHERS, True, latent_of("other", model, others, args.seed))

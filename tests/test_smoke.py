@@ -74,19 +74,21 @@ def test_a_file_without_reasons_is_read_and_for_stage_1_made_again(collect, caps
     del header["left_out"]  # as it was before
     collect.path.write_text(json.dumps(header) + "\n" + json.dumps(traces) + "\n")
     assert train_projector.read_traces(collect.path) == traces
-    assert collect(1) == (traces, left_out) and "with other settings; sampling again" in capsys.readouterr().out
+    assert collect(1) == (traces, left_out)
+    assert "with other settings; sampling again" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("left_out, texts, says", [
-    ({"no verdict": 5, "wrong": 2}, [], "kept 0 of 7 traces, too few: two stories with a sentence to mask are "
-     "the least; the others: 5 without an answer in the form that the prompt asks for, 2 that earned nothing; "
-     "what helps: a --model that keeps to that form"),
+    ({"no verdict": 5, "wrong": 2}, [], "kept 0 of 7 traces, too few: two stories with a sentence to mask "
+     "are the least; the others: 5 without an answer in the form that the prompt asks for, 2 that earned "
+     "nothing; what helps: a --model that keeps to that form"),
     ({"no verdict": 1, "cut": 3}, ["It is so. \\boxed{Yes}"], "kept 1 of 5 traces, .*what helps: a higher "
      "--max-new-tokens$"),
     ({"wrong": 3}, [], "what helps: more prompts .--prompts, in train_rl.py --trace-prompts"),
     ({"wrong": 1}, ["\\boxed{Yes}", "\\boxed{No}"], "2 without a sentence before the answer, 1 that earned "
      "nothing; what helps: a --model that reasons"),
-    ({}, ["It is so. \\boxed{Yes}"], "kept 1 of 1 traces, too few: .* are the least; what helps: more prompts"),
+    ({}, ["It is so. \\boxed{Yes}"], "kept 1 of 1 traces, too few: .* are the least; what helps: more "
+     "prompts"),
 ])
 def test_too_few_traces_are_said_with_what_helps_for_the_leading_reason(model, tok, left_out, texts, says):
     import collections
@@ -145,8 +147,8 @@ def test_what_matters_comes_first_and_a_cpu_is_told_of_the_smoke_run(model, tok,
     args = settled(smoke=smoke)
     report.say_what_runs(args, model, tok, [[1], [1, 2]], train_rl.released_settings(args))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("litereason on t: m, 0.0 M parameters, cpu, fp32 weights; 2 train prompts of up ")
-    assert lines[1:3] == ["2880 steps, 16 on each batch of 768 rollouts of up to 2048 tokens, 16 for each of 48 "
-                          "prompts", "all settings as released"]
+    assert lines[0].startswith("litereason on t: m, 0.0 M parameters, cpu, fp32 weights; 2 train prompts of ")
+    assert lines[1:3] == ["2880 steps, 16 on each batch of 768 rollouts of up to 2048 tokens, 16 for each of "
+                          "48 prompts", "all settings as released"]
     hint = "on a CPU --smoke makes a whole run in about ten minutes; this one: "
-    assert lines[3:] == ([] if small else [("" if smoke else hint) + "180 batches: 99.9 hours"])
+    assert lines[3:] == ([] if small or smoke else [hint + "180 batches: 99.9 hours"])
