@@ -44,6 +44,7 @@ def shape(model):
     s.heads = s.H * d
     s.kv = 2 * config.num_key_value_heads * d
     s.c = 2 if model.bf16 else 4
+    s.copied = 2 if model.bf16 else 0  # of a weight
     s.most_positions = MOST_POSITIONS if model.device.type == "cuda" else FEW_POSITIONS
     s.projector = _parameters(model.reasoning_projector)
     s.base = _parameters(model) - s.projector
@@ -74,11 +75,9 @@ def weights(s, offload=False):
 
 
 def casts(s, offload=False):
-    """Bytes of the matrices' copies in the type in which they are multiplied."""
-    if s.c == 4:
-        return 0
-    head = s.c * s.V * s.D
-    return head if offload else head + s.c * s.in_layers
+    """Bytes of the matrices' copies in the type in which they are multiplied; in fp32 there are none."""
+    head = s.copied * s.V * s.D
+    return head if offload else head + s.copied * s.in_layers
 
 
 def _logits(s, positions):
@@ -114,15 +113,15 @@ def update(s, positions, longest, checkpoint=False, offload=False):
     mask = s.c * positions * longest
     head = s.V * s.D
     # The LM head's 16-bit copy, its gradient in chunks, and the embedding's, which is the same tensor.
-    logits = (3 * s.c + 8) * head + _logits(s, positions)
+    logits = (s.copied + 2 * s.c + 8) * head + _logits(s, positions)
     if checkpoint:  # each layer's input, keys and values; one layer's activations are made again
         kept = s.layers * (4 * s.D + s.c * s.kv) * positions
         working = max(logits, AGAIN * s.kept * positions)
-        copies = s.c * s.in_layers // s.layers
+        copies = s.copied * s.in_layers // s.layers
     else:
         kept = s.layers * s.kept * positions
         working = logits
-        copies = 0 if offload else s.c * s.in_layers
+        copies = 0 if offload else s.copied * s.in_layers
     return {
         "gradients": 0 if offload else 4 * s.base,  # offloaded, each goes to the host when it is whole
         "16-bit copies": copies,
@@ -152,7 +151,7 @@ def scoring(s, positions, longest, own=None):
     one of what follows. own: as above."""
     own = positions if own is None else own
     layers = s.cached * positions + s.passing * max(own, positions - own) + s.c * own * longest
-    head = s.c * s.V * s.D + _logits(s, own)  # then keys and values are gone
+    head = s.copied * s.V * s.D + _logits(s, own)  # then keys and values are gone
     return {"keys and values and a layer, or logits": max(layers, head)}
 
 

@@ -68,8 +68,8 @@ SMALL = {
 PLANNED = ("rows", "tokens_per_forward", "checkpoint_layers", "offload")
 # --smoke: other defaults of flags, so that all stages run to the table in minutes, whatever the model.
 SMOKE = {
-    "steps": 4, "prompts": 4, "group": 4, "minibatches": 2, "max_new_tokens": 160, "train_prompts": 8,
-    "trace_prompts": 16, "projector_steps": 8, "n": 4, "val": 4}
+    "steps": 4, "prompts": 2, "group": 4, "minibatches": 2, "max_new_tokens": 160, "train_prompts": 4,
+    "trace_prompts": 8, "projector_steps": 2, "n": 2, "val": 2}
 TAKEN_AWAY, ANOTHERS = "  its latents taken away", "  another story's latents"
 NAMES = report.METHODS
 
