@@ -249,7 +249,7 @@ def test_a_real_model_on_a_cpu_gets_a_plan_too_without_offload(on_a_cpu, monkeyp
                                              "--model")
     # and everything else, from what is free when it begins
     rows, positions = [], []
-    for gib in (2, 8, 1000):
+    for gib in (0.3, 8, 1000):
         monkeypatch.setattr(card, "free", lambda device: gib * GIB)  # noqa: B023
         rows.append(card.rows_that_fit(on_a_cpu, 1700, 2048, 4))
         positions.append(card.positions_that_fit(on_a_cpu, 3748))
