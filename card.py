@@ -25,8 +25,9 @@ GIB = 2.0**30
 USABLE = 0.92  # of the memory: the allocator's gaps, cuBLAS and cuDNN need some
 AGAIN = 1.75  # a layer's activations made again, and their gradients, in units of the former
 MOST_POSITIONS = 2**15  # per forward pass; more would not be faster
-FEW_POSITIONS = 2**13  # fewer make passes short: checkpointed layers or the host's memory are taken first. A
-# CPU gains nothing by more
+# Fewer make passes short: checkpointed layers or the host's memory are taken first. A CPU gains nothing by
+# more.
+FEW_POSITIONS = 2**13
 FEW_ROWS = 64  # the same of sampling
 
 
@@ -296,7 +297,9 @@ def _numbers(args, s, longest, whole, usable, scorer, checkpoint, offload):
 
     positions = args.tokens_per_forward
     if positions is None:
-        most = max(s.most_positions, whole)
+        own = args.max_new_tokens + whole // 16  # of a rollout, as engine.pack counts
+        batch = args.prompts * (longest + args.group * own)
+        most = max(min(s.most_positions, batch), whole)
         positions = largest(lambda n: n < whole or can_update(n), most, 256)
         positions = positions if can_update(positions) else 0
     rows = args.rows

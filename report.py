@@ -39,9 +39,10 @@ def beside_released(settings, released):
     return f"not as released: {', '.join(others)}" if others else "all settings as released"
 
 
-def say_what_runs(args, model, tokenizer, prompts, released):
+def say_what_runs(args, model, tokenizer, prompts, released, memory):
     """What is trained, on how much, what differs from the released settings and, of a real model, the hours
-    that a run may need. released: the settings that apply, with their released values."""
+    that a run may need. released: the settings that apply, with their released values; memory: card.py's
+    lines."""
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     longest = max(map(len, prompts))
     weights = "bf16 weights, fp32 masters on the host" if args.offload else "fp32 weights"
@@ -49,7 +50,7 @@ def say_what_runs(args, model, tokenizer, prompts, released):
           f"{weights}; {len(prompts)} train prompts of up to {longest} tokens")
     print(f"{args.steps} steps, {args.minibatches} on each batch of {args.prompts * args.group} rollouts of "
           f"up to {args.max_new_tokens} tokens, {args.group} for each of {args.prompts} prompts")
-    print(beside_released(vars(args), released), flush=True)
+    print(beside_released(vars(args), released), *memory, sep="\n", flush=True)
     if not runs.is_small(model) and not args.smoke:
         if model.device.type == "cpu":
             print("on a CPU --smoke makes a whole run in about ten minutes; this one: ", end="", flush=True)

@@ -605,7 +605,7 @@ def main():
     report.warn_of_unknown_words(tokenizer, prompts)
     if args.train_base and args.offload is None:
         args.offload = False  # stage 2 takes fp32 weights on the card
-    fit_to_memory(args, model, task, prompts)
+    memory = fit_to_memory(args, model, task, prompts)
     base = engine.base_parameters(model)
     if args.offload and args.train_base:
         raise UserError("--train-base takes fp32 weights on the card: leave --offload out, or run "
@@ -618,7 +618,7 @@ def main():
     runs.write_settings(args, "train_rl.py")
     # Until stage 2 and RL say more.
     runs.on_stop(lambda: f"go on with: python train_rl.py --resume {args.out}")
-    report.say_what_runs(args, model, tokenizer, prompts[: len(examples)], released_settings(args))
+    report.say_what_runs(args, model, tokenizer, prompts[: len(examples)], released_settings(args), memory)
 
     # The rows of the final table that come before RL, stages 1 and 2 among them; a resumed run has them in
     # its state.
@@ -709,14 +709,15 @@ def released_settings(args):
 
 
 def fit_to_memory(args, model, task, prompts):
-    """The settings of memory: fixed ones for a small model on a CPU, else those of the plan, which is
-    printed."""
+    """The settings of memory: fixed ones for a small model on a CPU, else those of the plan -> its lines."""
     reader = getattr(task, "settings", {}).get("scorer")
+    lines = []
     if not card.has_fixed_numbers(model):
-        print(card.fit(args, model, max(map(len, prompts)), reader and reader[0]), flush=True)
+        lines = card.fit(args, model, max(map(len, prompts)), reader and reader[0]).splitlines()
     args.offload = bool(args.offload)
     if args.checkpoint_layers:
         engine.checkpoint_layers(model)
+    return lines
 
 
 def check_flags_of_latents(args, model, source):

@@ -224,7 +224,8 @@ def measure_task(name, task_name, counts, settings):
     rl["minibatches"] = min(rl["minibatches"], rl["prompts"], len(examples))  # as in train_rl.py
     prompts = train_rl.encode_prompts(args, model, tokenizer, task, examples)
     runs.check_lengths(model, prompts, rl["max_new_tokens"])
-    train_rl.fit_to_memory(args, model, task, prompts)
+    for line in train_rl.fit_to_memory(args, model, task, prompts):
+        print(line, flush=True)
     parameters = sum(p.numel() for p in model.parameters())
     if args.offload:
         engine.offload(model, engine.base_parameters(model))

@@ -145,10 +145,11 @@ def test_what_matters_comes_first_and_a_cpu_is_told_of_the_smoke_run(model, tok,
     monkeypatch.setattr(runs, "is_small", lambda model: small)
     monkeypatch.setattr(report, "pace", lambda *_: "180 batches: 99.9 hours")
     args = settled(smoke=smoke)
-    report.say_what_runs(args, model, tok, [[1], [1, 2]], train_rl.released_settings(args))
+    report.say_what_runs(args, model, tok, [[1], [1, 2]], train_rl.released_settings(args), ["memory"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("litereason on t: m, 0.0 M parameters, cpu, fp32 weights; 2 train prompts of ")
     assert lines[1:3] == ["2880 steps, 16 on each batch of 768 rollouts of up to 2048 tokens, 16 for each of "
                           "48 prompts", "all settings as released"]
+    assert lines.pop(3) == "memory"
     hint = "on a CPU --smoke makes a whole run in about ten minutes; this one: "
     assert lines[3:] == ([] if small or smoke else [hint + "180 batches: 99.9 hours"])
