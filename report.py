@@ -166,6 +166,7 @@ def step_line(m, steps):
         f"text {m['text_tokens']:6.1f}",
         f"latent {m['latent_steps']:5.1f}",
         f"tags {m['tags']:4.2f}",
+        f"z size {'-' if m['z_size'] is None else format(m['z_size'], '.2g'):>4s}",
         f"zero-var {m['zero_variance']:4.2f}",
         f"cut {m['truncated']:4.2f}",
         f"gnorm {norm:6.3f}",

@@ -64,5 +64,5 @@ def record_of(out, root, tokens_sampled):
 
 
 def whole(number):
-    """An int if it is one: it takes less room in the file."""
-    return int(number) if number == int(number) else number
+    """A float as an int if it is one: it takes less room in the file."""
+    return int(number) if isinstance(number, float) and number == int(number) else number

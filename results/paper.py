@@ -43,11 +43,16 @@ TRAINED = [
     ("LiteReason", "litereason", "train_rl.py --model {projector} --targets none --overlong-buffer 0"),
     ("RL without latents", "rl", "train_rl.py --model {model} --method grpo --overlong-buffer 0"),
     ("RL with tags, no latents", "tag", "train_rl.py --model {model} --method tag --overlong-buffer 0"),
+    ("RL with tags, no latents, after stage 2", "tag-after",
+     "train_rl.py --model {projector} --method tag --overlong-buffer 0"),
     ("RL + length penalty", "rl-lp", "train_rl.py --model {model} --method grpo --overlong-buffer {limit}"),
     ("LiteReason + length penalty", "litereason-lp",
      "train_rl.py --model {projector} --targets none --overlong-buffer {limit}"),
 ]
-METHODS = [method for _, method, _ in TRAINED]
+# What else is fed to LiteReason's policy in the place of its latents: (name in the table, directory, --latent).
+REPLACED = [("LiteReason, its latents taken away", "litereason-text", "none"),
+            ("LiteReason, another story's latents", "litereason-other", "other")]
+METHODS = [method for _, method, _ in TRAINED] + ["controls"]
 ALONE = 8  # answers that are timed alone
 NO_PENALTY = ("no length penalty is run on {task}: its reward is no right or wrong that a penalty between 0 "
               "and 1 could be weighed against, and the paper has one for plot holes only")
@@ -110,7 +115,10 @@ def jobs_of(args, task, seed):
         add(method, command, [*args.rl_flags, "--n", "0"], needs)
         out = directory(args, task, method, seed)
         add_evaluation(f"{method}-eval", out, [out])
-        if method == "litereason":
+        for _, replaced, latent in REPLACED if method == "litereason" else []:
+            add_evaluation(replaced, out, [out], alone=False)
+            jobs[-1].words.extend(["--latent", latent])
+        if method == "litereason" and "controls" in args.methods:
             add_evaluation("controls", out, [out], alone=False)
             jobs[-1].words.insert(1, "--controls")
     return jobs
