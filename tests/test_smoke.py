@@ -153,3 +153,21 @@ def test_what_matters_comes_first_and_a_cpu_is_told_of_the_smoke_run(model, tok,
     assert lines.pop(3) == "memory"
     hint = "on a CPU --smoke makes a whole run in about ten minutes; this one: "
     assert lines[3:] == ([] if small or smoke else [hint + "180 batches: 99.9 hours"])
+
+
+def test_a_smoke_run_of_a_model_that_counts_as_real_ends_in_the_table(tmp_path, monkeypatch, capsys):
+    """The tiny model, with the settings and the plan of memory of a real one on a CPU."""
+    monkeypatch.setattr(runs, "is_small", lambda model: False)
+    monkeypatch.setattr(train_projector, "VERSIONS", 2)
+    monkeypatch.setattr(sys, "argv", ["train_rl.py", "--smoke", "--device", "cpu", "--out", str(tmp_path)])
+    train_rl.main()
+    said = capsys.readouterr().out
+    order = ["M parameters, cpu", "4 steps, 2 on each batch of 8 rollouts", "not as released: group 4",
+             "GiB can be used; with --rows 8", "stage 1: kept", "stage 2: validation loss", "step    4/4",
+             "| base, tag prompt", "| LiteReason "]
+    places = [said.index(words) for words in order]
+    assert places == sorted(places) and "time at most" not in said
+    config = json.load(open(tmp_path / "config.json"))
+    assert config["tokens_per_forward"] <= train_rl.card.FEW_POSITIONS and not config["offload"]
+    rows = [row["model"] for row in json.load(open(tmp_path / "results.json"))]
+    assert rows[:3] == ["base, explicit reasoning", "base, tag prompt", "LiteReason before RL"]
