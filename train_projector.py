@@ -106,10 +106,10 @@ def collect_traces(model, tokenizer, task, examples, k, max_new_tokens, seed, pa
                 trace = {"example": start + r.prompt}
                 if reward > 0 and (r.finished or keep_cut):
                     trace |= {"prompt": prompts[r.prompt], "text": r.text}
-                elif not r.finished:
-                    trace["left out"] = "cut"
+                elif reward <= 0 and data.has_verdict(task, r.text):
+                    trace["left out"] = "wrong"
                 else:
-                    trace["left out"] = "wrong" if data.has_verdict(task, r.text) else "no verdict"
+                    trace["left out"] = "no verdict" if r.finished else "cut"
                 line.append(trace)
             lines.append(line)
             f.write(json.dumps(line) + "\n")

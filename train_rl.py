@@ -456,7 +456,7 @@ def parse_arguments():
     g.add_argument("--smoke", action="store_true", help="a whole run in about ten minutes on two cores, "
                    "which says that everything works and nothing else: other defaults for these flags: "
                    + ", ".join(f"{name.replace('_', '-')} {value}" for name, value in SMOKE.items())
-                   + " (default off)")
+                   + "; stage 1 keeps traces that were cut, as released (default off)")
     g.add_argument("--steps", type=int, metavar="N", help=f"optimiser steps ({by_size('steps')})")
     g.add_argument("--prompts", type=int, metavar="N", help="prompts per rollout batch "
                    f"({by_size('prompts')})")
@@ -654,7 +654,8 @@ def main():
                                    steps=args.projector_steps, prompts=args.trace_prompts,
                                    imitate=args.imitate, targets=args.targets, words=args.words,
                                    noise=args.noise,
-                                   train_base=0.0 if args.offload else args.train_base)
+                                   train_base=0.0 if args.offload else args.train_base,
+                                   keep_cut=args.smoke)  # as released: short answers are mostly cut
                 except UserError:  # no traces: the base's rows say more
                     show_table()
                     raise

@@ -19,8 +19,8 @@ from litereason import Rollout, UserError
 TASK = types.SimpleNamespace(__name__="task", prompt=lambda example, latent: f"q{example['i']}",
                              verdict=lambda text: text.partition("box ")[2])
 ANSWERS = [("He left. box right", True), ("He left. box right", False), ("cut", False), ("No", True),
-           ("Yes", True), ("It is. box no", True)]
-REASONS = {"cut": 2, "no verdict": 2, "wrong": 1}
+           ("Yes", True), ("It is. box no", True), ("box no, because", False)]
+REASONS = {"cut": 2, "no verdict": 2, "wrong": 2}
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_every_sample_that_is_not_kept_has_its_reason(collect, capsys):
     assert left_out == {why: 2 * n for why, n in REASONS.items()}
     assert capsys.readouterr().out.endswith(
         "the others: 4 cut by the length limit, 4 without an answer in the form that the prompt asks for, "
-        "2 that earned nothing\n")
+        "4 that earned nothing\n")
     assert train_projector.read_traces(collect.path) == traces
 
 
