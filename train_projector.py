@@ -72,7 +72,7 @@ LARGE = 100  # sizes of an embedding: a latent of more drowns the words around i
 # ============================================================ stage 1: the model's own traces
 def collect_traces(model, tokenizer, task, examples, k, max_new_tokens, seed, path, tag=None, keep_cut=False):
     """Stage 1: k samples per example, those with reward > 0 that are whole (keep_cut: or not) kept ->
-    [{"example", "prompt", "text"}], a Counter of why the others were not.
+    [{"example", "prompt", "text"}], the others, each with its reason as "left out".
 
     `path` has a line for the settings and one for each AT_ONCE samples, written when they are done: what is
     there with the same settings is not sampled again. The draws of a line follow from the seed and its number
@@ -103,12 +103,10 @@ def collect_traces(model, tokenizer, task, examples, k, max_new_tokens, seed, pa
             rewards = data.score(task, [asked[r.prompt] for r in rollouts], [r.text for r in rollouts])
             line = []
             for r, reward in zip(rollouts, rewards):
-                trace = {"example": start + r.prompt}
-                if reward > 0 and (r.finished or keep_cut):
-                    trace |= {"prompt": prompts[r.prompt], "text": r.text}
-                elif reward <= 0 and data.has_verdict(task, r.text):
+                trace = {"example": start + r.prompt, "prompt": prompts[r.prompt], "text": r.text}
+                if reward <= 0 and data.has_verdict(task, r.text):
                     trace["left out"] = "wrong"
-                else:
+                elif reward <= 0 or not (r.finished or keep_cut):
                     trace["left out"] = "no verdict" if r.finished else "cut"
                 line.append(trace)
             lines.append(line)
@@ -117,11 +115,15 @@ def collect_traces(model, tokenizer, task, examples, k, max_new_tokens, seed, pa
             os.fsync(f.fileno())
         bar.close()
     traces = _kept(lines)
-    left_out = collections.Counter(trace["left out"] for trace in itertools.chain(*lines)
-                                   if "left out" in trace)
-    others = f"; the others: {_in_words(left_out)}" if left_out else ""
-    print(f"stage 1: kept {len(traces)} of {k * len(examples)} traces (reward > 0), in {path}{others}")
-    return traces, left_out
+    others = [trace for trace in itertools.chain(*lines) if "left out" in trace]
+    said = f"; the others: {_in_words(reasons_of(others))}" if others else ""
+    print(f"stage 1: kept {len(traces)} of {k * len(examples)} traces (reward > 0), in {path}{said}")
+    return traces, others
+
+
+def reasons_of(left_out):
+    """Why samples were not kept -> Counter."""
+    return collections.Counter(trace["left out"] for trace in left_out)
 
 
 def _in_words(reasons):
@@ -130,8 +132,8 @@ def _in_words(reasons):
 
 
 def _kept(lines):
-    """The traces in lines of traces.jsonl; of what was not kept only the reason is there."""
-    return [trace for trace in itertools.chain(*lines) if "text" in trace]
+    """The traces in lines of traces.jsonl, without the samples that were left out."""
+    return [trace for trace in itertools.chain(*lines) if "left out" not in trace]
 
 
 def _settings_of_traces(model, task, examples, k, max_new_tokens, seed, tag):
@@ -149,7 +151,7 @@ def _settings_of_traces(model, task, examples, k, max_new_tokens, seed, tag):
         "at_once": max(1, AT_ONCE // k),  # prompts
         "seed": seed,
         "tag": tag,
-        "left_out": True,  # their reasons are in the lines too
+        "left_out": True,  # samples that are not kept are in the lines too
         "reward": own["reward"],
         "scorer": own["scorer"] and own["scorer"][0].config._name_or_path}
 
@@ -240,8 +242,8 @@ def masked_trace(model, tokenizer, rng, prompt, text, answer, marker, ratio):
 
 def mask_all(model, tokenizer, traces, left_out, marker, rng, aim="none", words=2):
     """Every trace in several masked versions (RATIOS x VERSIONS; with targets, targets.SHARES x VERSIONS) ->
-    (training rows, at most 256 held-out rows); a tenth of the stories is held out. left_out: how many samples
-    are no traces, by the reason. aim: "words" gives each latent a target (targets.py)."""
+    (training rows, at most 256 held-out rows); a tenth of the stories is held out. left_out: samples that
+    are no traces. aim: "words" gives each latent a target (targets.py)."""
     masked = versions_with_targets if aim == "words" else versions
     rows = masked(model, tokenizer, traces, marker, rng, words)  # (story, row)
     stories = sorted({story for story, _ in rows})
@@ -254,10 +256,10 @@ def mask_all(model, tokenizer, traces, left_out, marker, rng, aim="none", words=
                         f"prompt asks for")
     if not train or not held:
         empty = sum(trace["example"] not in stories for trace in traces)
-        why = left_out + collections.Counter({"no sentence": empty})
+        why = reasons_of(left_out) + collections.Counter({"no sentence": empty})
         leading = max(why, key=why.get, default="wrong")
         others = f"; the others: {_in_words(why)}" if why else ""
-        raise UserError(f"stage 1 kept {len(traces)} of {len(traces) + left_out.total()} traces, too few: "
+        raise UserError(f"stage 1 kept {len(traces)} of {len(traces) + len(left_out)} traces, too few: "
                         f"two stories with a sentence to mask are the least{others}; what helps: "
                         f"{REASONS[leading][1]}")
     return train, rng.sample(held, min(256, len(held)))
@@ -510,13 +512,13 @@ def mean_loss(model, traces, latent):
 
 # ============================================================ both stages
 def stages_1_and_2(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, every=50, betas=(0.9, 0.95),
-                   max_length=None, keep_cut=False, **changes):
+                   max_length=None, keep_cut=False, smoke=False, **changes):
     """Both stages; trains model.reasoning_projector in place and prints what came of it -> the figures
     printed.
 
     Continues from what a stopped run left in `out`: traces.jsonl, and stage 2's states (one every so many
-    steps) in stage-2/. n: val examples for the accuracy before and after. betas, max_length, keep_cut: the
-    flags of these names. changes: of RELEASED or SMALL above, whichever the model's size selects; None
+    steps) in stage-2/. n: val examples for the accuracy before and after. betas, max_length, keep_cut, smoke:
+    the flags of these names. changes: of RELEASED or SMALL above, whichever the model's size selects; None
     leaves a value as it is."""
     cfg = dict(SMALL if runs.is_small(model) else RELEASED)
     cfg.update({name: value for name, value in changes.items() if value is not None})
@@ -544,7 +546,15 @@ def stages_1_and_2(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, e
     traces, left_out = collect_traces(model, tokenizer, task, examples, cfg["k"], max_new_tokens, seed, path,
                                       tag, keep_cut)
     marker = data.opening_of(task)
-    train, held = mask_all(model, tokenizer, traces, left_out, marker, rng, aim, cfg["words"])
+    try:
+        train, held = mask_all(model, tokenizer, traces, left_out, marker, rng, aim, cfg["words"])
+    except UserError as e:
+        if not smoke or aim == "words":  # with targets RL needs traces too
+            raise
+        print(f"warning: {e}; without --smoke the run would end here. This one goes on with all samples, "
+              f"whatever they earned", flush=True)
+        samples = [{**trace, "text": f"{trace['text']}\n{marker}"} for trace in traces + left_out]
+        train, held = mask_all(model, tokenizer, samples, [], marker, rng)
     train, held = short_enough(train, max_length), short_enough(held, max_length)
     if not train or not held:
         raise UserError(f"no masked trace has {max_length} tokens or fewer, prompt included: "

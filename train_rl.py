@@ -68,7 +68,7 @@ SMALL = {
 PLANNED = ("rows", "tokens_per_forward", "checkpoint_layers", "offload")
 # --smoke: other defaults of flags, so that all stages run to the table in minutes, whatever the model.
 SMOKE = {
-    "steps": 4, "prompts": 2, "group": 4, "minibatches": 2, "max_new_tokens": 160, "train_prompts": 4,
+    "steps": 4, "prompts": 2, "group": 4, "minibatches": 2, "max_new_tokens": 128, "train_prompts": 4,
     "trace_prompts": 8, "projector_steps": 2, "n": 2, "val": 2}
 TAKEN_AWAY, ANOTHERS = "  its latents taken away", "  another story's latents"
 NAMES = report.METHODS
@@ -456,7 +456,8 @@ def parse_arguments():
     g.add_argument("--smoke", action="store_true", help="a whole run in about ten minutes on two cores, "
                    "which says that everything works and nothing else: other defaults for these flags: "
                    + ", ".join(f"{name.replace('_', '-')} {value}" for name, value in SMOKE.items())
-                   + "; stage 1 keeps traces that were cut, as released (default off)")
+                   + "; if stage 1 keeps too little it says so and goes on with what it sampled (default "
+                   "off)")
     g.add_argument("--steps", type=int, metavar="N", help=f"optimiser steps ({by_size('steps')})")
     g.add_argument("--prompts", type=int, metavar="N", help="prompts per rollout batch "
                    f"({by_size('prompts')})")
@@ -655,7 +656,7 @@ def main():
                                    imitate=args.imitate, targets=args.targets, words=args.words,
                                    noise=args.noise,
                                    train_base=0.0 if args.offload else args.train_base,
-                                   keep_cut=args.smoke)  # as released: short answers are mostly cut
+                                   smoke=args.smoke)
                 except UserError:  # no traces: the base's rows say more
                     show_table()
                     raise
