@@ -108,8 +108,8 @@ def test_all_stages_of_the_plot_hole_task_run_on_real_stories(tmp_path, data_fol
     assert "assistant\n\\boxed{\n>>> " in capsys.readouterr().out
     row = json.load(open(tmp_path / "e.json"))
     assert row["no_verdict"] == 0 and row["text_tokens"] == 3 and row["truncated"] == 0
-    # a model that writes no box: the run ends, with the rows of the base and what would help (tests/test_smoke.py
-    # has the smoke run, which goes on)
+    # a model that writes no box: the run ends, with the rows of the base and what would help (in test_smoke.py
+    # the smoke run goes on)
     force("He left at noon. I say {}.", (" Yes", " No"))
     capsys.readouterr()
     one_line("kept 0 of 2 traces, too few: .*; the others: 2 without an answer in the form .*; what helps: ",
