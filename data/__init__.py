@@ -17,6 +17,7 @@ Where it has a use for them, it may also have these:
     answer(example)                  the right answer, in the form that `reward` reads: the projector's
                                      refresh trains on it (paper Sec. 3.4), eval.py shows it
     rewards(examples, completions)   the rewards of many at once, for a scorer model that reads in batches
+    verdict(completion)              what the reward reads in a completion; None or "" if there is nothing
     report(examples, completions)    {name: number or [low, high]}: what eval.py prints beside the accuracy
     MEASURE                          what its score is called, by default accuracy
     PENALTY                          the most that train_rl.py's length penalty takes off a reward, by
@@ -60,6 +61,13 @@ at its beginning or its end.
 def opening_of(task):
     """The words that an answer to the task begins with."""
     return getattr(task, "ANSWER", "\\boxed{")
+
+
+def has_verdict(task, completion):
+    """Whether a completion holds anything that the task's reward can read, right or wrong."""
+    if hasattr(task, "verdict"):
+        return task.verdict(completion) not in (None, "")
+    return opening_of(task) in completion
 
 
 def boxed(text):

@@ -11,7 +11,7 @@ from conftest import PROMPTS, close, random_qwen2, tag, with_projector
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from data import boxed
+from data import boxed, has_verdict, load_task
 from litereason import CAP, UserError, attach, generate, load, parse_tags, save
 from runs import run_script
 from train_projector import mask_sentences, split_answer
@@ -285,3 +285,14 @@ def test_the_chapter_of_another_story_is_another_chapter():
     task = importlib.import_module("data.tiny.next_chapter")
     for row in task.examples("val"):
         assert row["other"] != row["chapter"]
+
+
+@pytest.mark.parametrize("name, read, unread", [
+    ("tiny", ["so \\boxed{ Yes }"], ["Yes"]),
+    ("tiny.next_chapter", ["In summary : Mara ."], ["In summary :", "Mara .", "In summary : plan :"]),
+    ("flawed_fictions", ["\\boxed{yes}", "\\boxed{No.}"],
+     ["No", "\\boxed{}", "\\boxed{maybe}", "\\boxed{Yes", "<contradicted_lines>\\boxed{Yes}</contradicted_lines>"]),
+    ("next_chapter", ["In summary: she leaves."], ["In summary:", "She leaves.", "In summary: ---"])])
+def test_a_verdict_is_what_the_reward_can_read(name, read, unread):
+    task = load_task(name)
+    assert [has_verdict(task, text) for text in read + unread] == [True] * len(read) + [False] * len(unread)
