@@ -10,7 +10,7 @@ latent steps of all tags.
 A small model does otherwise by default (--targets words, see targets.py): it writes stage 1 without tags, a
 run of sentences becomes one tag, and each latent learns a target of its own. --targets none is the paper's.
 
-Left out, and why: (1) spaCy: sentences end at [.!?] or a newline. (2) The released code drops paragraphs
+Left out, and why: (1) spaCy: sentences end at [.!?…。] or a newline. (2) The released code drops paragraphs
 when it joins sentences again; here the text between them stays. (3) Its loss seems to be summed over 16
 micro-batches instead of averaged, so that its clip of 0.2 bites harder; here the gradient of the mean over
 a batch's tokens is clipped. (4) Its AdamW has the betas 0.9 and 0.999 (--betas), and it takes no trace of
@@ -146,9 +146,10 @@ def read_traces(path):
 
 
 # ============================================================ stage 1: tags in the place of sentences
-# A run of characters up to [.!?] and what closes it, or to the line's end; the look-behind: a run of dots is
-# tried once, not n times.
-SENTENCE = re.compile(r"\s*[^\n]*?(?:(?<![.!?])[.!?]+[\"')\]]*(?=\s)|\n|$)")
+# A run of characters up to [.!?…] and what closes it, if a space follows; to the stop of a script without
+# spaces; or to the line's end. The look-behind: a run of dots is tried once, not n times.
+CLOSING = r"""["'”’»›)\]}」』）】*_]*"""
+SENTENCE = re.compile(rf"\s*[^\n]*?(?:(?<![.!?…])[.!?…]+{CLOSING}(?=\s)|[。！？｡]+{CLOSING}|\n|$)")
 
 
 def split_answer(text, marker="\\boxed{"):
@@ -166,9 +167,13 @@ def mask_sentences(rng, tokenizer, reasoning, ratio, cap=CAP):
     1, cap).
 
     The sentence is deleted: there is no target for the latents themselves. Tags already there are kept and
-    never replaced. One space on each side of a tag. rng: random.Random. None if there is no sentence. Ours:
-    sentences end at [.!?] or a newline; the released code uses spaCy's model in stage 1, its rule-based
-    sentencizer in stage 3."""
+    never replaced. One space on each side of a tag. rng: random.Random. None if there is no sentence.
+
+    Ours: one pattern, SENTENCE, says where sentences end. The released code has spaCy's model for that in
+    stage 1 and its sentencizer in stage 3, which ends one at a [.!?] that is a word of its own (not in "Mr."
+    or "...") and at more scripts' stops, with all punctuation that follows, opening quotes too. Here a
+    newline, "...", "…" and an abbreviation's point end one as well, 。 needs no space after it, and a quote
+    stays with what it opens."""
     pieces, sentences = [], []  # texts that join to the reasoning; the numbers of those that are sentences
     start = 0
     for tag_start, tag_end, _ in parse_tags(reasoning, cap) + [(len(reasoning), len(reasoning), 0)]:
