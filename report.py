@@ -920,8 +920,8 @@ def write_chapters(task, examples, plans, n, sampling, file):
 
 
 def _write_chapter(model, tokenizer, task, example, plan, seed, sampling):
-    prompt = tokenizer.encode(task.chapter_prompt(example, plan), split_special_tokens=True)
-    true_length = len(tokenizer.encode(example["chapter"], split_special_tokens=True))
+    prompt = runs.encode_text(tokenizer, task.chapter_prompt(example, plan), begins=True)
+    true_length = len(runs.encode_text(tokenizer, example["chapter"], begins=True))
     room = model.config.max_position_embeddings - len(prompt)
     rollout, = generate(model, tokenizer, [prompt], 1, max(1, min(true_length, room)), latent="none",
                         generator=torch.Generator().manual_seed(seed), **sampling)

@@ -14,6 +14,7 @@ Nothing here imports another file of this project.
 """
 import argparse
 import contextlib
+import copy
 import dataclasses
 import errno
 import fcntl
@@ -37,7 +38,7 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer
 
 TINY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "tiny", "base")
 
@@ -365,9 +366,25 @@ def end_of_answer(model, tokenizer):
     return end
 
 
-def encode_text(tokenizer, text):
-    """Token ids of an answer or a part of one: no special token is added, or recognised in the text."""
-    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+def encode_text(tokenizer, text, begins=False):
+    """Token ids of a text or a part of one, in which no token is recognised that is not made of ordinary text.
+
+    begins: with what the tokenizer puts before a whole text (Llama's BOS); else nothing is added."""
+    return _for_text(tokenizer).encode(text, add_special_tokens=begins, split_special_tokens=True)
+
+
+@functools.lru_cache(maxsize=4)
+def _for_text(tokenizer):
+    """The tokenizer that reads texts. transformers' split_special_tokens takes apart what the tokenizer calls
+    special; in this copy that is every added token (Qwen's <tool_call> too) but blanks, which are ordinary
+    text (Gemma's "\\n\\n")."""
+    added = tokenizer.added_tokens_decoder.values()
+    control = [token.content for token in added if not token.special and not token.content.isspace()]
+    if not control:
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens([AddedToken(content, normalized=False) for content in control], special_tokens=True)
+    return tokenizer
 
 
 def chat_parts(model, tokenizer):
@@ -404,19 +421,14 @@ def encode_prompt(model, tokenizer, text, opening=""):
     the ids are those of the whole text at once."""
     before, after, _ = chat_parts(model, tokenizer)
     if not after:
-        return tokenizer.encode(f"{text} {opening}" if opening else text, split_special_tokens=True)
+        return encode_text(tokenizer, f"{text} {opening}" if opening else text, begins=True)
     # BPE may merge neighbours, but not across a special token: the text is cut there, and only there.
     special = "|".join(re.escape(token.content) for token in tokenizer.added_tokens_decoder.values())
     start = max([match.end() for match in re.finditer(special, before)], default=0)
     end = min([match.start() for match in re.finditer(special, after)], default=len(after))
-    parts = [
-        (before[:start], False),
-        (before[start:] + text + after[:end], True),
-        (after[end:] + opening, False)]
-    ids = []
-    for part, is_text in parts:
-        ids += tokenizer.encode(part, add_special_tokens=False, split_special_tokens=is_text)
-    return ids
+    encode = functools.partial(tokenizer.encode, add_special_tokens=False, split_special_tokens=False)
+    return (encode(before[:start]) + encode_text(tokenizer, before[start:] + text + after[:end])
+            + encode(after[end:] + opening))
 
 
 def check_lengths(model, prompts, max_new_tokens):

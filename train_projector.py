@@ -186,7 +186,7 @@ def mask_sentences(rng, tokenizer, reasoning, ratio, cap=CAP):
     if not sentences:
         return None
     for i in rng.sample(sentences, max(1, int(ratio * len(sentences)))):
-        n_tokens = len(tokenizer.encode(pieces[i].strip(), add_special_tokens=False))
+        n_tokens = len(runs.encode_text(tokenizer, pieces[i].strip()))
         n = max(1, min(cap, int(0.2 * n_tokens)))
         pieces[i] = f" {OPEN}{n}{CLOSE} "
     text = re.sub(rf"(?:(?<!\s)\s+|)({OPEN}[0-9 ]*{CLOSE})\s*", r" \1 ", "".join(pieces))

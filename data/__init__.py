@@ -42,7 +42,7 @@ import torch
 
 import engine
 from litereason import Rollout, load, logprobs
-from runs import UserError, base_of, checkpoint_path
+from runs import UserError, base_of, checkpoint_path, encode_text
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SPLITS = ("train", "val", "test")
@@ -94,8 +94,8 @@ def perplexity(model, tokenizer, contexts, continuations, rows=64):
     no_latents = torch.zeros(0, model.config.hidden_size)
     texts = []
     for context, continuation in zip(contexts, continuations):
-        prompt_ids = tokenizer.encode(context, split_special_tokens=True)
-        slots = tokenizer.encode(continuation, split_special_tokens=True, add_special_tokens=False)
+        prompt_ids = encode_text(tokenizer, context, begins=True)
+        slots = encode_text(tokenizer, continuation)
         if not prompt_ids or not slots:
             raise UserError("a perplexity needs a context and a continuation of at least one token each")
         texts.append(Rollout(prompt_ids, slots, no_latents))

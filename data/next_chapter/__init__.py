@@ -135,8 +135,8 @@ def scoring_row(model, tokenizer, example, plan, chapter):
 
     The sources are the prompt, which all rows of one example share, so that logprobs reads them once.
     Everything is encoded as text: a <|im_end|> in a story or a plan is ten ordinary characters."""
-    encode = functools.partial(tokenizer.encode, add_special_tokens=False, split_special_tokens=True)
-    known = encode(sources(example), add_special_tokens=True)
+    encode = functools.partial(runs.encode_text, tokenizer)
+    known = encode(sources(example), begins=True)
     heading = encode(CHAPTER_HEADING)
     own = encode(chapter)
     limit = model.config.max_position_embeddings
