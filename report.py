@@ -175,6 +175,8 @@ def step_line(m, steps):
         f"dlogp {m['max_dlogp']:.0e}",
         f"{sum(seconds.values()):5.1f}s (sample {seconds.get('sample', 0):.1f})",
         f"GiB {memory.get('sample', 0):.2f} {memory['update']:.2f}"]
+    if m["no_verdict"]:
+        fields.append(f"no verdict {m['no_verdict']:.2f}")
     if m["refresh_loss"] is not None:
         fields.append(f"refresh loss {m['refresh_loss']:.3f}")
     return " | ".join(fields)

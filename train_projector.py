@@ -154,8 +154,8 @@ SENTENCE = re.compile(rf"\s*[^\n]*?(?:(?<![.!?…])[.!?…]+{CLOSING}(?=\s)|[。
 
 def split_answer(text, marker="\\boxed{"):
     """(reasoning, answer): the answer begins at the last marker; ("", "") if there is none."""
-    at = text.rfind(marker)
-    return (text[:at], text[at:]) if at >= 0 else ("", "")
+    place = data.last_opening(text, marker)
+    return (text[: place[0]], text[place[0] :]) if place else ("", "")
 
 
 def sentences_of(text):
@@ -220,7 +220,7 @@ def mask_all(model, tokenizer, traces, marker, rng, aim="none", words=2):
     held_out = set(stories[len(stories) - max(1, len(stories) // 10):])
     train = [row for story, row in rows if story not in held_out]
     held = [row for story, row in rows if story in held_out]
-    if traces and not any(marker in trace["text"] for trace in traces):
+    if traces and not any(split_answer(trace["text"], marker)[1] for trace in traces):
         raise UserError(f"none of the {len(traces)} traces that stage 1 kept has the words {marker!r}, "
                         f"before which reasoning stands: set ANSWER of the task to the words that its "
                         f"prompt asks for")
@@ -558,7 +558,8 @@ def main():
     runs.check_arguments(args)
     lock_file = runs.lock(args.out)  # noqa: F841  held until the process ends
     runs.check_what_is_there(args)
-    task.examples("train")  # what is missing is said before a model is fetched
+    # what is missing is said before a model is fetched
+    runs.check_examples(args, train=task.examples("train"), val=task.examples("val"))
     model, tokenizer = load(args.model, args.device)
     runs.use_graphs(model, args.graphs)
     runs.set_tag_rule(model, args.tag_rule)

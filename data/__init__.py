@@ -67,7 +67,16 @@ def has_verdict(task, completion):
     """Whether a completion holds anything that the task's reward can read, right or wrong."""
     if hasattr(task, "verdict"):
         return task.verdict(completion) not in (None, "")
-    return opening_of(task) in completion
+    return last_opening(completion, opening_of(task)) is not None
+
+
+def last_opening(text, opening):
+    """(start, end) of the last place where an answer begins; None if there is none. An opening that ends in a
+    colon may be written in other capitals, in bold or with a comma, as models do: **In Summary**: .."""
+    pattern = re.escape(opening)
+    if opening.endswith(":"):
+        pattern = rf"(?i)(?<![\w*])[*_]*{re.escape(opening.rstrip(' :'))}[*_]*\s?[:,][*_]*"
+    return max((match.span() for match in re.finditer(pattern, text)), default=None)
 
 
 def boxed(text):

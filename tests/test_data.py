@@ -121,7 +121,10 @@ def test_the_answer_begins_at_the_last_marker():
     assert (split_answer("So \\boxed{No} or, no: \\boxed{Yes}.")
             == ("So \\boxed{No} or, no: ", "\\boxed{Yes}."))
     assert split_answer("Hm. In summary: go.", "In summary:") == ("Hm. ", "In summary: go.")
-    assert split_answer("no answer at all") == ("", "")
+    assert split_answer("Hm. **In Summary**: go.", "In summary:") == ("Hm. ", "**In Summary**: go.")
+    assert split_answer("In summary, no. Hm. in summary: go", "In summary:")[1] == "in summary: go"
+    assert split_answer("no answer at all") == split_answer("\\Boxed{No}") == ("", "")
+    assert split_answer("*" * 100_000 + "in summary" + "*" * 100_000, "In summary:") == ("", "")  # at once
 
 
 @pytest.mark.parametrize("text, content", [

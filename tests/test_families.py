@@ -17,9 +17,9 @@ from transformers.models.qwen3 import modeling_qwen3
 import litereason
 import runs
 import targets
+from data import next_chapter as nc
 from engine import checkpoint_layers
 from litereason import UserError, generate, load, logprobs, projector_loss, save, unroll
-from data import next_chapter as nc
 from runs import encode_prompt, stop_tokens
 
 # head_dim is not 32 / 4: Qwen3 and Gemma do that
@@ -65,7 +65,7 @@ def family(request, tok, monkeypatch):
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.normal_(1.0 if "norm" in name and "gemma" not in config.model_type else 0.0, 0.15)
-    return with_projector(model)
+    return with_projector(model, tok)
 
 
 def test_decoding_and_scoring_are_the_naive_definition_in_every_family(family, tok):

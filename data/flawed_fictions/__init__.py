@@ -52,7 +52,7 @@ def verdict(completion):
     """True (Yes), False (No) or None: what the completion's last box says, if that is one of the two.
 
     Quoted lines are the story's words, not the verdict. In the box only type (\\text{..}) and punctuation
-    are passed over: \\neg Yes is no Yes."""
+    are passed over: \\neg Yes is no Yes. Without a box there is none, as in the released code."""
     own_words = re.sub(r"<contradicted_lines>.*?</contradicted_lines>", "", completion, flags=re.DOTALL)
     content = TYPE.sub(" ", boxed(own_words) or "")  # the braces stay, as punctuation
     word = WORD.fullmatch(content.lower())
