@@ -17,7 +17,7 @@ Where it has a use for them, it may also have these:
     answer(example)                  the right answer, in the form that `reward` reads: the projector's
                                      refresh trains on it (paper Sec. 3.4), eval.py shows it
     rewards(examples, completions)   the rewards of many at once, for a scorer model that reads in batches
-    verdict(completion)              what the reward reads in a completion; None or "" if there is nothing
+    verdict(completion)              what the reward reads in a completion (default: plan_of), or None
     report(examples, completions)    {name: number or [low, high]}: what eval.py prints beside the accuracy
     MEASURE                          what its score is called, by default accuracy
     PENALTY                          the most that train_rl.py's length penalty takes off a reward, by
@@ -65,9 +65,9 @@ def opening_of(task):
 
 def has_verdict(task, completion):
     """Whether a completion holds anything that the task's reward can read, right or wrong."""
-    if hasattr(task, "verdict"):
-        return task.verdict(completion) not in (None, "")
-    return last_opening(completion, opening_of(task)) is not None
+    read = getattr(task, "verdict", None) or getattr(task, "plan_of", None)
+    said = read(completion) if read else last_opening(completion, opening_of(task))
+    return said not in (None, "")
 
 
 def last_opening(text, opening):

@@ -113,9 +113,6 @@ def plan_of(completion):
     return plan if re.search(r"\w", plan) else ""
 
 
-verdict = plan_of  # all that the reward reads
-
-
 # ============================================================ the scorer
 def scorer():
     """(model, tokenizer) that reads chapters; frozen, and the same object for the same name."""
