@@ -173,6 +173,8 @@ def step_line(m, steps):
         f"dlogp {m['max_dlogp']:.0e}",
         f"{sum(seconds.values()):5.1f}s (sample {seconds.get('sample', 0):.1f})",
         f"GiB {memory.get('sample', 0):.2f} {memory['update']:.2f}"]
+    if m["no_verdict"]:
+        fields.append(f"no verdict {m['no_verdict']:.2f}")
     if m["refresh_loss"] is not None:
         fields.append(f"refresh loss {m['refresh_loss']:.3f}")
     return " | ".join(fields)
@@ -920,8 +922,8 @@ def write_chapters(task, examples, plans, n, sampling, file):
 
 
 def _write_chapter(model, tokenizer, task, example, plan, seed, sampling):
-    prompt = tokenizer.encode(task.chapter_prompt(example, plan), split_special_tokens=True)
-    true_length = len(tokenizer.encode(example["chapter"], split_special_tokens=True))
+    prompt = runs.encode_text(tokenizer, task.chapter_prompt(example, plan), begins=True)
+    true_length = len(runs.encode_text(tokenizer, example["chapter"], begins=True))
     room = model.config.max_position_embeddings - len(prompt)
     rollout, = generate(model, tokenizer, [prompt], 1, max(1, min(true_length, room)), latent="none",
                         generator=torch.Generator().manual_seed(seed), **sampling)

@@ -10,7 +10,7 @@ latent steps of all tags.
 A small model does otherwise by default (--targets words, see targets.py): it writes stage 1 without tags, a
 run of sentences becomes one tag, and each latent learns a target of its own. --targets none is the paper's.
 
-Left out, and why: (1) spaCy: sentences end at [.!?] or a newline. (2) The released code drops paragraphs
+Left out, and why: (1) spaCy: sentences end at [.!?…。] or a newline. (2) The released code drops paragraphs
 when it joins sentences again; here the text between them stays. (3) Its loss seems to be summed over 16
 micro-batches instead of averaged, so that its clip of 0.2 bites harder; here the gradient of the mean over
 a batch's tokens is clipped. (4) Its AdamW has the betas 0.9 and 0.999 (--betas), and it takes no trace of
@@ -181,15 +181,16 @@ def read_traces(path):
 
 
 # ============================================================ stage 1: tags in the place of sentences
-# A run of characters up to [.!?] and what closes it, or to the line's end; the look-behind: a run of dots is
-# tried once, not n times.
-SENTENCE = re.compile(r"\s*[^\n]*?(?:(?<![.!?])[.!?]+[\"')\]]*(?=\s)|\n|$)")
+# A run of characters up to [.!?…] and what closes it, if a space follows; to the stop of a script without
+# spaces; or to the line's end. The look-behind: a run of dots is tried once, not n times.
+CLOSING = r"""["'”’»›)\]}」』）】*_]*"""
+SENTENCE = re.compile(rf"\s*[^\n]*?(?:(?<![.!?…])[.!?…]+{CLOSING}(?=\s)|[。！？｡]+{CLOSING}|\n|$)")
 
 
 def split_answer(text, marker="\\boxed{"):
     """(reasoning, answer): the answer begins at the last marker; ("", "") if there is none."""
-    at = text.rfind(marker)
-    return (text[:at], text[at:]) if at >= 0 else ("", "")
+    place = data.last_opening(text, marker)
+    return (text[: place[0]], text[place[0] :]) if place else ("", "")
 
 
 def sentences_of(text):
@@ -201,9 +202,13 @@ def mask_sentences(rng, tokenizer, reasoning, ratio, cap=CAP):
     1, cap).
 
     The sentence is deleted: there is no target for the latents themselves. Tags already there are kept and
-    never replaced. One space on each side of a tag. rng: random.Random. None if there is no sentence. Ours:
-    sentences end at [.!?] or a newline; the released code uses spaCy's model in stage 1, its rule-based
-    sentencizer in stage 3."""
+    never replaced. One space on each side of a tag. rng: random.Random. None if there is no sentence.
+
+    Ours: one pattern, SENTENCE, says where sentences end. The released code has spaCy's model for that in
+    stage 1 and its sentencizer in stage 3, which ends one at a [.!?] that is a word of its own (not in "Mr."
+    or "...") and at more scripts' stops, with all punctuation that follows, opening quotes too. Here a
+    newline, "...", "…" and an abbreviation's point end one as well, 。 needs no space after it, and a quote
+    stays with what it opens."""
     pieces, sentences = [], []  # texts that join to the reasoning; the numbers of those that are sentences
     start = 0
     for tag_start, tag_end, _ in parse_tags(reasoning, cap) + [(len(reasoning), len(reasoning), 0)]:
@@ -216,7 +221,7 @@ def mask_sentences(rng, tokenizer, reasoning, ratio, cap=CAP):
     if not sentences:
         return None
     for i in rng.sample(sentences, max(1, int(ratio * len(sentences)))):
-        n_tokens = len(tokenizer.encode(pieces[i].strip(), add_special_tokens=False))
+        n_tokens = len(runs.encode_text(tokenizer, pieces[i].strip()))
         n = max(1, min(cap, int(0.2 * n_tokens)))
         pieces[i] = f" {OPEN}{n}{CLOSE} "
     text = re.sub(rf"(?:(?<!\s)\s+|)({OPEN}[0-9 ]*{CLOSE})\s*", r" \1 ", "".join(pieces))
@@ -250,7 +255,7 @@ def mask_all(model, tokenizer, traces, left_out, marker, rng, aim="none", words=
     held_out = set(stories[len(stories) - max(1, len(stories) // 10):])
     train = [row for story, row in rows if story not in held_out]
     held = [row for story, row in rows if story in held_out]
-    if traces and not any(marker in trace["text"] for trace in traces):
+    if traces and not any(split_answer(trace["text"], marker)[1] for trace in traces):
         raise UserError(f"none of the {len(traces)} traces that stage 1 kept has the words {marker!r}, "
                         f"before which reasoning stands: set ANSWER of the task to the words that its "
                         f"prompt asks for")
@@ -694,7 +699,8 @@ def main():
     runs.check_arguments(args)
     lock_file = runs.lock(args.out)  # noqa: F841  held until the process ends
     runs.check_what_is_there(args)
-    task.examples("train")  # what is missing is said before a model is fetched
+    # what is missing is said before a model is fetched
+    runs.check_examples(args, train=task.examples("train"), val=task.examples("val"))
     model, tokenizer = load(args.model, args.device)
     runs.use_graphs(model, args.graphs)
     runs.set_tag_rule(model, args.tag_rule)

@@ -164,7 +164,8 @@ def train(args, model, base, masters, tokenizer, task, examples, prompts, vals, 
 
             state.count_skipped(step_is_finite)
             size = z_size(model, torch.cat([r.latents for r in state.rollouts]))
-            m = metrics(state, step, epoch, groups, gap, norm, size, anchor_loss, refresh_loss, val, phases)
+            m = metrics(task, state, step, epoch, groups, gap, norm, size, anchor_loss, refresh_loss, val,
+                        phases)
             tell(args, tokenizer, log, state, m, val, is_new_batch=minibatch == 0)
             report.set_aside_if_skipped(args, step, state, chosen, step_is_finite)
             state.step = step + 1
@@ -379,7 +380,7 @@ def validate(args, model, tokenizer, task, vals):
     return figures
 
 
-def metrics(state, step, epoch, groups, gap, norm, size, anchor_loss, refresh_loss, val, phases):
+def metrics(task, state, step, epoch, groups, gap, norm, size, anchor_loss, refresh_loss, val, phases):
     """One line of metrics.jsonl. The loss is not among them: under grpo, at ratio 1, it is 0 by
     construction."""
 
@@ -399,6 +400,8 @@ def metrics(state, step, epoch, groups, gap, norm, size, anchor_loss, refresh_lo
         # Share of groups with nothing to learn from.
         "zero_variance": float((highest == lowest).float().mean()),
         "truncated": mean(lambda r: not r.finished),  # share of rollouts cut by the length limit
+        # share of rollouts in which the reward found nothing to read
+        "no_verdict": mean(lambda r: not data.has_verdict(task, r.text)),
         "max_dlogp": gap[0],  # how far sampler and scorer differ at most; on a first update it is rounding
         "z_size": runs.if_finite(size),  # median norm of a latent, in sizes of an embedding
         "grad_norm": runs.if_finite(norm),  # before clipping
@@ -566,9 +569,9 @@ def main():
     runs.check_what_is_there(args, saved)
     if args.group is not None and args.group < 2:
         raise UserError("--group must be 2 or more: an advantage compares the rollouts of one prompt")
-    examples = task.examples("train")[: args.train_prompts]
-    vals = task.examples("val")[: args.val]
-    tests = task.examples("test")[: args.n]
+    examples, vals, tests = (task.examples(split) for split in data.SPLITS)
+    runs.check_examples(args, train=examples, val=vals, test=tests)  # all: rewards may draw from them
+    examples, vals, tests = examples[: args.train_prompts], vals[: args.val], tests[: args.n]
 
     # The model, with the settings for its size.
     source = runs.source_of_weights(args, saved)

@@ -83,9 +83,6 @@ def plan_of(completion):
     return " ".join(word for word in plan.split() if word not in structure)
 
 
-verdict = plan_of  # all that the reward reads
-
-
 def chapter_prompt(example, plan):
     """What the frozen scorer reads before the chapter: the story, then the plan if there is one."""
     return f"{example['story']} plan : {plan} chapter :" if plan else f"{example['story']} chapter :"
