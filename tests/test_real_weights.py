@@ -94,7 +94,7 @@ def seeded():
 
 
 # ---------------------------------------------------------------- decoding = scoring = the definition
-LIMIT = 34
+LIMIT = 32
 TEXTS = [
     f" His sons went.{tag(3)}\nAnd they came.<end>",  # for a short prompt; ends merged with their neighbours
     f"{tag(2)}{tag(1)}",                              # two in a row, then what the model samples, to the limit
@@ -221,9 +221,9 @@ def test_a_prompt_is_what_the_models_template_makes_of_it_default_system_prompt_
 
 
 # ---------------------------------------------------------------- stops
-LAYERS = 8  # of SmolLM2's 30: states on the disk of a third of the size
-WORDS = ("--task", "easy", "--device", "cpu", "--train-prompts", 2, "--trace-prompts", 4, "--prompts", 2,
-         "--group", 3, "--minibatches", 2, "--steps", 2, "--max-new-tokens", 26, "--projector-steps", 2,
+LAYERS = [0, 1, 2, 27, 28, 29]  # of SmolLM2's 30: states on the disk of less than half the size
+WORDS = ("--task", "easy", "--device", "cpu", "--train-prompts", 2, "--trace-prompts", 2, "--prompts", 2,
+         "--group", 2, "--minibatches", 2, "--steps", 2, "--max-new-tokens", 28, "--projector-steps", 2,
          "--n", 0, "--val", 0, "--save-every", 1, "--show-every", 0)
 
 
@@ -233,20 +233,40 @@ def easy(tmp_path, monkeypatch):
     path = weights(SMOLLM2)
     model, tok = load(path, "cpu")
     del model.reasoning_projector
-    model.model.layers = model.model.layers[:LAYERS]
-    model.config.num_hidden_layers = LAYERS
+    model.model.layers = torch.nn.ModuleList(model.model.layers[i] for i in LAYERS)
+    model.config.num_hidden_layers = len(LAYERS)
     runs.save(model, tok, tmp_path / "base")
 
     def reward(example, completion):
-        return 0.5 + zlib.crc32(completion.encode()) % 2
+        return 0.5 + zlib.crc32(completion.encode()) % 100 / 100
 
     easy = types.ModuleType("data.easy")
     easy.ANSWER = " "  # the last word
-    easy.examples = lambda split: [{"number": i} for i in range(1 if split == "val" else 4)]
+    easy.examples = lambda split: [{"number": i} for i in range(1 if split == "val" else 2)]
     easy.prompt = lambda example, latent: f"Tell a tale of {example['number'] + 2} sons."
     easy.reward = reward
     monkeypatch.setitem(sys.modules, "data.easy", easy)
-    monkeypatch.setattr(train_projector, "AT_ONCE", 4)
+    ids = runs.encode_text(tok, f" It is.{tag(2)} He") + [None] * 4 + runs.encode_text(tok, " so")
+    ids.append(runs.end_of_answer(model, tok))
+    places = iter(())
+
+    def sample(logits, u, temperature, *cuts):  # all rows are at the same place; None: what the model samples
+        token, logp = original(logits, u, temperature, *cuts)
+        wanted = next(places, None)
+        if wanted is not None:
+            token = torch.full_like(token, wanted)
+            logp = (logits / temperature).log_softmax(-1).gather(-1, token[:, None])[:, 0]
+        return token, logp
+
+    def decode_from_the_start(*args):
+        nonlocal places
+        places = iter(ids)
+        return decode(*args)
+
+    original, decode = litereason.sample, litereason._decode
+    monkeypatch.setattr(litereason, "sample", sample)
+    monkeypatch.setattr(litereason, "_decode", decode_from_the_start)
+    monkeypatch.setattr(train_projector, "AT_ONCE", 2)
     monkeypatch.setattr(train_projector, "VERSIONS", 1)
     monkeypatch.setitem(train_projector.RELEASED, "k", 2)
     monkeypatch.setitem(train_projector.RELEASED, "batch", 4)
