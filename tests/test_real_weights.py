@@ -142,24 +142,25 @@ def test_sampler_scorer_and_definition_agree_on_real_weights(real):
 
 
 @torch.no_grad()
-def test_in_bf16_sampler_scorer_and_definition_agree_to_a_bound(real):
-    """Measured on a CPU, in nats a token, mean (and largest): see MEASURED. bf16 has 8 bits."""
+def test_in_bf16_sampler_scorer_and_definition_agree_on_average(real):
+    """To 0.15 nats a token; where a model gives a forced token next to nothing, a single one is off by 2."""
     model, tok = real
     model = copy.deepcopy(model).to(torch.bfloat16)
-    model.reasoning_projector.float()  # as in litereason.load
-    ends = "<end>"
-    texts = [TEXTS[0], f"{tag(1)}{ends}", f"{TEXTS[2]}", TEXTS[3] + ends]
-    rollouts, _, _ = written(model, tok, texts)
-    logp, _ = logprobs(model, rollouts)
-    gaps = torch.cat([(row[: len(r.slots)] - r.logprobs).abs() for row, r in zip(logp, rollouts)])
-    print("bf16 scorer", gaps.mean(), gaps.max())
-    _, _, expected = naive(model, rollouts[1].prompt_ids, rollouts[1].slots)
-    gap = (expected - rollouts[1].logprobs).abs()
-    print("bf16 definition", gap.mean(), gap.max())
+    model.reasoning_projector.float()  # as litereason.load leaves it
+    rollouts, _, _ = written(model, tok, [TEXTS[0], f"{tag(1)}<end>", TEXTS[2], TEXTS[3] + "<end>"])
+    logp, scored = logprobs(model, rollouts)
+    expected = torch.nn.utils.rnn.pad_sequence([r.logprobs for r in rollouts], batch_first=True)
+    gaps = (logp - expected)[scored].abs()
+    print("BF16 scorer", gaps.mean(), gaps.max())
+    assert gaps.mean() < 0.15
+    r = rollouts[1]
+    gaps = (naive(model, r.prompt_ids, r.slots)[2] - r.logprobs).abs()
+    print("BF16 definition", gaps.mean(), gaps.max())
+    assert gaps.mean() < 0.15
 
 
 # ---------------------------------------------------------------- the start of the projector
-# To come, by another hand: the sizes of z along a chain of five, beside an embedding's.
+# TO COME HERE: the sizes of z along a chain of five, beside an embedding's. With it start_of_sane_size goes.
 
 
 # ---------------------------------------------------------------- tags across a real tokenizer's cuts
@@ -212,7 +213,7 @@ def test_a_prompt_is_what_the_models_template_makes_of_it_default_system_prompt_
     whole = tok.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
                                     add_generation_prompt=True)
     assert tok.decode(ids) == whole and opened == ids + runs.encode_text(tok, "In summary:")
-    assert whole.startswith("<|im_start|>system\nYou are ") and whole.count("You are") > 0
+    assert whole.startswith("<|im_start|>system\nYou are ")
     # the turns of the system and the user, and the answer's header; no BOS before them, and a story's are text
     start, end = tok.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     assert [i for i in ids if i in added] == [start, end, start, end, start] and ids[0] == start
@@ -266,6 +267,7 @@ def easy(tmp_path, monkeypatch):
     original, decode = litereason.sample, litereason._decode
     monkeypatch.setattr(litereason, "sample", sample)
     monkeypatch.setattr(litereason, "_decode", decode_from_the_start)
+    monkeypatch.setattr(runs, "_read_tokenizer", lambda *_, **__: tok)  # one tag table, not one per load
     monkeypatch.setattr(train_projector, "AT_ONCE", 2)
     monkeypatch.setattr(train_projector, "VERSIONS", 1)
     monkeypatch.setitem(train_projector.RELEASED, "k", 2)
@@ -277,8 +279,9 @@ def easy(tmp_path, monkeypatch):
 def test_a_run_on_real_weights_stopped_in_each_stage_continues_bit_for_bit(tmp_path, easy, monkeypatch):
     whole, half = tmp_path / "whole", tmp_path / "half"
     run(train_rl, "--model", easy, *WORDS, "--out", whole)
-    print(open(whole / "traces.jsonl").read()[:1500])
-    print(metrics(whole))
+    one, two = metrics(whole)
+    assert one["latent_steps"] == 2 and one["zero_variance"] == 0
+    assert two["grad_norm"] > 0 and two["refresh_loss"] > 0
     words = ("--model", easy, *WORDS, "--out", half)
     said = stopped(data, "score", 2, signal.SIGINT, train_rl, *words)
     assert "the traces sampled so far are kept" in said
