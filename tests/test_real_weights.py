@@ -1,4 +1,4 @@
-"""Real trained weights: decoding, scoring, tags, prompts and stopped runs are what they are in the tiny world.
+"""Real trained weights: decoding, scoring, tags, prompts and stopped runs are as in the tiny world.
 
 Each model is a folder with a file `done` in it, in LITEREASON_REAL_WEIGHTS or else in out/real, as
 ../shared/real_weights/get.py writes them; without it its tests skip. Numbers are float32, so "equal" means
@@ -97,7 +97,7 @@ def seeded():
 LIMIT = 32
 TEXTS = [
     f" His sons went.{tag(3)}\nAnd they came.<end>",  # for a short prompt; ends merged with their neighbours
-    f"{tag(2)}{tag(1)}",                              # two in a row, then what the model samples, to the limit
+    f"{tag(2)}{tag(1)}",                              # two in a row, then what the model samples
     f"{tag(9)} <end>",                                # for a chat prompt; above the cap
     " one had a horse, and the other",                # no tag; then what the model samples
 ]
@@ -214,7 +214,7 @@ def test_a_prompt_is_what_the_models_template_makes_of_it_default_system_prompt_
                                     add_generation_prompt=True)
     assert tok.decode(ids) == whole and opened == ids + runs.encode_text(tok, "In summary:")
     assert whole.startswith("<|im_start|>system\nYou are ")
-    # the turns of the system and the user, and the answer's header; no BOS before them, and a story's are text
+    # Two turns and the answer's header, no BOS before them; those of a story are text.
     start, end = tok.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     assert [i for i in ids if i in added] == [start, end, start, end, start] and ids[0] == start
     if text != STORY:
@@ -230,28 +230,23 @@ WORDS = ("--task", "easy", "--device", "cpu", "--train-prompts", 2, "--trace-pro
 
 @pytest.fixture
 def easy(tmp_path, monkeypatch):
-    """A task that is easy to earn from, and a cut SmolLM2 whose every answer has a tag -> the model's path."""
-    path = weights(SMOLLM2)
-    model, tok = load(path, "cpu")
+    """A task that pays for any answer, and SmolLM2 without its middle, made to write a tag -> its path."""
+    model, tok = load(weights(SMOLLM2), "cpu")
     del model.reasoning_projector
     model.model.layers = torch.nn.ModuleList(model.model.layers[i] for i in LAYERS)
     model.config.num_hidden_layers = len(LAYERS)
     runs.save(model, tok, tmp_path / "base")
-
-    def reward(example, completion):
-        return 0.5 + zlib.crc32(completion.encode()) % 100 / 100
-
     easy = types.ModuleType("data.easy")
     easy.ANSWER = " "  # the last word
     easy.examples = lambda split: [{"number": i} for i in range(1 if split == "val" else 2)]
     easy.prompt = lambda example, latent: f"Tell a tale of {example['number'] + 2} sons."
-    easy.reward = reward
+    easy.reward = lambda example, completion: 0.5 + zlib.crc32(completion.encode()) % 100 / 100
     monkeypatch.setitem(sys.modules, "data.easy", easy)
     ids = runs.encode_text(tok, f" It is.{tag(2)} He") + [None] * 4 + runs.encode_text(tok, " so")
     ids.append(runs.end_of_answer(model, tok))
     places = iter(())
 
-    def sample(logits, u, temperature, *cuts):  # all rows are at the same place; None: what the model samples
+    def sample(logits, u, temperature, *cuts):  # all rows are at the same place; None: as the model samples
         token, logp = original(logits, u, temperature, *cuts)
         wanted = next(places, None)
         if wanted is not None:
@@ -272,11 +267,11 @@ def easy(tmp_path, monkeypatch):
     monkeypatch.setattr(train_projector, "VERSIONS", 1)
     monkeypatch.setitem(train_projector.RELEASED, "k", 2)
     monkeypatch.setitem(train_projector.RELEASED, "batch", 4)
-    monkeypatch.setattr(report, "pace", lambda *_: "")
+    monkeypatch.setattr(report, "pace", lambda *_: "not measured")
     return tmp_path / "base"
 
 
-def test_a_run_on_real_weights_stopped_in_each_stage_continues_bit_for_bit(tmp_path, easy, monkeypatch):
+def test_a_run_on_real_weights_stopped_in_each_stage_continues_bit_for_bit(tmp_path, easy):
     whole, half = tmp_path / "whole", tmp_path / "half"
     run(train_rl, "--model", easy, *WORDS, "--out", whole)
     one, two = metrics(whole)
