@@ -151,11 +151,9 @@ def test_in_bf16_sampler_scorer_and_definition_agree_on_average(real):
     logp, scored = logprobs(model, rollouts)
     expected = torch.nn.utils.rnn.pad_sequence([r.logprobs for r in rollouts], batch_first=True)
     gaps = (logp - expected)[scored].abs()
-    print("BF16 scorer", gaps.mean(), gaps.max())
     assert gaps.mean() < 0.15
     r = rollouts[1]
     gaps = (naive(model, r.prompt_ids, r.slots)[2] - r.logprobs).abs()
-    print("BF16 definition", gaps.mean(), gaps.max())
     assert gaps.mean() < 0.15
 
 
