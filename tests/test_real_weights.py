@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import itertools
 import json
+import math
 import os
 import random
 import signal
@@ -30,8 +31,8 @@ import report
 import runs
 import train_projector
 import train_rl
-from litereason import (LATENT, ReasoningProjector, generate, insert_latents, load, logprobs, naive_generate,
-                        parse_tags, unroll, watcher, word_embeddings)
+from litereason import (LATENT, NormedProjector, Rollout, generate, insert_latents, load, logprobs, naive_generate,
+                        parse_tags, unroll, watcher, z_size)
 
 FOLDER = os.path.abspath(os.environ.get("LITEREASON_REAL_WEIGHTS") or os.path.join(ROOT, "out", "real"))
 SMOLLM2, GEMMA, QWEN = NAMES = "SmolLM2-135M-Instruct", "gemma-3-270m", "Qwen2.5-Coder-0.5B-Instruct"
@@ -42,26 +43,6 @@ def weights(name):
     if not os.path.exists(os.path.join(path, "done")):
         pytest.skip(f"there is no {path} with a file `done` (../shared/real_weights/get.py makes it)")
     return path
-
-
-@pytest.fixture(scope="module", autouse=True)
-def start_of_sane_size():
-    """A norm behind each of the projector's copies. The raw copies explode on real weights; copies scaled
-    once in down_proj are chaotic: rounding grows eightfold with each latent, to nats after seven.
-
-    To be deleted, with nothing else, when ReasoningProjector.start itself is sane there."""
-    start = ReasoningProjector.start.__func__
-
-    def sane(cls, model, *args):
-        projector = start(cls, model, *args)
-        size = float(word_embeddings(model, 1000).norm(dim=-1).median())
-        for mlp in projector:
-            mlp.register_forward_hook(lambda mlp, x, z: z * (size / z.norm(dim=-1, keepdim=True)))
-        return projector
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ReasoningProjector, "start", classmethod(sane))
-        yield
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -158,7 +139,22 @@ def test_in_bf16_sampler_scorer_and_definition_agree_on_average(real):
 
 
 # ---------------------------------------------------------------- the start of the projector
-# TO COME HERE: the sizes of z along a chain of five, beside an embedding's. With it start_of_sane_size goes.
+@torch.no_grad()
+def chain_of_five(model, tok):
+    """[size of z_1, .., z_5], in sizes of an embedding."""
+    ids = runs.encode_text(tok, f"The king was old. His sons went.{tag(5)}")
+    _, (latents,) = unroll(model, [Rollout(tok.encode("A tale."), insert_latents(model, tok, ids + ids[:1]), None)])
+    return [z_size(model, z[None]) for z in latents]
+
+
+def test_latents_begin_as_long_as_an_embedding_and_the_papers_start_does_not(real):
+    model, tok = real
+    assert isinstance(model.reasoning_projector, NormedProjector)
+    assert chain_of_five(model, tok) == pytest.approx(5 * [1], rel=0.01)
+    litereason.start_projector(model, "mlp")
+    raw = chain_of_five(model, tok)
+    assert max(raw) > 100 or not all(map(math.isfinite, raw))  # a hundred embeddings, or not finite
+    litereason.start_projector(model, "normed")
 
 
 # ---------------------------------------------------------------- tags across a real tokenizer's cuts
