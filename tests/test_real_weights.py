@@ -124,7 +124,8 @@ def test_sampler_scorer_and_definition_agree_on_real_weights(real):
 
 @torch.no_grad()
 def test_in_bf16_sampler_scorer_and_definition_agree_on_average(real):
-    """To 0.15 nats a token; where a model gives a forced token next to nothing, a single one is off by 2."""
+    """Scorer to 0.15 nats a token, definition, which makes latents of its own, to 0.3. Measured on a CPU:
+    0.05 and 0.08 (SmolLM2), 0.04 and 0.04 (Gemma), 0.08 and 0.14 (Qwen; a single token by 2)."""
     model, tok = real
     model = copy.deepcopy(model).to(torch.bfloat16)
     model.reasoning_projector.float()  # as litereason.load leaves it
@@ -135,7 +136,7 @@ def test_in_bf16_sampler_scorer_and_definition_agree_on_average(real):
     assert gaps.mean() < 0.15
     r = rollouts[1]
     gaps = (naive(model, r.prompt_ids, r.slots)[2] - r.logprobs).abs()
-    assert gaps.mean() < 0.15
+    assert gaps.mean() < 0.3
 
 
 # ---------------------------------------------------------------- the start of the projector
