@@ -15,15 +15,14 @@ import os
 import random
 import re
 import sys
-import tempfile
 from collections import Counter, defaultdict
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 
 import numpy as np
 
-from data import SPLITS, read_rows, write_splits
-from data.flawed_fictions import words_of
+from data import SPLITS, line_ends, read_rows, write_splits
+from data.duplicates import find_clusters
 import runs
 from runs import UserError, hub_answers, run_script, why_the_hub_refuses
 
@@ -41,7 +40,7 @@ def clean(text):
 
     Only HTML's own tags go. <implicit_thought>, <|im_end|> or a < b are words of the story and stay.
     """
-    text = re.sub(r"<!--.*?-->", "", text.replace("\r\n", "\n"), flags=re.DOTALL)
+    text = re.sub(r"<!--.*?-->", "", line_ends(text), flags=re.DOTALL)
     text = re.sub(r"<br\s*/?>\n?", "\n", text, flags=re.IGNORECASE)
     text = re.sub(rf"\s*</?(?:{BLOCKS})(?:\s[^<>]*)?/?>[ \t]*", "\n\n", text, flags=re.IGNORECASE)
     text = re.sub(rf"</?(?:{INLINE})(?:\s[^<>]*)?/?>", "", text, flags=re.IGNORECASE)
@@ -101,7 +100,7 @@ def load_stories(paths, keep_endings=False):
     empty = []  # where they are
     endings = Counter()  # label -> stories that have an ending which gives it away
     for path in paths:
-        for where, row in read_rows(parquet_to_jsonl(path) if path.endswith(".parquet") else path):
+        for where, row in read_rows(path):
             if not isinstance(row.get("story"), str) or "cont_error" not in row:
                 fields = ", ".join(map(str, row)) or "none"
                 raise UserError(f"{where}: expected the fields story (text) and cont_error, found {fields}")
@@ -157,7 +156,7 @@ def download():
         if not kinds:
             raise UserError(f"the repository {REPO} has no {NAME} file of a known kind; {by_hand}")
         files = [file for file in sorted(files) if file.endswith("." + kinds[0])]
-        paths = [hf_hub_download(REPO, file, repo_type="dataset") for file in files]
+        return [hf_hub_download(REPO, file, repo_type="dataset") for file in files]
     except UserError:
         raise
     except Exception as e:  # no network, a gate, a wrong token, a full disk: the hub has many exceptions
@@ -168,55 +167,9 @@ def download():
         is_gate = re.search("40[13]|gated|token", str(e), re.I)
         gate = "; if it asks for a token, run `hf auth login` first" if is_gate else ""
         raise UserError(f"cannot download {REPO} ({why}){gate}; or {by_hand}") from e
-    return [parquet_to_jsonl(path) for path in paths] if kinds[0] == "parquet" else paths
 
 
-def parquet_to_jsonl(path):
-    """The path of a temporary .jsonl with a parquet file's rows; needs pyarrow."""
-    try:
-        import pyarrow.parquet
-    except ImportError as e:
-        raise UserError(f"{path} is parquet: `pip install pyarrow` and run this again (or convert it to "
-                        f"jsonl elsewhere and pass that with --from)") from e
-    try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (OSError, pyarrow.ArrowException) as e:
-        raise UserError(f"cannot read {path}: {e}") from e
-    out = os.path.join(tempfile.mkdtemp(), f"{NAME}.jsonl")
-    with open(out, "w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, default=str) + "\n")
-    return out
-
-
-# ============================================================ near-duplicates and splits
-def ngrams(text, n=8):
-    """All runs of n words."""
-    words = words_of(text)
-    return {" ".join(words[i : i + n]) for i in range(len(words) - n + 1)}
-
-
-def find_clusters(stories, n=8):
-    """Cluster numbers, one per text: texts that share n words in a row, directly or through others, have
-    the same one."""
-    parent = list(range(len(stories)))  # a forest: a tree is a cluster, its root the cluster's number
-    first_with = {}  # run of words -> the first story that has it
-
-    def root(i):
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
-    for i, story in enumerate(stories):
-        whole = {" ".join(words_of(story))}  # shorter than n words: the same words make a duplicate
-        for run in ngrams(story, n) or whole:
-            a = root(first_with.setdefault(run, i))
-            b = root(i)
-            parent[max(a, b)] = min(a, b)
-    return [root(i) for i in range(len(stories))]
-
-
+# ============================================================ splits
 def split_by_row(labels, seed):
     """A split name per story: 15 % val, 15 % test, the same share of each label."""
     rng = random.Random(seed)
@@ -285,7 +238,7 @@ def parse_arguments():
     here = os.path.dirname(os.path.abspath(__file__))
     parser = runs.parser(__doc__)
     parser.add_argument("--from", dest="files", nargs="+", metavar="FILE",
-                        help="local jsonl, json or csv files (default: download the benchmark)")
+                        help="local jsonl, json, csv or parquet files (default: download the benchmark)")
     parser.add_argument("--out", default=here, metavar="DIR",
                         help="where the three files go (default: beside this script)")
     parser.add_argument("--split", default="cluster", choices=["cluster", "paper"],

@@ -22,23 +22,210 @@ import os
 import random
 import re
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
+from statistics import median
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 
-from data import SPLITS, read_rows, read_text, write_splits
+from data import SPLITS, line_ends, read_rows, read_text, write_splits
+from data.duplicates import find_clusters
 import runs
 from runs import UserError, run_script
 
 FIELDS = ("high_level_plan", "prior_summary", "character_sheets", "next_synopsis")
-TENS = "twenty|thirty|forty|fifty|sixty"
-ONES = ("one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|"
-        "(?:thir|four|fif|six|seven|eigh|nine)teen")
-ORDINAL = "first|second|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|last"
-NUMBER = rf"(?:\d+|[ivxlc]+|(?:(?:{TENS})[- ]?)?(?:{ONES})|{TENS}|the {ORDINAL}|{ORDINAL})"
-HEADING = re.compile(rf"(?:chapter {NUMBER}\b.{{0,70}}|(?:prologue|epilogue)\b.{{0,70}}|#{{1,3}} .{{1,80}})",
-                     re.IGNORECASE)
-ROMAN = re.compile(r"[IVXLC]+\.?")  # only where there are no others: inside chapters it numbers their parts
+ROWS = (".jsonl", ".json", ".csv", ".parquet")  # files of rows
+TEXTS = (".txt", ".md", ".markdown")
+KINDS = "txt, md, jsonl, json, csv or parquet"
+
+# ============================================================ headings
+CARDINALS = ("one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+             "seventeen eighteen nineteen").split()
+ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth".split()
+ORDINALS += [word + "th" for word in CARDINALS[12:]]
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+VALUES = {word: i for words in (CARDINALS, ORDINALS) for i, word in enumerate(words, 1)}
+VALUES |= {word: 10 * i for i, ten in enumerate(TENS, 2) for word in (ten, ten[:-1] + "ieth")}
+LETTERS = {"i": 1, "v": 5, "x": 10, "l": 50, "c": 100}
+START = r"(?ms)^[ \t]*\*(?:\*\* ?START OF TH|END\* ?THE SMALL PRINT).{0,300}?\*(?:\*\*|END\*)[^\n]*$"  # of an ebook
+END = r"(?mi)^[ \t]*(?:\*\*\* ?END OF TH|End of (?:the |this )?Project Gutenberg)"
+LAST = 10**6  # the number of "the last"; an epilogue has one more
+
+UNIT = "|".join(sorted(VALUES, key=len, reverse=True))  # seventeenth before seven
+WORDS = rf"(?:{'|'.join(TENS)})[- ]?(?:{'|'.join(ORDINALS[:9] + CARDINALS[:9])})|{UNIT}"
+WORDS = rf"(?:(?:an?|{UNIT}) hundred(?:th|(?: and)? (?:{WORDS}))?|{WORDS}|last)"
+ROMAN = "(?=[ivxlc])c{0,4}(?:xc|xl|l?x{0,4})(?:ix|iv|v?i{0,4})"
+NUMBER = rf"(?P<number>\d+(?:\.\d+)?|{ROMAN}|(?:the )?{WORDS})(?![\w'’])"
+CHAPTER = r"chapter|chap\.?|ch\.?|stave|canto|letter|kapitel|chapitre|cap[ií]tulo|capitolo|глава"
+PATTERNS = [(kind, re.compile(pattern, re.IGNORECASE)) for kind, pattern in (
+    ("chapter", rf"(?P<word>{CHAPTER})(?:[ .:#-]+|(?=\d)){NUMBER}(?P<title>.*)"),
+    ("chapter", rf"(?:the )?(?P<number>{WORDS}) (?P<word>chapter)\b(?P<title>.*)"),
+    ("chapter", r"(?P<word>prologue|epilogue)\b(?P<title>.*)"),
+    ("part", rf"(?P<word>part|book|volume|episode|section|act|scene) {NUMBER}(?P<title>.*)"),
+    ("numeral", rf"{NUMBER}(?P<title>[.:)]?|(?:[.:)]| ?[-–—]+) ?(?-i:[^a-z\s]).*)"),
+)]
+
+
+def number_of(text):
+    """A number as people write it: digits, a Roman numeral, English words; LAST for "the last"."""
+    text = text.lower().removeprefix("the ")
+    if text[0].isdigit():
+        return float(text) if "." in text else int(text)
+    if re.fullmatch(ROMAN, text):
+        values = [LETTERS[letter] for letter in text]
+        return sum(v if v >= after else -v for v, after in zip(values, values[1:] + [0]))
+    number = 0
+    for word in re.findall(rf"hundred|{UNIT}", text):
+        number = 100 * max(number, 1) if word == "hundred" else number + VALUES[word]
+    return number or LAST
+
+
+def heading_of(line):
+    """What a line is if it may be a heading, else None.
+
+    kind, level (of #), number (None: a title after #), called (words of its title), look (what the headings of a book
+    have in common), named (it needs no number before it) and sure (it reads like one even where the numbers
+    do not say so)."""
+    marks, bare = re.fullmatch(r"\s*(#{0,6})[\s*_=~|\[-]*(.*?)[\s*_=~|#\]-]*", line).groups()
+    bare = " ".join(bare.split())
+    if not 0 < len(bare) <= 200:
+        return None
+    for kind, pattern in PATTERNS:
+        match = pattern.fullmatch(bare)
+        if match:
+            word, number, title = map(match.groupdict().get, ("word", "number", "title"), ("", "", ""))
+            value = number_of(number) if number else 0 if word.lower() == "prologue" else LAST + 1
+            is_prose = word.islower() or re.match(r"[,;]?\s+[a-z]", title)
+            form = "digits" if number[:1].isdigit() else number.isupper() - number.islower()
+            words = " ".join(re.findall(r"[^\W\d]+", title.lower()))
+            return {"kind": kind, "level": len(marks), "number": value, "called": words,
+                    "look": (kind, word, form, bool(words), len(marks)), "named": value in (0, LAST, LAST + 1),
+                    "sure": bool(marks) or kind != "numeral" and not is_prose}
+    if 0 < len(marks) < 4 and len(bare) <= 80:
+        return {"kind": "title", "level": len(marks), "number": None}
+    return None
+
+
+def candidates(lines):
+    """All lines that may be headings, in their order: `heading_of`, and
+    line (its place), alone (no wrapped line of a paragraph, nor one in the middle of a table of contents),
+    torn (the sentence before it has no end, as where a page ends)."""
+    found = []
+    text = ""  # the last line that had some
+    for i, line in enumerate(lines):
+        one = heading_of(line)
+        if one:
+            one["line"] = i
+            one["alone"] = one["level"] > 0 or i == 0 or not re.search(r"\w", lines[i - 1])
+            one["torn"] = re.search(r"[a-z,;-]$", text) is not None
+            if one["number"] is not None:
+                one["sure"] = one["sure"] and (one["alone"] or one["named"])
+                one["look"] += (one["alone"],)
+            found.append(one)
+        text = line.strip() or text
+    return found
+
+
+def chain(found):
+    """The candidates that are headings, because their numbers rise by one. Another is one if it reads like
+    one, unless the numbers go on without it."""
+    members = Counter(one["look"] for one in found)
+    right = []
+    for one, following in zip(found, found[1:] + [{"number": -9}]):
+        n, after = one["number"], following["number"]
+        last = right[-1]["number"] if right else -9
+        rises = n == last + 1 or after == n + 1
+        passed_over = after == last + 1 and after != n + 1 and not last < n < after
+        known = members[one["look"]]
+        if n == last and known > members[right[-1]["look"]]:
+            right[-1] = one  # prose, or a line of a table, had taken its place
+        elif not passed_over and (rises or one["sure"] and (n > last or known > 1)):
+            right.append(one)
+    return right
+
+
+def fill(right, found):
+    """A chain with the headings of other looks ("II." after "CHAPTER I") where it lacks their numbers."""
+    full = []
+    left = {}  # look -> the number of its last candidate that is no heading
+    lines = {one["line"] for one in right}
+    for one in found:
+        n, last = one["number"], full[-1]["number"] if full else -9
+        after = next((other["number"] for other in right if other["line"] > one["line"]), -9)
+        lacks = n == last + 1 or after == n + 1 or one["named"] and one["sure"] and n > last >= after
+        if one["line"] in lines or (lacks and one["alone"] and n not in (last, after)
+                                    and left.get(one["look"]) != n - 1):
+            full.append(one)
+        else:
+            left[one["look"]] = n
+    return full
+
+
+def is_contents(run, other):
+    """Whether a run of headings is a table of contents, perhaps with synopses: it has the numbers of another
+    and less text. Its last entry is not counted, as what follows the table stands there."""
+    theirs = {one["number"]: one for one in other}
+    pairs = [(one, theirs[one["number"]]) for one in run[:-1] if one["number"] in theirs]
+    if run is other or not pairs or 2 * len(pairs) < len(run) - 1:
+        return False
+    alike = [a["called"].startswith(b["called"]) or b["called"].startswith(a["called"]) for a, b in pairs]
+    titled = any(a["called"] or b["called"] for a, b in pairs)
+    # A book in parts has several chapters 1 too, all without titles, or with different ones.
+    times = 1 if titled and 2 * sum(alike) >= len(pairs) else 6
+    return times * median(a["words"] for a, _ in pairs) < median(b["words"] for _, b in pairs)
+
+
+def cut(lines, headings, level=0):
+    """[run of chapters, ..] between headings, a run for numbers that rise. Tables of contents have no text,
+    nor have titles of parts, with fewer # than `level`."""
+    runs_of = []
+    last = 0
+    for one, following in zip(headings, headings[1:] + [{"line": len(lines)}]):
+        n = one["number"]
+        text = "".join(line + "\n" for line in lines[one["line"] + 1 : following["line"]])
+        if not runs_of or n is not None and n <= last:
+            runs_of.append([])
+        last = last if n is None else n
+        if n is None and one["level"] < level:
+            text = ""
+        title = lines[one["line"]].strip(" \t\xa0#*_=~")
+        runs_of[-1].append({**one, "title": title, "text": text, "words": len(text.split())})
+    numbered = [[one for one in run if one["number"] is not None] for run in runs_of]
+    tables = [any(is_contents(own, other) for other in numbered) for own in numbered]
+    return [[{**one, "text": ""} for one in run] if is_table else run for run, is_table in zip(runs_of, tables)]
+
+
+def chapters_of_text(text):
+    """Chapters of a plain book by its headings; [] if it has fewer than two. Text before the first heading
+    is no chapter.
+
+    The words for chapter come first, then titles after #, then bare numerals, which inside chapters number
+    their parts, then the words for parts. Of numerals those are taken that span most of the book."""
+    text = re.sub(r"(?m)^(\S.{0,80})\n={3,}[ \t]*$", r"# \1\n", text)  # the other way to mark a heading
+    lines = text.split("\n")
+    found = candidates(lines)
+    numbered = [one for one in found if one["kind"] in ("chapter", "numeral")]
+    looks = defaultdict(list)
+    for one in numbered:
+        if one["kind"] == "numeral":
+            looks[one["look"][:5]].append(one)
+    numerals = []
+    for group in looks.values():
+        if 2 * sum(one["torn"] for one in group) <= len(group):  # else these are numbers of pages
+            numerals.append(fill(chain(group), numbered))
+    numerals.sort(key=lambda own: max([run[-1]["line"] - run[0]["line"] for run in cut(lines, own)], default=0))
+    marked = [own for own in numerals if own and own[0]["level"]]
+    ways = [fill(chain([one for one in numbered if one["kind"] == "chapter"]), numbered), *marked[::-1],
+            [one for one in found if one["level"]], *numerals[::-1],
+            chain([one for one in found if one["kind"] == "part"])]
+    for way in ways:
+        level = max((one["level"] for one in way if one["number"] is not None), default=0)
+        lines_of = {one["line"]: one for one in way}
+        titles = {one["line"]: one for one in found if one["kind"] == "title" and one["level"] <= level}
+        headings = [one for _, one in sorted({**titles, **lines_of}.items())]
+        chapters = sum(cut(lines, headings, level), [])
+        if sum(bool(chapter["text"].strip()) for chapter in chapters) > 1:
+            return chapters
+    return []
 
 
 # ============================================================ reading books
@@ -48,7 +235,14 @@ def field_text(where, name, value):
         value = "\n\n".join(value)
     if value is not None and not isinstance(value, str):
         raise UserError(f"{where}: {name} must be a text or a list of texts, found {type(value).__name__}")
-    return value and value.strip()
+    return value and line_ends(value).strip()
+
+
+def order_of(value):
+    """The number of a row's chapter, a number or a text like "10" or "Chapter IV"; None if it is neither."""
+    if isinstance(value, str):
+        value = (heading_of(value) or {}).get("number")
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
 def chapters_of_row(where, row):
@@ -60,12 +254,10 @@ def chapters_of_row(where, row):
     if "sections" in row:
         return name, chapters_of_tale(where, row)
     if not isinstance(row.get("text"), str):
-        fields = ", ".join(row) or "none"
+        fields = ", ".join(map(str, row)) or "none"
         raise UserError(f"{where}: expected a chapter (text) or a tale (sections), found the fields {fields}")
-    order = row.get("chapter")
-    is_number = isinstance(order, (int, float)) and not isinstance(order, bool)
-    title = field_text(where, "title", row.get("title"))
-    chapter = {"text": row["text"], "title": title, "order": order if is_number else None}
+    chapter = {"text": body(row["text"]), "title": field_text(where, "title", row.get("title")),
+               "order": order_of(row.get("chapter")), "where": where}
     for field in FIELDS:
         chapter[field] = field_text(where, field, row.get(field))
     return name, [chapter]
@@ -77,7 +269,7 @@ def chapters_of_tale(where, row):
     texts = row["sections"]
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise UserError(f"{where}: sections must be a list of texts")
-    chapters = [{"text": text} for text in texts]
+    chapters = [{"text": body(text)} for text in texts]
     for field in FIELDS:
         value = row.get(field)
         values = value if isinstance(value, list) else [value] * len(texts)
@@ -88,21 +280,15 @@ def chapters_of_tale(where, row):
     return chapters
 
 
-def chapters_of_text(text):
-    """Chapters of a plain book by its headings; [] if it has fewer than two. Text before the first heading
-    is no chapter."""
-    text = re.split(r"(?m)^\*\*\* ?START OF TH[^\n]*$", text)[-1]  # Gutenberg's frame
-    text = re.split(r"(?m)^\*\*\* ?END OF TH[^\n]*$", text)[0]
-    for heading in (HEADING, ROMAN):
-        chapters = []
-        for line in text.split("\n"):
-            if heading.fullmatch(line.strip()):
-                chapters.append({"title": line.strip("# \t"), "text": ""})
-            elif chapters:
-                chapters[-1]["text"] += line + "\n"
-        if len(chapters) > 1:
-            return chapters
-    return []
+def ebooks(text):
+    """The books in a file, without Project Gutenberg's header and licence; [text] where there are none."""
+    pieces = re.split(START, text)
+    return [re.split(END, piece)[0] for piece in pieces[1:] or pieces]
+
+
+def body(text):
+    """The text of a row's chapter as it is in a file of text."""
+    return "\n\n".join(ebooks(line_ends(text)))
 
 
 def number_key(name):
@@ -111,18 +297,22 @@ def number_key(name):
 
 
 def files_of(path):
-    """A file, or a folder's text and json files in the order in which people number them: [(file, its
-    folder or None)]."""
+    """A file, or a folder's text and row files in the order in which people number them: [(file, its folder
+    or None)]. Says which other files there are."""
     if not os.path.isdir(path):
         return [(path, None)]
-    files = []
+    files, others = [], []
     for base, folders, names in os.walk(path):
         folders.sort(key=number_key)
         for name in sorted(names, key=number_key):
-            if name.endswith((".txt", ".md", ".jsonl", ".json")) and not name.startswith("."):
+            if name.lower().endswith(TEXTS + ROWS) and not name.startswith("."):
                 files.append((os.path.join(base, name), base))
+            else:
+                others.append(name)
     if not files:
-        raise UserError(f"no txt, md, jsonl or json files in {path}; name a folder that has some")
+        raise UserError(f"no {KINDS} files in {path}; name a folder that has some")
+    if others:
+        print(f"{path}: left out {len(others)} files that are not {KINDS}: {some(others)}")
     return files
 
 
@@ -131,6 +321,7 @@ def collect_books(paths):
     books = {}
     came_from = {}  # the file or folder that a book was first seen in
     taken = set()  # files, by what they really are
+    loose = defaultdict(list)  # folder -> [(name, text)], texts without headings
 
     def add(name, chapters, source):
         if came_from.setdefault(name, source) != source:
@@ -144,22 +335,84 @@ def collect_books(paths):
             if really in taken:
                 continue
             taken.add(really)
-            stem = os.path.splitext(os.path.basename(file))[0]
-            if file.endswith((".jsonl", ".json")):
+            stem, kind = os.path.splitext(os.path.basename(file))
+            if kind.lower() in ROWS:
                 for where, row in read_rows(file):
                     name, chapters = chapters_of_row(where, row)
                     if "sections" in row and name in books:
                         raise UserError(f"{where}: a second tale with the name {name!r}; give one of them "
                                         "another name")
                     add(name or (where if "sections" in row else stem), chapters, file)
-            else:
-                text = read_text(file)
+                continue
+            whole = read_text(file)
+            texts = ebooks(whole)
+            if len(texts) > 1:
+                print(f"{file}: {len(texts)} ebooks, each a book of its own")
+            for i, text in enumerate(texts, 1):
+                name = stem if len(texts) == 1 else f"{stem} {i}"
                 chapters = chapters_of_text(text)
-                if chapters or directory is None:
-                    add(stem, chapters or [{"text": text}], file)
+                if chapters or directory is None or text != whole:
+                    add(name, chapters or [{"text": text}], file)
                 else:
-                    add(os.path.basename(os.path.abspath(directory)), [{"text": text}], directory)
+                    add(os.path.basename(os.path.abspath(directory)), [], directory)
+                    loose[directory].append((stem, text))
+    for directory, texts in loose.items():
+        name = os.path.basename(os.path.abspath(directory))
+        numbered = sorted((place_of(stem), stem, text) for stem, text in texts if place_of(stem))
+        places = [place for place, _, _ in numbered]
+        if len(set(places)) < max(2, len(places)) or min(places[0]) > 1:
+            numbered = []  # other books, like 1984 and Catch-22
+        if numbered:
+            print(f"{name}: one book of {len(numbered)} files without headings, a chapter each, by the numbers in "
+                  f"their names: {some([stem for _, stem, _ in numbered])}{jumps([place[-1] for place in places])}")
+        books[name] += [{"text": text} for _, _, text in numbered]
+        for stem, text in texts:
+            if not any(stem == joined for _, joined, _ in numbered):
+                add(stem, [{"text": text}], directory)
+        if not books[name]:
+            del books[name]
     return books
+
+
+def place_of(name):
+    """The numbers in a file's name, (1, 12) for "book1-ch12", or what it says in words; () if there are none."""
+    in_words = order_of(name.replace("_", " "))
+    return tuple(map(int, re.findall(r"\d+", name))) or (() if in_words is None else (in_words,))
+
+
+def jumps(numbers):
+    """A warning, for the end of a line, of numbers that do not rise by one or begin again."""
+    known = [n for n in numbers if n is not None and n < LAST]
+    odd = [f"{a} to {b}" for a, b in zip(known, known[1:]) if b > 1 and not 0 < b - a <= 1]
+    return f"; warning: the numbers go from {some(odd)}" if odd else ""
+
+
+def in_order(name, chapters):
+    """A book's chapters by their numbers. Where one repeats or is not there it is the file's order, which the
+    numbers may not contradict (they may begin again at 1)."""
+    known = [chapter for chapter in chapters if chapter.get("order") is not None]
+    if len({chapter["order"] for chapter in known}) == len(chapters):
+        chapters = sorted(chapters, key=lambda chapter: chapter["order"])
+    elif known:
+        for before, chapter in zip(known, known[1:]):
+            if 1 < chapter["order"] < before["order"]:
+                raise UserError(f"{chapter['where']}: chapter {chapter['order']} of {name!r} comes after chapter "
+                                f"{before['order']}, and not all have a number of their own: number them anew")
+        print(f"{name}: {len(chapters)} chapters in the order of the file, as "
+              f"{len(chapters) - len({chapter['order'] for chapter in known})} have no number of their own")
+    odd = jumps([chapter.get("order") for chapter in chapters])
+    if odd:
+        print(f"{name}: {len(chapters)} chapters{odd}")
+    return chapters
+
+
+def describe(name, chapters):
+    """Says what was found in a text."""
+    sizes = [len(chapter["text"].split()) for chapter in chapters]
+    longest = chapters[sizes.index(max(sizes))]
+    ends = [f"{chapter['title']!r} ({' '.join(chapter['text'].split()[:6])} ..)" for chapter in chapters[:: len(chapters) - 1]]
+    print(f"{name}: {len(chapters)} chapters, from {ends[0]} to {ends[1]}; the longest is {longest['title']!r}, "
+          f"{max(sizes)} of {sum(sizes)} words{jumps([chapter['number'] for chapter in chapters])}")
 
 
 def read_books(paths):
@@ -172,23 +425,22 @@ def read_books(paths):
     repeated = {}  # book -> the book with the same text
     seen = {}  # text -> book
     for name, chapters in collect_books(paths).items():
-        if all(chapter.get("order") is not None for chapter in chapters):
-            chapters.sort(key=lambda chapter: chapter["order"])
         full = [chapter for chapter in chapters if chapter["text"].strip()]
         empty += len(chapters) - len(full)
         unlike = {}  # text -> the first chapter that has it
         for chapter in full:
             unlike.setdefault(" ".join(chapter["text"].split()), chapter)
         twice += len(full) - len(unlike)
-        full = list(unlike.values())
-        text = " ".join(chapter["text"] for chapter in full)
-        same = seen.setdefault(" ".join(text.split()), name)
+        full = in_order(name, list(unlike.values()))
+        same = seen.setdefault(" ".join(" ".join(chapter["text"] for chapter in full).split()), name)
         if len(full) < 2:
             short.append(name)
         elif same != name:  # under two names it could be in two splits
             repeated[name] = same
         else:
             books[name] = full
+            if "line" in full[0]:
+                describe(name, full)
     if empty:
         print(f"left out {empty} empty chapters (a table of contents gives some)")
     if twice:
@@ -299,10 +551,22 @@ def make_examples(book, chapters, ruler, story_tokens, chapter_tokens):
     return examples, counts
 
 
-def split_books(books, seed):
-    """{book: split}: 15 % of the books, and at least one, in val and in test; two books make train and
+def works_of(books):
+    """{book: the name of the first edition of the same work}: they have over 1 % of their runs of 8 words in
+    common, by chance it is 0.2 % at most. Says which are editions of one work."""
+    names = list(books)
+    clusters = find_clusters([" ".join(chapter["text"] for chapter in books[name]) for name in names], share=0.01)
+    work_of = {name: names[cluster] for name, cluster in zip(names, clusters)}
+    twins = [f"{name} ({work})" for name, work in work_of.items() if name != work]
+    if twins:
+        print(f"{len(twins)} books are editions of another, wholly or in part, and stay in its split: {some(twins)}")
+    return work_of
+
+
+def split_works(works, seed):
+    """{work: split}: 15 % of the works, and at least one, in val and in test; two works make train and
     test, one makes train."""
-    names = sorted(books)
+    names = sorted(works)
     random.Random(seed).shuffle(names)
     n = max(1, round(0.15 * len(names))) if len(names) > 2 else 0
     split_of = dict.fromkeys(names, "train")
@@ -374,15 +638,19 @@ def main():
     if not made:
         raise UserError("no examples are left; raise --story-tokens")
 
+    work_of = works_of({name: books[name] for name in made})
+    works = set(work_of.values())
     splits = {split: [] for split in SPLITS}
-    split_of = split_books(made, args.seed)
+    split_of = split_works(works, args.seed)
     for name, examples in made.items():
-        splits[split_of[name]] += examples
+        if list(work_of.values()).count(work_of[name]) > 1:  # no other book for the contrastive reward
+            examples = [{**example, "work": work_of[name]} for example in examples]
+        splits[split_of[work_of[name]]] += examples
     if not all(splits.values()):
         empty = " and ".join(split for split in SPLITS if not splits[split])
-        print(f"warning: too few books ({len(made)}) for three splits: {empty} stay empty, and training "
+        print(f"warning: too few books ({len(works)}) for three splits: {empty} stay empty, and training "
               "reads all three; give four books or more")
-    elif len({example["book"] for example in splits["train"]}) == 1:
+    elif len([work for work in works if split_of[work] == "train"]) == 1:
         print("warning: train has one book, and the contrastive reward needs two; give four books or more, "
               "or train with --reward vrcli")
     digest = write_splits(args.out, splits)
