@@ -382,7 +382,7 @@ def test_books_that_cannot_be_used_end_in_one_line(tmp_path, capsys):
     refused("no book with two or more", ["one text without headings"], "a.txt")
     one_line("cannot read", nc_prepare.read_books, [str(tmp_path / "none")])
     (tmp_path / "empty").mkdir()
-    one_line("no txt, md, jsonl or json files", nc_prepare.read_books, [str(tmp_path / "empty")])
+    one_line("no txt, md, jsonl, json, csv or parquet files", nc_prepare.read_books, [str(tmp_path / "empty")])
     (tmp_path / "latin.txt").write_bytes(b"Chapter 1\n\ncaf\xe9")
     one_line("latin.txt:3: not UTF-8", nc_prepare.read_books, [str(tmp_path / "latin.txt")])
     a, b = jsonl(tmp_path / "x.jsonl", [chapter(1, 1)]), jsonl(tmp_path / "y.jsonl", [chapter(1, 2)])

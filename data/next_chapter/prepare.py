@@ -33,202 +33,184 @@ import runs
 from runs import UserError, run_script
 
 FIELDS = ("high_level_plan", "prior_summary", "character_sheets", "next_synopsis")
-ROWS = (".jsonl", ".json", ".csv", ".parquet")  # files of rows
 TEXTS = (".txt", ".md", ".markdown")
+ROWS = (".jsonl", ".json", ".csv", ".parquet")
 KINDS = "txt, md, jsonl, json, csv or parquet"
 
 # ============================================================ headings
-CARDINALS = ("one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-             "seventeen eighteen nineteen").split()
-ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth".split()
-ORDINALS += [word + "th" for word in CARDINALS[12:]]
+ONES = ("one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+        "seventeen eighteen nineteen").split()
+NTHS = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth".split()
+NTHS += [one + "th" for one in ONES[12:]]
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-VALUES = {word: i for words in (CARDINALS, ORDINALS) for i, word in enumerate(words, 1)}
+VALUES = {word: i for words in (ONES, NTHS) for i, word in enumerate(words, 1)}
 VALUES |= {word: 10 * i for i, ten in enumerate(TENS, 2) for word in (ten, ten[:-1] + "ieth")}
 LETTERS = {"i": 1, "v": 5, "x": 10, "l": 50, "c": 100}
-START = r"(?ms)^[ \t]*\*(?:\*\* ?START OF TH|END\* ?THE SMALL PRINT).{0,300}?\*(?:\*\*|END\*)[^\n]*$"  # of an ebook
-END = r"(?mi)^[ \t]*(?:\*\*\* ?END OF TH|End of (?:the |this )?Project Gutenberg)"
 LAST = 10**6  # the number of "the last"; an epilogue has one more
 
-UNIT = "|".join(sorted(VALUES, key=len, reverse=True))  # seventeenth before seven
-WORDS = rf"(?:{'|'.join(TENS)})[- ]?(?:{'|'.join(ORDINALS[:9] + CARDINALS[:9])})|{UNIT}"
-WORDS = rf"(?:(?:an?|{UNIT}) hundred(?:th|(?: and)? (?:{WORDS}))?|{WORDS}|last)"
+WORD = "|".join(sorted(VALUES, key=len, reverse=True))  # seventeenth before seven
+SMALL = rf"(?:{'|'.join(TENS)})[- ]?(?:{'|'.join(NTHS[:9] + ONES[:9])})|{WORD}"
+WORDS = rf"(?:(?:a|{WORD}) hundred(?:th|(?: and)? (?:{SMALL}))?|{SMALL}|last)"
 ROMAN = "(?=[ivxlc])c{0,4}(?:xc|xl|l?x{0,4})(?:ix|iv|v?i{0,4})"
 NUMBER = rf"(?P<number>\d+(?:\.\d+)?|{ROMAN}|(?:the )?{WORDS})(?![\w'’])"
-CHAPTER = r"chapter|chap\.?|ch\.?|stave|canto|letter|kapitel|chapitre|cap[ií]tulo|capitolo|глава"
-PATTERNS = [(kind, re.compile(pattern, re.IGNORECASE)) for kind, pattern in (
-    ("chapter", rf"(?P<word>{CHAPTER})(?:[ .:#-]+|(?=\d)){NUMBER}(?P<title>.*)"),
-    ("chapter", rf"(?:the )?(?P<number>{WORDS}) (?P<word>chapter)\b(?P<title>.*)"),
-    ("chapter", r"(?P<word>prologue|epilogue)\b(?P<title>.*)"),
-    ("part", rf"(?P<word>part|book|volume|episode|section|act|scene) {NUMBER}(?P<title>.*)"),
-    ("numeral", rf"{NUMBER}(?P<title>[.:)]?|(?:[.:)]| ?[-–—]+) ?(?-i:[^a-z\s]).*)"),
+CHAPTER = r"(?P<word>chapter|chap\.?|ch\.?|stave|canto|letter|kapitel|chapitre|cap[ií]tulo|capitolo|глава)"
+PATTERNS = [re.compile(pattern, re.IGNORECASE) for pattern in (
+    rf"{CHAPTER}(?:[ .:#-]+|(?=\d)){NUMBER}(?P<title>.*)",
+    rf"(?:the )?(?P<number>{WORDS}) (?P<word>chapter)\b(?P<title>.*)",
+    r"(?P<word>prologue|epilogue)\b(?P<title>.*)",
+    rf"{NUMBER}(?P<title>[.:)]?|(?:[.:)]| ?[-–—]+) ?(?-i:[^a-z\s]).*)",  # a bare numeral, with a title or not
 )]
+DECORATED = re.compile(r"\s*(#{0,6})[\s*_=~|\[–—-]*(.*?)[\s*_=~|#\]–—-]*")  # **Chapter 1**, _IV_, - 3 -
 
 
 def number_of(text):
     """A number as people write it: digits, a Roman numeral, English words; LAST for "the last"."""
-    text = text.lower().removeprefix("the ")
+    text = text.lower()
     if text[0].isdigit():
-        return float(text) if "." in text else int(text)
+        return float(text)
     if re.fullmatch(ROMAN, text):
         values = [LETTERS[letter] for letter in text]
         return sum(v if v >= after else -v for v, after in zip(values, values[1:] + [0]))
     number = 0
-    for word in re.findall(rf"hundred|{UNIT}", text):
+    for word in re.findall(rf"hundred|{WORD}", text):
         number = 100 * max(number, 1) if word == "hundred" else number + VALUES[word]
     return number or LAST
 
 
-def heading_of(line):
-    """What a line is if it may be a heading, else None.
-
-    kind, level (of #), number (None: a title after #), called (words of its title), look (what the headings of a book
-    have in common), named (it needs no number before it) and sure (it reads like one even where the numbers
-    do not say so)."""
-    marks, bare = re.fullmatch(r"\s*(#{0,6})[\s*_=~|\[-]*(.*?)[\s*_=~|#\]-]*", line).groups()
-    bare = " ".join(bare.split())
-    if not 0 < len(bare) <= 200:
-        return None
-    for kind, pattern in PATTERNS:
-        match = pattern.fullmatch(bare)
-        if match:
-            word, number, title = map(match.groupdict().get, ("word", "number", "title"), ("", "", ""))
-            value = number_of(number) if number else 0 if word.lower() == "prologue" else LAST + 1
-            is_prose = word.islower() or re.match(r"[,;]?\s+[a-z]", title)
-            form = "digits" if number[:1].isdigit() else number.isupper() - number.islower()
-            words = " ".join(re.findall(r"[^\W\d]+", title.lower()))
-            return {"kind": kind, "level": len(marks), "number": value, "called": words,
-                    "look": (kind, word, form, bool(words), len(marks)), "named": value in (0, LAST, LAST + 1),
-                    "sure": bool(marks) or kind != "numeral" and not is_prose}
-    if 0 < len(marks) < 4 and len(bare) <= 80:
-        return {"kind": "title", "level": len(marks), "number": None}
-    return None
-
-
 def candidates(lines):
-    """All lines that may be headings, in their order: `heading_of`, and
-    line (its place), alone (no wrapped line of a paragraph, nor one in the middle of a table of contents),
-    torn (the sentence before it has no end, as where a page ends)."""
+    """The lines that may be headings: dicts of line (its place), level (of #), number (None: a title after
+    #), word ("chapter", ..), called (its title), look (what the headings of a book have in common), sure (it
+    reads like one even where the numbers do not say so), torn (a page may end there)."""
     found = []
-    text = ""  # the last line that had some
+    before = ""  # the last line with text
     for i, line in enumerate(lines):
-        one = heading_of(line)
-        if one:
-            one["line"] = i
-            one["alone"] = one["level"] > 0 or i == 0 or not re.search(r"\w", lines[i - 1])
-            one["torn"] = re.search(r"[a-z,;-]$", text) is not None
-            if one["number"] is not None:
-                one["sure"] = one["sure"] and (one["alone"] or one["named"])
-                one["look"] += (one["alone"],)
-            found.append(one)
-        text = line.strip() or text
+        marks, bare = DECORATED.fullmatch(line).groups()
+        bare = " ".join(bare.split())
+        match = next(filter(None, (pattern.fullmatch(bare) for pattern in PATTERNS)), None)
+        if match and len(bare) <= 200:
+            word, number, title = map(match.groupdict().get, ("word", "number", "title"), ("", "", ""))
+            n = number_of(number) if number else 0 if word.lower() == "prologue" else LAST + 1
+            called = " ".join(re.findall(r"[^\W\d]+", title.lower()))
+            # Else it is prose that was wrapped, or a line of a table of contents.
+            alone = bool(marks) or i == 0 or not re.search(r"\w", lines[i - 1])
+            is_prose = word.islower() or re.match(r"[,;]?\s+[a-z]", title)
+            look = (len(marks), word, number[:1].isdigit(), number.isupper() - number.islower(), called != "")
+            found.append({"line": i, "level": len(marks), "number": n, "word": word, "called": called,
+                          "look": look, "alone": alone, "torn": not marks + word and number.isdigit() and before[-1:].islower(),
+                          "sure": marks or word and not is_prose and (alone or n in (0, LAST, LAST + 1))})
+        elif 0 < len(marks) < 4 and 0 < len(bare) <= 80:
+            found.append({"line": i, "level": len(marks), "number": None})
+        before = line.strip() or before
     return found
 
 
 def chain(found):
-    """The candidates that are headings, because their numbers rise by one. Another is one if it reads like
-    one, unless the numbers go on without it."""
-    members = Counter(one["look"] for one in found)
+    """The candidates that are headings: their numbers rise by one. One that reads like a heading is one
+    anyway, unless the numbers go on without it; of two with one number the commoner look counts."""
+    common = Counter((one["look"], one["alone"]) for one in found)
     right = []
     for one, following in zip(found, found[1:] + [{"number": -9}]):
-        n, after = one["number"], following["number"]
+        n, after, many = one["number"], following["number"], common[one["look"], one["alone"]]
         last = right[-1]["number"] if right else -9
-        rises = n == last + 1 or after == n + 1
-        passed_over = after == last + 1 and after != n + 1 and not last < n < after
-        known = members[one["look"]]
-        if n == last and known > members[right[-1]["look"]]:
-            right[-1] = one  # prose, or a line of a table, had taken its place
-        elif not passed_over and (rises or one["sure"] and (n > last or known > 1)):
+        if n == last and many > common[right[-1]["look"], right[-1]["alone"]]:
+            right[-1] = one
+        elif n == last and (one["called"] == right[-1]["called"] or not one["sure"]):
+            continue  # the head of a page
+        elif last + 1 == after != n and not last < n < after:
+            continue
+        elif after == n + 1 or (n == last + 1 and many > 1) or one["sure"] and (n > last or many > 1):
             right.append(one)
     return right
 
 
-def fill(right, found):
-    """A chain with the headings of other looks ("II." after "CHAPTER I") where it lacks their numbers."""
-    full = []
-    left = {}  # look -> the number of its last candidate that is no heading
-    lines = {one["line"] for one in right}
-    for one in found:
-        n, last = one["number"], full[-1]["number"] if full else -9
-        after = next((other["number"] for other in right if other["line"] > one["line"]), -9)
-        lacks = n == last + 1 or after == n + 1 or one["named"] and one["sure"] and n > last >= after
-        if one["line"] in lines or (lacks and one["alone"] and n not in (last, after)
-                                    and left.get(one["look"]) != n - 1):
-            full.append(one)
-        else:
-            left[one["look"]] = n
-    return full
-
-
 def is_contents(run, other):
     """Whether a run of headings is a table of contents, perhaps with synopses: it has the numbers of another
-    and less text. Its last entry is not counted, as what follows the table stands there."""
+    and less text. Behind its last entry stands what follows the table."""
     theirs = {one["number"]: one for one in other}
     pairs = [(one, theirs[one["number"]]) for one in run[:-1] if one["number"] in theirs]
     if run is other or not pairs or 2 * len(pairs) < len(run) - 1:
         return False
-    alike = [a["called"].startswith(b["called"]) or b["called"].startswith(a["called"]) for a, b in pairs]
-    titled = any(a["called"] or b["called"] for a, b in pairs)
-    # A book in parts has several chapters 1 too, all without titles, or with different ones.
-    times = 1 if titled and 2 * sum(alike) >= len(pairs) else 6
+    titles = [sorted((a["called"], b["called"]), key=len) for a, b in pairs]
+    alike = sum(long.startswith(short) for short, long in titles if long)
+    times = 1 if 2 * alike >= len(pairs) else 6  # else it may be a book in parts, which all have a chapter 1
     return times * median(a["words"] for a, _ in pairs) < median(b["words"] for _, b in pairs)
 
 
-def cut(lines, headings, level=0):
-    """[run of chapters, ..] between headings, a run for numbers that rise. Tables of contents have no text,
-    nor have titles of parts, with fewer # than `level`."""
-    runs_of = []
-    last = 0
+def cut(lines, headings, level):
+    """The chapters between headings. Tables of contents have no text, nor have titles of parts, with fewer #
+    than the numbers (level)."""
+    parts = [[]]  # of chapters whose numbers rise
     for one, following in zip(headings, headings[1:] + [{"line": len(lines)}]):
-        n = one["number"]
         text = "".join(line + "\n" for line in lines[one["line"] + 1 : following["line"]])
-        if not runs_of or n is not None and n <= last:
-            runs_of.append([])
-        last = last if n is None else n
-        if n is None and one["level"] < level:
-            text = ""
+        if one["number"] is None:
+            text *= one["level"] >= level
+        elif one["number"] <= max((c["number"] for c in parts[-1] if c["number"] is not None), default=-1):
+            parts.append([])
         title = lines[one["line"]].strip(" \t\xa0#*_=~")
-        runs_of[-1].append({**one, "title": title, "text": text, "words": len(text.split())})
-    numbered = [[one for one in run if one["number"] is not None] for run in runs_of]
-    tables = [any(is_contents(own, other) for other in numbered) for own in numbered]
-    return [[{**one, "text": ""} for one in run] if is_table else run for run, is_table in zip(runs_of, tables)]
+        parts[-1].append({**one, "title": title, "text": text, "words": len(text.split())})
+    runs_ = [[chapter for chapter in part if chapter["number"] is not None] for part in parts]
+    for part, run in zip(parts, runs_):
+        if any(is_contents(run, other) for other in runs_):
+            for chapter in part:
+                chapter["text"] = ""
+    return sum(parts, [])
+
+
+def span(headings):
+    """How many lines lie between headings whose numbers rise by one, at most without a break."""
+    best = total = 0
+    for one, following in zip(headings, headings[1:]):
+        lines = (following["line"] - one["line"]) * (-1 if following["torn"] else 1)
+        total = total + lines if following["number"] == one["number"] + 1 else 0
+        best = max(best, total)
+    return best
 
 
 def chapters_of_text(text):
     """Chapters of a plain book by its headings; [] if it has fewer than two. Text before the first heading
     is no chapter.
 
-    The words for chapter come first, then titles after #, then bare numerals, which inside chapters number
-    their parts, then the words for parts. Of numerals those are taken that span most of the book."""
-    text = re.sub(r"(?m)^(\S.{0,80})\n={3,}[ \t]*$", r"# \1\n", text)  # the other way to mark a heading
+    Words like "chapter" come first, then titles after #, then the bare numerals that span most of the book:
+    inside chapters they number their parts. Prologues, epilogues and a "Chapter I" go with all of them."""
+    text = re.sub(r"(?m)^(\S.{0,79})\n={3,}[ \t]*$", r"# \1\n", text)  # the other way to mark a title
     lines = text.split("\n")
     found = candidates(lines)
-    numbered = [one for one in found if one["kind"] in ("chapter", "numeral")]
-    looks = defaultdict(list)
-    for one in numbered:
-        if one["kind"] == "numeral":
-            looks[one["look"][:5]].append(one)
-    numerals = []
-    for group in looks.values():
-        if 2 * sum(one["torn"] for one in group) <= len(group):  # else these are numbers of pages
-            numerals.append(fill(chain(group), numbered))
-    numerals.sort(key=lambda own: max([run[-1]["line"] - run[0]["line"] for run in cut(lines, own)], default=0))
-    marked = [own for own in numerals if own and own[0]["level"]]
-    ways = [fill(chain([one for one in numbered if one["kind"] == "chapter"]), numbered), *marked[::-1],
-            [one for one in found if one["level"]], *numerals[::-1],
-            chain([one for one in found if one["kind"] == "part"])]
-    for way in ways:
-        level = max((one["level"] for one in way if one["number"] is not None), default=0)
-        lines_of = {one["line"]: one for one in way}
-        titles = {one["line"]: one for one in found if one["kind"] == "title" and one["level"] <= level}
-        headings = [one for _, one in sorted({**titles, **lines_of}.items())]
-        chapters = sum(cut(lines, headings, level), [])
-        if sum(bool(chapter["text"].strip()) for chapter in chapters) > 1:
+    numbered = [one for one in found if one["number"] is not None]
+    worded = chain([one for one in numbered if one["word"]])
+    marked = chain([one for one in numbered if one["level"] and not one["word"]])
+    looks = sorted({one["look"] for one in numbered if not one["word"]})
+    ways = [chain([one for one in numbered if one["word"] or one["look"] == look]) for look in looks]
+    ways.sort(key=span, reverse=True)
+    is_table = 4 * span(worded) <= max(map(span, ways), default=0)
+    for way in [worded] * (not is_table) + [marked if span(marked) else []] + [*filter(span, ways), worded]:
+        places = {one["line"] for one in way}
+        level = max((one["level"] for one in way), default=3)
+        headings = [one for one in found if one["line"] in places
+                    or one["number"] is None and one["level"] <= level]
+        chapters = cut(lines, headings, level * bool(way))
+        if sum(chapter["text"].strip() != "" for chapter in chapters) > 1:
             return chapters
     return []
 
 
 # ============================================================ reading books
+START = r"(?ms)^[ \t]*\*(?:\*\* ?START OF TH|END\* ?THE SMALL PRINT).{0,300}?\*(?:\*\*|END\*)[^\n]*$"
+END = r"(?mi)^[ \t]*(?:\*\*\* ?END OF TH|End of (?:the |this )?Project Gutenberg)"
+
+
+def ebooks(text):
+    """The books in a text, without Project Gutenberg's header and licence; [text] where there are none."""
+    pieces = re.split(START, line_ends(text))
+    return [re.split(END, piece)[0] for piece in pieces[1:] or pieces]
+
+
+def order_of(value):
+    """The number of a chapter, from a number or a text like "10" or "Chapter IV"; None if it is neither."""
+    if isinstance(value, str):
+        value = next((one["number"] for one in candidates([value])), None)
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
 def field_text(where, name, value):
     """An optional field as text: a text, or a list of texts (one paragraph each); None stays None."""
     if isinstance(value, list) and all(isinstance(v, str) for v in value):
@@ -238,57 +220,30 @@ def field_text(where, name, value):
     return value and line_ends(value).strip()
 
 
-def order_of(value):
-    """The number of a row's chapter, a number or a text like "10" or "Chapter IV"; None if it is neither."""
-    if isinstance(value, str):
-        value = (heading_of(value) or {}).get("number")
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
-
-
 def chapters_of_row(where, row):
-    """(name or None, chapters) of one jsonl row: a whole tale in sections, or one chapter."""
+    """(name or None, chapters) of a row: a chapter, or a whole tale in sections, where each optional field is
+    one text for all of them or a list with one per section."""
     names = [row[key] for key in ("book", "story") if row.get(key) is not None]
     if not all(type(name) in (str, int) for name in names):
         raise UserError(f"{where}: book and story are names, texts or whole numbers, found {names}")
-    name = next((own for own in map(str, names) if own.strip()), None)
-    if "sections" in row:
-        return name, chapters_of_tale(where, row)
-    if not isinstance(row.get("text"), str):
-        fields = ", ".join(map(str, row)) or "none"
-        raise UserError(f"{where}: expected a chapter (text) or a tale (sections), found the fields {fields}")
-    chapter = {"text": body(row["text"]), "title": field_text(where, "title", row.get("title")),
-               "order": order_of(row.get("chapter")), "where": where}
-    for field in FIELDS:
-        chapter[field] = field_text(where, field, row.get(field))
-    return name, [chapter]
-
-
-def chapters_of_tale(where, row):
-    """The chapters of a row with sections; each optional field is one text for all of them, or a list with
-    one per section."""
-    texts = row["sections"]
+    is_tale = "sections" in row
+    texts = row["sections"] if is_tale else [row.get("text")]
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise UserError(f"{where}: sections must be a list of texts")
-    chapters = [{"text": body(text)} for text in texts]
+        fields = ", ".join(map(str, row)) or "none"
+        raise UserError(f"{where}: sections must be a list of texts" if is_tale else
+                        f"{where}: expected a chapter (text) or a tale (sections), found the fields {fields}")
+    chapters = [{"text": "\n\n".join(ebooks(text))} for text in texts]
+    if not is_tale:
+        chapters[0].update(where=where, order=order_of(row.get("chapter")),
+                           title=field_text(where, "title", row.get("title")))
     for field in FIELDS:
         value = row.get(field)
-        values = value if isinstance(value, list) else [value] * len(texts)
+        values = value if is_tale and isinstance(value, list) else [value] * len(texts)
         if len(values) != len(texts):
             raise UserError(f"{where}: {field} has {len(values)} entries for {len(texts)} sections")
         for chapter, own in zip(chapters, values):
             chapter[field] = field_text(where, field, own)
-    return chapters
-
-
-def ebooks(text):
-    """The books in a file, without Project Gutenberg's header and licence; [text] where there are none."""
-    pieces = re.split(START, text)
-    return [re.split(END, piece)[0] for piece in pieces[1:] or pieces]
-
-
-def body(text):
-    """The text of a row's chapter as it is in a file of text."""
-    return "\n\n".join(ebooks(line_ends(text)))
+    return next((name for name in map(str, names) if name.strip()), None), chapters
 
 
 def number_key(name):
@@ -298,21 +253,19 @@ def number_key(name):
 
 def files_of(path):
     """A file, or a folder's text and row files in the order in which people number them: [(file, its folder
-    or None)]. Says which other files there are."""
+    or None)]."""
     if not os.path.isdir(path):
         return [(path, None)]
     files, others = [], []
     for base, folders, names in os.walk(path):
         folders.sort(key=number_key)
         for name in sorted(names, key=number_key):
-            if name.lower().endswith(TEXTS + ROWS) and not name.startswith("."):
-                files.append((os.path.join(base, name), base))
-            else:
-                others.append(name)
+            is_ours = name.lower().endswith(TEXTS + ROWS) and not name.startswith(".")
+            (files if is_ours else others).append((os.path.join(base, name), base))
     if not files:
         raise UserError(f"no {KINDS} files in {path}; name a folder that has some")
     if others:
-        print(f"{path}: left out {len(others)} files that are not {KINDS}: {some(others)}")
+        print(f"left out {len(others)} files of other kinds: {some([file for file, _ in others])}")
     return files
 
 
@@ -321,7 +274,7 @@ def collect_books(paths):
     books = {}
     came_from = {}  # the file or folder that a book was first seen in
     taken = set()  # files, by what they really are
-    loose = defaultdict(list)  # folder -> [(name, text)], texts without headings
+    loose = defaultdict(dict)  # folder -> {name: text}, without headings
 
     def add(name, chapters, source):
         if came_from.setdefault(name, source) != source:
@@ -329,90 +282,83 @@ def collect_books(paths):
                             f"another name")
         books.setdefault(name, []).extend(chapters)
 
-    for path in paths:
-        for file, directory in files_of(path):
-            really = os.path.realpath(file)
-            if really in taken:
-                continue
-            taken.add(really)
-            stem, kind = os.path.splitext(os.path.basename(file))
-            if kind.lower() in ROWS:
-                for where, row in read_rows(file):
-                    name, chapters = chapters_of_row(where, row)
-                    if "sections" in row and name in books:
-                        raise UserError(f"{where}: a second tale with the name {name!r}; give one of them "
-                                        "another name")
-                    add(name or (where if "sections" in row else stem), chapters, file)
-                continue
-            whole = read_text(file)
-            texts = ebooks(whole)
-            if len(texts) > 1:
-                print(f"{file}: {len(texts)} ebooks, each a book of its own")
-            for i, text in enumerate(texts, 1):
-                name = stem if len(texts) == 1 else f"{stem} {i}"
-                chapters = chapters_of_text(text)
-                if chapters or directory is None or text != whole:
-                    add(name, chapters or [{"text": text}], file)
-                else:
-                    add(os.path.basename(os.path.abspath(directory)), [], directory)
-                    loose[directory].append((stem, text))
+    for file, directory in (one for path in paths for one in files_of(path)):
+        really = os.path.realpath(file)
+        if really in taken:
+            continue
+        taken.add(really)
+        stem, kind = os.path.splitext(os.path.basename(file))
+        if kind.lower() in ROWS:
+            for where, row in read_rows(file):
+                name, chapters = chapters_of_row(where, row)
+                if "sections" in row and name in books:
+                    raise UserError(f"{where}: a second tale with the name {name!r}; give one of them "
+                                    "another name")
+                add(name or (where if "sections" in row else stem), chapters, file)
+            continue
+        whole = read_text(file)
+        texts = ebooks(whole)
+        for i, text in enumerate(texts, 1):
+            chapters = chapters_of_text(text)
+            if chapters or directory is None or text != whole:  # a frame is that of a book, not of a chapter
+                add(stem if len(texts) == 1 else f"{stem} {i}", chapters or [{"text": text}], file)
+            else:
+                add(os.path.basename(os.path.abspath(directory)), [], directory)
+                loose[directory][stem] = text
     for directory, texts in loose.items():
-        name = os.path.basename(os.path.abspath(directory))
-        numbered = sorted((place_of(stem), stem, text) for stem, text in texts if place_of(stem))
-        places = [place for place, _, _ in numbered]
+        numbered = sorted((stem for stem in texts if place_of(stem)), key=place_of)
+        places = [place_of(stem) for stem in numbered]
         if len(set(places)) < max(2, len(places)) or min(places[0]) > 1:
             numbered = []  # other books, like 1984 and Catch-22
+        name = os.path.basename(os.path.abspath(directory))
         if numbered:
-            print(f"{name}: one book of {len(numbered)} files without headings, a chapter each, by the numbers in "
-                  f"their names: {some([stem for _, stem, _ in numbered])}{jumps([place[-1] for place in places])}")
-        books[name] += [{"text": text} for _, _, text in numbered]
-        for stem, text in texts:
-            if not any(stem == joined for _, joined, _ in numbered):
-                add(stem, [{"text": text}], directory)
-        if not books[name]:
-            del books[name]
-    return books
+            print(f"{name}: a book of {len(numbered)} files without headings, a chapter each, as numbered: "
+                  f"{some(numbered)}{jumps([place[-1] for place in places])}")
+        add(name, [{"text": texts[stem]} for stem in numbered], directory)
+        for stem in texts.keys() - set(numbered):
+            add(stem, [{"text": texts[stem]}], directory)
+    return {name: chapters for name, chapters in books.items() if chapters}
 
 
 def place_of(name):
-    """The numbers in a file's name, (1, 12) for "book1-ch12", or what it says in words; () if there are none."""
+    """The numbers in a file's name, or what it says in words, "chapter_one"; () if there are none."""
     in_words = order_of(name.replace("_", " "))
     return tuple(map(int, re.findall(r"\d+", name))) or (() if in_words is None else (in_words,))
 
 
 def jumps(numbers):
-    """A warning, for the end of a line, of numbers that do not rise by one or begin again."""
+    """A warning, for the end of a line, of numbers that neither rise by one nor begin again."""
     known = [n for n in numbers if n is not None and n < LAST]
-    odd = [f"{a} to {b}" for a, b in zip(known, known[1:]) if b > 1 and not 0 < b - a <= 1]
+    odd = [f"{a:g} to {b:g}" for a, b in zip(known, known[1:]) if b > 1 and not 0 < b - a <= 1]
     return f"; warning: the numbers go from {some(odd)}" if odd else ""
 
 
 def in_order(name, chapters):
-    """A book's chapters by their numbers. Where one repeats or is not there it is the file's order, which the
+    """Chapters of rows by their numbers. Where one repeats or is not there it is the file's order, which the
     numbers may not contradict (they may begin again at 1)."""
     known = [chapter for chapter in chapters if chapter.get("order") is not None]
-    if len({chapter["order"] for chapter in known}) == len(chapters):
+    own = len({chapter["order"] for chapter in known})
+    if own == len(chapters):
         chapters = sorted(chapters, key=lambda chapter: chapter["order"])
-    elif known:
-        for before, chapter in zip(known, known[1:]):
-            if 1 < chapter["order"] < before["order"]:
-                raise UserError(f"{chapter['where']}: chapter {chapter['order']} of {name!r} comes after chapter "
-                                f"{before['order']}, and not all have a number of their own: number them anew")
-        print(f"{name}: {len(chapters)} chapters in the order of the file, as "
-              f"{len(chapters) - len({chapter['order'] for chapter in known})} have no number of their own")
+        known = []  # no contradiction
+    for before, after in zip(known, known[1:]):
+        if 1 < after["order"] < before["order"]:
+            raise UserError(f"{after['where']}: chapter {after['order']:g} of {name!r} comes after "
+                            f"{before['order']:g}, and not all have a number of their own; number them anew")
     odd = jumps([chapter.get("order") for chapter in chapters])
-    if odd:
-        print(f"{name}: {len(chapters)} chapters{odd}")
+    if known or odd:
+        how = " in the order of the file, as numbers repeat or lack" if known else ""
+        print(f"{name}: {len(chapters)} chapters{how}{odd}")
     return chapters
 
 
 def describe(name, chapters):
-    """Says what was found in a text."""
-    sizes = [len(chapter["text"].split()) for chapter in chapters]
-    longest = chapters[sizes.index(max(sizes))]
-    ends = [f"{chapter['title']!r} ({' '.join(chapter['text'].split()[:6])} ..)" for chapter in chapters[:: len(chapters) - 1]]
-    print(f"{name}: {len(chapters)} chapters, from {ends[0]} to {ends[1]}; the longest is {longest['title']!r}, "
-          f"{max(sizes)} of {sum(sizes)} words{jumps([chapter['number'] for chapter in chapters])}")
+    """Says what a text was taken for."""
+    words = [len(chapter["text"].split()) for chapter in chapters]
+    ends = [f"{chapter['title']!r} ({' '.join(chapter['text'].split()[:6])} ..)" for chapter in chapters]
+    print(f"{name}: {len(chapters)} chapters, from {ends[0]} to {ends[-1]}; the longest is "
+          f"{chapters[words.index(max(words))]['title']!r}, {max(words)} of {sum(words)} words"
+          f"{jumps([chapter['number'] for chapter in chapters])}")
 
 
 def read_books(paths):
