@@ -91,12 +91,12 @@ def candidates(lines):
             word, number, title = map(match.groupdict().get, ("word", "number", "title"), ("", "", ""))
             n = number_of(number) if number else 0 if word.lower() == "prologue" else LAST + 1
             called = " ".join(re.findall(r"[^\W\d]+", title.lower()))
-            # Else it is prose that was wrapped, or a line of a table of contents.
-            alone = bool(marks) or i == 0 or not re.search(r"\w", lines[i - 1])
+            # Else it may be prose that was wrapped.
+            alone = marks or not re.search(r"\w", lines[i - 1]) or i - 1 in (-1, *(one["line"] for one in found[-1:]))
             is_prose = word.islower() or re.match(r"[,;]?\s+[a-z]", title)
             look = (len(marks), word, number[:1].isdigit(), number.isupper() - number.islower(), called != "")
             found.append({"line": i, "level": len(marks), "number": n, "word": word, "called": called,
-                          "look": look, "alone": alone, "torn": not marks + word and number.isdigit() and before[-1:].islower(),
+                          "look": look, "alone": bool(alone), "torn": not marks + word and number.isdigit() and before[-1:].islower(),
                           "sure": marks or word and not is_prose and (alone or n in (0, LAST, LAST + 1))})
         elif 0 < len(marks) < 4 and 0 < len(bare) <= 80:
             found.append({"line": i, "level": len(marks), "number": None})
