@@ -45,9 +45,8 @@ NTHS += [one + "th" for one in ONES[12:]]
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 VALUES = {word: i for words in (ONES, NTHS) for i, word in enumerate(words, 1)}
 VALUES |= {word: 10 * i for i, ten in enumerate(TENS, 2) for word in (ten, ten[:-1] + "ieth")}
-LETTERS = {"i": 1, "v": 5, "x": 10, "l": 50, "c": 100}
+LETTERS = dict(zip("ivxlc", (1, 5, 10, 50, 100)))
 LAST = 10**6  # the number of "the last"; an epilogue has one more
-
 WORD = "|".join(sorted(VALUES, key=len, reverse=True))  # seventeenth before seven
 SMALL = rf"(?:{'|'.join(TENS)})[- ]?(?:{'|'.join(NTHS[:9] + ONES[:9])})|{WORD}"
 WORDS = rf"(?:(?:a|{WORD}) hundred(?:th|(?: and)? (?:{SMALL}))?|{SMALL}|last)"
@@ -68,10 +67,11 @@ def number_of(text):
     text = text.lower()
     if text[0].isdigit():
         return float(text)
-    if re.fullmatch(ROMAN, text):
-        values = [LETTERS[letter] for letter in text]
-        return sum(v if v >= after else -v for v, after in zip(values, values[1:] + [0]))
     number = 0
+    if re.fullmatch(ROMAN, text):
+        for letter, after in zip(text, text[1:] + text[-1]):
+            number += LETTERS[letter] * (1 if LETTERS[letter] >= LETTERS[after] else -1)
+        return number
     for word in re.findall(rf"hundred|{WORD}", text):
         number = 100 * max(number, 1) if word == "hundred" else number + VALUES[word]
     return number or LAST
@@ -87,19 +87,21 @@ def candidates(lines):
         marks, bare = DECORATED.fullmatch(line).groups()
         bare = " ".join(bare.split())
         match = next(filter(None, (pattern.fullmatch(bare) for pattern in PATTERNS)), None)
+        one = {"line": i, "level": len(marks), "number": None}
         if match and len(bare) <= 200:
             word, number, title = map(match.groupdict().get, ("word", "number", "title"), ("", "", ""))
             n = number_of(number) if number else 0 if word.lower() == "prologue" else LAST + 1
             called = " ".join(re.findall(r"[^\W\d]+", title.lower()))
+            case = number.isupper() - number.islower()
             # Else it may be prose that was wrapped.
-            alone = marks or not re.search(r"\w", lines[i - 1]) or i - 1 in (-1, *(one["line"] for one in found[-1:]))
+            alone = not re.search(r"\w", lines[i - 1]) or i - 1 in (-1, *(one["line"] for one in found[-1:]))
+            named = alone and word or n in (0, LAST, LAST + 1)
             is_prose = word.islower() or re.match(r"[,;]?\s+[a-z]", title)
-            look = (len(marks), word, number[:1].isdigit(), number.isupper() - number.islower(), called != "")
-            found.append({"line": i, "level": len(marks), "number": n, "word": word, "called": called,
-                          "look": look, "alone": bool(alone), "torn": not marks + word and number.isdigit() and before[-1:].islower(),
-                          "sure": marks or word and not is_prose and (alone or n in (0, LAST, LAST + 1))})
-        elif 0 < len(marks) < 4 and 0 < len(bare) <= 80:
-            found.append({"line": i, "level": len(marks), "number": None})
+            one.update(number=n, word=word, called=called, sure=marks or word and named and not is_prose,
+                       look=(len(marks), word, number.isdigit(), case, called != "", alone or marks != ""),
+                       torn=not marks + word and number.isdigit() and before[-1:].islower())
+        if one["number"] is not None or 0 < len(marks) < 4 and 0 < len(bare) <= 80:
+            found.append(one)
         before = line.strip() or before
     return found
 
@@ -107,14 +109,15 @@ def candidates(lines):
 def chain(found):
     """The candidates that are headings: their numbers rise by one. One that reads like a heading is one
     anyway, unless the numbers go on without it; of two with one number the commoner look counts."""
-    common = Counter((one["look"], one["alone"]) for one in found)
+    common = Counter(one["look"] for one in found)
     right = []
     for one, following in zip(found, found[1:] + [{"number": -9}]):
-        n, after, many = one["number"], following["number"], common[one["look"], one["alone"]]
-        last = right[-1]["number"] if right else -9
-        if n == last and many > common[right[-1]["look"], right[-1]["alone"]]:
+        n, after, many = one["number"], following["number"], common[one["look"]]
+        before = right[-1] if right else {"number": -9}
+        last = before["number"]
+        if n == last and many > common[before["look"]]:
             right[-1] = one
-        elif n == last and (one["called"] == right[-1]["called"] or not one["sure"]):
+        elif n == last and (one["called"] == before["called"] or not one["sure"]):
             continue  # the head of a page
         elif last + 1 == after != n and not last < n < after:
             continue
@@ -178,15 +181,15 @@ def chapters_of_text(text):
     numbered = [one for one in found if one["number"] is not None]
     worded = chain([one for one in numbered if one["word"]])
     marked = chain([one for one in numbered if one["level"] and not one["word"]])
-    looks = sorted({one["look"] for one in numbered if not one["word"]})
-    ways = [chain([one for one in numbered if one["word"] or one["look"] == look]) for look in looks]
+    looks = sorted({one["look"][:5] for one in numbered if not one["word"]})
+    ways = [chain([one for one in numbered if one["word"] or one["look"][:5] == look]) for look in looks]
     ways.sort(key=span, reverse=True)
     is_table = 4 * span(worded) <= max(map(span, ways), default=0)
     for way in [worded] * (not is_table) + [marked if span(marked) else []] + [*filter(span, ways), worded]:
         places = {one["line"] for one in way}
         level = max((one["level"] for one in way), default=3)
         headings = [one for one in found if one["line"] in places
-                    or one["number"] is None and one["level"] <= level]
+                    or 0 < one["level"] <= level and (one["number"] is None or not way)]
         chapters = cut(lines, headings, level * bool(way))
         if sum(chapter["text"].strip() != "" for chapter in chapters) > 1:
             return chapters
