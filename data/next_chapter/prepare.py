@@ -35,7 +35,6 @@ from runs import UserError, run_script
 FIELDS = ("high_level_plan", "prior_summary", "character_sheets", "next_synopsis")
 TEXTS = (".txt", ".md", ".markdown")
 ROWS = (".jsonl", ".json", ".csv", ".parquet")
-KINDS = "txt, md, jsonl, json, csv or parquet"
 
 # ============================================================ headings
 ONES = ("one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
@@ -48,8 +47,7 @@ VALUES |= {word: 10 * i for i, ten in enumerate(TENS, 2) for word in (ten, ten[:
 LETTERS = dict(zip("ivxlc", (1, 5, 10, 50, 100)))
 LAST = 10**6  # the number of "the last"; an epilogue has one more
 WORD = "|".join(sorted(VALUES, key=len, reverse=True))  # seventeenth before seven
-SMALL = rf"(?:{'|'.join(TENS)})[- ]?(?:{'|'.join(NTHS[:9] + ONES[:9])})|{WORD}"
-WORDS = rf"(?:(?:a|{WORD}) hundred(?:th|(?: and)? (?:{SMALL}))?|{SMALL}|last)"
+WORDS = rf"(?:(?:{'|'.join(TENS)})[- ]?(?:{'|'.join(NTHS[:9] + ONES[:9])})|{WORD}|last)"
 ROMAN = "(?=[ivxlc])c{0,4}(?:xc|xl|l?x{0,4})(?:ix|iv|v?i{0,4})"
 NUMBER = rf"(?P<number>\d+(?:\.\d+)?|{ROMAN}|(?:the )?{WORDS})(?![\w'’])"
 CHAPTER = r"(?P<word>chapter|chap\.?|ch\.?|stave|canto|letter|kapitel|chapitre|cap[ií]tulo|capitolo|глава)"
@@ -67,14 +65,10 @@ def number_of(text):
     text = text.lower()
     if text[0].isdigit():
         return float(text)
-    number = 0
     if re.fullmatch(ROMAN, text):
-        for letter, after in zip(text, text[1:] + text[-1]):
-            number += LETTERS[letter] * (1 if LETTERS[letter] >= LETTERS[after] else -1)
-        return number
-    for word in re.findall(rf"hundred|{WORD}", text):
-        number = 100 * max(number, 1) if word == "hundred" else number + VALUES[word]
-    return number or LAST
+        values = [LETTERS[letter] for letter in text]
+        return sum(v if v >= after else -v for v, after in zip(values, values[1:] + [0]))
+    return sum(VALUES[word] for word in re.findall(WORD, text)) or LAST
 
 
 def candidates(lines):
@@ -87,21 +81,20 @@ def candidates(lines):
         marks, bare = DECORATED.fullmatch(line).groups()
         bare = " ".join(bare.split())
         match = next(filter(None, (pattern.fullmatch(bare) for pattern in PATTERNS)), None)
-        one = {"line": i, "level": len(marks), "number": None}
         if match and len(bare) <= 200:
             word, number, title = map(match.groupdict().get, ("word", "number", "title"), ("", "", ""))
             n = number_of(number) if number else 0 if word.lower() == "prologue" else LAST + 1
             called = " ".join(re.findall(r"[^\W\d]+", title.lower()))
-            case = number.isupper() - number.islower()
             # Else it may be prose that was wrapped.
             alone = not re.search(r"\w", lines[i - 1]) or i - 1 in (-1, *(one["line"] for one in found[-1:]))
-            named = alone and word or n in (0, LAST, LAST + 1)
-            is_prose = word.islower() or re.match(r"[,;]?\s+[a-z]", title)
-            one.update(number=n, word=word, called=called, sure=marks or word and named and not is_prose,
-                       look=(len(marks), word, number.isdigit(), case, called != "", alone or marks != ""),
-                       torn=not marks + word and number.isdigit() and before[-1:].islower())
-        if one["number"] is not None or 0 < len(marks) < 4 and 0 < len(bare) <= 80:
-            found.append(one)
+            reads_so = word and (alone or n in (0, LAST, LAST + 1)) and not word.islower()
+            look = len(marks), word, number.isdigit(), number.isupper() - number.islower(), called != ""
+            found.append({"line": i, "level": len(marks), "number": n, "word": word, "called": called,
+                          "look": (look, alone or marks != ""),
+                          "sure": marks or reads_so and not re.match(r"[,;]?\s+[a-z]", title),
+                          "torn": not marks + word and number.isdigit() and before[-1:].islower()})
+        elif 0 < len(marks) < 4 and 0 < len(bare) <= 80:
+            found.append({"line": i, "level": len(marks), "number": None})
         before = line.strip() or before
     return found
 
@@ -115,19 +108,27 @@ def chain(found):
         n, after, many = one["number"], following["number"], common[one["look"]]
         before = right[-1] if right else {"number": -9}
         last = before["number"]
+        is_again = n == last and (one["called"] == before["called"] or not one["sure"])  # the head of a page
         if n == last and many > common[before["look"]]:
             right[-1] = one
-        elif n == last and (one["called"] == before["called"] or not one["sure"]):
-            continue  # the head of a page
-        elif last + 1 == after != n and not last < n < after:
-            continue
-        elif after == n + 1 or (n == last + 1 and many > 1) or one["sure"] and (n > last or many > 1):
+        elif not is_again and (after != last + 1 or after == n or last < n < after) and (
+                after == n + 1 or n == last + 1 and many > 1 or one["sure"] and (n > last or many > 1)):
             right.append(one)
     return right
 
 
+def span(headings):
+    """How many lines lie between headings whose numbers rise by one, at most without a break."""
+    best = total = 0
+    for one, following in zip(headings, headings[1:]):
+        lines = (following["line"] - one["line"]) * (-1 if following["torn"] else 1)
+        total = total + lines if following["number"] == one["number"] + 1 else 0
+        best = max(best, total)
+    return best
+
+
 def is_contents(run, other):
-    """Whether a run of headings is a table of contents, perhaps with synopses: it has the numbers of another
+    """Whether a run of chapters is a table of contents, perhaps with synopses: it has the numbers of another
     and less text. Behind its last entry stands what follows the table."""
     theirs = {one["number"]: one for one in other}
     pairs = [(one, theirs[one["number"]]) for one in run[:-1] if one["number"] in theirs]
@@ -139,34 +140,20 @@ def is_contents(run, other):
     return times * median(a["words"] for a, _ in pairs) < median(b["words"] for _, b in pairs)
 
 
-def cut(lines, headings, level):
-    """The chapters between headings. Tables of contents have no text, nor have titles of parts, with fewer #
-    than the numbers (level)."""
-    parts = [[]]  # of chapters whose numbers rise
+def cut(lines, headings):
+    """The chapters between headings; those of a table of contents have no text."""
+    runs_of = [[]]  # of rising numbers
+    chapters = []
     for one, following in zip(headings, headings[1:] + [{"line": len(lines)}]):
         text = "".join(line + "\n" for line in lines[one["line"] + 1 : following["line"]])
-        if one["number"] is None:
-            text *= one["level"] >= level
-        elif one["number"] <= max((c["number"] for c in parts[-1] if c["number"] is not None), default=-1):
-            parts.append([])
         title = lines[one["line"]].strip(" \t\xa0#*_=~")
-        parts[-1].append({**one, "title": title, "text": text, "words": len(text.split())})
-    runs_ = [[chapter for chapter in part if chapter["number"] is not None] for part in parts]
-    for part, run in zip(parts, runs_):
-        if any(is_contents(run, other) for other in runs_):
-            for chapter in part:
-                chapter["text"] = ""
-    return sum(parts, [])
-
-
-def span(headings):
-    """How many lines lie between headings whose numbers rise by one, at most without a break."""
-    best = total = 0
-    for one, following in zip(headings, headings[1:]):
-        lines = (following["line"] - one["line"]) * (-1 if following["torn"] else 1)
-        total = total + lines if following["number"] == one["number"] + 1 else 0
-        best = max(best, total)
-    return best
+        if runs_of[-1] and one["number"] is not None and one["number"] <= runs_of[-1][-1]["number"]:
+            runs_of.append([])
+        chapters.append({**one, "title": title, "text": text, "words": len(text.split()), "run": runs_of[-1]})
+        if one["number"] is not None:
+            runs_of[-1].append(chapters[-1])
+    tables = [id(run) for run in runs_of if any(is_contents(run, other) for other in runs_of)]
+    return [{**chapter, "text": "" if id(chapter["run"]) in tables else chapter["text"]} for chapter in chapters]
 
 
 def chapters_of_text(text):
@@ -181,16 +168,14 @@ def chapters_of_text(text):
     numbered = [one for one in found if one["number"] is not None]
     worded = chain([one for one in numbered if one["word"]])
     marked = chain([one for one in numbered if one["level"] and not one["word"]])
-    looks = sorted({one["look"][:5] for one in numbered if not one["word"]})
-    ways = [chain([one for one in numbered if one["word"] or one["look"][:5] == look]) for look in looks]
+    looks = sorted({one["look"][0] for one in numbered if not one["word"]})
+    ways = [chain([one for one in numbered if one["word"] or one["look"][0] == look]) for look in looks]
     ways.sort(key=span, reverse=True)
     is_table = 4 * span(worded) <= max(map(span, ways), default=0)
-    for way in [worded] * (not is_table) + [marked if span(marked) else []] + [*filter(span, ways), worded]:
-        places = {one["line"] for one in way}
-        level = max((one["level"] for one in way), default=3)
-        headings = [one for one in found if one["line"] in places
-                    or 0 < one["level"] <= level and (one["number"] is None or not way)]
-        chapters = cut(lines, headings, level * bool(way))
+    for way in [worded] * (not is_table) + [marked * (span(marked) > 0), *filter(span, ways), worded]:
+        level = max((one["level"] for one in way), default=0)
+        chapters = cut(lines, [one for one in found if one in way or one["level"] and (
+            not way or one["number"] is None and one["level"] == level)])
         if sum(chapter["text"].strip() != "" for chapter in chapters) > 1:
             return chapters
     return []
@@ -240,12 +225,13 @@ def chapters_of_row(where, row):
         chapters[0].update(where=where, order=order_of(row.get("chapter")),
                            title=field_text(where, "title", row.get("title")))
     for field in FIELDS:
-        value = row.get(field)
-        values = value if is_tale and isinstance(value, list) else [value] * len(texts)
+        values = row.get(field)
+        if not is_tale or not isinstance(values, list):
+            values = [values] * len(texts)
         if len(values) != len(texts):
             raise UserError(f"{where}: {field} has {len(values)} entries for {len(texts)} sections")
-        for chapter, own in zip(chapters, values):
-            chapter[field] = field_text(where, field, own)
+        for chapter, value in zip(chapters, values):
+            chapter[field] = field_text(where, field, value)
     return next((name for name in map(str, names) if name.strip()), None), chapters
 
 
@@ -266,7 +252,7 @@ def files_of(path):
             is_ours = name.lower().endswith(TEXTS + ROWS) and not name.startswith(".")
             (files if is_ours else others).append((os.path.join(base, name), base))
     if not files:
-        raise UserError(f"no {KINDS} files in {path}; name a folder that has some")
+        raise UserError(f"no txt, md, jsonl, json, csv or parquet files in {path}; name a folder that has some")
     if others:
         print(f"left out {len(others)} files of other kinds: {some([file for file, _ in others])}")
     return files
@@ -276,7 +262,6 @@ def collect_books(paths):
     """{book: [chapter, ..]}, all that is in the files; UserError if a book is in two of them."""
     books = {}
     came_from = {}  # the file or folder that a book was first seen in
-    taken = set()  # files, by what they really are
     loose = defaultdict(dict)  # folder -> {name: text}, without headings
 
     def add(name, chapters, source):
@@ -285,11 +270,10 @@ def collect_books(paths):
                             f"another name")
         books.setdefault(name, []).extend(chapters)
 
-    for file, directory in (one for path in paths for one in files_of(path)):
-        really = os.path.realpath(file)
-        if really in taken:
-            continue
-        taken.add(really)
+    files = {}  # by what they really are: none is taken twice
+    for file, folder in (one for path in paths for one in files_of(path)):
+        files.setdefault(os.path.realpath(file), (file, folder))
+    for file, folder in files.values():
         stem, kind = os.path.splitext(os.path.basename(file))
         if kind.lower() in ROWS:
             for where, row in read_rows(file):
@@ -303,23 +287,22 @@ def collect_books(paths):
         texts = ebooks(whole)
         for i, text in enumerate(texts, 1):
             chapters = chapters_of_text(text)
-            if chapters or directory is None or text != whole:  # a frame is that of a book, not of a chapter
+            if chapters or folder is None or text != whole:  # a frame is that of a book, not of a chapter
                 add(stem if len(texts) == 1 else f"{stem} {i}", chapters or [{"text": text}], file)
             else:
-                add(os.path.basename(os.path.abspath(directory)), [], directory)
-                loose[directory][stem] = text
-    for directory, texts in loose.items():
+                add(os.path.basename(os.path.abspath(folder)), [], folder)  # the place of what is joined
+                loose[folder][stem] = text
+    for folder, texts in loose.items():
+        name = os.path.basename(os.path.abspath(folder))
         numbered = sorted((stem for stem in texts if place_of(stem)), key=place_of)
         places = [place_of(stem) for stem in numbered]
         if len(set(places)) < max(2, len(places)) or min(places[0]) > 1:
             numbered = []  # other books, like 1984 and Catch-22
-        name = os.path.basename(os.path.abspath(directory))
         if numbered:
             print(f"{name}: a book of {len(numbered)} files without headings, a chapter each, as numbered: "
                   f"{some(numbered)}{jumps([place[-1] for place in places])}")
-        add(name, [{"text": texts[stem]} for stem in numbered], directory)
-        for stem in texts.keys() - set(numbered):
-            add(stem, [{"text": texts[stem]}], directory)
+        for stem in numbered + [stem for stem in texts if stem not in numbered]:
+            add(name if stem in numbered else stem, [{"text": texts[stem]}], folder)
     return {name: chapters for name, chapters in books.items() if chapters}
 
 
@@ -340,10 +323,9 @@ def in_order(name, chapters):
     """Chapters of rows by their numbers. Where one repeats or is not there it is the file's order, which the
     numbers may not contradict (they may begin again at 1)."""
     known = [chapter for chapter in chapters if chapter.get("order") is not None]
-    own = len({chapter["order"] for chapter in known})
-    if own == len(chapters):
-        chapters = sorted(chapters, key=lambda chapter: chapter["order"])
-        known = []  # no contradiction
+    if len({chapter["order"] for chapter in known}) == len(chapters):
+        chapters = sorted(known, key=lambda chapter: chapter["order"])
+        known = []
     for before, after in zip(known, known[1:]):
         if 1 < after["order"] < before["order"]:
             raise UserError(f"{after['where']}: chapter {after['order']:g} of {name!r} comes after "
@@ -370,22 +352,21 @@ def read_books(paths):
     Says in one line each how many of what were left out. UserError if nothing is left."""
     books = {}
     empty, twice = 0, 0
-    short = []
-    repeated = {}  # book -> the book with the same text
+    short, repeated = [], []  # books; those with the same text as another
     seen = {}  # text -> book
     for name, chapters in collect_books(paths).items():
         full = [chapter for chapter in chapters if chapter["text"].strip()]
-        empty += len(chapters) - len(full)
         unlike = {}  # text -> the first chapter that has it
         for chapter in full:
             unlike.setdefault(" ".join(chapter["text"].split()), chapter)
+        empty += len(chapters) - len(full)
         twice += len(full) - len(unlike)
         full = in_order(name, list(unlike.values()))
         same = seen.setdefault(" ".join(" ".join(chapter["text"] for chapter in full).split()), name)
         if len(full) < 2:
             short.append(name)
         elif same != name:  # under two names it could be in two splits
-            repeated[name] = same
+            repeated.append(f"{name} (as {same})")
         else:
             books[name] = full
             if "line" in full[0]:
@@ -397,11 +378,10 @@ def read_books(paths):
     if short:
         print(f"left out {len(short)} books with fewer than two chapters: {some(short)}")
     if repeated:
-        pairs = [f"{name} (as {same})" for name, same in repeated.items()]
-        print(f"left out {len(repeated)} books with the same text as another: {some(pairs)}")
+        print(f"left out {len(repeated)} books with the same text as another: {some(repeated)}")
     if not books:
         raise UserError(f"no book with two or more chapters in {', '.join(paths)} (text files need headings "
-                        f"such as \"Chapter 1\", or a folder with one file per chapter)")
+                        f"such as \"Chapter 1\", or a folder with one file per chapter, numbered)")
     return books
 
 
