@@ -1,18 +1,16 @@
 """Makes train.jsonl, val.jsonl and test.jsonl of the next-chapter task from books that you have.
 
 Every chapter but a book's first becomes an example: what came before it, and the chapter. Books are never
-divided between splits. What --from takes, files and folders in any mixture:
+divided between splits, nor are the editions of one work. What --from takes, files and folders in any mixture:
 
-    jsonl or json   a chapter per row: text, and where known book, chapter (a number), title
-                    or a whole tale per row: sections (a list of texts), and a name in book or story
-    txt or md       a book with chapter headings ("Chapter 1", "CHAPTER IV. The Storm", "# Home") on lines of
-                    their own
-    a folder        all of these in it; text files without headings are together one book, a chapter each, by
-                    file name
+    rows        jsonl, json, csv, parquet: a chapter per row (text, and where known book, chapter, title), or
+                a whole tale (sections, a list of texts, and a name in book or story)
+    texts       txt, md: a book with headings ("Chapter 1", "STAVE I", "4. The Lamp", "# Home") on lines of
+                their own, whose numbers rise by one; it prints what it took for chapters
+    a folder    all of these in it; texts without headings whose names are numbered are together one book
 
-A row of chapters or of sections may have high_level_plan, prior_summary, character_sheets, next_synopsis:
-texts for the example whose NEXT chapter the row is (for sections: one text for all, or a list with one per
-section).
+Rows may have high_level_plan, prior_summary, character_sheets, next_synopsis: texts for the example whose
+NEXT chapter the row is (for sections: one text for all, or a list with one per section).
 
     python data/next_chapter/prepare.py --from books/                                   # all that is in there
     python data/next_chapter/prepare.py --from a.txt b.jsonl --story-tokens 1000        # shorter prompts
@@ -153,7 +151,7 @@ def cut(lines, headings):
         if one["number"] is not None:
             runs_of[-1].append(chapters[-1])
     tables = [id(run) for run in runs_of if any(is_contents(run, other) for other in runs_of)]
-    return [{**chapter, "text": "" if id(chapter["run"]) in tables else chapter["text"]} for chapter in chapters]
+    return [{**own, "text": "" if id(own["run"]) in tables else own["text"]} for own in chapters]
 
 
 def chapters_of_text(text):
@@ -252,7 +250,7 @@ def files_of(path):
             is_ours = name.lower().endswith(TEXTS + ROWS) and not name.startswith(".")
             (files if is_ours else others).append((os.path.join(base, name), base))
     if not files:
-        raise UserError(f"no txt, md, jsonl, json, csv or parquet files in {path}; name a folder that has some")
+        raise UserError(f"no txt, md, jsonl, json, csv or parquet files in {path}; name a folder with some")
     if others:
         print(f"left out {len(others)} files of other kinds: {some([file for file, _ in others])}")
     return files
@@ -484,11 +482,12 @@ def works_of(books):
     """{book: the name of the first edition of the same work}: they have over 1 % of their runs of 8 words in
     common, by chance it is 0.2 % at most. Says which are editions of one work."""
     names = list(books)
-    clusters = find_clusters([" ".join(chapter["text"] for chapter in books[name]) for name in names], share=0.01)
+    texts = [" ".join(chapter["text"] for chapter in books[name]) for name in names]
+    clusters = find_clusters(texts, share=0.01)
     work_of = {name: names[cluster] for name, cluster in zip(names, clusters)}
     twins = [f"{name} ({work})" for name, work in work_of.items() if name != work]
     if twins:
-        print(f"{len(twins)} books are editions of another, wholly or in part, and stay in its split: {some(twins)}")
+        print(f"{len(twins)} books are editions of another, or of parts; they stay in its split: {some(twins)}")
     return work_of
 
 
