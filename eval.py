@@ -35,7 +35,7 @@ import engine
 import page
 import report
 import runs
-from litereason import UserError, generate, latent_step, load
+from litereason import UserError, generate, latent_step, load, z_size
 
 # How answers are sampled, as arguments of generate.
 PAPER = {"temperature": 0.7, "top_p": 0.8, "top_k": 20}  # the paper's evaluation
@@ -111,6 +111,7 @@ def evaluate(model, tokenizer, task, examples, latent_prompt=True, samples=1, se
 
     accuracy_ci95    over examples (the mean of an example's samples is one observation), see interval
     per_example      the same observations one by one, for paired tests
+    z_size           of what latent steps fed: median norm in sizes of an embedding; None: none ran, or not finite
     flops            per answer, see flops
     seconds_each     per answer, in these batches
     seconds_alone    per answer of the first `alone` examples, decoded one at a time
@@ -147,6 +148,7 @@ def evaluate(model, tokenizer, task, examples, latent_prompt=True, samples=1, se
         "text_tokens": text_tokens,
         "latent_steps": latent_steps,
         "tags": _mean([r.n_tags for r in rollouts]),
+        "z_size": runs.if_finite(z_size(model, torch.cat([r.latents for r in rollouts]))),
         "truncated": _mean([not r.finished for r in rollouts]),
         "forward_positions": stats["positions"] / len(rollouts),
         "n_examples": n,
@@ -154,6 +156,8 @@ def evaluate(model, tokenizer, task, examples, latent_prompt=True, samples=1, se
         "per_example": {"score": scores, "tokens": lengths.mean(1).tolist()},
         "flops": flops(model, rollouts, samples, sampling.get("latent", "projector"), sampling.get("feed")),
         "seconds_each": seconds / len(rollouts)}
+    if "book" in examples[0]:  # chapters of one book are not independent of each other
+        result["per_example"]["book"] = [example["book"] for example in examples]
     if alone:
         result["seconds_alone"] = seconds_alone(model, tokenizer, prompts[:alone], seed, **sampling)
     result["seconds"] = seconds  # report.table reads what comes after this as the task's own

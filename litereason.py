@@ -282,6 +282,32 @@ class ReasoningProjector(torch.nn.ModuleList):
         return z.to(h.dtype), memory
 
 
+class NormedProjector(ReasoningProjector):
+    """Ours, what a real model begins with: the same copies, a norm behind each, so that an output is as long as
+    an embedding.
+
+    A SwiGLU is quadratic in its input. On trained weights three of them in a row make of a state of norm 43 a
+    latent of 2e18 (SmolLM2; the size of an embedding is 2.8), and the next token is then uniform over the
+    vocabulary: results/starts.py. The released code has no such norms and cannot run this projector."""
+
+    def __init__(self, mlps=(), size=1.0):
+        super().__init__(mlps)
+        self.size = torch.nn.Parameter(torch.tensor(float(size)))  # of a latent, root mean square
+
+    @classmethod
+    def start(cls, model, layers=PROJECTOR_LAYERS):
+        """The paper's copies, and the size of an embedding."""
+        size = embedding_size(model) / model.config.hidden_size**0.5
+        return cls(ReasoningProjector.start(model, layers), size).to(model.device, projector_dtype(model))
+
+    def forward(self, h, memory=None):
+        z = h.to(self.size.dtype)
+        for mlp in self:
+            z = mlp(z)
+            z = z * (z.square().mean(-1, keepdim=True) + 1e-12).rsqrt()
+        return (self.size * z).to(h.dtype), memory
+
+
 class PauseToken(torch.nn.Module):
     """A control in the projector's place: one learned vector (D,), fed at every latent, whatever the state
     is."""
@@ -302,7 +328,7 @@ class PauseToken(torch.nn.Module):
 
 
 # A checkpoint names its own in config.litereason_projector.
-PROJECTORS = {"mlp": ReasoningProjector, "pause": PauseToken}
+PROJECTORS = {"mlp": ReasoningProjector, "normed": NormedProjector, "pause": PauseToken}
 
 
 @torch.no_grad()
@@ -311,6 +337,17 @@ def word_embeddings(model, most=None):
     embed = model.get_input_embeddings()
     n_words = min(embed.num_embeddings, most or embed.num_embeddings)
     return embed(torch.arange(n_words, device=model.device))
+
+
+def embedding_size(model):
+    """The median norm of an embedding as fed: what the size of a latent is compared with."""
+    return float(word_embeddings(model, 10_000).norm(dim=-1).median())
+
+
+def z_size(model, latents):
+    """The median norm of latents (n, D), in sizes of an embedding; nan if they are not finite, None if there are
+    none."""
+    return float(latents.float().norm(dim=-1).median()) / embedding_size(model) if len(latents) else None
 
 
 def projector_dtype(model):
@@ -378,7 +415,9 @@ def attach(model, weights=None):
     LM."""
     cap, layers = runs.check_model(model, CAP, PROJECTOR_LAYERS)
     older_pause = set(weights or {}) == {"vector"}  # saved before checkpoints named their projector
-    kind = getattr(model.config, "litereason_projector", "pause" if older_pause else "mlp")
+    # The released code's checkpoints name none; without any weights it is the start of the model's size.
+    unnamed = "pause" if older_pause else "mlp" if weights or runs.is_small(model) else "normed"
+    kind = getattr(model.config, "litereason_projector", unnamed)
     if not isinstance(kind, str) or kind not in PROJECTORS:
         known = ", ".join(PROJECTORS)
         raise UserError(f"config.json: litereason_projector is {kind!r}, expected one of {known}")

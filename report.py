@@ -169,6 +169,7 @@ def step_line(m, steps):
         f"text {m['text_tokens']:6.1f}",
         f"latent {m['latent_steps']:5.1f}",
         f"tags {m['tags']:4.2f}",
+        f"z size {'-' if m['z_size'] is None else format(m['z_size'], '.2g'):>4s}",
         f"zero-var {m['zero_variance']:4.2f}",
         f"cut {m['truncated']:4.2f}",
         f"gnorm {norm:6.3f}",
@@ -330,18 +331,20 @@ def table(rows, measure="accuracy"):
     tokens      per answer: text + latent
     text        sampled tokens per answer, those of the tags included
     latent      latent steps per answer
+    z size      median size of what latent steps fed, in sizes of an embedding
     tags        tags per answer that ran latents
     cut off     share of answers that reached the length limit
     positions   computed per answer, those of its prompt and those wasted on rows that had ended included
     seconds     for all answers together
     """
     lines = [f"| model | {measure} | 95 % interval | tokens | text | latent "
-             "| tags | cut off | positions | seconds |",
-             "|---|---|---|---|---|---|---|---|---|---|"]
+             "| z size | tags | cut off | positions | seconds |",
+             f"|{'---|' * 11}"]
     width = max(len(name) for name, _ in rows)
     for name, row in rows:
         cells = [
             *_first_cells(name, width, row),
+            "" if row.get("z_size") is None else f"{row['z_size']:.3g}",  # not in tables of before it was there
             f"{row['tags']:.2f}",
             f"{row['truncated']:.3f}",
             f"{row['forward_positions']:.1f}",

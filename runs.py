@@ -20,6 +20,7 @@ import fcntl
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 import resource
@@ -618,15 +619,19 @@ def keeper(args, state, model, masters, optimizer, is_saved):
         return f"step {kept} of {args.steps} is saved; go on with: python train_rl.py --resume {args.out}"
 
     keep()
-    for name in ("stage-2", "first-rows"):
+    for name in ("imitation", "stage-2", "first-rows"):
         shutil.rmtree(os.path.join(args.out, name), ignore_errors=True)
     return keep
 
 
-def open_log(out, lines):
-    """metrics.jsonl, to be written on; resumed: its lines up to the state, none lost, doubled or half
+def if_finite(number):
+    """For JSON, which has no nan and no inf: None in their place."""
+    return number if number is None or math.isfinite(number) else None
+
+
+def open_log(path, lines):
+    """A file of metrics, to be written on; resumed: its lines up to the state, none lost, doubled or half
     written."""
-    path = os.path.join(out, "metrics.jsonl")
     log = open(path + ".tmp", "w")
     log.writelines(lines)
     log.flush()
@@ -854,7 +859,7 @@ def check_what_is_there(args, saved=None):
         what = f"{made.get('script', 'another script')} on {made.get('task', 'some task')}"
         raise UserError(f"{args.out} holds a finished run of {what}: choose another --out, or replace it "
                         "with --overwrite")
-    if saved_states(os.path.join(args.out, "stage-2")):
+    if any(saved_states(os.path.join(args.out, name)) for name in ("imitation", "stage-2")):
         raise UserError(f"{args.out} holds a run that was stopped in stage 2 or soon after it: go on with "
                         f"--resume {args.out}, choose another --out, or replace it with --overwrite")
 
@@ -879,7 +884,7 @@ def delete_earlier_run(out):
         return
     states = [f"state-{step}" for step in saved_states(out)]
     for name in [*states, "metrics.jsonl", "results.json", "bad-rollouts.json", "seconds.json", "model",
-                 "stage-2", "first-rows", "config.json"]:
+                 "imitation", "stage-2", "imitation.jsonl", "stage-2.jsonl", "first-rows", "config.json"]:
         path = os.path.join(out, name)
         if os.path.isdir(path):
             shutil.rmtree(path, ignore_errors=True)

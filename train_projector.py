@@ -22,6 +22,7 @@ more than 4,096 tokens (--max-length).
     python train_projector.py --resume out/tiny-projector   # continue a stopped run: on a CPU bit for bit
 """
 import contextlib
+import dataclasses
 import itertools
 import json
 import math
@@ -41,8 +42,8 @@ import report
 import runs
 import targets
 from eval import PAPER, evaluate
-from litereason import (CAP, CLOSE, LATENT, OPEN, Rollout, UserError, generate, insert_latents, load,
-                        parse_tags, projector_loss)
+from litereason import (CAP, CLOSE, LATENT, OPEN, Rollout, UserError, embedding_size, generate, insert_latents,
+                        load, logprobs, parse_tags, projector_loss, start_projector, PROJECTORS)
 
 # Share of the sentences that become tags; versions per trace and ratio (paper Sec. 3.3)
 RATIOS, VERSIONS = (0.10, 0.25), 5
@@ -50,10 +51,12 @@ VERSIONS_TOGETHER = 4  # of one trace in a batch of stage 2, with --targets word
 AT_ONCE = 160  # traces that stage 1 samples before it writes those down that it keeps
 
 # The released settings, and what a model of under 50 M parameters trained from scratch needs.
-RELEASED = {"prompts": None, "k": 5, "lr": 1e-4, "batch": 16, "steps": None,
+RELEASED = {"prompts": None, "k": 5, "lr": 1e-4, "batch": 16, "steps": None, "imitate": 0,
             "targets": "none", "words": 2, "noise": 0.2, "train_base": 0.0}
-SMALL = {"prompts": 1500, "k": 1, "lr": 4e-3, "batch": 32, "steps": 400,
+SMALL = {"prompts": 1500, "k": 1, "lr": 4e-3, "batch": 32, "steps": 400, "imitate": 0,
          "targets": "words", "words": 2, "noise": 0.2, "train_base": 0.0}
+IMITATION_LR = 5e-5  # peak; ours
+LARGE = 100  # sizes of an embedding: a latent of more drowns the words around it
 
 
 # ============================================================ stage 1: the model's own traces
@@ -269,11 +272,13 @@ def fit_projector(model, traces, lr, batch, steps=None, schedule=True, clip=0.2,
     Used by stage 2 (cosine to 10 %, warm-up 10 %) and by the refresh of stage 3 (constant rate, as released).
     budget: positions per forward pass (None: what fits). states: a directory; the fit continues from the
     newest state in it, and leaves one there every so many steps and when it is stopped, with `carried`
-    (JSON) in it.
+    (JSON) in it, and beside it a line per step in DIRECTORY.jsonl.
     Ours (targets.py): with aim "words" a trace's latents are targets, fed with noise; with base_lr > 0 the
-    base learns too, from the second fifth of the steps on, when the projector is no longer a stranger."""
-    budget = budget or positions_at_once(model, traces, base_lr > 0)
-    parameters = list(model.reasoning_projector.parameters())
+    base learns too, from the second fifth of the steps on, when the projector is no longer a stranger. With
+    aim "imitation" the base learns alone, at lr, to write the traces, their tags as text."""
+    imitates = aim == "imitation"
+    budget = budget or positions_at_once(model, traces, imitates or base_lr > 0)
+    parameters = list(engine.base_parameters(model) if imitates else model.reasoning_projector.parameters())
     groups = [{"params": parameters, "lr": lr, "peak": lr}]
     if base_lr:
         base = engine.base_parameters(model)
@@ -282,27 +287,30 @@ def fit_projector(model, traces, lr, batch, steps=None, schedule=True, clip=0.2,
     optimizer = torch.optim.AdamW(groups, betas=tuple(betas), weight_decay=0.0)
     if steps is None:
         steps = max(1, len(traces) // batch)
-    # One per step so far; the step of the newest state.
-    losses, kept = _resume_fit(states, parameters, optimizer)
+    # One line per step so far; the step of the newest state.
+    lines, kept = _resume_fit(states, parameters, optimizer)
 
     def keep():
         nonlocal kept
-        if kept != len(losses):
+        if kept != len(lines):
             tensors = runs.optimizer_tensors(parameters, optimizer)
-            runs.write_state(states, len(losses), tensors, {"losses": losses, "carried": carried})
-        kept = len(losses)
-        return f"step {kept} of {steps} of stage 2 is saved; go on with --resume {os.path.dirname(states)}"
+            runs.write_state(states, len(lines), tensors, {"lines": lines, "carried": carried})
+        kept = len(lines)
+        return f"step {kept} of {steps} of {progress} is saved; go on with --resume {os.path.dirname(states)}"
 
     uninterrupted = contextlib.nullcontext
+    log = None
     if states:
         keep()  # before the first step: `carried` holds an evaluation that should not be run again
         uninterrupted = runs.on_stop(keep)
+        log = runs.open_log(f"{states}.jsonl", lines)
     # Here, so that frozen weights are cast once for all steps; autocast would keep the first cast of weights
     # that learn, too.
-    frozen = contextlib.nullcontext() if base_lr else _base_frozen(model)
-    autocast = contextlib.nullcontext() if base_lr else engine.autocast(model)
-    with frozen, autocast:
-        done = len(losses)
+    base_learns = base_lr > 0 or imitates
+    frozen = contextlib.nullcontext() if base_learns else _base_frozen(model)
+    autocast = contextlib.nullcontext() if base_learns else engine.autocast(model)
+    with frozen, autocast, _sizes_made(model) as sizes:
+        done = len(lines)
         together = VERSIONS_TOGETHER if aim == "words" else 1
         batches = itertools.islice(_batches(traces, batch, seed, together), done, steps)
         bar = tqdm(batches, desc=progress, initial=done, total=steps, leave=False, disable=progress is None)
@@ -315,14 +323,20 @@ def fit_projector(model, traces, lr, batch, steps=None, schedule=True, clip=0.2,
 
             # (2) The loss, in micro-batches. Its denominator is known before the first of them: text tokens
             #     after the first tag, over the whole batch.
-            n_tokens = sum(_scored_tokens(r.slots) for r in rows)
+            if imitates:  # every token is learned, and no latent is run
+                rows = [without_latents(r) for r in rows]
+                n_tokens = sum(r.n_tokens for r in rows)
+            else:
+                n_tokens = sum(_scored_tokens(r.slots) for r in rows)
             n_latents = sum(r.n_latents for r in rows)
             if aim == "words":
                 fed = targets.with_noise(rows, noise, torch.Generator().manual_seed(seed * 1_000_003 + step))
             total = 0.0
-            for part in engine.pack(rows, budget, unrolled=True):
+            for part in engine.pack(rows, budget, unrolled=not imitates):
                 some = [rows[i] for i in part]
-                if aim == "words":
+                if imitates:
+                    loss = -logprobs(model, some)[0].sum() / n_tokens
+                elif aim == "words":
                     loss = targets.target_loss(model, some, [fed[i] for i in part], n_tokens, n_latents,
                                                base_lr > 0)
                 else:
@@ -332,26 +346,65 @@ def fit_projector(model, traces, lr, batch, steps=None, schedule=True, clip=0.2,
 
             # (3) One optimiser step; one bad batch must not cost the projector.
             with uninterrupted():
-                if torch.nn.utils.clip_grad_norm_(parameters, clip).isfinite():
+                norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
+                if norm.isfinite():
                     optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-                losses.append(total)
-                if states and (len(losses) % every == 0 or len(losses) == steps):
+                m = {"step": step + 1, "loss": total, "grad_norm": float(norm), "z_size": _median(sizes)}
+                lines.append(json.dumps({name: runs.if_finite(value) for name, value in m.items()}) + "\n")
+                sizes.clear()
+                if log:
+                    log.write(lines[-1])
+                    log.flush()
+                if states and (len(lines) % every == 0 or len(lines) == steps):
                     keep()
-    model.projector_trained = True
-    return sum(losses[-20:]) / max(1, len(losses[-20:]))
+    if log:
+        log.close()
+    steps_made = [json.loads(line) for line in lines]
+    skipped = sum(m["grad_norm"] is None for m in steps_made)
+    if skipped:
+        print(f"warning: {skipped} of {steps} steps of {progress or 'the refresh'} were skipped: a loss or "
+              f"gradient was not finite", flush=True)
+    model.projector_trained = model.projector_trained or not imitates
+    losses = [m["loss"] for m in steps_made[-20:] if m["loss"] is not None]
+    return sum(losses) / len(losses) if losses else math.nan
+
+
+@contextlib.contextmanager
+def _sizes_made(model):
+    """Inside, the list that it gives fills with the sizes of all latents that the projector makes, in sizes of an
+    embedding."""
+    sizes, one = [], embedding_size(model)
+    # Whatever module the projector is, and whatever loss it is trained with.
+    hook = model.reasoning_projector.register_forward_hook(
+        lambda module, fed, made: sizes.append(made[0].detach().float().norm(dim=-1).flatten() / one))
+    try:
+        yield sizes
+    finally:
+        hook.remove()
+
+
+def _median(sizes):
+    """Of a list of tensors; None of nothing."""
+    return float(torch.cat(sizes).median()) if sizes else None
+
+
+def without_latents(rollout):
+    """The same text, its tags as text."""
+    slots = [slot for slot in rollout.slots if slot != LATENT]
+    return dataclasses.replace(rollout, slots=slots, latents=rollout.latents[:0])
 
 
 def _resume_fit(states, parameters, optimizer):
-    """-> (the losses so far, one per step, the step of the newest state), from which weights and moments come
+    """-> (the lines of the steps so far, the step of the newest state), from which weights and moments come
     back; ([], None) without one."""
     found = runs.read_state(states) if states else None
     if found is None:
         return [], None
     step, tensors, rest = found
     runs.restore_optimizer(parameters, optimizer, tensors)
-    print(f"stage 2: resumed from {states}/state-{step}", flush=True)
-    return rest["losses"], step
+    print(f"resumed from {states}/state-{step}", flush=True)
+    return rest["lines"], step
 
 
 @contextlib.contextmanager
@@ -467,6 +520,12 @@ def stages_1_and_2(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, e
                               max_new_tokens=max_new_tokens, **PAPER)
         return figures
 
+    if cfg["imitate"]:  # ours: a real base seldom writes the tag that it is offered, and then RL has none to keep
+        loss = fit_projector(model, train, IMITATION_LR, cfg["batch"], cfg["imitate"], seed=seed, clip=1.0,
+                             progress="the imitation", states=os.path.join(out, "imitation"), every=every,
+                             aim="imitation")
+        print(f"imitation: the base has learned {cfg['imitate']} steps on masked traces, loss {loss:.4f} in the "
+              f"end", flush=True)
     states = os.path.join(out, "stage-2")
     found = runs.read_state(states)
     if found:
@@ -474,8 +533,10 @@ def stages_1_and_2(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, e
     else:
         losses = {
             "no latents": mean_loss(model, held, "none"),
-            "zeros": mean_loss(model, held, "zeros"),
-            "start": mean_loss(model, held, "projector")}
+            "zeros": mean_loss(model, held, "zeros")}
+        with _sizes_made(model) as sizes:
+            losses["start"] = mean_loss(model, held, "projector")
+        say_size_of_start(torch.cat(sizes), are_fed=aim == "none")
         before = evaluate_now()
     fit_projector(model, train, cfg["lr"], cfg["batch"], cfg["steps"], seed=seed, progress="stage 2",
                   states=states, every=every, carried=[dict(losses), before], aim=aim, noise=cfg["noise"],
@@ -491,6 +552,19 @@ def stages_1_and_2(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, e
     return {"kept": len(traces), "sampled": sampled, "losses": losses, "before": before, "after": after}
 
 
+def say_size_of_start(sizes, are_fed=True):
+    """One line on the latents (n,) that the projector makes before it is trained, in sizes of an embedding; a
+    warning if they drown the words. are_fed: with targets the targets are fed instead, and pull them back."""
+    lost = int((~sizes.isfinite()).sum())
+    size = f"a latent is {float(sizes.median()):.3g} times as long as an embedding"
+    if are_fed and (lost or sizes.max() > LARGE):
+        print(f"warning: stage 2 begins where {size}, the longest {float(sizes.nan_to_num(math.inf).max()):.3g} "
+              f"times, {lost} of {len(sizes)} not finite: the words around it are not read. Take --projector "
+              f"normed, whose outputs are as long as an embedding", flush=True)
+    else:
+        print(f"stage 2: {size} at the start", flush=True)
+
+
 def _setting(name, value):
     """As text, with the released value where it is another; None is all prompts, or all traces once."""
     shown, released = ("all" if v is None else report.as_text(v) for v in (value, RELEASED[name]))
@@ -499,6 +573,29 @@ def _setting(name, value):
 
 def by_size(name):
     return runs.default_text(SMALL[name], RELEASED[name])
+
+
+def add_start_flags(group):
+    """What stage 2 starts from, the same for both training scripts."""
+    group.add_argument("--projector", default="warm", choices=["warm", "random", *PROJECTORS],
+                       help="what stage 2 starts from: warm, the default of the model's size, mlp for a small one, "
+                            "else normed; mlp, copies of the last block's MLP, the paper's; normed, the same with "
+                            "a norm behind each; random weights or pause, one learned vector (controls) (default "
+                            "warm)")
+    group.add_argument("--imitate", type=int, metavar="STEPS",
+                       help="before stage 2 the base learns so many steps to write the masked traces, so that it "
+                            "writes tags at all (ours; default 0)")
+
+
+def set_start(args, model):
+    """--projector, where the model has no trained one; else UserError if it is named."""
+    if args.projector == "warm":
+        return
+    if model.projector_trained:
+        raise UserError(f"--projector {args.projector} is for stage 2, but {args.model} has a trained projector: "
+                        "leave the flag out, or start from a model that has none")
+    torch.manual_seed(args.seed)
+    start_projector(model, args.projector)
 
 
 def parse_arguments():
@@ -526,6 +623,7 @@ def parse_arguments():
     g.add_argument("--batch", type=int, metavar="N", default=None,
                    help=f"traces per optimiser step ({by_size('batch')})")
     g.add_argument("--lr", type=float, default=None, help=f"peak learning rate of AdamW ({by_size('lr')})")
+    add_start_flags(g)
     targets.add_flags(g)
     g = ap.add_argument_group("run")
     g.add_argument("--n", type=int, default=200, help="val stories for the accuracy before and after "
@@ -557,6 +655,7 @@ def main():
     model, tokenizer = load(args.model, args.device)
     runs.use_graphs(model, args.graphs)
     runs.set_tag_rule(model, args.tag_rule)
+    set_start(args, model)
     data.start_task(args, task, args.model)
     args.max_new_tokens = args.max_new_tokens or runs.slots_per_answer(model)
     if not runs.is_small(model):
@@ -566,8 +665,8 @@ def main():
     runs.write_settings(args, "train_projector.py")
     result = stages_1_and_2(model, tokenizer, task, args.out, args.max_new_tokens, args.seed, args.n,
                             args.save_every, prompts=args.prompts, k=args.samples, lr=args.lr,
-                            batch=args.batch, steps=args.steps, targets=args.targets, words=args.words,
-                            noise=args.noise, train_base=args.train_base,
+                            batch=args.batch, steps=args.steps, imitate=args.imitate, targets=args.targets,
+                            words=args.words, noise=args.noise, train_base=args.train_base,
                             betas=args.betas, max_length=args.max_length, keep_cut=args.keep_cut)
     runs.save(model, tokenizer, os.path.join(args.out, "model"))
     runs.write_json(os.path.join(args.out, "results.json"), result)

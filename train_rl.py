@@ -44,10 +44,10 @@ import report
 import runs
 import targets
 from eval import PAPER, against, evaluate, latent_of, latents_of_others
-from litereason import (PROJECTORS, RULES, Rollout, UserError, generate, load, logprobs, policy_loss,
-                        recompute_latents, start_projector)
-from train_projector import (RATIOS, fit_projector, masked_trace, pieces_of, read_traces, short_enough,
-                             stages_1_and_2, warm_up_and_cosine)
+from litereason import (RULES, Rollout, UserError, generate, load, logprobs, policy_loss, recompute_latents,
+                        z_size)
+from train_projector import (RATIOS, add_start_flags, fit_projector, masked_trace, pieces_of, read_traces,
+                             set_start, short_enough, stages_1_and_2, warm_up_and_cosine)
 
 # ============================================================ settings that depend on the model's size
 # RELEASED is the authors' script: 2880 steps are 30 passes over 290 stories, 6 rollout batches each, 16 steps
@@ -88,7 +88,7 @@ def train(args, model, base, masters, tokenizer, task, examples, prompts, vals, 
         args.tokens_per_forward = state.carried["tokens_per_forward"]
         print(f"resumed from {args.out}/state-{state.step}", flush=True)
     keep = runs.keeper(args, state, model, masters, optimizer, is_saved=saved is not None)
-    log = runs.open_log(args.out, state.carried["metrics"])
+    log = runs.open_log(os.path.join(args.out, "metrics.jsonl"), state.carried["metrics"])
     # Before step (6) a signal discards the step; after it, the step is finished first.
     uninterrupted = runs.on_stop(keep)
     refreshes = args.method == "litereason" and not args.no_refresh
@@ -160,7 +160,8 @@ def train(args, model, base, masters, tokenizer, task, examples, prompts, vals, 
                 phases.end("validate")
 
             state.count_skipped(step_is_finite)
-            m = metrics(state, step, epoch, groups, gap, norm, anchor_loss, refresh_loss, val, phases)
+            size = z_size(model, torch.cat([r.latents for r in state.rollouts]))
+            m = metrics(state, step, epoch, groups, gap, norm, size, anchor_loss, refresh_loss, val, phases)
             tell(args, tokenizer, log, state, m, val, is_new_batch=minibatch == 0)
             report.set_aside_if_skipped(args, step, state, chosen, step_is_finite)
             state.step = step + 1
@@ -375,7 +376,7 @@ def validate(args, model, tokenizer, task, vals):
     return figures
 
 
-def metrics(state, step, epoch, groups, gap, norm, anchor_loss, refresh_loss, val, phases):
+def metrics(state, step, epoch, groups, gap, norm, size, anchor_loss, refresh_loss, val, phases):
     """One line of metrics.jsonl. The loss is not among them: under grpo, at ratio 1, it is 0 by
     construction."""
 
@@ -396,7 +397,8 @@ def metrics(state, step, epoch, groups, gap, norm, anchor_loss, refresh_loss, va
         "zero_variance": float((highest == lowest).float().mean()),
         "truncated": mean(lambda r: not r.finished),  # share of rollouts cut by the length limit
         "max_dlogp": gap[0],  # how far sampler and scorer differ at most; on a first update it is rounding
-        "grad_norm": norm if math.isfinite(norm) else None,  # before clipping
+        "z_size": runs.if_finite(size),  # median norm of a latent, in sizes of an embedding
+        "grad_norm": runs.if_finite(norm),  # before clipping
         "skipped": state.carried["skipped"],  # steps so far that were not finite
         "anchor_loss": anchor_loss,
         "refresh_loss": refresh_loss,
@@ -482,11 +484,7 @@ def parse_arguments():
 
 
 def add_projector_flags(g):
-    others = [name for name in PROJECTORS if name != "mlp"]
-    g.add_argument("--projector", default="warm", choices=["warm", "random", *others],
-                   help="what stage 2 starts from: copies of the last MLP (warm, the paper's), random "
-                   "weights (a control), or another latent step, such as pause, one learned vector (a "
-                   "control) (default warm)")
+    add_start_flags(g)
     g.add_argument("--anchor", type=float, metavar="X",
                    help="with --targets words: weight of stage 2's squared error in the update of the base, "
                    f"on {targets.ANCHORED} traces of stage 1 a step, so that RL does not move the base away "
@@ -583,21 +581,21 @@ def main():
         args.anchor = 0.0
     if args.overlong_penalty is None:
         args.overlong_penalty = getattr(task, "PENALTY", 1.0)
-    if source == args.model and args.projector != "warm":
-        torch.manual_seed(args.seed)
-        start_projector(model, args.projector)
+    if source == args.model:
+        set_start(args, model)
 
     # Stop now if something cannot work, not in the middle of an epoch.
     prompts = encode_prompts(args, model, tokenizer, task, examples + vals)
     runs.check_lengths(model, prompts, args.max_new_tokens)
     report.check_answers(task, examples[:8])
     report.warn_of_unknown_words(tokenizer, prompts)
-    if args.train_base and args.offload is None:
-        args.offload = False  # stage 2 takes fp32 weights on the card
+    base_learns_in_stage_2 = args.train_base or args.imitate
+    if base_learns_in_stage_2 and args.offload is None:
+        args.offload = False  # it takes fp32 weights on the card
     fit_to_memory(args, model, task, prompts)
     base = engine.base_parameters(model)
-    if args.offload and args.train_base:
-        raise UserError("--train-base takes fp32 weights on the card: leave --offload out, or run "
+    if args.offload and base_learns_in_stage_2:
+        raise UserError("--train-base and --imitate take fp32 weights on the card: leave --offload out, or run "
                         "train_projector.py first")
     masters = engine.offload(model, base) if args.offload else base
     if not args.resume:
@@ -637,8 +635,9 @@ def main():
             if not model.projector_trained:
                 stages_1_and_2(model, tokenizer, task, args.out, args.max_new_tokens, args.seed,
                                n=min(200, args.n or 200), every=args.save_every, steps=args.projector_steps,
-                               prompts=args.trace_prompts, targets=args.targets, words=args.words,
-                               noise=args.noise, train_base=0.0 if args.offload else args.train_base)
+                               prompts=args.trace_prompts, imitate=args.imitate, targets=args.targets,
+                               words=args.words, noise=args.noise,
+                               train_base=0.0 if args.offload else args.train_base)
                 runs.save(model, tokenizer, os.path.join(args.out, "model"))
             add_row("LiteReason before RL", True, "projector")
 
@@ -702,7 +701,7 @@ def check_flags_of_latents(args, model, source):
                         "and --targets words")
     if args.train_base and args.targets == "none":
         raise UserError("--train-base goes with --targets words: the paper's stage 2 leaves the base frozen")
-    of_stage_2 = {"--projector": args.projector != "warm" and args.projector, "--train-base": args.train_base}
+    of_stage_2 = {"--imitate": args.imitate, "--train-base": args.train_base}
     for flag, value in of_stage_2.items():
         if value and source == args.model and model.projector_trained:
             raise UserError(f"{flag} {value} is for stage 2, but {args.model} has a trained projector: leave "

@@ -19,6 +19,8 @@ PAIRS = [
     ("LiteReason", "RL without latents"),
     ("LiteReason", "RL with tags, no latents"),
     ("LiteReason", "LiteReason, its latents taken away"),
+    ("LiteReason", "LiteReason, another story's latents"),
+    ("LiteReason", "RL with tags, no latents, after stage 2"),
     ("LiteReason + length penalty", "RL + length penalty"),
     ("LiteReason + length penalty", "RL with tags + length penalty"),
     ("LiteReason + length penalty", "the paper's recipe + length penalty"),
@@ -106,6 +108,16 @@ def interval(array):
         return [low, high]
     lowest, highest = wilson(float(array.mean()), array.shape[1])
     return [min(low, lowest), max(high, highest)]
+
+
+def interval_by_book(scores, books, resamples=10000):
+    """95 % interval of the mean of scores (N,) that counts books: whole books are drawn again. Of a handful of
+    books it is too narrow."""
+    names = sorted(set(books))
+    own = [np.asarray([score for score, book in zip(scores, books) if book == name]) for name in names]
+    sums, counts = (np.array([f(x) for x in own], dtype=np.float64) for f in (np.sum, len))
+    drawn = np.random.default_rng(0).integers(0, len(names), (resamples, len(names)))
+    return middle(sums[drawn].sum(1) / counts[drawn].sum(1))
 
 
 def interval_of_gain(ours, theirs, ours_drawn, theirs_drawn):

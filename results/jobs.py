@@ -153,5 +153,5 @@ def add_seconds(job, began):
 def tidy(job):
     """Deletes the states of a job that is done, if it says so."""
     if job.states_go and is_done(job.out):
-        for name in [*(f"state-{step}" for step in runs.saved_states(job.out)), "stage-2"]:
+        for name in [*(f"state-{step}" for step in runs.saved_states(job.out)), "imitation", "stage-2"]:
             shutil.rmtree(os.path.join(job.out, name), ignore_errors=True)

@@ -1,6 +1,6 @@
-"""What the tiny world's tables need of each run, kept in results/runs-TASK.jsonl, a line each: its rows with
-the score and the tokens of every story, and what its training took. So tables can be made again, and rows
-added to them, on a machine that does not have the runs in out/.
+"""What the tables need of each run, kept in results/runs-TASK.jsonl (of a real model runs-MODEL.TASK.jsonl), a
+line each: its rows with the score and the tokens of every story, and what its training took. So tables can be
+made again, and rows added to them, on a machine that does not have the runs in out/.
 
 A run that is in out/ counts before one that is kept, and one that other commands made does not count. Code is
 not compared: after a change of what a run computes, delete the file.
@@ -13,21 +13,21 @@ import runs
 from results import jobs, paper
 
 
-def gather(path, todo, root, tokens_sampled):
+def gather(path, todo, places, tokens_sampled):
     """{directory: record} of the jobs in `todo` that are done here or whose record is in the file at `path`;
-    the file then has all of these, beside its records of other jobs. todo: has passed jobs.check; root:
-    directories are named from there."""
+    the file then has all of these, beside its records of other jobs. todo: has passed jobs.check; places:
+    directories of this machine, which names and commands leave out."""
     kept = read(path)
     commands = {}  # directory -> the commands that make what is in it, from the first
     found = {}
     for job in todo:
         before = [command for need in job.needs for command in commands[need]]
-        own = " ".join(job.words).replace(root + os.sep, "")
+        own = without(places, " ".join(job.words))
         commands[job.out] = [*dict.fromkeys(before), own]
-        name = os.path.relpath(job.out, root)
+        name = without(places, job.out)
         record = kept.pop(name, None)
         if jobs.is_done(job.out):
-            record = {"run": name, "commands": commands[job.out], **record_of(job.out, root, tokens_sampled)}
+            record = {"run": name, "commands": commands[job.out], **record_of(job.out, places, tokens_sampled)}
         if record is not None and record["commands"] == commands[job.out]:
             found[job.out] = record
     lines = [*found.values(), *kept.values()]
@@ -45,7 +45,13 @@ def read(path):
     return {record["run"]: record for record in records}
 
 
-def record_of(out, root, tokens_sampled):
+def without(places, text):
+    for place in places:
+        text = text.replace(place + os.sep, "")
+    return text
+
+
+def record_of(out, places, tokens_sampled):
     """Of the run in directory `out`. tokens_sampled: its RL's, a function of the directory."""
     rows = []
     for row in paper.results_in(out):
@@ -54,7 +60,7 @@ def record_of(out, root, tokens_sampled):
             row["per_example"] = {what: list(map(whole, values)) for what, values in by_story.items()}
         for key in ("name", "model"):
             if key in row:
-                row[key] = row[key].replace(root + os.sep, "")
+                row[key] = without(places, row[key])
         rows.append(row)
     return {
         "made": time.strftime("%Y-%m-%d", time.gmtime(os.path.getmtime(out))),
@@ -64,5 +70,5 @@ def record_of(out, root, tokens_sampled):
 
 
 def whole(number):
-    """An int if it is one: it takes less room in the file."""
-    return int(number) if number == int(number) else number
+    """A float as an int if it is one: it takes less room in the file."""
+    return int(number) if isinstance(number, float) and number == int(number) else number

@@ -42,11 +42,17 @@ TRAINED = [
     ("LiteReason", "litereason", "train_rl.py --model {projector} --targets none --overlong-buffer 0"),
     ("RL without latents", "rl", "train_rl.py --model {model} --method grpo --overlong-buffer 0"),
     ("RL with tags, no latents", "tag", "train_rl.py --model {model} --method tag --overlong-buffer 0"),
+    ("RL with tags, no latents, after stage 2", "tag-after",
+     "train_rl.py --model {projector} --method tag --overlong-buffer 0"),
     ("RL + length penalty", "rl-lp", "train_rl.py --model {model} --method grpo --overlong-buffer {limit}"),
     ("LiteReason + length penalty", "litereason-lp",
      "train_rl.py --model {projector} --targets none --overlong-buffer {limit}"),
 ]
+# What else is fed to LiteReason's policy in the place of its latents: (name in the table, directory, --latent).
+REPLACED = [("LiteReason, its latents taken away", "litereason-text", "none"),
+            ("LiteReason, another story's latents", "litereason-other", "other")]
 METHODS = [method for _, method, _ in TRAINED]
+CHOICES = [*METHODS, "controls"]
 ALONE = 8  # answers that are timed alone
 NO_PENALTY = ("no length penalty is run on {task}: its reward is no right or wrong that a penalty between 0 "
               "and 1 could be weighed against, and the paper has one for plot holes only")
@@ -109,7 +115,10 @@ def jobs_of(args, task, seed):
         add(method, command, [*args.rl_flags, "--n", "0"], needs)
         out = directory(args, task, method, seed)
         add_evaluation(f"{method}-eval", out, [out])
-        if method == "litereason":
+        for _, replaced, latent in REPLACED if method == "litereason" else []:
+            add_evaluation(replaced, out, [out], alone=False)
+            jobs[-1].words.extend(["--latent", latent])
+        if method == "litereason" and "controls" in args.methods:
             add_evaluation("controls", out, [out], alone=False)
             jobs[-1].words.insert(1, "--controls")
     return jobs
@@ -453,31 +462,32 @@ disk: the states of a finished run are {states}; {free / GB:.1f} GB are free for
 
 
 # ============================================================ what came of them
-def rows_of(args, task, tokens_sampled):
-    """{name in the table: {seed: row}}; a row is evaluate's result, with what its training took."""
+# The rows of the table, in its order.
+ROWS = ["base, explicit reasoning", "base, tag prompt", "LiteReason before RL", "LiteReason",
+        *(name for name, _, _ in REPLACED), *(name for name, method, _ in TRAINED if method != "litereason")]
+
+
+def rows_of(args, task, records):
+    """{name in the table: {seed: row}}; a row is evaluate's result, with what its training took. records: of the
+    jobs, as kept.gather makes them."""
     found = {}
     for seed in args.seeds:
-        def folder(method, seed=seed):
-            return directory(args, task, method, seed)
+        def rows_in(method, seed=seed):
+            return records.get(directory(args, task, method, seed), {"rows": []})["rows"]
 
         def add(name, rows, training=(), seed=seed):
             for row in rows:
-                cost = {"sampled": None, "run_seconds": None, "command": ""}
-                if training:
-                    cost = cost_of(training, tokens_sampled)
-                found.setdefault(name, {})[seed] = {**row, **cost}
+                found.setdefault(name, {})[seed] = {**row, **cost_of(args, task, seed, records, training)}
 
-        base = results_in(folder("base"))
-        add("base, explicit reasoning", [row for row in base if row["prompt"] == "plain"])
-        add("base, tag prompt", [row for row in base if row["prompt"] == "tag"])
-        add("LiteReason before RL", results_in(folder("projector-eval")), [folder("projector")])
+        add(ROWS[0], [row for row in rows_in("base") if row["prompt"] == "plain"])
+        add(ROWS[1], [row for row in rows_in("base") if row["prompt"] == "tag"])
+        add("LiteReason before RL", rows_in("projector-eval"), ["projector"])
         for name, method, command in TRAINED:
-            training = [folder("projector"), folder(method)] if "{projector}" in command else [folder(method)]
-            add(name, results_in(folder(f"{method}-eval")), training)
-        controls = results_in(folder("controls"))
-        add("LiteReason, its latents taken away",
-            [row for row in controls if row["control"] == "latents: none"])
-    return found
+            training = ["projector", method] if "{projector}" in command else [method]
+            add(name, rows_in(f"{method}-eval"), training)
+        for name, method, _ in REPLACED:
+            add(name, rows_in(method))
+    return {name: found[name] for name in ROWS if name in found}
 
 
 def results_in(folder):
@@ -486,13 +496,14 @@ def results_in(folder):
     return rows if isinstance(rows, list) else [rows]
 
 
-def cost_of(training, tokens_sampled):
-    """What one row's training took. training: the directories of its runs, the last of which it is."""
-    seconds = [read_json(os.path.join(folder, "seconds.json")) for folder in training]
+def cost_of(args, task, seed, records, training):
+    """What one row's training took. training: the methods whose runs it needed, the last of which is its own."""
+    own = [records.get(directory(args, task, method, seed), {}) for method in training]
+    seconds = [record.get("run_seconds") for record in own]
     return {
-        "sampled": tokens_sampled(training[-1]),
-        "run_seconds": None if None in seconds else sum(seconds),
-        "command": shown_command(read_json(os.path.join(training[-1], "command.json"), []))}
+        "sampled": own[-1].get("sampled") if own else None,
+        "run_seconds": None if None in seconds or not own else sum(seconds),
+        "command": shown_command(own[-1].get("commands", [""])[-1].split()) if own else ""}
 
 
 def shown_command(words):

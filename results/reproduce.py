@@ -179,7 +179,7 @@ def tokens_sampled(out):
 def records_of(task, seeds):
     """{directory: record} of the runs that the tables have: of each a record, as kept.py makes it."""
     path = os.path.join(HERE, f"runs-{task}.jsonl")
-    return kept.gather(path, all_jobs([task], seeds), ROOT, tokens_sampled)
+    return kept.gather(path, all_jobs([task], seeds), [ROOT], tokens_sampled)
 
 
 def rows_in(records, task, method, seed):
@@ -243,9 +243,17 @@ def mean_of(rows):
         return None if None in values else sum(values) / len(values)
 
     accuracies = [rows[seed]["accuracy"] for seed in seeds]
-    means = ("accuracy", "tokens", "text_tokens", "latent_steps", "tags", "truncated", "forward_positions",
-             "flops", "seconds_each", "seconds_alone", "sampled", "run_seconds", "n_examples", "samples")
+    means = ("accuracy", "tokens", "text_tokens", "latent_steps", "z_size", "tags", "truncated",
+             "forward_positions", "flops", "seconds_each", "seconds_alone", "sampled", "run_seconds",
+             "n_examples", "samples")
+    by_example = [rows[seed]["per_example"] for seed in seeds]
+    books = by_example[0].get("book")
+    by_book = {}
+    if books:
+        scores = [sum(of_seeds) / len(seeds) for of_seeds in zip(*(own["score"] for own in by_example))]
+        by_book = {"books_ci95": evidence.interval_by_book(scores, books), "books": len(set(books))}
     return {
+        **by_book,
         "seeds": seeds,
         "runs": len(seeds),
         "accuracy_ci95": evidence.interval(evidence.observed(rows, "score", seeds)),
@@ -373,11 +381,13 @@ def table_of(task, found):
         f"{task}, test split, {SAMPLED[first]}": None,
         score: column(first, "accuracy", in_cell, digits),
         "95 % interval": column(first, "accuracy_ci95", words_of_interval, digits),
+        "95 % interval by book": column(first, "books_ci95", words_of_interval, digits),
         "by seed": column(first, "by_seed", listed, digits),
         "tokens": column(first, "tokens", in_cell, 1),
         "95 % interval of tokens": column(first, "tokens_ci95", words_of_interval, 1),
         "text": column(first, "text_tokens", in_cell, 1),
         "latent": column(first, "latent_steps", in_cell, 1),
+        "z size": column(first, "z_size", in_cell, 2),
         f"{score}, train stories": column("train", "accuracy", in_cell, digits)}
     if first != "trained":
         columns |= {
@@ -535,18 +545,20 @@ def mark_of(name, kind):
 
 def write_tables_of_model(args):
     """The same of a real model's runs, into files of their own: JSON, Markdown, pictures."""
-    names = [name for name, _, _ in METHODS]
     for task in args.tasks:
-        rows = paper.rows_of(args, task, tokens_sampled)
-        rows = {own: {"paper": rows[own]} for own in sorted(rows, key=names.index)}
+        name = f"{paper.short_name(args.model)}.{task}"
+        places = [args.out, ROOT, os.path.dirname(args.model)]
+        records = kept.gather(os.path.join(args.tables_in, f"runs-{name}.jsonl"),
+                              [job for job in paper.all_jobs(args) if job.name.split()[0] == task], places,
+                              tokens_sampled)
+        rows = {own: {"paper": row} for own, row in paper.rows_of(args, task, records).items()}
         found = {own: summary(kinds) for own, kinds in rows.items()}
         if not found:
             continue
-        name = f"{paper.short_name(args.model)}.{task}"
         path = os.path.join(args.tables_in, f"methods-{name}.json")
         runs.write_json(path, found)
         folders = {seed: paper.directory(args, task, "controls", seed) for seed in args.seeds}
-        controls = {seed: paper.results_in(folder) for seed, folder in folders.items()}
+        controls = {seed: records[folder]["rows"] for seed, folder in folders.items() if folder in records}
         evidence_texts, _, _ = write_evidence(args.tables_in, name, task, rows, controls_of(controls))
         parts = [table_of(task, found), costs_of(task, found), paper.caption(args, task, found),
                  *evidence_texts.values()]
@@ -560,7 +572,7 @@ def write_tables_of_model(args):
 def draw(folders, where, name, task, table, only=()):
     """The two pictures of a task: the methods' scores over tokens (of all rows of the table, or `only` of
     some), and the training of the runs in {method: folder}. name: as in write_evidence."""
-    names = {method: title for title, method, _ in METHODS}
+    names = {method: title for title, method, _ in [*METHODS, *paper.TRAINED]}
     trained = {names[method]: path for method, path in folders.items()
                if os.path.exists(os.path.join(path, "metrics.jsonl"))}
     rows = report.collect([table])
@@ -603,7 +615,7 @@ def parse_arguments():
                    "then start)")
     g.add_argument("--out", metavar="DIR", help="runs and tables go there (default: runs into "
                    "out/results/MODEL, tables into results/)")
-    g.add_argument("--methods", nargs="+", default=paper.METHODS, choices=paper.METHODS,
+    g.add_argument("--methods", nargs="+", default=paper.CHOICES, choices=paper.CHOICES,
                    help="beside the base (default all)")
     g.add_argument("--n", type=int, help="test examples (default all)")
     g.add_argument("--samples", type=int, metavar="N", default=10,

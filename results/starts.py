@@ -1,0 +1,263 @@
+"""Which start of the projector holds on real weights? For each model and start: how large latents are along a
+chain of five, the loss after the first tag at the start and after a few steps of stage 2, with the row's own latents
+and with another row's, and the gradient's norms. Rows go to starts-real.json here, the table to the screen.
+
+    mlp             the paper's: three copies of the last block's MLP, one after the other
+    scaled          each copy's output scaled once, on one text, to the size of what it reads, the last one's to an
+                    embedding's: folded into down_proj, so that the released code runs it
+    scaled, 1/100   the same, the last output a hundredth of an embedding
+    normed          a norm behind each copy (litereason.NormedProjector)
+    model's norm    the last block's own norm before each copy, a norm behind the last
+    residual        h itself at the size of an embedding, with what each copy adds to it
+    linear          the matrix that best maps h to the next word's embedding (least squares on the text)
+    pause           one learned vector, whatever h is (a control: what a constant can do)
+
+Traces: a sentence of a tale as the prompt, three more of which one becomes a tag, and a fifth. They are not the
+model's own (stage 1 of a small model keeps too few), so this measures the start and not the method.
+
+    python results/starts.py --text TALES.jsonl --models DIR DIR DIR          # 2 hours on a core
+    python results/starts.py --text TALES.jsonl --models DIR --starts mlp normed --seeds 0 1 2
+    python results/starts.py                                                  # the table of what is kept
+"""
+import copy
+import dataclasses
+import json
+import os
+import random
+import sys
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(HERE))
+
+import torch
+
+import runs
+from litereason import (LATENT, NormedProjector, Rollout, UserError, embedding_size, insert_latents, load, logprobs,
+                        projector_loss, start_projector, unroll, z_size)
+from train_projector import mask_sentences, sentences_of, warm_up_and_cosine
+
+PATH = os.path.join(HERE, "starts-real.json")
+HELD, BATCH, PROMPT, LENGTH = 24, 4, 24, 72  # rows held out, rows a step, most tokens of prompt and of trace
+CHAIN = 5
+
+
+# ============================================================ the starts
+class ModelsNorm(NormedProjector):
+    """The last block's own norm before each copy, a norm behind the last one."""
+
+    def forward(self, h, memory=None):
+        z = h.to(self.size.dtype)
+        for mlp in self:
+            z = mlp(self.norm[0](z))
+        return (self.size * unit(z)).to(h.dtype), memory
+
+
+class Residual(ModelsNorm):
+    def forward(self, h, memory=None):
+        z = unit(h.to(self.size.dtype))
+        for mlp in self:
+            z = z + unit(mlp(self.norm[0](z))) / len(self)
+        return (self.size * unit(z)).to(h.dtype), memory
+
+
+class Linear(torch.nn.Module):
+    memory_size = 0
+
+    def __init__(self, matrix):
+        super().__init__()
+        self.matrix = torch.nn.Parameter(matrix)
+
+    def forward(self, h, memory=None):
+        return h @ self.matrix, memory
+
+
+def unit(z):
+    return z * (z.square().mean(-1, keepdim=True) + 1e-12).rsqrt()
+
+
+@torch.no_grad()
+def begin(model, name, h, x):
+    """Puts the start of that name into the model. h (n, D), x (n, D): states of a text and its embeddings."""
+    if name in ("mlp", "normed", "pause"):
+        return start_projector(model, name)
+    start_projector(model, "mlp")
+    copies = model.reasoning_projector
+    if name.startswith("scaled"):
+        z = h
+        sizes = [size_of(h), size_of(h), size_of(x) * (0.01 if "1/100" in name else 1.0)]
+        for mlp, size in zip(copies, sizes):
+            mlp.down_proj.weight.mul_(size / size_of(mlp(z)))
+            z = mlp(z)
+    elif name == "linear":
+        states, following = h[:-1], x[1:]
+        ridge = 0.01 * states.square().sum() * torch.eye(h.shape[1]) / h.shape[1]
+        model.reasoning_projector = Linear(torch.linalg.solve(states.T @ states + ridge, states.T @ following))
+    else:
+        kind = {"model's norm": ModelsNorm, "residual": Residual}[name]
+        model.reasoning_projector = kind(copies, embedding_size(model) / h.shape[1] ** 0.5)
+        block = model.model.layers[-1]
+        norm = getattr(block, "pre_feedforward_layernorm", block.post_attention_layernorm)  # Gemma 3, others
+        model.reasoning_projector.norm = [copy.deepcopy(norm)]  # in a list: it is not trained
+
+
+STARTS = ("mlp", "scaled", "scaled, 1/100", "normed", "model's norm", "residual", "linear", "pause")
+
+
+def size_of(vectors):
+    return vectors.norm(dim=-1).median()
+
+
+# ============================================================ the traces
+def traces_of(model, tokenizer, tales, seed):
+    """[Rollout], shuffled, each with a tag and at least eight tokens behind it."""
+    rng = random.Random(seed)
+    fives = []
+    for tale in tales:
+        for section in tale["sections"]:
+            sentences = sentences_of(" ".join(section.split()))
+            fives += [sentences[i : i + 5] for i in range(0, len(sentences) - 4, 5)]
+    rng.shuffle(fives)
+    rows = []
+    for first, *middle, last in fives[:1000]:
+        masked = mask_sentences(rng, tokenizer, " ".join(middle), 0.34)
+        slots = insert_latents(model, tokenizer, runs.encode_text(tokenizer, masked + " " + last)[:LENGTH])
+        if LATENT in slots and slots[::-1].index(LATENT) >= 8:
+            prompt = tokenizer.encode(first)[-PROMPT:]
+            rows.append(Rollout(prompt, slots, torch.zeros(0, model.config.hidden_size)))
+    return rows
+
+
+# ============================================================ what is measured
+@torch.no_grad()
+def loss_of(model, rows, latent="projector"):
+    parts = [projector_loss(model, rows[i : i + 8], latent) for i in range(0, len(rows), 8)]
+    return float(sum(loss for loss, _ in parts)) / sum(n for _, n in parts)
+
+
+@torch.no_grad()
+def with_own_and_other(model, rows):
+    """The loss with each row's own latents, and with those of the next row that has as many."""
+    _, latents = unroll(model, rows)
+    groups = {}
+    for i, row in enumerate(rows):
+        groups.setdefault(row.n_latents, []).append(i)
+    losses = []
+    for shift in (0, 1):
+        fed = [dataclasses.replace(rows[a], latents=latents[b]) for group in groups.values() if len(group) > 1
+               for a, b in zip(group, group[shift:] + group[:shift])]
+        total, n = 0.0, 0
+        for i in range(0, len(fed), 8):
+            logp, scored = logprobs(model, fed[i : i + 8])
+            for row, own, its in zip(fed[i : i + 8], logp, scored):
+                after = slice(row.slots.index(LATENT), None)
+                total -= float(own[after][its[after]].sum())
+                n += int(its[after].sum())
+        losses.append(total / n)
+    return losses
+
+
+@torch.no_grad()
+def chain_of(model, rows):
+    """[median size of z_1, .. z_5], in sizes of an embedding, of five latents at the first tag."""
+    cut = [dataclasses.replace(row, slots=[*row.slots[: row.slots.index(LATENT)], *[LATENT] * CHAIN, row.slots[-1]])
+           for row in rows[:12]]
+    _, latents = unroll(model, cut)
+    return [runs.if_finite(z_size(model, z)) for z in torch.stack(latents).unbind(1)]
+
+
+def measure(path, text, start, seed, steps, lr):
+    """One row: a start of a model, before and after `steps` steps of stage 2."""
+    torch.manual_seed(seed)
+    model, tokenizer = load(path)
+    with open(text, encoding="utf-8") as file:
+        tales = [json.loads(line) for line in file]
+    ids = torch.tensor([runs.encode_text(tokenizer, " ".join(tales[0]["sections"]))[:600]])
+    with torch.no_grad():
+        h = model.model(input_ids=ids, use_cache=False).last_hidden_state[0, 20:]
+        x = model.get_input_embeddings()(ids)[0, 20:]
+    begin(model, start, h, x)
+    rows = traces_of(model, tokenizer, tales, seed)
+    held, train = rows[:HELD], rows[HELD:]
+    result = {
+        "model": os.path.basename(os.path.normpath(path)), "start": start, "seed": seed, "lr": lr, "steps": steps,
+        "embedding": embedding_size(model), "h": float(size_of(h)),
+        "no latents": loss_of(model, held, "none"), "zeros": loss_of(model, held, "zeros"),
+        "chain before": chain_of(model, held), "loss before": loss_of(model, held)}
+
+    model.requires_grad_(False)
+    model.reasoning_projector.requires_grad_(True)
+    weights = list(model.reasoning_projector.parameters())
+    optimizer = torch.optim.AdamW(weights, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    norms = []
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = lr * warm_up_and_cosine(step, steps, max(1, steps // 10))
+        loss, n = projector_loss(model, [train[(step * BATCH + i) % len(train)] for i in range(BATCH)])
+        (loss / n).backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(weights, 0.2)))
+        if torch.tensor(norms[-1]).isfinite():
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    own, other = with_own_and_other(model, held)
+    norms.sort()
+    return {**result, "loss after": loss_of(model, held), "own": own, "other": other,
+            "chain after": chain_of(model, held), "gradient": [norms[0], norms[len(norms) // 2], norms[-1]]}
+
+
+# ============================================================ the table
+def table(rows):
+    """A line for each model and start; of several seeds the mean, and how many there are."""
+    lines = ["| model | start | lr | z_1 .. z_5, in sizes of an embedding | after training | no latents, zeros "
+             "| loss before | loss after | own, another's latents | gradient norms | seeds |", f"|{'---|' * 11}"]
+    keys = list(dict.fromkeys((row["model"], row["start"], row["lr"]) for row in rows))
+    for key in keys:
+        own = [row for row in rows if (row["model"], row["start"], row["lr"]) == key]
+
+        def mean(name, own=own):
+            return f"{sum(row[name] for row in own) / len(own):.3f}"
+
+        first = own[0]
+        lines.append(f"| {key[0]} | {key[1]} | {key[2]:g} | {numbers(first['chain before'])} "
+                     f"| {numbers(first['chain after'])} | {mean('no latents')}, {mean('zeros')} "
+                     f"| {mean('loss before')} | {mean('loss after')} | {mean('own')}, {mean('other')} "
+                     f"| {numbers(first['gradient'])} | {len(own)} |")
+    return "\n".join(lines)
+
+
+def numbers(values):
+    return ", ".join("not finite" if value is None else f"{value:.2g}" for value in values)
+
+
+def parse_arguments():
+    parser = runs.parser(__doc__)
+    parser.add_argument("--models", nargs="+", metavar="DIR", help="checkpoints (default: run nothing)")
+    parser.add_argument("--text", metavar="FILE", help="tales as jsonl, each with sections (needed with --models)")
+    parser.add_argument("--starts", nargs="+", choices=STARTS, default=STARTS, help="default all")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the traces and their order (default 0)")
+    parser.add_argument("--steps", type=int, default=30, help=f"of {BATCH} traces each (default 30)")
+    parser.add_argument("--lr", type=float, default=1e-4, help="peak rate of AdamW (default the paper's 1e-4)")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_arguments()
+    rows = []
+    if os.path.exists(PATH):
+        with open(PATH) as file:
+            rows = json.load(file)
+    if args.models and not args.text:
+        raise UserError("--models needs --text FILE: tales as jsonl, each with sections")
+    for path in args.models or []:
+        for seed in args.seeds:
+            for start in args.starts:
+                asked = {"model": os.path.basename(os.path.normpath(path)), "start": start, "seed": seed,
+                         "lr": args.lr, "steps": args.steps}
+                if any(asked.items() <= row.items() for row in rows):
+                    continue
+                rows.append(measure(path, args.text, start, seed, args.steps, args.lr))
+                runs.write_json(PATH, rows)
+                print(table(rows[-1:]).splitlines()[-1], flush=True)
+    print(table(sorted(rows, key=lambda row: (row["model"], row["lr"], STARTS.index(row["start"])))))
+
+
+if __name__ == "__main__":
+    runs.run_script(main)

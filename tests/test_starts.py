@@ -1,0 +1,165 @@
+"""What stage 2 begins with: a projector whose latents are of the size of embeddings, and a base that writes tags."""
+import json
+import math
+
+import pytest
+import torch
+from conftest import close, random_qwen2, tag
+from test_resume import run, same_weights, stopped
+
+import litereason
+import runs
+import train_projector
+from litereason import (LATENT, NormedProjector, Rollout, UserError, attach, embedding_size, insert_latents, load,
+                        save, start_projector, z_size)
+from results import starts
+from train_projector import fit_projector, say_size_of_start, without_latents
+
+IMITATION = ("--device", "cpu", "--prompts", 40, "--samples", 1, "--steps", 2, "--batch", 4, "--save-every", 2,
+             "--n", 1, "--max-new-tokens", 100, "--targets", "none", "--imitate", 3)
+
+
+# ---------------------------------------------------------------- the normed start
+def test_a_normed_latent_is_as_long_as_an_embedding_however_long_the_state(model):
+    start_projector(model, "normed")
+    for size in (1e-2, 1, 1e3, 1e6):
+        z, memory = model.reasoning_projector(size * torch.randn(5, 32).double())
+        close(z.norm(dim=-1), torch.full((5,), embedding_size(model)).double(), 1e-6)
+        assert memory is None
+    h = torch.randn(3, 32).double()
+    expected = h
+    for mlp in model.reasoning_projector:
+        expected = mlp(expected)
+        expected = expected / expected.square().mean(-1, keepdim=True).sqrt()
+    close(model.reasoning_projector(h)[0], model.reasoning_projector.size * expected, 1e-8)
+
+
+def test_its_layers_are_independent_copies_of_the_last_mlp(model):
+    start_projector(model, "normed")
+    first, second, third = model.reasoning_projector
+    last = model.model.layers[-1].mlp
+    for mlp in (first, second, third):
+        assert torch.equal(mlp.up_proj.weight, last.up_proj.weight) and mlp.up_proj is not last.up_proj
+    assert first.up_proj.weight is not second.up_proj.weight
+    assert len(list(model.reasoning_projector.parameters())) == 10  # nine matrices and the size
+
+
+def test_a_model_begins_with_the_start_of_its_size_and_a_checkpoint_with_its_own(tok, tmp_path, monkeypatch):
+    def fresh():
+        return random_qwen2(len(tok), tok.eos_token_id)
+
+    small = attach(fresh())
+    assert type(small.reasoning_projector) is litereason.ReasoningProjector
+    monkeypatch.setattr(runs, "is_small", lambda model: False)
+    real = attach(fresh())
+    assert type(real.reasoning_projector) is NormedProjector and not real.projector_trained
+    released = attach(fresh(), small.reasoning_projector.state_dict())  # such a checkpoint names no projector
+    assert type(released.reasoning_projector) is litereason.ReasoningProjector and released.projector_trained
+
+    real.projector_trained = True
+    with torch.no_grad():
+        real.reasoning_projector.size.mul_(1.5)
+    save(real, tok, tmp_path / "normed")
+    again, _ = load(tmp_path / "normed", dtype=torch.float64)
+    assert type(again.reasoning_projector) is NormedProjector and again.projector_trained
+    assert torch.equal(again.reasoning_projector.size, real.reasoning_projector.size)
+
+
+# ---------------------------------------------------------------- the size of latents
+def test_the_size_of_latents_is_their_median_norm_in_sizes_of_an_embedding(model):
+    one = embedding_size(model)
+    latents = torch.zeros(3, 32)
+    latents[:, 0] = torch.tensor([one, 4 * one, 2 * one])
+    assert z_size(model, latents) == pytest.approx(2)
+    assert z_size(model, latents[:0]) is None
+    latents[:2] = math.nan
+    assert math.isnan(z_size(model, latents))
+    assert [runs.if_finite(x) for x in (None, math.nan, math.inf, 2.0)] == [None, None, None, 2.0]
+
+
+def test_latents_that_drown_the_words_are_said_before_stage_2(capsys):
+    say_size_of_start(torch.tensor([200.0, 200.0]), are_fed=False)
+    assert capsys.readouterr().out == "stage 2: a latent is 200 times as long as an embedding at the start\n"
+    say_size_of_start(torch.tensor([0.9, 1.0, 1.2]))
+    assert capsys.readouterr().out == "stage 2: a latent is 1 times as long as an embedding at the start\n"
+    for sizes in ([1.0, 1.0, 200.0], [1.0, math.inf, math.nan]):
+        say_size_of_start(torch.tensor(sizes))
+        said = capsys.readouterr().out
+        assert said.count("\n") == 1 and said.startswith("warning: stage 2 begins where a latent is ")
+        assert "Take --projector normed" in said
+    assert "the longest inf times, 2 of 3 not finite" in said
+
+
+def traces(model, tok):
+    text = f"ab{tag(3)}cd{tag(2)}.<eos>"
+    return [Rollout(tok.encode("the story"), insert_latents(model, tok, tok.encode(text)), torch.zeros(0, 32))]
+
+
+def test_each_step_of_stage_2_says_how_large_latents_are_and_skipped_ones_are_said(model, tok, tmp_path, capsys):
+    start_projector(model, "normed")
+    fit_projector(model, traces(model, tok), 1e-3, 1, 3, states=str(tmp_path / "stage-2"), progress="stage 2")
+    lines = [json.loads(line) for line in open(tmp_path / "stage-2.jsonl")]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert all(line["z_size"] == pytest.approx(1, abs=0.1) and line["grad_norm"] > 0 for line in lines)
+
+    start_projector(model, "mlp")
+    with torch.no_grad():
+        model.reasoning_projector[2].down_proj.weight.fill_(math.inf)
+    before = model.reasoning_projector[0].up_proj.weight.clone()
+    capsys.readouterr()
+    loss = fit_projector(model, traces(model, tok), 1e-3, 1, 2)
+    assert math.isnan(loss) and torch.equal(before, model.reasoning_projector[0].up_proj.weight)
+    assert "2 of 2 steps of the refresh were skipped" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- imitation
+def test_the_base_learns_to_write_the_tags_of_the_traces_and_the_projector_does_not_move(model, tok):
+    rows = traces(model, tok)
+    assert without_latents(rows[0]).slots == [slot for slot in rows[0].slots if slot != LATENT]
+
+    def chance_of_the_text():
+        with torch.no_grad():
+            return float(litereason.logprobs(model, [without_latents(rows[0])])[0].sum())
+
+    before, projector = chance_of_the_text(), [p.clone() for p in model.reasoning_projector.parameters()]
+    fit_projector(model, rows, 1e-3, 1, 5, schedule=False, clip=1.0, aim="imitation")
+    assert chance_of_the_text() > before + 1
+    assert all(map(torch.equal, projector, model.reasoning_projector.parameters()))
+    assert not model.projector_trained
+
+
+def test_an_imitation_that_is_stopped_continues_bit_for_bit(tmp_path):
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    run(train_projector, *IMITATION, "--out", whole)
+    said = stopped(train_projector, "logprobs", 2, 15, train_projector, *IMITATION, "--out", half)
+    assert said == f"step 1 of 3 of the imitation is saved; go on with --resume {half}"
+    with pytest.raises(UserError, match="go on with --resume"):
+        run(train_projector, *IMITATION, "--out", half)
+    # and again in stage 2, before which the imitated base has to come back
+    stopped(train_projector, "projector_loss", 4, 15, train_projector, "--resume", half)
+    run(train_projector, "--resume", half)
+    assert same_weights(whole, half)
+    for name in ("imitation.jsonl", "stage-2.jsonl"):
+        assert (whole / name).read_text() == (half / name).read_text()
+
+
+def test_flags_of_the_start_are_refused_where_a_projector_is_trained(tmp_path):
+    run(train_projector, *IMITATION, "--projector", "normed", "--out", tmp_path / "made")
+    made, _ = load(tmp_path / "made")
+    assert type(made.reasoning_projector) is NormedProjector
+    with pytest.raises(UserError, match="--projector mlp is for stage 2, but .* has a trained projector"):
+        run(train_projector, "--model", tmp_path / "made", "--projector", "mlp", "--out", tmp_path / "again")
+
+
+# ---------------------------------------------------------------- results/starts.py
+@pytest.mark.parametrize("start", starts.STARTS)
+def test_every_start_that_is_compared_runs(start, tmp_path, monkeypatch, capsys):
+    words = "the man has a key ."
+    with open(tmp_path / "tales.jsonl", "w") as file:
+        file.write(json.dumps({"sections": [" ".join([words] * 200)]}) + "\n")
+    monkeypatch.setattr(starts, "HELD", 4)
+    row = starts.measure("tiny", tmp_path / "tales.jsonl", start, seed=0, steps=1, lr=1e-4)
+    assert len(row["chain before"]) == 5 and row["no latents"] > 0
+    if start in ("normed", "model's norm", "residual"):
+        assert all(size == pytest.approx(1, rel=0.01) for size in row["chain before"])
+    assert f"| tiny | {start} |" in starts.table([row])
