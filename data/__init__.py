@@ -236,6 +236,11 @@ def write_splits(out, splits):
 
 
 # ============================================================ reading other people's files
+def some(names):
+    """The first three, for a message."""
+    return ", ".join(names[:3]) + (" .." if len(names) > 3 else "")
+
+
 def line_ends(text):
     """The text with \\n for every \\r\\n and \\r."""
     return text.replace("\r\n", "\n").replace("\r", "\n")

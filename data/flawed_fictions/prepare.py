@@ -21,7 +21,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 
 import numpy as np
 
-from data import SPLITS, line_ends, read_rows, write_splits
+from data import SPLITS, line_ends, read_rows, some, write_splits
 from data.duplicates import find_clusters
 import runs
 from runs import UserError, hub_answers, run_script, why_the_hub_refuses
@@ -59,16 +59,14 @@ def strip_ending(story):
 
 
 def as_lines(value):
-    """A field of quoted lines, in whatever form (list, text with line ends, absent)
-    -> list of plain lines."""
+    """A field of quoted lines, in whatever form (a list, as JSON too, or a text) -> list of plain lines."""
     if isinstance(value, str) and value.strip().startswith("["):
         try:
             value = json.loads(value)
         except ValueError:
             pass
-    lines = value if isinstance(value, list) else str(value or "").split("\n")
-    lines = [clean(str(line)) for line in lines]
-    return [line for line in lines if line]
+    lines = value if isinstance(value, list) else str(value).split("\n")
+    return [line for line in (clean(str(line)) for line in lines) if line]
 
 
 def label_of(where, row):
@@ -78,19 +76,6 @@ def label_of(where, row):
         raise UserError(f"{where}: cont_error is {row['cont_error']!r}; expected 0 or 1, true or false, yes "
                         f"or no")
     return LABELS[spelled]
-
-
-def example_of(story, label, row):
-    """The example that is made of a row, with the benchmark's explanations where it has them."""
-    example = {"story": story, "label": label}
-    if row.get("example_id") not in (None, ""):
-        example["example_id"] = row["example_id"]
-    if row.get("cont_error_expl"):
-        example["cont_error_expl"] = clean(str(row["cont_error_expl"]))
-    for field in ("cont_error_lines", "contradicted_lines"):
-        if row.get(field):
-            example[field] = as_lines(row[field])
-    return example
 
 
 def load_stories(paths, keep_endings=False):
@@ -112,10 +97,16 @@ def load_stories(paths, keep_endings=False):
                 empty.append(where)
                 continue
             endings[label] += stripped != whole
-            stories.append(example_of(story, label, row))
+            example = {"story": story, "label": label}
+            if row.get("example_id") not in (None, ""):
+                example["example_id"] = row["example_id"]
+            for field, plain in (("cont_error_expl", lambda text: clean(str(text))),
+                                 ("cont_error_lines", as_lines), ("contradicted_lines", as_lines)):
+                if row.get(field):
+                    example[field] = plain(row[field])
+            stories.append(example)
     if empty:
-        more = " .." if len(empty) > 3 else ""
-        print(f"skipped {len(empty)} empty stories: {', '.join(empty[:3])}{more}")
+        print(f"skipped {len(empty)} empty stories: {some(empty)}")
     if not stories:
         raise UserError(f"no stories in {', '.join(paths)}; expected rows with story and cont_error")
     if endings:
@@ -142,8 +133,7 @@ def is_wanted(file):
 
 
 def download():
-    """The benchmark's main file from the hub -> [path]; one UserError line that says what to do if it
-    cannot be had."""
+    """The benchmark's main file from the hub -> [path]; one UserError line says what to do without it."""
     from huggingface_hub import HfApi, hf_hub_download
 
     by_hand = (f"get the file of the {NAME} split from https://huggingface.co/datasets/{REPO} on a machine "

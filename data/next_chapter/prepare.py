@@ -25,7 +25,7 @@ from statistics import median
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 
-from data import SPLITS, line_ends, read_rows, read_text, write_splits
+from data import SPLITS, line_ends, read_rows, read_text, some, write_splits
 from data.duplicates import find_clusters
 import runs
 from runs import UserError, run_script
@@ -369,23 +369,16 @@ def read_books(paths):
             books[name] = full
             if "line" in full[0]:
                 describe(name, full)
-    if empty:
-        print(f"left out {empty} empty chapters (a table of contents gives some)")
-    if twice:
-        print(f"left out {twice} chapters that their book has already: they would stand in their own story")
-    if short:
-        print(f"left out {len(short)} books with fewer than two chapters: {some(short)}")
-    if repeated:
-        print(f"left out {len(repeated)} books with the same text as another: {some(repeated)}")
+    for n, what in ((empty, "empty chapters (a table of contents gives some)"),
+                    (twice, "chapters that their book has already: they would stand in their own story"),
+                    (len(short), f"books with fewer than two chapters: {some(short)}"),
+                    (len(repeated), f"books with the same text as another: {some(repeated)}")):
+        if n:
+            print(f"left out {n} {what}")
     if not books:
         raise UserError(f"no book with two or more chapters in {', '.join(paths)} (text files need headings "
                         f"such as \"Chapter 1\", or a folder with one file per chapter, numbered)")
     return books
-
-
-def some(names):
-    """The first three, for a message."""
-    return ", ".join(names[:3]) + (" .." if len(names) > 3 else "")
 
 
 # ============================================================ lengths
