@@ -122,6 +122,10 @@ def test_numerals_inside_chapters_number_their_parts():
     assert titles(heads_of_pages) == [f"CHAPTER {roman}" for roman in ROMANS]
 
 
+def test_a_byte_order_mark_between_joined_files_hides_no_heading():
+    assert titles(book(["\ufeffChapter 1", "\ufeffChapter 2"])) == ["Chapter 1", "Chapter 2"]
+
+
 def test_a_file_without_blank_lines_has_chapters_too():
     assert titles("Chapter 1\nText of it.\nMore\nChapter 2\ntext\nChapter 3\nEnd.") == [
         "Chapter 1", "Chapter 2", "Chapter 3"]
@@ -235,6 +239,8 @@ def test_the_order_is_that_of_the_numbers(tmp_path, capsys):
     (tmp_path / "b.csv").write_text("book,chapter,text\nb,10,ten\nb,9,nine\n")
     assert [chapter["text"] for chapter in read_books([str(tmp_path / "b.csv")])["b"]] == ["nine", "ten"]
     assert "chapters" not in capsys.readouterr().out
+    assert order(tmp_path, ["1.8", "1.9", "1.10"]) == [0, 1, 2]
+    assert "b: 3 chapters in the order of the file, as numbers repeat or lack" in capsys.readouterr().out
     assert order(tmp_path, [1, 4, 2]) == [0, 2, 1]
     assert "b: 3 chapters; warning: the numbers go from 2 to 4" in capsys.readouterr().out
 

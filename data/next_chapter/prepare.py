@@ -47,7 +47,7 @@ LAST = 10**6  # the number of "the last"; an epilogue has one more
 WORD = "|".join(sorted(VALUES, key=len, reverse=True))  # seventeenth before seven
 WORDS = rf"(?:(?:{'|'.join(TENS)})[- ]?(?:{'|'.join(NTHS[:9] + ONES[:9])})|{WORD}|last)"
 ROMAN = "(?=[ivxlc])c{0,4}(?:xc|xl|l?x{0,4})(?:ix|iv|v?i{0,4})"
-NUMBER = rf"(?P<number>\d+(?:\.\d+)?|{ROMAN}|(?:the )?{WORDS})(?![\w'’])"
+NUMBER = rf"(?P<number>\d+(?:\.5\b)?|{ROMAN}|(?:the )?{WORDS})(?![\w'’])"
 CHAPTER = r"(?P<word>chapter|chap\.?|ch\.?|stave|canto|letter|kapitel|chapitre|cap[ií]tulo|capitolo|глава)"
 PATTERNS = [re.compile(pattern, re.IGNORECASE) for pattern in (
     rf"{CHAPTER}(?:[ .:#-]+|(?=\d)){NUMBER}(?P<title>.*)",
@@ -55,7 +55,7 @@ PATTERNS = [re.compile(pattern, re.IGNORECASE) for pattern in (
     r"(?P<word>prologue|epilogue)\b(?P<title>.*)",
     rf"{NUMBER}(?P<title>[.:)]?|(?:[.:)]| ?[-–—]+) ?(?-i:[^a-z\s]).*)",  # a bare numeral, with a title or not
 )]
-DECORATED = re.compile(r"\s*(#{0,6})[\s*_=~|\[–—-]*(.*?)[\s*_=~|#\]–—-]*")  # **Chapter 1**, _IV_, - 3 -
+DECORATED = re.compile(r"[\s\ufeff]*(#{0,6})[\s*_=~|\[–—-]*(.*?)[\s*_=~|#\]–—-]*")  # **Chapter 1**, _IV_
 
 
 def number_of(text):
@@ -144,7 +144,7 @@ def cut(lines, headings):
     chapters = []
     for one, following in zip(headings, headings[1:] + [{"line": len(lines)}]):
         text = "".join(line + "\n" for line in lines[one["line"] + 1 : following["line"]])
-        title = lines[one["line"]].strip(" \t\xa0#*_=~")
+        title = lines[one["line"]].strip(" \t\xa0\ufeff#*_=~")
         if runs_of[-1] and one["number"] is not None and one["number"] <= runs_of[-1][-1]["number"]:
             runs_of.append([])
         chapters.append({**one, "title": title, "text": text, "words": len(text.split()), "run": runs_of[-1]})
@@ -172,7 +172,8 @@ def chapters_of_text(text):
     is_table = 4 * span(worded) <= max(map(span, ways), default=0)
     for way in [worded] * (not is_table) + [marked * (span(marked) > 0), *filter(span, ways), worded]:
         level = max((one["level"] for one in way), default=0)
-        chapters = cut(lines, [one for one in found if one in way or one["level"] and (
+        places = {one["line"] for one in way}
+        chapters = cut(lines, [one for one in found if one["line"] in places or one["level"] and (
             not way or one["number"] is None and one["level"] == level)])
         if sum(chapter["text"].strip() != "" for chapter in chapters) > 1:
             return chapters
@@ -500,15 +501,13 @@ def split_works(works, seed):
 
 # ============================================================ the script
 def parse_arguments():
-    here = os.path.dirname(os.path.abspath(__file__))
     parser = runs.parser(__doc__)
     parser.add_argument("--from", dest="files", nargs="+", required=True, metavar="PATH",
                         help="files and folders, see above (required, so no default)")
-    parser.add_argument("--out", default=here, metavar="DIR",
+    parser.add_argument("--out", default=os.path.dirname(os.path.abspath(__file__)), metavar="DIR",
                         help="where the three files go (default: beside this script)")
-    parser.add_argument("--story-tokens", type=int, default=2048, metavar="N",
-                        help="tokens of everything before the chapter; the oldest text is cut first "
-                        "(default 2048)")
+    parser.add_argument("--story-tokens", type=int, default=2048, metavar="N", help="tokens of everything "
+                        "before the chapter; the oldest text is cut first (default 2048)")
     parser.add_argument("--chapter-tokens", type=int, default=1024, metavar="N",
                         help="tokens of the chapter that is scored; its end is cut (default 1024)")
     parser.add_argument("--tokenizer", default=None, metavar="NAME",
