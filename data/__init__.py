@@ -257,8 +257,8 @@ def read_text(path):
         if b"\0" in raw and not is_utf16:
             raise UserError(f"{path}: not a text but a binary file; save it as UTF-8 text first") from e
         line = raw.count(b"\n", 0, e.start) + 1
-        raise UserError(f"{path}:{line}: not UTF-8 (byte 0x{raw[e.start]:02x}); convert it first, for example "
-                        f"`iconv -f {'utf-16' if is_utf16 else 'cp1252'} -t utf-8`") from e
+        raise UserError(f"{path}:{line}: not UTF-8 (byte 0x{raw[e.start]:02x}); convert it first, "
+                        f"for example `iconv -f {'utf-16' if is_utf16 else 'cp1252'} -t utf-8`") from e
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from e
 

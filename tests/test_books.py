@@ -6,14 +6,13 @@ import sys
 import types
 
 import pytest
-from conftest import ROOT
-from test_real_tasks import SPLITS, contents, data, jsonl, one_line, run, words  # noqa: F401 (data: a fixture)
+from test_real_tasks import SPLITS, contents, data, jsonl, one_line, run, words  # noqa: F401 (a fixture)
 
-from data import flawed_fictions as ff, next_chapter as nc, read_rows
+from data import next_chapter as nc, read_rows
 from data.duplicates import find_clusters
 from data.flawed_fictions import prepare as ff_prepare
-from data.next_chapter.prepare import START, chapters_of_text, number_of, order_of, read_books
-import data.next_chapter.prepare as prepare
+from data.next_chapter import prepare
+from data.next_chapter.prepare import chapters_of_text, number_of, order_of, read_books
 
 
 def body(i, n=30):
@@ -38,7 +37,8 @@ def write(folder, **files):
 
 ROMANS = "I II III IV V VI VII VIII IX X XI XII".split()
 NTHS = ("FIRST SECOND THIRD FOURTH FIFTH SIXTH SEVENTH EIGHTH NINTH TENTH ELEVENTH TWELFTH THIRTEENTH "
-        "FOURTEENTH FIFTEENTH SIXTEENTH SEVENTEENTH EIGHTEENTH NINETEENTH TWENTIETH TWENTY-FIRST LAST").split()
+        "FOURTEENTH FIFTEENTH SIXTEENTH SEVENTEENTH EIGHTEENTH NINETEENTH TWENTIETH TWENTY-FIRST "
+        "LAST").split()
 ONES = "One Two Three Four Five Six Seven Eight Nine".split()
 TEENS = "Ten Eleven Twelve Thirteen Fourteen Fifteen Sixteen Seventeen Eighteen Nineteen".split()
 NUMBERS = ONES + TEENS
@@ -53,7 +53,8 @@ def test_numbers_are_read_in_every_form():
     assert number_of("the last") > 10**5
     assert [number_of(n) for n in ("iv", "XIX", "XLIX", "xc", "CXIV", "IIII", "12", "12.5")] == [
         4, 19, 49, 90, 114, 4, 12, 12.5]
-    assert [order_of(v) for v in (3, 2.5, "10", "IV", "Chapter 7", "4: The Lamp", "The Lamp", True, None)] == [
+    written = 3, 2.5, "10", "IV", "Chapter 7", "4: The Lamp", "The Lamp", True, None
+    assert [order_of(value) for value in written] == [
         3, 2.5, 10, 4, 7, 4, None, None, None]
 
 
@@ -68,7 +69,8 @@ def test_numbers_are_read_in_every_form():
     ["1. The Lamp", "2. The Road", "3. Home"], ["1", "2", "3"], ["I", "II", "III"], ["ONE", "TWO", "THREE"],
     ["Chapter1", "Chapter2"], ["chapter one", "chapter two"], ["Kapitel 1", "Kapitel 2"],
     ["PROLOGUE", *ROMANS, "EPILOGUE"], ["Prologue", "1. A Lamp", "2. A Road", "Epilogue: Later"],
-    ["Prologue", "Chapter 1", "Chapter 2", "Epilogue"], ["CHAPTER I", "CHAPTER II", "CHAPTER THE LAST", "EPILOGUE"],
+    ["Prologue", "Chapter 1", "Chapter 2", "Epilogue"],
+    ["CHAPTER I", "CHAPTER II", "CHAPTER THE LAST", "EPILOGUE"],
     ["Chapter 11", "Chapter 12", "Chapter 12.5", "Chapter 13"],
     ["Letter 1", "Letter 2", "Chapter 1", "Chapter 2"],
     # styles that meet in one book
@@ -83,19 +85,21 @@ def test_headings_as_books_have_them(headings):
     assert all(chapter["text"].strip() == body(i) for i, chapter in enumerate(chapters))
 
 
-@pytest.mark.parametrize("marked", ["_{}_", "**{}**", "## {}", "  {}", "[{}]", "== {} ==", "- {} -", "— {} —"])
+@pytest.mark.parametrize("marked", ["_{}_", "**{}**", "## {}", "  {}", "[{}]", "== {} ==", "- {} -",
+                                    "— {} —"])
 def test_headings_in_marks(marked):
     for heads in (["Chapter 1", "Chapter 2", "Chapter 3"], ["I", "II", "III"]):
         assert len(titles(book([marked.format(head) for head in heads]))) == 3
 
 
 def test_markdown_takes_the_level_of_its_chapters():
-    text = ("# The Book\n\nby X\n\n## Chapter 1\n\nAbc.\n\n### scene\n\nDef.\n\n## Interlude\n\nXyz.\n\n# Part 2\n\n"
-            "A motto.\n\n## Chapter 2\n\nGhi.")
+    text = ("# The Book\n\nby X\n\n## Chapter 1\n\nAbc.\n\n### scene\n\nDef.\n\n## Interlude\n\nXyz.\n\n"
+            "# Part 2\n\nA motto.\n\n## Chapter 2\n\nGhi.")
     assert titles(text) == ["Chapter 1", "Interlude", "Chapter 2"]
     assert titles(text.replace("Chapter 1", "1. Home").replace("Chapter 2", "2. Away")) == [
         "1. Home", "Interlude", "2. Away"]
-    assert titles("# Home\n\na\n\n# Away\n\nb") == titles("Home\n====\n\na\n\nAway\n====\n\nb") == ["Home", "Away"]
+    assert titles("# Home\n\na\n\n# Away\n\nb") == ["Home", "Away"]
+    assert titles("Home\n====\n\na\n\nAway\n====\n\nb") == ["Home", "Away"]
 
 
 @pytest.mark.parametrize("headings", [["Chapter One", "Chapter Two", "Chapter Three"],
@@ -103,7 +107,8 @@ def test_markdown_takes_the_level_of_its_chapters():
                                       ["Chapter 1", "Chapter 2", "Chapter 3"]])
 @pytest.mark.parametrize("prose", [
     "he said that\nchapter two of his memoirs was\nthe best", "and in\nChapter Two, as we know,\nit ended",
-    "I read\nchapter four of his memoirs", "we closed\nChapter One. It was late", "he.\n\nChapter 2 of his book was it",
+    "I read\nchapter four of his memoirs", "we closed\nChapter One. It was late",
+    "he.\n\nChapter 2 of his book was it",
 ])
 def test_prose_that_begins_like_a_heading_is_prose(headings, prose):
     for i in range(3):
@@ -112,7 +117,8 @@ def test_prose_that_begins_like_a_heading_is_prose(headings, prose):
 
 def test_numerals_inside_chapters_number_their_parts():
     inner = "\n\n".join(f"{numeral}.\n\n{body(ord(numeral[0]))}" for numeral in ROMANS[:3])
-    for heads in (["CHAPTER I", "CHAPTER II", "CHAPTER III"], ["I. A SCANDAL", "II. THE LEAGUE", "III. A CASE", "IV. A"]):
+    for heads in (["CHAPTER I", "CHAPTER II", "CHAPTER III"],
+                  ["I. A SCANDAL", "II. THE LEAGUE", "III. A CASE", "IV. A"]):
         assert titles("\n\n".join(f"{head}\n\n{inner}" for head in heads)) == heads
     a_list = "he took\n\n1. The lamp.\n\n2. The oil.\n\n3. The wick.\n\n"
     assert titles(book(ROMANS).replace("w4x10", a_list)) == ROMANS
@@ -132,7 +138,8 @@ def test_a_file_without_blank_lines_has_chapters_too():
 
 
 def test_a_text_is_described_in_one_line(tmp_path, capsys):
-    read_books([write(tmp_path / "a", novel_txt=book(["CHAPTER I", "CHAPTER II", "CHAPTER IV"]) + " And more.")])
+    novel = book(["CHAPTER I", "CHAPTER II", "CHAPTER IV"]) + " And more."
+    read_books([write(tmp_path / "a", novel_txt=novel)])
     said = capsys.readouterr().out
     assert "novel: 3 chapters, from 'CHAPTER I' (Body 0 begins here." in said and said.count("\n") == 1
     assert "to 'CHAPTER IV' (Body 2" in said and "the longest is 'CHAPTER IV', 36 of 104 words" in said
@@ -149,19 +156,22 @@ PREFACE = "\n\nPREFACE\n\n" + "Many words. " * 150 + "\n\n"
     ("\n".join(HEADS), HEADS), ("\n".join(f"{head} ..... {5 * i}" for i, head in enumerate(HEADS)), HEADS),
     ("\n\n".join(f"{head}\n{SYNOPSIS}" for head in HEADS), HEADS),
     ("\n\n".join(f"{head}\n\n{SYNOPSIS}" for head in HEADS), [head.split(".")[0] for head in HEADS]),
-    ("\n\n".join(f"{head.split('.')[0]}\n{SYNOPSIS}" for head in HEADS), [head.split(".")[0] for head in HEADS]),
+    ("\n\n".join(f"{head.split('.')[0]}\n{SYNOPSIS}" for head in HEADS),
+     [head.split(".")[0] for head in HEADS]),
     ("I. A Lamp\nII. The Road\nIII. Home", ["I. A LAMP", "II. THE ROAD", "III. HOME"]),
     ("I. A Lamp\nII. The Road\nIII. Home", ["CHAPTER I", "CHAPTER II", "CHAPTER III"]),
     ("Chapter 1: A Lamp\nChapter 2: The Road\nChapter 3: Home", ["1", "2", "3"]),
-    ("PROLOGUE\nCHAPTER I. A\nCHAPTER II. B\nEPILOGUE", ["PROLOGUE", "CHAPTER I. A", "CHAPTER II. B", "EPILOGUE"]),
+    ("PROLOGUE\nCHAPTER I. A\nCHAPTER II. B\nEPILOGUE",
+     ["PROLOGUE", "CHAPTER I. A", "CHAPTER II. B", "EPILOGUE"]),
 ])
 @pytest.mark.parametrize("at_end", [False, True])
 def test_a_table_of_contents_has_no_chapters(table, headings, at_end):
     text = book(headings, 100)
-    text = f"{text}\n\nCONTENTS\n\n{table}\n\nAn index. " * 1 if at_end else f"CONTENTS\n\n{table}{PREFACE}{text}"
+    text = f"{text}\n\nCONTENTS\n\n{table}" if at_end else f"CONTENTS\n\n{table}{PREFACE}{text}"
     chapters = [chapter for chapter in chapters_of_text(text) if chapter["text"].strip()]
     assert [chapter["title"] for chapter in chapters] == headings
-    assert [chapter["text"].strip() for chapter in chapters[:-1]] == [body(i, 100) for i in range(len(headings) - 1)]
+    texts = [chapter["text"].strip() for chapter in chapters[:-1]]
+    assert texts == [body(i, 100) for i in range(len(headings) - 1)]
     assert "PREFACE" not in "".join(chapter["text"] for chapter in chapters)
 
 
@@ -177,8 +187,9 @@ def test_the_parts_of_a_book_are_no_tables_of_contents():
 
 # ---------------------------------------------------------------- frames and joins
 def framed(name, text, start="*** START OF THE PROJECT GUTENBERG EBOOK {} ***"):
-    return (f"The Project Gutenberg eBook of {name}\n\nChapter 1 of the header\n\n{start.format(name.upper())}\n\n{text}\n\n"
-            f"End of Project Gutenberg's {name}\n\n*** END OF THE PROJECT GUTENBERG EBOOK {name.upper()} ***\n\nlicence\n\n")
+    return (f"The Project Gutenberg eBook of {name}\n\nChapter 1 of the header\n\n"
+            f"{start.format(name.upper())}\n\n{text}\n\nEnd of Project Gutenberg's {name}\n\n"
+            f"*** END OF THE PROJECT GUTENBERG EBOOK {name.upper()} ***\n\nlicence\n\n")
 
 
 def test_every_ebook_of_a_file_is_a_book_without_its_frame(tmp_path, capsys):
@@ -207,14 +218,16 @@ def test_only_numbered_files_are_joined_and_it_says_which(tmp_path, capsys):
     books = read_books([path])
     assert [chapter["text"] for chapter in books["novel"]] == ["It began.", body(0), body(1), body(2)]
     said = capsys.readouterr().out
-    assert "novel: a book of 4 files without headings" in said and "prologue, chapter_one, chapter_two .." in said
+    assert "novel: a book of 4 files without headings" in said
+    assert "prologue, chapter_one, chapter_two .." in said
     assert "fewer than two chapters: readme" in said
     write(tmp_path / "gap", **{"1_txt": "a", "2_txt": "b", "4_txt": "c"})
     read_books([str(tmp_path / "gap")])
     assert "warning: the numbers go from 2 to 4" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("files", [{"emma_txt": body(1), "dracula_txt": body(2)}, {"1984_txt": body(1), "2001_txt": body(2)},
+@pytest.mark.parametrize("files", [{"emma_txt": body(1), "dracula_txt": body(2)},
+                                   {"1984_txt": body(1), "2001_txt": body(2)},
                                    {"1_txt": framed("Fox", body(1)), "2_txt": framed("Owl", body(2))}])
 def test_novels_without_headings_are_not_joined(tmp_path, files, capsys):
     one_line("no book with two or more chapters", read_books, [write(tmp_path / "shelf", **files)])
@@ -223,7 +236,7 @@ def test_novels_without_headings_are_not_joined(tmp_path, files, capsys):
 
 # ---------------------------------------------------------------- order
 def rows_of(numbers):
-    return [{"book": "b", "text": body(i), **({} if n is None else {"chapter": n})} for i, n in enumerate(numbers)]
+    return [{"book": "b", "text": body(i), "chapter": n} for i, n in enumerate(numbers)]
 
 
 def order(tmp_path, numbers):
@@ -245,7 +258,8 @@ def test_the_order_is_that_of_the_numbers(tmp_path, capsys):
     assert "b: 3 chapters; warning: the numbers go from 2 to 4" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("numbers", [[1, 2, 3, 1, 2], [1, None, 3], [1, 2, 2, 3], ["1", "2", "Interlude", "3"]])
+@pytest.mark.parametrize("numbers", [[1, 2, 3, 1, 2], [1, None, 3], [1, 2, 2, 3],
+                                     ["1", "2", "Interlude", "3"]])
 def test_numbers_that_repeat_or_lack_leave_the_order_of_the_file_and_it_says_so(tmp_path, numbers, capsys):
     assert order(tmp_path, numbers) == list(range(len(numbers)))
     assert f"b: {len(numbers)} chapters in the order of the file" in capsys.readouterr().out
@@ -259,10 +273,11 @@ def test_numbers_that_contradict_the_file_are_refused_with_file_and_line(tmp_pat
 
 # ---------------------------------------------------------------- editions
 def editions():
-    """Six books of two chapters; the last is the first one with other line ends, dashes and a word changed."""
-    rows = [{"book": f"book {i}", "chapter": j, "text": f"{words(100 * i + j, 400)}"} for i in range(5) for j in (1, 2)]
-    twin = [{**row, "book": "annotated", "text": row["text"].replace(" ", ",\n").replace("x200,", "x200 (note),")}
-            for row in rows[:2]]
+    """Six books of two chapters; the last is the first with other line ends, commas and a note."""
+    rows = [{"book": f"book {i}", "chapter": j, "text": words(100 * i + j, 400)}
+            for i in range(5) for j in (1, 2)]
+    twin = [{**row, "book": "annotated",
+             "text": row["text"].replace(" ", ",\n").replace("x200,", "x200 (note),")} for row in rows[:2]]
     return rows + twin
 
 
@@ -287,7 +302,8 @@ def test_editions_of_one_work_stay_in_one_split_and_are_no_other_book(tmp_path, 
 
 def test_books_that_share_a_phrase_are_not_editions(tmp_path, data, capsys):
     phrase = "once upon a time there was a king who had three sons"
-    rows = [{"book": f"b{i}", "text": f"{phrase if j else ''} {words(10 * i + j, 400)}"} for i in range(4) for j in range(2)]
+    rows = [{"book": f"b{i}", "text": f"{phrase if j else ''} {words(10 * i + j, 400)}"}
+            for i in range(4) for j in range(2)]
     run(prepare, "--from", jsonl(tmp_path / "a.jsonl", rows), "--out", data / "next_chapter")
     assert "editions" not in capsys.readouterr().out
     assert not any("work" in row for part in contents(data / "next_chapter").values() for row in part)
@@ -303,7 +319,8 @@ def test_clusters_by_share_and_of_short_texts():
 # ---------------------------------------------------------------- line ends and files
 @pytest.mark.parametrize("end", ["\r\n", "\r"])
 def test_line_ends_inside_rows_are_those_of_texts(tmp_path, end):
-    rows = [{"book": "b", "text": f"One.{end}{end}Two.", "prior_summary": f"a{end}b"}, {"book": "b", "text": "x"}]
+    rows = [{"book": "b", "text": f"One.{end}{end}Two.", "prior_summary": f"a{end}b"},
+            {"book": "b", "text": "x"}]
     first = read_books([str(jsonl(tmp_path / "a.jsonl", rows))])["b"][0]
     assert first["text"] == "One.\n\nTwo." and first["prior_summary"] == "a\nb"
     tale = [{"story": "t", "sections": [f"One.{end}Two.", "x"]}]
@@ -312,8 +329,9 @@ def test_line_ends_inside_rows_are_those_of_texts(tmp_path, end):
 
 
 def test_kinds_of_files_are_known_in_capitals_and_others_are_named(tmp_path, capsys):
-    path = write(tmp_path / "in", A_TXT=book(ROMANS), b_Md=book(["# x", "# y"]), c_CSV="book,text\nc,one\nc,two\n",
-                 d_JSONL=json.dumps({"story": "d", "sections": ["p", "q"]}), e_epub="PK")
+    path = write(tmp_path / "in", A_TXT=book(ROMANS), b_Md=book(["# x", "# y"]),
+                 c_CSV="book,text\nc,one\nc,two\n", e_epub="PK",
+                 d_JSONL=json.dumps({"story": "d", "sections": ["p", "q"]}))
     assert sorted(read_books([path])) == ["A", "b", "c", "d"]
     assert f"left out 1 files of other kinds: {os.path.join(path, 'e.epub')}" in capsys.readouterr().out
     (tmp_path / "X.CSV").write_text("story,cont_error\nOnce.,1\n")
@@ -332,11 +350,13 @@ def test_what_is_not_utf8_is_told_what_it_may_be(tmp_path, raw, message):
 
 def test_parquet_is_read_with_pyarrow_and_asks_for_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    one_line("a.parquet is parquet: `pip install pyarrow`", read_books, [write(tmp_path / "in", a_parquet="PAR1")])
+    path = write(tmp_path / "in", a_parquet="PAR1")
+    one_line("a.parquet is parquet: `pip install pyarrow`", read_books, [path])
     rows = [{"book": "b", "chapter": n, "text": body(n)} for n in (2, 1)]
     table = types.SimpleNamespace(to_pylist=lambda: rows)
     parquet = types.SimpleNamespace(read_table=lambda path: table)
-    monkeypatch.setitem(sys.modules, "pyarrow", types.SimpleNamespace(parquet=parquet, ArrowException=ValueError))
+    package = types.SimpleNamespace(parquet=parquet, ArrowException=ValueError)
+    monkeypatch.setitem(sys.modules, "pyarrow", package)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", parquet)
     assert [chapter["text"] for chapter in read_books([str(tmp_path / "in")])["b"]] == [body(1), body(2)]
     assert [where for where, _ in read_rows("x.PARQUET")] == ["x.PARQUET, row 1", "x.PARQUET, row 2"]

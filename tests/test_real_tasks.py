@@ -229,8 +229,9 @@ def test_no_two_splits_share_a_cluster_and_labels_stay_balanced(tmp_path, capsys
     clusters = {s: {r["cluster"] for r in rows} for s, rows in parts.items()}
     for a, b in itertools.combinations(SPLITS, 2):
         assert not clusters[a] & clusters[b]
-    grams = {s: {tuple(text[i : i + 8]) for r in rows for text in [words_of(r["story"])] for i in range(len(text) - 7)}
-             for s, rows in parts.items()}
+    texts = {s: [words_of(r["story"]) for r in rows] for s, rows in parts.items()}
+    grams = {s: {tuple(text[i : i + 8]) for text in own for i in range(len(text) - 7)}
+             for s, own in texts.items()}
     for a, b in itertools.combinations(SPLITS, 2):
         assert not grams[a] & grams[b]
     run(ff_prepare, "--from", path, "--out", tmp_path / "two")
@@ -382,7 +383,8 @@ def test_books_that_cannot_be_used_end_in_one_line(tmp_path, capsys):
     refused("no book with two or more", ["one text without headings"], "a.txt")
     one_line("cannot read", nc_prepare.read_books, [str(tmp_path / "none")])
     (tmp_path / "empty").mkdir()
-    one_line("no txt, md, jsonl, json, csv or parquet files", nc_prepare.read_books, [str(tmp_path / "empty")])
+    one_line("no txt, md, jsonl, json, csv or parquet files", nc_prepare.read_books,
+             [str(tmp_path / "empty")])
     (tmp_path / "latin.txt").write_bytes(b"Chapter 1\n\ncaf\xe9")
     one_line("latin.txt:3: not UTF-8", nc_prepare.read_books, [str(tmp_path / "latin.txt")])
     a, b = jsonl(tmp_path / "x.jsonl", [chapter(1, 1)]), jsonl(tmp_path / "y.jsonl", [chapter(1, 2)])

@@ -481,7 +481,7 @@ def works_of(books):
     work_of = {name: names[cluster] for name, cluster in zip(names, clusters)}
     twins = [f"{name} ({work})" for name, work in work_of.items() if name != work]
     if twins:
-        print(f"{len(twins)} books are editions of another, or of parts; they stay in its split: {some(twins)}")
+        print(f"{len(twins)} books are editions of another, or of parts, stay in its split: {some(twins)}")
     return work_of
 
 
