@@ -98,7 +98,8 @@ def predicted(model, h):
     """log p of the next word for states h (n, D) -> (n, V), in fp32 or better."""
     logits = model.lm_head(h)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits.log_softmax(-1)
+    logp = logits.log_softmax(-1)
+    return logp.clamp(min=torch.finfo(logp.dtype).min)  # no -inf: p log p of what is no word is 0
 
 
 def soft_thinking(model, end, top_k=10, certain=0.01, patience=256, temperature=1.0):
@@ -146,6 +147,7 @@ def mixture_of_inputs(model, beta=1.0):
     the entropy of p, 0 to 1. Ours is the same."""
     embed = model.get_input_embeddings()
     V = embed.num_embeddings
+    n_words = V - len(model.lm_head.no_words)
     with torch.no_grad():
         all_words = embed(torch.arange(V, device=model.device))  # (V, D), scaled where the model scales
     if model.bf16:  # once, not in every step
@@ -155,7 +157,7 @@ def mixture_of_inputs(model, beta=1.0):
         logp = predicted(model, h)  # (n, V)
         p = logp.exp()
         entropy = -(p * logp).sum(-1, keepdim=True)  # (n, 1)
-        H = entropy / math.log(V)  # 1 if all words are equally likely
+        H = entropy / math.log(n_words)  # 1 if all words are equally likely
         expected = p.to(all_words.dtype) @ all_words  # (n, D)
         mixed = H.to(h.dtype) * expected.to(h.dtype) + (beta + 1 - H).to(h.dtype) * embed(token)
         return mixed / (beta + 1)

@@ -1,5 +1,5 @@
-"""What a run holds on the card, counted from shapes, and the settings with which it fits. Nothing here is in
-the paper, and no result depends on it: a first reading can skip it.
+"""What a run holds in memory (the card's, or a CPU's), counted from shapes, and the settings with which it
+fits. Nothing here is in the paper, and no result depends on it: a first reading can skip it.
 
     sampling, update, latent_update, scoring    what is there when each of them needs most: {what: bytes}
     fit                                         for train_rl.py: the memory settings that no flag gives
@@ -12,17 +12,22 @@ Letters: those of litereason.py, and
     c bytes of an activation   I width of the MLP   heads: H * d, of queries   kv: 2 * K * d, keys and values
 """
 import itertools
+import os
+import re
 import types
 
 import torch
 
 import engine
+import runs
 
 GIB = 2.0**30
 USABLE = 0.92  # of the memory: the allocator's gaps, cuBLAS and cuDNN need some
 AGAIN = 1.75  # a layer's activations made again, and their gradients, in units of the former
 MOST_POSITIONS = 2**15  # per forward pass; more would not be faster
-FEW_POSITIONS = 2**13  # fewer make passes short: checkpointed layers or the host's memory are taken first
+# Fewer make passes short: checkpointed layers or the host's memory are taken first. A CPU gains nothing by
+# more.
+FEW_POSITIONS = 2**13
 FEW_ROWS = 64  # the same of sampling
 
 
@@ -40,6 +45,8 @@ def shape(model):
     s.heads = s.H * d
     s.kv = 2 * config.num_key_value_heads * d
     s.c = 2 if model.bf16 else 4
+    s.copied = 2 if model.bf16 else 0  # of a weight
+    s.most_positions = MOST_POSITIONS if model.device.type == "cuda" else FEW_POSITIONS
     s.projector = _parameters(model.reasoning_projector)
     s.base = _parameters(model) - s.projector
     s.in_layers = _parameters(model.model.layers)
@@ -69,11 +76,9 @@ def weights(s, offload=False):
 
 
 def casts(s, offload=False):
-    """Bytes of the matrices' copies in the type in which they are multiplied."""
-    if s.c == 4:
-        return 0
-    head = s.c * s.V * s.D
-    return head if offload else head + s.c * s.in_layers
+    """Bytes of the matrices' copies in the type in which they are multiplied; in fp32 there are none."""
+    head = s.copied * s.V * s.D
+    return head if offload else head + s.copied * s.in_layers
 
 
 def _logits(s, positions):
@@ -109,15 +114,15 @@ def update(s, positions, longest, checkpoint=False, offload=False):
     mask = s.c * positions * longest
     head = s.V * s.D
     # The LM head's 16-bit copy, its gradient in chunks, and the embedding's, which is the same tensor.
-    logits = (3 * s.c + 8) * head + _logits(s, positions)
+    logits = (s.copied + 2 * s.c + 8) * head + _logits(s, positions)
     if checkpoint:  # each layer's input, keys and values; one layer's activations are made again
         kept = s.layers * (4 * s.D + s.c * s.kv) * positions
         working = max(logits, AGAIN * s.kept * positions)
-        copies = s.c * s.in_layers // s.layers
+        copies = s.copied * s.in_layers // s.layers
     else:
         kept = s.layers * s.kept * positions
         working = logits
-        copies = 0 if offload else s.c * s.in_layers
+        copies = 0 if offload else s.copied * s.in_layers
     return {
         "gradients": 0 if offload else 4 * s.base,  # offloaded, each goes to the host when it is whole
         "16-bit copies": copies,
@@ -147,7 +152,7 @@ def scoring(s, positions, longest, own=None):
     one of what follows. own: as above."""
     own = positions if own is None else own
     layers = s.cached * positions + s.passing * max(own, positions - own) + s.c * own * longest
-    head = s.c * s.V * s.D + _logits(s, own)  # then keys and values are gone
+    head = s.copied * s.V * s.D + _logits(s, own)  # then keys and values are gone
     return {"keys and values and a layer, or logits": max(layers, head)}
 
 
@@ -168,8 +173,16 @@ def largest(fits, most, step=1):
     return low * step
 
 
+def has_fixed_numbers(model):
+    """A small model on a CPU: its rows and positions are fixed, so that a run is the same to the last bit,
+    whatever else is in memory."""
+    return model.device.type == "cpu" and runs.is_small(model)
+
+
 def free(device):
-    """Bytes on a CUDA device that nobody uses, the allocator's own reserve included."""
+    """Bytes on a device that nobody uses; on CUDA the allocator's own reserve included."""
+    if device.type == "cpu":
+        return min([_available(), *_left_in_control_groups()])
     try:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
@@ -177,10 +190,43 @@ def free(device):
         return torch.cuda.get_device_properties(device).total_memory - torch.cuda.max_memory_allocated(device)
 
 
+def _available():
+    """Bytes that this machine can give without swapping."""
+    try:
+        return 1024 * int(re.search(r"MemAvailable: *(\d+)", _text("/proc/meminfo"))[1])
+    except OSError:  # no Linux
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _left_in_control_groups(root="/sys/fs/cgroup", own="/proc/self/cgroup"):
+    """-> [bytes] that the limits on this process's control groups leave, of both versions; [] without any.
+    Files that can be read again do not count."""
+    try:
+        paths = {line.split(":", 2)[2] for line in _text(own).splitlines()}
+    except OSError:
+        return []
+    left = []
+    for folder, limit, used in ((root, "memory.max", "memory.current"),
+                                (f"{root}/memory", "memory.limit_in_bytes", "memory.usage_in_bytes")):
+        for path in paths | {"/"}:  # in a container the root is its own group
+            try:
+                most, now, stat = (_text(f"{folder}{path}/{name}") for name in (limit, used, "memory.stat"))
+                files = int(re.search(r"^inactive_file (\d+)", stat, re.MULTILINE)[1])
+                left.append(int(most) - int(now) + files)
+            except (OSError, ValueError):  # no such group, or "max": no limit
+                pass
+    return left
+
+
+def _text(path):
+    with open(path) as f:
+        return f.read()
+
+
 def rows_that_fit(model, longest, limit, samples, otherwise=512):
-    """How many rows can be decoded at once, whole groups, in what is free now: at least one group. On a CPU:
-    `otherwise`."""
-    if model.device.type != "cuda":
+    """How many rows can be decoded at once, whole groups, in what is free now: at least one group. Of a small
+    model on a CPU: `otherwise`."""
+    if has_fixed_numbers(model):
         return otherwise
     s = shape(model)
     room = USABLE * free(model.device)
@@ -194,12 +240,12 @@ def rows_that_fit(model, longest, limit, samples, otherwise=512):
 
 def positions_that_fit(model, longest, of=scoring, otherwise=2**15, **settings):
     """How many positions one forward pass of scoring (or latent_update) can have in what is free now; at
-    least the longest text. On a CPU: `otherwise`."""
-    if model.device.type != "cuda":
+    least the longest text. Of a small model on a CPU: `otherwise`."""
+    if has_fixed_numbers(model):
         return otherwise
     s = shape(model)
     room = USABLE * free(model.device)
-    positions = largest(lambda n: total(of(s, n, longest, **settings)) <= room, MOST_POSITIONS, 256)
+    positions = largest(lambda n: total(of(s, n, longest, **settings)) <= room, s.most_positions, 256)
     return max(longest, positions)
 
 
@@ -210,13 +256,16 @@ def fit(args, model, longest, scorer=None, room=None):
 
     longest: tokens of the longest prompt. scorer: the reward's frozen model, or None. room: bytes that the
     run may use; default: what is free, and what the models have already. From the fastest to the smallest:
-    activations kept, layers checkpointed, masters and moments on the host. No choice changes a result."""
+    activations kept, layers checkpointed, masters and moments on the host (not on a CPU, which is the host).
+    No choice changes a result."""
     if room is None:
         held = sum(p.numel() * p.element_size() for m in (model, scorer) if m for p in m.parameters())
         room = free(model.device) + held
     s = shape(model)
     whole = longest + args.max_new_tokens  # positions of one rollout with its prompt
     usable = USABLE * room
+    if model.device.type == "cpu" and args.offload is None:
+        args.offload = False
     offloads, checkpoints = ((False, True) if flag is None else (flag,)
                              for flag in (args.offload, args.checkpoint_layers))
     for offload, checkpoint in itertools.product(offloads, checkpoints):
@@ -248,7 +297,9 @@ def _numbers(args, s, longest, whole, usable, scorer, checkpoint, offload):
 
     positions = args.tokens_per_forward
     if positions is None:
-        most = max(MOST_POSITIONS, whole)
+        own = args.max_new_tokens + whole // 16  # of a rollout, as engine.pack counts
+        batch = args.prompts * (longest + args.group * own)
+        most = max(min(s.most_positions, batch), whole)
         positions = largest(lambda n: n < whole or can_update(n), most, 256)
         positions = positions if can_update(positions) else 0
     rows = args.rows
@@ -276,24 +327,21 @@ def peaks(args, model, longest, scorer=None):
     return {phase: {**held, **sizes} for phase, sizes in found.items()}
 
 
-def forecast(args, model, longest, scorer=None, room=None):
+def forecast(args, model, longest, scorer, room):
     """The settings of memory and the expected peaks, as text; with a line of advice if they do not fit."""
-    lines = []
-    if room is not None:
-        flags = [f"--rows {args.rows}", f"--tokens-per-forward {args.tokens_per_forward}"]
-        flags.append("--checkpoint-layers" if args.checkpoint_layers else "--no-checkpoint-layers")
-        flags.append("--offload" if args.offload else "--no-offload")
-        lines.append(f"memory: {room / GIB:.1f} GiB can be used; with {' '.join(flags)} the peaks should be:")
-    else:
-        lines.append("memory, at its peaks:")
+    flags = [f"--rows {args.rows}", f"--tokens-per-forward {args.tokens_per_forward}"]
+    flags.append("--checkpoint-layers" if args.checkpoint_layers else "--no-checkpoint-layers")
+    flags.append("--offload" if args.offload else "--no-offload")
+    lines = [f"memory: {room / GIB:.1f} GiB can be used; with {' '.join(flags)} the peaks should be:"]
     highest = 0
     for phase, sizes in peaks(args, model, longest, scorer).items():
         highest = max(highest, total(sizes))
         parts = ", ".join(f"{what} {size / GIB:.1f}" for what, size in sizes.items() if size >= 0.05 * GIB)
         lines.append(f"  {phase:9s} {total(sizes) / GIB:5.1f} GiB: {parts}")
-    if room is not None and highest > USABLE * room:
+    if highest > USABLE * room:
+        is_smallest = args.checkpoint_layers and (args.offload or model.device.type == "cpu")
         lines.append("this may not fit: shorten --max-new-tokens, or take a smaller --model"
-                     if args.offload and args.checkpoint_layers else
+                     if is_smallest and args.rows <= args.group else
                      "this may not fit: leave the memory flags away, or lower --rows and "
                      "--tokens-per-forward")
     return "\n".join(lines)

@@ -908,32 +908,32 @@ def _run_length(row, start, kind):
 
 class TokenLogprobs(torch.autograd.Function):
     """log softmax((h W^T + bias) / temperature)[target] of states h (M, D) -> (M,), with its gradient by
-    hand.
+    hand. The ids no_words have no part in it.
 
     With p = softmax(..), the one-hot e and the incoming g / temperature: d/dh = g (e - p) W and d/dW = (e -
     p)^T g h. Autograd would make five more (M, V) tensors on the way."""
 
     @staticmethod
-    def logits(h, weight, bias, temperature):
-        logits = F.linear(h.to(weight.dtype), weight, bias)  # (M, V)
+    def logits(h, weight, bias, temperature, no_words):
+        logits = _masked(F.linear(h.to(weight.dtype), weight, bias), no_words)  # (M, V)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits if temperature == 1 else logits / temperature
 
     @staticmethod
-    def forward(ctx, h, weight, bias, targets, temperature, keep):
-        logits = TokenLogprobs.logits(h, weight, bias, temperature)
+    def forward(ctx, h, weight, bias, targets, temperature, no_words, keep):
+        logits = TokenLogprobs.logits(h, weight, bias, temperature, no_words)
         # (M,); in parts, since it copies what it reads.
         total = torch.cat([part.logsumexp(-1) for part in logits.split(32)])
-        ctx.save_for_backward(h, weight, bias, targets, total, logits if keep else None)
+        ctx.save_for_backward(h, weight, bias, targets, no_words, total, logits if keep else None)
         ctx.temperature = temperature
         return logits.gather(-1, targets[:, None])[:, 0] - total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        h, weight, bias, targets, total, logits = ctx.saved_tensors
+        h, weight, bias, targets, no_words, total, logits = ctx.saved_tensors
         if logits is None:
-            logits = TokenLogprobs.logits(h, weight, bias, ctx.temperature)
+            logits = TokenLogprobs.logits(h, weight, bias, ctx.temperature, no_words)
         # (M, V), in place: a second backward pass through the same logits is an error.
         p = logits.sub_(total[:, None]).exp_()
         p[torch.arange(len(targets), device=h.device), targets] -= 1  # p - e
@@ -947,7 +947,7 @@ class TokenLogprobs(torch.autograd.Function):
             to_weight = p.T @ (g * h).to(weight.dtype)
         if needs_bias:
             to_bias = (p.T @ g.to(p.dtype))[:, 0]
-        return to_h, to_weight, to_bias, None, None, None
+        return to_h, to_weight, to_bias, None, None, None, None
 
 
 def token_logprobs(model, h, targets, temperature=1.0, chunk=None):
@@ -965,7 +965,7 @@ def token_logprobs(model, h, targets, temperature=1.0, chunk=None):
     one_chunk = len(h) <= chunk
     logps = []
     for some, wanted in zip(h.split(chunk), targets.split(chunk)):
-        logps.append(TokenLogprobs.apply(some, weight, bias, wanted, temperature, one_chunk))
+        logps.append(TokenLogprobs.apply(some, weight, bias, wanted, temperature, head.no_words, one_chunk))
     return torch.cat(logps)
 
 
@@ -1143,6 +1143,16 @@ class FewRows(torch.nn.Linear):
         y = (weight @ rows.T).T.contiguous()
         y = y[:n].view(*x.shape[:-1], self.out_features)
         return y if bias is None else y + bias
+
+
+def mask_no_words(model, ids):
+    """From now on the LM head gives these ids the logit -inf, here and in token_logprobs."""
+    model.lm_head.register_buffer("no_words", torch.tensor(ids, dtype=torch.long, device=model.device), False)
+    model.lm_head.register_forward_hook(lambda head, _, logits: _masked(logits, head.no_words))
+
+
+def _masked(logits, no_words):
+    return logits.index_fill_(-1, no_words, -torch.inf)
 
 
 def use_few_rows(model):

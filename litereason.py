@@ -403,16 +403,16 @@ def load(name_or_path, device=None, dtype=torch.float32):
     or its files do not fit together."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer, weights = runs.read_checkpoint(name_or_path, dtype or torch.float32)
-    model = attach(model.to(device), weights)
+    model = attach(model.to(device), weights, tokenizer)
     for name, p in model.named_parameters():
         if not p.isfinite().all():
             raise UserError(f"cannot load the model in {name_or_path!r}: {name} holds NaN or inf")
     return model, tokenizer
 
 
-def attach(model, weights=None):
+def attach(model, weights=None, tokenizer=None):
     """Adds the projector (from `weights`, else its start), its config entries and our attention to a causal
-    LM."""
+    LM. With its tokenizer, ids that are no word get the logit -inf: none is ever sampled."""
     cap, layers = runs.check_model(model, CAP, PROJECTOR_LAYERS)
     older_pause = set(weights or {}) == {"vector"}  # saved before checkpoints named their projector
     # The released code's checkpoints name none; without any weights it is the start of the model's size.
@@ -439,6 +439,7 @@ def attach(model, weights=None):
     model.bf16 = model.device.type == "cuda" and model.dtype == torch.float32  # see engine.autocast
     model.graphs = False  # see engine.Decoder
     engine.use_few_rows(model)
+    engine.mask_no_words(model, runs.no_words(model, tokenizer) if tokenizer else [])
     # The caches of engine.py; anything else still goes through sdpa.
     model.set_attn_implementation("litereason")
     return model.eval()  # no dropout anywhere: sampling and scoring must see the same network

@@ -31,7 +31,7 @@ def patterns(tokenizer, opening, closing):
     encoding of both."""
 
     def encode(text):
-        return tuple(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+        return tuple(runs.encode_text(tokenizer, text))
 
     plain = encode(opening)
     starts = {plain}

@@ -29,37 +29,32 @@ GIB = 2.0**30
 
 
 # ============================================================ before a run
-def as_text(value):
-    """A setting's value."""
-    return value if isinstance(value, str) else f"{value:g}"
+def beside_released(settings, released):
+    """The settings that are not the released ones, as text. None is all that there is."""
+    def text(value):
+        return "all" if value is None else value if isinstance(value, str) else f"{value:g}"
+
+    others = [f"{name} {text(settings[name])} (released: {text(theirs)})"
+              for name, theirs in released.items() if settings[name] != theirs]
+    return f"not as released: {', '.join(others)}" if others else "all settings as released"
 
 
-def say_what_runs(args, model, tokenizer, task, prompts, released, ours):
-    """The sizes, the settings beside the released ones and, of a real model, the work and the hours that a
-    run may need."""
+def say_what_runs(args, model, tokenizer, prompts, released, memory):
+    """What is trained, on how much, what differs from the released settings and, of a real model, the hours
+    that a run may need. released: the settings that apply, with their released values; memory: card.py's
+    lines."""
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     longest = max(map(len, prompts))
     weights = "bf16 weights, fp32 masters on the host" if args.offload else "fp32 weights"
     print(f"{args.method} on {args.task}: {args.model}, {millions:.1f} M parameters, {model.device}, "
           f"{weights}; {len(prompts)} train prompts of up to {longest} tokens")
-    settings = []
-    for name, theirs in released.items():
-        value = getattr(args, name)
-        beside = f" (released: {as_text(theirs)})" if name not in ours and value != theirs else ""
-        settings.append(f"{name} {as_text(value)}{beside}")
-    print("settings: " + ", ".join(settings))
-    if not runs.is_small(model):
-        batch = args.prompts * args.group
-        positions = batch * args.max_new_tokens + args.prompts * longest
-        print(f"per rollout batch: {batch} rollouts, {min(batch, args.rows)} rows at a time, up to "
-              f"{args.max_new_tokens} decoding steps; the update reads up to {positions:,} positions, "
-              f"{args.tokens_per_forward:,} at a time", flush=True)
+    print(f"{args.steps} steps, {args.minibatches} on each batch of {args.prompts * args.group} rollouts of "
+          f"up to {args.max_new_tokens} tokens, {args.group} for each of {args.prompts} prompts")
+    print(beside_released(vars(args), released), *memory, sep="\n", flush=True)
+    if not runs.is_small(model) and not args.smoke:
+        if model.device.type == "cpu":
+            print("on a CPU --smoke makes a whole run in about ten minutes; this one: ", end="", flush=True)
         print(pace(model, tokenizer, prompts, args), flush=True)
-
-
-def _groups_at_once(args):
-    """How many groups are decoded together."""
-    return max(1, args.rows // args.group)
 
 
 class Pace(typing.NamedTuple):
@@ -100,9 +95,10 @@ def pace(model, tokenizer, prompts, args):
 
 def measure(model, tokenizer, prompts, args):
     """-> Pace. Measured after a warm-up: as many rows as are decoded at once, with the longest prompts, for a
-    few steps; and one forward and backward pass of the update at its full size."""
+    few steps; and one forward and backward pass of the update at its full size. On a CPU less of both, where
+    one group and one rollout take minutes already: more at once would be a little faster."""
     steps = 64 if model.graphs else 16  # a recording serves 64
-    at_once = min(args.prompts, _groups_at_once(args))
+    at_once = min(args.prompts, max(1, args.rows // args.group)) if model.device.type == "cuda" else 1
     longest = sorted(prompts, key=len)[-at_once:]
 
     def decode(n_slots):
@@ -136,8 +132,9 @@ def update(model, rollouts):
 
 
 def longest_rollouts(model, prompt, args):
-    """As many rollouts of one prompt, of the length allowed, as the update reads in one pass."""
-    room = args.tokens_per_forward - len(prompt)
+    """As many rollouts of one prompt, of the length allowed, as the update reads in one pass; on a CPU
+    one."""
+    room = args.tokens_per_forward - len(prompt) if model.device.type == "cuda" else 0
     n = max(1, min(args.group, room // args.max_new_tokens))
     slots = (prompt * args.max_new_tokens)[: args.max_new_tokens]
     return [Rollout(prompt, slots, torch.zeros(0, model.config.hidden_size))] * n
@@ -176,6 +173,8 @@ def step_line(m, steps):
         f"dlogp {m['max_dlogp']:.0e}",
         f"{sum(seconds.values()):5.1f}s (sample {seconds.get('sample', 0):.1f})",
         f"GiB {memory.get('sample', 0):.2f} {memory['update']:.2f}"]
+    if m["no_verdict"]:
+        fields.append(f"no verdict {m['no_verdict']:.2f}")
     if m["refresh_loss"] is not None:
         fields.append(f"refresh loss {m['refresh_loss']:.3f}")
     return " | ".join(fields)
@@ -923,8 +922,8 @@ def write_chapters(task, examples, plans, n, sampling, file):
 
 
 def _write_chapter(model, tokenizer, task, example, plan, seed, sampling):
-    prompt = tokenizer.encode(task.chapter_prompt(example, plan), split_special_tokens=True)
-    true_length = len(tokenizer.encode(example["chapter"], split_special_tokens=True))
+    prompt = runs.encode_text(tokenizer, task.chapter_prompt(example, plan), begins=True)
+    true_length = len(runs.encode_text(tokenizer, example["chapter"], begins=True))
     room = model.config.max_position_embeddings - len(prompt)
     rollout, = generate(model, tokenizer, [prompt], 1, max(1, min(true_length, room)), latent="none",
                         generator=torch.Generator().manual_seed(seed), **sampling)

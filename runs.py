@@ -14,6 +14,7 @@ Nothing here imports another file of this project.
 """
 import argparse
 import contextlib
+import copy
 import dataclasses
 import errno
 import fcntl
@@ -38,7 +39,7 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer
 
 TINY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "tiny", "base")
 
@@ -307,6 +308,7 @@ def save(model, tokenizer, path):
         model.config.litereason_projector_trained = False  # else its weights would say that it is
     elif hasattr(model.config, "litereason_projector_trained"):
         del model.config.litereason_projector_trained
+    model.generation_config.eos_token_id = stop_tokens(model, tokenizer)  # so others stop where we do
     path = os.path.abspath(path)
     new = f"{path}.writing-{os.getpid()}"
     old = f"{path}.replaced-{os.getpid()}"
@@ -347,6 +349,12 @@ def stop_tokens(model, tokenizer):
     return sorted({tokenizer.eos_token_id, *stop_ids(model)} - {None})
 
 
+def no_words(model, tokenizer):
+    """The ids that are no word, sorted: a matrix may be larger than the vocabulary (Qwen's by 271 rows)."""
+    words = {*tokenizer.get_vocab().values(), *stop_tokens(model, tokenizer)}
+    return sorted(set(range(model.config.vocab_size)) - words)
+
+
 def token_texts(tokenizer):
     """The text of every vocabulary entry as it reads inside a text (leading spaces kept): a list of V
     strings."""
@@ -366,9 +374,25 @@ def end_of_answer(model, tokenizer):
     return end
 
 
-def encode_text(tokenizer, text):
-    """Token ids of an answer or a part of one: no special token is added, or recognised in the text."""
-    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+def encode_text(tokenizer, text, begins=False):
+    """Token ids of a text or a part of one, all of ordinary text: no control token is recognised in it.
+
+    begins: with what the tokenizer puts before a whole text (Llama's BOS); else nothing is added."""
+    return _for_text(tokenizer).encode(text, add_special_tokens=begins, split_special_tokens=True)
+
+
+@functools.lru_cache(maxsize=4)
+def _for_text(tokenizer):
+    """The tokenizer that reads texts. transformers' split_special_tokens takes apart what the tokenizer calls
+    special; in this copy that is every added token (Qwen's <tool_call> too) but blanks, which are ordinary
+    text (Gemma's "\\n\\n")."""
+    added = tokenizer.added_tokens_decoder.values()
+    control = [token.content for token in added if not token.special and not token.content.isspace()]
+    if not control:
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens([AddedToken(content, normalized=False) for content in control], special_tokens=True)
+    return tokenizer
 
 
 def chat_parts(model, tokenizer):
@@ -405,19 +429,14 @@ def encode_prompt(model, tokenizer, text, opening=""):
     the ids are those of the whole text at once."""
     before, after, _ = chat_parts(model, tokenizer)
     if not after:
-        return tokenizer.encode(f"{text} {opening}" if opening else text, split_special_tokens=True)
+        return encode_text(tokenizer, f"{text} {opening}" if opening else text, begins=True)
     # BPE may merge neighbours, but not across a special token: the text is cut there, and only there.
     special = "|".join(re.escape(token.content) for token in tokenizer.added_tokens_decoder.values())
     start = max([match.end() for match in re.finditer(special, before)], default=0)
     end = min([match.start() for match in re.finditer(special, after)], default=len(after))
-    parts = [
-        (before[:start], False),
-        (before[start:] + text + after[:end], True),
-        (after[end:] + opening, False)]
-    ids = []
-    for part, is_text in parts:
-        ids += tokenizer.encode(part, add_special_tokens=False, split_special_tokens=is_text)
-    return ids
+    encode = functools.partial(tokenizer.encode, add_special_tokens=False, split_special_tokens=False)
+    return (encode(before[:start]) + encode_text(tokenizer, before[start:] + text + after[:end])
+            + encode(after[end:] + opening))
 
 
 def check_lengths(model, prompts, max_new_tokens):
@@ -770,8 +789,10 @@ def parse_resumable(parser, script, free=("device", "graphs")):
     flags in `free` may stand."""
     args = parser.parse_args()
     if args.resume is None:
-        if args.model != "tiny" and os.path.isdir(args.model):
-            args.model = os.path.abspath(args.model)  # --resume may be said from elsewhere
+        for flag in ("model", "scorer"):
+            name = getattr(args, flag)
+            if name not in (None, "tiny") and os.path.isdir(name):
+                setattr(args, flag, os.path.abspath(name))  # --resume may be said from elsewhere
         return args
     args.resume = directory_of_run(args.resume)
     settings = settings_in(args.resume)
@@ -787,6 +808,24 @@ def parse_resumable(parser, script, free=("device", "graphs")):
         raise UserError(f"--{changed[0].replace('_', '-')}: a resumed run keeps the settings of "
                         f"{args.resume}/config.json, save {flags}")
     return args
+
+
+def check_examples(args, **splits):
+    """Notes a digest of the examples, for config.json; UserError if a resumed run began with others.
+
+    splits: {name: examples}. A run from before there were digests is taken as it is."""
+    args.examples = {}
+    for split, examples in splits.items():
+        text = json.dumps(examples, sort_keys=True, default=str)
+        args.examples[split] = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
+    args.data = os.environ.get("LITEREASON_DATA") and os.path.abspath(os.environ["LITEREASON_DATA"])
+    made = settings_in(args.out)
+    changed = [name for name, digest in made.get("examples", {}).items() if args.examples.get(name) != digest]
+    if args.resume and changed:
+        had = f"set LITEREASON_DATA={made['data']}" if made["data"] else "unset LITEREASON_DATA"
+        way = f"{had}, or " if made["data"] != args.data else ""
+        raise UserError(f"the {' and '.join(changed)} examples of {args.task} are not those that {args.out} "
+                        f"began with: {way}prepare those again, or begin a new run in another --out")
 
 
 def write_settings(args, script):

@@ -10,7 +10,7 @@ latent steps of all tags.
 A small model does otherwise by default (--targets words, see targets.py): it writes stage 1 without tags, a
 run of sentences becomes one tag, and each latent learns a target of its own. --targets none is the paper's.
 
-Left out, and why: (1) spaCy: sentences end at [.!?] or a newline. (2) The released code drops paragraphs
+Left out, and why: (1) spaCy: sentences end at [.!?…。] or a newline. (2) The released code drops paragraphs
 when it joins sentences again; here the text between them stays. (3) Its loss seems to be summed over 16
 micro-batches instead of averaged, so that its clip of 0.2 bites harder; here the gradient of the mean over
 a batch's tokens is clipped. (4) Its AdamW has the betas 0.9 and 0.999 (--betas), and it takes no trace of
@@ -21,6 +21,7 @@ more than 4,096 tokens (--max-length).
     python train_projector.py --steps 2 --prompts 8 --n 8   # a smoke run
     python train_projector.py --resume out/tiny-projector   # continue a stopped run: on a CPU bit for bit
 """
+import collections
 import contextlib
 import dataclasses
 import itertools
@@ -50,6 +51,15 @@ RATIOS, VERSIONS = (0.10, 0.25), 5
 VERSIONS_TOGETHER = 4  # of one trace in a batch of stage 2, with --targets words
 AT_ONCE = 160  # traces that stage 1 samples before it writes those down that it keeps
 
+# Why a sample of stage 1 is of no use to stage 2: in words, and what helps.
+REASONS = {
+    "no verdict": ("without an answer in the form that the prompt asks for", "a --model that keeps to that "
+                   "form (an instruct model, or a larger one), or another --task"),
+    "cut": ("cut by the length limit", "a higher --max-new-tokens"),
+    "wrong": ("that earned nothing", "more prompts (--prompts, in train_rl.py --trace-prompts) or a stronger "
+              "--model"),
+    "no sentence": ("without a sentence before the answer", "a --model that reasons before it answers")}
+
 # The released settings, and what a model of under 50 M parameters trained from scratch needs.
 RELEASED = {"prompts": None, "k": 5, "lr": 1e-4, "batch": 16, "steps": None, "imitate": 0,
             "targets": "none", "words": 2, "noise": 0.2, "train_base": 0.0}
@@ -62,7 +72,7 @@ LARGE = 100  # sizes of an embedding: a latent of more drowns the words around i
 # ============================================================ stage 1: the model's own traces
 def collect_traces(model, tokenizer, task, examples, k, max_new_tokens, seed, path, tag=None, keep_cut=False):
     """Stage 1: k samples per example, those with reward > 0 that are whole (keep_cut: or not) kept ->
-    [{"example", "prompt", "text"}].
+    [{"example", "prompt", "text"}], the others, each with its reason as "left out".
 
     `path` has a line for the settings and one for each AT_ONCE samples, written when they are done: what is
     there with the same settings is not sampled again. The draws of a line follow from the seed and its number
@@ -74,7 +84,7 @@ def collect_traces(model, tokenizer, task, examples, k, max_new_tokens, seed, pa
     together = header["at_once"]
     starts = range(0, len(examples), together)
     if lines:
-        n_traces = sum(map(len, lines))
+        n_traces = len(_kept(lines))
         print(f"stage 1: {n_traces} traces are in {path} already, {len(lines)} of {len(starts)} lines of it")
     with open(path + ".tmp", "w") as f:
         f.writelines(json.dumps(line) + "\n" for line in [header] + lines)
@@ -93,16 +103,37 @@ def collect_traces(model, tokenizer, task, examples, k, max_new_tokens, seed, pa
             rewards = data.score(task, [asked[r.prompt] for r in rollouts], [r.text for r in rollouts])
             line = []
             for r, reward in zip(rollouts, rewards):
-                if reward > 0 and (r.finished or keep_cut):
-                    line.append({"example": start + r.prompt, "prompt": prompts[r.prompt], "text": r.text})
+                trace = {"example": start + r.prompt, "prompt": prompts[r.prompt], "text": r.text}
+                if reward <= 0 and data.has_verdict(task, r.text):
+                    trace["left out"] = "wrong"
+                elif reward <= 0 or not (r.finished or keep_cut):
+                    trace["left out"] = "no verdict" if r.finished else "cut"
+                line.append(trace)
             lines.append(line)
             f.write(json.dumps(line) + "\n")
             f.flush()
             os.fsync(f.fileno())
         bar.close()
-    traces = list(itertools.chain(*lines))
-    print(f"stage 1: kept {len(traces)} of {k * len(examples)} traces (reward > 0), in {path}")
-    return traces
+    traces = _kept(lines)
+    others = [trace for trace in itertools.chain(*lines) if "left out" in trace]
+    said = f"; the others: {_in_words(reasons_of(others))}" if others else ""
+    print(f"stage 1: kept {len(traces)} of {k * len(examples)} traces (reward > 0), in {path}{said}")
+    return traces, others
+
+
+def reasons_of(left_out):
+    """Why samples were not kept -> Counter."""
+    return collections.Counter(trace["left out"] for trace in left_out)
+
+
+def _in_words(reasons):
+    """{reason: samples} as text, the most frequent first."""
+    return ", ".join(f"{n} {REASONS[why][0]}" for why, n in reasons.most_common())
+
+
+def _kept(lines):
+    """The traces in lines of traces.jsonl, without the samples that were left out."""
+    return [trace for trace in itertools.chain(*lines) if "left out" not in trace]
 
 
 def _settings_of_traces(model, task, examples, k, max_new_tokens, seed, tag):
@@ -120,6 +151,7 @@ def _settings_of_traces(model, task, examples, k, max_new_tokens, seed, tag):
         "at_once": max(1, AT_ONCE // k),  # prompts
         "seed": seed,
         "tag": tag,
+        "left_out": True,  # samples that are not kept are in the lines too
         "reward": own["reward"],
         "scorer": own["scorer"] and own["scorer"][0].config._name_or_path}
 
@@ -145,19 +177,20 @@ def read_traces(path):
     """The traces that collect_traces has written there."""
     with open(path) as f:
         _, *lines = [json.loads(line) for line in f]
-    return list(itertools.chain(*lines))
+    return _kept(lines)
 
 
 # ============================================================ stage 1: tags in the place of sentences
-# A run of characters up to [.!?] and what closes it, or to the line's end; the look-behind: a run of dots is
-# tried once, not n times.
-SENTENCE = re.compile(r"\s*[^\n]*?(?:(?<![.!?])[.!?]+[\"')\]]*(?=\s)|\n|$)")
+# A run of characters up to [.!?…] and what closes it, if a space follows; to the stop of a script without
+# spaces; or to the line's end. The look-behind: a run of dots is tried once, not n times.
+CLOSING = r"""["'”’»›)\]}」』）】*_]*"""
+SENTENCE = re.compile(rf"\s*[^\n]*?(?:(?<![.!?…])[.!?…]+{CLOSING}(?=\s)|[。！？｡]+{CLOSING}|\n|$)")
 
 
 def split_answer(text, marker="\\boxed{"):
     """(reasoning, answer): the answer begins at the last marker; ("", "") if there is none."""
-    at = text.rfind(marker)
-    return (text[:at], text[at:]) if at >= 0 else ("", "")
+    place = data.last_opening(text, marker)
+    return (text[: place[0]], text[place[0] :]) if place else ("", "")
 
 
 def sentences_of(text):
@@ -169,9 +202,13 @@ def mask_sentences(rng, tokenizer, reasoning, ratio, cap=CAP):
     1, cap).
 
     The sentence is deleted: there is no target for the latents themselves. Tags already there are kept and
-    never replaced. One space on each side of a tag. rng: random.Random. None if there is no sentence. Ours:
-    sentences end at [.!?] or a newline; the released code uses spaCy's model in stage 1, its rule-based
-    sentencizer in stage 3."""
+    never replaced. One space on each side of a tag. rng: random.Random. None if there is no sentence.
+
+    Ours: one pattern, SENTENCE, says where sentences end. The released code has spaCy's model for that in
+    stage 1 and its sentencizer in stage 3, which ends one at a [.!?] that is a word of its own (not in "Mr."
+    or "...") and at more scripts' stops, with all punctuation that follows, opening quotes too. Here a
+    newline, "...", "…" and an abbreviation's point end one as well, 。 needs no space after it, and a quote
+    stays with what it opens."""
     pieces, sentences = [], []  # texts that join to the reasoning; the numbers of those that are sentences
     start = 0
     for tag_start, tag_end, _ in parse_tags(reasoning, cap) + [(len(reasoning), len(reasoning), 0)]:
@@ -184,7 +221,7 @@ def mask_sentences(rng, tokenizer, reasoning, ratio, cap=CAP):
     if not sentences:
         return None
     for i in rng.sample(sentences, max(1, int(ratio * len(sentences)))):
-        n_tokens = len(tokenizer.encode(pieces[i].strip(), add_special_tokens=False))
+        n_tokens = len(runs.encode_text(tokenizer, pieces[i].strip()))
         n = max(1, min(cap, int(0.2 * n_tokens)))
         pieces[i] = f" {OPEN}{n}{CLOSE} "
     text = re.sub(rf"(?:(?<!\s)\s+|)({OPEN}[0-9 ]*{CLOSE})\s*", r" \1 ", "".join(pieces))
@@ -208,24 +245,28 @@ def masked_trace(model, tokenizer, rng, prompt, text, answer, marker, ratio):
     return Rollout(prompt_ids, slots, no_latents, text=text) if LATENT in slots else None
 
 
-def mask_all(model, tokenizer, traces, marker, rng, aim="none", words=2):
+def mask_all(model, tokenizer, traces, left_out, marker, rng, aim="none", words=2):
     """Every trace in several masked versions (RATIOS x VERSIONS; with targets, targets.SHARES x VERSIONS) ->
-    (training rows, at most 256 held-out rows); a tenth of the stories is held out. aim: "words" gives each
-    latent a target (targets.py)."""
+    (training rows, at most 256 held-out rows); a tenth of the stories is held out. left_out: samples that
+    are no traces. aim: "words" gives each latent a target (targets.py)."""
     masked = versions_with_targets if aim == "words" else versions
     rows = masked(model, tokenizer, traces, marker, rng, words)  # (story, row)
     stories = sorted({story for story, _ in rows})
     held_out = set(stories[len(stories) - max(1, len(stories) // 10):])
     train = [row for story, row in rows if story not in held_out]
     held = [row for story, row in rows if story in held_out]
-    if traces and not any(marker in trace["text"] for trace in traces):
+    if traces and not any(split_answer(trace["text"], marker)[1] for trace in traces):
         raise UserError(f"none of the {len(traces)} traces that stage 1 kept has the words {marker!r}, "
                         f"before which reasoning stands: set ANSWER of the task to the words that its "
                         f"prompt asks for")
     if not train or not held:
-        raise UserError(f"stage 1 kept {len(traces)} traces, too few with a sentence to mask: this model "
-                        "earns too little reward on this task with the tag prompt (give more --prompts, in "
-                        "train_rl.py --trace-prompts, or a stronger --model)")
+        empty = sum(trace["example"] not in stories for trace in traces)
+        why = reasons_of(left_out) + collections.Counter({"no sentence": empty})
+        leading = max(why, key=why.get, default="wrong")
+        others = f"; the others: {_in_words(why)}" if why else ""
+        raise UserError(f"stage 1 kept {len(traces)} of {len(traces) + len(left_out)} traces, too few: "
+                        f"two stories with a sentence to mask are the least{others}; what helps: "
+                        f"{REASONS[leading][1]}")
     return train, rng.sample(held, min(256, len(held)))
 
 
@@ -476,13 +517,13 @@ def mean_loss(model, traces, latent):
 
 # ============================================================ both stages
 def stages_1_and_2(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, every=50, betas=(0.9, 0.95),
-                   max_length=None, keep_cut=False, **changes):
+                   max_length=None, keep_cut=False, smoke=False, **changes):
     """Both stages; trains model.reasoning_projector in place and prints what came of it -> the figures
     printed.
 
     Continues from what a stopped run left in `out`: traces.jsonl, and stage 2's states (one every so many
-    steps) in stage-2/. n: val examples for the accuracy before and after. betas, max_length, keep_cut: the
-    flags of these names. changes: of RELEASED or SMALL above, whichever the model's size selects; None
+    steps) in stage-2/. n: val examples for the accuracy before and after. betas, max_length, keep_cut, smoke:
+    the flags of these names. changes: of RELEASED or SMALL above, whichever the model's size selects; None
     leaves a value as it is."""
     cfg = dict(SMALL if runs.is_small(model) else RELEASED)
     cfg.update({name: value for name, value in changes.items() if value is not None})
@@ -499,13 +540,26 @@ def stages_1_and_2(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, e
             raise UserError("--train-base goes with --targets words: the paper's stage 2 leaves the "
                             "base frozen")
         cfg["train_base"] = 0.0
-    print("stages 1 and 2: " + ", ".join(_setting(name, value) for name, value in cfg.items()))
+    applies = {name: value for name, value in RELEASED.items()
+               if aim == "words" or name not in ("words", "noise", "train_base")}
+    steps = "one pass over the masked traces" if cfg["steps"] is None else f"{cfg['steps']} steps"
+    print(f"stages 1 and 2: {cfg['k']} traces of up to {max_new_tokens} tokens for each of {len(examples)} "
+          f"train prompts, then {steps}, {cfg['batch']} masked traces each\n"
+          f"{report.beside_released(cfg, applies)}")
     # With targets no tag is written in stage 1: a target is taken from a sentence that was written out.
     tag = "forbidden" if aim == "words" else None
-    traces = collect_traces(model, tokenizer, task, examples, cfg["k"], max_new_tokens, seed, path, tag,
-                            keep_cut)
+    traces, left_out = collect_traces(model, tokenizer, task, examples, cfg["k"], max_new_tokens, seed, path,
+                                      tag, keep_cut)
     marker = data.opening_of(task)
-    train, held = mask_all(model, tokenizer, traces, marker, rng, aim, cfg["words"])
+    try:
+        train, held = mask_all(model, tokenizer, traces, left_out, marker, rng, aim, cfg["words"])
+    except UserError as e:
+        if not smoke or aim == "words":  # with targets RL needs traces too
+            raise
+        print(f"warning: {e}; without --smoke the run would end here. This one goes on with all samples, "
+              f"whatever they earned", flush=True)
+        samples = [{**trace, "text": f"{trace['text']}\n{marker}"} for trace in traces + left_out]
+        train, held = mask_all(model, tokenizer, samples, [], marker, rng)
     train, held = short_enough(train, max_length), short_enough(held, max_length)
     if not train or not held:
         raise UserError(f"no masked trace has {max_length} tokens or fewer, prompt included: "
@@ -563,12 +617,6 @@ def say_size_of_start(sizes, are_fed=True):
               f"normed, whose outputs are as long as an embedding", flush=True)
     else:
         print(f"stage 2: {size} at the start", flush=True)
-
-
-def _setting(name, value):
-    """As text, with the released value where it is another; None is all prompts, or all traces once."""
-    shown, released = ("all" if v is None else report.as_text(v) for v in (value, RELEASED[name]))
-    return f"{name} {shown}" + (f" (released: {released})" if value != RELEASED[name] else "")
 
 
 def by_size(name):
@@ -651,7 +699,8 @@ def main():
     runs.check_arguments(args)
     lock_file = runs.lock(args.out)  # noqa: F841  held until the process ends
     runs.check_what_is_there(args)
-    task.examples("train")  # what is missing is said before a model is fetched
+    # what is missing is said before a model is fetched
+    runs.check_examples(args, train=task.examples("train"), val=task.examples("val"))
     model, tokenizer = load(args.model, args.device)
     runs.use_graphs(model, args.graphs)
     runs.set_tag_rule(model, args.tag_rule)

@@ -51,14 +51,14 @@ from train_projector import (RATIOS, add_start_flags, fit_projector, masked_trac
 
 # ============================================================ settings that depend on the model's size
 # RELEASED is the authors' script: 2880 steps are 30 passes over 290 stories, 6 rollout batches each, 16 steps
-# a batch. The last line of each is ours and changes no result: how much is in memory at once (card.py chooses
-# on CUDA), and the steps between two states on the disk.
+# a batch. The last line of each is ours and changes no result: how much is in memory at once (where it is not
+# there, card.py chooses), and the steps between two states on the disk.
 RELEASED = {
     "lr": 5e-7, "group": 16, "prompts": 48, "minibatches": 16, "steps": 2880,
     "max_new_tokens": runs.SLOTS_RELEASED, "overlong_buffer": 0,
     "clip": 0.2, "refresh_lr": 1e-4, "refresh_share": 0.1, "refresh_every": 0,
     "targets": "none", "words": 2, "noise": 0.2, "anchor": 0.0,
-    "rows": 256, "tokens_per_forward": 16_384, "checkpoint_layers": True, "save_every": 16}
+    "save_every": 16}
 SMALL = {
     "lr": 1.2e-4, "group": 16, "prompts": 16, "minibatches": 1, "steps": 24,
     "max_new_tokens": runs.SLOTS_SMALL, "overlong_buffer": runs.SLOTS_SMALL,
@@ -66,7 +66,10 @@ SMALL = {
     "targets": "words", "words": 2, "noise": 0.2, "anchor": 10.0,
     "rows": 512, "tokens_per_forward": 12_000, "checkpoint_layers": False, "save_every": 4}
 PLANNED = ("rows", "tokens_per_forward", "checkpoint_layers", "offload")
-OURS = (*PLANNED, "save_every")
+# --smoke: other defaults of flags, so that all stages run to the table in minutes, whatever the model.
+SMOKE = {
+    "steps": 4, "prompts": 2, "group": 4, "minibatches": 2, "max_new_tokens": 128, "train_prompts": 4,
+    "trace_prompts": 8, "projector_steps": 2, "n": 2, "val": 2}
 TAKEN_AWAY, ANOTHERS = "  its latents taken away", "  another story's latents"
 NAMES = report.METHODS
 
@@ -161,7 +164,8 @@ def train(args, model, base, masters, tokenizer, task, examples, prompts, vals, 
 
             state.count_skipped(step_is_finite)
             size = z_size(model, torch.cat([r.latents for r in state.rollouts]))
-            m = metrics(state, step, epoch, groups, gap, norm, size, anchor_loss, refresh_loss, val, phases)
+            m = metrics(task, state, step, epoch, groups, gap, norm, size, anchor_loss, refresh_loss, val,
+                        phases)
             tell(args, tokenizer, log, state, m, val, is_new_batch=minibatch == 0)
             report.set_aside_if_skipped(args, step, state, chosen, step_is_finite)
             state.step = step + 1
@@ -376,7 +380,7 @@ def validate(args, model, tokenizer, task, vals):
     return figures
 
 
-def metrics(state, step, epoch, groups, gap, norm, size, anchor_loss, refresh_loss, val, phases):
+def metrics(task, state, step, epoch, groups, gap, norm, size, anchor_loss, refresh_loss, val, phases):
     """One line of metrics.jsonl. The loss is not among them: under grpo, at ratio 1, it is 0 by
     construction."""
 
@@ -396,6 +400,8 @@ def metrics(state, step, epoch, groups, gap, norm, size, anchor_loss, refresh_lo
         # Share of groups with nothing to learn from.
         "zero_variance": float((highest == lowest).float().mean()),
         "truncated": mean(lambda r: not r.finished),  # share of rollouts cut by the length limit
+        # share of rollouts in which the reward found nothing to read
+        "no_verdict": mean(lambda r: not data.has_verdict(task, r.text)),
         "max_dlogp": gap[0],  # how far sampler and scorer differ at most; on a first update it is rounding
         "z_size": runs.if_finite(size),  # median norm of a latent, in sizes of an embedding
         "grad_norm": runs.if_finite(norm),  # before clipping
@@ -450,6 +456,11 @@ def parse_arguments():
                    "--steps, --device and --graphs may stand beside it (default: a new run)")
     g.add_argument("--seed", type=int, default=0, help="of all random draws (default 0)")
     g = ap.add_argument_group("how much (a small model has less than 50 M parameters)")
+    g.add_argument("--smoke", action="store_true", help="a whole run in about ten minutes on two cores, "
+                   "which says that everything works and nothing else: other defaults for these flags: "
+                   + ", ".join(f"{name.replace('_', '-')} {value}" for name, value in SMOKE.items())
+                   + "; if stage 1 keeps too little it says so and goes on with what it sampled (default "
+                   "off)")
     g.add_argument("--steps", type=int, metavar="N", help=f"optimiser steps ({by_size('steps')})")
     g.add_argument("--prompts", type=int, metavar="N", help="prompts per rollout batch "
                    f"({by_size('prompts')})")
@@ -480,6 +491,8 @@ def parse_arguments():
     add_projector_flags(ap.add_argument_group("projector"))
     add_memory_flags(ap.add_argument_group("memory, speed and disk (results are the same up to rounding)"))
     add_released_flags(ap.add_argument_group("as released (for stages 1 and 2: train_projector.py)"))
+    if ap.parse_known_args()[0].smoke:
+        ap.set_defaults(**SMOKE)  # what the command line says wins
     return runs.parse_resumable(ap, "train_rl.py", ("steps", "device", "graphs"))
 
 
@@ -503,16 +516,18 @@ def add_projector_flags(g):
 
 
 def add_memory_flags(g):
-    """The defaults on CUDA are card.py's."""
-    fits = "; on CUDA what fits the card)"
+    """The defaults are card.py's, but of a small model on a CPU."""
+    def default(name):
+        return f"({runs.default_text(SMALL[name], SMALL[name])} for a small model on a CPU, else what fits)"
+
     g.add_argument("--rows", type=int, metavar="N", help="rollouts decoded at once, whole groups: memory "
-                   f"for their keys and values ({by_size('rows')}{fits}")
+                   f"for their keys and values {default('rows')}")
     g.add_argument("--tokens-per-forward", type=int, metavar="N",
                    help="positions per forward pass of the update, a group's prompt counted once "
-                   f"({by_size('tokens_per_forward')}{fits}")
+                   f"{default('tokens_per_forward')}")
     g.add_argument("--checkpoint-layers", action=argparse.BooleanOptionalAction,
                    help="keep no activations inside layers: less memory, a third more time "
-                   f"({by_size('checkpoint_layers')}{fits}")
+                   f"{default('checkpoint_layers')}")
     g.add_argument("--offload", action=argparse.BooleanOptionalAction,
                    help="bf16 weights on the card, fp32 masters and AdamW's moments on the host (default "
                    "off; on CUDA if nothing else fits)")
@@ -554,9 +569,9 @@ def main():
     runs.check_what_is_there(args, saved)
     if args.group is not None and args.group < 2:
         raise UserError("--group must be 2 or more: an advantage compares the rollouts of one prompt")
-    examples = task.examples("train")[: args.train_prompts]
-    vals = task.examples("val")[: args.val]
-    tests = task.examples("test")[: args.n]
+    examples, vals, tests = (task.examples(split) for split in data.SPLITS)
+    runs.check_examples(args, train=examples, val=vals, test=tests)  # all: rewards may draw from them
+    examples, vals, tests = examples[: args.train_prompts], vals[: args.val], tests[: args.n]
 
     # The model, with the settings for its size.
     source = runs.source_of_weights(args, saved)
@@ -572,7 +587,7 @@ def main():
             setattr(args, name, made.get(name))
     check_flags_of_latents(args, model, source)
     for name, value in (SMALL if runs.is_small(model) else RELEASED).items():
-        is_planned = name in PLANNED and model.device.type == "cuda"
+        is_planned = name in PLANNED and not card.has_fixed_numbers(model)
         if getattr(args, name, None) is None and not is_planned:
             setattr(args, name, value)
     args.overlong_buffer = min(args.overlong_buffer, args.max_new_tokens)
@@ -592,7 +607,7 @@ def main():
     base_learns_in_stage_2 = args.train_base or args.imitate
     if base_learns_in_stage_2 and args.offload is None:
         args.offload = False  # it takes fp32 weights on the card
-    fit_to_memory(args, model, task, prompts)
+    memory = fit_to_memory(args, model, task, prompts)
     base = engine.base_parameters(model)
     if args.offload and base_learns_in_stage_2:
         raise UserError("--train-base and --imitate take fp32 weights on the card: leave --offload out, or run "
@@ -605,7 +620,7 @@ def main():
     runs.write_settings(args, "train_rl.py")
     # Until stage 2 and RL say more.
     runs.on_stop(lambda: f"go on with: python train_rl.py --resume {args.out}")
-    report.say_what_runs(args, model, tokenizer, task, prompts[: len(examples)], RELEASED, OURS)
+    report.say_what_runs(args, model, tokenizer, prompts[: len(examples)], released_settings(args), memory)
 
     # The rows of the final table that come before RL, stages 1 and 2 among them; a resumed run has them in
     # its state.
@@ -625,6 +640,10 @@ def main():
             if not runs.saved_states(args.out):
                 runs.write_state(first_rows, len(table_rows), {}, table_rows)
 
+    def show_table():
+        if table_rows:
+            print(f"\n{report.table(table_rows, data.measure_of(task))}", flush=True)
+
     if saved is None:
         # a run of train_projector.py may have moved the base
         start = "start" if model.projector_trained else "base"
@@ -633,11 +652,17 @@ def main():
             add_row(f"{start}, tag prompt", True, "none")  # a plain LM: its tags are text
         if args.method == "litereason":
             if not model.projector_trained:
-                stages_1_and_2(model, tokenizer, task, args.out, args.max_new_tokens, args.seed,
-                               n=min(200, args.n or 200), every=args.save_every, steps=args.projector_steps,
-                               prompts=args.trace_prompts, imitate=args.imitate, targets=args.targets,
-                               words=args.words, noise=args.noise,
-                               train_base=0.0 if args.offload else args.train_base)
+                try:
+                    stages_1_and_2(model, tokenizer, task, args.out, args.max_new_tokens, args.seed,
+                                   n=min(200, args.n or 200), every=args.save_every,
+                                   steps=args.projector_steps, prompts=args.trace_prompts,
+                                   imitate=args.imitate, targets=args.targets, words=args.words,
+                                   noise=args.noise,
+                                   train_base=0.0 if args.offload else args.train_base,
+                                   smoke=args.smoke)
+                except UserError:  # no traces: the base's rows say more
+                    show_table()
+                    raise
                 runs.save(model, tokenizer, os.path.join(args.out, "model"))
             add_row("LiteReason before RL", True, "projector")
 
@@ -649,14 +674,14 @@ def main():
     add_row(NAMES[args.method], args.method != "grpo", latent_of_method(args))
     if args.method == "litereason":
         add_row(TAKEN_AWAY, True, "none")
-        others = tests and latents_of_others(model, tokenizer, task, task.examples("val")[:100],
+        others = tests and latents_of_others(model, tokenizer, task, task.examples("val")[: args.val or 100],
                                              seed=args.seed, max_new_tokens=args.max_new_tokens, **PAPER)
         if others:
             add_row(ANOTHERS, True, latent_of("other", model, others, args.seed))
     if table_rows:
         results = [{"model": name, **figures} for name, figures in table_rows]
         runs.write_json(os.path.join(args.out, "results.json"), results)
-        print(f"\n{report.table(table_rows, data.measure_of(task))}")
+        show_table()
         print(f"\n{len(tests)} test stories, the paper's sampling "
               f"(temperature 0.7, top-p 0.8, top-k 20), seed {args.seed}, {time.time() - started:.0f}s for "
               f"everything; numbers in {args.out}/results.json")
@@ -677,18 +702,26 @@ def what_latents_did(rows):
             f"p {test['accuracy_p']:.1g}), in {own['tokens']:.1f} and {other['tokens']:.1f} tokens")
 
 
+def released_settings(args):
+    """The released values of those settings that do something in this run."""
+    idle = {"save_every"}
+    if args.method != "litereason":
+        idle |= {"refresh_lr", "refresh_share", "refresh_every", "targets"}
+    if not learns_targets(args):
+        idle |= {"words", "noise", "anchor"}
+    return {name: value for name, value in RELEASED.items() if name not in idle}
+
+
 def fit_to_memory(args, model, task, prompts):
-    """The settings of memory: on CUDA those of the plan, which is printed; else fixed ones."""
-    longest = max(map(len, prompts))
+    """The settings of memory: fixed ones for a small model on a CPU, else those of the plan -> its lines."""
     reader = getattr(task, "settings", {}).get("scorer")
-    reader = reader and reader[0]
-    if model.device.type == "cuda":
-        print(card.fit(args, model, longest, reader), flush=True)
-    elif not runs.is_small(model):
-        print(card.forecast(args, model, longest, reader), flush=True)
+    lines = []
+    if not card.has_fixed_numbers(model):
+        lines = card.fit(args, model, max(map(len, prompts)), reader and reader[0]).splitlines()
     args.offload = bool(args.offload)
     if args.checkpoint_layers:
         engine.checkpoint_layers(model)
+    return lines
 
 
 def check_flags_of_latents(args, model, source):

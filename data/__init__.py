@@ -17,6 +17,7 @@ Where it has a use for them, it may also have these:
     answer(example)                  the right answer, in the form that `reward` reads: the projector's
                                      refresh trains on it (paper Sec. 3.4), eval.py shows it
     rewards(examples, completions)   the rewards of many at once, for a scorer model that reads in batches
+    verdict(completion)              what the reward reads in a completion (default: plan_of), or None
     report(examples, completions)    {name: number or [low, high]}: what eval.py prints beside the accuracy
     MEASURE                          what its score is called, by default accuracy
     PENALTY                          the most that train_rl.py's length penalty takes off a reward, by
@@ -41,7 +42,7 @@ import torch
 
 import engine
 from litereason import Rollout, load, logprobs
-from runs import UserError, base_of, checkpoint_path
+from runs import UserError, base_of, checkpoint_path, encode_text
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SPLITS = ("train", "val", "test")
@@ -60,6 +61,22 @@ at its beginning or its end.
 def opening_of(task):
     """The words that an answer to the task begins with."""
     return getattr(task, "ANSWER", "\\boxed{")
+
+
+def has_verdict(task, completion):
+    """Whether a completion holds anything that the task's reward can read, right or wrong."""
+    read = getattr(task, "verdict", None) or getattr(task, "plan_of", None)
+    said = read(completion) if read else last_opening(completion, opening_of(task))
+    return said not in (None, "")
+
+
+def last_opening(text, opening):
+    """(start, end) of the last place where an answer begins; None if there is none. An opening that ends in a
+    colon may be written in other capitals, in bold or with a comma, as models do: **In Summary**: .."""
+    pattern = re.escape(opening)
+    if opening.endswith(":"):
+        pattern = rf"(?i)(?<![\w*])[*_]*{re.escape(opening.rstrip(' :'))}[*_]*\s?[:,][*_]*"
+    return max((match.span() for match in re.finditer(pattern, text)), default=None)
 
 
 def boxed(text):
@@ -86,8 +103,8 @@ def perplexity(model, tokenizer, contexts, continuations, rows=64):
     no_latents = torch.zeros(0, model.config.hidden_size)
     texts = []
     for context, continuation in zip(contexts, continuations):
-        prompt_ids = tokenizer.encode(context, split_special_tokens=True)
-        slots = tokenizer.encode(continuation, split_special_tokens=True, add_special_tokens=False)
+        prompt_ids = encode_text(tokenizer, context, begins=True)
+        slots = encode_text(tokenizer, continuation)
         if not prompt_ids or not slots:
             raise UserError("a perplexity needs a context and a continuation of at least one token each")
         texts.append(Rollout(prompt_ids, slots, no_latents))

@@ -24,6 +24,7 @@ import types
 
 import torch
 
+import card
 import data
 import engine
 import eval as evaluation
@@ -223,7 +224,7 @@ def measure_task(name, task_name, counts, settings):
     stages = with_defaults(settings["train_projector.py"],
                            train_projector.SMALL if small else train_projector.RELEASED)
     args = types.SimpleNamespace(**{**rl, "task": task_name, "seed": 0})
-    if model.device.type == "cuda":  # there the card decides what no flag says
+    if not card.has_fixed_numbers(model):  # card.py decides what no flag says
         vars(args).update({key: settings["train_rl.py"][key] for key in train_rl.PLANNED})
     task = data.load_task(task_name)
     data.start_task(args, task, name)
@@ -232,7 +233,8 @@ def measure_task(name, task_name, counts, settings):
     rl["minibatches"] = min(rl["minibatches"], rl["prompts"], len(examples))  # as in train_rl.py
     prompts = train_rl.encode_prompts(args, model, tokenizer, task, examples)
     runs.check_lengths(model, prompts, rl["max_new_tokens"])
-    train_rl.fit_to_memory(args, model, task, prompts)
+    for line in train_rl.fit_to_memory(args, model, task, prompts):
+        print(line, flush=True)
     parameters = sum(p.numel() for p in model.parameters())
     if args.offload:
         engine.offload(model, engine.base_parameters(model))

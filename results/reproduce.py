@@ -335,7 +335,7 @@ def digits_of(task):
 
 def points_of(task):
     """How many points of a claim a score of 1 is; None where claims in points mean nothing."""
-    return {"next_chapter": None, "tiny.next_chapter": 0.01}.get(task, 1)
+    return {"next_chapter": None, "next_chapter.short": None, "tiny.next_chapter": 0.01}.get(task, 1)
 
 
 def words_of_interval(ci95, digits):

@@ -89,10 +89,10 @@ def random_qwen2(vocab_size, eos, **config):
     return model
 
 
-def with_projector(model):
+def with_projector(model, tok=None):
     """Attached, and the layers made different, at a size where latents matter (TEXTS has a test of that)
     without chaos: a random projector that is much larger multiplies rounding errors by ten per latent."""
-    model = litereason.attach(model)
+    model = litereason.attach(model, tokenizer=tok)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.reasoning_projector.parameters():
@@ -103,12 +103,12 @@ def with_projector(model):
 @pytest.fixture
 def model(tok):
     # + 3: as in Qwen, ids that no text has
-    return with_projector(random_qwen2(len(tok) + 3, tok.eos_token_id))
+    return with_projector(random_qwen2(len(tok) + 3, tok.eos_token_id), tok)
 
 
 @pytest.fixture(scope="session")
 def real_model(real_tok):
-    return with_projector(random_qwen2(151936, real_tok.eos_token_id, tie_word_embeddings=True))
+    return with_projector(random_qwen2(151936, real_tok.eos_token_id, tie_word_embeddings=True), real_tok)
 
 
 # ---------------------------------------------------------------- a policy that writes what a test wants

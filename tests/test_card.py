@@ -1,6 +1,7 @@
 """card.py: its counts against a counter of live tensors at the shape of Qwen2.5-1.5B,
 and its choices on cards of four sizes."""
 import itertools
+import os
 import types
 
 import pretend
@@ -209,7 +210,7 @@ def test_a_reader_leaves_less_room(real):
     card.fit(alone, real, 1700, room=40 * GIB)
     card.fit(beside, real, 1700, scorer=real, room=40 * GIB)
     assert (beside.offload, -beside.tokens_per_forward) > (alone.offload, -alone.tokens_per_forward)
-    assert "reader 3.8" in card.forecast(beside, real, 1700, real)
+    assert "reader 3.8" in card.forecast(beside, real, 1700, real, 40 * GIB)
 
 
 def test_the_largest_that_fits():
@@ -220,7 +221,55 @@ def test_the_largest_that_fits():
                 assert card.largest(lambda n: n <= limit, most, step) == expected  # noqa: B023
 
 
-def test_on_a_cpu_nothing_is_planned(tok):
-    model = types.SimpleNamespace(device=torch.device("cpu"))
+# ============================================================ a CPU
+def test_a_small_model_on_a_cpu_has_fixed_numbers(model, monkeypatch):
+    monkeypatch.setattr(card, "free", lambda device: 0)
     assert card.rows_that_fit(model, 100, 100, 4) == 512
     assert card.positions_that_fit(model, 100) == 2**15
+    assert card.positions_that_fit(model, 100, card.latent_update, otherwise=12_000) == 12_000
+
+
+@pytest.fixture
+def on_a_cpu(real):
+    """The real shape there: fp32."""
+    return types.SimpleNamespace(**{**vars(real), "device": torch.device("cpu"), "bf16": False})
+
+
+def test_a_real_model_on_a_cpu_gets_a_plan_too_without_offload(on_a_cpu, monkeypatch):
+    for gib, checkpoint in ((48, True), (200, False)):
+        args = arguments()
+        text = card.fit(args, on_a_cpu, 1700, room=gib * GIB)
+        highest = max(card.total(sizes) for sizes in card.peaks(args, on_a_cpu, 1700).values())
+        assert "may not fit" not in text and highest <= card.USABLE * gib * GIB
+        assert (args.offload, args.checkpoint_layers) == (False, checkpoint)
+        assert args.rows >= 16 and 3748 <= args.tokens_per_forward <= card.FEW_POSITIONS
+    args = arguments()
+    text = card.fit(args, on_a_cpu, 1700, room=24 * GIB)
+    assert args.rows == 16 and text.endswith("this may not fit: shorten --max-new-tokens, or take a smaller "
+                                             "--model")
+    # and everything else, from what is free when it begins
+    rows, positions = [], []
+    for gib in (0.3, 8, 1000):
+        monkeypatch.setattr(card, "free", lambda device: gib * GIB)  # noqa: B023
+        rows.append(card.rows_that_fit(on_a_cpu, 1700, 2048, 4))
+        positions.append(card.positions_that_fit(on_a_cpu, 3748))
+    assert rows[0] < rows[1] < rows[2] == 512 and positions == [3748, card.FEW_POSITIONS, card.FEW_POSITIONS]
+
+
+def test_what_is_free_on_a_cpu_is_the_least_that_machine_and_control_groups_leave(tmp_path, monkeypatch):
+    machine = card.free(torch.device("cpu"))
+    assert 0 < machine <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    own = tmp_path / "own"
+    own.write_text("4:memory:/there\n0::/here\n")
+    groups = {"here": ("memory.max", "memory.current"), ".": ("memory.max", "memory.current"),
+              "memory/there": ("memory.limit_in_bytes", "memory.usage_in_bytes")}
+    limits = {"here": ("1000", "700"), ".": ("max", "900"), "memory/there": ("5000", "2000")}
+    for group, names in groups.items():
+        (tmp_path / group).mkdir(parents=True, exist_ok=True)
+        for name, text in zip((*names, "memory.stat"), (*limits[group], "anon 1\ninactive_file 50\n")):
+            (tmp_path / group / name).write_text(text + "\n")
+    left = card._left_in_control_groups(str(tmp_path), str(own))
+    assert sorted(left) == [350, 3050]
+    assert card._left_in_control_groups(str(tmp_path), str(tmp_path / "absent")) == []
+    monkeypatch.setattr(card, "_left_in_control_groups", lambda: left)
+    assert card.free(torch.device("cpu")) == 350

@@ -7,14 +7,14 @@ import shutil
 
 import pytest
 import torch
-from conftest import PROMPTS, close, random_qwen2, tag, with_projector
+from conftest import PROMPTS, ROOT, close, random_qwen2, tag, with_projector
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from data import boxed
+from data import boxed, has_verdict, load_task
 from litereason import CAP, UserError, attach, generate, load, parse_tags, save
 from runs import run_script
-from train_projector import mask_sentences, split_answer
+from train_projector import SENTENCE, mask_sentences, sentences_of, split_answer
 
 STORY = "One fine day it rained. Was it cold? It was!\nNobody \"knew.\" It was 3.5 degrees. The end came late"
 SENTENCES = ["One fine day it rained.", "Was it cold?", "It was!", "Nobody \"knew.\"", "It was 3.5 degrees.",
@@ -81,6 +81,37 @@ def test_of_two_equal_sentences_one_can_be_replaced_alone(tok):
     assert all(len(numbers(r)) == 1 for r in results)
 
 
+@pytest.mark.parametrize("text, sentences", [
+    ("“Wait.” She left. “Why?” he asked. ‘No!’ Then", ["“Wait.”", "She left.", "“Why?”", "he asked.", "‘No!’",
+                                                     "Then"]),
+    ('"Wait." She left. "Why?" he asked.', ['"Wait."', "She left.", '"Why?"', "he asked."]),
+    ("Then… he ran... away. «Oui.» Fin", ["Then…", "he ran...", "away.", "«Oui.»", "Fin"]),
+    ("我去。「好！」她说。他来？", ["我去。", "「好！」", "她说。", "他来？"]),
+    ("**No.** He is _here._ It (the 3.5.) ends", ["**No.**", "He is _here._", "It (the 3.5.)", "ends"])])
+def test_a_sentence_ends_with_what_closes_it(text, sentences):
+    assert sentences_of(text) == sentences
+
+
+def test_the_sentences_of_real_stories_join_to_them_and_curly_quotes_end_as_straight_ones():
+    path = os.path.join(ROOT, "..", "shared", "data", "flawed_fictions_subset.jsonl")
+    if not os.path.exists(path):
+        pytest.skip(f"no benchmark stories at {os.path.normpath(path)}")
+    straight = str.maketrans("“”‘’", "\"\"''")
+    with open(path, encoding="utf-8") as f:
+        stories = [json.loads(line)["story"].replace("</p>", "\n") for line in f]
+    for story in stories:
+        assert "".join(SENTENCE.findall(story)) == story
+        same = [sentence.translate(straight) for sentence in sentences_of(story)]
+        assert same == sentences_of(story.translate(straight))
+    assert sum("”" in story for story in stories) == 81
+
+
+@pytest.mark.parametrize("text", ["." * 100_000, ".”" * 50_000, "." + "”" * 100_000 + "x", "…" * 100_000 + "x",
+                                  "。*" * 50_000, " " * 100_000, ".*" * 50_000 + "x", "a" * 100_000])
+def test_sentences_of_a_hostile_text_take_a_moment(text):
+    assert "".join(SENTENCE.findall(text)) == text  # in quadratic time this would be minutes
+
+
 @pytest.mark.parametrize("text", ["", " ", "\n\n", tag(3), f" {tag(3)}\n{tag(1)} "])
 def test_without_a_sentence_there_is_nothing_to_mask(tok, text):
     assert mask(tok, text, 0.5) is None
@@ -90,7 +121,10 @@ def test_the_answer_begins_at_the_last_marker():
     assert (split_answer("So \\boxed{No} or, no: \\boxed{Yes}.")
             == ("So \\boxed{No} or, no: ", "\\boxed{Yes}."))
     assert split_answer("Hm. In summary: go.", "In summary:") == ("Hm. ", "In summary: go.")
-    assert split_answer("no answer at all") == ("", "")
+    assert split_answer("Hm. **In Summary**: go.", "In summary:") == ("Hm. ", "**In Summary**: go.")
+    assert split_answer("In summary, no. Hm. in summary: go", "In summary:")[1] == "in summary: go"
+    assert split_answer("no answer at all") == split_answer("\\Boxed{No}") == ("", "")
+    assert split_answer("*" * 100_000 + "in summary" + "*" * 100_000, "In summary:") == ("", "")  # at once
 
 
 @pytest.mark.parametrize("text, content", [
@@ -285,3 +319,14 @@ def test_the_chapter_of_another_story_is_another_chapter():
     task = importlib.import_module("data.tiny.next_chapter")
     for row in task.examples("val"):
         assert row["other"] != row["chapter"]
+
+
+@pytest.mark.parametrize("name, read, unread", [
+    ("tiny", ["so \\boxed{ Yes }"], ["Yes"]),
+    ("tiny.next_chapter", ["In summary : Mara ."], ["In summary :", "Mara .", "In summary : plan :"]),
+    ("flawed_fictions", ["\\boxed{yes}", "\\boxed{No.}"],
+     ["No", "\\boxed{}", "\\boxed{maybe}", "\\boxed{Yes", "<contradicted_lines>\\boxed{Yes}</contradicted_lines>"]),
+    ("next_chapter", ["In summary: she leaves."], ["In summary:", "She leaves.", "In summary: ---"])])
+def test_a_verdict_is_what_the_reward_can_read(name, read, unread):
+    task = load_task(name)
+    assert [has_verdict(task, text) for text in read + unread] == [True] * len(read) + [False] * len(unread)

@@ -9,8 +9,9 @@ import torch
 from conftest import LATENTS, LIMIT, PROMPTS, TAGS, TEXTS, close, naive, scripted, tag, write
 
 import engine
+import runs
 from data import improvement, perplexity
-from litereason import generate, insert_latents, LATENT, logprobs, naive_generate, sample, UserError
+from litereason import generate, insert_latents, LATENT, load, logprobs, naive_generate, sample, UserError
 
 
 def seeded(seed):
@@ -239,6 +240,46 @@ def test_sampling_follows_temperature_top_k_and_top_p(temperature, top_k, top_p)
     chi_square = sum((c - n * q) ** 2 / (n * q) for c, q in zip(count, p) if q)
     assert chi_square < 28  # 9 degrees of freedom: exceeded once in a thousand seeds
     close(logp, (LOGITS / temperature).log_softmax(-1)[token], 1e-6)  # of the uncut distribution
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"temperature": 0.7, "top_k": 20, "top_p": 0.8}, {"temperature": 0}, {"top_k": 10**6},
+    {"tag": "forbidden"}], ids=str)
+def test_an_id_that_is_no_word_is_neither_sampled_nor_has_a_share_in_what_is_scored(model, tok, settings):
+    """Real matrices are larger than the vocabulary (conftest's by 3 rows), and the rows are not trained."""
+    V = len(tok)
+    with torch.no_grad():
+        model.lm_head.weight[V:] = 20 * model.lm_head.weight[5]  # without the mask they would be common
+    fast = generate(model, tok, PROMPTS, 4, max_new_tokens=30, generator=seeded(0), **settings)
+    assert all(s < V for r in fast for s in r.slots)
+    if settings.get("tag") != "forbidden":
+        draws = torch.rand(16, 30, generator=seeded(0), dtype=torch.float64)
+        for i, r in enumerate(fast):
+            same(naive_generate(model, tok, tok.encode(PROMPTS[i // 4]), draws[i], **settings), r)
+    # Scored alike, and as if the matrix had no such rows; gradients, too.
+    weight = model.lm_head.weight
+    logp, scored = logprobs(model, fast[:2])
+    slow = torch.cat([naive(model, r.prompt_ids, r.slots)[2] for r in fast[:2]])
+    close(logp[scored], slow)
+    h = torch.cat([naive(model, r.prompt_ids, r.slots)[0] for r in fast[:2]])
+    words = torch.tensor([s for r in fast[:2] for s in r.slots])
+    close(slow, (h @ weight[:V].T).log_softmax(-1)[torch.arange(len(words)), words])
+    for a, b in zip(*(torch.autograd.grad(x.sum(), [weight, model.model.embed_tokens.weight])
+                      for x in (logp, slow)), strict=True):
+        close(a, b)
+        assert (a[V:] == 0).all()
+
+
+def test_no_words_are_what_neither_the_tokenizer_nor_the_stop_ids_know(model, tok, tmp_path):
+    V = len(tok)
+    assert runs.no_words(model, tok) == model.lm_head.no_words.tolist() == [V, V + 1, V + 2]
+    model.generation_config.eos_token_id = [0, V + 1]
+    assert runs.no_words(model, tok) == [V, V + 2]
+    runs.save(model, tok, tmp_path / "m")
+    assert load(tmp_path / "m", "cpu")[0].lm_head.no_words.tolist() == [V, V + 2]
+    assert "lm_head.no_words" not in model.state_dict()  # a checkpoint is as it was
+    tiny, words = load("tiny", "cpu")
+    assert runs.no_words(tiny, words) == []
 
 
 def test_temperature_zero_is_greedy():

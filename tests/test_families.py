@@ -17,6 +17,7 @@ from transformers.models.qwen3 import modeling_qwen3
 import litereason
 import runs
 import targets
+from data import next_chapter as nc
 from engine import checkpoint_layers
 from litereason import UserError, generate, load, logprobs, projector_loss, save, unroll
 from runs import encode_prompt, stop_tokens
@@ -64,7 +65,7 @@ def family(request, tok, monkeypatch):
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.normal_(1.0 if "norm" in name and "gemma" not in config.model_type else 0.0, 0.15)
-    return with_projector(model)
+    return with_projector(model, tok)
 
 
 def test_decoding_and_scoring_are_the_naive_definition_in_every_family(family, tok):
@@ -183,6 +184,28 @@ def test_special_tokens_in_a_story_are_text(real_tok, eos):
     assert (STORY in real_tok.decode(ids)
             and count(ids) == count(encode_prompt(chat(eos), real_tok, "x")) == (5 if eos != 151643 else 0))
     assert real_tok.encode("<|im_end|>") == [151645]  # asking for text once does not change the tokenizer
+
+
+def test_added_tokens_that_are_not_special_are_text_too_but_in_the_template(real_tok):
+    """Qwen2.5 has <tool_call>, Qwen3 <think>; Gemma's blank ones are how it reads ordinary text."""
+    plain = {text: real_tok.encode(text) for text in ("<tool_call>", "x<think>y", "a story")}
+    tools = copy.deepcopy(real_tok)
+    tools.add_tokens(["<tool_call>", "<think>", "\n\n\n\n"])
+    call, think, blank = tools.convert_tokens_to_ids(["<tool_call>", "<think>", "\n\n\n\n"])
+    for text, ids in plain.items():
+        assert runs.encode_text(tools, text) == runs.encode_text(tools, text, begins=True) == ids
+    assert tools.encode("<tool_call>") == [call] and len(tools) == blank + 1  # the tokenizer is as it was
+    assert runs.encode_text(tools, "a\n\n\n\nb") == tools.encode("a\n\n\n\nb") and blank in tools.encode("\n\n\n\n")
+    tools.chat_template = real_tok.chat_template.replace("assistant\n' }}{% endif %}",
+                                                         "assistant\n<think>' }}{% endif %}")
+    ids = encode_prompt(chat(151645), tools, "x<think>y<tool_call>")
+    assert ids[-1] == think and ids.count(think) == 1 and call not in ids
+    assert "user\nx<think>y<tool_call><|im_end|>" in tools.decode(ids)
+    assert encode_prompt(chat(151643), tools, "x<think>y") == plain["x<think>y"]
+    example = {"book": "b", "story": "x<think>y", "chapter": "<tool_call>"}
+    scorer = types.SimpleNamespace(config=types.SimpleNamespace(max_position_embeddings=500, hidden_size=4))
+    row, own = nc.scoring_row(scorer, tools, example, "<think>", "<tool_call>")
+    assert own == len(plain["<tool_call>"]) and not {call, think} & {*row.prompt_ids, *row.slots}
 
 
 def test_a_template_may_take_enable_thinking_or_fail(real_tok):

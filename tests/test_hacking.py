@@ -104,7 +104,9 @@ def test_no_answer_that_does_not_depend_on_the_story_beats_chance():
 A = "In summary:"
 PLANS = [  # (completion, the plan that an honest reader takes from it; "" scores 0)
     ("", ""), ("a plan without its heading", ""), (A, ""), (f"{A} \n", ""), (f"{A} ...!?", ""),
-    (f"in summary: {'x'}", ""), ("{prompt}", ""), ("{prompt}" * 2, ""), (f"{A}{tag(3)}", ""),
+    ("in summary: x", "x"), ("**In summary**: x", "x"), ("**In Summary:** x", "x"), ("In summary, x", "x"),
+    ("_in summary_: x", "x"), ("IN SUMMARY : x", "x"), ("In summary x", ""), ("within summary: x", ""),
+    ("{prompt}", ""), ("{prompt}" * 2, ""), (f"{A}{tag(3)}", ""),
     (f"{A} {tag(3)} {tag(1)}", ""), (f"{A} <|im_end|><|endoftext|>", ""), (f"{A} \u200b\ufeff", ""),
     (f"{A} # ## ---", ""), (f"{A} he goes. {A}", ""), (f"{A} he goes. {A} she stays.", "she stays."),
     ("she stays. " + A + " he goes.", "he goes."), (f"{A} he{tag(2)} goes", "he goes"),

@@ -85,11 +85,13 @@ def test_all_stages_of_the_plot_hole_task_run_on_real_stories(tmp_path, data_fol
     base = random_model(tmp_path / "base", real_tok, 151936, EOS)
     force("He left at noon. " + tag(2) + " She waited for him. \\boxed{{}}", ("Yes", "No"))
     common = ("--task", "flawed_fictions", "--device", "cpu")
-    run(train_rl, "--model", base, *common, "--max-new-tokens", 60, "--train-prompts", 4, "--prompts", 2,
-        "--group", 4, "--minibatches", 2, "--steps", 4, "--trace-prompts", 12, "--targets", "none",
-        "--projector-steps", 1, "--n", 1, "--val", 2, "--out", tmp_path / "rl")
+    smoke = ("--smoke", "--max-new-tokens", 60, "--train-prompts", 4, "--prompts", 2, "--trace-prompts", 12,
+             "--targets", "none", "--projector-steps", 1, "--n", 1, "--val", 2)
+    run(train_rl, "--model", base, *common, *smoke, "--out", tmp_path / "rl")
     said = capsys.readouterr().out
-    for what in ("lr 0.00012 (released: 5e-07)", "clip 0.2,", "stage 2: validation loss", "precision"):
+    for what in ("4 steps, 2 on each batch of 8 rollouts of up to 60 tokens, 4 for each of 2 prompts",
+                 "not as released: lr 0.00012 (released: 5e-07), group 4 (released: 16)",
+                 "then 1 steps, 32 masked traces each", "stage 2: validation loss", "precision"):
         assert what in said
     metrics = [json.loads(line) for line in open(tmp_path / "rl" / "metrics.jsonl")]
     assert all(m["latent_steps"] == 2 and m["tags"] == 1 and m["truncated"] == 0 for m in metrics)
@@ -106,6 +108,15 @@ def test_all_stages_of_the_plot_hole_task_run_on_real_stories(tmp_path, data_fol
     assert "assistant\n\\boxed{\n>>> " in capsys.readouterr().out
     row = json.load(open(tmp_path / "e.json"))
     assert row["no_verdict"] == 0 and row["text_tokens"] == 3 and row["truncated"] == 0
+    # a model that writes no box: the run ends, with the rows of the base and what would help (in test_smoke.py
+    # the smoke run goes on)
+    force("He left at noon. I say {}.", (" Yes", " No"))
+    capsys.readouterr()
+    one_line("kept 0 of 2 traces, too few: .*; the others: 2 without an answer in the form .*; what helps: ",
+             run, train_rl, "--model", base, *common, *smoke[1:], "--trace-prompts", 2, "--out",
+             tmp_path / "none")
+    said = capsys.readouterr().out
+    assert "| base, tag prompt" in said and "stage 1: kept 0 of 2 traces" in said
 
 
 def test_all_stages_of_the_next_chapter_task_run_on_a_real_book(
@@ -226,7 +237,7 @@ def test_write_needs_a_place_and_a_task_with_chapters(tmp_path, small):
 def test_the_pace_is_measured_on_this_machine_and_grows_with_the_run(small, tok):
     model, tokenizer = load(small, "cpu")
     args = types.SimpleNamespace(**{**train_rl.RELEASED, "group": 2, "prompts": 4, "rows": 4,
-                                    "max_new_tokens": 50})
+                                    "tokens_per_forward": 1000, "max_new_tokens": 50})
     hours = lambda text: float(text.split("batches: ")[1].split()[0])
     text = report.pace(model, tokenizer, [[5, 6, 7], [5] * 20], args)
     args.steps = 10**7

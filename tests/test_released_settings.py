@@ -120,7 +120,7 @@ def test_cut_traces_are_kept_only_if_asked_for(monkeypatch, tmp_path):
 
     def kept(**more):
         path = str(tmp_path / "traces.jsonl")
-        traces = train_projector.collect_traces(model, None, task, [{}], 2, 5, 0, path, **more)
+        traces, _ = train_projector.collect_traces(model, None, task, [{}], 2, 5, 0, path, **more)
         return [trace["text"] for trace in traces]
 
     assert kept() == ["whole"]

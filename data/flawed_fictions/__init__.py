@@ -53,7 +53,7 @@ def verdict(completion):
     """True (Yes), False (No) or None: what the completion's last box says, if that is one of the two.
 
     Quoted lines are the story's words, not the verdict. In the box only type (\\text{..}) and punctuation
-    are passed over: \\neg Yes is no Yes."""
+    are passed over: \\neg Yes is no Yes. Without a box there is none, as in the released code."""
     own_words = re.sub(r"<contradicted_lines>.*?</contradicted_lines>", "", completion, flags=re.DOTALL)
     content = TYPE.sub(" ", boxed(own_words) or "")  # the braces stay, as punctuation
     word = WORD.fullmatch(content.lower())
@@ -99,18 +99,15 @@ def report(examples, completions):
     hits = sum(said is True and label for said, label in zip(verdicts, labels))
     precision = hits / max(1, verdicts.count(True))
     recall = hits / max(1, labels.count(True))
-    figures = {
-        "precision": precision,
-        "recall": recall,
-        "f1": 2 * precision * recall / max(1e-9, precision + recall),
-        "majority_accuracy": max(labels.count(True), labels.count(False)) / len(labels),
-        "no_verdict": verdicts.count(None) / len(verdicts),
-    }
     shares = []
     for example, completion in zip(examples, completions):
         lines = example.get("cont_error_lines", []) + example.get("contradicted_lines", [])
         if lines:
             shares.append(located(lines, completion))
-    if shares:
-        figures["lines_located"] = sum(shares) / len(shares)
-    return figures
+    return {
+        "precision": precision,
+        "recall": recall,
+        "f1": 2 * precision * recall / max(1e-9, precision + recall),
+        "majority_accuracy": max(labels.count(True), labels.count(False)) / len(labels),
+        "no_verdict": verdicts.count(None) / len(verdicts),
+        **({"lines_located": sum(shares) / len(shares)} if shares else {})}

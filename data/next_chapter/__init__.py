@@ -25,7 +25,7 @@ import torch
 import card
 import engine
 import runs
-from data import OFFER, folder, improvement, read_split
+from data import OFFER, folder, improvement, last_opening, read_split
 from litereason import Rollout, UserError, load, logprobs
 
 settings = {
@@ -98,10 +98,12 @@ NOT_PLAIN = [
 def plan_of(completion):
     """The text after the last "In summary:", as plain words; "" if there is none, or none with a word in it.
 
+    Ours: without one there is no plan. The paper's code then takes the whole answer, reasoning and all: no
+    thought could be left to latents. (It takes "Detailed Plan:" too, which our prompt does not ask for.)
     Tags go, and so do the special tokens of the chat templates we know (<|..|>, <s>, [INST],
     <start_of_turn>, ..)."""
-    plan = completion.rpartition(ANSWER)[2] if ANSWER in completion else ""
-    plan = LINE_ENDS.sub("\n", INVISIBLE.sub("", plan))
+    place = last_opening(completion, ANSWER)
+    plan = LINE_ENDS.sub("\n", INVISIBLE.sub("", completion[place[1]:] if place else ""))
     before = None
     while before != plan:  # taking one out may join the halves of another
         before = plan
@@ -132,8 +134,8 @@ def scoring_row(model, tokenizer, example, plan, chapter):
 
     The sources are the prompt, which all rows of one example share, so that logprobs reads them once.
     Everything is encoded as text: a <|im_end|> in a story or a plan is ten ordinary characters."""
-    encode = functools.partial(tokenizer.encode, add_special_tokens=False, split_special_tokens=True)
-    known = encode(sources(example), add_special_tokens=True)
+    encode = functools.partial(runs.encode_text, tokenizer)
+    known = encode(sources(example), begins=True)
     heading = encode(CHAPTER_HEADING)
     own = encode(chapter)
     limit = model.config.max_position_embeddings

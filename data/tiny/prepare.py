@@ -64,11 +64,6 @@ def sentence(before, pair, asked):
     return f"{looked_up} , {found}go on with {pair[0]} and {pair[1]} .".split()
 
 
-def shorthand(pair, blended):
-    """One round in two words; or, blended, in one position (a tuple)."""
-    return [tuple(pair)] if blended else list(pair)
-
-
 def trace(rng, row, latent, school):
     """What one reader writes: a list of words and tuples of two words (blends)
     -> (reasoning, has stopped early).
@@ -99,7 +94,7 @@ def trace(rng, row, latent, school):
             if school or rng.random() > BARE:
                 blended = rng.random() < (0.8 if school else BLENDED)
                 for i in range(now, then + 1):
-                    words += shorthand(rounds[i], blended)
+                    words += [tuple(rounds[i])] if blended else rounds[i]
                     if i > now and (not blended or i == then) and stops(rounds[i]):
                         return words, True
             now = then
@@ -169,13 +164,12 @@ def school_text(rng, hops):
 def later_text(rng):
     """(prompt, continuation) of a reader with habits, of both tasks."""
     kind = rng.choices(KINDS, PARTS)[0]
-    if kind == "careful":  # what was learned at school is not forgotten
+    if kind in ("hole", "careful"):
         row = train_row(rng, lambda: tiny.make_story(rng, rng.random() < 0.5, rng.choice(tiny.LENGTHS)))
-        prompt, text = hole_text(rng, row, True, school=True)
+        if kind == "hole":
+            return hole_text(rng, row, rng.random() < 0.6, school=False)
+        prompt, text = hole_text(rng, row, True, school=True)  # learned at school, and not forgotten
         return tuple(prompt), text
-    if kind == "hole":
-        row = train_row(rng, lambda: tiny.make_story(rng, rng.random() < 0.5, rng.choice(tiny.LENGTHS)))
-        return hole_text(rng, row, rng.random() < 0.6, school=False)
     row = train_row(rng, lambda: next_chapter.make_story(rng, rng.choice(tiny.LENGTHS)))
     return plan_text(rng, row, rng.random() < 0.6) if kind == "plan" else chapter_text(rng, row)
 
@@ -261,18 +255,10 @@ def right(vocab, logits, ids, targets):
     return {name: (int((ok & where).sum()), int(where.sum())) for name, (ok, where) in kinds.items()}
 
 
-class Recent:
-    """Shares right in the last batches."""
-
-    def __init__(self):
-        self.batches = []
-
-    def add(self, counts):
-        self.batches.append(counts)
-
-    def share(self, name, last=15):
-        counts = [batch[name] for batch in self.batches[-last:]]
-        return sum(ok for ok, _ in counts) / max(1, sum(n for _, n in counts))
+def share(batches, name, last=15):
+    """That was right in the last batches, each as `right` returns it."""
+    counts = [batch[name] for batch in batches[-last:]]
+    return sum(ok for ok, _ in counts) / max(1, sum(n for _, n in counts))
 
 
 # ============================================================ --check: can the paper's claim fail here?
@@ -375,12 +361,11 @@ def has_mastered(recent, hops, steps):
     if steps < 15:
         return False
     if hops < max(tiny.LENGTHS):
-        return recent.share("look-ups") > 0.93
-    return min(recent.share(name, 30) for name in ("shorthand", "blends", "answers")) > 0.95
+        return share(recent, "look-ups") > 0.93
+    return min(share(recent, name, 30) for name in ("shorthand", "blends", "answers")) > 0.95
 
 
 def save(model, tokenizer, path):
-    os.makedirs(path, exist_ok=True)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
 
@@ -406,9 +391,8 @@ def main():
     began = time.time()
     hops = 0  # the class at school; 0: stories are told again
     school, since = not args.init, 0  # since: steps in this class
-    left = args.steps
-    step = 0
-    recent = Recent()
+    left, step = args.steps, 0
+    recent = []
     while left > 0:
         # One step on new texts.
         n = 64 if school and hops < 2 else max(1, args.words // 180)
@@ -430,18 +414,18 @@ def main():
         step += 1
         since += 1
         left -= not school
-        recent.add(right(vocab, logits.detach(), ids, targets))
+        recent.append(right(vocab, logits.detach(), ids, targets))
 
         # Say what has been learned, and go on to the next class.
         if step % 50 == 0 or left == 0:
-            shares = " ".join(f"{name} {recent.share(name):.3f}"
+            shares = " ".join(f"{name} {share(recent, name):.3f}"
                               for name in ("look-ups", "shorthand", "blends", "answers"))
             print(f"step {step:5d} {f'class {hops}' if school else 'after school'} | loss {loss.item():.3f} "
                   f"| {time.time() - began:5.0f}s | {shares}", flush=True)
         if school and (has_mastered(recent, hops, since) or step >= args.most):
             school = hops < max(tiny.LENGTHS) and step < args.most
             hops, since = hops + school, 0
-            recent = Recent()
+            recent = []
             save(model, tokenizer, os.path.join(args.out, "school"))
             if not school:  # from here on as with --init
                 rng = random.Random(args.seed)

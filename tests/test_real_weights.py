@@ -1,0 +1,285 @@
+"""Real trained weights: decoding, scoring, tags, prompts and stopped runs are as in the tiny world.
+
+Each model is a folder with a file `done` in it, in LITEREASON_REAL_WEIGHTS or else in out/real, as
+../shared/real_weights/get.py writes them; without it its tests skip. Numbers are float32, so "equal" means
+1e-4 of the largest entry; log-probs of tokens that a test makes a model write are as low as -25.
+"""
+import contextlib
+import copy
+import dataclasses
+import itertools
+import json
+import math
+import os
+import random
+import signal
+import sys
+import types
+import zlib
+
+import pytest
+import torch
+from conftest import ROOT, close, naive, tag
+from test_families import STORY
+from test_real_tasks import run
+from test_resume import metrics, same_weights, stopped
+from test_tag import PIECES, by_decoding, fired, random_ids
+
+import data
+import litereason
+import report
+import runs
+import train_projector
+import train_rl
+from litereason import (LATENT, NormedProjector, Rollout, generate, insert_latents, load, logprobs, naive_generate,
+                        parse_tags, unroll, watcher, z_size)
+
+FOLDER = os.path.abspath(os.environ.get("LITEREASON_REAL_WEIGHTS") or os.path.join(ROOT, "out", "real"))
+SMOLLM2, GEMMA, QWEN = NAMES = "SmolLM2-135M-Instruct", "gemma-3-270m", "Qwen2.5-Coder-0.5B-Instruct"
+
+
+def weights(name):
+    path = os.path.join(FOLDER, name)
+    if not os.path.exists(os.path.join(path, "done")):
+        pytest.skip(f"there is no {path} with a file `done` (../shared/real_weights/get.py makes it)")
+    return path
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def real(request):
+    """(model, tokenizer), one model in memory at a time."""
+    return load(weights(request.param), "cpu")
+
+
+@contextlib.contextmanager
+def forced(scripts, limit):
+    """While this lasts row i writes the token ids of scripts[i], then what it samples; -> the random numbers
+    (rows, limit), all different, that say whose turn it is."""
+    draws = torch.rand(len(scripts), limit, generator=seeded(), dtype=torch.float64)
+    row_of = {u: row for row, line in enumerate(draws.tolist()) for u in line}
+    left = [iter(ids) for ids in scripts]
+
+    def sample(logits, u, *settings):
+        token, _ = original(logits, u, *settings)
+        token = torch.tensor([next(left[row_of[x]], t) for x, t in zip(u.tolist(), token.tolist())])
+        return token, logits.float().log_softmax(-1).gather(-1, token[:, None])[:, 0]
+
+    original = litereason.sample
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(litereason, "sample", sample)
+        yield draws
+
+
+def seeded():
+    return torch.Generator().manual_seed(0)
+
+
+# ---------------------------------------------------------------- decoding = scoring = the definition
+LIMIT = 32
+TEXTS = [
+    f" His sons went.{tag(3)}\nAnd they came.<end>",  # for a short prompt; ends merged with their neighbours
+    f"{tag(2)}{tag(1)}",                              # two in a row, then what the model samples
+    f"{tag(9)} <end>",                                # for a chat prompt; above the cap
+    " one had a horse, and the other",                # no tag; then what the model samples
+]
+
+
+def written(model, tok, texts):
+    """Rollouts that write these texts, two for each prompt -> (rollouts, prompts, scripts)"""
+    prompts = [tok.encode("The king was old."), runs.encode_prompt(model, tok, "Tell a tale of two sons.")]
+    scripts = []
+    for text in texts:
+        ids = runs.encode_text(tok, text.removesuffix("<end>"))
+        scripts.append(ids + [runs.end_of_answer(model, tok)] * text.endswith("<end>"))
+    with forced(scripts, LIMIT):
+        rollouts = generate(model, tok, prompts, 2, LIMIT, generator=seeded())
+    return rollouts, prompts, scripts
+
+
+@torch.no_grad()
+def test_sampler_scorer_and_definition_agree_on_real_weights(real):
+    model, tok = real
+    rollouts, prompts, scripts = written(model, tok, TEXTS)
+    assert [(r.n_tags, r.n_latents) for r in rollouts] == [(1, 3), (2, 3), (1, 5), (0, 0)]
+    assert len({len(r.slots) for r in rollouts}) > 2 and all(r.logprobs.isfinite().all() for r in rollouts)
+    logp, _ = logprobs(model, rollouts)
+    _, latents = unroll(model, rollouts)
+    for row, made, r in zip(logp, latents, rollouts):
+        close(row[: len(r.slots)], r.logprobs, 1e-4)
+        close(made, r.latents, 1e-4)
+    for r in (rollouts[0], rollouts[2]):
+        _, made, expected = naive(model, r.prompt_ids, r.slots)
+        close(r.logprobs, expected, 1e-4)
+        close(r.latents, made, 1e-4)
+    with forced(scripts, LIMIT) as draws:
+        slow = naive_generate(model, tok, prompts[0], draws[1])
+    assert (slow.slots, slow.text, slow.finished) == (rollouts[1].slots, rollouts[1].text, False)
+    close(slow.logprobs, rollouts[1].logprobs, 1e-4)
+    close(slow.latents, rollouts[1].latents, 1e-4)
+    # If latents did not matter, this would prove little.
+    zeros = [dataclasses.replace(r, latents=torch.zeros_like(r.latents)) for r in rollouts[:3]]
+    for row, r in zip(logprobs(model, zeros)[0], rollouts):
+        assert (row[: len(r.slots)] - r.logprobs).abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_in_bf16_sampler_scorer_and_definition_agree_on_average(real):
+    """Scorer to 0.15 nats a token, definition, which makes latents of its own, to 0.3. Measured on a CPU:
+    0.05 and 0.08 (SmolLM2), 0.04 and 0.04 (Gemma), 0.08 and 0.14 (Qwen; a single token by 2)."""
+    model, tok = real
+    model = copy.deepcopy(model).to(torch.bfloat16)
+    model.reasoning_projector.float()  # as litereason.load leaves it
+    rollouts, _, _ = written(model, tok, [TEXTS[0], f"{tag(1)}<end>", TEXTS[2], TEXTS[3] + "<end>"])
+    logp, scored = logprobs(model, rollouts)
+    expected = torch.nn.utils.rnn.pad_sequence([r.logprobs for r in rollouts], batch_first=True)
+    gaps = (logp - expected)[scored].abs()
+    assert gaps.mean() < 0.15
+    r = rollouts[1]
+    gaps = (naive(model, r.prompt_ids, r.slots)[2] - r.logprobs).abs()
+    assert gaps.mean() < 0.3
+
+
+# ---------------------------------------------------------------- the start of the projector
+@torch.no_grad()
+def chain_of_five(model, tok):
+    """[size of z_1, .., z_5], in sizes of an embedding."""
+    ids = runs.encode_text(tok, f"The king was old. His sons went.{tag(5)}")
+    _, (latents,) = unroll(model, [Rollout(tok.encode("A tale."), insert_latents(model, tok, ids + ids[:1]), None)])
+    return [z_size(model, z[None]) for z in latents]
+
+
+def test_latents_begin_as_long_as_an_embedding_and_the_papers_start_does_not(real):
+    model, tok = real
+    assert isinstance(model.reasoning_projector, NormedProjector)
+    assert chain_of_five(model, tok) == pytest.approx(5 * [1], rel=0.01)
+    litereason.start_projector(model, "mlp")
+    raw = chain_of_five(model, tok)
+    assert max(raw) > 100 or not all(map(math.isfinite, raw))  # a hundred embeddings, or not finite
+    litereason.start_projector(model, "normed")
+
+
+# ---------------------------------------------------------------- tags across a real tokenizer's cuts
+BEFORE = ["", "So", "So.", "So. ", "So, ", "So:\n", "So.\n\n", "(", "\"", "*", "a<", "->", "So <"]
+INSIDE = ["3", " 2 ", "12", "\n4\n", "05", "0", "two", ""]
+OF_A_TAG = set("".join(PIECES))
+AFTER = ["", "\n", "\n\n", " \n", ".", " so", ",", ">", "\"", ".\n", "</i>", "<", "=", tag(2)]
+
+
+def test_tags_fire_across_the_cuts_of_a_real_tokenizer(real):
+    model, tok = real
+    watch = watcher(model, tok)
+    texts = [a + tag(n) + b for a, n, b in itertools.product(BEFORE, INSIDE, AFTER)]
+    sequences = [runs.encode_text(tok, text) for text in texts]
+    cuts = {tok.decode([i]) for ids in sequences for i in ids}
+    assert {".<", " <", ">.", "><"} <= cuts and (">\n" in cuts) == (model.config.model_type == "qwen2")
+    for text, ids, found in zip(texts, sequences, fired(watch, sequences), strict=True):
+        assert tok.decode(ids, clean_up_tokenization_spaces=False) == text
+        assert found == by_decoding(tok, ids, 5)
+        assert [n for _, n in found] == [n for _, _, n in parse_tags(text)]
+        slots = list(ids)
+        for position, n in reversed(found):
+            slots[position + 1 : position + 1] = [LATENT] * n
+        assert insert_latents(model, tok, ids) == slots
+
+
+def test_tags_fire_wherever_a_policy_cuts_them(real):
+    """A policy samples tokens, and not always those that the tokenizer would cut a text into."""
+    model, tok = real
+    rng = random.Random(0)
+    ids_of = {text: [i] for i, text in enumerate(runs.token_texts(tok)) if text and set(text) <= OF_A_TAG}
+    sequences = [random_ids(rng, tok, ids_of, max(map(len, ids_of))) for _ in range(300)]
+    expected = [by_decoding(tok, ids, 5) for ids in sequences]
+    assert sum(map(len, expected)) > 60 and fired(watcher(model, tok), sequences) == expected
+
+
+# ---------------------------------------------------------------- prompts
+@pytest.mark.parametrize("text", ["A story.", "\n\n  a story\n", STORY])
+def test_a_prompt_is_what_the_models_template_makes_of_it_default_system_prompt_included(real, text):
+    model, tok = real
+    ids = runs.encode_prompt(model, tok, text)
+    opened = runs.encode_prompt(model, tok, text, "In summary:")
+    assert runs.end_of_answer(model, tok) == tok.eos_token_id
+    added = set(tok.all_special_ids)
+    if model.config.model_type == "gemma3_text":  # a base model without a template
+        assert not tok.chat_template
+        assert ids == [tok.bos_token_id] + runs.encode_text(tok, text) and not added & set(ids[1:])
+        assert opened == runs.encode_prompt(model, tok, text + " In summary:")
+        return
+    whole = tok.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
+                                    add_generation_prompt=True)
+    assert tok.decode(ids) == whole and opened == ids + runs.encode_text(tok, "In summary:")
+    assert whole.startswith("<|im_start|>system\nYou are ")
+    # Two turns and the answer's header, no BOS before them; those of a story are text.
+    start, end = tok.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    assert [i for i in ids if i in added] == [start, end, start, end, start] and ids[0] == start
+    if text != STORY:
+        assert ids == tok.encode(whole, add_special_tokens=False)
+
+
+# ---------------------------------------------------------------- stops
+LAYERS = [0, 1, 2, 27, 28, 29]  # of SmolLM2's 30: states on the disk of less than half the size
+WORDS = ("--task", "easy", "--device", "cpu", "--train-prompts", 2, "--trace-prompts", 2, "--prompts", 2,
+         "--group", 2, "--minibatches", 2, "--steps", 2, "--max-new-tokens", 28, "--projector-steps", 2,
+         "--n", 0, "--val", 0, "--save-every", 1, "--show-every", 0)
+
+
+@pytest.fixture
+def easy(tmp_path, monkeypatch):
+    """A task that pays for any answer, and SmolLM2 without its middle, made to write a tag -> its path."""
+    model, tok = load(weights(SMOLLM2), "cpu")
+    del model.reasoning_projector
+    model.model.layers = torch.nn.ModuleList(model.model.layers[i] for i in LAYERS)
+    model.config.num_hidden_layers = len(LAYERS)
+    runs.save(model, tok, tmp_path / "base")
+    easy = types.ModuleType("data.easy")
+    easy.ANSWER = " "  # the last word
+    easy.examples = lambda split: [{"number": i} for i in range(1 if split == "val" else 2)]
+    easy.prompt = lambda example, latent: f"Tell a tale of {example['number'] + 2} sons."
+    easy.reward = lambda example, completion: 0.5 + zlib.crc32(completion.encode()) % 100 / 100
+    monkeypatch.setitem(sys.modules, "data.easy", easy)
+    ids = runs.encode_text(tok, f" It is.{tag(2)} He") + [None] * 4 + runs.encode_text(tok, " so")
+    ids.append(runs.end_of_answer(model, tok))
+    places = iter(())
+
+    def sample(logits, u, temperature, *cuts):  # all rows are at the same place; None: as the model samples
+        token, logp = original(logits, u, temperature, *cuts)
+        wanted = next(places, None)
+        if wanted is not None:
+            token = torch.full_like(token, wanted)
+            logp = (logits / temperature).log_softmax(-1).gather(-1, token[:, None])[:, 0]
+        return token, logp
+
+    def decode_from_the_start(*args):
+        nonlocal places
+        places = iter(ids)
+        return decode(*args)
+
+    original, decode = litereason.sample, litereason._decode
+    monkeypatch.setattr(litereason, "sample", sample)
+    monkeypatch.setattr(litereason, "_decode", decode_from_the_start)
+    monkeypatch.setattr(runs, "_read_tokenizer", lambda *_, **__: tok)  # one tag table, not one per load
+    monkeypatch.setattr(train_projector, "AT_ONCE", 2)
+    monkeypatch.setattr(train_projector, "VERSIONS", 1)
+    monkeypatch.setitem(train_projector.RELEASED, "k", 2)
+    monkeypatch.setitem(train_projector.RELEASED, "batch", 4)
+    monkeypatch.setattr(report, "pace", lambda *_: "not measured")
+    return tmp_path / "base"
+
+
+def test_a_run_on_real_weights_stopped_in_each_stage_continues_bit_for_bit(tmp_path, easy):
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    run(train_rl, "--model", easy, *WORDS, "--out", whole)
+    one, two = metrics(whole)
+    assert one["latent_steps"] == 2 and one["zero_variance"] == 0
+    assert two["grad_norm"] > 0 and two["refresh_loss"] > 0
+    words = ("--model", easy, *WORDS, "--out", half)
+    said = stopped(data, "score", 2, signal.SIGINT, train_rl, *words)
+    assert "the traces sampled so far are kept" in said
+    words = ("--resume", half)
+    said = stopped(train_projector, "projector_loss", 3 + 2, signal.SIGTERM, train_rl, *words)
+    assert "step 1 of 2 of stage 2 is saved" in said
+    said = stopped(train_rl, "policy_loss", 2, signal.SIGINT, train_rl, *words)
+    assert "step 1 of 2 is saved" in said
+    run(train_rl, *words)
+    assert (whole / "traces.jsonl").read_bytes() == (half / "traces.jsonl").read_bytes()
+    assert metrics(whole) == metrics(half) and same_weights(whole, half)

@@ -1,0 +1,178 @@
+"""What somebody sees who runs a real model for the first time: what is said before a run, the smoke run's
+flags, and why stage 1 keeps too little."""
+import json
+import random
+import sys
+import types
+
+import pytest
+import torch
+
+import data
+import report
+import runs
+import train_projector
+import train_rl
+from litereason import Rollout, UserError
+
+
+# ---------------------------------------------------------------- why stage 1 keeps too little
+TASK = types.SimpleNamespace(__name__="task", prompt=lambda example, latent: f"q{example['i']}",
+                             verdict=lambda text: text.partition("box ")[2])
+ANSWERS = [("He left. box right", True), ("He left. box right", False), ("cut", False), ("No", True),
+           ("Yes", True), ("It is. box no", True), ("box no, because", False)]
+REASONS = {"cut": 2, "no verdict": 2, "wrong": 2}
+
+
+@pytest.fixture
+def collect(monkeypatch, tmp_path):
+    """collect(examples) -> stage 1's result; each example gets ANSWERS, and is a line of the file.
+    collect.sampled: how often there was something to sample."""
+    made = [Rollout([1], [2], torch.zeros(0, 4), text=text, finished=whole) for text, whole in ANSWERS]
+    monkeypatch.setattr(train_projector, "AT_ONCE", 1)
+    monkeypatch.setattr(data, "score", lambda task, examples, texts: ["right" in text for text in texts])
+    config = types.SimpleNamespace(_name_or_path="m")
+    model = types.SimpleNamespace(config=config, named_parameters=lambda: [])
+
+    def generate(*_, **__):
+        collect.sampled += 1
+        return made
+
+    def collect(n):
+        examples = [{"i": i} for i in range(n)]
+        return train_projector.collect_traces(model, None, TASK, examples, len(ANSWERS), 5, 0,
+                                              str(tmp_path / "traces.jsonl"))
+
+    collect.sampled = 0
+    collect.path = tmp_path / "traces.jsonl"
+    monkeypatch.setattr(train_projector, "generate", generate)
+    return collect
+
+
+def test_every_sample_that_is_not_kept_has_its_reason(collect, capsys):
+    traces, left_out = collect(2)
+    assert [trace["example"] for trace in traces] == [0, 1] and {trace["text"] for trace in traces} == {
+        "He left. box right"}
+    assert train_projector.reasons_of(left_out) == {why: 2 * n for why, n in REASONS.items()}
+    assert capsys.readouterr().out.endswith(
+        "the others: 4 cut by the length limit, 4 without an answer in the form that the prompt asks for, "
+        "4 that earned nothing\n")
+    assert train_projector.read_traces(collect.path) == traces
+
+
+def test_the_reasons_survive_a_stop(collect, capsys):
+    whole = collect(3)
+    text = collect.path.read_text()
+    lines = text.splitlines(keepends=True)
+    collect.path.write_text("".join(lines[:2]) + lines[2][:20])  # stopped while the second line was written
+    assert collect(3) == whole and collect.path.read_text() == text
+    assert collect.sampled == 3 + 2 and "1 traces are in " in capsys.readouterr().out
+
+
+def test_a_file_without_reasons_is_read_and_for_stage_1_made_again(collect, capsys):
+    traces, left_out = collect(1)
+    header = json.loads(collect.path.read_text().partition("\n")[0])
+    del header["left_out"]  # as it was before
+    collect.path.write_text(json.dumps(header) + "\n" + json.dumps(traces) + "\n")
+    assert train_projector.read_traces(collect.path) == traces
+    assert collect(1) == (traces, left_out)
+    assert "with other settings; sampling again" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("left_out, texts, says", [
+    ({"no verdict": 5, "wrong": 2}, [], "kept 0 of 7 traces, too few: two stories with a sentence to mask "
+     "are the least; the others: 5 without an answer in the form that the prompt asks for, 2 that earned "
+     "nothing; what helps: a --model that keeps to that form"),
+    ({"no verdict": 1, "cut": 3}, ["It is so. \\boxed{Yes}"], "kept 1 of 5 traces, .*what helps: a higher "
+     "--max-new-tokens$"),
+    ({"wrong": 3}, [], "what helps: more prompts .--prompts, in train_rl.py --trace-prompts"),
+    ({"wrong": 1}, ["\\boxed{Yes}", "\\boxed{No}"], "2 without a sentence before the answer, 1 that earned "
+     "nothing; what helps: a --model that reasons"),
+    ({}, ["It is so. \\boxed{Yes}"], "kept 1 of 1 traces, too few: .* are the least; what helps: more "
+     "prompts"),
+])
+def test_too_few_traces_are_said_with_what_helps_for_the_leading_reason(model, tok, left_out, texts, says):
+    left_out = [{"left out": why} for why, n in left_out.items() for _ in range(n)]
+    traces = [{"example": i, "prompt": "q", "text": text} for i, text in enumerate(texts)]
+    with pytest.raises(UserError, match=says) as e:
+        train_projector.mask_all(model, tok, traces, left_out, "\\boxed{", random.Random(0))
+    assert "\n" not in str(e.value)
+
+
+# ---------------------------------------------------------------- --smoke
+def parsed(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["train_rl.py", *map(str, words)])
+    return train_rl.parse_arguments()
+
+
+def test_smoke_changes_defaults_flags_win_and_a_resumed_run_needs_nothing(monkeypatch, tmp_path):
+    plain = vars(parsed(monkeypatch))
+    smoke = parsed(monkeypatch, "--smoke", "--group", 6, "--n", 0, "--out", tmp_path)
+    changed = {name for name, value in vars(smoke).items() if plain[name] != value}
+    assert changed == {*train_rl.SMOKE, "smoke", "out"}  # --group and --n among them
+    assert {name: getattr(smoke, name) for name in train_rl.SMOKE} == {**train_rl.SMOKE, "group": 6, "n": 0}
+    runs.write_settings(smoke, "train_rl.py")
+    again = vars(parsed(monkeypatch, "--resume", tmp_path))
+    assert {**vars(smoke), "resume": str(tmp_path)} == again
+    assert vars(parsed(monkeypatch)) == plain  # nothing of it is left behind
+
+
+# ---------------------------------------------------------------- what is said before a run
+def settled(**changes):
+    """The settings of a run of train_rl.py as released."""
+    usual = {**train_rl.RELEASED, "method": "litereason", "task": "t", "model": "m", "offload": False,
+             "smoke": False}
+    return types.SimpleNamespace(**{**usual, **changes})
+
+
+@pytest.mark.parametrize("changes, said", [
+    ({}, "all settings as released"),
+    ({"lr": 1e-5, "rows": 3, "save_every": 2, "noise": 0.5}, "not as released: lr 1e-05 (released: 5e-07)"),
+    ({"targets": "words", "noise": 0.5},
+     "not as released: targets words (released: none), noise 0.5 (released: 0.2)"),
+    ({"method": "grpo", "targets": "words", "refresh_lr": 1, "prompts": 4},
+     "not as released: prompts 4 (released: 48)"),
+])
+def test_settings_that_do_something_and_are_not_the_released_ones_are_said(changes, said):
+    args = settled(**changes)
+    assert report.beside_released(vars(args), train_rl.released_settings(args)) == said
+
+
+@pytest.mark.parametrize("small, smoke", [(True, False), (False, False), (False, True)])
+def test_what_matters_comes_first_and_a_cpu_is_told_of_the_smoke_run(model, tok, monkeypatch, capsys, small,
+                                                                     smoke):
+    monkeypatch.setattr(runs, "is_small", lambda model: small)
+    monkeypatch.setattr(report, "pace", lambda *_: "180 batches: 99.9 hours")
+    args = settled(smoke=smoke)
+    report.say_what_runs(args, model, tok, [[1], [1, 2]], train_rl.released_settings(args), ["memory"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("litereason on t: m, 0.0 M parameters, cpu, fp32 weights; 2 train prompts of ")
+    assert lines[1:3] == ["2880 steps, 16 on each batch of 768 rollouts of up to 2048 tokens, 16 for each of "
+                          "48 prompts", "all settings as released"]
+    assert lines.pop(3) == "memory"
+    hint = "on a CPU --smoke makes a whole run in about ten minutes; this one: "
+    assert lines[3:] == ([] if small or smoke else [hint + "180 batches: 99.9 hours"])
+
+
+@pytest.mark.parametrize("earns", [True, False])
+def test_a_smoke_run_of_a_model_that_counts_as_real_ends_in_the_table(tmp_path, monkeypatch, capsys, earns):
+    """The tiny model, with the settings and the plan of memory of a real one on a CPU."""
+    if not earns:
+        monkeypatch.setattr(data, "score", lambda task, examples, texts, step=0: [0.0] * len(texts))
+        monkeypatch.setattr(report, "check_answers", lambda *_: None)
+    monkeypatch.setattr(runs, "is_small", lambda model: False)
+    monkeypatch.setattr(train_projector, "VERSIONS", 2)
+    monkeypatch.setattr(sys, "argv", ["train_rl.py", "--smoke", "--device", "cpu", "--out", str(tmp_path)])
+    train_rl.main()
+    said = capsys.readouterr().out
+    order = ["M parameters, cpu", "4 steps, 2 on each batch of 8 rollouts", "not as released: group 4",
+             "GiB can be used; with --rows 8", "stage 1: kept", "stage 2: validation loss", "step    4/4",
+             "| base, tag prompt", "| LiteReason "]
+    if not earns:
+        order[5:5] = ["warning: stage 1 kept 0 of 40 traces, too few", "goes on with all samples"]
+    places = [said.index(words) for words in order]
+    assert places == sorted(places) and "time at most" not in said
+    config = json.load(open(tmp_path / "config.json"))
+    assert config["tokens_per_forward"] <= train_rl.card.FEW_POSITIONS and not config["offload"]
+    rows = [row["model"] for row in json.load(open(tmp_path / "results.json"))]
+    assert rows[:3] == ["base, explicit reasoning", "base, tag prompt", "LiteReason before RL"]
