@@ -253,35 +253,66 @@ def write_splits(out, splits):
 
 
 # ============================================================ reading other people's files
+def some(names):
+    """The first three, for a message."""
+    return ", ".join(names[:3]) + (" .." if len(names) > 3 else "")
+
+
+def line_ends(text):
+    """The text with \\n for every \\r\\n and \\r."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def read_text(path):
     """A UTF-8 file as a str with \\n line ends; UserError naming file and line if it is something else."""
     try:
         with open(path, "rb") as file:
             raw = file.read()
-        return raw.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+        return line_ends(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as e:
+        is_utf16 = raw.startswith((b"\xff\xfe", b"\xfe\xff"))
+        if b"\0" in raw and not is_utf16:
+            raise UserError(f"{path}: not a text but a binary file; save it as UTF-8 text first") from e
         line = raw.count(b"\n", 0, e.start) + 1
         raise UserError(f"{path}:{line}: not UTF-8 (byte 0x{raw[e.start]:02x}); convert it first, "
-                        f"for example `iconv -f latin1 -t utf-8`") from e
+                        f"for example `iconv -f {'utf-16' if is_utf16 else 'cp1252'} -t utf-8`") from e
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from e
 
 
 def read_rows(path):
-    """The objects of a .jsonl, .json (a list, or one object per line) or .csv file -> [(where, dict)].
+    """The objects of a .jsonl, .json (a list, or one object per line), .csv or .parquet file (which needs
+    pyarrow) -> [(where, dict)].
 
     where: for messages, as in "a.jsonl:7". UserError naming it if a line is something else."""
+    kind = os.path.splitext(path)[1].lower()
+    if kind == ".parquet":
+        return _parquet_rows(path)
     text = read_text(path)
-    if path.endswith(".csv"):
+    if kind == ".csv":
         return _csv_rows(path, text)
-    if path.endswith(".json"):
+    if kind == ".json":
         try:
             rows = json.loads(text)
         except ValueError:
             rows = None  # hubs call files of one object per line .json too
         if isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
-            return [(f"{path}, row {i + 1}", row) for i, row in enumerate(rows)]
+            return [(f"{path}, row {i}", row) for i, row in enumerate(rows, 1)]
     return _json_lines(path, text)
+
+
+def _parquet_rows(path):
+    """read_rows of a parquet file."""
+    try:
+        import pyarrow.parquet
+    except ImportError as e:
+        raise UserError(f"{path} is parquet: `pip install pyarrow` and run this again (or convert it to "
+                        f"jsonl elsewhere and pass that with --from)") from e
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (OSError, pyarrow.ArrowException) as e:
+        raise UserError(f"cannot read {path}: {e}") from e
+    return [(f"{path}, row {i}", row) for i, row in enumerate(rows, 1)]
 
 
 def _csv_rows(path, text):

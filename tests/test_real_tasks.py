@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT, close, tag
 
 from data import SPLITS, flawed_fictions as ff, load_task, next_chapter as nc, perplexity
+from data.duplicates import words_of
 from data.flawed_fictions import prepare as ff_prepare
 from data.next_chapter import prepare as nc_prepare
 from litereason import UserError, parse_tags
@@ -187,7 +188,7 @@ def test_a_hub_that_refuses_ends_in_one_line(monkeypatch, files, error, message)
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", list_files)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, f, repo_type: f"/cache/{f}")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    one_line(message, ff_prepare.download)
+    one_line(message, lambda: ff_prepare.load_stories(ff_prepare.download()))
 
 
 def test_the_right_files_are_taken_from_the_hub(monkeypatch):
@@ -228,7 +229,9 @@ def test_no_two_splits_share_a_cluster_and_labels_stay_balanced(tmp_path, capsys
     clusters = {s: {r["cluster"] for r in rows} for s, rows in parts.items()}
     for a, b in itertools.combinations(SPLITS, 2):
         assert not clusters[a] & clusters[b]
-    grams = {s: set().union(*(ff_prepare.ngrams(r["story"]) for r in rows)) for s, rows in parts.items()}
+    texts = {s: [words_of(r["story"]) for r in rows] for s, rows in parts.items()}
+    grams = {s: {tuple(text[i : i + 8]) for text in own for i in range(len(text) - 7)}
+             for s, own in texts.items()}
     for a, b in itertools.combinations(SPLITS, 2):
         assert not grams[a] & grams[b]
     run(ff_prepare, "--from", path, "--out", tmp_path / "two")
@@ -380,7 +383,8 @@ def test_books_that_cannot_be_used_end_in_one_line(tmp_path, capsys):
     refused("no book with two or more", ["one text without headings"], "a.txt")
     one_line("cannot read", nc_prepare.read_books, [str(tmp_path / "none")])
     (tmp_path / "empty").mkdir()
-    one_line("no txt, md, jsonl or json files", nc_prepare.read_books, [str(tmp_path / "empty")])
+    one_line("no txt, md, jsonl, json, csv or parquet files", nc_prepare.read_books,
+             [str(tmp_path / "empty")])
     (tmp_path / "latin.txt").write_bytes(b"Chapter 1\n\ncaf\xe9")
     one_line("latin.txt:3: not UTF-8", nc_prepare.read_books, [str(tmp_path / "latin.txt")])
     a, b = jsonl(tmp_path / "x.jsonl", [chapter(1, 1)]), jsonl(tmp_path / "y.jsonl", [chapter(1, 2)])

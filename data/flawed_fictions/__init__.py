@@ -11,6 +11,7 @@ import re
 from collections import Counter
 
 from data import OFFER, boxed, read_split
+from data.duplicates import words_of
 
 
 def examples(split):
@@ -65,11 +66,6 @@ def reward(example, completion):
 
 
 # ============================================================ what eval.py prints beside the accuracy
-def words_of(text):
-    """The words of a text in lower case, without punctuation."""
-    return re.findall(r"\w+", text.lower())
-
-
 def quotes(completion):
     """What a completion quotes, as lists of words: lines in <contradicted_lines>, all in double quotes."""
     lines = []

@@ -15,15 +15,14 @@ import os
 import random
 import re
 import sys
-import tempfile
 from collections import Counter, defaultdict
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 
 import numpy as np
 
-from data import SPLITS, read_rows, write_splits
-from data.flawed_fictions import words_of
+from data import SPLITS, line_ends, read_rows, some, write_splits
+from data.duplicates import find_clusters
 import runs
 from runs import UserError, hub_answers, run_script, why_the_hub_refuses
 
@@ -41,7 +40,7 @@ def clean(text):
 
     Only HTML's own tags go. <implicit_thought>, <|im_end|> or a < b are words of the story and stay.
     """
-    text = re.sub(r"<!--.*?-->", "", text.replace("\r\n", "\n"), flags=re.DOTALL)
+    text = re.sub(r"<!--.*?-->", "", line_ends(text), flags=re.DOTALL)
     text = re.sub(r"<br\s*/?>\n?", "\n", text, flags=re.IGNORECASE)
     text = re.sub(rf"\s*</?(?:{BLOCKS})(?:\s[^<>]*)?/?>[ \t]*", "\n\n", text, flags=re.IGNORECASE)
     text = re.sub(rf"</?(?:{INLINE})(?:\s[^<>]*)?/?>", "", text, flags=re.IGNORECASE)
@@ -60,16 +59,14 @@ def strip_ending(story):
 
 
 def as_lines(value):
-    """A field of quoted lines, in whatever form (list, text with line ends, absent)
-    -> list of plain lines."""
+    """A field of quoted lines, in whatever form (a list, as JSON too, or a text) -> list of plain lines."""
     if isinstance(value, str) and value.strip().startswith("["):
         try:
             value = json.loads(value)
         except ValueError:
             pass
-    lines = value if isinstance(value, list) else str(value or "").split("\n")
-    lines = [clean(str(line)) for line in lines]
-    return [line for line in lines if line]
+    lines = value if isinstance(value, list) else str(value).split("\n")
+    return [line for line in (clean(str(line)) for line in lines) if line]
 
 
 def label_of(where, row):
@@ -81,19 +78,6 @@ def label_of(where, row):
     return LABELS[spelled]
 
 
-def example_of(story, label, row):
-    """The example that is made of a row, with the benchmark's explanations where it has them."""
-    example = {"story": story, "label": label}
-    if row.get("example_id") not in (None, ""):
-        example["example_id"] = row["example_id"]
-    if row.get("cont_error_expl"):
-        example["cont_error_expl"] = clean(str(row["cont_error_expl"]))
-    for field in ("cont_error_lines", "contradicted_lines"):
-        if row.get(field):
-            example[field] = as_lines(row[field])
-    return example
-
-
 def load_stories(paths, keep_endings=False):
     """Rows of the files, cleaned: [{story, label, ..}]. UserError for a row that is malformed, naming file
     and line."""
@@ -101,7 +85,7 @@ def load_stories(paths, keep_endings=False):
     empty = []  # where they are
     endings = Counter()  # label -> stories that have an ending which gives it away
     for path in paths:
-        for where, row in read_rows(parquet_to_jsonl(path) if path.endswith(".parquet") else path):
+        for where, row in read_rows(path):
             if not isinstance(row.get("story"), str) or "cont_error" not in row:
                 fields = ", ".join(map(str, row)) or "none"
                 raise UserError(f"{where}: expected the fields story (text) and cont_error, found {fields}")
@@ -113,10 +97,16 @@ def load_stories(paths, keep_endings=False):
                 empty.append(where)
                 continue
             endings[label] += stripped != whole
-            stories.append(example_of(story, label, row))
+            example = {"story": story, "label": label}
+            if row.get("example_id") not in (None, ""):
+                example["example_id"] = row["example_id"]
+            for field, plain in (("cont_error_expl", lambda text: clean(str(text))),
+                                 ("cont_error_lines", as_lines), ("contradicted_lines", as_lines)):
+                if row.get(field):
+                    example[field] = plain(row[field])
+            stories.append(example)
     if empty:
-        more = " .." if len(empty) > 3 else ""
-        print(f"skipped {len(empty)} empty stories: {', '.join(empty[:3])}{more}")
+        print(f"skipped {len(empty)} empty stories: {some(empty)}")
     if not stories:
         raise UserError(f"no stories in {', '.join(paths)}; expected rows with story and cont_error")
     if endings:
@@ -143,8 +133,7 @@ def is_wanted(file):
 
 
 def download():
-    """The benchmark's main file from the hub -> [path]; one UserError line that says what to do if it
-    cannot be had."""
+    """The benchmark's main file from the hub -> [path]; one UserError line says what to do without it."""
     from huggingface_hub import HfApi, hf_hub_download
 
     by_hand = (f"get the file of the {NAME} split from https://huggingface.co/datasets/{REPO} on a machine "
@@ -157,7 +146,7 @@ def download():
         if not kinds:
             raise UserError(f"the repository {REPO} has no {NAME} file of a known kind; {by_hand}")
         files = [file for file in sorted(files) if file.endswith("." + kinds[0])]
-        paths = [hf_hub_download(REPO, file, repo_type="dataset") for file in files]
+        return [hf_hub_download(REPO, file, repo_type="dataset") for file in files]
     except UserError:
         raise
     except Exception as e:  # no network, a gate, a wrong token, a full disk: the hub has many exceptions
@@ -168,55 +157,9 @@ def download():
         is_gate = re.search("40[13]|gated|token", str(e), re.I)
         gate = "; if it asks for a token, run `hf auth login` first" if is_gate else ""
         raise UserError(f"cannot download {REPO} ({why}){gate}; or {by_hand}") from e
-    return [parquet_to_jsonl(path) for path in paths] if kinds[0] == "parquet" else paths
 
 
-def parquet_to_jsonl(path):
-    """The path of a temporary .jsonl with a parquet file's rows; needs pyarrow."""
-    try:
-        import pyarrow.parquet
-    except ImportError as e:
-        raise UserError(f"{path} is parquet: `pip install pyarrow` and run this again (or convert it to "
-                        f"jsonl elsewhere and pass that with --from)") from e
-    try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (OSError, pyarrow.ArrowException) as e:
-        raise UserError(f"cannot read {path}: {e}") from e
-    out = os.path.join(tempfile.mkdtemp(), f"{NAME}.jsonl")
-    with open(out, "w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, default=str) + "\n")
-    return out
-
-
-# ============================================================ near-duplicates and splits
-def ngrams(text, n=8):
-    """All runs of n words."""
-    words = words_of(text)
-    return {" ".join(words[i : i + n]) for i in range(len(words) - n + 1)}
-
-
-def find_clusters(stories, n=8):
-    """Cluster numbers, one per text: texts that share n words in a row, directly or through others, have
-    the same one."""
-    parent = list(range(len(stories)))  # a forest: a tree is a cluster, its root the cluster's number
-    first_with = {}  # run of words -> the first story that has it
-
-    def root(i):
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
-    for i, story in enumerate(stories):
-        whole = {" ".join(words_of(story))}  # shorter than n words: the same words make a duplicate
-        for run in ngrams(story, n) or whole:
-            a = root(first_with.setdefault(run, i))
-            b = root(i)
-            parent[max(a, b)] = min(a, b)
-    return [root(i) for i in range(len(stories))]
-
-
+# ============================================================ splits
 def split_by_row(labels, seed):
     """A split name per story: 15 % val, 15 % test, the same share of each label."""
     rng = random.Random(seed)
@@ -285,7 +228,7 @@ def parse_arguments():
     here = os.path.dirname(os.path.abspath(__file__))
     parser = runs.parser(__doc__)
     parser.add_argument("--from", dest="files", nargs="+", metavar="FILE",
-                        help="local jsonl, json or csv files (default: download the benchmark)")
+                        help="local jsonl, json, csv or parquet files (default: download the benchmark)")
     parser.add_argument("--out", default=here, metavar="DIR",
                         help="where the three files go (default: beside this script)")
     parser.add_argument("--split", default="cluster", choices=["cluster", "paper"],

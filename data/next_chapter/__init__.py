@@ -234,8 +234,13 @@ def unaided(pairs):
 # ============================================================ rewards
 @functools.lru_cache(maxsize=8)
 def _chapters(directory, split):
-    """[(book, chapter)] of a split. directory: where it was read from, for the cache."""
-    return [(example["book"], example["chapter"]) for example in examples(split)]
+    """[(work, chapter)] of a split. directory: where it was read from, for the cache."""
+    return [(work_of(example), example["chapter"]) for example in examples(split)]
+
+
+def work_of(example):
+    """What an example's book shares with its other editions: the name of the first of them."""
+    return example.get("work", example["book"])
 
 
 def draw(example, step):
@@ -246,7 +251,7 @@ def draw(example, step):
     rng = random.Random(f"{settings['seed']}/{step}/{example['book']}/{example.get('number')}")
     for split in (example.get("split", "train"), "train"):
         chapters = _chapters(folder("next_chapter"), split)
-        others = [chapter for book, chapter in chapters if book != example["book"]]
+        others = [chapter for work, chapter in chapters if work != work_of(example)]
         if others:
             return rng.choice(others)
     raise UserError(f"the contrastive reward needs a second book beside {example['book']!r}: prepare more, "

@@ -1,18 +1,16 @@
 """Makes train.jsonl, val.jsonl and test.jsonl of the next-chapter task from books that you have.
 
 Every chapter but a book's first becomes an example: what came before it, and the chapter. Books are never
-divided between splits. What --from takes, files and folders in any mixture:
+divided between splits, nor are the editions of one work. What --from takes, files and folders in any mixture:
 
-    jsonl or json   a chapter per row: text, and where known book, chapter (a number), title
-                    or a whole tale per row: sections (a list of texts), and a name in book or story
-    txt or md       a book with chapter headings ("Chapter 1", "CHAPTER IV. The Storm", "# Home") on lines of
-                    their own
-    a folder        all of these in it; text files without headings are together one book, a chapter each, by
-                    file name
+    rows        jsonl, json, csv, parquet: a chapter per row (text, and where known book, chapter, title), or
+                a whole tale (sections, a list of texts, and a name in book or story)
+    texts       txt, md: a book with headings ("Chapter 1", "STAVE I", "4. The Lamp", "# Home") on lines of
+                their own, whose numbers rise by one; it prints what it took for chapters
+    a folder    all of these in it; texts without headings whose names are numbered are together one book
 
-A row of chapters or of sections may have high_level_plan, prior_summary, character_sheets, next_synopsis:
-texts for the example whose NEXT chapter the row is (for sections: one text for all, or a list with one per
-section).
+Rows may have high_level_plan, prior_summary, character_sheets, next_synopsis: texts for the example whose
+NEXT chapter the row is (for sections: one text for all, or a list with one per section).
 
     python data/next_chapter/prepare.py --from books/                                   # all that is in there
     python data/next_chapter/prepare.py --from a.txt b.jsonl --story-tokens 1000        # shorter prompts
@@ -22,87 +20,218 @@ import os
 import random
 import re
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
+from statistics import median
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 
-from data import SPLITS, read_rows, read_text, write_splits
+from data import SPLITS, line_ends, read_rows, read_text, some, write_splits
+from data.duplicates import find_clusters
 import runs
 from runs import UserError, run_script
 
 FIELDS = ("high_level_plan", "prior_summary", "character_sheets", "next_synopsis")
-TENS = "twenty|thirty|forty|fifty|sixty"
-ONES = ("one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|"
-        "(?:thir|four|fif|six|seven|eigh|nine)teen")
-ORDINAL = "first|second|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|last"
-NUMBER = rf"(?:\d+|[ivxlc]+|(?:(?:{TENS})[- ]?)?(?:{ONES})|{TENS}|the {ORDINAL}|{ORDINAL})"
-HEADING = re.compile(rf"(?:chapter {NUMBER}\b.{{0,70}}|(?:prologue|epilogue)\b.{{0,70}}|#{{1,3}} .{{1,80}})",
-                     re.IGNORECASE)
-ROMAN = re.compile(r"[IVXLC]+\.?")  # only where there are no others: inside chapters it numbers their parts
+TEXTS = (".txt", ".md", ".markdown")
+ROWS = (".jsonl", ".json", ".csv", ".parquet")
+
+# ============================================================ headings
+ONES = ("one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+        "seventeen eighteen nineteen").split()
+NTHS = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth".split()
+NTHS += [one + "th" for one in ONES[12:]]
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+VALUES = {word: i for words in (ONES, NTHS) for i, word in enumerate(words, 1)}
+VALUES |= {word: 10 * i for i, ten in enumerate(TENS, 2) for word in (ten, ten[:-1] + "ieth")}
+LETTERS = dict(zip("ivxlc", (1, 5, 10, 50, 100)))
+LAST = 10**6  # the number of "the last"; an epilogue has one more
+WORD = "|".join(sorted(VALUES, key=len, reverse=True))  # seventeenth before seven
+WORDS = rf"(?:(?:{'|'.join(TENS)})[- ]?(?:{'|'.join(NTHS[:9] + ONES[:9])})|{WORD}|last)"
+ROMAN = "(?=[ivxlc])c{0,4}(?:xc|xl|l?x{0,4})(?:ix|iv|v?i{0,4})"
+NUMBER = rf"(?P<number>\d+(?:\.5\b)?|{ROMAN}|(?:the )?{WORDS})(?![\w'’])"
+CHAPTER = r"(?P<word>chapter|chap\.?|ch\.?|stave|canto|letter|kapitel|chapitre|cap[ií]tulo|capitolo|глава)"
+PATTERNS = [re.compile(pattern, re.IGNORECASE) for pattern in (
+    rf"{CHAPTER}(?:[ .:#-]+|(?=\d)){NUMBER}(?P<title>.*)",
+    rf"(?:the )?(?P<number>{WORDS}) (?P<word>chapter)\b(?P<title>.*)",
+    r"(?P<word>prologue|epilogue)\b(?P<title>.*)",
+    rf"{NUMBER}(?P<title>[.:)]?|(?:[.:)]| ?[-–—]+) ?(?-i:[^a-z\s]).*)",  # a bare numeral, with a title or not
+)]
+DECORATED = re.compile(r"[\s\ufeff]*(#{0,6})[\s*_=~|\[–—-]*(.*?)[\s*_=~|#\]–—-]*")  # **Chapter 1**, _IV_
+
+
+def number_of(text):
+    """A number as people write it: digits, a Roman numeral, English words; LAST for "the last"."""
+    text = text.lower()
+    if text[0].isdigit():
+        return float(text)
+    if re.fullmatch(ROMAN, text):
+        values = [LETTERS[letter] for letter in text]
+        return sum(v if v >= after else -v for v, after in zip(values, values[1:] + [0]))
+    return sum(VALUES[word] for word in re.findall(WORD, text)) or LAST
+
+
+def candidates(lines):
+    """The lines that may be headings: dicts of line (its place), level (of #), number (None: a title after
+    #), word ("chapter", ..), called (its title), look (what the headings of a book have in common), sure (it
+    reads like one even where the numbers do not say so), torn (a page may end there)."""
+    found = []
+    before = ""  # the last line with text
+    for i, line in enumerate(lines):
+        marks, bare = DECORATED.fullmatch(line).groups()
+        bare = " ".join(bare.split())
+        match = next(filter(None, (pattern.fullmatch(bare) for pattern in PATTERNS)), None)
+        if match and len(bare) <= 200:
+            word, number, title = map(match.groupdict().get, ("word", "number", "title"), ("", "", ""))
+            n = number_of(number) if number else 0 if word.lower() == "prologue" else LAST + 1
+            called = " ".join(re.findall(r"[^\W\d]+", title.lower()))
+            # Else it may be prose that was wrapped.
+            alone = not re.search(r"\w", lines[i - 1]) or i - 1 in (-1, *(one["line"] for one in found[-1:]))
+            reads_so = word and (alone or n in (0, LAST, LAST + 1)) and not word.islower()
+            look = len(marks), word, number.isdigit(), number.isupper() - number.islower(), called != ""
+            found.append({"line": i, "level": len(marks), "number": n, "word": word, "called": called,
+                          "look": (look, alone or marks != ""),
+                          "sure": marks or reads_so and not re.match(r"[,;]?\s+[a-z]", title),
+                          "torn": not marks + word and number.isdigit() and before[-1:].islower()})
+        elif 0 < len(marks) < 4 and 0 < len(bare) <= 80:
+            found.append({"line": i, "level": len(marks), "number": None})
+        before = line.strip() or before
+    return found
+
+
+def chain(found):
+    """The candidates that are headings: their numbers rise by one. One that reads like a heading is one
+    anyway, unless the numbers go on without it; of two with one number the commoner look counts."""
+    common = Counter(one["look"] for one in found)
+    right = []
+    for one, following in zip(found, found[1:] + [{"number": -9}]):
+        n, after, many = one["number"], following["number"], common[one["look"]]
+        before = right[-1] if right else {"number": -9}
+        last = before["number"]
+        is_again = n == last and (one["called"] == before["called"] or not one["sure"])  # the head of a page
+        if n == last and many > common[before["look"]]:
+            right[-1] = one
+        elif not is_again and (after != last + 1 or after == n or last < n < after) and (
+                after == n + 1 or n == last + 1 and many > 1 or one["sure"] and (n > last or many > 1)):
+            right.append(one)
+    return right
+
+
+def span(headings):
+    """How many lines lie between headings whose numbers rise by one, at most without a break."""
+    best = total = 0
+    for one, following in zip(headings, headings[1:]):
+        lines = (following["line"] - one["line"]) * (-1 if following["torn"] else 1)
+        total = total + lines if following["number"] == one["number"] + 1 else 0
+        best = max(best, total)
+    return best
+
+
+def is_contents(run, other):
+    """Whether a run of chapters is a table of contents, perhaps with synopses: it has the numbers of another
+    and less text. Behind its last entry stands what follows the table."""
+    theirs = {one["number"]: one for one in other}
+    pairs = [(one, theirs[one["number"]]) for one in run[:-1] if one["number"] in theirs]
+    if run is other or not pairs or 2 * len(pairs) < len(run) - 1:
+        return False
+    titles = [sorted((a["called"], b["called"]), key=len) for a, b in pairs]
+    alike = sum(long.startswith(short) for short, long in titles if long)
+    times = 1 if 2 * alike >= len(pairs) else 6  # else it may be a book in parts, which all have a chapter 1
+    return times * median(a["words"] for a, _ in pairs) < median(b["words"] for _, b in pairs)
+
+
+def cut(lines, headings):
+    """The chapters between headings; those of a table of contents have no text."""
+    runs_of = [[]]  # of rising numbers
+    chapters = []
+    for one, following in zip(headings, headings[1:] + [{"line": len(lines)}]):
+        text = "".join(line + "\n" for line in lines[one["line"] + 1 : following["line"]])
+        title = lines[one["line"]].strip(" \t\xa0\ufeff#*_=~")
+        if runs_of[-1] and one["number"] is not None and one["number"] <= runs_of[-1][-1]["number"]:
+            runs_of.append([])
+        chapters.append({**one, "title": title, "text": text, "words": len(text.split()), "run": runs_of[-1]})
+        if one["number"] is not None:
+            runs_of[-1].append(chapters[-1])
+    tables = [id(run) for run in runs_of if any(is_contents(run, other) for other in runs_of)]
+    return [{**own, "text": "" if id(own["run"]) in tables else own["text"]} for own in chapters]
+
+
+def chapters_of_text(text):
+    """Chapters of a plain book by its headings; [] if it has fewer than two. Text before the first heading
+    is no chapter.
+
+    Words like "chapter" come first, then titles after #, then the bare numerals that span most of the book:
+    inside chapters they number their parts. Prologues, epilogues and a "Chapter I" go with all of them."""
+    text = re.sub(r"(?m)^(\S.{0,79})\n={3,}[ \t]*$", r"# \1\n", text)  # the other way to mark a title
+    lines = text.split("\n")
+    found = candidates(lines)
+    numbered = [one for one in found if one["number"] is not None]
+    worded = chain([one for one in numbered if one["word"]])
+    marked = chain([one for one in numbered if one["level"] and not one["word"]])
+    looks = sorted({one["look"][0] for one in numbered if not one["word"]})
+    ways = [chain([one for one in numbered if one["word"] or one["look"][0] == look]) for look in looks]
+    ways.sort(key=span, reverse=True)
+    is_table = 4 * span(worded) <= max(map(span, ways), default=0)
+    for way in [worded] * (not is_table) + [marked * (span(marked) > 0), *filter(span, ways), worded]:
+        level = max((one["level"] for one in way), default=0)
+        places = {one["line"] for one in way}
+        chapters = cut(lines, [one for one in found if one["line"] in places or one["level"] and (
+            not way or one["number"] is None and one["level"] == level)])
+        if sum(chapter["text"].strip() != "" for chapter in chapters) > 1:
+            return chapters
+    return []
 
 
 # ============================================================ reading books
+START = r"(?ms)^[ \t]*\*(?:\*\* ?START OF TH|END\* ?THE SMALL PRINT).{0,300}?\*(?:\*\*|END\*)[^\n]*$"
+END = r"(?mi)^[ \t]*(?:\*\*\* ?END OF TH|End of (?:the |this )?Project Gutenberg)"
+
+
+def ebooks(text):
+    """The books in a text, without Project Gutenberg's header and licence; [text] where there are none."""
+    pieces = re.split(START, line_ends(text))
+    return [re.split(END, piece)[0] for piece in pieces[1:] or pieces]
+
+
+def order_of(value):
+    """The number of a chapter, from a number or a text like "10" or "Chapter IV"; None if it is neither."""
+    if isinstance(value, str):
+        value = next((one["number"] for one in candidates([value])), None)
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
 def field_text(where, name, value):
     """An optional field as text: a text, or a list of texts (one paragraph each); None stays None."""
     if isinstance(value, list) and all(isinstance(v, str) for v in value):
         value = "\n\n".join(value)
     if value is not None and not isinstance(value, str):
         raise UserError(f"{where}: {name} must be a text or a list of texts, found {type(value).__name__}")
-    return value and value.strip()
+    return value and line_ends(value).strip()
 
 
 def chapters_of_row(where, row):
-    """(name or None, chapters) of one jsonl row: a whole tale in sections, or one chapter."""
+    """(name or None, chapters) of a row: a chapter, or a whole tale in sections, where each optional field is
+    one text for all of them or a list with one per section."""
     names = [row[key] for key in ("book", "story") if row.get(key) is not None]
     if not all(type(name) in (str, int) for name in names):
         raise UserError(f"{where}: book and story are names, texts or whole numbers, found {names}")
-    name = next((own for own in map(str, names) if own.strip()), None)
-    if "sections" in row:
-        return name, chapters_of_tale(where, row)
-    if not isinstance(row.get("text"), str):
-        fields = ", ".join(row) or "none"
-        raise UserError(f"{where}: expected a chapter (text) or a tale (sections), found the fields {fields}")
-    order = row.get("chapter")
-    is_number = isinstance(order, (int, float)) and not isinstance(order, bool)
-    title = field_text(where, "title", row.get("title"))
-    chapter = {"text": row["text"], "title": title, "order": order if is_number else None}
-    for field in FIELDS:
-        chapter[field] = field_text(where, field, row.get(field))
-    return name, [chapter]
-
-
-def chapters_of_tale(where, row):
-    """The chapters of a row with sections; each optional field is one text for all of them, or a list with
-    one per section."""
-    texts = row["sections"]
+    is_tale = "sections" in row
+    texts = row["sections"] if is_tale else [row.get("text")]
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise UserError(f"{where}: sections must be a list of texts")
-    chapters = [{"text": text} for text in texts]
+        fields = ", ".join(map(str, row)) or "none"
+        raise UserError(f"{where}: sections must be a list of texts" if is_tale else
+                        f"{where}: expected a chapter (text) or a tale (sections), found the fields {fields}")
+    chapters = [{"text": "\n\n".join(ebooks(text))} for text in texts]
+    if not is_tale:
+        chapters[0].update(where=where, order=order_of(row.get("chapter")),
+                           title=field_text(where, "title", row.get("title")))
     for field in FIELDS:
-        value = row.get(field)
-        values = value if isinstance(value, list) else [value] * len(texts)
+        values = row.get(field)
+        if not is_tale or not isinstance(values, list):
+            values = [values] * len(texts)
         if len(values) != len(texts):
             raise UserError(f"{where}: {field} has {len(values)} entries for {len(texts)} sections")
-        for chapter, own in zip(chapters, values):
-            chapter[field] = field_text(where, field, own)
-    return chapters
-
-
-def chapters_of_text(text):
-    """Chapters of a plain book by its headings; [] if it has fewer than two. Text before the first heading
-    is no chapter."""
-    text = re.split(r"(?m)^\*\*\* ?START OF TH[^\n]*$", text)[-1]  # Gutenberg's frame
-    text = re.split(r"(?m)^\*\*\* ?END OF TH[^\n]*$", text)[0]
-    for heading in (HEADING, ROMAN):
-        chapters = []
-        for line in text.split("\n"):
-            if heading.fullmatch(line.strip()):
-                chapters.append({"title": line.strip("# \t"), "text": ""})
-            elif chapters:
-                chapters[-1]["text"] += line + "\n"
-        if len(chapters) > 1:
-            return chapters
-    return []
+        for chapter, value in zip(chapters, values):
+            chapter[field] = field_text(where, field, value)
+    return next((name for name in map(str, names) if name.strip()), None), chapters
 
 
 def number_key(name):
@@ -111,18 +240,20 @@ def number_key(name):
 
 
 def files_of(path):
-    """A file, or a folder's text and json files in the order in which people number them: [(file, its
-    folder or None)]."""
+    """A file, or a folder's text and row files in the order in which people number them: [(file, its folder
+    or None)]."""
     if not os.path.isdir(path):
         return [(path, None)]
-    files = []
+    files, others = [], []
     for base, folders, names in os.walk(path):
         folders.sort(key=number_key)
         for name in sorted(names, key=number_key):
-            if name.endswith((".txt", ".md", ".jsonl", ".json")) and not name.startswith("."):
-                files.append((os.path.join(base, name), base))
+            is_ours = name.lower().endswith(TEXTS + ROWS) and not name.startswith(".")
+            (files if is_ours else others).append((os.path.join(base, name), base))
     if not files:
-        raise UserError(f"no txt, md, jsonl or json files in {path}; name a folder that has some")
+        raise UserError(f"no txt, md, jsonl, json, csv or parquet files in {path}; name a folder with some")
+    if others:
+        print(f"left out {len(others)} files of other kinds: {some([file for file, _ in others])}")
     return files
 
 
@@ -130,7 +261,7 @@ def collect_books(paths):
     """{book: [chapter, ..]}, all that is in the files; UserError if a book is in two of them."""
     books = {}
     came_from = {}  # the file or folder that a book was first seen in
-    taken = set()  # files, by what they really are
+    loose = defaultdict(dict)  # folder -> {name: text}, without headings
 
     def add(name, chapters, source):
         if came_from.setdefault(name, source) != source:
@@ -138,28 +269,80 @@ def collect_books(paths):
                             f"another name")
         books.setdefault(name, []).extend(chapters)
 
-    for path in paths:
-        for file, directory in files_of(path):
-            really = os.path.realpath(file)
-            if really in taken:
-                continue
-            taken.add(really)
-            stem = os.path.splitext(os.path.basename(file))[0]
-            if file.endswith((".jsonl", ".json")):
-                for where, row in read_rows(file):
-                    name, chapters = chapters_of_row(where, row)
-                    if "sections" in row and name in books:
-                        raise UserError(f"{where}: a second tale with the name {name!r}; give one of them "
-                                        "another name")
-                    add(name or (where if "sections" in row else stem), chapters, file)
+    files = {}  # by what they really are: none is taken twice
+    for file, folder in (one for path in paths for one in files_of(path)):
+        files.setdefault(os.path.realpath(file), (file, folder))
+    for file, folder in files.values():
+        stem, kind = os.path.splitext(os.path.basename(file))
+        if kind.lower() in ROWS:
+            for where, row in read_rows(file):
+                name, chapters = chapters_of_row(where, row)
+                if "sections" in row and name in books:
+                    raise UserError(f"{where}: a second tale with the name {name!r}; give one of them "
+                                    "another name")
+                add(name or (where if "sections" in row else stem), chapters, file)
+            continue
+        whole = read_text(file)
+        texts = ebooks(whole)
+        for i, text in enumerate(texts, 1):
+            chapters = chapters_of_text(text)
+            if chapters or folder is None or text != whole:  # a frame is that of a book, not of a chapter
+                add(stem if len(texts) == 1 else f"{stem} {i}", chapters or [{"text": text}], file)
             else:
-                text = read_text(file)
-                chapters = chapters_of_text(text)
-                if chapters or directory is None:
-                    add(stem, chapters or [{"text": text}], file)
-                else:
-                    add(os.path.basename(os.path.abspath(directory)), [{"text": text}], directory)
-    return books
+                add(os.path.basename(os.path.abspath(folder)), [], folder)  # the place of what is joined
+                loose[folder][stem] = text
+    for folder, texts in loose.items():
+        name = os.path.basename(os.path.abspath(folder))
+        numbered = sorted((stem for stem in texts if place_of(stem)), key=place_of)
+        places = [place_of(stem) for stem in numbered]
+        if len(set(places)) < max(2, len(places)) or min(places[0]) > 1:
+            numbered = []  # other books, like 1984 and Catch-22
+        if numbered:
+            print(f"{name}: a book of {len(numbered)} files without headings, a chapter each, as numbered: "
+                  f"{some(numbered)}{jumps([place[-1] for place in places])}")
+        for stem in numbered + [stem for stem in texts if stem not in numbered]:
+            add(name if stem in numbered else stem, [{"text": texts[stem]}], folder)
+    return {name: chapters for name, chapters in books.items() if chapters}
+
+
+def place_of(name):
+    """The numbers in a file's name, or what it says in words, "chapter_one"; () if there are none."""
+    in_words = order_of(name.replace("_", " "))
+    return tuple(map(int, re.findall(r"\d+", name))) or (() if in_words is None else (in_words,))
+
+
+def jumps(numbers):
+    """A warning, for the end of a line, of numbers that neither rise by one nor begin again."""
+    known = [n for n in numbers if n is not None and n < LAST]
+    odd = [f"{a:g} to {b:g}" for a, b in zip(known, known[1:]) if b > 1 and not 0 < b - a <= 1]
+    return f"; warning: the numbers go from {some(odd)}" if odd else ""
+
+
+def in_order(name, chapters):
+    """Chapters of rows by their numbers. Where one repeats or is not there it is the file's order, which the
+    numbers may not contradict (they may begin again at 1)."""
+    known = [chapter for chapter in chapters if chapter.get("order") is not None]
+    if len({chapter["order"] for chapter in known}) == len(chapters):
+        chapters = sorted(known, key=lambda chapter: chapter["order"])
+        known = []
+    for before, after in zip(known, known[1:]):
+        if 1 < after["order"] < before["order"]:
+            raise UserError(f"{after['where']}: chapter {after['order']:g} of {name!r} comes after "
+                            f"{before['order']:g}, and not all have a number of their own; number them anew")
+    odd = jumps([chapter.get("order") for chapter in chapters])
+    if known or odd:
+        how = " in the order of the file, as numbers repeat or lack" if known else ""
+        print(f"{name}: {len(chapters)} chapters{how}{odd}")
+    return chapters
+
+
+def describe(name, chapters):
+    """Says what a text was taken for."""
+    words = [len(chapter["text"].split()) for chapter in chapters]
+    ends = [f"{chapter['title']!r} ({' '.join(chapter['text'].split()[:6])} ..)" for chapter in chapters]
+    print(f"{name}: {len(chapters)} chapters, from {ends[0]} to {ends[-1]}; the longest is "
+          f"{chapters[words.index(max(words))]['title']!r}, {max(words)} of {sum(words)} words"
+          f"{jumps([chapter['number'] for chapter in chapters])}")
 
 
 def read_books(paths):
@@ -168,45 +351,35 @@ def read_books(paths):
     Says in one line each how many of what were left out. UserError if nothing is left."""
     books = {}
     empty, twice = 0, 0
-    short = []
-    repeated = {}  # book -> the book with the same text
+    short, repeated = [], []  # books; those with the same text as another
     seen = {}  # text -> book
     for name, chapters in collect_books(paths).items():
-        if all(chapter.get("order") is not None for chapter in chapters):
-            chapters.sort(key=lambda chapter: chapter["order"])
         full = [chapter for chapter in chapters if chapter["text"].strip()]
-        empty += len(chapters) - len(full)
         unlike = {}  # text -> the first chapter that has it
         for chapter in full:
             unlike.setdefault(" ".join(chapter["text"].split()), chapter)
+        empty += len(chapters) - len(full)
         twice += len(full) - len(unlike)
-        full = list(unlike.values())
-        text = " ".join(chapter["text"] for chapter in full)
-        same = seen.setdefault(" ".join(text.split()), name)
+        full = in_order(name, list(unlike.values()))
+        same = seen.setdefault(" ".join(" ".join(chapter["text"] for chapter in full).split()), name)
         if len(full) < 2:
             short.append(name)
         elif same != name:  # under two names it could be in two splits
-            repeated[name] = same
+            repeated.append(f"{name} (as {same})")
         else:
             books[name] = full
-    if empty:
-        print(f"left out {empty} empty chapters (a table of contents gives some)")
-    if twice:
-        print(f"left out {twice} chapters that their book has already: they would stand in their own story")
-    if short:
-        print(f"left out {len(short)} books with fewer than two chapters: {some(short)}")
-    if repeated:
-        pairs = [f"{name} (as {same})" for name, same in repeated.items()]
-        print(f"left out {len(repeated)} books with the same text as another: {some(pairs)}")
+            if "line" in full[0]:
+                describe(name, full)
+    for n, what in ((empty, "empty chapters (a table of contents gives some)"),
+                    (twice, "chapters that their book has already: they would stand in their own story"),
+                    (len(short), f"books with fewer than two chapters: {some(short)}"),
+                    (len(repeated), f"books with the same text as another: {some(repeated)}")):
+        if n:
+            print(f"left out {n} {what}")
     if not books:
         raise UserError(f"no book with two or more chapters in {', '.join(paths)} (text files need headings "
-                        f"such as \"Chapter 1\", or a folder with one file per chapter)")
+                        f"such as \"Chapter 1\", or a folder with one file per chapter, numbered)")
     return books
-
-
-def some(names):
-    """The first three, for a message."""
-    return ", ".join(names[:3]) + (" .." if len(names) > 3 else "")
 
 
 # ============================================================ lengths
@@ -299,10 +472,23 @@ def make_examples(book, chapters, ruler, story_tokens, chapter_tokens):
     return examples, counts
 
 
-def split_books(books, seed):
-    """{book: split}: 15 % of the books, and at least one, in val and in test; two books make train and
+def works_of(books):
+    """{book: the name of the first edition of the same work}: they have over 1 % of their runs of 8 words in
+    common, by chance it is 0.2 % at most. Says which are editions of one work."""
+    names = list(books)
+    texts = [" ".join(chapter["text"] for chapter in books[name]) for name in names]
+    clusters = find_clusters(texts, share=0.01)
+    work_of = {name: names[cluster] for name, cluster in zip(names, clusters)}
+    twins = [f"{name} ({work})" for name, work in work_of.items() if name != work]
+    if twins:
+        print(f"{len(twins)} books are editions of another, or of parts, stay in its split: {some(twins)}")
+    return work_of
+
+
+def split_works(works, seed):
+    """{work: split}: 15 % of the works, and at least one, in val and in test; two works make train and
     test, one makes train."""
-    names = sorted(books)
+    names = sorted(works)
     random.Random(seed).shuffle(names)
     n = max(1, round(0.15 * len(names))) if len(names) > 2 else 0
     split_of = dict.fromkeys(names, "train")
@@ -315,15 +501,13 @@ def split_books(books, seed):
 
 # ============================================================ the script
 def parse_arguments():
-    here = os.path.dirname(os.path.abspath(__file__))
     parser = runs.parser(__doc__)
     parser.add_argument("--from", dest="files", nargs="+", required=True, metavar="PATH",
                         help="files and folders, see above (required, so no default)")
-    parser.add_argument("--out", default=here, metavar="DIR",
+    parser.add_argument("--out", default=os.path.dirname(os.path.abspath(__file__)), metavar="DIR",
                         help="where the three files go (default: beside this script)")
-    parser.add_argument("--story-tokens", type=int, default=2048, metavar="N",
-                        help="tokens of everything before the chapter; the oldest text is cut first "
-                        "(default 2048)")
+    parser.add_argument("--story-tokens", type=int, default=2048, metavar="N", help="tokens of everything "
+                        "before the chapter; the oldest text is cut first (default 2048)")
     parser.add_argument("--chapter-tokens", type=int, default=1024, metavar="N",
                         help="tokens of the chapter that is scored; its end is cut (default 1024)")
     parser.add_argument("--tokenizer", default=None, metavar="NAME",
@@ -374,15 +558,19 @@ def main():
     if not made:
         raise UserError("no examples are left; raise --story-tokens")
 
+    work_of = works_of({name: books[name] for name in made})
+    works = set(work_of.values())
     splits = {split: [] for split in SPLITS}
-    split_of = split_books(made, args.seed)
+    split_of = split_works(works, args.seed)
     for name, examples in made.items():
-        splits[split_of[name]] += examples
+        if list(work_of.values()).count(work_of[name]) > 1:  # no other book for the contrastive reward
+            examples = [{**example, "work": work_of[name]} for example in examples]
+        splits[split_of[work_of[name]]] += examples
     if not all(splits.values()):
         empty = " and ".join(split for split in SPLITS if not splits[split])
-        print(f"warning: too few books ({len(made)}) for three splits: {empty} stay empty, and training "
+        print(f"warning: too few books ({len(works)}) for three splits: {empty} stay empty, and training "
               "reads all three; give four books or more")
-    elif len({example["book"] for example in splits["train"]}) == 1:
+    elif len([work for work in works if split_of[work] == "train"]) == 1:
         print("warning: train has one book, and the contrastive reward needs two; give four books or more, "
               "or train with --reward vrcli")
     digest = write_splits(args.out, splits)

@@ -1,0 +1,362 @@
+"""Books as people have them become the right chapters, splits and draws, or prepare.py says what it took for
+what, or refuses with file and line. Small books made here, the headings of real ones."""
+import json
+import os
+import sys
+import types
+
+import pytest
+from test_real_tasks import SPLITS, contents, data, jsonl, one_line, run, words  # noqa: F401 (a fixture)
+
+from data import next_chapter as nc, read_rows
+from data.duplicates import find_clusters
+from data.flawed_fictions import prepare as ff_prepare
+from data.next_chapter import prepare
+from data.next_chapter.prepare import chapters_of_text, number_of, order_of, read_books
+
+
+def body(i, n=30):
+    return f"Body {i} begins here. {words(i, n)}."
+
+
+def book(headings, n=30):
+    return "\n\n".join(f"{heading}\n\n{body(i, n)}" for i, heading in enumerate(headings))
+
+
+def titles(text):
+    return [chapter["title"] for chapter in chapters_of_text(text) if chapter["text"].strip()]
+
+
+def write(folder, **files):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        stem, _, kind = name.rpartition("_")
+        (folder / f"{stem}.{kind}").write_text(text, encoding="utf-8")
+    return str(folder)
+
+
+ROMANS = "I II III IV V VI VII VIII IX X XI XII".split()
+NTHS = ("FIRST SECOND THIRD FOURTH FIFTH SIXTH SEVENTH EIGHTH NINTH TENTH ELEVENTH TWELFTH THIRTEENTH "
+        "FOURTEENTH FIFTEENTH SIXTEENTH SEVENTEENTH EIGHTEENTH NINETEENTH TWENTIETH TWENTY-FIRST "
+        "LAST").split()
+ONES = "One Two Three Four Five Six Seven Eight Nine".split()
+TEENS = "Ten Eleven Twelve Thirteen Fourteen Fifteen Sixteen Seventeen Eighteen Nineteen".split()
+NUMBERS = ONES + TEENS
+for TEN in "Twenty Thirty Forty Fifty Sixty Seventy Eighty Ninety".split():
+    NUMBERS += [TEN] + [f"{TEN}-{one}" for one in ONES]
+
+
+# ---------------------------------------------------------------- headings
+def test_numbers_are_read_in_every_form():
+    assert [number_of(number) for number in NUMBERS] == list(range(1, 100))
+    assert [number_of(f"the {number}") for number in NTHS[:-1]] == list(range(1, 22))
+    assert number_of("the last") > 10**5
+    assert [number_of(n) for n in ("iv", "XIX", "XLIX", "xc", "CXIV", "IIII", "12", "12.5")] == [
+        4, 19, 49, 90, 114, 4, 12, 12.5]
+    written = 3, 2.5, "10", "IV", "Chapter 7", "4: The Lamp", "The Lamp", True, None
+    assert [order_of(value) for value in written] == [
+        3, 2.5, 10, 4, 7, 4, None, None, None]
+
+
+@pytest.mark.parametrize("headings", [
+    [f"CHAPTER THE {nth}" for nth in NTHS],
+    [f"The {nth.title()} Chapter" for nth in NTHS],
+    [f"Chapter {number}" for number in NUMBERS],
+    [f"CHAPTER {roman}. In which {'a very long title goes on ' * 4}" for roman in ROMANS],
+    [f"CHAPTER  {roman}" for roman in ROMANS], [f"CHAPTER\t{roman}" for roman in ROMANS],
+    [f"CHAPTER\xa0{roman}" for roman in ROMANS], [f"CHAP. {roman}." for roman in ROMANS],
+    [f"STAVE {roman}:  MARLEY'S GHOST" for roman in ROMANS], [f"{roman}. A LAMP" for roman in ROMANS],
+    ["1. The Lamp", "2. The Road", "3. Home"], ["1", "2", "3"], ["I", "II", "III"], ["ONE", "TWO", "THREE"],
+    ["Chapter1", "Chapter2"], ["chapter one", "chapter two"], ["Kapitel 1", "Kapitel 2"],
+    ["PROLOGUE", *ROMANS, "EPILOGUE"], ["Prologue", "1. A Lamp", "2. A Road", "Epilogue: Later"],
+    ["Prologue", "Chapter 1", "Chapter 2", "Epilogue"],
+    ["CHAPTER I", "CHAPTER II", "CHAPTER THE LAST", "EPILOGUE"],
+    ["Chapter 11", "Chapter 12", "Chapter 12.5", "Chapter 13"],
+    ["Letter 1", "Letter 2", "Chapter 1", "Chapter 2"],
+    # styles that meet in one book
+    ["CHAPTER I", "II.", "III.", "IV."], ["Chapter One", "2", "3"],
+    ["CHAPTER I", "CHAPTER II", "Chapter 3", "Chapter Four", "CHAPTER V"],
+    # a number is lacking, or misprinted
+    ["CHAPTER I", "CHAPTER II", "CHAPTER IV"], ["CHAPTER I", "CHAPTER II", "CHAPTER IX", "CHAPTER IV"],
+])
+def test_headings_as_books_have_them(headings):
+    chapters = chapters_of_text("The Novel\n\nby me\n\n" + book(headings))
+    assert [chapter["title"] for chapter in chapters] == [heading.strip() for heading in headings]
+    assert all(chapter["text"].strip() == body(i) for i, chapter in enumerate(chapters))
+
+
+@pytest.mark.parametrize("marked", ["_{}_", "**{}**", "## {}", "  {}", "[{}]", "== {} ==", "- {} -",
+                                    "— {} —"])
+def test_headings_in_marks(marked):
+    for heads in (["Chapter 1", "Chapter 2", "Chapter 3"], ["I", "II", "III"]):
+        assert len(titles(book([marked.format(head) for head in heads]))) == 3
+
+
+def test_markdown_takes_the_level_of_its_chapters():
+    text = ("# The Book\n\nby X\n\n## Chapter 1\n\nAbc.\n\n### scene\n\nDef.\n\n## Interlude\n\nXyz.\n\n"
+            "# Part 2\n\nA motto.\n\n## Chapter 2\n\nGhi.")
+    assert titles(text) == ["Chapter 1", "Interlude", "Chapter 2"]
+    assert titles(text.replace("Chapter 1", "1. Home").replace("Chapter 2", "2. Away")) == [
+        "1. Home", "Interlude", "2. Away"]
+    assert titles("# Home\n\na\n\n# Away\n\nb") == ["Home", "Away"]
+    assert titles("Home\n====\n\na\n\nAway\n====\n\nb") == ["Home", "Away"]
+
+
+@pytest.mark.parametrize("headings", [["Chapter One", "Chapter Two", "Chapter Three"],
+                                      ["CHAPTER I", "CHAPTER II", "CHAPTER III"],
+                                      ["Chapter 1", "Chapter 2", "Chapter 3"]])
+@pytest.mark.parametrize("prose", [
+    "he said that\nchapter two of his memoirs was\nthe best", "and in\nChapter Two, as we know,\nit ended",
+    "I read\nchapter four of his memoirs", "we closed\nChapter One. It was late",
+    "he.\n\nChapter 2 of his book was it",
+])
+def test_prose_that_begins_like_a_heading_is_prose(headings, prose):
+    for i in range(3):
+        assert titles(book(headings).replace(f"w{i}x10", prose)) == headings
+
+
+def test_numerals_inside_chapters_number_their_parts():
+    inner = "\n\n".join(f"{numeral}.\n\n{body(ord(numeral[0]))}" for numeral in ROMANS[:3])
+    for heads in (["CHAPTER I", "CHAPTER II", "CHAPTER III"],
+                  ["I. A SCANDAL", "II. THE LEAGUE", "III. A CASE", "IV. A"]):
+        assert titles("\n\n".join(f"{head}\n\n{inner}" for head in heads)) == heads
+    a_list = "he took\n\n1. The lamp.\n\n2. The oil.\n\n3. The wick.\n\n"
+    assert titles(book(ROMANS).replace("w4x10", a_list)) == ROMANS
+    pages = "\n\n".join(f"the man went on and\n\n{i}\n\nsaid that he would" for i in range(1, 40))
+    assert titles(pages) == []  # numbers of pages
+    heads_of_pages = "\n\n".join(f"CHAPTER {roman}\n\n{body(j)}" for roman in ROMANS for j in range(3))
+    assert titles(heads_of_pages) == [f"CHAPTER {roman}" for roman in ROMANS]
+
+
+def test_a_byte_order_mark_between_joined_files_hides_no_heading():
+    assert titles(book(["\ufeffChapter 1", "\ufeffChapter 2"])) == ["Chapter 1", "Chapter 2"]
+
+
+def test_a_file_without_blank_lines_has_chapters_too():
+    assert titles("Chapter 1\nText of it.\nMore\nChapter 2\ntext\nChapter 3\nEnd.") == [
+        "Chapter 1", "Chapter 2", "Chapter 3"]
+
+
+def test_a_text_is_described_in_one_line(tmp_path, capsys):
+    novel = book(["CHAPTER I", "CHAPTER II", "CHAPTER IV"]) + " And more."
+    read_books([write(tmp_path / "a", novel_txt=novel)])
+    said = capsys.readouterr().out
+    assert "novel: 3 chapters, from 'CHAPTER I' (Body 0 begins here." in said and said.count("\n") == 1
+    assert "to 'CHAPTER IV' (Body 2" in said and "the longest is 'CHAPTER IV', 36 of 104 words" in said
+    assert "warning: the numbers go from 2 to 4" in said
+
+
+# ---------------------------------------------------------------- contents
+HEADS = ["CHAPTER I. The Lamp", "CHAPTER II. The Road", "CHAPTER III. Home"]
+SYNOPSIS = "A ship is lost; a stranger comes; the lamp goes out."
+PREFACE = "\n\nPREFACE\n\n" + "Many words. " * 150 + "\n\n"
+
+
+@pytest.mark.parametrize("table, headings", [
+    ("\n".join(HEADS), HEADS), ("\n".join(f"{head} ..... {5 * i}" for i, head in enumerate(HEADS)), HEADS),
+    ("\n\n".join(f"{head}\n{SYNOPSIS}" for head in HEADS), HEADS),
+    ("\n\n".join(f"{head}\n\n{SYNOPSIS}" for head in HEADS), [head.split(".")[0] for head in HEADS]),
+    ("\n\n".join(f"{head.split('.')[0]}\n{SYNOPSIS}" for head in HEADS),
+     [head.split(".")[0] for head in HEADS]),
+    ("I. A Lamp\nII. The Road\nIII. Home", ["I. A LAMP", "II. THE ROAD", "III. HOME"]),
+    ("I. A Lamp\nII. The Road\nIII. Home", ["CHAPTER I", "CHAPTER II", "CHAPTER III"]),
+    ("Chapter 1: A Lamp\nChapter 2: The Road\nChapter 3: Home", ["1", "2", "3"]),
+    ("PROLOGUE\nCHAPTER I. A\nCHAPTER II. B\nEPILOGUE",
+     ["PROLOGUE", "CHAPTER I. A", "CHAPTER II. B", "EPILOGUE"]),
+])
+@pytest.mark.parametrize("at_end", [False, True])
+def test_a_table_of_contents_has_no_chapters(table, headings, at_end):
+    text = book(headings, 100)
+    text = f"{text}\n\nCONTENTS\n\n{table}" if at_end else f"CONTENTS\n\n{table}{PREFACE}{text}"
+    chapters = [chapter for chapter in chapters_of_text(text) if chapter["text"].strip()]
+    assert [chapter["title"] for chapter in chapters] == headings
+    texts = [chapter["text"].strip() for chapter in chapters[:-1]]
+    assert texts == [body(i, 100) for i in range(len(headings) - 1)]
+    assert "PREFACE" not in "".join(chapter["text"] for chapter in chapters)
+
+
+def test_the_parts_of_a_book_are_no_tables_of_contents():
+    heads = ["CHAPTER I", "CHAPTER II", "CHAPTER III"]
+    parts = f"PART ONE\n\n{book(heads)}\n\nPART TWO\n\n{book(heads, 60)}"
+    assert titles(parts) == heads * 2
+    table = "\n".join(["PART ONE", *heads, "PART TWO", *heads])
+    assert titles(f"{table}{PREFACE}{parts}") == heads * 2
+    other = ["CHAPTER I. Away", "CHAPTER II. Lost", "CHAPTER III. Found"]
+    assert titles(f"{book(HEADS)}\n\n{book(other, 90)}") == HEADS + other
+
+
+# ---------------------------------------------------------------- frames and joins
+def framed(name, text, start="*** START OF THE PROJECT GUTENBERG EBOOK {} ***"):
+    return (f"The Project Gutenberg eBook of {name}\n\nChapter 1 of the header\n\n"
+            f"{start.format(name.upper())}\n\n{text}\n\nEnd of Project Gutenberg's {name}\n\n"
+            f"*** END OF THE PROJECT GUTENBERG EBOOK {name.upper()} ***\n\nlicence\n\n")
+
+
+def test_every_ebook_of_a_file_is_a_book_without_its_frame(tmp_path, capsys):
+    two = framed("Fox", book(["CHAPTER I", "CHAPTER II"])) + framed("Owl", book(["I", "II", "III"]))
+    books = read_books([write(tmp_path / "a", two_txt=two)])
+    assert {name: len(chapters) for name, chapters in books.items()} == {"two 1": 2, "two 2": 3}
+    whole = "".join(chapter["text"] for chapters in books.values() for chapter in chapters)
+    assert not any(word in whole for word in ("licence", "***", "Gutenberg", "header"))
+    assert capsys.readouterr().out.count("chapters, from") == 2
+
+
+@pytest.mark.parametrize("start", ["***START OF THIS PROJECT GUTENBERG EBOOK {}***",
+                                   "*** START OF THE PROJECT GUTENBERG EBOOK A\nVERY LONG {} ***",
+                                   "*END*THE SMALL PRINT! FOR PUBLIC DOMAIN ETEXTS*Ver.04.29.93*END*"])
+def test_frames_of_all_ages_are_cut_from_texts_and_rows(tmp_path, start):
+    text = framed("Fox", "Once.", start)
+    assert prepare.ebooks(text)[0].strip() == "Once." and prepare.ebooks("Once.") == ["Once."]
+    rows = [{"book": "b", "text": text}, {"book": "b", "text": "Two."}]
+    books = read_books([str(jsonl(tmp_path / "a.jsonl", rows))])
+    assert [chapter["text"].strip() for chapter in books["b"]] == ["Once.", "Two."]
+
+
+def test_only_numbered_files_are_joined_and_it_says_which(tmp_path, capsys):
+    names = {f"chapter_{number}_txt": body(i) for i, number in enumerate("one two three".split())}
+    path = write(tmp_path / "in" / "novel", prologue_txt="It began.", readme_txt="Thanks.", **names)
+    books = read_books([path])
+    assert [chapter["text"] for chapter in books["novel"]] == ["It began.", body(0), body(1), body(2)]
+    said = capsys.readouterr().out
+    assert "novel: a book of 4 files without headings" in said
+    assert "prologue, chapter_one, chapter_two .." in said
+    assert "fewer than two chapters: readme" in said
+    write(tmp_path / "gap", **{"1_txt": "a", "2_txt": "b", "4_txt": "c"})
+    read_books([str(tmp_path / "gap")])
+    assert "warning: the numbers go from 2 to 4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("files", [{"emma_txt": body(1), "dracula_txt": body(2)},
+                                   {"1984_txt": body(1), "2001_txt": body(2)},
+                                   {"1_txt": framed("Fox", body(1)), "2_txt": framed("Owl", body(2))}])
+def test_novels_without_headings_are_not_joined(tmp_path, files, capsys):
+    one_line("no book with two or more chapters", read_books, [write(tmp_path / "shelf", **files)])
+    assert "left out 2 books with fewer than two chapters" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- order
+def rows_of(numbers):
+    return [{"book": "b", "text": body(i), "chapter": n} for i, n in enumerate(numbers)]
+
+
+def order(tmp_path, numbers):
+    books = read_books([str(jsonl(tmp_path / "a.jsonl", rows_of(numbers)))])
+    return [int(chapter["text"].split()[1]) for chapter in books["b"]]
+
+
+def test_the_order_is_that_of_the_numbers(tmp_path, capsys):
+    assert order(tmp_path, [3, 1, 2]) == order(tmp_path, ["3", "1", "2"]) == [1, 2, 0]
+    assert order(tmp_path, ["Chapter II", "Chapter I", "Prologue"]) == [2, 1, 0]
+    assert order(tmp_path, [None, None]) == order(tmp_path, ["The Fox", "The Owl"]) == [0, 1]
+    assert order(tmp_path, [str(n) for n in range(12, 0, -1)]) == list(range(11, -1, -1))
+    (tmp_path / "b.csv").write_text("book,chapter,text\nb,10,ten\nb,9,nine\n")
+    assert [chapter["text"] for chapter in read_books([str(tmp_path / "b.csv")])["b"]] == ["nine", "ten"]
+    assert "chapters" not in capsys.readouterr().out
+    assert order(tmp_path, ["1.8", "1.9", "1.10"]) == [0, 1, 2]
+    assert "b: 3 chapters in the order of the file, as numbers repeat or lack" in capsys.readouterr().out
+    assert order(tmp_path, [1, 4, 2]) == [0, 2, 1]
+    assert "b: 3 chapters; warning: the numbers go from 2 to 4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("numbers", [[1, 2, 3, 1, 2], [1, None, 3], [1, 2, 2, 3],
+                                     ["1", "2", "Interlude", "3"]])
+def test_numbers_that_repeat_or_lack_leave_the_order_of_the_file_and_it_says_so(tmp_path, numbers, capsys):
+    assert order(tmp_path, numbers) == list(range(len(numbers)))
+    assert f"b: {len(numbers)} chapters in the order of the file" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("numbers", [[1, 3, 2, None], [1, 3, 2, 3], [2, 1, 3, 2, 1]])
+def test_numbers_that_contradict_the_file_are_refused_with_file_and_line(tmp_path, numbers):
+    with pytest.raises(prepare.UserError, match=r"a.jsonl:[34]: chapter 2 of 'b' comes after 3"):
+        order(tmp_path, numbers)
+
+
+# ---------------------------------------------------------------- editions
+def editions():
+    """Six books of two chapters; the last is the first with other line ends, commas and a note."""
+    rows = [{"book": f"book {i}", "chapter": j, "text": words(100 * i + j, 400)}
+            for i in range(5) for j in (1, 2)]
+    twin = [{**row, "book": "annotated",
+             "text": row["text"].replace(" ", ",\n").replace("x200,", "x200 (note),")} for row in rows[:2]]
+    return rows + twin
+
+
+def test_editions_of_one_work_stay_in_one_split_and_are_no_other_book(tmp_path, data, capsys, monkeypatch):
+    path = jsonl(tmp_path / "a.jsonl", editions())
+    for seed in range(6):
+        run(prepare, "--from", path, "--out", data / "next_chapter", "--seed", seed)
+        assert "1 books are editions of another" in capsys.readouterr().out
+        parts = contents(data / "next_chapter")
+        home = {row["book"]: split for split, rows in parts.items() for row in rows}
+        assert home["annotated"] == home["book 0"] and len(home) == 6
+        assert {row.get("work") for rows in parts.values() for row in rows} == {None, "book 0"}
+    monkeypatch.setattr(nc, "settings", {**nc.settings})
+    nc._chapters.cache_clear()
+    for split in SPLITS:
+        for example in nc.examples(split):
+            if "work" in example:
+                drawn = {nc.draw(example, step) for step in range(60)}
+                own = {row["chapter"] for rows in parts.values() for row in rows if "work" in row}
+                assert drawn and not drawn & own
+
+
+def test_books_that_share_a_phrase_are_not_editions(tmp_path, data, capsys):
+    phrase = "once upon a time there was a king who had three sons"
+    rows = [{"book": f"b{i}", "text": f"{phrase if j else ''} {words(10 * i + j, 400)}"}
+            for i in range(4) for j in range(2)]
+    run(prepare, "--from", jsonl(tmp_path / "a.jsonl", rows), "--out", data / "next_chapter")
+    assert "editions" not in capsys.readouterr().out
+    assert not any("work" in row for part in contents(data / "next_chapter").values() for row in part)
+
+
+def test_clusters_by_share_and_of_short_texts():
+    long, other = words(0, 500), words(1, 500)
+    assert find_clusters([long, other, f"{long[:90]} {other}"]) == [0, 0, 0]
+    assert find_clusters([long, other, f"{long[:90]} {other}"], share=0.05) == [0, 1, 1]
+    assert find_clusters(["a b", "A, b!", "a c", "", "..."], share=0.5) == [0, 0, 2, 3, 3]
+
+
+# ---------------------------------------------------------------- line ends and files
+@pytest.mark.parametrize("end", ["\r\n", "\r"])
+def test_line_ends_inside_rows_are_those_of_texts(tmp_path, end):
+    rows = [{"book": "b", "text": f"One.{end}{end}Two.", "prior_summary": f"a{end}b"},
+            {"book": "b", "text": "x"}]
+    first = read_books([str(jsonl(tmp_path / "a.jsonl", rows))])["b"][0]
+    assert first["text"] == "One.\n\nTwo." and first["prior_summary"] == "a\nb"
+    tale = [{"story": "t", "sections": [f"One.{end}Two.", "x"]}]
+    assert read_books([str(jsonl(tmp_path / "t.jsonl", tale))])["t"][0]["text"] == "One.\nTwo."
+    assert ff_prepare.clean(f"One.{end}{end}Two.") == "One.\n\nTwo."
+
+
+def test_kinds_of_files_are_known_in_capitals_and_others_are_named(tmp_path, capsys):
+    path = write(tmp_path / "in", A_TXT=book(ROMANS), b_Md=book(["# x", "# y"]),
+                 c_CSV="book,text\nc,one\nc,two\n", e_epub="PK",
+                 d_JSONL=json.dumps({"story": "d", "sections": ["p", "q"]}))
+    assert sorted(read_books([path])) == ["A", "b", "c", "d"]
+    assert f"left out 1 files of other kinds: {os.path.join(path, 'e.epub')}" in capsys.readouterr().out
+    (tmp_path / "X.CSV").write_text("story,cont_error\nOnce.,1\n")
+    assert ff_prepare.load_stories([str(tmp_path / "X.CSV")])[0]["story"] == "Once."
+
+
+@pytest.mark.parametrize("raw, message", [
+    (b"Chapter 1\n\nIt\x92s caf\xe9", "a.txt:3: not UTF-8 .byte 0x92.*iconv -f cp1252"),
+    ("Chapter 1\n\nx".encode("utf-16"), "a.txt:1: not UTF-8 .*iconv -f utf-16"),
+    (b"PK\x03\x04\x00\x00\xff\xfe", "a.txt: not a text but a binary file"),
+])
+def test_what_is_not_utf8_is_told_what_it_may_be(tmp_path, raw, message):
+    (tmp_path / "a.txt").write_bytes(raw)
+    one_line(message, read_books, [str(tmp_path / "a.txt")])
+
+
+def test_parquet_is_read_with_pyarrow_and_asks_for_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    path = write(tmp_path / "in", a_parquet="PAR1")
+    one_line("a.parquet is parquet: `pip install pyarrow`", read_books, [path])
+    rows = [{"book": "b", "chapter": n, "text": body(n)} for n in (2, 1)]
+    table = types.SimpleNamespace(to_pylist=lambda: rows)
+    parquet = types.SimpleNamespace(read_table=lambda path: table)
+    package = types.SimpleNamespace(parquet=parquet, ArrowException=ValueError)
+    monkeypatch.setitem(sys.modules, "pyarrow", package)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", parquet)
+    assert [chapter["text"] for chapter in read_books([str(tmp_path / "in")])["b"]] == [body(1), body(2)]
+    assert [where for where, _ in read_rows("x.PARQUET")] == ["x.PARQUET, row 1", "x.PARQUET, row 2"]
