@@ -20,7 +20,7 @@ import train_rl
 from data import next_chapter
 
 SCRIPTS = ["train_projector.py", "train_rl.py", "eval.py", "baselines.py", "data/tiny/prepare.py",
-           "results/reproduce.py", "tests/bench.py"]
+           "results/reproduce.py", "results/check_tiny.py", "tests/bench.py"]
 PEOPLE_RUN = ["train_rl.py", "train_projector.py", "eval.py", "baselines.py", "results/reproduce.py"]
 # A run of train_rl.py that is as short as it can be and still has groups with a winner and a loser.
 SHORT = ("--steps", 2, "--prompts", 4, "--group", 4, "--n", 0, "--max-new-tokens", 100)

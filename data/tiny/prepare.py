@@ -10,29 +10,24 @@ mastered. Then the readers get the habits that are listed below. Like a pretrain
 good and bad reasoning, and samples both; RL can select.
 
     python data/tiny/prepare.py                     # the shipped base
-    python data/tiny/prepare.py --check             # has the shipped base the three properties of readme.md?
     python data/tiny/prepare.py --steps 20 --most 40 --out /tmp/base      # a smoke run
 """
 import os
 import random
-import subprocess
 import sys
-import tempfile
 import time
 
-ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..")
-sys.path.insert(0, ROOT)
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.join(HERE, "..", ".."))
 
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-import engine
 import runs
 from data import tiny
 from data.tiny import next_chapter
-from eval import PAPER, TRAINED, evaluate
-from litereason import CLOSE, OPEN, Rollout, load, logprobs
+from litereason import CLOSE, OPEN, load
 
 # ============================================================ how readers write
 # Habits, under both prompts and in shorthand too:
@@ -261,82 +256,12 @@ def share(batches, name, last=15):
     return sum(ok for ok, _ in counts) / max(1, sum(n for _, n in counts))
 
 
-# ============================================================ --check: can the paper's claim fail here?
-SAMPLINGS = {"greedy": {"temperature": 0.0}, "the paper's": PAPER, "temperature 1": TRAINED}
-
-
-def check(path):
-    """Prints the three properties of readme.md for the model in a directory -> 0 if it has them, else 1."""
-    failures = []
-
-    def say(what, value, low, high):
-        holds = low <= value <= high
-        print(f"{'ok  ' if holds else 'FAIL'} {what}: {value:.3f} (wanted: {low:g} to {high:g})", flush=True)
-        failures.extend([] if holds else [what])
-
-    def accuracy(name, latent_prompt, **settings):
-        model, tokenizer = load(name, "cpu")
-        figures, _ = evaluate(model, tokenizer, tiny, tests, latent_prompt, latent="none", max_new_tokens=200,
-                              **settings)
-        print(f"     {name}, {'tag' if latent_prompt else 'plain'} prompt, {settings}: "
-              f"{figures['accuracy']:.3f} in {figures['tokens']:.1f} tokens", flush=True)
-        return figures["accuracy"]
-
-    tests = tiny.examples("test")
-    # (3) Tags with nothing behind them lose the thread.
-    for name, sampling in SAMPLINGS.items():
-        gain = accuracy(path, False, **sampling) - accuracy(path, True, **sampling)
-        say(f"(3) what tags without latents cost, {name}", gain, 0.05, 1)
-    # (2) The answer takes serial work.
-    for n, steps in ((480, 240), (4000, 600)):
-        say(f"(2) answers at once, trained on {n} gold answers", answers_at_once(path, n, steps), 0, 0.75)
-    # (1) The base is imperfect by habit, and RL mends it.
-    with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, os.path.join(ROOT, "train_rl.py"), "--model", path, "--task", "tiny",
-                   "--method", "grpo", "--overlong-buffer", "0", "--n", "0", "--val", "0",
-                   "--out", os.path.join(out, "grpo")]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        for name, sampling in SAMPLINGS.items():
-            base = accuracy(path, False, **sampling)
-            say(f"(1) the base, {name}", base, 0.55, 0.85)
-            gain = accuracy(os.path.join(out, "grpo"), False, **sampling) - base
-            say(f"(1) the gain of RL, {name}", gain, 0.1, 1)
-    return 1 if failures else 0
-
-
-def answers_at_once(path, n, steps, batch=32, lr=1e-3):
-    """Fine-tunes the model to answer without reasoning, on n gold answers
-    -> its accuracy on the test stories."""
-    model, tokenizer = load(path, "cpu")
-    nothing = torch.zeros(0, model.config.hidden_size)
-    rows = []
-    for example in tiny.examples("train", n):
-        answer = tokenizer.encode(tiny.answer(example)) + [tokenizer.eos_token_id]
-        rows.append(Rollout(tokenizer.encode(tiny.prompt(example, False)), answer, nothing))
-    optimizer = torch.optim.AdamW(engine.base_parameters(model), lr=lr, weight_decay=0.01)
-    rng = random.Random(0)
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
-        logp, scored = logprobs(model, rng.sample(rows, batch))
-        (-logp.sum() / scored.sum()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    settings = {"latent": "none", "at_once": True, "temperature": 0.0}
-    seen, _ = evaluate(model, tokenizer, tiny, tiny.examples("train", n)[:500], False, **settings)
-    figures, _ = evaluate(model, tokenizer, tiny, tiny.examples("test"), False, **settings)
-    print(f"     at once after {n} gold answers: {seen['accuracy']:.3f} on the training stories", flush=True)
-    return figures["accuracy"]
-
-
 # ============================================================ training
 def parse_arguments():
-    here = os.path.dirname(os.path.abspath(__file__))
     parser = runs.parser(__doc__)
-    parser.add_argument("--out", metavar="DIR", default=os.path.join(here, "base"),
-                        help="where the model is written or, with --check, read (default data/tiny/base: "
-                        "the shipped base is replaced)")
-    parser.add_argument("--check", action="store_true",
-                        help="measure the three properties instead of training; exit 1 if one is missing")
+    parser.add_argument("--out", metavar="DIR", default=os.path.join(HERE, "base"),
+                        help="where the model is written (default data/tiny/base: the shipped base is "
+                        "replaced)")
     parser.add_argument("--most", type=int, metavar="N", default=4000,
                         help="most steps of the first phase, school, which ends when 95 %% of what is "
                         "asked there is right (default 4000)")
@@ -372,8 +297,6 @@ def save(model, tokenizer, path):
 
 def main():
     args = parse_arguments()
-    if args.check:
-        sys.exit(check(args.out))
     if args.steps < 1 or args.words < 1:
         raise runs.UserError("--steps and --words must be at least 1")
     torch.manual_seed(args.seed)
