@@ -21,7 +21,7 @@ import random
 import re
 import sys
 from collections import Counter, defaultdict
-from statistics import median
+from statistics import mean
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 
@@ -49,10 +49,11 @@ WORDS = rf"(?:(?:{'|'.join(TENS)})[- ]?(?:{'|'.join(NTHS[:9] + ONES[:9])})|{WORD
 ROMAN = "(?=[ivxlc])c{0,4}(?:xc|xl|l?x{0,4})(?:ix|iv|v?i{0,4})"
 NUMBER = rf"(?P<number>\d+(?:\.5\b)?|{ROMAN}|(?:the )?{WORDS})(?![\w'’])"
 CHAPTER = r"(?P<word>chapter|chap\.?|ch\.?|stave|canto|letter|kapitel|chapitre|cap[ií]tulo|capitolo|глава)"
+TITLE = r"(?P<title>(?!(?-i:[,;]? (?!in which)[a-z])).*)"  # else it is prose: "chapter two of his memoirs"
 PATTERNS = [re.compile(pattern, re.IGNORECASE) for pattern in (
-    rf"{CHAPTER}(?:[ .:#-]+|(?=\d)){NUMBER}(?P<title>.*)",
-    rf"(?:the )?(?P<number>{WORDS}) (?P<word>chapter)\b(?P<title>.*)",
-    r"(?P<word>prologue|epilogue)\b(?P<title>.*)",
+    rf"{CHAPTER}(?:[ .:#-]+|(?=\d)){NUMBER}{TITLE}",
+    rf"(?:the )?(?P<number>{WORDS}) (?P<word>chapter)\b{TITLE}",
+    rf"(?P<word>prologue|epilogue)\b{TITLE}",
     rf"{NUMBER}(?P<title>[.:)]?|(?:[.:)]| ?[-–—]+) ?(?-i:[^a-z\s]).*)",  # a bare numeral, with a title or not
 )]
 DECORATED = re.compile(r"[\s\ufeff]*(#{0,6})[\s*_=~|\[–—-]*(.*?)[\s*_=~|#\]–—-]*")  # **Chapter 1**, _IV_
@@ -69,89 +70,86 @@ def number_of(text):
     return sum(VALUES[word] for word in re.findall(WORD, text)) or LAST
 
 
-def candidates(lines):
-    """The lines that may be headings: dicts of line (its place), level (of #), number (None: a title after
-    #), word ("chapter", ..), called (its title), look (what the headings of a book have in common), sure (it
-    reads like one even where the numbers do not say so), torn (a page may end there)."""
+def heading_of(line):
+    """What a line says if it has the form of a heading, else None: level (how many #), number (None: a title
+    after #), called (its title, in small letters), look (of a bare numeral; None beside a word)."""
+    marks, bare = DECORATED.fullmatch(line).groups()
+    bare = " ".join(bare.split())
+    match = next(filter(None, (pattern.fullmatch(bare) for pattern in PATTERNS)), None)
+    if match and len(bare) <= 200:
+        word, number, title = map(match.groupdict().get, ("word", "number", "title"), ("", "", ""))
+        called = " ".join(re.findall(r"[^\W\d]+", title.lower()))
+        look = None if word else (len(marks), number.isdigit(), number.isupper(), called != "")
+        n = number_of(number) if number else 0 if word.lower() == "prologue" else LAST + 1
+        return {"level": len(marks), "number": n, "called": called, "look": look}
+    return {"level": len(marks), "number": None} if 0 < len(marks) < 4 and len(bare) <= 80 else None
+
+
+def candidates(text):
+    """The lines that may be headings, as `heading_of` and: start, end; sure (it reads like one, whatever the
+    numbers say); torn (it stands within a sentence, as the number of a page does)."""
     found = []
-    before = ""  # the last line with text
-    for i, line in enumerate(lines):
-        marks, bare = DECORATED.fullmatch(line).groups()
-        bare = " ".join(bare.split())
-        match = next(filter(None, (pattern.fullmatch(bare) for pattern in PATTERNS)), None)
-        if match and len(bare) <= 200:
-            word, number, title = map(match.groupdict().get, ("word", "number", "title"), ("", "", ""))
-            n = number_of(number) if number else 0 if word.lower() == "prologue" else LAST + 1
-            called = " ".join(re.findall(r"[^\W\d]+", title.lower()))
-            # Else it may be prose that was wrapped.
-            alone = not re.search(r"\w", lines[i - 1]) or i - 1 in (-1, *(one["line"] for one in found[-1:]))
-            reads_so = word and (alone or n in (0, LAST, LAST + 1)) and not word.islower()
-            look = len(marks), word, number.isdigit(), number.isupper() - number.islower(), called != ""
-            found.append({"line": i, "level": len(marks), "number": n, "word": word, "called": called,
-                          "look": (look, alone or marks != ""),
-                          "sure": marks or reads_so and not re.match(r"[,;]?\s+[a-z]", title),
-                          "torn": not marks + word and number.isdigit() and before[-1:].islower()})
-        elif 0 < len(marks) < 4 and 0 < len(bare) <= 80:
-            found.append({"line": i, "level": len(marks), "number": None})
-        before = line.strip() or before
+    before = apart = 0  # where the last line ends, and where the last one after which none is wrapped
+    for line in re.finditer(r"(?m)^.*\w.*$", text):
+        one = heading_of(line.group())
+        if one and one["number"] is not None:
+            is_wrapped = text.count("\n", before, line.start()) == 1 and before != apart
+            one["sure"] = one["level"] or one["look"] is None and not (is_wrapped and one["called"])
+            around = text[before - 1 : before] + text[line.end() : line.end() + 99].lstrip()[:1]
+            one["torn"] = around.isalpha() and around.islower()
+        before = line.end()
+        if one:
+            apart = before
+            found.append({**one, "start": line.start(), "end": before})
     return found
 
 
-def chain(found):
-    """The candidates that are headings: their numbers rise by one. One that reads like a heading is one
-    anyway, unless the numbers go on without it; of two with one number the commoner look counts."""
-    common = Counter(one["look"] for one in found)
-    right = []
-    for one, following in zip(found, found[1:] + [{"number": -9}]):
-        n, after, many = one["number"], following["number"], common[one["look"]]
-        before = right[-1] if right else {"number": -9}
-        last = before["number"]
-        is_again = n == last and (one["called"] == before["called"] or not one["sure"])  # the head of a page
-        if n == last and many > common[before["look"]]:
-            right[-1] = one
-        elif not is_again and (after != last + 1 or after == n or last < n < after) and (
-                after == n + 1 or n == last + 1 and many > 1 or one["sure"] and (n > last or many > 1)):
-            right.append(one)
-    return right
+def rising(found):
+    """The headings among such lines: those that read like one, and those whose numbers rise by one."""
+    headings = []
+    last = {"number": -9, "called": None}
+    for one, after in zip(found, found[1:] + [last]):
+        n = one["number"]
+        is_next = n == last["number"] + 1 and n != after["number"]
+        is_first = n == after["number"] - 1 and n != last["number"]
+        is_again = (n, one["called"]) == (last["number"], last["called"])  # the head of a page
+        if is_next or is_first or one["sure"] and not is_again:
+            headings.append(one)
+            last = one
+    return headings
 
 
 def span(headings):
-    """How many lines lie between headings whose numbers rise by one, at most without a break."""
+    """The length of the longest stretch of text over which the numbers rise by one."""
     best = total = 0
-    for one, following in zip(headings, headings[1:]):
-        lines = (following["line"] - one["line"]) * (-1 if following["torn"] else 1)
-        total = total + lines if following["number"] == one["number"] + 1 else 0
+    for before, one in zip(headings, headings[1:]):
+        rises = 0 < one["number"] - before["number"] <= 1
+        total = total + one["start"] - before["start"] if rises else 0
         best = max(best, total)
     return best
 
 
-def is_contents(run, other):
-    """Whether a run of chapters is a table of contents, perhaps with synopses: it has the numbers of another
-    and less text. Behind its last entry stands what follows the table."""
-    theirs = {one["number"]: one for one in other}
-    pairs = [(one, theirs[one["number"]]) for one in run[:-1] if one["number"] in theirs]
-    if run is other or not pairs or 2 * len(pairs) < len(run) - 1:
-        return False
-    titles = [sorted((a["called"], b["called"]), key=len) for a, b in pairs]
-    alike = sum(long.startswith(short) for short, long in titles if long)
-    times = 1 if 2 * alike >= len(pairs) else 6  # else it may be a book in parts, which all have a chapter 1
-    return times * median(a["words"] for a, _ in pairs) < median(b["words"] for _, b in pairs)
+def is_contents(part, other):
+    """Whether chapters are a table of contents, perhaps with synopses: most have six times the words in
+    another part of the book. Both are {number: words}. Behind the last entry stands what follows the table."""
+    entries = list(part)[:-1]
+    return 2 * sum(6 * part[n] < other.get(n, 0) for n in entries) > len(entries)
 
 
-def cut(lines, headings):
+def cut(text, headings):
     """The chapters between headings; those of a table of contents have no text."""
-    runs_of = [[]]  # of rising numbers
     chapters = []
-    for one, following in zip(headings, headings[1:] + [{"line": len(lines)}]):
-        text = "".join(line + "\n" for line in lines[one["line"] + 1 : following["line"]])
-        title = lines[one["line"]].strip(" \t\xa0\ufeff#*_=~")
-        if runs_of[-1] and one["number"] is not None and one["number"] <= runs_of[-1][-1]["number"]:
-            runs_of.append([])
-        chapters.append({**one, "title": title, "text": text, "words": len(text.split()), "run": runs_of[-1]})
+    parts = [{}]  # {number: words} of chapters whose numbers rise
+    for one, after in zip(headings, headings[1:] + [{"start": len(text)}]):
+        own = text[one["end"] + 1 : after["start"]]
+        if one["number"] is not None and one["number"] <= max(parts[-1], default=-1):
+            parts.append({})
         if one["number"] is not None:
-            runs_of[-1].append(chapters[-1])
-    tables = [id(run) for run in runs_of if any(is_contents(run, other) for other in runs_of)]
-    return [{**own, "text": "" if id(own["run"]) in tables else own["text"]} for own in chapters]
+            parts[-1][one["number"]] = len(own.split())
+        title = text[one["start"] : one["end"]].strip(" \t\xa0\ufeff#*_=~")
+        chapters.append({"title": title, "number": one["number"], "text": own, "part": parts[-1]})
+    tables = [id(part) for part in parts if any(is_contents(part, other) for other in parts)]
+    return [{**own, "text": "" if id(own["part"]) in tables else own["text"]} for own in chapters]
 
 
 def chapters_of_text(text):
@@ -161,20 +159,26 @@ def chapters_of_text(text):
     Words like "chapter" come first, then titles after #, then the bare numerals that span most of the book:
     inside chapters they number their parts. Prologues, epilogues and a "Chapter I" go with all of them."""
     text = re.sub(r"(?m)^(\S.{0,79})\n={3,}[ \t]*$", r"# \1\n", text)  # the other way to mark a title
-    lines = text.split("\n")
-    found = candidates(lines)
+    found = candidates(text)
     numbered = [one for one in found if one["number"] is not None]
-    worded = chain([one for one in numbered if one["word"]])
-    marked = chain([one for one in numbered if one["level"] and not one["word"]])
-    looks = sorted({one["look"][0] for one in numbered if not one["word"]})
-    ways = [chain([one for one in numbered if one["word"] or one["look"][0] == look]) for look in looks]
-    ways.sort(key=span, reverse=True)
-    is_table = 4 * span(worded) <= max(map(span, ways), default=0)
-    for way in [worded] * (not is_table) + [marked * (span(marked) > 0), *filter(span, ways), worded]:
-        level = max((one["level"] for one in way), default=0)
-        places = {one["line"] for one in way}
-        chapters = cut(lines, [one for one in found if one["line"] in places or one["level"] and (
-            not way or one["number"] is None and one["level"] == level)])
+
+    def way(*looks):
+        return rising([one for one in numbered if one["look"] in looks])
+
+    worded = way(None)
+    looks = {one["look"] for one in numbered} - {None}
+    torn = {look: mean(one["torn"] for one in numbered if one["look"] == look) for look in looks}
+    bare = [way(None, look) for look in looks if torn[look] < 0.5]  # the others are numbers of pages
+    bare.sort(key=span, reverse=True)
+    is_table = bare and 4 * span(worded) < span(bare[0])
+    marked = rising([one for one in numbered if one["level"] and one["look"]])
+    if not span(marked):
+        marked = [one for one in found if one["level"]]
+    for headings in [[] if is_table else worded, marked, *bare]:
+        level = max((one["level"] for one in headings), default=0)
+        places = {one["start"] for one in headings}
+        places |= {one["start"] for one in found if one["number"] is None and one["level"] == level}
+        chapters = cut(text, [one for one in found if one["start"] in places])
         if sum(chapter["text"].strip() != "" for chapter in chapters) > 1:
             return chapters
     return []
@@ -194,7 +198,7 @@ def ebooks(text):
 def order_of(value):
     """The number of a chapter, from a number or a text like "10" or "Chapter IV"; None if it is neither."""
     if isinstance(value, str):
-        value = next((one["number"] for one in candidates([value])), None)
+        value = (heading_of(value) or {}).get("number")
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
@@ -368,7 +372,7 @@ def read_books(paths):
             repeated.append(f"{name} (as {same})")
         else:
             books[name] = full
-            if "line" in full[0]:
+            if "number" in full[0]:
                 describe(name, full)
     for n, what in ((empty, "empty chapters (a table of contents gives some)"),
                     (twice, "chapters that their book has already: they would stand in their own story"),
