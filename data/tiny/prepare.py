@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 import runs
 from data import tiny
 from data.tiny import next_chapter
-from litereason import CLOSE, OPEN, load
+from litereason import CLOSE, OPEN
 
 # ============================================================ how readers write
 # Habits, under both prompts and in shorthand too:
@@ -171,18 +171,13 @@ def later_text(rng):
 
 # ============================================================ tokenizer and model: one word, one token
 def make_tokenizer():
-    """That of the tiny world."""
+    """One that knows the tiny world's words and the end; words stand between spaces, tags and boxes are found
+    without spaces too."""
     words = set(tiny.PEOPLE + "1 2 3 4 5 Yes No".split())
     rng = random.Random(0)
     for _ in range(1000):
         for text in (*later_text(rng), *school_text(rng, 2)):
             words.update(word for word in text if isinstance(word, str))
-    return tokenizer_of(words)
-
-
-def tokenizer_of(words):
-    """Words -> a tokenizer that knows them, and the end; words stand between spaces, tags and boxes are found
-    without spaces too."""
     vocab = {word: i for i, word in enumerate([EOS, "<unk>"] + sorted(words))}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     pattern = Regex(r"</?implicit_thought>|\\boxed\{|[.,:}]|[^\s<>{}.,:\\]+")
@@ -257,7 +252,23 @@ def share(batches, name, last=15):
 
 
 # ============================================================ training
-def parse_arguments():
+LR = 1.5e-3  # of AdamW; it falls after school
+
+
+def make_optimizer(model):
+    return torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+
+
+def has_mastered(recent, hops):
+    """Whether a class may go on to the next length (from the last one: leave school)."""
+    if len(recent) < 15:
+        return False
+    if hops < max(tiny.LENGTHS):
+        return share(recent, "look-ups") > 0.93
+    return min(share(recent, name, 30) for name in ("shorthand", "blends", "answers")) > 0.95
+
+
+def main():
     parser = runs.parser(__doc__)
     parser.add_argument("--out", metavar="DIR", default=os.path.join(HERE, "base"),
                         help="where the model is written (default data/tiny/base: the shipped base is "
@@ -267,63 +278,32 @@ def parse_arguments():
                         "asked there is right (default 4000)")
     parser.add_argument("--steps", type=int, metavar="N", default=2000,
                         help="optimiser steps after school (default 2000)")
-    parser.add_argument("--init", metavar="DIR", help="begin after school, with this model: the school/ of "
-                        "another run's --out (default: begin at school)")
-    parser.add_argument("--words", type=int, metavar="N", default=3600, help="words a step, about "
-                        "(default 3600)")
-    parser.add_argument("--lr", type=float, default=1.5e-3, help="learning rate of AdamW; it falls after "
-                        "school (default 0.0015)")
     parser.add_argument("--seed", type=int, default=0, help="of all random draws (default 0)")
-    return parser.parse_args()
-
-
-def make_optimizer(model):
-    return torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
-
-
-def has_mastered(recent, hops, steps):
-    """Whether a class may go on to the next length (from the last one: leave school)."""
-    if steps < 15:
-        return False
-    if hops < max(tiny.LENGTHS):
-        return share(recent, "look-ups") > 0.93
-    return min(share(recent, name, 30) for name in ("shorthand", "blends", "answers")) > 0.95
-
-
-def save(model, tokenizer, path):
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-
-
-def main():
-    args = parse_arguments()
-    if args.steps < 1 or args.words < 1:
-        raise runs.UserError("--steps and --words must be at least 1")
+    args = parser.parse_args()
+    if args.steps < 1:
+        raise runs.UserError("--steps must be at least 1")
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
     tokenizer = make_tokenizer()
     vocab = tokenizer.get_vocab()
     pad = tokenizer.pad_token_id
     model = make_model(len(vocab), pad)
-    if args.init:
-        load(args.init)  # says in one line what is wrong with it
-        model = Qwen3ForCausalLM.from_pretrained(args.init, attn_implementation="eager")
     optimizer = make_optimizer(model)
 
     model.train()
     began = time.time()
     hops = 0  # the class at school; 0: stories are told again
-    school, since = not args.init, 0  # since: steps in this class
+    school = True
     left, step = args.steps, 0
-    recent = []
+    recent = []  # what was right in each step of this class
     while left > 0:
         # One step on new texts.
-        n = 64 if school and hops < 2 else max(1, args.words // 180)
+        n = 64 if school and hops < 2 else 20
         texts = [school_text(rng, hops) if school else later_text(rng) for _ in range(n)]
         scale = 0.8 * max(0.05, left / args.steps)
         if school:
-            scale = min(1, (step + 1) / 60) / (1 + since / 2000 * (hops == max(tiny.LENGTHS)))
-        optimizer.param_groups[0]["lr"] = args.lr * scale
+            scale = min(1, (step + 1) / 60) / (1 + len(recent) / 2000 * (hops == max(tiny.LENGTHS)))
+        optimizer.param_groups[0]["lr"] = LR * scale
         ids, targets = make_batch(vocab, pad, texts)
         logits = forward(model, ids)
         loss = 0
@@ -335,7 +315,6 @@ def main():
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         step += 1
-        since += 1
         left -= not school
         recent.append(right(vocab, logits.detach(), ids, targets))
 
@@ -345,15 +324,15 @@ def main():
                               for name in ("look-ups", "shorthand", "blends", "answers"))
             print(f"step {step:5d} {f'class {hops}' if school else 'after school'} | loss {loss.item():.3f} "
                   f"| {time.time() - began:5.0f}s | {shares}", flush=True)
-        if school and (has_mastered(recent, hops, since) or step >= args.most):
+        if school and (has_mastered(recent, hops) or step >= args.most):
             school = hops < max(tiny.LENGTHS) and step < args.most
-            hops, since = hops + school, 0
+            hops += school
             recent = []
-            save(model, tokenizer, os.path.join(args.out, "school"))
-            if not school:  # from here on as with --init
+            if not school:  # what follows is the same, however long that took
                 rng = random.Random(args.seed)
                 optimizer = make_optimizer(model)
-    save(model, tokenizer, args.out)
+    model.save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
 
 
 if __name__ == "__main__":
