@@ -21,7 +21,6 @@ import random
 import re
 import sys
 from collections import Counter, defaultdict
-from statistics import mean
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 
@@ -70,37 +69,30 @@ def number_of(text):
     return sum(VALUES[word] for word in re.findall(WORD, text)) or LAST
 
 
-def heading_of(line):
-    """What a line says if it has the form of a heading, else None: level (how many #), number (None: a title
-    after #), called (its title, in small letters), look (of a bare numeral; None beside a word)."""
-    marks, bare = DECORATED.fullmatch(line).groups()
-    bare = " ".join(bare.split())
-    match = next(filter(None, (pattern.fullmatch(bare) for pattern in PATTERNS)), None)
-    if match and len(bare) <= 200:
-        word, number, title = map(match.groupdict().get, ("word", "number", "title"), ("", "", ""))
-        called = " ".join(re.findall(r"[^\W\d]+", title.lower()))
-        look = None if word else (len(marks), number.isdigit(), number.isupper(), called != "")
-        n = number_of(number) if number else 0 if word.lower() == "prologue" else LAST + 1
-        return {"level": len(marks), "number": n, "called": called, "look": look}
-    return {"level": len(marks), "number": None} if 0 < len(marks) < 4 and len(bare) <= 80 else None
-
-
 def candidates(text):
-    """The lines that may be headings, as `heading_of` and: start, end; sure (it reads like one, whatever the
-    numbers say); torn (it stands within a sentence, as the number of a page does)."""
+    """The lines that may be headings: dicts of start and end (in the text), level (how many #), number (None: a
+    title after #), called (its title in small letters), look (of a bare numeral; None beside a word), sure (it
+    reads like one, whatever the numbers say), torn (a sentence goes on behind it, as behind a page's number)."""
     found = []
-    before = apart = 0  # where the last line ends, and where the last one after which none is wrapped
+    before = apart = 0  # where the last line ends, and the last one behind which no line is wrapped
     for line in re.finditer(r"(?m)^.*\w.*$", text):
-        one = heading_of(line.group())
-        if one and one["number"] is not None:
+        marks, bare = DECORATED.fullmatch(" ".join(line.group().split())).groups()
+        match = next(filter(None, (pattern.fullmatch(bare) for pattern in PATTERNS)), None)
+        one = {"start": line.start(), "end": line.end(), "level": len(marks), "number": None, "look": None}
+        if match and len(bare) <= 200:
+            word, number, title = map(match.groupdict().get, ("word", "number", "title"), ("", "", ""))
+            one["number"] = number_of(number) if number else 0 if word.lower() == "prologue" else LAST + 1
+            one["called"] = " ".join(re.findall(r"[^\W\d]+", title.lower()))
+            if not word:
+                one["look"] = len(marks), number.isdigit(), number.isupper(), one["called"] != ""
             is_wrapped = text.count("\n", before, line.start()) == 1 and before != apart
-            one["sure"] = one["level"] or one["look"] is None and not (is_wrapped and one["called"])
-            around = text[before - 1 : before] + text[line.end() : line.end() + 99].lstrip()[:1]
+            one["sure"] = word and not (is_wrapped and one["called"])
+            around = text[max(0, before - 1) : before] + text[line.end() : line.end() + 99].lstrip()[:1]
             one["torn"] = around.isalpha() and around.islower()
         before = line.end()
-        if one:
+        if one["number"] is not None or 0 < len(marks) < 4 and len(bare) <= 80:
+            found.append(one)
             apart = before
-            found.append({**one, "start": line.start(), "end": before})
     return found
 
 
@@ -129,56 +121,48 @@ def span(headings):
     return best
 
 
-def is_contents(part, other):
-    """Whether chapters are a table of contents, perhaps with synopses: most have six times the words in
-    another part of the book. Both are {number: words}. Behind the last entry stands what follows the table."""
-    entries = list(part)[:-1]
-    return 2 * sum(6 * part[n] < other.get(n, 0) for n in entries) > len(entries)
-
-
 def cut(text, headings):
-    """The chapters between headings; those of a table of contents have no text."""
+    """The chapters between headings. A table of contents has none, with synopses or without: most of its
+    entries (but the last, behind which stands what follows) have six times the words in another place."""
     chapters = []
-    parts = [{}]  # {number: words} of chapters whose numbers rise
+    parts = [{}]  # of chapters whose numbers rise: {number: words}
     for one, after in zip(headings, headings[1:] + [{"start": len(text)}]):
         own = text[one["end"] + 1 : after["start"]]
-        if one["number"] is not None and one["number"] <= max(parts[-1], default=-1):
-            parts.append({})
         if one["number"] is not None:
+            if one["number"] <= max(parts[-1], default=-1):
+                parts.append({})
             parts[-1][one["number"]] = len(own.split())
         title = text[one["start"] : one["end"]].strip(" \t\xa0\ufeff#*_=~")
-        chapters.append({"title": title, "number": one["number"], "text": own, "part": parts[-1]})
-    tables = [id(part) for part in parts if any(is_contents(part, other) for other in parts)]
-    return [{**own, "text": "" if id(own["part"]) in tables else own["text"]} for own in chapters]
+        chapters.append({"title": title, "number": one["number"], "text": own, "part": len(parts) - 1})
+    for i, part in enumerate(parts):
+        entries = list(part)[:-1]
+        longer = [sum(6 * part[n] < other.get(n, 0) for n in entries) for other in parts]
+        if 2 * max(longer) > len(entries):
+            chapters = [{**one, "text": ""} if one["part"] == i else one for one in chapters]
+    return chapters
 
 
 def chapters_of_text(text):
     """Chapters of a plain book by its headings; [] if it has fewer than two. Text before the first heading
     is no chapter.
 
-    Words like "chapter" come first, then titles after #, then the bare numerals that span most of the book:
+    Words like "chapter" come first, then lines with #, then the bare numerals that span most of the book:
     inside chapters they number their parts. Prologues, epilogues and a "Chapter I" go with all of them."""
     text = re.sub(r"(?m)^(\S.{0,79})\n={3,}[ \t]*$", r"# \1\n", text)  # the other way to mark a title
     found = candidates(text)
     numbered = [one for one in found if one["number"] is not None]
-
-    def way(*looks):
-        return rising([one for one in numbered if one["look"] in looks])
-
-    worded = way(None)
-    looks = {one["look"] for one in numbered} - {None}
-    torn = {look: mean(one["torn"] for one in numbered if one["look"] == look) for look in looks}
-    bare = [way(None, look) for look in looks if torn[look] < 0.5]  # the others are numbers of pages
+    marked = [one for one in found if one["level"]]
+    worded = rising([one for one in numbered if one["look"] is None])
+    bare = []
+    for look in {one["look"] for one in numbered if one["look"]}:
+        torn = [one["torn"] for one in numbered if one["look"] == look]
+        if sum(torn) < len(torn) / 2:  # else they are numbers of pages
+            bare.append(rising([one for one in numbered if one["look"] in (None, look)]))
     bare.sort(key=span, reverse=True)
     is_table = bare and 4 * span(worded) < span(bare[0])
-    marked = rising([one for one in numbered if one["level"] and one["look"]])
-    if not span(marked):
-        marked = [one for one in found if one["level"]]
-    for headings in [[] if is_table else worded, marked, *bare]:
-        level = max((one["level"] for one in headings), default=0)
-        places = {one["start"] for one in headings}
-        places |= {one["start"] for one in found if one["number"] is None and one["level"] == level}
-        chapters = cut(text, [one for one in found if one["start"] in places])
+    for way in [[] if is_table else worded, rising([one for one in marked if one["look"]]), marked, *bare]:
+        level = max((one["level"] for one in way), default=0)
+        chapters = cut(text, [one for one in found if one in way or 0 < level == one["level"]])
         if sum(chapter["text"].strip() != "" for chapter in chapters) > 1:
             return chapters
     return []
@@ -198,7 +182,7 @@ def ebooks(text):
 def order_of(value):
     """The number of a chapter, from a number or a text like "10" or "Chapter IV"; None if it is neither."""
     if isinstance(value, str):
-        value = (heading_of(value) or {}).get("number")
+        value = next((one["number"] for one in candidates(value)), None)
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
@@ -214,15 +198,14 @@ def field_text(where, name, value):
 def chapters_of_row(where, row):
     """(name or None, chapters) of a row: a chapter, or a whole tale in sections, where each optional field is
     one text for all of them or a list with one per section."""
-    names = [row[key] for key in ("book", "story") if row.get(key) is not None]
-    if not all(type(name) in (str, int) for name in names):
-        raise UserError(f"{where}: book and story are names, texts or whole numbers, found {names}")
+    name = row.get("story") if row.get("book") in (None, "") else row["book"]
+    if name is not None and type(name) not in (str, int):
+        raise UserError(f"{where}: book and story are names, texts or whole numbers, found {name!r}")
     is_tale = "sections" in row
     texts = row["sections"] if is_tale else [row.get("text")]
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        fields = ", ".join(map(str, row)) or "none"
-        raise UserError(f"{where}: sections must be a list of texts" if is_tale else
-                        f"{where}: expected a chapter (text) or a tale (sections), found the fields {fields}")
+        found = "sections must be" if is_tale else "expected a chapter (text) or sections,"
+        raise UserError(f"{where}: {found} a list of texts; it has {', '.join(map(str, row)) or 'no fields'}")
     chapters = [{"text": "\n\n".join(ebooks(text))} for text in texts]
     if not is_tale:
         chapters[0].update(where=where, order=order_of(row.get("chapter")),
@@ -235,7 +218,7 @@ def chapters_of_row(where, row):
             raise UserError(f"{where}: {field} has {len(values)} entries for {len(texts)} sections")
         for chapter, value in zip(chapters, values):
             chapter[field] = field_text(where, field, value)
-    return next((name for name in map(str, names) if name.strip()), None), chapters
+    return None if name is None else str(name).strip(), chapters
 
 
 def number_key(name):
@@ -264,7 +247,7 @@ def files_of(path):
 def collect_books(paths):
     """{book: [chapter, ..]}, all that is in the files; UserError if a book is in two of them."""
     books = {}
-    came_from = {}  # the file or folder that a book was first seen in
+    came_from = {}  # the file or folder of a book
     loose = defaultdict(dict)  # folder -> {name: text}, without headings
 
     def add(name, chapters, source):
@@ -293,7 +276,6 @@ def collect_books(paths):
             if chapters or folder is None or text != whole:  # a frame is that of a book, not of a chapter
                 add(stem if len(texts) == 1 else f"{stem} {i}", chapters or [{"text": text}], file)
             else:
-                add(os.path.basename(os.path.abspath(folder)), [], folder)  # the place of what is joined
                 loose[folder][stem] = text
     for folder, texts in loose.items():
         name = os.path.basename(os.path.abspath(folder))
@@ -306,7 +288,7 @@ def collect_books(paths):
                   f"{some(numbered)}{jumps([place[-1] for place in places])}")
         for stem in numbered + [stem for stem in texts if stem not in numbered]:
             add(name if stem in numbered else stem, [{"text": texts[stem]}], folder)
-    return {name: chapters for name, chapters in books.items() if chapters}
+    return books
 
 
 def place_of(name):
@@ -354,32 +336,29 @@ def read_books(paths):
 
     Says in one line each how many of what were left out. UserError if nothing is left."""
     books = {}
-    empty, twice = 0, 0
-    short, repeated = [], []  # books; those with the same text as another
-    seen = {}  # text -> book
+    seen = {}  # the texts of a book -> its name
+    left_out = defaultdict(list)  # what -> where
     for name, chapters in collect_books(paths).items():
-        full = [chapter for chapter in chapters if chapter["text"].strip()]
         unlike = {}  # text -> the first chapter that has it
-        for chapter in full:
-            unlike.setdefault(" ".join(chapter["text"].split()), chapter)
-        empty += len(chapters) - len(full)
-        twice += len(full) - len(unlike)
-        full = in_order(name, list(unlike.values()))
-        same = seen.setdefault(" ".join(" ".join(chapter["text"] for chapter in full).split()), name)
-        if len(full) < 2:
-            short.append(name)
-        elif same != name:  # under two names it could be in two splits
-            repeated.append(f"{name} (as {same})")
+        for chapter in chapters:
+            text = " ".join(chapter["text"].split())
+            if not text:
+                left_out["empty chapters (a table of contents gives some)"].append(name)
+            elif text in unlike:
+                left_out["chapters that their book has already"].append(name)
+            unlike.setdefault(text, chapter)
+        unlike.pop("", None)
+        twin = seen.setdefault(tuple(unlike), name)
+        if len(unlike) < 2:
+            left_out["books with fewer than two chapters"].append(name)
+        elif twin != name:  # under two names it could be in two splits
+            left_out["books with the same text as another"].append(f"{name} (as {twin})")
         else:
-            books[name] = full
-            if "number" in full[0]:
-                describe(name, full)
-    for n, what in ((empty, "empty chapters (a table of contents gives some)"),
-                    (twice, "chapters that their book has already: they would stand in their own story"),
-                    (len(short), f"books with fewer than two chapters: {some(short)}"),
-                    (len(repeated), f"books with the same text as another: {some(repeated)}")):
-        if n:
-            print(f"left out {n} {what}")
+            books[name] = in_order(name, list(unlike.values()))
+            if "number" in books[name][0]:
+                describe(name, books[name])
+    for what, names in left_out.items():
+        print(f"left out {len(names)} {what}: {some(list(dict.fromkeys(names)))}")
     if not books:
         raise UserError(f"no book with two or more chapters in {', '.join(paths)} (text files need headings "
                         f"such as \"Chapter 1\", or a folder with one file per chapter, numbered)")
