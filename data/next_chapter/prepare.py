@@ -71,41 +71,39 @@ def number_of(text):
 
 def candidates(text):
     """The lines that may be headings: dicts of start and end (in the text), level (how many #), number (None: a
-    title after #), called (its title in small letters), look (of a bare numeral; None beside a word), sure (it
-    reads like one, whatever the numbers say), torn (a sentence goes on behind it, as behind a page's number)."""
+    title after #), called (its title in small letters), look (of a bare numeral; None beside a word), torn (it
+    stands in the middle of a sentence, as the number of a page does)."""
     found = []
-    before = apart = 0  # where the last line ends, and the last one behind which no line is wrapped
     for line in re.finditer(r"(?m)^.*\w.*$", text):
+        start, end = line.span()
+        before = text[max(start - 99, found[-1]["end"] if found else 0) : start]
+        goes_on = before.rstrip()[-1:].islower()
+        is_wrapped = goes_on and len(before[:-1].rpartition("\n")[2]) > 40  # prose that fills its lines
         marks, bare = DECORATED.fullmatch(" ".join(line.group().split())).groups()
         match = next(filter(None, (pattern.fullmatch(bare) for pattern in PATTERNS)), None)
-        one = {"start": line.start(), "end": line.end(), "level": len(marks), "number": None, "look": None}
-        if match and len(bare) <= 200:
+        one = {"start": start, "end": end, "level": len(marks), "number": None, "look": None}
+        if match and len(bare) <= 200 and not is_wrapped:
             word, number, title = map(match.groupdict().get, ("word", "number", "title"), ("", "", ""))
             one["number"] = number_of(number) if number else 0 if word.lower() == "prologue" else LAST + 1
             one["called"] = " ".join(re.findall(r"[^\W\d]+", title.lower()))
+            one["torn"] = goes_on and text[end : end + 99].lstrip()[:1].islower()
             if not word:
                 one["look"] = len(marks), number.isdigit(), number.isupper(), one["called"] != ""
-            is_wrapped = text.count("\n", before, line.start()) == 1 and before != apart
-            one["sure"] = word and not (is_wrapped and one["called"])
-            around = text[max(0, before - 1) : before] + text[line.end() : line.end() + 99].lstrip()[:1]
-            one["torn"] = around.isalpha() and around.islower()
-        before = line.end()
         if one["number"] is not None or 0 < len(marks) < 4 and len(bare) <= 80:
             found.append(one)
-            apart = before
     return found
 
 
 def rising(found):
-    """The headings among such lines: those that read like one, and those whose numbers rise by one."""
+    """The headings among such lines: those with a word, and the numerals that rise by one."""
     headings = []
     last = {"number": -9, "called": None}
     for one, after in zip(found, found[1:] + [last]):
         n = one["number"]
-        is_next = n == last["number"] + 1 and n != after["number"]
+        is_next = n == last["number"] + 1
         is_first = n == after["number"] - 1 and n != last["number"]
         is_again = (n, one["called"]) == (last["number"], last["called"])  # the head of a page
-        if is_next or is_first or one["sure"] and not is_again:
+        if is_next or is_first or one["look"] is None and not is_again:
             headings.append(one)
             last = one
     return headings
