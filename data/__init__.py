@@ -28,8 +28,7 @@ Where it has a use for them, it may also have these:
     plan_of, chapter_prompt, scorer  for eval.py --write, see data/next_chapter
 
 Examples that a prepare.py has written are read by `read_split`. The smallest task to copy from is
-data/tiny/__init__.py.
-"""
+data/tiny/__init__.py."""
 import csv
 import hashlib
 import importlib
@@ -217,11 +216,9 @@ def read_split(task, split, expected, how=""):
         raise UserError(f"{path} is empty: what was prepared was too little for three splits")
     for where, row in rows:
         for field, kind in expected.items():
-            value = row.get(field)
-            if not isinstance(value, kind):
-                found = type(value).__name__
-                raise UserError(f"{where}: {field!r} must be a {kind.__name__}, found {found}; "
-                                f"run data/{task}/prepare.py again")
+            if not isinstance(row.get(field), kind):
+                raise UserError(f"{where}: {field!r} must be a {kind.__name__}, found "
+                                f"{type(row.get(field)).__name__}; run data/{task}/prepare.py again")
     return [row for _, row in rows]
 
 
@@ -230,26 +227,24 @@ def write_splits(out, splits):
     16 digits.
 
     UserError if that fails; files that were there before are then unchanged."""
-    digest = hashlib.sha256()
-    paths = []
+    contents = {}  # path -> bytes
+    for split, examples in splits.items():
+        lines = [json.dumps(example, ensure_ascii=False) + "\n" for example in examples]
+        contents[os.path.join(out, f"{split}.jsonl")] = "".join(lines).encode("utf-8", "replace")
+    path = out
     try:
         os.makedirs(out, exist_ok=True)
-        for split, examples in splits.items():
-            lines = [json.dumps(example, ensure_ascii=False) + "\n" for example in examples]
-            content = "".join(lines).encode("utf-8", "replace")
-            digest.update(content)
-            paths.append(os.path.join(out, f"{split}.jsonl"))
-            with open(paths[-1] + ".tmp", "wb") as file:
+        for path, content in contents.items():
+            with open(path + ".tmp", "wb") as file:
                 file.write(content)
-        for path in paths:
+        for path in contents:
             os.replace(path + ".tmp", path)
     except OSError as e:
-        for path in paths:
-            if os.path.isfile(path + ".tmp"):
-                os.remove(path + ".tmp")
-        failed = paths[-1] if paths else out
-        raise UserError(f"cannot write {failed}: {e.strerror}; what was there before is unchanged") from e
-    return digest.hexdigest()[:16]
+        for begun in contents:
+            if os.path.isfile(begun + ".tmp"):
+                os.remove(begun + ".tmp")
+        raise UserError(f"cannot write {path}: {e.strerror}; what was there before is unchanged") from e
+    return hashlib.sha256(b"".join(contents.values())).hexdigest()[:16]
 
 
 # ============================================================ reading other people's files
@@ -290,7 +285,12 @@ def read_rows(path):
         return _parquet_rows(path)
     text = read_text(path)
     if kind == ".csv":
-        return _csv_rows(path, text)
+        csv.field_size_limit(10**8)
+        reader = csv.DictReader(io.StringIO(text))
+        try:
+            return [(f"{path}:{reader.line_num}", row) for row in reader]
+        except csv.Error as e:
+            raise UserError(f"{path}:{reader.line_num}: not CSV ({e})") from e
     if kind == ".json":
         try:
             rows = json.loads(text)
@@ -313,16 +313,6 @@ def _parquet_rows(path):
     except (OSError, pyarrow.ArrowException) as e:
         raise UserError(f"cannot read {path}: {e}") from e
     return [(f"{path}, row {i}", row) for i, row in enumerate(rows, 1)]
-
-
-def _csv_rows(path, text):
-    """read_rows of a table whose first line names the columns."""
-    csv.field_size_limit(10**8)
-    reader = csv.DictReader(io.StringIO(text))
-    try:
-        return [(f"{path}:{reader.line_num}", row) for row in reader]
-    except csv.Error as e:
-        raise UserError(f"{path}:{reader.line_num}: not CSV ({e})") from e
 
 
 def _json_lines(path, text):

@@ -16,6 +16,7 @@ import random
 import re
 import sys
 from collections import Counter, defaultdict
+from textwrap import shorten
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 
@@ -27,7 +28,8 @@ import runs
 from runs import UserError, hub_answers, run_script, why_the_hub_refuses
 
 REPO = "kahuja/flawed-fictions"
-NAME = "flawed_fictions"  # the split of the benchmark, and its file
+# The benchmark's main split, in one file or several: not flawed_fictions_long, not .._cf_negs.
+WANTED = r"(.*/)?flawed_fictions(-\d+-of-\d+|/[^/]+)?\."
 KINDS = ("jsonl", "json", "csv", "parquet")  # of file, the ones we like most first
 LABELS = {"0": False, "false": False, "no": False, "1": True, "true": True, "yes": True}
 # A paragraph ends where one of these begins or ends.
@@ -38,8 +40,7 @@ INLINE = "a|abbr|b|big|body|center|cite|code|em|font|html|i|q|s|small|span|stron
 def clean(text):
     """HTML -> plain text: a paragraph per block, a line per <br> or line end, entities resolved.
 
-    Only HTML's own tags go. <implicit_thought>, <|im_end|> or a < b are words of the story and stay.
-    """
+    Only HTML's own tags go. <implicit_thought>, <|im_end|> or a < b are words of the story and stay."""
     text = re.sub(r"<!--.*?-->", "", line_ends(text), flags=re.DOTALL)
     text = re.sub(r"<br\s*/?>\n?", "\n", text, flags=re.IGNORECASE)
     text = re.sub(rf"\s*</?(?:{BLOCKS})(?:\s[^<>]*)?/?>[ \t]*", "\n\n", text, flags=re.IGNORECASE)
@@ -124,39 +125,26 @@ def print_endings(endings, stories, kept):
           f"{share:.0f} % right; {'kept' if kept else 'removed'}")
 
 
-def is_wanted(file):
-    """Whether a file of the repository holds our split: not flawed_fictions_long, not .._cf_negs."""
-    kinds = "|".join(KINDS)
-    by_name = re.match(rf"{NAME}(-\d+-of-\d+)?\.({kinds})$", os.path.basename(file))
-    by_folder = re.fullmatch(rf"(?:.*/)?{NAME}/[^/]+\.({kinds})", file)
-    return by_name or by_folder
-
-
 def download():
     """The benchmark's main file from the hub -> [path]; one UserError line says what to do without it."""
     from huggingface_hub import HfApi, hf_hub_download
 
-    by_hand = (f"get the file of the {NAME} split from https://huggingface.co/datasets/{REPO} on a machine "
-               f"that can, and pass it with --from FILE (jsonl, json, csv or parquet)")
+    by_hand = (f"get the file of the flawed_fictions split from https://huggingface.co/datasets/{REPO} on a "
+               "machine that can, and pass it with --from FILE (jsonl, json, csv or parquet)")
     if not hub_answers():  # the hub's library would try for half a minute
         raise UserError(f"the hub cannot be reached from here: {by_hand}")
     try:
-        files = [file for file in HfApi().list_repo_files(REPO, repo_type="dataset") if is_wanted(file)]
-        kinds = sorted({file.rsplit(".", 1)[1] for file in files}, key=KINDS.index)
-        if not kinds:
-            raise UserError(f"the repository {REPO} has no {NAME} file of a known kind; {by_hand}")
-        files = [file for file in sorted(files) if file.endswith("." + kinds[0])]
-        return [hf_hub_download(REPO, file, repo_type="dataset") for file in files]
-    except UserError:
-        raise
+        every = sorted(HfApi().list_repo_files(REPO, repo_type="dataset"))
+        by_kind = [[file for file in every if re.fullmatch(WANTED + kind, file)] for kind in KINDS]
+        files = next(filter(None, by_kind), [])
+        paths = [hf_hub_download(REPO, file, repo_type="dataset") for file in files]
     except Exception as e:  # no network, a gate, a wrong token, a full disk: the hub has many exceptions
-        refused = why_the_hub_refuses(REPO, "data set", e)
-        if refused:
-            raise UserError(f"{refused}; or {by_hand}") from e
-        why = (str(e).strip().splitlines() or [type(e).__name__])[0][:160]
-        is_gate = re.search("40[13]|gated|token", str(e), re.I)
-        gate = "; if it asks for a token, run `hf auth login` first" if is_gate else ""
-        raise UserError(f"cannot download {REPO} ({why}){gate}; or {by_hand}") from e
+        why = why_the_hub_refuses(REPO, "data set", e) or (
+            f"cannot download {REPO} ({shorten(str(e), 160)}); if it asks for a token, run `hf auth login` first")
+        raise UserError(f"{why}; or {by_hand}") from e
+    if not paths:
+        raise UserError(f"the repository {REPO} has no flawed_fictions file of a known kind; {by_hand}")
+    return paths
 
 
 # ============================================================ splits
@@ -174,10 +162,8 @@ def split_by_row(labels, seed):
 
 
 def split_by_cluster(labels, clusters, seed):
-    """split_by_row with every cluster gathered where most of it was, then evened out by single stories.
-
-    -> (split names, number of stories that moved, the row-level split names).
-    """
+    """split_by_row with every cluster gathered where most of it was, then evened out by single stories
+    -> (split names, number of stories that moved, the row-level split names)."""
     by_row = split_by_row(labels, seed)
     split = list(by_row)
     members = defaultdict(list)  # cluster -> its stories
@@ -224,12 +210,11 @@ def overlap(split, clusters):
 
 
 # ============================================================ the script
-def parse_arguments():
-    here = os.path.dirname(os.path.abspath(__file__))
+def main():
     parser = runs.parser(__doc__)
     parser.add_argument("--from", dest="files", nargs="+", metavar="FILE",
                         help="local jsonl, json, csv or parquet files (default: download the benchmark)")
-    parser.add_argument("--out", default=here, metavar="DIR",
+    parser.add_argument("--out", default=os.path.dirname(os.path.abspath(__file__)), metavar="DIR",
                         help="where the three files go (default: beside this script)")
     parser.add_argument("--split", default="cluster", choices=["cluster", "paper"],
                         help="cluster: near-duplicates stay together; paper: the released rows (default "
@@ -238,11 +223,7 @@ def parse_arguments():
                         help="leave the rows of dashes that give the label away (default: remove them)")
     parser.add_argument("--seed", type=int, default=0,
                         help="of the cluster split; the paper's is fixed at 42 (default 0)")
-    return parser.parse_args()
-
-
-def main():
-    args = parse_arguments()
+    args = parser.parse_args()
     stories = load_stories(args.files or download(), args.keep_endings)
     labels = [story["label"] for story in stories]
     clusters = find_clusters([story["story"] for story in stories])
@@ -265,9 +246,8 @@ def main():
     for story, cluster, name in zip(stories, clusters, split):
         examples[name].append({**story, "cluster": cluster})
     if not all(examples.values()):
-        n_clusters = len(set(clusters))
-        raise UserError(f"{len(stories)} stories in {n_clusters} clusters are too few for three splits: "
-                        "give more stories")
+        raise UserError(f"{len(stories)} stories in {len(set(clusters))} clusters are too few for three "
+                        "splits: give more stories")
     digest = write_splits(args.out, examples)
     for name, rows in examples.items():
         print(f"{name:5} {len(rows):4} stories, {sum(row['label'] for row in rows)} with an error")

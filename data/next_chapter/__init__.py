@@ -12,6 +12,7 @@ then reads the TRUE next chapter y with and without the plan. No gold plan is ne
 prepare.py makes the examples; LITEREASON_DATA/next_chapter is looked at first, if that is set. A script
 sets `settings`. The scorer sees the plan as ordinary text: no latents, no tags, no special tokens, no
 headings."""
+import bisect
 import functools
 import hashlib
 import json
@@ -19,6 +20,7 @@ import math
 import os
 import random
 import re
+from statistics import fmean as mean
 
 import torch
 
@@ -80,8 +82,7 @@ of the next chapter, which begins with "{ANSWER}"."""  # nothing after it: repea
 
 
 def chapter_prompt(example, plan=""):
-    """What a frozen LM reads before it scores or writes the chapter:
-    the sources, the plan if there is one."""
+    """What a frozen LM reads before it scores or writes the chapter: the sources, the plan if there is one."""
     return sources(example) + (PLAN_HEADING + plan if plan else "") + CHAPTER_HEADING
 
 
@@ -175,10 +176,9 @@ def _perplexities(rows, positions):
 
 @functools.lru_cache(maxsize=2)
 def fingerprint(model):
-    """A text that changes with the weights or their precision, so that a cached perplexity of another scorer
-    is never used. Computed once per model object: a scorer is frozen."""
-    bf16 = getattr(model, "bf16", False)  # products, of fp32 weights
-    return f"{runs.fingerprint(model)} {model.dtype} {bf16}"
+    """A text that changes with the weights or their precision (bf16: products of fp32 weights), so that a cached
+    perplexity of another scorer is never used. Computed once per model object: a scorer is frozen."""
+    return f"{runs.fingerprint(model)} {model.dtype} {getattr(model, 'bf16', False)}"
 
 
 _known = {}  # file -> {key: perplexity}
@@ -199,10 +199,8 @@ def read_known(path):
 
 
 def unaided(pairs):
-    """Perplexities without a plan of [(example, chapter)] -> floats;
-    computed once, kept in perplexities.jsonl.
-
-    The key is a hash of the scorer's weights, what it reads and the chapter."""
+    """Perplexities without a plan of [(example, chapter)] -> floats; computed once, kept in perplexities.jsonl
+    by a hash of the scorer's weights, what it reads and the chapter."""
     path = os.path.join(folder("next_chapter"), "perplexities.jsonl")
     mark = fingerprint(scorer()[0])
     if path not in _known:
@@ -286,11 +284,7 @@ def rewards(examples, completions):
 
 def threshold(gain):
     """Percent -> 0, 0.5, 0.9 or 1 (the original's steps, as others report them)."""
-    if gain < 0.05:
-        return 0.0
-    if gain < 1:
-        return 0.5
-    return 0.9 if gain < 2 else 1.0
+    return (0.0, 0.5, 0.9, 1.0)[bisect.bisect_right((0.05, 1, 2), gain)]
 
 
 def reward(example, completion):
@@ -333,9 +327,4 @@ def report(examples, completions):
         "improved": mean([m > 0 for m in means]),
         "plan_words": mean([len(plan.split()) for plan in plans]),
         "no_plan": mean([not plan for plan in plans]),
-        "improvement_other_plan": mean(gains(examples, plans_of_others(examples, plans), chapters)),
-    }
-
-
-def mean(numbers):
-    return sum(numbers) / len(numbers)
+        "improvement_other_plan": mean(gains(examples, plans_of_others(examples, plans), chapters))}
