@@ -378,7 +378,8 @@ def test_books_that_cannot_be_used_end_in_one_line(tmp_path, capsys):
     refused("a.jsonl:1: high_level_plan must be a text", [chapter(1, 1, high_level_plan=3)])
     refused("a.jsonl:1: next_synopsis has 1 entries for 2 sections",
             [{"story": "x", "sections": ["a", "b"], "next_synopsis": ["s"]}])
-    refused("second tale with the name 'x'", [{"story": "x", "sections": ["a", "b"]}] * 2)
+    refused("the book 'x' is in .*a.jsonl:1 and in .*a.jsonl:2; give one of them another name",
+            [{"story": "x", "sections": ["a", "b"]}] * 2)
     refused("no book with two or more chapters", [chapter(1, 1)])
     refused("no book with two or more", ["one text without headings"], "a.txt")
     one_line("cannot read", nc_prepare.read_books, [str(tmp_path / "none")])

@@ -99,11 +99,8 @@ def report(examples, completions):
     hits = sum(said is True and label for said, label in zip(verdicts, labels))
     precision = hits / max(1, verdicts.count(True))
     recall = hits / max(1, labels.count(True))
-    shares = []
-    for example, completion in zip(examples, completions):
-        lines = example.get("cont_error_lines", []) + example.get("contradicted_lines", [])
-        if lines:
-            shares.append(located(lines, completion))
+    labelled = [row.get("cont_error_lines", []) + row.get("contradicted_lines", []) for row in examples]
+    shares = [located(lines, completion) for lines, completion in zip(labelled, completions) if lines]
     return {
         "precision": precision,
         "recall": recall,

@@ -88,8 +88,8 @@ def load_stories(paths, keep_endings=False):
     for path in paths:
         for where, row in read_rows(path):
             if not isinstance(row.get("story"), str) or "cont_error" not in row:
-                fields = ", ".join(map(str, row)) or "none"
-                raise UserError(f"{where}: expected the fields story (text) and cont_error, found {fields}")
+                raise UserError(f"{where}: expected the fields story (text) and cont_error, found "
+                                f"{', '.join(map(str, row)) or 'none'}")
             label = label_of(where, row)
             whole = clean(row["story"])
             stripped = strip_ending(whole)
@@ -139,9 +139,9 @@ def download():
         files = next(filter(None, by_kind), [])
         paths = [hf_hub_download(REPO, file, repo_type="dataset") for file in files]
     except Exception as e:  # no network, a gate, a wrong token, a full disk: the hub has many exceptions
-        why = why_the_hub_refuses(REPO, "data set", e) or (
-            f"cannot download {REPO} ({shorten(str(e), 160)}); if it asks for a token, run `hf auth login` first")
-        raise UserError(f"{why}; or {by_hand}") from e
+        refused = why_the_hub_refuses(REPO, "data set", e)
+        why = f"cannot download {REPO} ({shorten(str(e), 160)}); if it asks for a token, `hf auth login` first"
+        raise UserError(f"{refused or why}; or {by_hand}") from e
     if not paths:
         raise UserError(f"the repository {REPO} has no flawed_fictions file of a known kind; {by_hand}")
     return paths

@@ -21,6 +21,7 @@ import random
 import re
 import sys
 from collections import Counter, defaultdict
+from textwrap import shorten
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 
@@ -254,18 +255,16 @@ def collect_books(paths):
                             f"another name")
         books.setdefault(name, []).extend(chapters)
 
-    files = {}  # by what they really are: none is taken twice
-    for file, folder in (one for path in paths for one in files_of(path)):
-        files.setdefault(os.path.realpath(file), (file, folder))
+    files = {os.path.realpath(one[0]): one for path in paths for one in files_of(path)}  # none is taken twice
     for file, folder in files.values():
         stem, kind = os.path.splitext(os.path.basename(file))
         if kind.lower() in ROWS:
             for where, row in read_rows(file):
                 name, chapters = chapters_of_row(where, row)
-                if "sections" in row and name in books:
-                    raise UserError(f"{where}: a second tale with the name {name!r}; give one of them "
-                                    "another name")
-                add(name or (where if "sections" in row else stem), chapters, file)
+                if "sections" in row:
+                    add(name or where, chapters, where)
+                else:
+                    add(name or stem, chapters, file)
             continue
         whole = read_text(file)
         texts = ebooks(whole)
@@ -277,8 +276,8 @@ def collect_books(paths):
                 loose[folder][stem] = text
     for folder, texts in loose.items():
         name = os.path.basename(os.path.abspath(folder))
-        numbered = sorted((stem for stem in texts if place_of(stem)), key=place_of)
-        places = [place_of(stem) for stem in numbered]
+        places = sorted(filter(None, map(place_of, texts)))
+        numbered = sorted(filter(place_of, texts), key=place_of)
         if len(set(places)) < max(2, len(places)) or min(places[0]) > 1:
             numbered = []  # other books, like 1984 and Catch-22
         if numbered:
@@ -359,23 +358,35 @@ def read_books(paths):
         print(f"left out {len(names)} {what}: {some(list(dict.fromkeys(names)))}")
     if not books:
         raise UserError(f"no book with two or more chapters in {', '.join(paths)} (text files need headings "
-                        f"such as \"Chapter 1\", or a folder with one file per chapter, numbered)")
+                        "such as \"Chapter 1\", or a folder with one file per chapter, numbered)")
     return books
 
 
 # ============================================================ lengths
+def load_tokenizer(path):
+    """A tokenizer that can say where in a text its tokens begin."""
+    from transformers import AutoTokenizer
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer("a", return_offsets_mapping=True)
+    except Exception as e:  # transformers raises what it likes
+        raise UserError(f"no tokenizer that can be used at {path!r} ({shorten(str(e), 120)}); name a model that "
+                        "has one, or leave --tokenizer out") from e
+    tokenizer.model_max_length = 10**9  # whole books are measured, nothing is run
+    return tokenizer
+
+
 def make_ruler(tokenizer=None):
     """A function text -> (where its units start, tokens per unit): words at 1.3 tokens (a Chinese or Japanese
     character is one), or the tokenizer's own tokens."""
-    def words(text):
-        found = re.finditer(r"[\u2e80-\uffef]|[^\s\u2e80-\uffef]+", text)
-        return [match.start() for match in found], 1.3
-
-    def tokens(text):
+    def ruler(text):
+        if tokenizer is None:
+            found = re.finditer(r"[\u2e80-\uffef]|[^\s\u2e80-\uffef]+", text)
+            return [match.start() for match in found], 1.3
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         return [start for start, _ in encoded["offset_mapping"]], 1.0
 
-    return words if tokenizer is None else tokens
+    return ruler
 
 
 def length(ruler, text):
@@ -385,8 +396,7 @@ def length(ruler, text):
 
 
 def newest(ruler, text, budget):
-    """The end of a text that fits the budget (tokens), from a paragraph's start if near, else
-    from a word's."""
+    """The end of a text that fits the budget (tokens), from a paragraph's start if near, else from a word's."""
     starts, price = ruler(text)
     keep = int(budget / price)
     if len(starts) <= keep:
@@ -428,29 +438,27 @@ def fit_story(ruler, chapters, sizes, room, summary=None):
     return story, shorter, story != whole or shorter != summary
 
 
-def make_examples(book, chapters, ruler, story_tokens, chapter_tokens):
-    """One example per chapter from the second on -> (examples, Counter of those with a cut story, a cut
-    chapter, and of those that did not fit)."""
+def make_examples(book, chapters, ruler, story_tokens, chapter_tokens, counts):
+    """One example per chapter from the second on. counts: gets those with a cut story, with a cut chapter, and
+    those that did not fit."""
     examples = []
-    counts = Counter()
     sizes = [length(ruler, chapter["text"]) for chapter in chapters]
     for i in range(1, len(chapters)):
-        given = {field: chapters[i][field] for field in FIELDS + ("title",) if chapters[i].get(field)}
-        beside = [given.get(field) for field in FIELDS if field != "prior_summary"]
+        given = {field: chapters[i].get(field) for field in FIELDS + ("title",)}
+        beside = [given[field] for field in FIELDS if field != "prior_summary"]
         room = story_tokens - sum(length(ruler, text) for text in beside)
         if room < story_tokens / 4:  # a story of a few words behind long sheets is no story
             counts["unfit"] += 1
             continue
-        story, summary, cut = fit_story(ruler, chapters[:i], sizes[:i], room, given.get("prior_summary"))
-        if "prior_summary" in given:
-            given["prior_summary"] = summary
+        story, summary, cut = fit_story(ruler, chapters[:i], sizes[:i], room, given["prior_summary"])
+        given["prior_summary"] = summary
         whole = chapters[i]["text"].strip()
         chapter = first(ruler, whole, chapter_tokens)
         counts["stories cut"] += cut
         counts["chapters cut"] += chapter != whole
         kept = {field: text for field, text in given.items() if text}
         examples.append({"book": book, "number": i + 1, "story": story, "chapter": chapter, **kept})
-    return examples, counts
+    return examples
 
 
 def works_of(books):
@@ -472,16 +480,12 @@ def split_works(works, seed):
     names = sorted(works)
     random.Random(seed).shuffle(names)
     n = max(1, round(0.15 * len(names))) if len(names) > 2 else 0
-    split_of = dict.fromkeys(names, "train")
-    split_of.update(dict.fromkeys(names[:n], "val"))
-    split_of.update(dict.fromkeys(names[n : 2 * n], "test"))
-    if len(names) == 2:
-        split_of[names[0]] = "test"
-    return split_of
+    held_out = ["val"] * n + ["test"] * (1 if len(names) == 2 else n)
+    return dict(zip(names, held_out + ["train"] * len(names)))
 
 
 # ============================================================ the script
-def parse_arguments():
+def main():
     parser = runs.parser(__doc__)
     parser.add_argument("--from", dest="files", nargs="+", required=True, metavar="PATH",
                         help="files and folders, see above (required, so no default)")
@@ -496,39 +500,16 @@ def parse_arguments():
                         "(default: 1.3 tokens per word)")
     parser.add_argument("--seed", type=int, default=0, help="of the split by book (default 0)")
     args = parser.parse_args()
-    for flag, value in (("--story-tokens", args.story_tokens), ("--chapter-tokens", args.chapter_tokens)):
-        if value < 16:
-            raise UserError(f"{flag} is {value}; it must be at least 16")
-    return args
-
-
-def load_tokenizer(path):
-    """A tokenizer that can say where in a text its tokens begin."""
-    from transformers import AutoTokenizer
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        tokenizer("a", return_offsets_mapping=True)
-    except Exception as e:  # transformers raises what it likes
-        why = (str(e).strip().splitlines() or ["?"])[0][:120]
-        raise UserError(f"no tokenizer that can be used at {path!r} ({why}); name a model that has one, or "
-                        "leave --tokenizer out") from e
-    tokenizer.model_max_length = 10**9  # whole books are measured, nothing is run
-    return tokenizer
-
-
-def main():
-    args = parse_arguments()
+    if min(args.story_tokens, args.chapter_tokens) < 16:
+        raise UserError("--story-tokens and --chapter-tokens must be at least 16")
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
     ruler = make_ruler(tokenizer)
     books = read_books(args.files)
 
-    made = {}  # book -> its examples, where it has any
     counts = Counter()
-    for name, chapters in books.items():
-        examples, own_counts = make_examples(name, chapters, ruler, args.story_tokens, args.chapter_tokens)
-        counts += own_counts
-        if examples:
-            made[name] = examples
+    sizes = args.story_tokens, args.chapter_tokens
+    made = {name: make_examples(name, chapters, ruler, *sizes, counts) for name, chapters in books.items()}
+    made = {name: examples for name, examples in made.items() if examples}
     unit = "tokens" if tokenizer else "tokens (estimated at 1.3 per word)"
     print(f"books {len(books)}, examples {sum(map(len, made.values()))}; "
           f"in {counts['stories cut']} the oldest text was cut to fit {args.story_tokens} {unit}, "
@@ -540,24 +521,23 @@ def main():
         raise UserError("no examples are left; raise --story-tokens")
 
     work_of = works_of({name: books[name] for name in made})
-    works = set(work_of.values())
+    works = Counter(work_of.values())  # and how many editions each has
     splits = {split: [] for split in SPLITS}
     split_of = split_works(works, args.seed)
     for name, examples in made.items():
-        if list(work_of.values()).count(work_of[name]) > 1:  # no other book for the contrastive reward
+        if works[work_of[name]] > 1:  # the others are no "other book" for the contrastive reward
             examples = [{**example, "work": work_of[name]} for example in examples]
         splits[split_of[work_of[name]]] += examples
     if not all(splits.values()):
         empty = " and ".join(split for split in SPLITS if not splits[split])
         print(f"warning: too few books ({len(works)}) for three splits: {empty} stay empty, and training "
               "reads all three; give four books or more")
-    elif len([work for work in works if split_of[work] == "train"]) == 1:
+    elif list(split_of.values()).count("train") == 1:
         print("warning: train has one book, and the contrastive reward needs two; give four books or more, "
               "or train with --reward vrcli")
     digest = write_splits(args.out, splits)
     for split, examples in splits.items():
-        n_books = len({example["book"] for example in examples})
-        print(f"{split:5} books {n_books:3}, examples {len(examples):4}")
+        print(f"{split:5} books {len({example['book'] for example in examples}):3}, examples {len(examples):4}")
     print(f"wrote {args.out}; content {digest}")
 
 

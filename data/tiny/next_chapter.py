@@ -117,11 +117,8 @@ def gains(examples, plans, chapters):
     """I in percent, LEAST_GAIN or more, of each plan for each chapter; 0.0 for an empty plan."""
     contexts = [chapter_prompt(example, plan) for example, plan in zip(examples, plans)]
     aided = readings(contexts, chapters)
-    gain = [0.0] * len(plans)
-    for i, plan in enumerate(plans):
-        if plan:
-            gain[i] = max(LEAST_GAIN, improvement(unaided(examples[i]["story"], chapters[i]), aided[i]))
-    return gain
+    return [max(LEAST_GAIN, improvement(unaided(example["story"], chapter), after)) if plan else 0.0
+            for example, plan, chapter, after in zip(examples, plans, chapters, aided)]
 
 
 def rewards(examples, completions):

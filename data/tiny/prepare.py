@@ -306,10 +306,9 @@ def main():
         optimizer.param_groups[0]["lr"] = LR * scale
         ids, targets = make_batch(vocab, pad, texts)
         logits = forward(model, ids)
-        loss = 0
-        for word in (0, 1):  # of a blend both words are wanted
-            loss = loss + 0.5 * torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1), targets[:, 1:, word].flatten(), ignore_index=-100)
+        loss = sum(0.5 * torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), targets[:, 1:, word].flatten(), ignore_index=-100)
+            for word in (0, 1))  # of a blend both words are wanted
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
