@@ -36,6 +36,7 @@ import io
 import json
 import os
 import re
+from contextlib import suppress
 
 import torch
 
@@ -81,15 +82,12 @@ def last_opening(text, opening):
 def boxed(text):
     """What the last \\boxed{..} holds, braces balanced, \\text{..} unwrapped; None without one, or if cut."""
     opening = "\\boxed{"
-    start = text.rfind(opening)
-    if start < 0:
-        return None
-    start += len(opening)
+    content = text.rpartition(opening)[2] if opening in text else ""
     depth = 1
-    for i in range(start, len(text)):
-        depth += (text[i] == "{") - (text[i] == "}")
+    for i, letter in enumerate(content):
+        depth += (letter == "{") - (letter == "}")
         if depth == 0:
-            return re.sub(r"\\(?:text|textbf|mathrm)\{([^{}]*)\}", r"\1", text[start:i]).strip()
+            return re.sub(r"\\(?:text|textbf|mathrm)\{([^{}]*)\}", r"\1", content[:i]).strip()
     return None
 
 
@@ -100,13 +98,11 @@ def perplexity(model, tokenizer, contexts, continuations, rows=64):
     They are read as plain text, whatever they contain: no special token, no tag. rows: how many are read at
     once. UserError if one of them has no token."""
     no_latents = torch.zeros(0, model.config.hidden_size)
-    texts = []
-    for context, continuation in zip(contexts, continuations):
-        prompt_ids = encode_text(tokenizer, context, begins=True)
-        slots = encode_text(tokenizer, continuation)
-        if not prompt_ids or not slots:
-            raise UserError("a perplexity needs a context and a continuation of at least one token each")
-        texts.append(Rollout(prompt_ids, slots, no_latents))
+    prompts = [encode_text(tokenizer, context, begins=True) for context in contexts]
+    slots = [encode_text(tokenizer, continuation) for continuation in continuations]
+    if not all(prompts + slots):
+        raise UserError("a perplexity needs a context and a continuation of at least one token each")
+    texts = [Rollout(*ids, no_latents) for ids in zip(prompts, slots)]
     perplexities = []
     with engine.autocast(model):
         for i in range(0, len(texts), rows):
@@ -292,12 +288,10 @@ def read_rows(path):
         except csv.Error as e:
             raise UserError(f"{path}:{reader.line_num}: not CSV ({e})") from e
     if kind == ".json":
-        try:
+        with suppress(ValueError):  # hubs call files of one object per line .json too
             rows = json.loads(text)
-        except ValueError:
-            rows = None  # hubs call files of one object per line .json too
-        if isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
-            return [(f"{path}, row {i}", row) for i, row in enumerate(rows, 1)]
+            if isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
+                return [(f"{path}, row {i}", row) for i, row in enumerate(rows, 1)]
     return _json_lines(path, text)
 
 

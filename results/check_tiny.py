@@ -1,6 +1,6 @@
-"""Can the paper's claim fail in the tiny world? Measures the three properties of data/tiny/readme.md and exits
-with 1 if one is missing: the base is imperfect by habit and RL mends it, the answer takes serial work, and tags
-with nothing behind them lose the thread.
+"""Can the paper's claim fail in the tiny world? Measures the three properties of data/tiny/readme.md and
+exits with 1 if one is missing: the base is imperfect by habit and RL mends it, the answer takes serial work,
+and tags with nothing behind them lose the thread.
 
     python results/check_tiny.py                        # of the shipped base
     python results/check_tiny.py --model /tmp/base      # of another one that data/tiny/prepare.py made

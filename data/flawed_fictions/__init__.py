@@ -1,5 +1,4 @@
-"""Plot holes in real stories: Flawed Fictions (arXiv 2504.11900), the first of the paper's two tasks (Sec.
-4).
+"""Plot holes in real stories, the first of the paper's two tasks (Sec. 4): Flawed Fictions, arXiv 2504.11900.
 
 Does a short story contradict itself? The policy reasons, quotes the lines, and ends with \\boxed{Yes} or
 \\boxed{No}. prepare.py makes the stories; this module reads them. LITEREASON_DATA/flawed_fictions is looked

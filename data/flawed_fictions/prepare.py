@@ -16,6 +16,7 @@ import random
 import re
 import sys
 from collections import Counter, defaultdict
+from contextlib import suppress
 from textwrap import shorten
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
@@ -62,10 +63,8 @@ def strip_ending(story):
 def as_lines(value):
     """A field of quoted lines, in whatever form (a list, as JSON too, or a text) -> list of plain lines."""
     if isinstance(value, str) and value.strip().startswith("["):
-        try:
+        with suppress(ValueError):
             value = json.loads(value)
-        except ValueError:
-            pass
     lines = value if isinstance(value, list) else str(value).split("\n")
     return [line for line in (clean(str(line)) for line in lines) if line]
 
@@ -74,8 +73,7 @@ def label_of(where, row):
     """cont_error, however it is spelled, as a bool."""
     spelled = str(row["cont_error"]).strip().lower().removesuffix(".0")
     if spelled not in LABELS:
-        raise UserError(f"{where}: cont_error is {row['cont_error']!r}; expected 0 or 1, true or false, yes "
-                        f"or no")
+        raise UserError(f"{where}: cont_error is {spelled!r}; expected 0 or 1, true or false, yes or no")
     return LABELS[spelled]
 
 
@@ -140,7 +138,7 @@ def download():
         paths = [hf_hub_download(REPO, file, repo_type="dataset") for file in files]
     except Exception as e:  # no network, a gate, a wrong token, a full disk: the hub has many exceptions
         refused = why_the_hub_refuses(REPO, "data set", e)
-        why = f"cannot download {REPO} ({shorten(str(e), 160)}); if it asks for a token, `hf auth login` first"
+        why = f"cannot download {REPO} ({shorten(str(e), 160)}); for a token, `hf auth login`"
         raise UserError(f"{refused or why}; or {by_hand}") from e
     if not paths:
         raise UserError(f"the repository {REPO} has no flawed_fictions file of a known kind; {by_hand}")

@@ -1,5 +1,4 @@
-"""Plan the next chapter of a real book: the second of the paper's two tasks (Sec. 4; VR-CLI, arXiv
-2503.22828).
+"""Plan the next chapter of a book: the second of the paper's two tasks (Sec. 4; VR-CLI, arXiv 2503.22828).
 
 The policy reads what came before, reasons, and writes a plan after "In summary:". A frozen LM, the scorer,
 then reads the TRUE next chapter y with and without the plan. No gold plan is needed:
@@ -9,9 +8,8 @@ then reads the TRUE next chapter y with and without the plan. No gold plan is ne
     contrastive   R = I(y) - 0.5 * I(y_other)      y_other: a chapter of another book, one per prompt and step
     thresholded   R = 0 below 0.05, 0.5 up to 1, 0.9 up to 2, 1 above
 
-prepare.py makes the examples; LITEREASON_DATA/next_chapter is looked at first, if that is set. A script
-sets `settings`. The scorer sees the plan as ordinary text: no latents, no tags, no special tokens, no
-headings."""
+prepare.py makes the examples; LITEREASON_DATA/next_chapter is looked at first, if that is set. A script sets
+`settings`. The scorer sees the plan as ordinary text: no latents, no tags, no special tokens, no headings."""
 import bisect
 import functools
 import hashlib
@@ -20,6 +18,7 @@ import math
 import os
 import random
 import re
+from contextlib import suppress
 from statistics import fmean as mean
 
 import torch
@@ -82,7 +81,7 @@ of the next chapter, which begins with "{ANSWER}"."""  # nothing after it: repea
 
 
 def chapter_prompt(example, plan=""):
-    """What a frozen LM reads before it scores or writes the chapter: the sources, the plan if there is one."""
+    """What a frozen LM reads before it scores or writes the chapter: the sources, a plan if there is one."""
     return sources(example) + (PLAN_HEADING + plan if plan else "") + CHAPTER_HEADING
 
 
@@ -176,8 +175,8 @@ def _perplexities(rows, positions):
 
 @functools.lru_cache(maxsize=2)
 def fingerprint(model):
-    """A text that changes with the weights or their precision (bf16: products of fp32 weights), so that a cached
-    perplexity of another scorer is never used. Computed once per model object: a scorer is frozen."""
+    """A text that changes with the weights or their precision (bf16: products of fp32 weights): no cached
+    perplexity of another scorer is used. Computed once per model object: a scorer is frozen."""
     return f"{runs.fingerprint(model)} {model.dtype} {getattr(model, 'bf16', False)}"
 
 
@@ -190,31 +189,23 @@ def read_known(path):
     if os.path.exists(path):
         with open(path, encoding="utf-8", errors="replace") as file:
             for line in file:
-                try:
+                with suppress(ValueError, TypeError):
                     key, value = json.loads(line)
                     known[key] = float(value)
-                except (ValueError, TypeError):
-                    pass
     return known
 
 
 def unaided(pairs):
-    """Perplexities without a plan of [(example, chapter)] -> floats; computed once, kept in perplexities.jsonl
-    by a hash of the scorer's weights, what it reads and the chapter."""
+    """Perplexities without a plan of [(example, chapter)] -> floats; computed once, kept in
+    perplexities.jsonl by a hash of the scorer's weights, what it reads and the chapter."""
     path = os.path.join(folder("next_chapter"), "perplexities.jsonl")
     mark = fingerprint(scorer()[0])
     if path not in _known:
         _known[path] = read_known(path)
     known = _known[path]
-
-    keys = []
-    missing = {}  # key -> what `perplexities` needs to compute it
-    for example, chapter in pairs:
-        read = "\0".join([mark, chapter_prompt(example), chapter])
-        key = hashlib.sha256(read.encode("utf-8", "replace")).hexdigest()[:32]
-        keys.append(key)
-        if key not in known:
-            missing[key] = (example, "", chapter)
+    read = ["\0".join([mark, chapter_prompt(example), chapter]) for example, chapter in pairs]
+    keys = [hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:32] for text in read]
+    missing = {key: (pair[0], "", pair[1]) for key, pair in zip(keys, pairs) if key not in known}
     if missing:
         new = dict(zip(missing, perplexities(list(missing.values()))))
         known.update(new)
@@ -261,10 +252,8 @@ def gains(examples, plans, chapters):
     planned = [i for i, plan in enumerate(plans) if plan]
     before = unaided([(examples[i], chapters[i]) for i in planned])
     after = perplexities([(examples[i], plans[i], chapters[i]) for i in planned])
-    gain = [0.0] * len(plans)
-    for i, ppl_before, ppl_after in zip(planned, before, after):
-        gain[i] = improvement(ppl_before, ppl_after)
-    return gain
+    gain = dict(zip(planned, map(improvement, before, after)))
+    return [gain.get(i, 0.0) for i in range(len(plans))]
 
 
 def rewards(examples, completions):

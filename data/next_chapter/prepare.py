@@ -54,7 +54,7 @@ PATTERNS = [re.compile(pattern, re.IGNORECASE) for pattern in (
     rf"{CHAPTER}(?:[ .:#-]+|(?=\d)){NUMBER}{TITLE}",
     rf"(?:the )?(?P<number>{WORDS}) (?P<word>chapter)\b{TITLE}",
     rf"(?P<word>prologue|epilogue)\b{TITLE}",
-    rf"{NUMBER}(?P<title>[.:)]?|(?:[.:)]| ?[-–—]+) ?(?-i:[^a-z\s]).*)",  # a bare numeral, with a title or not
+    rf"{NUMBER}(?P<title>[.:)]?|(?:[.:)]| ?[-–—]+) ?(?-i:[^a-z\s]).*)",  # a bare numeral, perhaps a title
 )]
 DECORATED = re.compile(r"[\s\ufeff]*(#{0,6})[\s*_=~|\[–—-]*(.*?)[\s*_=~|#\]–—-]*")  # **Chapter 1**, _IV_
 
@@ -71,9 +71,9 @@ def number_of(text):
 
 
 def candidates(text):
-    """The lines that may be headings: dicts of start and end (in the text), level (how many #), number (None: a
-    title after #), called (its title in small letters), look (of a bare numeral; None beside a word), torn (it
-    stands in the middle of a sentence, as the number of a page does)."""
+    """The lines that may be headings: dicts of start and end (in the text), level (how many #), number (None:
+    a title after #), called (its title in small letters), look (of a bare numeral; None beside a word), torn
+    (the text before it ends within a sentence, as before the number of a page)."""
     found = []
     for line in re.finditer(r"(?m)^.*\w.*$", text):
         start, end = line.span()
@@ -87,7 +87,7 @@ def candidates(text):
             word, number, title = map(match.groupdict().get, ("word", "number", "title"), ("", "", ""))
             one["number"] = number_of(number) if number else 0 if word.lower() == "prologue" else LAST + 1
             one["called"] = " ".join(re.findall(r"[^\W\d]+", title.lower()))
-            one["torn"] = goes_on and text[end : end + 99].lstrip()[:1].islower()
+            one["torn"] = goes_on
             if not word:
                 one["look"] = len(marks), number.isdigit(), number.isupper(), one["called"] != ""
         if one["number"] is not None or 0 < len(marks) < 4 and len(bare) <= 80:
@@ -142,8 +142,7 @@ def cut(text, headings):
 
 
 def chapters_of_text(text):
-    """Chapters of a plain book by its headings; [] if it has fewer than two. Text before the first heading
-    is no chapter.
+    """Chapters of a plain book by its headings, without what comes before; [] if it has fewer than two.
 
     Words like "chapter" come first, then lines with #, then the bare numerals that span most of the book:
     inside chapters they number their parts. Prologues, epilogues and a "Chapter I" go with all of them."""
@@ -329,9 +328,8 @@ def describe(name, chapters):
 
 
 def read_books(paths):
-    """{book: [chapter, ..]} in their order, without empty chapters, one-chapter books and repeated books.
-
-    Says in one line each how many of what were left out. UserError if nothing is left."""
+    """{book: [chapter, ..]} in their order, without empty chapters, one-chapter books and repeated ones; says
+    what it leaves out. UserError if nothing is left."""
     books = {}
     seen = {}  # the texts of a book -> its name
     left_out = defaultdict(list)  # what -> where
@@ -370,8 +368,8 @@ def load_tokenizer(path):
         tokenizer = AutoTokenizer.from_pretrained(path)
         tokenizer("a", return_offsets_mapping=True)
     except Exception as e:  # transformers raises what it likes
-        raise UserError(f"no tokenizer that can be used at {path!r} ({shorten(str(e), 120)}); name a model that "
-                        "has one, or leave --tokenizer out") from e
+        raise UserError(f"no tokenizer that can be used at {path!r} ({shorten(str(e), 120)}); name a model "
+                        "that has one, or leave --tokenizer out") from e
     tokenizer.model_max_length = 10**9  # whole books are measured, nothing is run
     return tokenizer
 
@@ -396,7 +394,7 @@ def length(ruler, text):
 
 
 def newest(ruler, text, budget):
-    """The end of a text that fits the budget (tokens), from a paragraph's start if near, else from a word's."""
+    """The end of a text that fits the budget, from a paragraph's start if one is near, else from a word's."""
     starts, price = ruler(text)
     keep = int(budget / price)
     if len(starts) <= keep:
@@ -422,10 +420,8 @@ def first(ruler, text, budget):
 
 
 def fit_story(ruler, chapters, sizes, room, summary=None):
-    """The text before a chapter that fits `room` (tokens) -> (story, summary, is it cut?).
-
-    chapters: all before it, sizes: their tokens. With a summary of the earlier chapters the story is the
-    last one alone; otherwise as many of the last as there is room for."""
+    """The text of the chapters before one that fits `room` (tokens) -> (story, summary, is it cut?). With a
+    summary of the earlier ones it is the last alone, else as many as there is room for. sizes: tokens."""
     start = len(chapters) - 1
     while not summary and start > 0 and sum(sizes[start:]) < room:
         start -= 1
@@ -439,8 +435,8 @@ def fit_story(ruler, chapters, sizes, room, summary=None):
 
 
 def make_examples(book, chapters, ruler, story_tokens, chapter_tokens, counts):
-    """One example per chapter from the second on. counts: gets those with a cut story, with a cut chapter, and
-    those that did not fit."""
+    """One example per chapter from the second on. counts: where those with a cut story, with a cut chapter,
+    and those that did not fit are added."""
     examples = []
     sizes = [length(ruler, chapter["text"]) for chapter in chapters]
     for i in range(1, len(chapters)):
@@ -465,9 +461,8 @@ def works_of(books):
     """{book: the name of the first edition of the same work}: they have over 1 % of their runs of 8 words in
     common, by chance it is 0.2 % at most. Says which are editions of one work."""
     names = list(books)
-    texts = [" ".join(chapter["text"] for chapter in books[name]) for name in names]
-    clusters = find_clusters(texts, share=0.01)
-    work_of = {name: names[cluster] for name, cluster in zip(names, clusters)}
+    texts = [" ".join(chapter["text"] for chapter in chapters) for chapters in books.values()]
+    work_of = {name: names[cluster] for name, cluster in zip(names, find_clusters(texts, share=0.01))}
     twins = [f"{name} ({work})" for name, work in work_of.items() if name != work]
     if twins:
         print(f"{len(twins)} books are editions of another, or of parts, stay in its split: {some(twins)}")
@@ -537,7 +532,7 @@ def main():
               "or train with --reward vrcli")
     digest = write_splits(args.out, splits)
     for split, examples in splits.items():
-        print(f"{split:5} books {len({example['book'] for example in examples}):3}, examples {len(examples):4}")
+        print(f"{split:5} books {len({row['book'] for row in examples}):3}, examples {len(examples):4}")
     print(f"wrote {args.out}; content {digest}")
 
 

@@ -6,10 +6,9 @@ The prompt says who acts, and with whom two halves start: it is a plot hole if o
 
     from Mara Otto has it . .. from Otto nobody has it . ..  task : .. Rosa acts .. start with Mara and Karl :
 
-So two chains have to be followed, two to six look-ups one after the other in each; nothing else in
-the story tells. Every word is one token, so a reader can count. A story's split is a function of
-its text (`split_of`), hence no story can be in two splits, and the base model in `base/` was
-trained on the train part only."""
+So two chains have to be followed, two to six look-ups one after the other in each; nothing else in the story
+tells. Every word is one token, so a reader can count. A story's split is a function of its text (`split_of`),
+hence no story can be in two splits, and the base model in `base/` was trained on the train part only."""
 import random
 import zlib
 

@@ -74,9 +74,7 @@ def gold_plan(example):
 def plan_of(completion):
     """The text after the last "In summary :", without tags and without the words that would end the
     scorer's prompt."""
-    if ANSWER not in completion:
-        return ""
-    plan = completion.rsplit(ANSWER, 1)[1]
+    plan = completion.rpartition(ANSWER)[2] if ANSWER in completion else ""
     for start, end, _ in reversed(parse_tags(plan)):
         plan = plan[:start] + plan[end:]
     structure = ("chapter", "plan", "task", ":", "<|endoftext|>")

@@ -2,8 +2,8 @@
 
 The base stands for the pretrained LM that the paper starts from: a Qwen3 of 0.3 M parameters and two
 layers, trained from random weights on what readers of different care wrote after the two kinds of prompt.
-Two layers can follow a piece of the map by one hand, not by two: a second look-up needs a second
-position, written or latent.
+Two layers can follow a piece of the map by one hand, not by two: a second look-up needs a second position,
+written or latent.
 
 School comes first: stories told again, then careful readers of chains that grow when the last length is
 mastered. Then the readers get the habits that are listed below. Like a pretrained LM the base has then seen
@@ -43,8 +43,7 @@ BARE = 0.7     # share of a reader's tags with nothing behind them; behind the o
 BLENDED = 0.4  # share of it in which the two words of a round are one position, their embeddings added
 # (Careful readers leave no tag bare and blend 0.8: of all tags 0.2 are bare, of all shorthand 0.76 blended.)
 
-KINDS = ("hole", "careful", "plan", "chapter")  # what is read after school
-PARTS = (40, 45, 10, 5)  # .. in parts of 100
+PARTS = {"hole": 40, "careful": 45, "plan": 10, "chapter": 5}  # of 100 texts that are read after school
 MOST = 5        # the highest number in a tag
 
 EOS = "<|endoftext|>"
@@ -52,9 +51,7 @@ EOS = "<|endoftext|>"
 
 def sentence(before, pair, asked):
     """One round in words. asked: who acts on the map, None where nobody is named."""
-    found = ""
-    if asked:
-        found = f"so {asked} has {('none', 'one', 'both')[pair.count(asked)]} of the halves , "
+    found = f"so {asked} has {('none', 'one', 'both')[pair.count(asked)]} of the halves , " if asked else ""
     looked_up = f"from {before[0]} {pair[0]} and from {before[1]} {pair[1]}"
     return f"{looked_up} , {found}go on with {pair[0]} and {pair[1]} .".split()
 
@@ -66,9 +63,7 @@ def trace(rng, row, latent, school):
     A tag over k rounds has the number k + 1: its shorthand begins with where the reader stands."""
     rounds = [list(pair) for pair in zip(*row["chains"])]
     asked = row.get("asked")
-    skipping = 0.0
-    if latent:
-        skipping = rng.choice((0.5, 0.95) if school else SKIPPING)
+    skipping = rng.choice((0.5, 0.95) if school else SKIPPING) if latent else 0.0
 
     def stops(pair):
         if school or asked in pair or tiny.NOBODY in pair:
@@ -158,7 +153,7 @@ def school_text(rng, hops):
 
 def later_text(rng):
     """(prompt, continuation) of a reader with habits, of both tasks."""
-    kind = rng.choices(KINDS, PARTS)[0]
+    kind = rng.choices([*PARTS], PARTS.values())[0]
     if kind in ("hole", "careful"):
         row = train_row(rng, lambda: tiny.make_story(rng, rng.random() < 0.5, rng.choice(tiny.LENGTHS)))
         if kind == "hole":
@@ -197,10 +192,8 @@ def make_model(vocab_size, pad):
 
 
 def make_batch(vocab, pad, pairs):
-    """[(prompt, continuation)] -> ids (B, S, 2), targets (B, S, 2) with -100 at padding and in prompts.
-
-    The two ids of a position differ where two words are blended.
-    The end after the continuation is learned."""
+    """[(prompt, continuation)] -> ids (B, S, 2), targets (B, S, 2) with -100 at padding and in prompts. The
+    two ids of a position differ where two words are blended. The end after the continuation is learned."""
     rows, learned = [], []
     for prompt, text in pairs:
         words = list(prompt) + text + [EOS]
@@ -236,12 +229,11 @@ def right(vocab, logits, ids, targets):
     top = logits.topk(2).indices.sort(-1).values
     hit = logits.argmax(-1) == wanted[..., 0]
     both_hit = (top == wanted.sort(-1).values).all(-1)
-    answers = (wanted[..., 0] == vocab["Yes"]) | (wanted[..., 0] == vocab["No"])
     kinds = {
         "look-ups": (hit, is_person & ~is_blend & (two_before == vocab["from"])),
         "shorthand": (hit, is_person & ~is_blend & people[before] & (two_before != vocab["from"])),
         "blends": (both_hit, is_blend),
-        "answers": (hit, answers)}
+        "answers": (hit, (wanted[..., 0] == vocab["Yes"]) | (wanted[..., 0] == vocab["No"]))}
     return {name: (int((ok & where).sum()), int(where.sum())) for name, (ok, where) in kinds.items()}
 
 
@@ -271,11 +263,9 @@ def has_mastered(recent, hops):
 def main():
     parser = runs.parser(__doc__)
     parser.add_argument("--out", metavar="DIR", default=os.path.join(HERE, "base"),
-                        help="where the model is written (default data/tiny/base: the shipped base is "
-                        "replaced)")
-    parser.add_argument("--most", type=int, metavar="N", default=4000,
-                        help="most steps of the first phase, school, which ends when 95 %% of what is "
-                        "asked there is right (default 4000)")
+                        help="for the model (default data/tiny/base: the shipped base is replaced)")
+    parser.add_argument("--most", type=int, metavar="N", default=4000, help="most steps of school, which "
+                        "ends when 95 %% of what is asked there is right (default 4000)")
     parser.add_argument("--steps", type=int, metavar="N", default=2000,
                         help="optimiser steps after school (default 2000)")
     parser.add_argument("--seed", type=int, default=0, help="of all random draws (default 0)")
@@ -319,8 +309,7 @@ def main():
 
         # Say what has been learned, and go on to the next class.
         if step % 50 == 0 or left == 0:
-            shares = " ".join(f"{name} {share(recent, name):.3f}"
-                              for name in ("look-ups", "shorthand", "blends", "answers"))
+            shares = " ".join(f"{name} {share(recent, name):.3f}" for name in recent[-1])
             print(f"step {step:5d} {f'class {hops}' if school else 'after school'} | loss {loss.item():.3f} "
                   f"| {time.time() - began:5.0f}s | {shares}", flush=True)
         if school and (has_mastered(recent, hops) or step >= args.most):
