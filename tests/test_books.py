@@ -53,9 +53,9 @@ def test_numbers_are_read_in_every_form():
     assert number_of("the last") > 10**5
     assert [number_of(n) for n in ("iv", "XIX", "XLIX", "xc", "CXIV", "IIII", "12", "12.5")] == [
         4, 19, 49, 90, 114, 4, 12, 12.5]
-    written = 3, 2.5, "10", "IV", "Chapter 7", "4: The Lamp", "The Lamp", True, None
+    written = 3, 2.5, "10", "IV", "Chapter 7", "4: The Lamp", "V\nThe Lamp", "The Lamp", "", True, None
     assert [order_of(value) for value in written] == [
-        3, 2.5, 10, 4, 7, 4, None, None, None]
+        3, 2.5, 10, 4, 7, 4, 5, None, None, None, None]
 
 
 @pytest.mark.parametrize("headings", [
@@ -108,7 +108,7 @@ def test_markdown_takes_the_level_of_its_chapters():
 @pytest.mark.parametrize("prose", [
     "he said that\nchapter two of his memoirs was\nthe best", "and in\nChapter Two, as we know,\nit ended",
     "I read\nchapter four of his memoirs", "we closed\nChapter One. It was late",
-    "he.\n\nChapter 2 of his book was it",
+    "he.\n\nChapter 2 of his book was it", "and so in the\nChapter Two. It was late",
 ])
 def test_prose_that_begins_like_a_heading_is_prose(headings, prose):
     for i in range(3):

@@ -78,7 +78,7 @@ def candidates(text):
     for line in re.finditer(r"(?m)^.*\w.*$", text):
         start, end = line.span()
         before = text[max(start - 99, found[-1]["end"] if found else 0) : start]
-        goes_on = before.rstrip()[-1:].islower()
+        goes_on = before.rstrip(" \t\n,")[-1:].islower()
         is_wrapped = goes_on and len(before[:-1].rpartition("\n")[2]) > 40  # prose that fills its lines
         marks, bare = DECORATED.fullmatch(" ".join(line.group().split())).groups()
         match = next(filter(None, (pattern.fullmatch(bare) for pattern in PATTERNS)), None)
@@ -154,7 +154,7 @@ def chapters_of_text(text):
     bare = []
     for look in {one["look"] for one in numbered if one["look"]}:
         torn = [one["torn"] for one in numbered if one["look"] == look]
-        if sum(torn) < len(torn) / 2:  # else they are numbers of pages
+        if sum(torn) <= len(torn) / 2:  # else they are numbers of pages
             bare.append(rising([one for one in numbered if one["look"] in (None, look)]))
     bare.sort(key=span, reverse=True)
     is_table = bare and 4 * span(worded) < span(bare[0])
