@@ -10,5 +10,5 @@ number from 1 to 5. """
 def prompt(example, latent):
     """What the policy reads, without a chat template; with `latent`, the offer of the tag."""
     return (f"{sources(example)}\n\nSay in two or three short sentences what should happen next in this "
-            f"story and why. {OFFER if latent else ''}Then write one last line that tells what happens in the next "
-            f"chapter and begins with \"{ANSWER}\".")
+            f"story and why. {OFFER if latent else ''}Then write one last line that tells what happens in the "
+            f"next chapter and begins with \"{ANSWER}\".")
