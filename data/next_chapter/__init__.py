@@ -215,8 +215,7 @@ def unaided(pairs):
             with open(path, "a", encoding="utf-8") as file:
                 file.write("\n" + "".join(lines))  # a line end first: the last line may be cut
         except OSError as e:
-            print(f"warning: perplexities are not kept in {path} ({e.strerror}); they will be computed again "
-                  f"next time")
+            print(f"warning: perplexities are not kept in {path} ({e.strerror}), only in this process")
     return [known[key] for key in keys]
 
 
