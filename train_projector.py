@@ -173,6 +173,24 @@ def _lines_already_there(path, header):
     return lines
 
 
+def given_traces(path, task, examples):
+    """Ours: traces that somebody else has written, for a base that earns nothing -> as collect_traces.
+
+    path: jsonl, in each line the number of a train example and a text: {"example": 0, "text": ".."}."""
+    traces = []
+    try:
+        with open(path, encoding="utf-8") as f:
+            for line in f:
+                row = json.loads(line)
+                prompt = task.prompt(examples[row["example"]], True)
+                traces.append({"example": row["example"], "prompt": prompt, "text": row["text"]})
+    except (OSError, ValueError, TypeError, KeyError, IndexError) as e:
+        raise UserError(f"--traces {path}: {e!r}; each line is to be like {{\"example\": 0, \"text\": \"..\"}}, "
+                        f"example being one of {len(examples)} train examples") from e
+    print(f"stage 1: {len(traces)} traces from {path}, none sampled")
+    return traces
+
+
 def read_traces(path):
     """The traces that collect_traces has written there."""
     with open(path) as f:
@@ -517,14 +535,14 @@ def mean_loss(model, traces, latent):
 
 # ============================================================ both stages
 def stages_1_and_2(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, every=50, betas=(0.9, 0.95),
-                   max_length=None, keep_cut=False, smoke=False, **changes):
+                   max_length=None, keep_cut=False, smoke=False, given=None, **changes):
     """Both stages; trains model.reasoning_projector in place and prints what came of it -> the figures
     printed.
 
     Continues from what a stopped run left in `out`: traces.jsonl, and stage 2's states (one every so many
     steps) in stage-2/. n: val examples for the accuracy before and after. betas, max_length, keep_cut, smoke:
-    the flags of these names. changes: of RELEASED or SMALL above, whichever the model's size selects; None
-    leaves a value as it is."""
+    the flags of these names; given: --traces. changes: of RELEASED or SMALL above, whichever the model's size
+    selects; None leaves a value as it is."""
     cfg = dict(SMALL if runs.is_small(model) else RELEASED)
     cfg.update({name: value for name, value in changes.items() if value is not None})
     started = time.time()
@@ -548,8 +566,11 @@ def stages_1_and_2(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, e
           f"{report.beside_released(cfg, applies)}")
     # With targets no tag is written in stage 1: a target is taken from a sentence that was written out.
     tag = "forbidden" if aim == "words" else None
-    traces, left_out = collect_traces(model, tokenizer, task, examples, cfg["k"], max_new_tokens, seed, path,
-                                      tag, keep_cut)
+    if given:
+        traces, left_out = given_traces(given, task, examples), []
+    else:
+        traces, left_out = collect_traces(model, tokenizer, task, examples, cfg["k"], max_new_tokens, seed,
+                                          path, tag, keep_cut)
     marker = data.opening_of(task)
     try:
         train, held = mask_all(model, tokenizer, traces, left_out, marker, rng, aim, cfg["words"])
@@ -602,7 +623,7 @@ def stages_1_and_2(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, e
     print(f"stage 2: {data.measure_of(task)} with the tag prompt on {len(checked)} val stories: "
           f"{before['accuracy']:.3f} before, {after['accuracy']:.3f} trained; "
           f"both stages {time.time() - started:.0f}s", flush=True)
-    sampled = cfg["k"] * len(examples)
+    sampled = 0 if given else cfg["k"] * len(examples)
     return {"kept": len(traces), "sampled": sampled, "losses": losses, "before": before, "after": after}
 
 
@@ -661,6 +682,8 @@ def parse_arguments():
                    help=f"train prompts to sample traces for ({by_size('prompts')})")
     g.add_argument("--samples", type=int, metavar="N", default=None,
                    help=f"traces per prompt ({by_size('k')})")
+    g.add_argument("--traces", metavar="FILE", help="take traces from there, jsonl with example (the number of a "
+                   "train example) and text, for a base that earns nothing (ours; default: the base's own)")
     g.add_argument("--max-new-tokens", type=int, metavar="N", default=None,
                    help=f"slots per trace, latents included "
                    f"({runs.default_text(runs.SLOTS_SMALL, runs.SLOTS_RELEASED)})")
@@ -716,7 +739,8 @@ def main():
                             args.save_every, prompts=args.prompts, k=args.samples, lr=args.lr,
                             batch=args.batch, steps=args.steps, imitate=args.imitate, targets=args.targets,
                             words=args.words, noise=args.noise, train_base=args.train_base,
-                            betas=args.betas, max_length=args.max_length, keep_cut=args.keep_cut)
+                            betas=args.betas, max_length=args.max_length, keep_cut=args.keep_cut,
+                            given=args.traces)
     runs.save(model, tokenizer, os.path.join(args.out, "model"))
     runs.write_json(os.path.join(args.out, "results.json"), result)
     print(f"saved {args.out}/model; next: python train_rl.py --model {args.out} --task {args.task}")
