@@ -43,8 +43,8 @@ import report
 import runs
 import targets
 from eval import PAPER, evaluate
-from litereason import (CAP, CLOSE, LATENT, OPEN, Rollout, UserError, embedding_size, generate, insert_latents,
-                        load, logprobs, parse_tags, projector_loss, start_projector, PROJECTORS)
+from litereason import (CAP, CLOSE, LATENT, OPEN, PROJECTORS, Rollout, UserError, embedding_size, generate,
+                        insert_latents, load, logprobs, parse_tags, projector_loss, start_projector)
 
 # Share of the sentences that become tags; versions per trace and ratio (paper Sec. 3.3)
 RATIOS, VERSIONS = (0.10, 0.25), 5
@@ -186,7 +186,7 @@ def given_traces(path, task, examples):
                 traces.append({"example": row["example"], "prompt": prompt, "text": row["text"]})
     except (OSError, ValueError, TypeError, KeyError, IndexError) as e:
         raise UserError(f"--traces {path}: {e!r}; each line is to be like {{\"example\": 0, \"text\": \"..\"}}, "
-                        f"example being one of {len(examples)} train examples") from e
+                        f"with one of {len(examples)} train examples") from e
     print(f"stage 1: {len(traces)} traces from {path}, none sampled")
     return traces
 
@@ -412,6 +412,7 @@ def fit_projector(model, traces, lr, batch, steps=None, schedule=True, clip=0.2,
                 m = {"step": step + 1, "loss": total, "grad_norm": float(norm), "z_size": _median(sizes)}
                 lines.append(json.dumps({name: runs.if_finite(value) for name, value in m.items()}) + "\n")
                 sizes.clear()
+                bar.set_postfix({name: m[name] for name in ("loss", "z_size") if m[name] is not None})
                 if log:
                     log.write(lines[-1])
                     log.flush()
@@ -431,8 +432,8 @@ def fit_projector(model, traces, lr, batch, steps=None, schedule=True, clip=0.2,
 
 @contextlib.contextmanager
 def _sizes_made(model):
-    """Inside, the list that it gives fills with the sizes of all latents that the projector makes, in sizes of an
-    embedding."""
+    """Inside, the list that it gives fills with the lengths of all latents that the projector makes, in lengths
+    of an embedding."""
     sizes, one = [], embedding_size(model)
     # Whatever module the projector is, and whatever loss it is trained with.
     hook = model.reasoning_projector.register_forward_hook(
@@ -595,12 +596,12 @@ def stages_1_and_2(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, e
                               max_new_tokens=max_new_tokens, **PAPER)
         return figures
 
-    if cfg["imitate"]:  # ours: a real base seldom writes the tag that it is offered, and then RL has none to keep
+    if cfg["imitate"]:  # ours: a base that never writes the tag has none for RL to keep
         loss = fit_projector(model, train, IMITATION_LR, cfg["batch"], cfg["imitate"], seed=seed, clip=1.0,
                              progress="the imitation", states=os.path.join(out, "imitation"), every=every,
                              aim="imitation")
-        print(f"imitation: the base has learned {cfg['imitate']} steps on masked traces, loss {loss:.4f} in the "
-              f"end", flush=True)
+        print(f"imitation: {cfg['imitate']} steps of the base on masked traces, loss {loss:.4f} in the end",
+              flush=True)
     states = os.path.join(out, "stage-2")
     found = runs.read_state(states)
     if found:
@@ -633,9 +634,10 @@ def say_size_of_start(sizes, are_fed=True):
     lost = int((~sizes.isfinite()).sum())
     size = f"a latent is {float(sizes.median()):.3g} times as long as an embedding"
     if are_fed and (lost or sizes.max() > LARGE):
-        print(f"warning: stage 2 begins where {size}, the longest {float(sizes.nan_to_num(math.inf).max()):.3g} "
-              f"times, {lost} of {len(sizes)} not finite: the words around it are not read. Take --projector "
-              f"normed, whose outputs are as long as an embedding", flush=True)
+        longest = float(sizes.nan_to_num(math.inf).max())
+        print(f"warning: stage 2 begins where {size}, the longest {longest:.3g} times, {lost} of {len(sizes)} not "
+              f"finite: the words around it are not read. Take --projector normed, whose outputs are as long "
+              f"as an embedding", flush=True)
     else:
         print(f"stage 2: {size} at the start", flush=True)
 
@@ -647,13 +649,12 @@ def by_size(name):
 def add_start_flags(group):
     """What stage 2 starts from, the same for both training scripts."""
     group.add_argument("--projector", default="warm", choices=["warm", "random", *PROJECTORS],
-                       help="what stage 2 starts from: warm, the default of the model's size, mlp for a small one, "
-                            "else normed; mlp, copies of the last block's MLP, the paper's; normed, the same with "
-                            "a norm behind each; random weights or pause, one learned vector (controls) (default "
-                            "warm)")
+                       help="what stage 2 starts from: mlp, copies of the last block's MLP, the paper's; normed, "
+                            "the same with a norm behind each; random weights, or pause, one learned vector "
+                            "(controls); warm, mlp for a small model, else normed (default warm)")
     group.add_argument("--imitate", type=int, metavar="STEPS",
-                       help="before stage 2 the base learns so many steps to write the masked traces, so that it "
-                            "writes tags at all (ours; default 0)")
+                       help="before stage 2 the base learns so many steps to write the masked traces, so that "
+                            "it writes tags at all (ours; default 0)")
 
 
 def set_start(args, model):
@@ -661,8 +662,8 @@ def set_start(args, model):
     if args.projector == "warm":
         return
     if model.projector_trained:
-        raise UserError(f"--projector {args.projector} is for stage 2, but {args.model} has a trained projector: "
-                        "leave the flag out, or start from a model that has none")
+        raise UserError(f"--projector {args.projector} is for stage 2, but {args.model} has a trained "
+                        "projector: leave the flag out, or start from a model that has none")
     torch.manual_seed(args.seed)
     start_projector(model, args.projector)
 
@@ -682,8 +683,8 @@ def parse_arguments():
                    help=f"train prompts to sample traces for ({by_size('prompts')})")
     g.add_argument("--samples", type=int, metavar="N", default=None,
                    help=f"traces per prompt ({by_size('k')})")
-    g.add_argument("--traces", metavar="FILE", help="take traces from there, jsonl with example (the number of a "
-                   "train example) and text, for a base that earns nothing (ours; default: the base's own)")
+    g.add_argument("--traces", metavar="FILE", help="take traces from there, jsonl with example (the number "
+                   "of a train example) and text, for a base that earns nothing (ours; default: the base's own)")
     g.add_argument("--max-new-tokens", type=int, metavar="N", default=None,
                    help=f"slots per trace, latents included "
                    f"({runs.default_text(runs.SLOTS_SMALL, runs.SLOTS_RELEASED)})")

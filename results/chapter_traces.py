@@ -1,8 +1,9 @@
-"""Traces for a base that earns nothing: made of the train chapters, not by the model (train_projector.py --traces).
+"""Traces for a base that earns nothing, for train_projector.py --traces: made of the train chapters, not by the
+model.
 
-SmolLM2-135M kept 5 of 159 samples of stage 1, none with a sentence before its plan, so there is nothing to put a tag
-into. Here a chapter's first whole sentence stands for the plan and the others for the reasoning. This gives the train
-chapters away, and only them: what it teaches is the form, and the prose of these books.
+SmolLM2-135M kept 5 of 159 samples of stage 1, none with a sentence before its plan, so there is nothing to put a
+tag into. Here a chapter's first whole sentence stands for the plan and the others for the reasoning. This gives
+the train chapters away, and only them: what it teaches is the form, and the prose of these books.
 
     python results/chapter_traces.py --task next_chapter.short --out traces.jsonl
 """
@@ -27,8 +28,9 @@ def main():
     lines = []
     for number, example in enumerate(task.examples("train")):
         sentences = sentences_of(" ".join(example["chapter"].split()))
-        first, *others = [sentence for sentence in sentences if re.search(r"[.!?][\"'”’]*$", sentence)] or [""]
-        if others:
+        whole = [sentence for sentence in sentences if re.search(r"[.!?][\"'”’]*$", sentence)]
+        if len(whole) > 1:
+            first, *others = whole
             text = f"{' '.join(others)}\n{task.ANSWER} {first}"
             lines.append(json.dumps({"example": number, "text": text}) + "\n")
     runs.write_text(args.out, "".join(lines))

@@ -111,8 +111,8 @@ def interval(array):
 
 
 def interval_by_book(scores, books, resamples=10000):
-    """95 % interval of the mean of scores (N,) that counts books: whole books are drawn again. Of a handful of
-    books it is too narrow."""
+    """95 % interval of the mean of scores (N,) that counts books: whole books are drawn again. With a handful
+    of books it is too narrow."""
     names = sorted(set(books))
     own = [np.asarray([score for score, book in zip(scores, books) if book == name]) for name in names]
     sums, counts = (np.array([f(x) for x in own], dtype=np.float64) for f in (np.sum, len))

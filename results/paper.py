@@ -49,7 +49,7 @@ TRAINED = [
     ("LiteReason + length penalty", "litereason-lp",
      "train_rl.py --model {projector} --targets none --overlong-buffer {limit}"),
 ]
-# What else is fed to LiteReason's policy in the place of its latents: (name in the table, directory, --latent).
+# What is fed to LiteReason's policy in its latents' place: (name in the table, directory, --latent).
 REPLACED = [("LiteReason, its latents taken away", "litereason-text", "none"),
             ("LiteReason, another story's latents", "litereason-other", "other")]
 METHODS = [method for _, method, _ in TRAINED]
@@ -470,8 +470,8 @@ ROWS = ["base, explicit reasoning", "base, tag prompt", "LiteReason before RL", 
 
 
 def rows_of(args, task, records):
-    """{name in the table: {seed: row}}; a row is evaluate's result, with what its training took. records: of the
-    jobs, as kept.gather makes them."""
+    """{name in the table: {seed: row}}; a row is evaluate's result, with what its training took. records: of
+    the jobs, as kept.gather makes them."""
     found = {}
     for seed in args.seeds:
         def rows_in(method, seed=seed):
@@ -499,7 +499,7 @@ def results_in(folder):
 
 
 def cost_of(args, task, seed, records, training):
-    """What one row's training took. training: the methods whose runs it needed, the last of which is its own."""
+    """What one row's training took. training: the methods whose runs it needed, its own the last."""
     own = [records.get(directory(args, task, method, seed), {}) for method in training]
     seconds = [record.get("run_seconds") for record in own]
     return {

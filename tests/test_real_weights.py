@@ -31,8 +31,8 @@ import report
 import runs
 import train_projector
 import train_rl
-from litereason import (LATENT, NormedProjector, Rollout, generate, insert_latents, load, logprobs, naive_generate,
-                        parse_tags, unroll, watcher, z_size)
+from litereason import (LATENT, NormedProjector, Rollout, generate, insert_latents, load, logprobs,
+                        naive_generate, parse_tags, unroll, watcher, z_size)
 
 FOLDER = os.path.abspath(os.environ.get("LITEREASON_REAL_WEIGHTS") or os.path.join(ROOT, "out", "real"))
 SMOLLM2, GEMMA, QWEN = NAMES = "SmolLM2-135M-Instruct", "gemma-3-270m", "Qwen2.5-Coder-0.5B-Instruct"
@@ -144,7 +144,8 @@ def test_in_bf16_sampler_scorer_and_definition_agree_on_average(real):
 def chain_of_five(model, tok):
     """[size of z_1, .., z_5], in sizes of an embedding."""
     ids = runs.encode_text(tok, f"The king was old. His sons went.{tag(5)}")
-    _, (latents,) = unroll(model, [Rollout(tok.encode("A tale."), insert_latents(model, tok, ids + ids[:1]), None)])
+    slots = insert_latents(model, tok, ids + ids[:1])
+    _, (latents,) = unroll(model, [Rollout(tok.encode("A tale."), slots, None)])
     return [z_size(model, z[None]) for z in latents]
 
 

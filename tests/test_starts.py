@@ -1,4 +1,4 @@
-"""What stage 2 begins with: a projector whose latents are of the size of embeddings, and a base that writes tags."""
+"""What stage 2 begins with: a projector whose latents are as long as embeddings, and a base that writes tags."""
 import json
 import math
 
@@ -10,13 +10,13 @@ from test_resume import run, same_weights, stopped
 import litereason
 import runs
 import train_projector
-from litereason import (LATENT, NormedProjector, Rollout, UserError, attach, embedding_size, insert_latents, load,
-                        save, start_projector, z_size)
+from litereason import (LATENT, NormedProjector, Rollout, UserError, attach, embedding_size, insert_latents,
+                        load, save, start_projector, z_size)
 from results import starts
 from train_projector import fit_projector, say_size_of_start, without_latents
 
-IMITATION = ("--device", "cpu", "--prompts", 40, "--samples", 1, "--steps", 2, "--batch", 4, "--save-every", 2,
-             "--n", 1, "--max-new-tokens", 100, "--targets", "none", "--imitate", 3)
+IMITATION = ("--device", "cpu", "--prompts", 40, "--samples", 1, "--steps", 2, "--batch", 4, "--n", 1,
+             "--save-every", 2, "--max-new-tokens", 100, "--targets", "none", "--imitate", 3)
 
 
 # ---------------------------------------------------------------- the normed start
@@ -92,7 +92,8 @@ def test_latents_that_drown_the_words_are_said_before_stage_2(capsys):
 
 def traces(model, tok):
     text = f"ab{tag(3)}cd{tag(2)}.<eos>"
-    return [Rollout(tok.encode("the story"), insert_latents(model, tok, tok.encode(text)), torch.zeros(0, 32))]
+    slots = insert_latents(model, tok, tok.encode(text))
+    return [Rollout(tok.encode("the story"), slots, torch.zeros(0, 32))]
 
 
 def test_each_step_of_stage_2_says_how_large_latents_are_and_skipped_ones_are_said(model, tok, tmp_path, capsys):
