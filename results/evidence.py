@@ -20,6 +20,8 @@ PAIRS = [
     ("LiteReason", "RL with tags, no latents"),
     ("LiteReason", "LiteReason, its latents taken away"),
     ("LiteReason", "LiteReason, another story's latents"),
+    ("LiteReason before RL", "LiteReason before RL, another story's latents"),
+    ("LiteReason before RL", "LiteReason before RL, its latents taken away"),
     ("LiteReason", "RL with tags, no latents, after stage 2"),
     ("LiteReason + length penalty", "RL + length penalty"),
     ("LiteReason + length penalty", "RL with tags + length penalty"),

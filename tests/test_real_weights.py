@@ -78,7 +78,7 @@ def seeded():
 LIMIT = 32
 TEXTS = [
     f" His sons went.{tag(3)}\nAnd they came.<end>",  # for a short prompt; ends merged with their neighbours
-    f"{tag(2)}{tag(1)}",                              # two in a row, then what the model samples
+    f"{tag(2)}{tag(1)} and the king gave them bread",  # two in a row; cut by the limit
     f"{tag(9)} <end>",                                # for a chat prompt; above the cap
     " one had a horse, and the other",                # no tag; then what the model samples
 ]
@@ -200,7 +200,7 @@ def test_a_prompt_is_what_the_models_template_makes_of_it_default_system_prompt_
     ids = runs.encode_prompt(model, tok, text)
     opened = runs.encode_prompt(model, tok, text, "In summary:")
     assert runs.end_of_answer(model, tok) == tok.eos_token_id
-    added = set(tok.all_special_ids)
+    added = {i for i, token in tok.added_tokens_decoder.items() if token.special}
     if model.config.model_type == "gemma3_text":  # a base model without a template
         assert not tok.chat_template
         assert ids == [tok.bos_token_id] + runs.encode_text(tok, text) and not added & set(ids[1:])

@@ -370,7 +370,7 @@ def test_the_papers_table_is_planned_run_stopped_and_continued(
     assert "stopped by SIGTERM; state-1 is saved" in said and "| LiteReason + length penalty |" in said
     assert "| LiteReason |" not in said and "measuring" not in said  # that is known from the plan
     assert ([words[0] for words in Process.started[:4]]
-            == ["eval.py", "train_projector.py", "eval.py", "train_rl.py"])
+            == ["eval.py", "train_projector.py", "eval.py", "eval.py"])
     del Process.started[:]
 
     here()
