@@ -424,8 +424,7 @@ def test_next_chapters_get_the_same_table_and_no_length_penalty(here, tmp_path, 
     assert "no length penalty is run on next_chapter" in said and "| reward |" in said
     assert "reward vrcli, scorer the base" in said
     found = json.load(open(tmp_path / "out" / "methods-Rnd-1B.next_chapter.json"))
-    assert list(found) == ["base, explicit reasoning", "base, tag prompt", "LiteReason before RL",
-                           "LiteReason", "LiteReason, its latents taken away", "LiteReason, another story's latents"]
+    assert list(found) == paper.ROWS[:8]  # of the base and of LiteReason
     assert all("--reward vrcli" in " ".join(words) for words in Process.started)
 
 
