@@ -227,6 +227,10 @@ def table(rows):
     return "\n".join(lines)
 
 
+def in_order(rows):
+    return sorted(rows, key=lambda row: (row["model"], row["lr"], STARTS.index(row["start"])))
+
+
 def numbers(values):
     return ", ".join("not finite" if value is None else f"{value:.2g}" for value in values)
 
@@ -260,7 +264,7 @@ def main():
                 rows.append(measure(path, args.text, start, seed, args.steps, args.lr))
                 runs.write_json(PATH, rows)
                 print(table(rows[-1:]).splitlines()[-1], flush=True)
-    print(table(sorted(rows, key=lambda row: (row["model"], row["lr"], STARTS.index(row["start"])))))
+    print(table(in_order(rows)))
 
 
 if __name__ == "__main__":
