@@ -19,11 +19,10 @@ Every row of results.json says what it took (stories, traces, sampled_tokens, op
 same model does on train_stories it has learned from (train_accuracy): memorising shows as a gap. The main row
 is sampled as the paper samples, the indented one below it at temperature 1.
 
-The size of what is fed stands in each row (z_size: in sizes of an embedding), since real models are not built
-for it. Coconut's state is fed as it is, as in its paper, whatever its size: 7 times an embedding in the tiny
-world, 4 times in gemma-3-270m, 15 times in SmolLM2-135M, 360 times in Qwen2.5-Coder-0.5B, so that there the words
-around it are hardly read before it is trained. Soft Thinking, MoI and CoLaR's draws are of the size of an
-embedding by construction.
+The size of what is fed stands in each row (z_size: in sizes of an embedding). Coconut's state is fed as it is,
+as in its paper: 7 times an embedding in the tiny world, 4 times in gemma-3-270m, 15 times in SmolLM2-135M, 360
+times in Qwen2.5-Coder-0.5B, where the words around it are hardly read before it is trained. What Soft Thinking,
+MoI and CoLaR feed is about as long as an embedding by construction.
 
 Left out, and why: (1) special tokens around a block: the tiny world has no room for new words, and the
 answer's first word (of task.ANSWER) ends a block as well. (2) Each method's own sampling: all are compared

@@ -300,7 +300,7 @@ def _numbers(args, s, longest, whole, usable, scorer, checkpoint, offload):
         own = args.max_new_tokens + whole // 16  # of a rollout, as engine.pack counts
         batch = args.prompts * (longest + args.group * own)
         most = max(min(s.most_positions, batch), whole)
-        positions = largest(lambda n: n < whole or can_update(n), most, 256)
+        positions = largest(lambda n: n < whole or can_update(n), most, min(256, most))
         positions = positions if can_update(positions) else 0
     rows = args.rows
     if rows is None:

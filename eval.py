@@ -111,7 +111,8 @@ def evaluate(model, tokenizer, task, examples, latent_prompt=True, samples=1, se
 
     accuracy_ci95    over examples (the mean of an example's samples is one observation), see interval
     per_example      the same observations one by one, for paired tests
-    z_size           of what latent steps fed: median norm in sizes of an embedding; None: none ran, or not finite
+    z_size           median norm of what latent steps fed, in sizes of an embedding; None without any, or if it
+                     is not finite
     flops            per answer, see flops
     seconds_each     per answer, in these batches
     seconds_alone    per answer of the first `alone` examples, decoded one at a time

@@ -283,12 +283,12 @@ class ReasoningProjector(torch.nn.ModuleList):
 
 
 class NormedProjector(ReasoningProjector):
-    """Ours, what a real model begins with: the same copies, a norm behind each, so that an output is as long as
-    an embedding.
+    """Ours, what a real model begins with: the same copies, a norm behind each; the output is as long as an
+    embedding.
 
     A SwiGLU is quadratic in its input. On trained weights three of them in a row make of a state of norm 43 a
-    latent of 2e18 (SmolLM2; the size of an embedding is 2.8), and the next token is then uniform over the
-    vocabulary: results/starts.py. The released code has no such norms and cannot run this projector."""
+    latent of 2e18 (SmolLM2, whose embeddings have 2.8), and the next token is then uniform over the vocabulary:
+    results/starts.py. The released code has no such norms and cannot run this projector."""
 
     def __init__(self, mlps=(), size=1.0):
         super().__init__(mlps)
@@ -345,8 +345,8 @@ def embedding_size(model):
 
 
 def z_size(model, latents):
-    """The median norm of latents (n, D), in sizes of an embedding; nan if they are not finite, None if there are
-    none."""
+    """The median norm of latents (n, D), in sizes of an embedding; nan if they are not finite, None without
+    any."""
     return float(latents.float().norm(dim=-1).median()) / embedding_size(model) if len(latents) else None
 
 

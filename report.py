@@ -343,7 +343,7 @@ def table(rows, measure="accuracy"):
     for name, row in rows:
         cells = [
             *_first_cells(name, width, row),
-            "" if row.get("z_size") is None else f"{row['z_size']:.3g}",  # not in tables of before it was there
+            f"{row['z_size']:.3g}" if row.get("z_size") else "",  # earlier tables have none
             f"{row['tags']:.2f}",
             f"{row['truncated']:.3f}",
             f"{row['forward_positions']:.1f}",

@@ -789,9 +789,9 @@ def parse_resumable(parser, script, free=("device", "graphs")):
     flags in `free` may stand."""
     args = parser.parse_args()
     if args.resume is None:
-        for flag in ("model", "scorer"):
-            name = getattr(args, flag)
-            if name not in (None, "tiny") and os.path.isdir(name):
+        for flag in ("model", "scorer", "traces"):
+            name = getattr(args, flag, None)
+            if name not in (None, "tiny") and os.path.exists(name):
                 setattr(args, flag, os.path.abspath(name))  # --resume may be said from elsewhere
         return args
     args.resume = directory_of_run(args.resume)

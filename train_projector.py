@@ -43,8 +43,8 @@ import report
 import runs
 import targets
 from eval import PAPER, evaluate
-from litereason import (CAP, CLOSE, LATENT, OPEN, Rollout, UserError, embedding_size, generate, insert_latents,
-                        load, logprobs, parse_tags, projector_loss, start_projector, PROJECTORS)
+from litereason import (CAP, CLOSE, LATENT, OPEN, PROJECTORS, Rollout, UserError, embedding_size, generate,
+                        insert_latents, load, logprobs, parse_tags, projector_loss, start_projector)
 
 # Share of the sentences that become tags; versions per trace and ratio (paper Sec. 3.3)
 RATIOS, VERSIONS = (0.10, 0.25), 5
@@ -171,6 +171,24 @@ def _lines_already_there(path, header):
         print(f"stage 1: {path} was made with other settings; sampling again")
         return []
     return lines
+
+
+def given_traces(path, task, examples):
+    """Ours: traces that somebody else has written, for a base that earns nothing -> as collect_traces.
+
+    path: jsonl, in each line the number of a train example and a text: {"example": 0, "text": ".."}."""
+    traces = []
+    try:
+        with open(path, encoding="utf-8") as f:
+            for line in f:
+                row = json.loads(line)
+                prompt = task.prompt(examples[row["example"]], True)
+                traces.append({"example": row["example"], "prompt": prompt, "text": row["text"]})
+    except (OSError, ValueError, TypeError, KeyError, IndexError) as e:
+        raise UserError(f"--traces {path}: {e!r}; each line is to be like {{\"example\": 0, \"text\": \"..\"}}, "
+                        f"with one of {len(examples)} train examples") from e
+    print(f"stage 1: {len(traces)} traces from {path}, none sampled")
+    return traces
 
 
 def read_traces(path):
@@ -394,6 +412,7 @@ def fit_projector(model, traces, lr, batch, steps=None, schedule=True, clip=0.2,
                 m = {"step": step + 1, "loss": total, "grad_norm": float(norm), "z_size": _median(sizes)}
                 lines.append(json.dumps({name: runs.if_finite(value) for name, value in m.items()}) + "\n")
                 sizes.clear()
+                bar.set_postfix({name: m[name] for name in ("loss", "z_size") if m[name] is not None})
                 if log:
                     log.write(lines[-1])
                     log.flush()
@@ -413,8 +432,8 @@ def fit_projector(model, traces, lr, batch, steps=None, schedule=True, clip=0.2,
 
 @contextlib.contextmanager
 def _sizes_made(model):
-    """Inside, the list that it gives fills with the sizes of all latents that the projector makes, in sizes of an
-    embedding."""
+    """Inside, the list that it gives fills with the lengths of all latents that the projector makes, in lengths
+    of an embedding."""
     sizes, one = [], embedding_size(model)
     # Whatever module the projector is, and whatever loss it is trained with.
     hook = model.reasoning_projector.register_forward_hook(
@@ -517,14 +536,14 @@ def mean_loss(model, traces, latent):
 
 # ============================================================ both stages
 def stages_1_and_2(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, every=50, betas=(0.9, 0.95),
-                   max_length=None, keep_cut=False, smoke=False, **changes):
+                   max_length=None, keep_cut=False, smoke=False, given=None, **changes):
     """Both stages; trains model.reasoning_projector in place and prints what came of it -> the figures
     printed.
 
     Continues from what a stopped run left in `out`: traces.jsonl, and stage 2's states (one every so many
     steps) in stage-2/. n: val examples for the accuracy before and after. betas, max_length, keep_cut, smoke:
-    the flags of these names. changes: of RELEASED or SMALL above, whichever the model's size selects; None
-    leaves a value as it is."""
+    the flags of these names; given: --traces. changes: of RELEASED or SMALL above, whichever the model's size
+    selects; None leaves a value as it is."""
     cfg = dict(SMALL if runs.is_small(model) else RELEASED)
     cfg.update({name: value for name, value in changes.items() if value is not None})
     started = time.time()
@@ -548,8 +567,11 @@ def stages_1_and_2(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, e
           f"{report.beside_released(cfg, applies)}")
     # With targets no tag is written in stage 1: a target is taken from a sentence that was written out.
     tag = "forbidden" if aim == "words" else None
-    traces, left_out = collect_traces(model, tokenizer, task, examples, cfg["k"], max_new_tokens, seed, path,
-                                      tag, keep_cut)
+    if given:
+        traces, left_out = given_traces(given, task, examples), []
+    else:
+        traces, left_out = collect_traces(model, tokenizer, task, examples, cfg["k"], max_new_tokens, seed,
+                                          path, tag, keep_cut)
     marker = data.opening_of(task)
     try:
         train, held = mask_all(model, tokenizer, traces, left_out, marker, rng, aim, cfg["words"])
@@ -574,12 +596,12 @@ def stages_1_and_2(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, e
                               max_new_tokens=max_new_tokens, **PAPER)
         return figures
 
-    if cfg["imitate"]:  # ours: a real base seldom writes the tag that it is offered, and then RL has none to keep
+    if cfg["imitate"]:  # ours: a base that never writes the tag has none for RL to keep
         loss = fit_projector(model, train, IMITATION_LR, cfg["batch"], cfg["imitate"], seed=seed, clip=1.0,
                              progress="the imitation", states=os.path.join(out, "imitation"), every=every,
                              aim="imitation")
-        print(f"imitation: the base has learned {cfg['imitate']} steps on masked traces, loss {loss:.4f} in the "
-              f"end", flush=True)
+        print(f"imitation: {cfg['imitate']} steps of the base on masked traces, loss {loss:.4f} in the end",
+              flush=True)
     states = os.path.join(out, "stage-2")
     found = runs.read_state(states)
     if found:
@@ -602,7 +624,7 @@ def stages_1_and_2(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, e
     print(f"stage 2: {data.measure_of(task)} with the tag prompt on {len(checked)} val stories: "
           f"{before['accuracy']:.3f} before, {after['accuracy']:.3f} trained; "
           f"both stages {time.time() - started:.0f}s", flush=True)
-    sampled = cfg["k"] * len(examples)
+    sampled = 0 if given else cfg["k"] * len(examples)
     return {"kept": len(traces), "sampled": sampled, "losses": losses, "before": before, "after": after}
 
 
@@ -612,9 +634,10 @@ def say_size_of_start(sizes, are_fed=True):
     lost = int((~sizes.isfinite()).sum())
     size = f"a latent is {float(sizes.median()):.3g} times as long as an embedding"
     if are_fed and (lost or sizes.max() > LARGE):
-        print(f"warning: stage 2 begins where {size}, the longest {float(sizes.nan_to_num(math.inf).max()):.3g} "
-              f"times, {lost} of {len(sizes)} not finite: the words around it are not read. Take --projector "
-              f"normed, whose outputs are as long as an embedding", flush=True)
+        longest = float(sizes.nan_to_num(math.inf).max())
+        print(f"warning: stage 2 begins where {size}, the longest {longest:.3g} times, {lost} of {len(sizes)} not "
+              f"finite: the words around it are not read. Take --projector normed, whose outputs are as long "
+              f"as an embedding", flush=True)
     else:
         print(f"stage 2: {size} at the start", flush=True)
 
@@ -626,13 +649,12 @@ def by_size(name):
 def add_start_flags(group):
     """What stage 2 starts from, the same for both training scripts."""
     group.add_argument("--projector", default="warm", choices=["warm", "random", *PROJECTORS],
-                       help="what stage 2 starts from: warm, the default of the model's size, mlp for a small one, "
-                            "else normed; mlp, copies of the last block's MLP, the paper's; normed, the same with "
-                            "a norm behind each; random weights or pause, one learned vector (controls) (default "
-                            "warm)")
+                       help="what stage 2 starts from: mlp, copies of the last block's MLP, the paper's; normed, "
+                            "the same with a norm behind each; random weights, or pause, one learned vector "
+                            "(controls); warm, mlp for a small model, else normed (default warm)")
     group.add_argument("--imitate", type=int, metavar="STEPS",
-                       help="before stage 2 the base learns so many steps to write the masked traces, so that it "
-                            "writes tags at all (ours; default 0)")
+                       help="before stage 2 the base learns so many steps to write the masked traces, so that "
+                            "it writes tags at all (ours; default 0)")
 
 
 def set_start(args, model):
@@ -640,8 +662,8 @@ def set_start(args, model):
     if args.projector == "warm":
         return
     if model.projector_trained:
-        raise UserError(f"--projector {args.projector} is for stage 2, but {args.model} has a trained projector: "
-                        "leave the flag out, or start from a model that has none")
+        raise UserError(f"--projector {args.projector} is for stage 2, but {args.model} has a trained "
+                        "projector: leave the flag out, or start from a model that has none")
     torch.manual_seed(args.seed)
     start_projector(model, args.projector)
 
@@ -661,6 +683,8 @@ def parse_arguments():
                    help=f"train prompts to sample traces for ({by_size('prompts')})")
     g.add_argument("--samples", type=int, metavar="N", default=None,
                    help=f"traces per prompt ({by_size('k')})")
+    g.add_argument("--traces", metavar="FILE", help="take traces from there, jsonl with example (the number "
+                   "of a train example) and text, for a base that earns nothing (ours; default: the base's own)")
     g.add_argument("--max-new-tokens", type=int, metavar="N", default=None,
                    help=f"slots per trace, latents included "
                    f"({runs.default_text(runs.SLOTS_SMALL, runs.SLOTS_RELEASED)})")
@@ -716,7 +740,8 @@ def main():
                             args.save_every, prompts=args.prompts, k=args.samples, lr=args.lr,
                             batch=args.batch, steps=args.steps, imitate=args.imitate, targets=args.targets,
                             words=args.words, noise=args.noise, train_base=args.train_base,
-                            betas=args.betas, max_length=args.max_length, keep_cut=args.keep_cut)
+                            betas=args.betas, max_length=args.max_length, keep_cut=args.keep_cut,
+                            given=args.traces)
     runs.save(model, tokenizer, os.path.join(args.out, "model"))
     runs.write_json(os.path.join(args.out, "results.json"), result)
     print(f"saved {args.out}/model; next: python train_rl.py --model {args.out} --task {args.task}")

@@ -610,8 +610,8 @@ def main():
     memory = fit_to_memory(args, model, task, prompts)
     base = engine.base_parameters(model)
     if args.offload and base_learns_in_stage_2:
-        raise UserError("--train-base and --imitate take fp32 weights on the card: leave --offload out, or run "
-                        "train_projector.py first")
+        raise UserError("--train-base and --imitate take fp32 weights on the card: leave --offload out, or "
+                        "run train_projector.py first")
     masters = engine.offload(model, base) if args.offload else base
     if not args.resume:
         if model.projector_trained and needs_traces(args):

@@ -20,6 +20,8 @@ PAIRS = [
     ("LiteReason", "RL with tags, no latents"),
     ("LiteReason", "LiteReason, its latents taken away"),
     ("LiteReason", "LiteReason, another story's latents"),
+    ("LiteReason before RL", "LiteReason before RL, another story's latents"),
+    ("LiteReason before RL", "LiteReason before RL, its latents taken away"),
     ("LiteReason", "RL with tags, no latents, after stage 2"),
     ("LiteReason + length penalty", "RL + length penalty"),
     ("LiteReason + length penalty", "RL with tags + length penalty"),
@@ -111,8 +113,8 @@ def interval(array):
 
 
 def interval_by_book(scores, books, resamples=10000):
-    """95 % interval of the mean of scores (N,) that counts books: whole books are drawn again. Of a handful of
-    books it is too narrow."""
+    """95 % interval of the mean of scores (N,) that counts books: whole books are drawn again. With a handful
+    of books it is too narrow."""
     names = sorted(set(books))
     own = [np.asarray([score for score, book in zip(scores, books) if book == name]) for name in names]
     sums, counts = (np.array([f(x) for x in own], dtype=np.float64) for f in (np.sum, len))

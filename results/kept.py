@@ -1,6 +1,6 @@
-"""What the tables need of each run, kept in results/runs-TASK.jsonl (of a real model runs-MODEL.TASK.jsonl), a
-line each: its rows with the score and the tokens of every story, and what its training took. So tables can be
-made again, and rows added to them, on a machine that does not have the runs in out/.
+"""What the tables need of each run, kept in results/runs-TASK.jsonl (of a real model runs-MODEL.TASK.jsonl),
+a line each: its rows with the score and the tokens of every story, and what its training took. So tables can
+be made again, and rows added to them, on a machine that does not have the runs in out/.
 
 A run that is in out/ counts before one that is kept, and one that other commands made does not count. Code is
 not compared: after a change of what a run computes, delete the file.
@@ -27,7 +27,8 @@ def gather(path, todo, places, tokens_sampled):
         name = without(places, job.out)
         record = kept.pop(name, None)
         if jobs.is_done(job.out):
-            record = {"run": name, "commands": commands[job.out], **record_of(job.out, places, tokens_sampled)}
+            measured = record_of(job.out, places, tokens_sampled)
+            record = {"run": name, "commands": commands[job.out], **measured}
         if record is not None and record["commands"] == commands[job.out]:
             found[job.out] = record
     lines = [*found.values(), *kept.values()]

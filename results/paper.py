@@ -49,9 +49,11 @@ TRAINED = [
     ("LiteReason + length penalty", "litereason-lp",
      "train_rl.py --model {projector} --targets none --overlong-buffer {limit}"),
 ]
-# What else is fed to LiteReason's policy in the place of its latents: (name in the table, directory, --latent).
-REPLACED = [("LiteReason, its latents taken away", "litereason-text", "none"),
-            ("LiteReason, another story's latents", "litereason-other", "other")]
+# What is fed to a policy in its latents' place: (name in the table, directory, the run, --latent).
+REPLACED = [("LiteReason before RL, its latents taken away", "projector-text", "projector", "none"),
+            ("LiteReason before RL, another story's latents", "projector-other", "projector", "other"),
+            ("LiteReason, its latents taken away", "litereason-text", "litereason", "none"),
+            ("LiteReason, another story's latents", "litereason-other", "litereason", "other")]
 METHODS = [method for _, method, _ in TRAINED]
 CHOICES = [*METHODS, "controls"]
 ALONE = 8  # answers that are timed alone
@@ -105,20 +107,26 @@ def jobs_of(args, task, seed):
         places["evaluated"] = model
         add(method, "eval.py --model {evaluated}", [*flags, *evaluation_flags(args)], needs)
 
+    def add_replaced(method):
+        out = directory(args, task, method, seed)
+        for _, replaced, of, latent in REPLACED:
+            if of == method:
+                add_evaluation(replaced, out, [out], alone=False)
+                jobs[-1].words.extend(["--latent", latent])
+
     add_evaluation("base", f"{args.model}:plain")
     jobs[-1].words.insert(3, args.model)  # the tag prompt beside the plain one
     trained = trained_on(args, task)
     if any("{projector}" in command for _, _, command in trained):
         add("projector", "train_projector.py --model {model} --targets none", args.projector_flags)
         add_evaluation("projector-eval", projector, [projector])
+        add_replaced("projector")
     for _, method, command in trained:
         needs = [projector] if "{projector}" in command else []
         add(method, command, [*args.rl_flags, "--n", "0"], needs)
         out = directory(args, task, method, seed)
         add_evaluation(f"{method}-eval", out, [out])
-        for _, replaced, latent in REPLACED if method == "litereason" else []:
-            add_evaluation(replaced, out, [out], alone=False)
-            jobs[-1].words.extend(["--latent", latent])
+        add_replaced(method)
         if method == "litereason" and "controls" in args.methods:
             add_evaluation("controls", out, [out], alone=False)
             jobs[-1].words.insert(1, "--controls")
@@ -465,13 +473,15 @@ disk: the states of a finished run are {states}; {free / GB:.1f} GB are free for
 
 # ============================================================ what came of them
 # The rows of the table, in its order.
-ROWS = ["base, explicit reasoning", "base, tag prompt", "LiteReason before RL", "LiteReason",
-        *(name for name, _, _ in REPLACED), *(name for name, method, _ in TRAINED if method != "litereason")]
+BEFORE_RL = ["base, explicit reasoning", "base, tag prompt", "LiteReason before RL"]
+ROWS = [*BEFORE_RL, *(name for name, _, run, _ in REPLACED if run == "projector"), "LiteReason",
+        *(name for name, _, run, _ in REPLACED if run == "litereason"),
+        *(name for name, method, _ in TRAINED if method != "litereason")]
 
 
 def rows_of(args, task, records):
-    """{name in the table: {seed: row}}; a row is evaluate's result, with what its training took. records: of the
-    jobs, as kept.gather makes them."""
+    """{name in the table: {seed: row}}; a row is evaluate's result, with what its training took. records: of
+    the jobs, as kept.gather makes them."""
     found = {}
     for seed in args.seeds:
         def rows_in(method, seed=seed):
@@ -483,11 +493,11 @@ def rows_of(args, task, records):
 
         add(ROWS[0], [row for row in rows_in("base") if row["prompt"] == "plain"])
         add(ROWS[1], [row for row in rows_in("base") if row["prompt"] == "tag"])
-        add("LiteReason before RL", rows_in("projector-eval"), ["projector"])
+        add(ROWS[2], rows_in("projector-eval"), ["projector"])
         for name, method, command in TRAINED:
             training = ["projector", method] if "{projector}" in command else [method]
             add(name, rows_in(f"{method}-eval"), training)
-        for name, method, _ in REPLACED:
+        for name, method, _, _ in REPLACED:
             add(name, rows_in(method))
     return {name: found[name] for name in ROWS if name in found}
 
@@ -499,7 +509,7 @@ def results_in(folder):
 
 
 def cost_of(args, task, seed, records, training):
-    """What one row's training took. training: the methods whose runs it needed, the last of which is its own."""
+    """What one row's training took. training: the methods whose runs it needed, its own the last."""
     own = [records.get(directory(args, task, method, seed), {}) for method in training]
     seconds = [record.get("run_seconds") for record in own]
     return {
@@ -540,7 +550,7 @@ def caption(args, task, found):
                        f"{args.scorer or 'the base'}")
     if figures:
         numbers.append(figures["device"])
-    return f"{args.model} on {task}: {'; '.join(numbers)}."
+    return f"{short_name(args.model)} on {task}: {'; '.join(numbers)}."
 
 
 def default_out(model):

@@ -1,10 +1,10 @@
 """Which start of the projector holds on real weights? For each model and start: how large latents are along a
-chain of five, the loss after the first tag at the start and after a few steps of stage 2, with the row's own latents
+chain of five, the loss after the first tag before and after a few steps of stage 2, with the row's own latents
 and with another row's, and the gradient's norms. Rows go to starts-real.json here, the table to the screen.
 
     mlp             the paper's: three copies of the last block's MLP, one after the other
-    scaled          each copy's output scaled once, on one text, to the size of what it reads, the last one's to an
-                    embedding's: folded into down_proj, so that the released code runs it
+    scaled          each copy's output scaled once, on one text, to the size of what it reads, the last one's to
+                    an embedding's: folded into down_proj, so that the released code runs it
     scaled, 1/100   the same, the last output a hundredth of an embedding
     normed          a norm behind each copy (litereason.NormedProjector)
     model's norm    the last block's own norm before each copy, a norm behind the last
@@ -12,8 +12,8 @@ and with another row's, and the gradient's norms. Rows go to starts-real.json he
     linear          the matrix that best maps h to the next word's embedding (least squares on the text)
     pause           one learned vector, whatever h is (a control: what a constant can do)
 
-Traces: a sentence of a tale as the prompt, three more of which one becomes a tag, and a fifth. They are not the
-model's own (stage 1 of a small model keeps too few), so this measures the start and not the method.
+Traces: a sentence of a tale as the prompt, three more of which one becomes a tag, and a fifth. They are not
+the model's own (stage 1 of a small model keeps too few), so this measures the start and not the method.
 
     python results/starts.py --text TALES.jsonl --models DIR DIR DIR          # 2 hours on a core
     python results/starts.py --text TALES.jsonl --models DIR --starts mlp normed --seeds 0 1 2
@@ -32,8 +32,8 @@ sys.path.insert(0, os.path.dirname(HERE))
 import torch
 
 import runs
-from litereason import (LATENT, NormedProjector, Rollout, UserError, embedding_size, insert_latents, load, logprobs,
-                        projector_loss, start_projector, unroll, z_size)
+from litereason import (LATENT, NormedProjector, Rollout, UserError, embedding_size, insert_latents, load,
+                        logprobs, projector_loss, start_projector, unroll, z_size)
 from train_projector import mask_sentences, sentences_of, warm_up_and_cosine
 
 PATH = os.path.join(HERE, "starts-real.json")
@@ -159,8 +159,10 @@ def with_own_and_other(model, rows):
 @torch.no_grad()
 def chain_of(model, rows):
     """[median size of z_1, .. z_5], in sizes of an embedding, of five latents at the first tag."""
-    cut = [dataclasses.replace(row, slots=[*row.slots[: row.slots.index(LATENT)], *[LATENT] * CHAIN, row.slots[-1]])
-           for row in rows[:12]]
+    cut = []
+    for row in rows[:12]:
+        before = row.slots[: row.slots.index(LATENT)]
+        cut.append(dataclasses.replace(row, slots=[*before, *[LATENT] * CHAIN, row.slots[-1]]))
     _, latents = unroll(model, cut)
     return [runs.if_finite(z_size(model, z)) for z in torch.stack(latents).unbind(1)]
 
@@ -179,7 +181,8 @@ def measure(path, text, start, seed, steps, lr):
     rows = traces_of(model, tokenizer, tales, seed)
     held, train = rows[:HELD], rows[HELD:]
     result = {
-        "model": os.path.basename(os.path.normpath(path)), "start": start, "seed": seed, "lr": lr, "steps": steps,
+        "model": os.path.basename(os.path.normpath(path)),
+        "start": start, "seed": seed, "lr": lr, "steps": steps,
         "embedding": embedding_size(model), "h": float(size_of(h)),
         "no latents": loss_of(model, held, "none"), "zeros": loss_of(model, held, "zeros"),
         "chain before": chain_of(model, held), "loss before": loss_of(model, held)}
@@ -206,8 +209,9 @@ def measure(path, text, start, seed, steps, lr):
 # ============================================================ the table
 def table(rows):
     """A line for each model and start; of several seeds the mean, and how many there are."""
-    lines = ["| model | start | lr | z_1 .. z_5, in sizes of an embedding | after training | no latents, zeros "
-             "| loss before | loss after | own, another's latents | gradient norms | seeds |", f"|{'---|' * 11}"]
+    lines = ["| model | start | lr | z_1 .. z_5, in sizes of an embedding | after training "
+             "| no latents, zeros | loss before | loss after | own, another's latents | gradient norms | seeds |",
+             f"|{'---|' * 11}"]
     keys = list(dict.fromkeys((row["model"], row["start"], row["lr"]) for row in rows))
     for key in keys:
         own = [row for row in rows if (row["model"], row["start"], row["lr"]) == key]
@@ -223,6 +227,10 @@ def table(rows):
     return "\n".join(lines)
 
 
+def in_order(rows):
+    return sorted(rows, key=lambda row: (row["model"], row["lr"], STARTS.index(row["start"])))
+
+
 def numbers(values):
     return ", ".join("not finite" if value is None else f"{value:.2g}" for value in values)
 
@@ -230,9 +238,9 @@ def numbers(values):
 def parse_arguments():
     parser = runs.parser(__doc__)
     parser.add_argument("--models", nargs="+", metavar="DIR", help="checkpoints (default: run nothing)")
-    parser.add_argument("--text", metavar="FILE", help="tales as jsonl, each with sections (needed with --models)")
+    parser.add_argument("--text", metavar="FILE", help="tales as jsonl, each with sections")
     parser.add_argument("--starts", nargs="+", choices=STARTS, default=STARTS, help="default all")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the traces and their order (default 0)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the traces (default 0)")
     parser.add_argument("--steps", type=int, default=30, help=f"of {BATCH} traces each (default 30)")
     parser.add_argument("--lr", type=float, default=1e-4, help="peak rate of AdamW (default the paper's 1e-4)")
     return parser.parse_args()
@@ -256,7 +264,7 @@ def main():
                 rows.append(measure(path, args.text, start, seed, args.steps, args.lr))
                 runs.write_json(PATH, rows)
                 print(table(rows[-1:]).splitlines()[-1], flush=True)
-    print(table(sorted(rows, key=lambda row: (row["model"], row["lr"], STARTS.index(row["start"])))))
+    print(table(in_order(rows)))
 
 
 if __name__ == "__main__":

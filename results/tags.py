@@ -1,5 +1,5 @@
-"""Does a base write the tag that its prompt offers, and what does one cost? Prints a Markdown table: of each model
-and prompt the share of answers with a tag, tags whose number is above the cap, and answers with a verdict at all.
+"""Does a base write the tag that its prompt offers, and what does one cost? Prints a Markdown table: of each
+model and prompt the answers with a tag, tags whose number is above the cap, and answers with a verdict at all.
 
     python results/tags.py --models DIR DIR DIR --task next_chapter    # minutes on a core
 
@@ -57,8 +57,9 @@ def main():
     for path in args.models:
         model, tokenizer = load(path)
         for with_example in (False, True):
-            print(row(model, tokenizer, os.path.basename(os.path.normpath(path)), task, examples, with_example,
-                      args.samples, args.max_new_tokens), flush=True)
+            name = os.path.basename(os.path.normpath(path))
+            print(row(model, tokenizer, name, task, examples, with_example, args.samples, args.max_new_tokens),
+                  flush=True)
 
 
 if __name__ == "__main__":

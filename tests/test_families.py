@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 import transformers
-from conftest import LIMIT, PROMPTS, TEXTS, close, naive, with_projector, write
+from conftest import LIMIT, PROMPTS, TEXTS, close, naive, random_qwen2, with_projector, write
 from tokenizers.processors import TemplateProcessing
 from transformers.models.gemma import modeling_gemma
 from transformers.models.gemma3 import modeling_gemma3
@@ -119,6 +119,19 @@ def test_every_stop_id_of_the_list_ends_an_answer(family, tok):
     rollouts = generate(family, tok, ["abc"], 40, 20, generator=torch.Generator().manual_seed(0))
     ended = [r for r in rollouts if r.slots[-1] == len(tok) + 1]
     assert ended and all(r.finished and len(tok) + 1 not in r.slots[:-1] for r in ended)
+
+
+def test_a_stop_id_that_only_the_tokenizer_knows_stops_plain_transformers_too(tok, tmp_path):
+    model = with_projector(random_qwen2(len(tok) + 3, 5), tok)
+    assert runs.stop_ids(model) == [5] and stop_tokens(model, tok) == [0, 5]
+    save(model, tok, tmp_path / "m")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    assert plain.generation_config.eos_token_id == [0, 5]
+    assert stop_tokens(load(tmp_path / "m", "cpu")[0], tok) == [0, 5]
+    with torch.no_grad():  # now it says nothing but the tokenizer's
+        plain.lm_head.weight.zero_()
+    out = plain.generate(torch.tensor([[7, 8]]), max_new_tokens=9, do_sample=False)
+    assert out.tolist() == [[7, 8, 0]]
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])

@@ -179,7 +179,7 @@ def test_its_cost_its_start_and_its_file_need_nothing_more(gru, tok, tmp_path):
                     strict=True):
         close(a, b)
     del PROJECTORS["gru"]
-    with pytest.raises(UserError, match="litereason_projector is 'gru', expected one of mlp, pause"):
+    with pytest.raises(UserError, match="litereason_projector is 'gru', expected one of mlp, normed, pause"):
         load(str(tmp_path / "m"), "cpu")
     PROJECTORS["gru"] = GRU
 

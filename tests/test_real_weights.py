@@ -31,8 +31,8 @@ import report
 import runs
 import train_projector
 import train_rl
-from litereason import (LATENT, NormedProjector, Rollout, generate, insert_latents, load, logprobs, naive_generate,
-                        parse_tags, unroll, watcher, z_size)
+from litereason import (LATENT, NormedProjector, Rollout, generate, insert_latents, load, logprobs,
+                        naive_generate, parse_tags, unroll, watcher, z_size)
 
 FOLDER = os.path.abspath(os.environ.get("LITEREASON_REAL_WEIGHTS") or os.path.join(ROOT, "out", "real"))
 SMOLLM2, GEMMA, QWEN = NAMES = "SmolLM2-135M-Instruct", "gemma-3-270m", "Qwen2.5-Coder-0.5B-Instruct"
@@ -78,7 +78,7 @@ def seeded():
 LIMIT = 32
 TEXTS = [
     f" His sons went.{tag(3)}\nAnd they came.<end>",  # for a short prompt; ends merged with their neighbours
-    f"{tag(2)}{tag(1)}",                              # two in a row, then what the model samples
+    f"{tag(2)}{tag(1)} and the king gave them bread",  # two in a row; cut by the limit
     f"{tag(9)} <end>",                                # for a chat prompt; above the cap
     " one had a horse, and the other",                # no tag; then what the model samples
 ]
@@ -144,7 +144,8 @@ def test_in_bf16_sampler_scorer_and_definition_agree_on_average(real):
 def chain_of_five(model, tok):
     """[size of z_1, .., z_5], in sizes of an embedding."""
     ids = runs.encode_text(tok, f"The king was old. His sons went.{tag(5)}")
-    _, (latents,) = unroll(model, [Rollout(tok.encode("A tale."), insert_latents(model, tok, ids + ids[:1]), None)])
+    slots = insert_latents(model, tok, ids + ids[:1])
+    _, (latents,) = unroll(model, [Rollout(tok.encode("A tale."), slots, None)])
     return [z_size(model, z[None]) for z in latents]
 
 
@@ -199,7 +200,7 @@ def test_a_prompt_is_what_the_models_template_makes_of_it_default_system_prompt_
     ids = runs.encode_prompt(model, tok, text)
     opened = runs.encode_prompt(model, tok, text, "In summary:")
     assert runs.end_of_answer(model, tok) == tok.eos_token_id
-    added = set(tok.all_special_ids)
+    added = {i for i, token in tok.added_tokens_decoder.items() if token.special}
     if model.config.model_type == "gemma3_text":  # a base model without a template
         assert not tok.chat_template
         assert ids == [tok.bos_token_id] + runs.encode_text(tok, text) and not added & set(ids[1:])

@@ -16,6 +16,7 @@ import litereason
 import runs
 import train_projector
 import train_rl
+from data import tiny
 from litereason import load, save
 from runs import TINY, UserError, default_out
 
@@ -94,6 +95,46 @@ def test_resume_needs_no_base_when_the_run_has_all_weights(copy, capsys):
     run(train_rl, "--resume", copy, "--steps", 2)
     assert "resumed from" in capsys.readouterr().out
     assert [json.loads(line)["step"] for line in open(copy / "metrics.jsonl")] == [1, 2]
+
+
+@pytest.mark.parametrize("script", [train_rl, train_projector])
+def test_a_run_is_not_resumed_on_other_examples(copy, script, monkeypatch):
+    """Prepared again with fewer stories, or from another folder: the table would mix two test sets."""
+    monkeypatch.delenv("LITEREASON_DATA", raising=False)
+    monkeypatch.setattr(script, "load", lambda *_: pytest.fail("a model was loaded"))
+    settings = json.loads((copy / "config.json").read_text())
+    assert settings["examples"].keys() == {"train", "val", "test"} and settings["data"] is None
+    if script is train_projector:  # of which stage 2 was stopped
+        settings = {**settings, "script": "train_projector.py", "lr": None}
+        settings["examples"] = {split: settings["examples"][split] for split in ("train", "val")}
+        (copy / "config.json").write_text(json.dumps(settings))
+    before = (copy / "config.json").read_bytes()
+    examples = tiny.examples
+    monkeypatch.setattr(tiny, "examples", lambda split: examples(split, 5 if split == "val" else None))
+    with pytest.raises(UserError, match="^the val examples of tiny are not those that .*/run began with: prepare "
+                                        "those again, or begin a new run in another --out$"):
+        run(script, "--resume", copy)
+    monkeypatch.setenv("LITEREASON_DATA", "elsewhere")
+    with pytest.raises(UserError, match="began with: unset LITEREASON_DATA, or prepare those again"):
+        run(script, "--resume", copy)
+    (copy / "config.json").write_text(json.dumps({**settings, "data": "/of/then"}))
+    with pytest.raises(UserError, match="began with: set LITEREASON_DATA=/of/then, or prepare those again"):
+        run(script, "--resume", copy)
+    (copy / "config.json").write_bytes(before)
+    monkeypatch.setattr(tiny, "examples", examples)
+    with pytest.raises(pytest.fail.Exception, match="a model was loaded"):
+        run(script, "--resume", copy)
+
+
+def test_a_relative_scorer_is_found_from_elsewhere_as_the_model_is(tmp_path, monkeypatch):
+    (tmp_path / "x").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for script in (train_rl, train_projector):
+        monkeypatch.setattr("sys.argv", ["script", "--model", "x", "--scorer", "./x"])
+        args = script.parse_arguments()
+        assert args.model == args.scorer == str(tmp_path / "x")
+        monkeypatch.setattr("sys.argv", ["script", "--scorer", "tiny"])
+        assert script.parse_arguments().scorer == "tiny"
 
 
 def test_missing_data_are_said_before_a_model_is_loaded(tmp_path, monkeypatch):

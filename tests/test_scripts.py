@@ -15,6 +15,7 @@ import torch
 from conftest import ROOT
 
 import litereason
+import report
 import runs
 import train_rl
 from data import next_chapter
@@ -181,8 +182,10 @@ def test_all_three_stages_run_for_two_steps_and_leave_what_they_promise(trained)
     lines = metrics(trained)
     assert [m["step"] for m in lines] == [1, 2]
     for key in ("reward", "accuracy", "text_tokens", "latent_steps", "tags", "tag_share", "zero_variance",
-                "truncated", "max_dlogp", "grad_norm", "seconds", "peak_memory_gib"):
+                "truncated", "no_verdict", "max_dlogp", "grad_norm", "seconds", "peak_memory_gib"):
         assert key in lines[0], key
+    assert "no verdict" not in report.step_line({**lines[0], "no_verdict": 0.0}, 2)
+    assert " | no verdict 0.75" in report.step_line({**lines[0], "no_verdict": 0.75}, 2)
     assert lines[0]["peak_memory_gib"].keys() == lines[0]["seconds"].keys() >= {"sample", "update", "step"}
     # 8 prompts, 4 a step: an epoch of two steps
     assert lines[0]["refresh_loss"] is None and lines[1]["refresh_loss"] > 0

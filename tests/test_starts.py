@@ -1,22 +1,23 @@
-"""What stage 2 begins with: a projector whose latents are of the size of embeddings, and a base that writes tags."""
+"""What stage 2 begins with: a projector whose latents are as long as embeddings, and a base that writes tags."""
 import json
 import math
+import os
 
 import pytest
 import torch
-from conftest import close, random_qwen2, tag
+from conftest import ROOT, close, random_qwen2, tag
 from test_resume import run, same_weights, stopped
 
 import litereason
 import runs
 import train_projector
-from litereason import (LATENT, NormedProjector, Rollout, UserError, attach, embedding_size, insert_latents, load,
-                        save, start_projector, z_size)
-from results import starts
+from litereason import (LATENT, NormedProjector, Rollout, UserError, attach, embedding_size, insert_latents,
+                        load, save, start_projector, z_size)
+from results import reproduce, starts
 from train_projector import fit_projector, say_size_of_start, without_latents
 
-IMITATION = ("--device", "cpu", "--prompts", 40, "--samples", 1, "--steps", 2, "--batch", 4, "--save-every", 2,
-             "--n", 1, "--max-new-tokens", 100, "--targets", "none", "--imitate", 3)
+IMITATION = ("--device", "cpu", "--prompts", 40, "--samples", 1, "--steps", 2, "--batch", 4, "--n", 1,
+             "--save-every", 2, "--max-new-tokens", 100, "--targets", "none", "--imitate", 3)
 
 
 # ---------------------------------------------------------------- the normed start
@@ -92,7 +93,8 @@ def test_latents_that_drown_the_words_are_said_before_stage_2(capsys):
 
 def traces(model, tok):
     text = f"ab{tag(3)}cd{tag(2)}.<eos>"
-    return [Rollout(tok.encode("the story"), insert_latents(model, tok, tok.encode(text)), torch.zeros(0, 32))]
+    slots = insert_latents(model, tok, tok.encode(text))
+    return [Rollout(tok.encode("the story"), slots, torch.zeros(0, 32))]
 
 
 def test_each_step_of_stage_2_says_how_large_latents_are_and_skipped_ones_are_said(model, tok, tmp_path, capsys):
@@ -163,3 +165,16 @@ def test_every_start_that_is_compared_runs(start, tmp_path, monkeypatch, capsys)
     if start in ("normed", "model's norm", "residual"):
         assert all(size == pytest.approx(1, rel=0.01) for size in row["chain before"])
     assert f"| tiny | {start} |" in starts.table([row])
+
+
+def test_the_page_on_real_weights_shows_what_was_measured():
+    def read(name):
+        with open(os.path.join(ROOT, "results", name), encoding="utf-8") as file:
+            return file.read()
+
+    rows = json.loads(read("starts-real.json"))
+    methods = json.loads(read("methods-SmolLM2-135M-Instruct.next_chapter.short.json"))
+    page = read("real_models.md")
+    for mark, text in (("starts-real", starts.table(starts.in_order(rows))), ("tags-real", read("tags-real.md")),
+                       ("methods-smollm2", reproduce.table_of("next_chapter.short", methods))):
+        assert page.split(f"<!-- {mark} -->\n")[1].split(f"\n<!-- /{mark} -->")[0] == text.strip(), mark
