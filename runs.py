@@ -755,7 +755,8 @@ def tag_rule_flag(group):
 # The least that a number may be; of others it is 0 if it may be a fraction, else 1.
 LEAST = {
     "n": 1, "seed": 0, "val": 0, "steps": 0, "projector_steps": 0, "overlong_buffer": 0, "show_every": 0,
-    "show": 0, "write": 0, "alone": 0, "top_k": 0, "n_latents": 0, "refresh_every": 0}
+    "show": 0, "write": 0, "alone": 0, "top_k": 0, "n_latents": 0, "refresh_every": 0,
+    "imitate": 0}
 
 
 def check_arguments(args, n=1):

@@ -153,6 +153,25 @@ def test_flags_of_the_start_are_refused_where_a_projector_is_trained(tmp_path):
         run(train_projector, "--model", tmp_path / "made", "--projector", "mlp", "--out", tmp_path / "again")
 
 
+# ---------------------------------------------------------------- traces that somebody else has written
+def test_given_traces_are_taken_and_none_is_sampled(tmp_path, capsys):
+    path = tmp_path / "traces.jsonl"
+    rows = [{"example": i, "text": "look at the map . go on . \\boxed{Yes}"} for i in range(12)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(train_projector, *IMITATION, "--imitate", 0, "--traces", path, "--out", tmp_path / "run")
+    said = capsys.readouterr().out
+    assert f"stage 1: 12 traces from {path}, none sampled" in said and "imitation:" not in said
+    assert json.load(open(tmp_path / "run" / "results.json"))["sampled"] == 0
+    assert not (tmp_path / "run" / "traces.jsonl").exists()
+
+
+@pytest.mark.parametrize("line", ['{"example": 99999, "text": "x"}', '{"text": "x"}', "[1]", "no json"])
+def test_traces_that_cannot_be_read_are_refused_in_one_line(tmp_path, line):
+    (tmp_path / "traces.jsonl").write_text(line + "\n")
+    with pytest.raises(UserError, match="^--traces .*; each line is to be like .* with one of 40 train examples$"):
+        run(train_projector, *IMITATION, "--traces", tmp_path / "traces.jsonl", "--out", tmp_path / "run")
+
+
 # ---------------------------------------------------------------- results/starts.py
 @pytest.mark.parametrize("start", starts.STARTS)
 def test_every_start_that_is_compared_runs(start, tmp_path, monkeypatch, capsys):
