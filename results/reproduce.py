@@ -243,17 +243,17 @@ def mean_of(rows):
         return None if None in values else sum(values) / len(values)
 
     accuracies = [rows[seed]["accuracy"] for seed in seeds]
-    means = ("accuracy", "tokens", "text_tokens", "latent_steps", "z_size", "tags", "truncated",
+    means = ("accuracy", "tokens", "text_tokens", "latent_steps", "tags", "truncated",
              "forward_positions", "flops", "seconds_each", "seconds_alone", "sampled", "run_seconds",
              "n_examples", "samples")
     by_example = [rows[seed]["per_example"] for seed in seeds]
     books = by_example[0].get("book")
-    by_book = {}
+    newer = {"z_size": mean("z_size")} if "z_size" in rows[seeds[0]] else {}  # earlier records have none
     if books:
         scores = [sum(of_seeds) / len(seeds) for of_seeds in zip(*(own["score"] for own in by_example))]
-        by_book = {"books_ci95": evidence.interval_by_book(scores, books), "books": len(set(books))}
+        newer |= {"books_ci95": evidence.interval_by_book(scores, books), "books": len(set(books))}
     return {
-        **by_book,
+        **newer,
         "seeds": seeds,
         "runs": len(seeds),
         "accuracy_ci95": evidence.interval(evidence.observed(rows, "score", seeds)),
