@@ -208,27 +208,21 @@ def measure(path, text, start, seed, steps, lr):
 
 # ============================================================ the table
 def table(rows):
-    """A line for each model and start; of several seeds the mean, and how many there are."""
-    lines = ["| model | start | lr | z_1 .. z_5, in sizes of an embedding | after training "
-             "| no latents, zeros | loss before | loss after | own, another's latents | gradient norms | seeds |",
+    """A line for each row."""
+    lines = ["| model | start | lr | seed | z_1 .. z_5, in sizes of an embedding | after training "
+             "| no latents, zeros | loss before | loss after | own, another's latents | gradient norms |",
              f"|{'---|' * 11}"]
-    keys = list(dict.fromkeys((row["model"], row["start"], row["lr"]) for row in rows))
-    for key in keys:
-        own = [row for row in rows if (row["model"], row["start"], row["lr"]) == key]
-
-        def mean(name, own=own):
-            return f"{sum(row[name] for row in own) / len(own):.3f}"
-
-        first = own[0]
-        lines.append(f"| {key[0]} | {key[1]} | {key[2]:g} | {numbers(first['chain before'])} "
-                     f"| {numbers(first['chain after'])} | {mean('no latents')}, {mean('zeros')} "
-                     f"| {mean('loss before')} | {mean('loss after')} | {mean('own')}, {mean('other')} "
-                     f"| {numbers(first['gradient'])} | {len(own)} |")
+    for row in rows:
+        lines.append(f"| {row['model']} | {row['start']} | {row['lr']:g} | {row['seed']} "
+                     f"| {numbers(row['chain before'])} | {numbers(row['chain after'])} "
+                     f"| {row['no latents']:.3f}, {row['zeros']:.3f} | {row['loss before']:.3f} "
+                     f"| {row['loss after']:.3f} | {row['own']:.3f}, {row['other']:.3f} "
+                     f"| {numbers(row['gradient'])} |")
     return "\n".join(lines)
 
 
 def in_order(rows):
-    return sorted(rows, key=lambda row: (row["model"], row["lr"], STARTS.index(row["start"])))
+    return sorted(rows, key=lambda row: (row["model"], row["lr"], row["seed"], STARTS.index(row["start"])))
 
 
 def numbers(values):
