@@ -8,7 +8,6 @@ import contextlib
 import copy
 import dataclasses
 import itertools
-import json
 import math
 import os
 import random
