@@ -766,6 +766,12 @@ def recompute_latents(model, rollouts):
     return [dataclasses.replace(r, latents=z) for r, z in zip(rollouts, latents)]
 
 
+def without_latents(rollout):
+    """The same text, its tags as text."""
+    slots = [slot for slot in rollout.slots if slot != LATENT]
+    return dataclasses.replace(rollout, slots=slots, latents=rollout.latents[:0])
+
+
 def projector_loss(model, traces, latent="projector"):
     """Cross-entropy on the text after the FIRST tag, as released (Sec. 3.3); later tags, answer and stop
     token included.
@@ -775,7 +781,7 @@ def projector_loss(model, traces, latent="projector"):
     tokens with no latents."""
     first = [(r.slots + [LATENT]).index(LATENT) for r in traces]  # slots before the first block
     if latent == "none":
-        traces = [dataclasses.replace(r, slots=[s for s in r.slots if s != LATENT]) for r in traces]
+        traces = [without_latents(r) for r in traces]
     h, _ = unroll(model, traces, latent)
     slots, valid = engine.slot_table(traces, model.device, padding=LATENT)
     number = torch.arange(slots.shape[1], device=model.device)

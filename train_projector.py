@@ -23,7 +23,6 @@ more than 4,096 tokens (--max-length).
 """
 import collections
 import contextlib
-import dataclasses
 import itertools
 import json
 import math
@@ -44,7 +43,8 @@ import runs
 import targets
 from eval import PAPER, evaluate
 from litereason import (CAP, CLOSE, LATENT, OPEN, PROJECTORS, Rollout, UserError, embedding_size, generate,
-                        insert_latents, load, logprobs, parse_tags, projector_loss, start_projector)
+                        insert_latents, load, logprobs, parse_tags, projector_loss, start_projector,
+                        without_latents)
 
 # Share of the sentences that become tags; versions per trace and ratio (paper Sec. 3.3)
 RATIOS, VERSIONS = (0.10, 0.25), 5
@@ -447,12 +447,6 @@ def _sizes_made(model):
 def _median(sizes):
     """Of a list of tensors; None of nothing."""
     return float(torch.cat(sizes).median()) if sizes else None
-
-
-def without_latents(rollout):
-    """The same text, its tags as text."""
-    slots = [slot for slot in rollout.slots if slot != LATENT]
-    return dataclasses.replace(rollout, slots=slots, latents=rollout.latents[:0])
 
 
 def _resume_fit(states, parameters, optimizer):

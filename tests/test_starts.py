@@ -12,9 +12,9 @@ import litereason
 import runs
 import train_projector
 from litereason import (LATENT, NormedProjector, Rollout, UserError, attach, embedding_size, insert_latents,
-                        load, save, start_projector, z_size)
+                        load, save, start_projector, without_latents, z_size)
 from results import reproduce, starts
-from train_projector import fit_projector, say_size_of_start, without_latents
+from train_projector import fit_projector, say_size_of_start
 
 IMITATION = ("--device", "cpu", "--prompts", 40, "--samples", 1, "--steps", 2, "--batch", 4, "--n", 1,
              "--save-every", 2, "--max-new-tokens", 100, "--targets", "none", "--imitate", 3)
