@@ -31,10 +31,8 @@ import torch
 from tqdm import tqdm
 
 import data
-import engine
-import page
-import report
-import runs
+from lib import checkpoint, display, memory, page, run
+from results import plots
 from litereason import UserError, generate, latent_step, load, z_size
 
 # How answers are sampled, as arguments of generate.
@@ -107,7 +105,7 @@ def evaluate(model, tokenizer, task, examples, latent_prompt=True, samples=1, se
     goes. progress: the name of a progress bar, None for none. at_once: the answer's opening (task.ANSWER,
     default \\boxed{) is put into the model's mouth, so that nothing can be reasoned.
 
-    Of the result, beside what report.table explains:
+    Of the result, beside what display.table explains:
 
     accuracy_ci95    over examples (the mean of an example's samples is one observation), see interval
     per_example      the same observations one by one, for paired tests
@@ -120,7 +118,7 @@ def evaluate(model, tokenizer, task, examples, latent_prompt=True, samples=1, se
     generator = torch.Generator().manual_seed(seed)
     opening = data.opening_of(task) if at_once else ""
     start = time.time()
-    prompts = [runs.encode_prompt(model, tokenizer, task.prompt(e, latent_prompt), opening) for e in examples]
+    prompts = [checkpoint.encode_prompt(model, tokenizer, task.prompt(e, latent_prompt), opening) for e in examples]
     rollouts, asked, scores, stats = [], [], [], {}
     bar = tqdm(total=len(examples) * samples, desc=progress, leave=False, disable=progress is None)
     for i in range(0, len(examples), batch):
@@ -149,7 +147,7 @@ def evaluate(model, tokenizer, task, examples, latent_prompt=True, samples=1, se
         "text_tokens": text_tokens,
         "latent_steps": latent_steps,
         "tags": _mean([r.n_tags for r in rollouts]),
-        "z_size": runs.if_finite(z_size(model, torch.cat([r.latents for r in rollouts]))),
+        "z_size": run.if_finite(z_size(model, torch.cat([r.latents for r in rollouts]))),
         "truncated": _mean([not r.finished for r in rollouts]),
         "forward_positions": stats["positions"] / len(rollouts),
         "n_examples": n,
@@ -161,7 +159,7 @@ def evaluate(model, tokenizer, task, examples, latent_prompt=True, samples=1, se
         result["per_example"]["book"] = [example["book"] for example in examples]
     if alone:
         result["seconds_alone"] = seconds_alone(model, tokenizer, prompts[:alone], seed, **sampling)
-    result["seconds"] = seconds  # report.table reads what comes after this as the task's own
+    result["seconds"] = seconds  # display.table reads what comes after this as the task's own
     if hasattr(task, "report"):
         result.update(task.report(asked, [r.text for r in rollouts]))
     return result, rollouts
@@ -391,7 +389,7 @@ def run_controls(model, tokenizer, task, examples, elsewhere, seed=0, progress=N
 
 # ============================================================ the script
 def parse_arguments():
-    ap = runs.parser(__doc__)
+    ap = run.parser(__doc__)
     g = ap.add_argument_group("what")
     g.add_argument("--model", nargs="+", default=["tiny"], metavar="NAME",
                    help="models or run directories (default tiny); NAME:plain uses the prompt without the "
@@ -409,8 +407,8 @@ def parse_arguments():
                    help="paper: temperature 0.7, top-p 0.8, top-k 20; trained: as RL samples, temperature 1 "
                    "and nothing cut; or both, one after the other (default paper)")
     g.add_argument("--max-new-tokens", type=int, metavar="N", default=None,
-                   help=f"slots per answer, latents included (default: a run's own, {runs.SLOTS_SMALL} for a "
-                   f"model of less than 50 M parameters, else {runs.SLOTS_RELEASED}; released 512)")
+                   help=f"slots per answer, latents included (default: a run's own, {checkpoint.SLOTS_SMALL} for a "
+                   f"model of less than 50 M parameters, else {checkpoint.SLOTS_RELEASED}; released 512)")
     g.add_argument("--temperature", type=float, help="0 is greedy (default: that of --sampling)")
     g.add_argument("--top-p", type=float, help="0 to 1 (default: that of --sampling)")
     g.add_argument("--top-k", type=int, help="0 is off (default: that of --sampling)")
@@ -436,7 +434,7 @@ def parse_arguments():
     g = ap.add_argument_group("memory and speed")
     g.add_argument("--rows", type=int, metavar="N", help="answers decoded at once; changes no result "
                    "(default: what fits on the card, at most 512)")
-    runs.device_flags(g)
+    run.device_flags(g)
     return ap.parse_args()
 
 
@@ -457,7 +455,7 @@ def add_collecting_flags(g):
                    help="average the tables that runs of train_rl.py left, row by row (default: evaluate)")
     g.add_argument("--curve", nargs="+", metavar="FILE",
                    help="draw score against --costs from JSON files of results (default: evaluate)")
-    g.add_argument("--costs", nargs="+", default=["tokens"], choices=list(report.COSTS),
+    g.add_argument("--costs", nargs="+", default=["tokens"], choices=list(plots.COSTS),
                    help="what --curve has a panel for (default tokens)")
     g.add_argument("--training", nargs="+", metavar="DIR",
                    help="draw the training curves of runs of train_rl.py (default: evaluate)")
@@ -467,7 +465,7 @@ def add_collecting_flags(g):
 
 def main():
     args = parse_arguments()
-    runs.check_arguments(args)
+    run.check_arguments(args)
     if args.collect:
         show_collected(args)
         return
@@ -482,8 +480,8 @@ def main():
     rows, sections = [], []  # of the table, and of the page
     for name in args.model:
         model, tokenizer = load(name.partition(":")[0], args.device)
-        engine.freeze(model)
-        runs.use_graphs(model, args.graphs)
+        memory.freeze(model)
+        run.use_graphs(model, args.graphs)
         for sampling in args.sampling:
             settings = settings_of(args, name, model, sampling)
             own = (args, name, sampling, model, tokenizer, task, examples, elsewhere, settings)
@@ -500,11 +498,11 @@ def main():
             if args.write:
                 append_chapters(args, row["name"], sampling, task, answers, is_first=len(rows) == 1)
 
-    print(f"\n{report.what_was_asked(args, len(examples), samplings_of(args))}")
+    print(f"\n{display.what_was_asked(args, len(examples), samplings_of(args))}")
     if not args.controls:
         print_table(rows, data.measure_of(task))
     if args.html:
-        runs.write_text(args.html, page.whole(sections))
+        run.write_text(args.html, page.whole(sections))
         print(f"wrote {args.html}")
     write_results(args, rows)
 
@@ -512,12 +510,12 @@ def main():
 # ---------------------------------------------------------------------------- before the models
 def show_collected(args):
     """--collect: the table of means, and each row's runs and spread."""
-    rows = report.collect(args.collect)
+    rows = plots.collect(args.collect)
     if not all("seconds" in row for _, row in rows):
         raise UserError("--collect reads results of train_rl.py and eval.py, and these are others")
-    tasks = {runs.run_settings(path).get("task") for path in args.collect} - {None}
+    tasks = {run.run_settings(path).get("task") for path in args.collect} - {None}
     measure = data.measure_of(data.load_task(tasks.pop())) if len(tasks) == 1 else "accuracy"
-    print(report.table(rows, measure))
+    print(display.table(rows, measure))
     spreads = []
     for name, row in rows:
         low, high = row["spread"]
@@ -525,7 +523,7 @@ def show_collected(args):
     print("\n" + "; ".join(spreads))
     print("the 95 % interval is the mean of the runs' own, which count stories and not runs")
     if args.json:
-        runs.write_json(args.json, dict(rows))
+        run.write_json(args.json, dict(rows))
 
 
 def draw(args):
@@ -533,9 +531,9 @@ def draw(args):
     if args.curve and args.training:
         raise UserError("--curve and --training are two pictures: choose one")
     if args.curve:
-        report.curve(report.collect(args.curve), args.plot, args.costs)
+        plots.curve(plots.collect(args.curve), args.plot, args.costs)
     else:
-        report.training(args.training, args.plot)
+        plots.training(args.training, args.plot)
     print(f"wrote {args.plot}")
 
 
@@ -549,7 +547,7 @@ def check_flags(args):
     if args.controls and (args.latent != "projector" or any([*changes, args.show, args.write, args.alone])):
         raise UserError("--controls runs every --latent, --tag and --n-latents by itself, "
                         "and shows and times no answers: leave those flags out")
-    if args.out and runs.run_settings(args.out).get("script"):
+    if args.out and run.run_settings(args.out).get("script"):
         raise UserError(f"--out {args.out} is a run: the results of eval.py would replace its own; choose "
                         "another --out")
     for name in args.model:
@@ -570,7 +568,7 @@ def take_settings_of_runs(args):
         found = {}  # value -> the run that says so
         for name in args.model:
             path = name.partition(":")[0]
-            made = runs.run_settings(path)
+            made = run.run_settings(path)
             if flag != "task" and made.get("task") != args.task:
                 continue  # its reward is another task's
             if made.get("script") in ("train_rl.py", "train_projector.py"):
@@ -612,16 +610,16 @@ def task_and_examples(args):
 def settings_of(args, name, model, sampling):
     """What all evaluations of a model at one sampling share, as arguments of evaluate."""
     path, _, suffix = name.partition(":")
-    made = runs.run_settings(path)
-    if made.get("script") == "baselines.py":
-        raise UserError(f"{path} is a run of baselines.py, whose methods decode in their own ways: "
+    made = run.run_settings(path)
+    if made.get("script") == "results/baselines.py":
+        raise UserError(f"{path} is a run of results/baselines.py, whose methods decode in their own ways: "
                         f"read the table in its results.json")
     return {
         "latent_prompt": suffix != "plain" and made.get("method") != "grpo",
         "seed": args.seed,
         "progress": name,
         "rows": args.rows,
-        "max_new_tokens": args.max_new_tokens or made.get("max_new_tokens") or runs.slots_per_answer(model),
+        "max_new_tokens": args.max_new_tokens or made.get("max_new_tokens") or checkpoint.slots_per_answer(model),
         **samplings_of(args)[sampling]}
 
 
@@ -644,7 +642,7 @@ def heading(args, name, sampling, settings, **control):
         **control,
         "task": args.task,
         "split": args.split,
-        "sampling": known[0] if known else report.sampling_in_words(own),
+        "sampling": known[0] if known else display.sampling_in_words(own),
         "prompt": prompt}
 
 
@@ -664,7 +662,7 @@ def row_of_model(args, name, sampling, model, tokenizer, task, examples, elsewhe
 def runs_latents(name, model):
     """Whether a model's tags run latents. Not if its projector was never trained, and not in a run of another
     method: there tags have always been text (its checkpoint carries a projector all the same)."""
-    method = runs.run_settings(name.partition(":")[0]).get("method", "litereason")
+    method = run.run_settings(name.partition(":")[0]).get("method", "litereason")
     return model.projector_trained and method == "litereason"
 
 
@@ -674,9 +672,9 @@ def rows_of_controls(args, name, sampling, model, tokenizer, task, examples, els
         raise UserError(f"--controls asks what latents do, and {name} runs none: its projector was never "
                         f"trained, or its method leaves tags as text; give it a run of --method litereason")
     results = run_controls(model, tokenizer, task, examples, elsewhere, samples=args.samples, **settings)
-    words = report.sampling_in_words(samplings_of(args)[sampling])
+    words = display.sampling_in_words(samplings_of(args)[sampling])
     print(f"\n{name}, {len(examples)} of {args.task} {args.split}, {words}")
-    print(report.controls_table(results, data.measure_of(task)), flush=True)
+    print(display.controls_table(results, data.measure_of(task)), flush=True)
     return [{**heading(args, name, sampling, settings, control=control), **result}
             for control, result in results]
 
@@ -686,8 +684,8 @@ def print_answers(name, model, tokenizer, task, answers):
     for example, rollout in answers:
         reward = data.score(task, [example], [rollout.text])[0]
         print(f"\n--- {name}, reward {reward:.2f}\n{tokenizer.decode(rollout.prompt_ids)}\n"
-              f">>> {report.readable(tokenizer, rollout)}")
-        for i, (near, length, head) in enumerate(report.nearest_words(model, tokenizer, rollout.latents)):
+              f">>> {display.readable(tokenizer, rollout)}")
+        for i, (near, length, head) in enumerate(display.nearest_words(model, tokenizer, rollout.latents)):
             print(f"    latent {i + 1}: nearest {near}; the head says {head}; "
                   f"length {length:.2f} of an embedding's")
 
@@ -695,7 +693,7 @@ def print_answers(name, model, tokenizer, task, answers):
 def section_of_page(args, row, sampling, model, tokenizer, task, answers):
     """--html: a model's part of the page. answers: [(example, rollout)], each example's first."""
     examples, rollouts = zip(*answers)
-    said = report.what_was_asked(args, len(examples), {sampling: samplings_of(args)[sampling]})
+    said = display.what_was_asked(args, len(examples), {sampling: samplings_of(args)[sampling]})
     rewards = row["per_example"]["score"]
     if args.samples > 1:  # those are means over an example's answers
         rewards = data.score(task, examples, [rollout.text for rollout in rollouts])
@@ -709,14 +707,14 @@ def append_chapters(args, name, sampling, task, answers, is_first):
     path = os.path.join(args.out, "chapters.md")
     with open(path, "w" if is_first else "a", encoding="utf-8") as f:
         f.write(f"\n# {name}\n")
-        report.write_chapters(task, examples, plans, args.write, samplings_of(args)[sampling], f)
+        display.write_chapters(task, examples, plans, args.write, samplings_of(args)[sampling], f)
     print(f"wrote {path}")
 
 
 # ---------------------------------------------------------------------------- after the models
 def print_table(rows, measure):
     named = [(row["name"], row) for row in rows]
-    print(report.table(named, measure) + "\n")
+    print(display.table(named, measure) + "\n")
     for name, row in named:
         alone = f", {row['seconds_alone']:.2g} s alone" if "seconds_alone" in row else ""
         print(f"{name}: {row['flops']:.3g} FLOPs and {row['seconds_each']:.2g} s an answer{alone}")
@@ -729,10 +727,10 @@ def write_results(args, rows):
         files.append(os.path.join(args.out, "results.json"))
     for file in files:
         if file:
-            runs.write_json(file, rows[0] if len(rows) == 1 else rows)
+            run.write_json(file, rows[0] if len(rows) == 1 else rows)
     if args.out:
-        runs.write_json(os.path.join(args.out, "config.json"), vars(args))
+        run.write_json(os.path.join(args.out, "config.json"), vars(args))
 
 
 if __name__ == "__main__":
-    runs.run_script(main)
+    run.run_script(main)

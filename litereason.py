@@ -38,11 +38,10 @@ import re
 import torch
 import transformers
 
-import card
-import engine
+from lib import checkpoint, decoder, kv_cache, memory, scoring
 import released
-import runs
-from runs import UserError, save  # save(model, tokenizer, path) belongs to this file's interface
+from lib import UserError
+from lib.checkpoint import save  # noqa: F401  (model, tokenizer, path): belongs to this file's interface
 
 LATENT = -1  # the slot value of a latent position
 CAP = 5  # a tag's N is clamped to this; a checkpoint carries its own (config.litereason_max_reasoning_steps)
@@ -105,7 +104,7 @@ def naive_generate(model, tokenizer, prompt_ids, draws, temperature=1.0, top_p=1
         slots.append(int(token))
         logps.append(logp)
         fed.append(embed(token)[0])
-        finished = int(token) in runs.stop_tokens(model, tokenizer)
+        finished = int(token) in checkpoint.stop_tokens(model, tokenizer)
         if finished:
             break
         n_tags = len(parse_tags(written))
@@ -207,7 +206,7 @@ def _read_char(state, char, cap):
 
 
 def tag_table(tokenizer, cap, vocab_size, device):
-    """The automaton as an engine.TagTable over the ids of a vocabulary.
+    """The automaton as a decoder.TagTable over the ids of a vocabulary.
 
     BPE may merge neighbours into the tag's ends (`.<`, `>\\n`): the merged token ends the tag."""
 
@@ -216,13 +215,13 @@ def tag_table(tokenizer, cap, vocab_size, device):
         return kind != "open" or length > 2
 
     alphabet = sorted(set(OPEN + CLOSE + SPACE + DIGITS))
-    return engine.TagTable.of_characters(
+    return decoder.TagTable.of_characters(
         read_char=lambda state, char: _read_char(state, char, cap),
         start=("open", 0, False),
         alphabet=alphabet,
         has_begun=has_begun,
         only_resets=re.compile("[^" + re.escape("".join(alphabet)) + "][^<>]*"),
-        texts=runs.token_texts(tokenizer)[:vocab_size],
+        texts=checkpoint.token_texts(tokenizer)[:vocab_size],
         vocab_size=vocab_size,
         device=device)
 
@@ -397,12 +396,12 @@ def load(name_or_path, device=None, dtype=torch.float32):
 
     name_or_path: "tiny" (shipped), a directory, a hub id, or a short name (Qwen2.5-1.5B ->
     Qwen/Qwen2.5-1.5B). device: default cuda if there is one, else cpu. dtype: of the weights; on CUDA fp32
-    weights compute in bf16 (engine.autocast). A checkpoint without projector weights gets the warm start and
+    weights compute in bf16 (kv_cache.autocast). A checkpoint without projector weights gets the warm start and
     the default cap. Files are data: safetensors only, no pickle, no code of the checkpoint's own; a directory
     is read without a network. Raises UserError, in one line, if there is no such model, it cannot be fetched,
     or its files do not fit together."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer, weights = runs.read_checkpoint(name_or_path, dtype or torch.float32)
+    model, tokenizer, weights = checkpoint.read_checkpoint(name_or_path, dtype or torch.float32)
     model = attach(model.to(device), weights, tokenizer)
     for name, p in model.named_parameters():
         if not p.isfinite().all():
@@ -413,10 +412,10 @@ def load(name_or_path, device=None, dtype=torch.float32):
 def attach(model, weights=None, tokenizer=None):
     """Adds the projector (from `weights`, else its start), its config entries and our attention to a causal
     LM. With its tokenizer, ids that are no word get the logit -inf: none is ever sampled."""
-    cap, layers = runs.check_model(model, CAP, PROJECTOR_LAYERS)
+    cap, layers = checkpoint.check_model(model, CAP, PROJECTOR_LAYERS)
     older_pause = set(weights or {}) == {"vector"}  # saved before checkpoints named their projector
     # The released code's checkpoints name none; without any weights it is the start of the model's size.
-    unnamed = "pause" if older_pause else "mlp" if weights or runs.is_small(model) else "normed"
+    unnamed = "pause" if older_pause else "mlp" if weights or checkpoint.is_small(model) else "normed"
     kind = getattr(model.config, "litereason_projector", unnamed)
     if not isinstance(kind, str) or kind not in PROJECTORS:
         known = ", ".join(PROJECTORS)
@@ -426,7 +425,7 @@ def attach(model, weights=None, tokenizer=None):
     config.litereason_num_reasoning_layers = layers
     config.litereason_max_reasoning_steps = cap
     start_projector(model, kind)
-    # Of our own checkpoints, one that stage 2 has not made says so (runs.save).
+    # Of our own checkpoints, one that stage 2 has not made says so (checkpoint.save).
     model.projector_trained = bool(weights) and getattr(config, "litereason_projector_trained", True)
     if weights:
         try:
@@ -434,12 +433,12 @@ def attach(model, weights=None, tokenizer=None):
         except RuntimeError as e:
             why = str(e).splitlines()[1].strip()
             raise UserError(f"the checkpoint's reasoning_projector does not fit: {why}") from e
-    model.generation_config = transformers.GenerationConfig(eos_token_id=runs.stop_ids(model),
+    model.generation_config = transformers.GenerationConfig(eos_token_id=checkpoint.stop_ids(model),
                                                             pad_token_id=config.pad_token_id)
-    model.bf16 = model.device.type == "cuda" and model.dtype == torch.float32  # see engine.autocast
-    model.graphs = False  # see engine.Decoder
-    engine.use_few_rows(model)
-    engine.mask_no_words(model, runs.no_words(model, tokenizer) if tokenizer else [])
+    model.bf16 = model.device.type == "cuda" and model.dtype == torch.float32  # see kv_cache.autocast
+    model.graphs = False  # see decoder.Decoder
+    kv_cache.use_few_rows(model)
+    kv_cache.mask_no_words(model, checkpoint.no_words(model, tokenizer) if tokenizer else [])
     # The caches of engine.py; anything else still goes through sdpa.
     model.set_attn_implementation("litereason")
     return model.eval()  # no dropout anywhere: sampling and scoring must see the same network
@@ -494,7 +493,7 @@ def generate(model, tokenizer, prompts, samples=1, max_new_tokens=256, temperatu
     stats           a dict to whose "positions" the number of positions computed is added
     bar             a tqdm bar, which moves by one for each rollout that ends
     tag             None: a tag runs as many latents as it says; K: every tag runs K; "forbidden": none begins
-    What other methods do differently (baselines.py):
+    What other methods do differently (results/baselines.py):
     start           latents that every row begins with
     leave           (h (n, D), drawn (n,), numbers of the rollouts (n,), latents run (n,)) -> (n,) tokens
                     that end a row's block here, or LATENT: continue. drawn: what the LM head would say
@@ -503,8 +502,8 @@ def generate(model, tokenizer, prompts, samples=1, max_new_tokens=256, temperatu
     if samples < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
         raise UserError("generate needs samples and max_new_tokens of 1 or more, temperature and top_k of 0 "
                         "or more, 0 < top_p <= 1")
-    ids = [runs.encode_prompt(model, tokenizer, p) if isinstance(p, str) else list(p) for p in prompts]
-    runs.check_lengths(model, ids, max_new_tokens)
+    ids = [checkpoint.encode_prompt(model, tokenizer, p) if isinstance(p, str) else list(p) for p in prompts]
+    checkpoint.check_lengths(model, ids, max_new_tokens)
     # One uniform number per row and slot, drawn up front: a rollout's text depends on its seed and its own
     # prompt only, not on which rows share its batch or when they end.
     draws = torch.rand(len(ids) * samples, max_new_tokens, generator=generator, dtype=torch.float64)
@@ -512,27 +511,27 @@ def generate(model, tokenizer, prompts, samples=1, max_new_tokens=256, temperatu
         return []
     sampling = (temperature, top_k, top_p)
     if rows is None:
-        rows = card.rows_that_fit(model, max(map(len, ids)), max_new_tokens, samples)
+        rows = memory.rows_that_fit(model, max(map(len, ids)), max_new_tokens, samples)
 
     def decode(rows):
         max_prompts = max(1, rows // samples)
         return _decode(model, tokenizer, ids, draws, samples, max_prompts, sampling, latent, bar, tag, start,
                        leave, feed)
 
-    rollouts, n_positions = engine.once_more_in_halves(model, decode, max(1, rows))
+    rollouts, n_positions = decoder.once_more_in_halves(model, decode, max(1, rows))
     if stats is not None:
         stats["positions"] = stats.get("positions", 0) + n_positions
     return rollouts
 
 
-@engine.with_autocast
+@kv_cache.with_autocast
 def _decode(model, tokenizer, prompts, draws, samples, max_prompts, sampling, latent, bar, tag, start, leave,
             feed):
     """generate, for token ids and random numbers draws (all rollouts, limit) -> (rollouts, positions
     computed)."""
     watch = watcher(model, tokenizer)
     embed = model.get_input_embeddings()
-    stop_ids = runs.stop_tokens(model, tokenizer)
+    stop_ids = checkpoint.stop_tokens(model, tokenizer)
     stop = torch.tensor(stop_ids, device=model.device)
     limit = draws.shape[1]
     rollouts = [None] * len(draws)
@@ -541,18 +540,18 @@ def _decode(model, tokenizer, prompts, draws, samples, max_prompts, sampling, la
         return _new_rows(model, draws[numbers], numbers, h, prompt_lengths, start, latent)
 
     def finish(ended):
-        for number, rollout in _recorded(decoder.rows, ended, prompts, samples, stop_ids, tokenizer):
+        for number, rollout in _recorded(decoding.rows, ended, prompts, samples, stop_ids, tokenizer):
             rollouts[number] = rollout
         if bar is not None:
             bar.update(len(ended))
 
-    decoder = engine.Decoder(model, prompts, samples, limit, max_prompts, new_rows, watch)
-    while decoder.refill(finish):  # rows that have ended leave, prompts that wait join
-        r = decoder.rows  # one tensor per field, see _new_rows
+    decoding = decoder.Decoder(model, prompts, samples, limit, max_prompts, new_rows, watch)
+    while decoding.refill(finish):  # rows that have ended leave, prompts that wait join
+        r = decoding.rows  # one tensor per field, see _new_rows
         inside = r.latents_left > 0  # (B,) in a block: no token is sampled there
         # Rows (indices) for the LM head and for the projector; on CUDA some of them for nothing, see
         # engine.py.
-        drawing, projecting = decoder.who(inside, everyone=leave is not None)
+        drawing, projecting = decoding.who(inside, everyone=leave is not None)
 
         # (1) Outside a block, sample a token.
         token = torch.full_like(r.latents_left, LATENT)  # (B,)
@@ -607,9 +606,9 @@ def _decode(model, tokenizer, prompts, draws, samples, max_prompts, sampling, la
         r.live = r.live & ~stops & (r.n_slots + 1 < limit)
 
         # (6) One forward pass, one slot per row.
-        r.h = decoder.forward(x, r.prompt_length + r.n_slots)  # (B, D)
+        r.h = decoding.forward(x, r.prompt_length + r.n_slots)  # (B, D)
         r.n_slots = r.n_slots + 1
-    return rollouts, decoder.n_positions
+    return rollouts, decoding.n_positions
 
 
 def _new_rows(model, u, numbers, h, prompt_lengths, start, latent):
@@ -664,29 +663,29 @@ def _recorded(r, ended, prompts, samples, stop_ids, tokenizer):
 
 
 # ============================================================ scoring (paper Sec. 3.4)
-@engine.with_autocast
+@kv_cache.with_autocast
 def states(model, rollouts):
     """The outputs that predict given slots: each prompt is read once, then all slots in one batched forward,
     latents as constants.
 
     -> (h (B, S, D), slots (B, S), valid (B, S)): h[b, s] is the output that predicts slot s. Gradients reach
     the base, also through its attention over the latents' keys and values; never the projector."""
-    batch = engine.Batch(rollouts, model.device, padding=LATENT)
+    batch = scoring.Batch(rollouts, model.device, padding=LATENT)
     # Each prompt goes through the model once, with its graph: the gradients of its rows meet in it.
-    prompts, h_prompt, x = engine.prefill(model, batch.prompts, batch.slots.clamp(min=0))
-    cache = engine.ScoringCache(prompts, batch.owner)
+    prompts, h_prompt, x = kv_cache.prefill(model, batch.prompts, batch.slots.clamp(min=0))
+    cache = kv_cache.ScoringCache(prompts, batch.owner)
     latents = torch.cat([r.latents.detach() for r in batch.rows])  # (all latents, D), row by row
     is_latent = (batch.slots == LATENT) & batch.valid
     x = x.masked_scatter(is_latent[..., None], latents.to(model.device, x.dtype))  # (B, S, D)
     cache.begin(batch.valid)
     positions = cache.start[:, None] + torch.arange(x.shape[1], device=model.device)
-    h = engine.forward(model, x, positions, cache)
+    h = kv_cache.forward(model, x, positions, cache)
     h_before_first = h_prompt[batch.owner, None]  # (B, 1, D)
     h = torch.cat([h_before_first, h[:, :-1]], 1)  # (B, S, D): the output at slot s - 1 predicts slot s
     return h[batch.back], batch.slots[batch.back], batch.valid[batch.back]
 
 
-@engine.with_autocast
+@kv_cache.with_autocast
 def logprobs(model, rollouts, temperature=1.0):
     """Scores given slots -> (logp (B, S), scored (B, S)): log-probs of the sampled tokens, 0 where there are
     none.
@@ -696,12 +695,12 @@ def logprobs(model, rollouts, temperature=1.0):
     h, slots, valid = states(model, rollouts)
     scored = valid & (slots != LATENT)
     logp = torch.zeros(slots.shape, dtype=torch.promote_types(h.dtype, torch.float32), device=h.device)
-    of_tokens = engine.token_logprobs(model, h[scored], slots[scored], temperature)  # (M,)
+    of_tokens = scoring.token_logprobs(model, h[scored], slots[scored], temperature)  # (M,)
     return logp.masked_scatter(scored, of_tokens.to(logp.dtype)), scored
 
 
 # ============================================================ the latent roll-out with gradient (Sec. 3.3)
-@engine.with_autocast
+@kv_cache.with_autocast
 def unroll(model, rollouts, latent="projector"):
     """Runs the latent steps of given slots again: full back-propagation through all steps of all tags,
     cached, exact.
@@ -710,10 +709,10 @@ def unroll(model, rollouts, latent="projector"):
     nothing is detached. -> (h (B, S, D), latents, a list of (n, D) per row): h[b, s] is the output that
     predicts slot s. With the base frozen the prompts' part carries no graph. Under torch.no_grad() it only
     recomputes the latents."""
-    batch = engine.Batch(rollouts, model.device, padding=LATENT)
-    plan, column = engine.plan_rounds([[slot == LATENT for slot in r.slots] for r in batch.rows])
-    prompts, h_prompt, embedded = engine.prefill(model, batch.prompts, batch.slots.clamp(min=0))
-    cache = engine.ScoringCache(prompts, batch.owner)
+    batch = scoring.Batch(rollouts, model.device, padding=LATENT)
+    plan, column = scoring.plan_rounds([[slot == LATENT for slot in r.slots] for r in batch.rows])
+    prompts, h_prompt, embedded = kv_cache.prefill(model, batch.prompts, batch.slots.clamp(min=0))
+    cache = kv_cache.ScoringCache(prompts, batch.owner)
     rows = torch.arange(len(batch.rows), device=model.device)
     last = h_prompt[batch.owner]  # (B, D): the output at each row's last slot so far
     z = last
@@ -744,7 +743,7 @@ def unroll(model, rollouts, latent="projector"):
         if not len(offset):
             continue
         cache.begin(offset < counts)
-        h = engine.forward(model, x, cache.start[:, None] + starts + offset, cache)  # (B, n, D)
+        h = kv_cache.forward(model, x, cache.start[:, None] + starts + offset, cache)  # (B, n, D)
         outputs.append(h)
         newest = h[rows, (counts[:, 0] - 1).clamp(min=0)]
         last = torch.where(counts > 0, newest, last)
@@ -783,11 +782,11 @@ def projector_loss(model, traces, latent="projector"):
     if latent == "none":
         traces = [without_latents(r) for r in traces]
     h, _ = unroll(model, traces, latent)
-    slots, valid = engine.slot_table(traces, model.device, padding=LATENT)
+    slots, valid = scoring.slot_table(traces, model.device, padding=LATENT)
     number = torch.arange(slots.shape[1], device=model.device)
     after_first = number >= torch.tensor(first, device=model.device)[:, None]
     scored = valid & (slots != LATENT) & after_first
-    logp = engine.token_logprobs(model, h[scored], slots[scored])  # (M,)
+    logp = scoring.token_logprobs(model, h[scored], slots[scored])  # (M,)
     return -logp.sum(), len(logp)
 
 

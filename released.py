@@ -14,8 +14,7 @@ text, as everywhere here, and so is one that begins in the prompt.
 """
 import numpy as np
 
-import engine
-import runs
+from lib import UserError, checkpoint, decoder
 
 # The neighbours that are tried.
 BEFORE = [" ", "\n", ".", ",", "!", "?", ":", ";", '"', "'", ")", "(", "[", "]", ">"]
@@ -31,7 +30,7 @@ def patterns(tokenizer, opening, closing):
     encoding of both."""
 
     def encode(text):
-        return tuple(runs.encode_text(tokenizer, text))
+        return tuple(checkpoint.encode_text(tokenizer, text))
 
     plain = encode(opening)
     starts = {plain}
@@ -92,18 +91,18 @@ def _read_token(state, token, text, starts, ends, cap):
 
 
 def tag_table(tokenizer, opening, closing, cap, vocab_size, device):
-    """The rule as an engine.TagTable over the ids of a vocabulary."""
+    """The rule as an decoder.TagTable over the ids of a vocabulary."""
     starts, ends = patterns(tokenizer, opening, closing)
     longest = max(map(len, starts)) + MOST_NUMBER + max(map(len, ends))
     if longest > MOST:
-        raise runs.UserError(f"this tokenizer cuts a tag into up to {longest} tokens, and the released "
+        raise UserError(f"this tokenizer cuts a tag into up to {longest} tokens, and the released "
                              f"plugin takes no more than {MOST}: leave --tag-rule released out")
     in_patterns = {token for ids in starts + ends for token in ids}
 
     # (1) The tokens that are told apart: those of the patterns, and one for each text that
     # can be in a number.
     kinds = {}  # (token or None, text or None) -> the tokens that it stands for
-    for token, text in enumerate(runs.token_texts(tokenizer)[:vocab_size]):
+    for token, text in enumerate(checkpoint.token_texts(tokenizer)[:vocab_size]):
         is_number = text != "" and all(char.isdecimal() or char.isspace() for char in text)
         text = (text if text.strip() else " ") if is_number else None
         token_itself = token if token in in_patterns else None
@@ -130,7 +129,7 @@ def tag_table(tokenizer, opening, closing, cap, vocab_size, device):
         next_state[number], fires[number] = zip(*column)
         classes[kinds[kind]] = number
     begun = [any(_can_be_nothing_else(tokenizer, item, opening) for item in state) for state in queue]
-    return engine.TagTable(classes, next_state, fires, begun, device)
+    return decoder.TagTable(classes, next_state, fires, begun, device)
 
 
 def _can_be_nothing_else(tokenizer, item, opening):

@@ -22,8 +22,7 @@ import random
 
 import torch
 
-import engine
-import runs
+from lib import checkpoint, kv_cache, memory, scoring
 from litereason import (CLOSE, LATENT, OPEN, Rollout, empty_memory, insert_latents, latent_step, states,
                         word_embeddings)
 
@@ -94,21 +93,21 @@ def mask_runs(model, tokenizer, rng, prompt_ids, sentences, answer, known, share
     if not targets:
         return None
     text = " ".join(pieces)
-    slots = insert_latents(model, tokenizer, encode(tokenizer, text) + [runs.end_of_answer(model, tokenizer)])
+    slots = insert_latents(model, tokenizer, encode(tokenizer, text) + [checkpoint.end_of_answer(model, tokenizer)])
     return Rollout(prompt_ids, slots, torch.stack(targets).cpu(), text=text)
 
 
 def masked_with_targets(model, tokenizer, rng, prompt, sentences, answer, common, words, shares):
     """One trace masked again for each of these shares -> [Rollout whose `latents` are the targets], without
     those in which nothing was skipped. The targets are embeddings as they are now."""
-    prompt_ids = runs.encode_prompt(model, tokenizer, prompt)
+    prompt_ids = checkpoint.encode_prompt(model, tokenizer, prompt)
     known = of_trace(model, tokenizer, prompt, sentences, common, words)
     rows = [mask_runs(model, tokenizer, rng, prompt_ids, sentences, answer, known, share) for share in shares]
     return [row for row in rows if row is not None]
 
 
 def encode(tokenizer, text):
-    return runs.encode_text(tokenizer, text.strip())
+    return checkpoint.encode_text(tokenizer, text.strip())
 
 
 # ============================================================ stage 2: the loss
@@ -126,7 +125,7 @@ def with_noise(rows, noise, generator):
     return noisy
 
 
-@engine.with_autocast
+@kv_cache.with_autocast
 def target_loss(model, rows, fed, n_tokens, n_latents, base_learns=False):
     """The squared error of each latent to its target, and if the base learns the paper's loss, the
     cross-entropy after the first tag -> this micro-batch's share of the two means over the whole batch.
@@ -141,7 +140,7 @@ def target_loss(model, rows, fed, n_tokens, n_latents, base_learns=False):
         first = torch.tensor([row.slots.index(LATENT) for row in rows], device=model.device)
         after_first = torch.arange(slots.shape[1], device=model.device) >= first[:, None]
         scored = valid & (slots != LATENT) & after_first
-        logp = engine.token_logprobs(model, h[scored], slots[scored])  # (M,)
+        logp = scoring.token_logprobs(model, h[scored], slots[scored])  # (M,)
         loss = loss - logp.sum() / n_tokens
     return loss
 
@@ -194,11 +193,11 @@ def add_anchor(args, model, tokenizer, stage_1, step):
     n_latents = sum(row.n_latents for row in rows)
     error = 0.0
     model.reasoning_projector.requires_grad_(False)
-    for part in engine.pack(rows, args.tokens_per_forward):
+    for part in scoring.pack(rows, args.tokens_per_forward):
         loss = target_loss(model, [rows[i] for i in part], [fed[i] for i in part], None, n_latents)
         if loss.requires_grad:  # a pause token does not depend on the base
             (args.anchor * loss).backward()
-            engine.wait_for_gradients(model)
+            memory.wait_for_gradients(model)
         error += loss.item()
     model.reasoning_projector.requires_grad_(True)
     return error

@@ -35,11 +35,8 @@ import zlib
 import torch
 from tqdm import tqdm
 
-import card
 import data
-import engine
-import report
-import runs
+from lib import checkpoint, display, kv_cache, memory, run, scoring
 import targets
 from eval import PAPER, evaluate
 from litereason import (CAP, CLOSE, LATENT, OPEN, PROJECTORS, Rollout, UserError, embedding_size, generate,
@@ -142,7 +139,7 @@ def _settings_of_traces(model, task, examples, k, max_new_tokens, seed, tag):
     prompts = "".join(task.prompt(example, True) for example in examples)
     return {
         "model": model.config._name_or_path,
-        "weights": runs.fingerprint(model),
+        "weights": checkpoint.fingerprint(model),
         "task": task.__name__,
         "prompts": len(examples),
         "prompts_crc32": zlib.crc32(prompts.encode()),
@@ -239,7 +236,7 @@ def mask_sentences(rng, tokenizer, reasoning, ratio, cap=CAP):
     if not sentences:
         return None
     for i in rng.sample(sentences, max(1, int(ratio * len(sentences)))):
-        n_tokens = len(runs.encode_text(tokenizer, pieces[i].strip()))
+        n_tokens = len(checkpoint.encode_text(tokenizer, pieces[i].strip()))
         n = max(1, min(cap, int(0.2 * n_tokens)))
         pieces[i] = f" {OPEN}{n}{CLOSE} "
     text = re.sub(rf"(?:(?<!\s)\s+|)({OPEN}[0-9 ]*{CLOSE})\s*", r" \1 ", "".join(pieces))
@@ -256,9 +253,9 @@ def masked_trace(model, tokenizer, rng, prompt, text, answer, marker, ratio):
     if masked is None:
         return None
     text = masked + "\n" + (own_answer if answer is None else answer).strip()
-    ids = runs.encode_text(tokenizer, text)
-    slots = insert_latents(model, tokenizer, ids + [runs.end_of_answer(model, tokenizer)])
-    prompt_ids = runs.encode_prompt(model, tokenizer, prompt) if isinstance(prompt, str) else prompt
+    ids = checkpoint.encode_text(tokenizer, text)
+    slots = insert_latents(model, tokenizer, ids + [checkpoint.end_of_answer(model, tokenizer)])
+    prompt_ids = checkpoint.encode_prompt(model, tokenizer, prompt) if isinstance(prompt, str) else prompt
     no_latents = torch.zeros(0, model.config.hidden_size)  # they are made while the projector is trained
     return Rollout(prompt_ids, slots, no_latents, text=text) if LATENT in slots else None
 
@@ -337,10 +334,10 @@ def fit_projector(model, traces, lr, batch, steps=None, schedule=True, clip=0.2,
     aim "imitation" the base learns alone, at lr, to write the traces, their tags as text."""
     imitates = aim == "imitation"
     budget = budget or positions_at_once(model, traces, imitates or base_lr > 0)
-    parameters = list(engine.base_parameters(model) if imitates else model.reasoning_projector.parameters())
+    parameters = list(memory.base_parameters(model) if imitates else model.reasoning_projector.parameters())
     groups = [{"params": parameters, "lr": lr, "peak": lr}]
     if base_lr:
-        base = engine.base_parameters(model)
+        base = memory.base_parameters(model)
         groups.append({"params": base, "lr": base_lr, "peak": base_lr})
         parameters = parameters + base
     optimizer = torch.optim.AdamW(groups, betas=tuple(betas), weight_decay=0.0)
@@ -352,8 +349,8 @@ def fit_projector(model, traces, lr, batch, steps=None, schedule=True, clip=0.2,
     def keep():
         nonlocal kept
         if kept != len(lines):
-            tensors = runs.optimizer_tensors(parameters, optimizer)
-            runs.write_state(states, len(lines), tensors, {"lines": lines, "carried": carried})
+            tensors = run.optimizer_tensors(parameters, optimizer)
+            run.write_state(states, len(lines), tensors, {"lines": lines, "carried": carried})
         kept = len(lines)
         return f"step {kept} of {steps} of {progress} is saved; go on with --resume {os.path.dirname(states)}"
 
@@ -361,13 +358,13 @@ def fit_projector(model, traces, lr, batch, steps=None, schedule=True, clip=0.2,
     log = None
     if states:
         keep()  # before the first step: `carried` holds an evaluation that should not be run again
-        uninterrupted = runs.on_stop(keep)
-        log = runs.open_log(f"{states}.jsonl", lines)
+        uninterrupted = run.on_stop(keep)
+        log = run.open_log(f"{states}.jsonl", lines)
     # Here, so that frozen weights are cast once for all steps; autocast would keep the first cast of weights
     # that learn, too.
     base_learns = base_lr > 0 or imitates
     frozen = contextlib.nullcontext() if base_learns else _base_frozen(model)
-    autocast = contextlib.nullcontext() if base_learns else engine.autocast(model)
+    autocast = contextlib.nullcontext() if base_learns else kv_cache.autocast(model)
     with frozen, autocast, _sizes_made(model) as sizes:
         done = len(lines)
         together = VERSIONS_TOGETHER if aim == "words" else 1
@@ -391,7 +388,7 @@ def fit_projector(model, traces, lr, batch, steps=None, schedule=True, clip=0.2,
             if aim == "words":
                 fed = targets.with_noise(rows, noise, torch.Generator().manual_seed(seed * 1_000_003 + step))
             total = 0.0
-            for part in engine.pack(rows, budget, unrolled=not imitates):
+            for part in scoring.pack(rows, budget, unrolled=not imitates):
                 some = [rows[i] for i in part]
                 if imitates:
                     loss = -logprobs(model, some)[0].sum() / n_tokens
@@ -410,7 +407,7 @@ def fit_projector(model, traces, lr, batch, steps=None, schedule=True, clip=0.2,
                     optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 m = {"step": step + 1, "loss": total, "grad_norm": float(norm), "z_size": _median(sizes)}
-                lines.append(json.dumps({name: runs.if_finite(value) for name, value in m.items()}) + "\n")
+                lines.append(json.dumps({name: run.if_finite(value) for name, value in m.items()}) + "\n")
                 sizes.clear()
                 bar.set_postfix({name: m[name] for name in ("loss", "z_size") if m[name] is not None})
                 if log:
@@ -452,11 +449,11 @@ def _median(sizes):
 def _resume_fit(states, parameters, optimizer):
     """-> (the lines of the steps so far, the step of the newest state), from which weights and moments come
     back; ([], None) without one."""
-    found = runs.read_state(states) if states else None
+    found = run.read_state(states) if states else None
     if found is None:
         return [], None
     step, tensors, rest = found
-    runs.restore_optimizer(parameters, optimizer, tensors)
+    run.restore_optimizer(parameters, optimizer, tensors)
     print(f"resumed from {states}/state-{step}", flush=True)
     return rest["lines"], step
 
@@ -464,7 +461,7 @@ def _resume_fit(states, parameters, optimizer):
 @contextlib.contextmanager
 def _base_frozen(model):
     """Inside, no weight but the projector's gets a gradient."""
-    frozen = [p for p in engine.base_parameters(model) if p.requires_grad]
+    frozen = [p for p in memory.base_parameters(model) if p.requires_grad]
     for p in frozen:
         p.requires_grad_(False)
     try:
@@ -512,7 +509,7 @@ def short_enough(traces, most):
 def positions_at_once(model, traces, base_learns=False):
     """How many positions of traces one forward and backward pass can have."""
     longest = max(len(r.prompt_ids) + len(r.slots) for r in traces)
-    return card.positions_that_fit(model, longest, card.latent_update, otherwise=12_000,
+    return memory.positions_that_fit(model, longest, memory.latent_update, otherwise=12_000,
                                    checkpoint=getattr(model, "checkpointed", False), base_learns=base_learns)
 
 
@@ -521,7 +518,7 @@ def mean_loss(model, traces, latent):
     budget = positions_at_once(model, traces)
     total, tokens = 0.0, 0
     with torch.no_grad():
-        for part in engine.pack(traces, budget, unrolled=True):
+        for part in scoring.pack(traces, budget, unrolled=True):
             loss, n = projector_loss(model, [traces[i] for i in part], latent)
             total = total + loss
             tokens += n
@@ -538,14 +535,14 @@ def stages_1_and_2(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, e
     steps) in stage-2/. n: val examples for the accuracy before and after. betas, max_length, keep_cut, smoke:
     the flags of these names; given: --traces. changes: of RELEASED or SMALL above, whichever the model's size
     selects; None leaves a value as it is."""
-    cfg = dict(SMALL if runs.is_small(model) else RELEASED)
+    cfg = dict(SMALL if checkpoint.is_small(model) else RELEASED)
     cfg.update({name: value for name, value in changes.items() if value is not None})
     started = time.time()
     rng = random.Random(seed)
 
     examples = task.examples("train")[: cfg["prompts"]]
     # Stage 2 has its own way to stop.
-    runs.on_stop(lambda: f"the traces sampled so far are kept; go on with --resume {out}")
+    run.on_stop(lambda: f"the traces sampled so far are kept; go on with --resume {out}")
     path = os.path.join(out, "traces.jsonl")
     aim = cfg["targets"]
     if aim != "words":
@@ -558,7 +555,7 @@ def stages_1_and_2(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, e
     steps = "one pass over the masked traces" if cfg["steps"] is None else f"{cfg['steps']} steps"
     print(f"stages 1 and 2: {cfg['k']} traces of up to {max_new_tokens} tokens for each of {len(examples)} "
           f"train prompts, then {steps}, {cfg['batch']} masked traces each\n"
-          f"{report.beside_released(cfg, applies)}")
+          f"{display.beside_released(cfg, applies)}")
     # With targets no tag is written in stage 1: a target is taken from a sentence that was written out.
     tag = "forbidden" if aim == "words" else None
     if given:
@@ -597,7 +594,7 @@ def stages_1_and_2(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, e
         print(f"imitation: {cfg['imitate']} steps of the base on masked traces, loss {loss:.4f} in the end",
               flush=True)
     states = os.path.join(out, "stage-2")
-    found = runs.read_state(states)
+    found = run.read_state(states)
     if found:
         losses, before = found[2]["carried"]
     else:
@@ -637,7 +634,7 @@ def say_size_of_start(sizes, are_fed=True):
 
 
 def by_size(name):
-    return runs.default_text(SMALL[name], RELEASED[name])
+    return run.default_text(SMALL[name], RELEASED[name])
 
 
 def add_start_flags(group):
@@ -663,12 +660,12 @@ def set_start(args, model):
 
 
 def parse_arguments():
-    ap = runs.parser(__doc__)
+    ap = run.parser(__doc__)
     g = ap.add_argument_group("what")
     g.add_argument("--model", default="tiny",
                    help="tiny, a directory, or a hub name such as Qwen2.5-1.5B (default tiny)")
     data.task_flags(g)
-    runs.out_flags(g, "traces, settings, figures and the model", "out/MODEL-TASK-projector")
+    run.out_flags(g, "traces, settings, figures and the model", "out/MODEL-TASK-projector")
     g.add_argument("--resume", default=None, metavar="DIR", help="continue the run in DIR, by its own "
                    "settings; only --device and --graphs may stand beside it (default: a new run)")
     g.add_argument("--seed", type=int, default=0, help="of all random draws (default 0)")
@@ -681,7 +678,7 @@ def parse_arguments():
                    "of a train example) and text, for a base that earns nothing (ours; default: the base's own)")
     g.add_argument("--max-new-tokens", type=int, metavar="N", default=None,
                    help=f"slots per trace, latents included "
-                   f"({runs.default_text(runs.SLOTS_SMALL, runs.SLOTS_RELEASED)})")
+                   f"({run.default_text(checkpoint.SLOTS_SMALL, checkpoint.SLOTS_RELEASED)})")
     g = ap.add_argument_group("stage 2")
     g.add_argument("--steps", type=int, metavar="N", default=None,
                    help="optimiser steps (default 400 for a small model, else as many as see every masked "
@@ -697,7 +694,7 @@ def parse_arguments():
     g.add_argument("--save-every", type=int, metavar="N", default=50,
                    help="steps of stage 2 between two states on the disk, from which --resume continues; "
                    "the last two are kept; stage 1 keeps each 160 samples' traces (default 50)")
-    runs.device_flags(g)
+    run.device_flags(g)
     g = ap.add_argument_group("as released")
     g.add_argument("--betas", type=float, nargs=2, default=[0.9, 0.95], metavar="B",
                    help="of AdamW in stage 2 (default 0.9 0.95; released 0.9 0.999)")
@@ -705,41 +702,41 @@ def parse_arguments():
                    "included, out of stage 2 (default: none are; released 4096)")
     g.add_argument("--keep-cut", action="store_true", help="keep rewarded traces that the length limit has "
                    "cut, as released (default: whole ones only)")
-    runs.tag_rule_flag(g)
-    return runs.parse_resumable(ap, "train_projector.py")
+    run.tag_rule_flag(g)
+    return run.parse_resumable(ap, "train_projector.py")
 
 
-@runs.signals_restored()
+@run.signals_restored()
 def main():
     args = parse_arguments()
     task = data.choose_task(args, args.model)
-    args.out = args.out or runs.default_out(args.model, args.task, "projector")
-    runs.check_arguments(args)
-    lock_file = runs.lock(args.out)  # noqa: F841  held until the process ends
-    runs.check_what_is_there(args)
+    args.out = args.out or run.default_out(args.model, args.task, "projector")
+    run.check_arguments(args)
+    lock_file = run.lock(args.out)  # noqa: F841  held until the process ends
+    run.check_what_is_there(args)
     # what is missing is said before a model is fetched
-    runs.check_examples(args, train=task.examples("train"), val=task.examples("val"))
+    run.check_examples(args, train=task.examples("train"), val=task.examples("val"))
     model, tokenizer = load(args.model, args.device)
-    runs.use_graphs(model, args.graphs)
-    runs.set_tag_rule(model, args.tag_rule)
+    run.use_graphs(model, args.graphs)
+    checkpoint.set_tag_rule(model, args.tag_rule)
     set_start(args, model)
     data.start_task(args, task, args.model)
-    args.max_new_tokens = args.max_new_tokens or runs.slots_per_answer(model)
-    if not runs.is_small(model):
-        engine.checkpoint_layers(model)
+    args.max_new_tokens = args.max_new_tokens or checkpoint.slots_per_answer(model)
+    if not checkpoint.is_small(model):
+        memory.checkpoint_layers(model)
     if not args.resume:
-        runs.delete_earlier_run(args.out)
-    runs.write_settings(args, "train_projector.py")
+        run.delete_earlier_run(args.out)
+    run.write_settings(args, "train_projector.py")
     result = stages_1_and_2(model, tokenizer, task, args.out, args.max_new_tokens, args.seed, args.n,
                             args.save_every, prompts=args.prompts, k=args.samples, lr=args.lr,
                             batch=args.batch, steps=args.steps, imitate=args.imitate, targets=args.targets,
                             words=args.words, noise=args.noise, train_base=args.train_base,
                             betas=args.betas, max_length=args.max_length, keep_cut=args.keep_cut,
                             given=args.traces)
-    runs.save(model, tokenizer, os.path.join(args.out, "model"))
-    runs.write_json(os.path.join(args.out, "results.json"), result)
+    checkpoint.save(model, tokenizer, os.path.join(args.out, "model"))
+    run.write_json(os.path.join(args.out, "results.json"), result)
     print(f"saved {args.out}/model; next: python train_rl.py --model {args.out} --task {args.task}")
 
 
 if __name__ == "__main__":
-    runs.run_script(main)
+    run.run_script(main)

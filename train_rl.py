@@ -37,11 +37,8 @@ import time
 
 import torch
 
-import card
 import data
-import engine
-import report
-import runs
+from lib import checkpoint, display, memory, run, scoring
 import targets
 from eval import PAPER, against, evaluate, latent_of, latents_of_others
 from litereason import (RULES, Rollout, UserError, generate, load, logprobs, policy_loss, recompute_latents,
@@ -55,13 +52,13 @@ from train_projector import (RATIOS, add_start_flags, fit_projector, masked_trac
 # there, card.py chooses), and the steps between two states on the disk.
 RELEASED = {
     "lr": 5e-7, "group": 16, "prompts": 48, "minibatches": 16, "steps": 2880,
-    "max_new_tokens": runs.SLOTS_RELEASED, "overlong_buffer": 0,
+    "max_new_tokens": checkpoint.SLOTS_RELEASED, "overlong_buffer": 0,
     "clip": 0.2, "refresh_lr": 1e-4, "refresh_share": 0.1, "refresh_every": 0,
     "targets": "none", "words": 2, "noise": 0.2, "anchor": 0.0,
     "save_every": 16}
 SMALL = {
     "lr": 1.2e-4, "group": 16, "prompts": 16, "minibatches": 1, "steps": 24,
-    "max_new_tokens": runs.SLOTS_SMALL, "overlong_buffer": runs.SLOTS_SMALL,
+    "max_new_tokens": checkpoint.SLOTS_SMALL, "overlong_buffer": checkpoint.SLOTS_SMALL,
     "clip": 0.2, "refresh_lr": 1e-4, "refresh_share": 0.1, "refresh_every": 0,
     "targets": "words", "words": 2, "noise": 0.2, "anchor": 10.0,
     "rows": 512, "tokens_per_forward": 12_000, "checkpoint_layers": False, "save_every": 4}
@@ -71,29 +68,29 @@ SMOKE = {
     "steps": 4, "prompts": 2, "group": 4, "minibatches": 2, "max_new_tokens": 128, "train_prompts": 4,
     "trace_prompts": 8, "projector_steps": 2, "n": 2, "val": 2}
 TAKEN_AWAY, ANOTHERS = "  its latents taken away", "  another story's latents"
-NAMES = report.METHODS
+NAMES = display.METHODS
 
 
 # ============================================================ stage 3
 def train(args, model, base, masters, tokenizer, task, examples, prompts, vals, table_rows, saved):
     """The loop; leaves model/ in args.out. base: the weights that are trained; masters: what the optimiser
     steps on, the same unless offloaded; prompts: of the examples, token ids; table_rows: of the final table,
-    so far; saved: what runs.read_state found, or None."""
+    so far; saved: what run.read_state found, or None."""
     # Rollout batches per epoch. Prompts that fill no whole batch sit this epoch out: the next one has a new
     # order.
     per_epoch = max(1, len(examples) // args.prompts)
     optimizer = torch.optim.AdamW(masters, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     if saved is None:
-        state = runs.State.new(args, table_rows)
+        state = run.State.new(args, table_rows)
     else:
-        state = runs.State.restore(*saved, model, masters, optimizer, Rollout)
-        engine.weights_from_masters(base, masters)
+        state = run.State.restore(*saved, model, masters, optimizer, Rollout)
+        memory.weights_from_masters(base, masters)
         args.tokens_per_forward = state.carried["tokens_per_forward"]
         print(f"resumed from {args.out}/state-{state.step}", flush=True)
-    keep = runs.keeper(args, state, model, masters, optimizer, is_saved=saved is not None)
-    log = runs.open_log(os.path.join(args.out, "metrics.jsonl"), state.carried["metrics"])
+    keep = run.keeper(args, state, model, masters, optimizer, is_saved=saved is not None)
+    log = run.open_log(os.path.join(args.out, "metrics.jsonl"), state.carried["metrics"])
     # Before step (6) a signal discards the step; after it, the step is finished first.
-    uninterrupted = runs.on_stop(keep)
+    uninterrupted = run.on_stop(keep)
     refreshes = args.method == "litereason" and not args.no_refresh
     stage_1 = traces_of_stage_1(args, tokenizer, task) if needs_traces(args) else None
 
@@ -102,7 +99,7 @@ def train(args, model, base, masters, tokenizer, task, examples, prompts, vals, 
         batch, minibatch = divmod(step, args.minibatches)
         epoch, batch_in_epoch = divmod(batch, per_epoch)
         index = prompts_of_batch(args.seed, len(examples), args.prompts, epoch, batch_in_epoch)
-        phases = runs.Phases(model.device)
+        phases = run.Phases(model.device)
         if minibatch == 0:
             # (1) Sample a group of rollouts for each prompt.
             state.rollouts = sample_groups(args, model, tokenizer, [prompts[i] for i in index], batch)
@@ -112,7 +109,7 @@ def train(args, model, base, masters, tokenizer, task, examples, prompts, vals, 
             asked = [examples[index[r.prompt]] for r in state.rollouts]
             earned = data.score(task, asked, [r.text for r in state.rollouts], batch + 1)
             state.earned = torch.tensor(earned)  # (B,)
-            report.stop_if_a_reward_is_not_finite(args, step, state, index)
+            display.stop_if_a_reward_is_not_finite(args, step, state, index)
 
         # (3) Advantages: each rollout against the other rollouts of its prompt.
         rewards = state.earned + length_penalty(args, state.rollouts)  # (B,)
@@ -132,18 +129,18 @@ def train(args, model, base, masters, tokenizer, task, examples, prompts, vals, 
             anchor_loss = targets.add_anchor(args, model, tokenizer, stage_1, step)
         phases.end("update")
         if minibatch == 0 and not args.recompute_latents:  # there rounding moves every later latent
-            report.stop_if_sampler_and_scorer_differ(args, step, model, state, index, gap)
+            display.stop_if_sampler_and_scorer_differ(args, step, model, state, index, gap)
 
         with uninterrupted():
             # (6) One optimiser step on the base; the projector is not in the optimiser and gets no gradient.
-            engine.gradients_to_masters(base, masters)
+            memory.gradients_to_masters(base, masters)
             norm = float(torch.nn.utils.clip_grad_norm_(masters, 1.0))  # OpenRLHF's default
             step_is_finite = all_finite(norm, state.rollouts)
             if step_is_finite:
                 optimizer.param_groups[0]["lr"] = learning_rate(args, step)
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            engine.weights_from_masters(base, masters)
+            memory.weights_from_masters(base, masters)
             phases.end("step")
 
             # (7) At the end of each epoch the projector is refreshed on the epoch's own rewarded rollouts.
@@ -158,7 +155,7 @@ def train(args, model, base, masters, tokenizer, task, examples, prompts, vals, 
                     refresh_loss = rehearse(args, model, tokenizer, stage_1, batch)
                 phases.end("refresh")
             if ends_epoch:
-                runs.save(model, tokenizer, os.path.join(args.out, "model"))
+                checkpoint.save(model, tokenizer, os.path.join(args.out, "model"))
                 val = validate(args, model, tokenizer, task, vals)
                 phases.end("validate")
 
@@ -167,12 +164,12 @@ def train(args, model, base, masters, tokenizer, task, examples, prompts, vals, 
             m = metrics(task, state, step, epoch, groups, gap, norm, size, anchor_loss, refresh_loss, val,
                         phases)
             tell(args, tokenizer, log, state, m, val, is_new_batch=minibatch == 0)
-            report.set_aside_if_skipped(args, step, state, chosen, step_is_finite)
+            display.set_aside_if_skipped(args, step, state, chosen, step_is_finite)
             state.step = step + 1
             keep_if_due(args, state, keep)
-            report.stop_if_three_in_a_row_were_skipped(args, state)
+            display.stop_if_three_in_a_row_were_skipped(args, state)
     log.close()
-    runs.save(model, tokenizer, os.path.join(args.out, "model"))
+    checkpoint.save(model, tokenizer, os.path.join(args.out, "model"))
     print(f"saved {args.out}/model")
 
 
@@ -185,7 +182,7 @@ def latent_of_method(args):
 def encode_prompts(args, model, tokenizer, task, examples):
     """Token ids; the prompt offers the tag, but not to the method without tags."""
     offers_tag = args.method != "grpo"
-    return [runs.encode_prompt(model, tokenizer, task.prompt(example, offers_tag)) for example in examples]
+    return [checkpoint.encode_prompt(model, tokenizer, task.prompt(example, offers_tag)) for example in examples]
 
 
 def prompts_of_batch(seed, n_examples, n_prompts, epoch, batch_in_epoch):
@@ -234,7 +231,7 @@ def add_gradients(args, model, rollouts, chosen, advantages, divisors):
     an advantage have no gradient and are not run; they count in the denominator."""
     largest, worst = 0.0, None
     useful = [b for b in chosen if advantages[b] != 0]
-    for indices in engine.pack([rollouts[b] for b in useful], args.tokens_per_forward):
+    for indices in scoring.pack([rollouts[b] for b in useful], args.tokens_per_forward):
         micro = [useful[i] for i in indices]
         some = [rollouts[b] for b in micro]
         if args.recompute_latents and args.method == "litereason":
@@ -244,7 +241,7 @@ def add_gradients(args, model, rollouts, chosen, advantages, divisors):
         loss, _ = policy_loss(logp, old_logp, advantages[micro].to(logp), scored, len(chosen), args.clip,
                               divisors[micro].to(logp.device))
         loss.backward()
-        engine.wait_for_gradients(model)
+        memory.wait_for_gradients(model)
         gaps = torch.where(scored, (logp.detach() - old_logp).abs(), 0.0).amax(1)  # (b,)
         if gaps.max() > largest:
             largest = float(gaps.max())
@@ -262,7 +259,7 @@ def add_gradients_with_one_retry(args, step, model, state, chosen, advantages, d
                 raise UserError(f"step {step + 1}: out of memory with --tokens-per-forward "
                                 f"{args.tokens_per_forward} too: start with less, or with "
                                 "--checkpoint-layers or --offload") from e
-        engine.forget_gradients(model)  # here the exception, and what it held, is gone
+        memory.forget_gradients(model)  # here the exception, and what it held, is gone
         torch.cuda.empty_cache()
         args.tokens_per_forward = max(1, args.tokens_per_forward // 2)
         state.carried["tokens_per_forward"] = args.tokens_per_forward
@@ -356,8 +353,8 @@ def needs_traces(args):
 
 def copy_traces(args):
     """Those of the run that --model is, into --out: so a run can be continued without that one."""
-    run = runs.directory_of_run(args.model)
-    theirs, ours = (os.path.join(path, "traces.jsonl") for path in (run, args.out))
+    start = run.directory_of_run(args.model)
+    theirs, ours = (os.path.join(path, "traces.jsonl") for path in (start, args.out))
     if not os.path.exists(theirs):
         raise UserError(f"--targets words learns from stage 1's traces in RL too, and there is no {theirs}: "
                         f"say --targets none, or --anchor 0 --no-refresh")
@@ -403,8 +400,8 @@ def metrics(task, state, step, epoch, groups, gap, norm, size, anchor_loss, refr
         # share of rollouts in which the reward found nothing to read
         "no_verdict": mean(lambda r: not data.has_verdict(task, r.text)),
         "max_dlogp": gap[0],  # how far sampler and scorer differ at most; on a first update it is rounding
-        "z_size": runs.if_finite(size),  # median norm of a latent, in sizes of an embedding
-        "grad_norm": runs.if_finite(norm),  # before clipping
+        "z_size": run.if_finite(size),  # median norm of a latent, in sizes of an embedding
+        "grad_norm": run.if_finite(norm),  # before clipping
         "skipped": state.carried["skipped"],  # steps so far that were not finite
         "anchor_loss": anchor_loss,
         "refresh_loss": refresh_loss,
@@ -418,17 +415,17 @@ def tell(args, tokenizer, log, state, m, val, is_new_batch):
     state.carried["metrics"].append(json.dumps(m) + "\n")
     log.write(state.carried["metrics"][-1])
     log.flush()
-    print(report.step_line(m, args.steps), flush=True)
+    print(display.step_line(m, args.steps), flush=True)
     if args.show_every and (m["step"] - 1) % args.show_every == 0:
         for b in (0, args.group):
             if b < len(state.rollouts):
-                shown = report.readable(tokenizer, state.rollouts[b])
+                shown = display.readable(tokenizer, state.rollouts[b])
                 print(f"    [{float(state.earned[b]):g}] {shown}", flush=True)
     if is_new_batch:
         n_groups = len(state.rollouts) // args.group
-        report.warn(m, args.method == "litereason", n_groups, [r.text for r in state.rollouts])
+        display.warn(m, args.method == "litereason", n_groups, [r.text for r in state.rollouts])
     if val:
-        report.warn_of_validation([json.loads(line) for line in state.carried["metrics"]], val)
+        display.warn_of_validation([json.loads(line) for line in state.carried["metrics"]], val)
 
 
 def keep_if_due(args, state, keep):
@@ -439,11 +436,11 @@ def keep_if_due(args, state, keep):
 
 # ============================================================ the script
 def by_size(name):
-    return runs.default_text(SMALL[name], RELEASED[name])
+    return run.default_text(SMALL[name], RELEASED[name])
 
 
 def parse_arguments():
-    ap = runs.parser(__doc__)
+    ap = run.parser(__doc__)
     g = ap.add_argument_group("what")
     g.add_argument("--model", default="tiny", help="tiny, a directory (a run of train_projector.py "
                    "too), or a hub name such as Qwen2.5-1.5B (default tiny)")
@@ -451,7 +448,7 @@ def parse_arguments():
                    help="grpo: RL with the plain prompt, no tags and no latents (and by default no length "
                    "penalty); tag: with the tag prompt, but a tag is text (default litereason)")
     data.task_flags(g)
-    runs.out_flags(g, "settings, metrics.jsonl, the model and the table", "out/MODEL-TASK-METHOD")
+    run.out_flags(g, "settings, metrics.jsonl, the model and the table", "out/MODEL-TASK-METHOD")
     g.add_argument("--resume", metavar="DIR", help="continue the run in DIR, by its own settings; only "
                    "--steps, --device and --graphs may stand beside it (default: a new run)")
     g.add_argument("--seed", type=int, default=0, help="of all random draws (default 0)")
@@ -493,7 +490,7 @@ def parse_arguments():
     add_released_flags(ap.add_argument_group("as released (for stages 1 and 2: train_projector.py)"))
     if ap.parse_known_args()[0].smoke:
         ap.set_defaults(**SMOKE)  # what the command line says wins
-    return runs.parse_resumable(ap, "train_rl.py", ("steps", "device", "graphs"))
+    return run.parse_resumable(ap, "train_rl.py", ("steps", "device", "graphs"))
 
 
 def add_projector_flags(g):
@@ -518,7 +515,7 @@ def add_projector_flags(g):
 def add_memory_flags(g):
     """The defaults are card.py's, but of a small model on a CPU."""
     def default(name):
-        return f"({runs.default_text(SMALL[name], SMALL[name])} for a small model on a CPU, else what fits)"
+        return f"({run.default_text(SMALL[name], SMALL[name])} for a small model on a CPU, else what fits)"
 
     g.add_argument("--rows", type=int, metavar="N", help="rollouts decoded at once, whole groups: memory "
                    f"for their keys and values {default('rows')}")
@@ -531,7 +528,7 @@ def add_memory_flags(g):
     g.add_argument("--offload", action=argparse.BooleanOptionalAction,
                    help="bf16 weights on the card, fp32 masters and AdamW's moments on the host (default "
                    "off; on CUDA if nothing else fits)")
-    runs.device_flags(g)
+    run.device_flags(g)
     g.add_argument("--save-every", type=int, metavar="N", help="steps between two states on the disk, from "
                    f"which --resume continues; the last two are kept ({by_size('save_every')})")
     g.add_argument("--show-every", type=int, metavar="N", default=20,
@@ -555,39 +552,39 @@ def add_released_flags(g):
     g.add_argument("--refresh-max-length", type=int, metavar="N",
                    help="leave longer traces, prompt included, out of the refresh (default: none are; "
                    "released 2048)")
-    runs.tag_rule_flag(g)
+    run.tag_rule_flag(g)
 
 
-@runs.signals_restored()
+@run.signals_restored()
 def main():
     args = parse_arguments()
     task = data.choose_task(args, args.model)
-    args.out = args.out or runs.default_out(args.model, args.task, args.method)
-    runs.check_arguments(args, n=0)
-    lock_file = runs.lock(args.out)  # noqa: F841, held until the process ends
-    saved = runs.read_state(args.out) if args.resume else None
-    runs.check_what_is_there(args, saved)
+    args.out = args.out or run.default_out(args.model, args.task, args.method)
+    run.check_arguments(args, n=0)
+    lock_file = run.lock(args.out)  # noqa: F841, held until the process ends
+    saved = run.read_state(args.out) if args.resume else None
+    run.check_what_is_there(args, saved)
     if args.group is not None and args.group < 2:
         raise UserError("--group must be 2 or more: an advantage compares the rollouts of one prompt")
     examples, vals, tests = (task.examples(split) for split in data.SPLITS)
-    runs.check_examples(args, train=examples, val=vals, test=tests)  # all: rewards may draw from them
+    run.check_examples(args, train=examples, val=vals, test=tests)  # all: rewards may draw from them
     examples, vals, tests = examples[: args.train_prompts], vals[: args.val], tests[: args.n]
 
     # The model, with the settings for its size.
-    source = runs.source_of_weights(args, saved)
+    source = run.source_of_weights(args, saved)
     model, tokenizer = load(source, args.device)
-    runs.use_graphs(model, args.graphs)
-    runs.set_tag_rule(model, args.tag_rule)
+    run.use_graphs(model, args.graphs)
+    checkpoint.set_tag_rule(model, args.tag_rule)
     data.start_task(args, task, args.model)
     if args.method == "grpo" and args.overlong_buffer is None:
         args.overlong_buffer = 0  # a small model without tags answers the penalty with no reasoning at all
-    made = runs.run_settings(args.model)
+    made = run.run_settings(args.model)
     for name in targets.OF_A_LATENT:  # a run of stages 1 and 2 has decided what a latent holds
         if getattr(args, name) is None:
             setattr(args, name, made.get(name))
     check_flags_of_latents(args, model, source)
-    for name, value in (SMALL if runs.is_small(model) else RELEASED).items():
-        is_planned = name in PLANNED and not card.has_fixed_numbers(model)
+    for name, value in (SMALL if checkpoint.is_small(model) else RELEASED).items():
+        is_planned = name in PLANNED and not memory.has_fixed_numbers(model)
         if getattr(args, name, None) is None and not is_planned:
             setattr(args, name, value)
     args.overlong_buffer = min(args.overlong_buffer, args.max_new_tokens)
@@ -601,26 +598,26 @@ def main():
 
     # Stop now if something cannot work, not in the middle of an epoch.
     prompts = encode_prompts(args, model, tokenizer, task, examples + vals)
-    runs.check_lengths(model, prompts, args.max_new_tokens)
-    report.check_answers(task, examples[:8])
-    report.warn_of_unknown_words(tokenizer, prompts)
+    checkpoint.check_lengths(model, prompts, args.max_new_tokens)
+    display.check_answers(task, examples[:8])
+    display.warn_of_unknown_words(tokenizer, prompts)
     base_learns_in_stage_2 = args.train_base or args.imitate
     if base_learns_in_stage_2 and args.offload is None:
         args.offload = False  # it takes fp32 weights on the card
-    memory = fit_to_memory(args, model, task, prompts)
-    base = engine.base_parameters(model)
+    plan = fit_to_memory(args, model, task, prompts)
+    base = memory.base_parameters(model)
     if args.offload and base_learns_in_stage_2:
         raise UserError("--train-base and --imitate take fp32 weights on the card: leave --offload out, or "
                         "run train_projector.py first")
-    masters = engine.offload(model, base) if args.offload else base
+    masters = memory.offload(model, base) if args.offload else base
     if not args.resume:
         if model.projector_trained and needs_traces(args):
             copy_traces(args)  # it may refuse, and then an earlier run should still be there
-        runs.delete_earlier_run(args.out)
-    runs.write_settings(args, "train_rl.py")
+        run.delete_earlier_run(args.out)
+    run.write_settings(args, "train_rl.py")
     # Until stage 2 and RL say more.
-    runs.on_stop(lambda: f"go on with: python train_rl.py --resume {args.out}")
-    report.say_what_runs(args, model, tokenizer, prompts[: len(examples)], released_settings(args), memory)
+    run.on_stop(lambda: f"go on with: python train_rl.py --resume {args.out}")
+    display.say_what_runs(args, model, tokenizer, prompts[: len(examples)], released_settings(args), plan)
 
     # The rows of the final table that come before RL, stages 1 and 2 among them; a resumed run has them in
     # its state.
@@ -629,7 +626,7 @@ def main():
     if saved:
         table_rows = saved[2]["carried"]["rows"]
     else:
-        table_rows = (runs.read_state(first_rows) or (0, {}, []))[2]
+        table_rows = (run.read_state(first_rows) or (0, {}, []))[2]
 
     def add_row(name, latent_prompt, latent):
         """Evaluates one row of the table, unless it is there."""
@@ -637,12 +634,12 @@ def main():
             figures, _ = evaluate(model, tokenizer, task, tests, latent_prompt, seed=args.seed, progress=name,
                                   latent=latent, alone=8, max_new_tokens=args.max_new_tokens, **PAPER)
             table_rows.append((name, figures))
-            if not runs.saved_states(args.out):
-                runs.write_state(first_rows, len(table_rows), {}, table_rows)
+            if not run.saved_states(args.out):
+                run.write_state(first_rows, len(table_rows), {}, table_rows)
 
     def show_table():
         if table_rows:
-            print(f"\n{report.table(table_rows, data.measure_of(task))}", flush=True)
+            print(f"\n{display.table(table_rows, data.measure_of(task))}", flush=True)
 
     if saved is None:
         # a run of train_projector.py may have moved the base
@@ -663,7 +660,7 @@ def main():
                 except UserError:  # no traces: the base's rows say more
                     show_table()
                     raise
-                runs.save(model, tokenizer, os.path.join(args.out, "model"))
+                checkpoint.save(model, tokenizer, os.path.join(args.out, "model"))
             add_row("LiteReason before RL", True, "projector")
 
     if args.method == "litereason":
@@ -680,7 +677,7 @@ def main():
             add_row(ANOTHERS, True, latent_of("other", model, others, args.seed))
     if table_rows:
         results = [{"model": name, **figures} for name, figures in table_rows]
-        runs.write_json(os.path.join(args.out, "results.json"), results)
+        run.write_json(os.path.join(args.out, "results.json"), results)
         show_table()
         print(f"\n{len(tests)} test stories, the paper's sampling "
               f"(temperature 0.7, top-p 0.8, top-k 20), seed {args.seed}, {time.time() - started:.0f}s for "
@@ -716,11 +713,11 @@ def fit_to_memory(args, model, task, prompts):
     """The settings of memory: fixed ones for a small model on a CPU, else those of the plan -> its lines."""
     reader = getattr(task, "settings", {}).get("scorer")
     lines = []
-    if not card.has_fixed_numbers(model):
-        lines = card.fit(args, model, max(map(len, prompts)), reader and reader[0]).splitlines()
+    if not memory.has_fixed_numbers(model):
+        lines = memory.fit(args, model, max(map(len, prompts)), reader and reader[0]).splitlines()
     args.offload = bool(args.offload)
     if args.checkpoint_layers:
-        engine.checkpoint_layers(model)
+        memory.checkpoint_layers(model)
     return lines
 
 
@@ -742,4 +739,4 @@ def check_flags_of_latents(args, model, source):
 
 
 if __name__ == "__main__":
-    runs.run_script(main)
+    run.run_script(main)

@@ -40,9 +40,11 @@ from contextlib import suppress
 
 import torch
 
-import engine
+from lib import kv_cache, memory
 from litereason import Rollout, load, logprobs
-from runs import UserError, base_of, checkpoint_path, encode_text
+from lib import UserError
+from lib.run import base_of
+from lib.checkpoint import checkpoint_path, encode_text
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SPLITS = ("train", "val", "test")
@@ -104,7 +106,7 @@ def perplexity(model, tokenizer, contexts, continuations, rows=64):
         raise UserError("a perplexity needs a context and a continuation of at least one token each")
     texts = [Rollout(*ids, no_latents) for ids in zip(prompts, slots)]
     perplexities = []
-    with engine.autocast(model):
+    with kv_cache.autocast(model):
         for i in range(0, len(texts), rows):
             logp, scored = logprobs(model, texts[i : i + rows])  # (B, S) each
             perplexities += torch.exp(-logp.sum(1) / scored.sum(1)).tolist()
@@ -172,7 +174,7 @@ def start_task(args, task, name):
     if hasattr(task, "settings"):
         reader, tokenizer = load(args.scorer or base_of(name), args.device)
         task.settings.update(reward=args.reward or task.settings["reward"], seed=args.seed,
-                             scorer=(engine.freeze(reader), tokenizer))
+                             scorer=(memory.freeze(reader), tokenizer))
 
 
 def score(task, examples, completions, step=0):

@@ -15,12 +15,12 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import data
-import runs
+from lib import run
 from train_projector import sentences_of
 
 
 def main():
-    parser = runs.parser(__doc__)
+    parser = run.parser(__doc__)
     parser.add_argument("--task", default="next_chapter.short", help="(default next_chapter.short)")
     parser.add_argument("--out", required=True, metavar="FILE", help="the traces go there (required)")
     args = parser.parse_args()
@@ -33,9 +33,9 @@ def main():
             first, *others = whole
             text = f"{' '.join(others)}\n{task.ANSWER} {first}"
             lines.append(json.dumps({"example": number, "text": text}) + "\n")
-    runs.write_text(args.out, "".join(lines))
+    run.write_text(args.out, "".join(lines))
     print(f"wrote {len(lines)} traces to {args.out}")
 
 
 if __name__ == "__main__":
-    runs.run_script(main)
+    run.run_script(main)

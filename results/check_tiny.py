@@ -16,8 +16,7 @@ sys.path.insert(0, ROOT)
 
 import torch
 
-import engine
-import runs
+from lib import memory, run
 from data import tiny
 from eval import PAPER, TRAINED, evaluate
 from litereason import Rollout, load, logprobs
@@ -73,7 +72,7 @@ def answers_at_once(path, n, steps, batch=32, lr=1e-3):
     for example in tiny.examples("train", n):
         answer = tokenizer.encode(tiny.answer(example)) + [tokenizer.eos_token_id]
         rows.append(Rollout(tokenizer.encode(tiny.prompt(example, False)), answer, nothing))
-    optimizer = torch.optim.AdamW(engine.base_parameters(model), lr=lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(memory.base_parameters(model), lr=lr, weight_decay=0.01)
     rng = random.Random(0)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
@@ -89,11 +88,11 @@ def answers_at_once(path, n, steps, batch=32, lr=1e-3):
 
 
 def main():
-    parser = runs.parser(__doc__)
+    parser = run.parser(__doc__)
     parser.add_argument("--model", metavar="DIR", default=os.path.join(ROOT, "data", "tiny", "base"),
                         help="the base to measure (default data/tiny/base)")
     sys.exit(check(parser.parse_args().model))
 
 
 if __name__ == "__main__":
-    runs.run_script(main)
+    run.run_script(main)

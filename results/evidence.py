@@ -6,7 +6,7 @@ A method's results are {seed: row of eval.py} at one sampling; all methods and s
 import numpy as np
 
 from eval import judge, sign_flips, wilson
-from report import what_differs
+from lib.display import what_differs
 
 AFTER_RL = "LiteReason after RL + length penalty"
 # (a method, what it is compared with): the differences that the text may speak of. Names are those of the

@@ -16,8 +16,8 @@ import textwrap
 import time
 import typing
 
-import runs
-from runs import UserError
+from lib.run import run_settings, saved_states, write_json
+from lib import UserError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -56,8 +56,8 @@ def check(todo):
 def words_now(job):
     """The command line that begins or continues a job."""
     script, *_ = job.words
-    has_state = bool(runs.saved_states(job.out))
-    has_settings = runs.run_settings(job.out).get("script") == script
+    has_state = bool(saved_states(job.out))
+    has_settings = run_settings(job.out).get("script") == script
     if (script == "train_rl.py" and has_state) or (script == "train_projector.py" and has_settings):
         return [script, "--resume", job.out]
     return [*job.words, "--out", job.out]
@@ -68,7 +68,7 @@ def start(job, threads):
     choice."""
     os.makedirs(job.out, exist_ok=True)
     words = words_now(job)
-    runs.write_json(os.path.join(job.out, "command.json"), job.words)
+    write_json(os.path.join(job.out, "command.json"), job.words)
     env = {**os.environ}
     if threads:
         env["OMP_NUM_THREADS"] = str(threads)
@@ -130,7 +130,7 @@ def note_end(process, job, began, done):
     if process.returncode:
         failed = f", failed: {last_line(os.path.join(job.out, 'log.txt'))}"
     elif not is_done(job.out):
-        runs.write_json(os.path.join(job.out, "finished.json"), job.words)
+        write_json(os.path.join(job.out, "finished.json"), job.words)
     tidy(job)
     print(f"{done} {job.name}: {seconds:.0f}s{failed}", flush=True)
 
@@ -146,12 +146,12 @@ def add_seconds(job, began):
     """Into seconds.json, a sum over all starts of a job -> the seconds of this one."""
     seconds = time.time() - began
     path = os.path.join(job.out, "seconds.json")
-    runs.write_json(path, seconds + read_json(path, 0))
+    write_json(path, seconds + read_json(path, 0))
     return seconds
 
 
 def tidy(job):
     """Deletes the states of a job that is done, if it says so."""
     if job.states_go and is_done(job.out):
-        for name in [*(f"state-{step}" for step in runs.saved_states(job.out)), "imitation", "stage-2"]:
+        for name in [*(f"state-{step}" for step in saved_states(job.out)), "imitation", "stage-2"]:
             shutil.rmtree(os.path.join(job.out, name), ignore_errors=True)

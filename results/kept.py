@@ -2,15 +2,21 @@
 a line each: its rows with the score and the tokens of every story, and what its training took. So tables can
 be made again, and rows added to them, on a machine that does not have the runs in out/.
 
-A run that is in out/ counts before one that is kept, and one that other commands made does not count. Code is
-not compared: after a change of what a run computes, delete the file.
+A run that is in out/ counts before one that is kept. A kept record whose commands are not today's stops
+everything: nothing is dropped in silence. Where only words have changed, say so in RENAMED; where the run itself
+has, delete its line. Code is not compared: after a change of what a run computes, delete the file.
 """
+import itertools
 import json
 import os
+import re
 import time
 
-import runs
+from lib import UserError, run
 from results import jobs, paper
+
+# Words of commands that have changed since a record was kept, and mean the same: (pattern, what stands there now).
+RENAMED = [(r"(?<![\w/])baselines\.py", "results/baselines.py")]
 
 
 def gather(path, todo, places, tokens_sampled):
@@ -29,11 +35,12 @@ def gather(path, todo, places, tokens_sampled):
         if jobs.is_done(job.out):
             measured = record_of(job.out, places, tokens_sampled)
             record = {"run": name, "commands": commands[job.out], **measured}
-        if record is not None and record["commands"] == commands[job.out]:
+        if record is not None:
+            check_commands(path, record, commands[job.out])
             found[job.out] = record
     lines = [*found.values(), *kept.values()]
     text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
-    runs.write_text(path, text)
+    run.write_text(path, text)
     return found
 
 
@@ -43,7 +50,23 @@ def read(path):
         return {}
     with open(path, encoding="utf-8") as file:
         records = [json.loads(line) for line in file]
+    for record in records:
+        record["commands"] = [renamed(command) for command in record["commands"]]
     return {record["run"]: record for record in records}
+
+
+def renamed(command):
+    for pattern, now in RENAMED:
+        command = re.sub(pattern, now, command)
+    return command
+
+
+def check_commands(path, record, commands):
+    """UserError if a record was made with other commands than these: its figures belong to another run."""
+    for then, now in itertools.zip_longest(record["commands"], commands, fillvalue="nothing"):
+        if then != now:
+            raise UserError(f"{path}: the record {record['run']!r} was made with {then!r}, not with {now!r}. Only "
+                            f"words changed: name them in results/kept.py, RENAMED. Another run: delete its line")
 
 
 def without(places, text):

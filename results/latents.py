@@ -15,7 +15,7 @@ sys.path.insert(0, ROOT)
 import torch
 
 import data
-import runs
+from lib import checkpoint, run
 from data import tiny
 from eval import PAPER
 from litereason import CLOSE, OPEN, generate, load, parse_tags
@@ -64,7 +64,7 @@ def read(model, tokenizer, examples, seed):
     reader = Reader(model, tokenizer)
     prompts = [tiny.prompt(example, True) for example in examples]
     generator = torch.Generator().manual_seed(seed)
-    limit = runs.slots_per_answer(model)
+    limit = checkpoint.slots_per_answer(model)
     rollouts = generate(model, tokenizer, prompts, 1, limit, generator=generator, **PAPER)
     counts = {"all": [0, 0], "last_whole": [0, 0], "last_lost": [0, 0], "wrong": [0, 0]}
     n_read = 0
@@ -112,7 +112,7 @@ def table(found):
 
 
 def parse_arguments():
-    parser = runs.parser(__doc__)
+    parser = run.parser(__doc__)
     parser.add_argument("--model", required=True, metavar="DIR", help="a run in the tiny world whose latents "
                         "have targets of two words (required, so no default)")
     parser.add_argument("--task", default="tiny", choices=["tiny"], help="plot holes (default tiny)")
@@ -125,13 +125,13 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
-    runs.check_arguments(args)
+    run.check_arguments(args)
     model, tokenizer = load(args.model, args.device)
     found = read(model, tokenizer, data.load_task("tiny").examples("test")[: args.n], args.seed)
     print(table({args.model: [found]}))
     if args.out:
-        runs.write_json(os.path.join(args.out, "results.json"), found)
+        run.write_json(os.path.join(args.out, "results.json"), found)
 
 
 if __name__ == "__main__":
-    runs.run_script(main)
+    run.run_script(main)

@@ -6,7 +6,7 @@ without latents, both with a length penalty, and with the tag alone; an evaluati
 RL samples at temperature 1, as released. Every row of the table is sampled as the paper's (eval.PAPER), by
 eval.py, so train_rl.py makes no table of its own (--n 0).
 
-The plan is made before anything runs. Hours come from a short measurement on this machine (report.measure),
+The plan is made before anything runs. Hours come from a short measurement on this machine (display.measure),
 of this model and these prompts, times what each run has to decode and to read; disk comes from the numbers of
 parameters. Left out, since they are small beside that: loading the model, the optimiser's own step, logs,
 traces.
@@ -24,17 +24,14 @@ import types
 
 import torch
 
-import card
 import data
-import engine
+from lib import checkpoint, display, memory, run
 import eval as evaluation
-import report
-import runs
 import train_projector
 import train_rl
 from litereason import generate, load
 from results.jobs import ROOT, Job, is_done, read_json
-from runs import UserError
+from lib import UserError
 
 # (name in the table, directory, command): the first are those that the most is asked about.
 # The penalty grows from the first token on, to 1 at the length limit. The paper says that it is DAPO's soft
@@ -165,7 +162,7 @@ def measured(args):
             figures = in_a_process(measure_task, args.model, task, counts, settings)
             known = {"question": question, "figures": figures}
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            runs.write_json(path, known)
+            run.write_json(path, known)
         found[task] = known["figures"]
     return found
 
@@ -227,12 +224,12 @@ def measure_task(name, task_name, counts, settings):
     """-> figures, a dict of JSON: what `seconds_of` and `bytes_of` need."""
     began = time.time()
     model, tokenizer = load(name, settings["train_rl.py"]["device"])
-    small = runs.is_small(model)
+    small = checkpoint.is_small(model)
     rl = with_defaults(settings["train_rl.py"], train_rl.SMALL if small else train_rl.RELEASED)
     stages = with_defaults(settings["train_projector.py"],
                            train_projector.SMALL if small else train_projector.RELEASED)
     args = types.SimpleNamespace(**{**rl, "task": task_name, "seed": 0})
-    if not card.has_fixed_numbers(model):  # card.py decides what no flag says
+    if not memory.has_fixed_numbers(model):  # card.py decides what no flag says
         vars(args).update({key: settings["train_rl.py"][key] for key in train_rl.PLANNED})
     task = data.load_task(task_name)
     data.start_task(args, task, name)
@@ -240,14 +237,14 @@ def measure_task(name, task_name, counts, settings):
     examples = task.examples("train")[: rl["train_prompts"]]
     rl["minibatches"] = min(rl["minibatches"], rl["prompts"], len(examples))  # as in train_rl.py
     prompts = train_rl.encode_prompts(args, model, tokenizer, task, examples)
-    runs.check_lengths(model, prompts, rl["max_new_tokens"])
+    checkpoint.check_lengths(model, prompts, rl["max_new_tokens"])
     for line in train_rl.fit_to_memory(args, model, task, prompts):
         print(line, flush=True)
     parameters = sum(p.numel() for p in model.parameters())
     if args.offload:
-        engine.offload(model, engine.base_parameters(model))
+        memory.offload(model, memory.base_parameters(model))
     mean = sum(map(len, prompts)) / len(prompts)
-    pace = report.measure(model, tokenizer, prompts, args)
+    pace = display.measure(model, tokenizer, prompts, args)
     # The prompts that it measured are the longest.
     pace = pace._replace(prompts=pace.prompts * mean / max(map(len, prompts)))
     return {
@@ -285,14 +282,14 @@ def seconds_to_score(model, task, example, n=8):
         data.score(task, [example] * n, [answer] * n)
 
     score()  # the first call is slow, and computes what later ones know
-    return report.seconds_of(model, score) / n
+    return display.seconds_of(model, score) / n
 
 
 def lengths_of_the_base(model, tokenizer, task, examples, max_new_tokens, n=8):
     """{prompt: mean slots of an answer}: with RL answers get shorter, if anything."""
     lengths = {}
     for kind in ("plain", "tag"):
-        prompts = [runs.encode_prompt(model, tokenizer, task.prompt(e, kind == "tag")) for e in examples[:n]]
+        prompts = [checkpoint.encode_prompt(model, tokenizer, task.prompt(e, kind == "tag")) for e in examples[:n]]
         generator = torch.Generator().manual_seed(0)
         rollouts = generate(model, tokenizer, prompts, 1, max_new_tokens, latent="none", generator=generator,
                             **evaluation.PAPER)
@@ -323,7 +320,7 @@ def device_name(device):
 # ============================================================ what each run will take
 def seconds_of(job, figures, length_of, args):
     """Of a whole run. length_of: {prompt: slots of an answer}."""
-    pace = report.Pace(*figures["pace"])
+    pace = display.Pace(*figures["pace"])
     script, *words = job.words
     if script == "train_rl.py":
         return seconds_of_rl(words, figures, pace, length_of)
@@ -402,7 +399,7 @@ def bytes_of(job, figures, keep_states):
 
 def share_left(job, figures):
     """0 to 1, of a run that is not done."""
-    states = runs.saved_states(job.out)
+    states = run.saved_states(job.out)
     return 1 - states[-1] / max(1, figures["rl"]["steps"]) if states else 1.0
 
 
@@ -422,7 +419,7 @@ def plan(args, jobs, figures):
         usual = share * seconds_of(job, own, own["lengths"], args)
         most = share * seconds_of(job, own, full, args)
         leaves, takes = bytes_of(job, own, args.keep_states)
-        begun = f", from step {runs.saved_states(job.out)[-1]}" if share < 1 else ""
+        begun = f", from step {run.saved_states(job.out)[-1]}" if share < 1 else ""
         disk = f"{leaves / GB:.2f} | {takes / GB:.2f}" if takes else " | "
         lines.append(f"| {job.name}{begun} | {as_time(usual)} | {as_time(most)} | {disk} |")
         expected += usual
@@ -536,7 +533,7 @@ def caption(args, task, found):
     row = next(iter(found.values()))
     figures = read_json(os.path.join(args.out, task, "measured.json"), {}).get("figures", {})
     numbers = [f"{row['n_examples']:.0f} test examples"]
-    sampling = report.sampling_in_words(evaluation.PAPER)
+    sampling = display.sampling_in_words(evaluation.PAPER)
     numbers.append(f"{row['samples']:.0f} answers each, sampled at {sampling}, up to {args.max_new_tokens} "
                    f"tokens")
     numbers.append("RL at temperature 1")

@@ -31,12 +31,12 @@ sys.path.insert(0, ROOT)
 import torch
 
 import data
-import report
-import runs
+from lib import display, run, checkpoint
+from results import plots
 from results import evidence, findings, jobs, kept, paper
 from results import latents as read_latents
 from results.jobs import Job, read_json
-from runs import UserError
+from lib import UserError
 
 TASKS = ("tiny", "tiny.next_chapter")
 # (name in the tables, directory, command), in the order of the tables and of the runs. {NAME} is the
@@ -51,7 +51,7 @@ AFTER_RL = STAGES.replace("train_projector.py", "train_projector.py --model {rl}
 RL = "--steps 96 --lr-schedule cosine"
 # The length penalty grows from the first token to the length limit; the late one begins 60 tokens before it.
 # The paper does not give its own.
-PENALTY = f"{RL} --overlong-buffer {runs.SLOTS_SMALL}"
+PENALTY = f"{RL} --overlong-buffer {checkpoint.SLOTS_SMALL}"
 LATE = f"{RL} --overlong-buffer 60"
 NO_PENALTY = f"{RL} --overlong-buffer 0"
 # The paper's refresh; 6 rollout batches were an epoch of its 290 stories.
@@ -94,17 +94,17 @@ METHODS = [
     ("no noise + length penalty", "clean-lp", f"train_rl.py --model {{clean}} {PENALTY}"),
     ("pause tokens + length penalty", "pause-lp",
      f"train_rl.py --projector pause {PENALTY} {PAPERS}"),
-    ("answer at once", "answer", "baselines.py --method answer"),
-    ("MoI", "moi", "baselines.py --method moi"),
-    ("Soft Thinking", "soft-thinking", "baselines.py --method soft-thinking"),
-    ("Coconut", "coconut", "baselines.py --method coconut"),
-    ("CoLaR", "colar", "baselines.py --method colar --steps 96"),
+    ("answer at once", "answer", "results/baselines.py --method answer"),
+    ("MoI", "moi", "results/baselines.py --method moi"),
+    ("Soft Thinking", "soft-thinking", "results/baselines.py --method soft-thinking"),
+    ("Coconut", "coconut", "results/baselines.py --method coconut"),
+    ("CoLaR", "colar", "results/baselines.py --method colar --steps 96"),
     ("CoLaR after RL", "colar-rl",
-     "baselines.py --method colar --model {rl} --lr 1e-3 --epochs 4 --r 2 --rl-lr 1.2e-5 --steps 96"),
+     "results/baselines.py --method colar --model {rl} --lr 1e-3 --epochs 4 --r 2 --rl-lr 1.2e-5 --steps 96"),
 ]
 NOT_RUN = {"tiny.next_chapter": ["answer"]}  # it learns gold answers, which that task has not
 CONTROLLED = "litereason-lp"  # the run of each seed whose latents are replaced when it has been trained
-# Of each run: (directory behind the method's name, more flags for eval.py). baselines.py decodes in its own
+# Of each run: (directory behind the method's name, more flags for eval.py). results/baselines.py decodes in its own
 # ways, so its runs evaluate themselves: a row of theirs says "sampling" and "split" as eval.py's do, and is
 # of temperature 1 and of test stories where it says neither.
 EVALUATIONS = [("test", "--sampling paper trained --alone 8"), ("train", "--split train --n 200")]
@@ -146,7 +146,7 @@ def jobs_of(task, seed):
             trained = [places[method]]
             evaluation = f"eval.py --model {places[method]}"
             add(method, f"{command} --n 0" if command.startswith("train_rl.py") else command)
-        if command.startswith("baselines.py"):
+        if command.startswith("results/baselines.py"):
             continue
         for kind, flags in EVALUATIONS:
             add(f"{method}-{kind}", f"{evaluation} {flags}", trained)
@@ -200,7 +200,7 @@ def rows_of(records, task, seeds):
                 "run_seconds": training.get("run_seconds"),
                 "command": shown_command(task, command) if training else ""}
             of_runs = [f"{method}-{kind}" for kind, _ in EVALUATIONS]
-            if command.startswith("baselines.py"):
+            if command.startswith("results/baselines.py"):
                 of_runs = [method]
             for own in of_runs:
                 for row in rows_in(records, task, own, seed):  # the last of CoLaR's is its own
@@ -441,7 +441,7 @@ def controls_table(task, found, kind):
 
     def differs_in(row):
         comparison = row["against_plain"]
-        return report.what_differs(comparison) if "accuracy_differs" in comparison else ""
+        return display.what_differs(comparison) if "accuracy_differs" in comparison else ""
 
     columns = {
         f"control, {SAMPLED[kind]}": None,
@@ -466,7 +466,7 @@ def into_readme(name, text):
         before, mark, rest = readme.partition(begin)
         _, end_mark, after = rest.partition(end)
         if mark and end_mark:
-            runs.write_text(path, f"{before}{begin}{text}\n{end}{after}")
+            run.write_text(path, f"{before}{begin}{text}\n{end}{after}")
 
 
 # ============================================================ files
@@ -488,7 +488,7 @@ def write_tables(tasks, seeds):
         latents = latents_of(records, task, seeds)
         if latents:
             texts[f"latents-{task}"] = read_latents.table(latents)
-            runs.write_json(os.path.join(HERE, f"latents-{task}.json"), latents)
+            run.write_json(os.path.join(HERE, f"latents-{task}.json"), latents)
         tested = tested.get("paper", {})
         if task == "tiny":
             sampled = SAMPLED[next(iter(found.values()))["sampling"]]
@@ -500,15 +500,15 @@ def write_tables(tasks, seeds):
             into_readme(name, text)
             print(f"{text}\n")
         path = os.path.join(HERE, f"methods-{task}.json")
-        runs.write_json(path, found)
+        run.write_json(path, found)
         folders = {method: directory(task, method, seeds[0]) for method in DRAWN}
         if not all(map(os.path.exists, folders.values())):
             folders = {}  # of runs that are only kept there is no curve of the training
         draw(folders, HERE, task, task, path, findings.HEADLINE)
         if lengths:
-            runs.write_json(os.path.join(HERE, f"lengths-{task}.json"), lengths)
+            run.write_json(os.path.join(HERE, f"lengths-{task}.json"), lengths)
             path = os.path.join(HERE, f"lengths-{task}.svg")
-            without_matplotlib(report.by_length, lengths, path, score=score_of(task))
+            without_matplotlib(plots.by_length, lengths, path, score=score_of(task))
 
 
 def write_evidence(where, name, task, rows, controls):
@@ -534,7 +534,7 @@ def write_evidence(where, name, task, rows, controls):
             texts[f"differences-{mark}"] = text
     for what, found in (("controls", tested), ("differences", compared)):
         if found:
-            runs.write_json(os.path.join(where, f"{what}-{name}.json"), found)
+            run.write_json(os.path.join(where, f"{what}-{name}.json"), found)
     return texts, tested, compared
 
 
@@ -556,14 +556,14 @@ def write_tables_of_model(args):
         if not found:
             continue
         path = os.path.join(args.tables_in, f"methods-{name}.json")
-        runs.write_json(path, found)
+        run.write_json(path, found)
         folders = {seed: paper.directory(args, task, "controls", seed) for seed in args.seeds}
         controls = {seed: records[folder]["rows"] for seed, folder in folders.items() if folder in records}
         evidence_texts, _, _ = write_evidence(args.tables_in, name, task, rows, controls_of(controls))
         parts = [table_of(task, found), costs_of(task, found), paper.caption(args, task, found),
                  *evidence_texts.values()]
         text = "\n\n".join(parts) + "\n"
-        runs.write_text(path.removesuffix("json") + "md", text)
+        run.write_text(path.removesuffix("json") + "md", text)
         print(f"\n{text}\nin {path} and .md")
         folders = {method: paper.directory(args, task, method, args.seeds[0]) for method in paper.METHODS}
         draw(folders, args.tables_in, name, task, path)
@@ -575,13 +575,13 @@ def draw(folders, where, name, task, table, only=()):
     names = {method: title for title, method, _ in [*METHODS, *paper.TRAINED]}
     trained = {names[method]: path for method, path in folders.items()
                if os.path.exists(os.path.join(path, "metrics.jsonl"))}
-    rows = report.collect([table])
+    rows = plots.collect([table])
     drawn = [(method, row) for method, row in rows if method in only]
     path = os.path.join(where, f"curve-{name}.svg")
-    without_matplotlib(report.curve, drawn or rows, path, score=score_of(task))
+    without_matplotlib(plots.curve, drawn or rows, path, score=score_of(task))
     if trained:
         path = os.path.join(where, f"training-{name}.svg")
-        without_matplotlib(report.training, list(trained.values()), path, names=list(trained))
+        without_matplotlib(plots.training, list(trained.values()), path, names=list(trained))
 
 
 def without_matplotlib(function, *arguments, **more):
@@ -598,7 +598,7 @@ OF_A_MODEL = ("plan", "out", "methods", "n", "samples", "max_new_tokens", "rewar
 
 
 def parse_arguments():
-    parser = runs.parser(__doc__)
+    parser = run.parser(__doc__)
     g = parser.add_argument_group("what")
     g.add_argument("--model", default="tiny", help="tiny (the README's comparison), a directory, or a hub "
                    "name such as Qwen2.5-1.5B (the paper's table) (default tiny)")
@@ -650,7 +650,7 @@ def parse_arguments():
 
 def check_arguments(args):
     """UserError for a wrong word."""
-    runs.check_arguments(argparse.Namespace(**{**vars(args), "out": None}))
+    run.check_arguments(argparse.Namespace(**{**vars(args), "out": None}))
     for task in args.tasks:
         if args.model == "tiny" and task not in TASKS:
             raise UserError(f"--tasks {task} takes a --model: the tiny world's are {', '.join(TASKS)}")
@@ -678,12 +678,12 @@ def run_model(args):
         for split in data.SPLITS:
             data.load_task(task).examples(split)
     jobs.check(todo)
-    runs.make_directory(args.out)
+    run.make_directory(args.out)
     figures = paper.measured(args)
     paper.say_plan(args, todo, figures)
     if args.plan:
         return
-    lock_file = runs.lock(args.out)  # noqa: F841  a second command would start the same runs
+    lock_file = run.lock(args.out)  # noqa: F841  a second command would start the same runs
     try:
         jobs.run(todo, args.jobs, args.threads)
     finally:
@@ -709,4 +709,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runs.run_script(main)
+    run.run_script(main)

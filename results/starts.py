@@ -31,7 +31,7 @@ sys.path.insert(0, os.path.dirname(HERE))
 
 import torch
 
-import runs
+from lib import checkpoint, run
 from litereason import (LATENT, NormedProjector, Rollout, UserError, embedding_size, insert_latents, load,
                         logprobs, projector_loss, start_projector, unroll, z_size)
 from train_projector import mask_sentences, sentences_of, warm_up_and_cosine
@@ -120,7 +120,7 @@ def traces_of(model, tokenizer, tales, seed):
     rows = []
     for first, *middle, last in fives[:1000]:
         masked = mask_sentences(rng, tokenizer, " ".join(middle), 0.34)
-        slots = insert_latents(model, tokenizer, runs.encode_text(tokenizer, masked + " " + last)[:LENGTH])
+        slots = insert_latents(model, tokenizer, checkpoint.encode_text(tokenizer, masked + " " + last)[:LENGTH])
         if LATENT in slots and slots[::-1].index(LATENT) >= 8:
             prompt = tokenizer.encode(first)[-PROMPT:]
             rows.append(Rollout(prompt, slots, torch.zeros(0, model.config.hidden_size)))
@@ -164,7 +164,7 @@ def chain_of(model, rows):
         before = row.slots[: row.slots.index(LATENT)]
         cut.append(dataclasses.replace(row, slots=[*before, *[LATENT] * CHAIN, row.slots[-1]]))
     _, latents = unroll(model, cut)
-    return [runs.if_finite(z_size(model, z)) for z in torch.stack(latents).unbind(1)]
+    return [run.if_finite(z_size(model, z)) for z in torch.stack(latents).unbind(1)]
 
 
 def measure(path, text, start, seed, steps, lr):
@@ -173,7 +173,7 @@ def measure(path, text, start, seed, steps, lr):
     model, tokenizer = load(path)
     with open(text, encoding="utf-8") as file:
         tales = [json.loads(line) for line in file]
-    ids = torch.tensor([runs.encode_text(tokenizer, " ".join(tales[0]["sections"]))[:600]])
+    ids = torch.tensor([checkpoint.encode_text(tokenizer, " ".join(tales[0]["sections"]))[:600]])
     with torch.no_grad():
         h = model.model(input_ids=ids, use_cache=False).last_hidden_state[0, 20:]
         x = model.get_input_embeddings()(ids)[0, 20:]
@@ -230,7 +230,7 @@ def numbers(values):
 
 
 def parse_arguments():
-    parser = runs.parser(__doc__)
+    parser = run.parser(__doc__)
     parser.add_argument("--models", nargs="+", metavar="DIR", help="checkpoints (default: run nothing)")
     parser.add_argument("--text", metavar="FILE", help="tales as jsonl, each with sections")
     parser.add_argument("--starts", nargs="+", choices=STARTS, default=STARTS, help="default all")
@@ -256,10 +256,10 @@ def main():
                 if any(asked.items() <= row.items() for row in rows):
                     continue
                 rows.append(measure(path, args.text, start, seed, args.steps, args.lr))
-                runs.write_json(PATH, rows)
+                run.write_json(PATH, rows)
                 print(table(rows[-1:]).splitlines()[-1], flush=True)
     print(table(in_order(rows)))
 
 
 if __name__ == "__main__":
-    runs.run_script(main)
+    run.run_script(main)

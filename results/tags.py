@@ -15,7 +15,7 @@ sys.path.insert(0, os.path.dirname(HERE))
 import torch
 
 import data
-import runs
+from lib import checkpoint, run
 from eval import PAPER
 from litereason import CLOSE, OPEN, generate, load, parse_tags
 
@@ -34,7 +34,7 @@ def row(model, tokenizer, name, task, examples, with_example, samples, limit):
     texts = [r.text for r in rollouts]
     written = [parse_tags(text) for text in texts]
     numbers = [int(n) for text in texts for n in re.findall(rf"{OPEN}\s*([0-9]{{1,9}})\s*{CLOSE}", text)]
-    cost = len(runs.encode_text(tokenizer, f" {OPEN}5{CLOSE}"))
+    cost = len(checkpoint.encode_text(tokenizer, f" {OPEN}5{CLOSE}"))
     verdicts = sum(data.has_verdict(task, text) for text in texts)
     return (f"| {name} | {'offer and example' if with_example else 'offer'} | {len(texts)} "
             f"| {sum(map(bool, written))} | {sum(map(len, written))} "
@@ -42,7 +42,7 @@ def row(model, tokenizer, name, task, examples, with_example, samples, limit):
 
 
 def main():
-    parser = runs.parser(__doc__)
+    parser = run.parser(__doc__)
     parser.add_argument("--models", nargs="+", metavar="DIR", required=True, help="checkpoints (required)")
     parser.add_argument("--task", default="next_chapter", help="(default next_chapter)")
     parser.add_argument("--prompts", type=int, default=4, help="val examples (default 4)")
@@ -63,4 +63,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runs.run_script(main)
+    run.run_script(main)

@@ -42,14 +42,13 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-import engine
+from lib import checkpoint, memory
 import litereason
-import runs
 import train_rl
 from data import tiny
 from litereason import (LATENT, Rollout, attach, generate, group_advantages, load, logprobs, policy_loss,
                         unroll)
-from runs import TINY
+from lib.checkpoint import TINY
 
 NEVER = -7  # a stop token that is never sampled: all rows run to the same length on both sides
 # of the large model; the vocabulary is Qwen2.5's, its head a third of the work
@@ -247,14 +246,14 @@ def waiting_prompts(device):
     def decode(parts):
         """With one token of the vocabulary in 24 as a stop token: random weights draw any with about the same
         odds."""
-        never = runs.stop_tokens
-        runs.stop_tokens = lambda *_: list(range(0, VOCABULARY, 24))
+        never = checkpoint.stop_tokens
+        checkpoint.stop_tokens = lambda *_: list(range(0, VOCABULARY, 24))
         draws = torch.Generator().manual_seed(0)
         try:
             for part in parts:
                 generate(ours, tokenizer, part, 4, 96, rows=16, generator=draws)
         finally:
-            runs.stop_tokens = never
+            checkpoint.stop_tokens = never
 
     batches = [prompts[i : i + 4] for i in range(0, 16, 4)]
     return lambda: decode([prompts]), lambda: decode(batches)
@@ -284,7 +283,7 @@ def our_training(device, lengths):
     model, tokenizer = load("tiny", device)
     examples, prompts = tiny_prompts(tokenizer, "train")
     settings = types.SimpleNamespace(**train_rl.SMALL, method="grpo", recompute_latents=False)
-    base = engine.base_parameters(model)
+    base = memory.base_parameters(model)
     optimizer = torch.optim.AdamW(base, lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
     def step():
@@ -465,7 +464,7 @@ def main():
             print(f"| (t) {ROWS['t'][0]} | needs pip install trl | | | |", flush=True)
             continue
         if name != "t":  # there rollouts end as they do in training
-            runs.stop_tokens = lambda *_: [NEVER]
+            checkpoint.stop_tokens = lambda *_: [NEVER]
         numbers = measure(name, args) if is_alone else measure_in_own_process(name, args)
         result["rows"][name] = numbers
         print(table_line(name, numbers), flush=True)
@@ -473,7 +472,7 @@ def main():
             print(json.dumps(numbers))
     for which in args.growth:
         if which != "none":
-            runs.stop_tokens = lambda *_: [NEVER]
+            checkpoint.stop_tokens = lambda *_: [NEVER]
             print(f"\n| {which} | prefill, s | ms per step | slots per s |\n|---|---|---|---|", flush=True)
             result["growth"][which] = growth(which, args.device, max(1, args.repeats // 2))
     if args.json:

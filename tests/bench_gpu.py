@@ -29,12 +29,10 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 import torch
 from transformers import AutoConfig, Qwen2Config, Qwen2ForCausalLM
 
-import card
-import report
-import runs
+from lib import checkpoint, display, memory
 from bench import NEVER, tags_fire, their_generate
-from engine import (base_parameters, checkpoint_layers, gradients_to_masters, offload, pack,
-                    wait_for_gradients, weights_from_masters)
+from lib.memory import base_parameters, checkpoint_layers, gradients_to_masters, offload, wait_for_gradients, weights_from_masters
+from lib.scoring import pack
 from litereason import (LATENT, Rollout, attach, generate, group_advantages, load, logprobs, policy_loss,
                         projector_loss)
 
@@ -111,9 +109,9 @@ def grpo(args, P=48, G=16, L=1024, S=256):
     plan = types.SimpleNamespace(prompts=P, group=G, max_new_tokens=S, method="litereason", rows=None,
                                  tokens_per_forward=None, checkpoint_layers=None, offload=None)
     room = (args.cap or 80) * 2**30 if args.device == "cpu" else args.cap and args.cap * 2**30
-    said = card.fit(plan, model, L, room=room)
+    said = memory.fit(plan, model, L, room=room)
     print(said, file=sys.stderr, flush=True)
-    expected = {phase: card.total(sizes) / 2**30 for phase, sizes in card.peaks(plan, model, L).items()}
+    expected = {phase: memory.total(sizes) / 2**30 for phase, sizes in memory.peaks(plan, model, L).items()}
     if plan.checkpoint_layers:
         checkpoint_layers(model)
     base = base_parameters(model)
@@ -147,7 +145,7 @@ def grpo(args, P=48, G=16, L=1024, S=256):
         p.grad = torch.zeros_like(p)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    report.update(model, report.longest_rollouts(model, random_prompts(model, 1, L)[0], plan))
+    display.update(model, display.longest_rollouts(model, random_prompts(model, 1, L)[0], plan))
 
     for name, run in (("sample", sample), ("update", update), ("step", step)):
         torch.cuda.reset_peak_memory_stats() if args.device == "cuda" else None
@@ -207,7 +205,7 @@ def main():
     if not args.small and not os.path.exists(os.path.join(args.shape, "config.json")):
         sys.exit(f"bench_gpu.py: error: {args.shape} has no config.json; --shape names a directory that has "
                  f"Qwen2.5-1.5B's, or say --small")
-    runs.stop_tokens = lambda *_: [NEVER]
+    checkpoint.stop_tokens = lambda *_: [NEVER]
     result = {}
     for name in args.rows:
         what, cap = ROWS[name]

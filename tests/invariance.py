@@ -4,7 +4,7 @@
     python tests/invariance.py --n 64 --device cuda
 
 The rollouts are sampled once, in float32. Then each is scored alone, and the same rollouts in every other
-way that the scripts know: all in one batch, in runs of so many positions (engine.pack), in another order,
+way that the scripts know: all in one batch, in runs of so many positions (scoring.pack), in another order,
 with the layers' activations computed again, and after a resume: rollouts and weights written as a state of
 train_rl.py, read back into a model loaded again, each scored alone.
 A cell is max |difference| of a sampled token's log-prob (gradient: of the largest entry, relative to it)
@@ -25,9 +25,11 @@ import torch
 
 from data import tiny
 from data.tiny import next_chapter
-from engine import autocast, checkpoint_layers, pack
+from lib.kv_cache import autocast
+from lib.memory import checkpoint_layers
+from lib.scoring import pack
 from litereason import Rollout, generate, load, logprobs
-from runs import State, read_state
+from lib.run import State, read_state
 
 TYPES = {"float64": (torch.float64, False), "float32": (torch.float32, False),
          "bf16 compute": (torch.float32, True)}

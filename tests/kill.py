@@ -25,7 +25,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import torch
 from safetensors.torch import load_file
 
-import runs
+from lib import run as runs
 import train_projector
 import train_rl
 

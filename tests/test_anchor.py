@@ -14,7 +14,7 @@ import targets
 import train_projector
 import train_rl
 from data import tiny
-from engine import base_parameters
+from lib.memory import base_parameters
 from litereason import UserError, load
 
 RL = ("--device", "cpu", "--n", 0, "--val", 0, "--train-prompts", 8, "--prompts", 4, "--group", 4,

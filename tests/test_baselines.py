@@ -1,4 +1,4 @@
-"""Each of the other methods computes what its paper says, and baselines.py runs them all.
+"""Each of the other methods computes what its paper says, and results/baselines.py runs them all.
 
 The methods are held against a plain way of saying the same, in float64; then come the scripts as a user
 runs them."""
@@ -10,10 +10,9 @@ import torch
 from conftest import close
 from test_scripts import script
 
-import baselines
+from results import baselines
 import data
-from baselines import (LatentHead, colar, feed_back, mixture_of_inputs, normal_numbers, soft_thinking,
-                       train_coconut)
+from results.baselines import LatentHead, colar, feed_back, mixture_of_inputs, normal_numbers, soft_thinking, train_coconut
 from data import tiny
 from litereason import (LATENT, UserError, attach, generate, load, logprobs, save, start_projector, states,
                         unroll)
@@ -204,7 +203,7 @@ def test_a_latent_of_colar_is_the_sum_of_its_words_over_the_root_of_their_number
 
 
 def test_colars_sft_and_its_grpo_have_learning_rates_of_their_own(model, monkeypatch):
-    monkeypatch.setattr(sys, "argv", "baselines.py --method colar --lr 0.5 --rl-lr 0.25".split())
+    monkeypatch.setattr(sys, "argv", "results/baselines.py --method colar --lr 0.5 --rl-lr 0.25".split())
     cfg = baselines.settings(baselines.parse_arguments(), model)
     assert (cfg["colar_lr"], cfg["rl_lr"]) == (0.5, 0.25)
 
@@ -289,7 +288,7 @@ def test_every_method_runs_on_both_tasks(method, rows, tmp_path, monkeypatch, ca
     monkeypatch.setattr(baselines, "SMALL", {**baselines.SMALL, **shorter})
     monkeypatch.setattr(baselines, "GROUP", 4)
     monkeypatch.setattr(baselines, "CHECKED", 3)
-    monkeypatch.setattr(sys, "argv", ["baselines.py", *map(str, words)])
+    monkeypatch.setattr(sys, "argv", ["results/baselines.py", *map(str, words)])
     with torch.random.fork_rng(devices=[]):
         baselines.main()
     found = json.load(open(tmp_path / "o" / "results.json"))
@@ -314,13 +313,13 @@ def test_every_method_runs_on_both_tasks(method, rows, tmp_path, monkeypatch, ca
 
 
 def test_baselines_say_what_is_wrong_in_one_line(tmp_path, model, tok):
-    got = script("baselines.py", "--method", "coconut", "--max-new-tokens", 1, "--stories", 2, "--n", 1,
+    got = script("results/baselines.py", "--method", "coconut", "--max-new-tokens", 1, "--stories", 2, "--n", 1,
                  "--out", tmp_path / "o")
     assert got.returncode == 2 and "nothing to train on" in got.stderr and "Traceback" not in got.stderr
     for method, words, complaint in [
             ("moi", ["--stories", 9000], f"has only {tiny.SIZES['train']} train stories"),
             ("answer", ["--task", "tiny.next_chapter"], "tiny.next_chapter has none")]:
-        got = script("baselines.py", "--method", method, *words, "--n", 1, "--out", tmp_path / method)
+        got = script("results/baselines.py", "--method", method, *words, "--n", 1, "--out", tmp_path / method)
         assert got.returncode == 2 and complaint in got.stderr and "Traceback" not in got.stderr
     with pytest.raises(UserError):
         generate(model, tok, ["x"], max_new_tokens=0)

@@ -8,8 +8,8 @@ import pretend
 import pytest
 import torch
 
-import card
 import train_rl
+from lib import memory
 
 QWEN = {"vocab_size": 151_936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
         "num_attention_heads": 12, "num_key_value_heads": 2, "tie_word_embeddings": True,
@@ -22,11 +22,11 @@ WITHIN = 1.15
 def qwen():
     """A model of the real shape, without numbers."""
     import torch
-    from pretend import memory
+    from pretend import memory as pretended
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     import litereason
-    memory.without_numbers()
+    pretended.without_numbers()
     with torch.device("cuda"):
         model = Qwen2ForCausalLM(Qwen2Config(**QWEN))
     return litereason.attach(model)
@@ -47,7 +47,7 @@ def rollouts_of(prompts, n, L, S, tags=0):
 
 
 def in_all(prompts, n, L, S, pieces=1):
-    """Positions as engine.pack counts them: in all, and without the prompts'."""
+    """Positions as scoring.pack counts them: in all, and without the prompts'."""
     own = prompts * n * S + prompts * n * pieces * (L + S) // 16
     return prompts * L + own, own
 
@@ -57,22 +57,20 @@ def count_everything():
     One model for all: building it takes seconds."""
     import torch
 
-    import card
-    import engine
-    import runs
+    from lib import checkpoint, kv_cache
     from litereason import generate, logprobs, projector_loss
-    from pretend import memory
+    from pretend import memory as pretended
     model = qwen()
-    s = card.shape(model)
-    tokenizer = runs.read_checkpoint("tiny", torch.float32)[1]
+    s = memory.shape(model)
+    tokenizer = checkpoint.read_checkpoint("tiny", torch.float32)[1]
     base = [p for name, p in model.named_parameters() if not name.startswith("reasoning_projector.")]
     found = {}
 
     def note(name, run, expected, held=0):
         """held: bytes of the formula that are there before."""
-        counted = memory.peak(run)
+        counted = pretended.peak(run)
         model.zero_grad(set_to_none=True)
-        found[name] = (held + counted["peak"] - counted["before"], card.total(expected))
+        found[name] = (held + counted["peak"] - counted["before"], memory.total(expected))
 
     def update(name, shape, **settings):
         """One micro-batch, while the gradients of others are there."""
@@ -83,36 +81,36 @@ def count_everything():
             for p in base:
                 p.grad = torch.zeros_like(p)
         note(f"update, {name}, {shape}", lambda: logprobs(model, rollouts)[0].sum().backward(),
-             card.update(s, in_all(*shape)[0], sum(shape[2:]), **settings), held)
+             memory.update(s, in_all(*shape)[0], sum(shape[2:]), **settings), held)
 
     def sampling(n_prompts, samples, L):
         prompts = [rollout.prompt_ids for rollout in rollouts_of(n_prompts, 1, L, 8)]
         note(f"sampling, {n_prompts} x {samples}", lambda: generate(model, tokenizer, prompts, samples, 3),
-             card.sampling(s, n_prompts * samples, n_prompts, L, 3))
+             memory.sampling(s, n_prompts * samples, n_prompts, L, 3))
 
     def reader(shape):
         prompts, n, L, S = shape
         rollouts = rollouts_of(*shape)
 
         def score():
-            with torch.no_grad(), engine.autocast(model):
+            with torch.no_grad(), kv_cache.autocast(model):
                 logprobs(model, rollouts)
 
         own = prompts * n * S
-        note(f"reader, {shape}", score, card.scoring(s, prompts * L + own, L + S, own))
+        note(f"reader, {shape}", score, memory.while_scoring(s, prompts * L + own, L + S, own))
 
     def stage_2(shape, tags):
         rollouts = rollouts_of(*shape, tags)
         positions, own = in_all(*shape, pieces=1 + tags)
-        expected = card.latent_update(s, positions, sum(shape[2:]), checkpoint=True, own=own)
+        expected = memory.latent_update(s, positions, sum(shape[2:]), checkpoint=True, own=own)
         expected["AdamW and gradients"] //= 3  # no optimiser here
-        with engine.autocast(model):
+        with kv_cache.autocast(model):
             note(f"stage 2, {shape}", lambda: projector_loss(model, rollouts)[0].backward(), expected)
 
     sampling(64, 1, 1700)
     sampling(4, 16, 1024)
     update("all kept", (1, 7, 1700, 2048))
-    engine.checkpoint_layers(model)
+    memory.checkpoint_layers(model)
     update("layers checkpointed", (1, 7, 1700, 2048), checkpoint=True)
     update("layers checkpointed", (4, 16, 1700, 115), checkpoint=True)
     for p in base:
@@ -120,11 +118,11 @@ def count_everything():
     stage_2((2, 1, 1700, 1000), 1)
     for p in base:
         p.requires_grad_(True)
-    masters = engine.offload(model, base)
+    masters = memory.offload(model, base)
     update("offload", (1, 7, 1700, 2048), checkpoint=True, offload=True)
     assert all(p.grad is None for p in base)
     del masters
-    engine.freeze(model)
+    memory.freeze(model)
     reader((1, 8, 2200, 1500))
     reader((4, 1, 4000, 3000))
     return found
@@ -169,48 +167,48 @@ def real():
                                                       (80, False, False)])
 def test_on_each_card_the_plan_fits_and_is_the_fastest_that_does(real, gib, offload, checkpoint):
     args = arguments()
-    text = card.fit(args, real, 1700, room=gib * GIB)
+    text = memory.fit(args, real, 1700, room=gib * GIB)
     assert (args.offload, args.checkpoint_layers) == (offload, checkpoint)
-    peaks = {phase: card.total(sizes) for phase, sizes in card.peaks(args, real, 1700).items()}
-    assert set(peaks) == {"sampling", "update", "refresh"} and max(peaks.values()) <= card.USABLE * gib * GIB
+    peaks = {phase: memory.total(sizes) for phase, sizes in memory.peaks(args, real, 1700).items()}
+    assert set(peaks) == {"sampling", "update", "refresh"} and max(peaks.values()) <= memory.USABLE * gib * GIB
     assert args.rows >= 16 and args.rows % 16 == 0 and args.tokens_per_forward >= 1700 + 2048
     assert ("may not fit" not in text
             and f"--rows {args.rows} --tokens-per-forward {args.tokens_per_forward}" in text)
     # More would not fit, or is not there to be had.
-    s = card.shape(real)
-    held = card.resident(s, offload)
-    more = card.update(s, args.tokens_per_forward + 512, 3748, checkpoint, offload)
-    assert args.tokens_per_forward == card.MOST_POSITIONS or card.total(held, more) > card.USABLE * gib * GIB
-    more = card.sampling(s, args.rows + 16, min(48, 2 * (args.rows + 16) // 16), 1700, 2048, offload)
-    assert args.rows == 48 * 16 or card.total(held, more) > card.USABLE * gib * GIB
+    s = memory.shape(real)
+    held = memory.resident(s, offload)
+    more = memory.update(s, args.tokens_per_forward + 512, 3748, checkpoint, offload)
+    assert args.tokens_per_forward == memory.MOST_POSITIONS or memory.total(held, more) > memory.USABLE * gib * GIB
+    more = memory.sampling(s, args.rows + 16, min(48, 2 * (args.rows + 16) // 16), 1700, 2048, offload)
+    assert args.rows == 48 * 16 or memory.total(held, more) > memory.USABLE * gib * GIB
 
 
 def test_flags_override_the_plan(real):
     args = arguments(rows=32, tokens_per_forward=5000, offload=False, checkpoint_layers=True)
-    card.fit(args, real, 1700, room=80 * GIB)
+    memory.fit(args, real, 1700, room=80 * GIB)
     assert ((args.rows, args.tokens_per_forward, args.offload, args.checkpoint_layers)
             == (32, 5000, False, True))
     args = arguments(checkpoint_layers=True)
-    card.fit(args, real, 1700, room=80 * GIB)
-    assert args.checkpoint_layers and not args.offload and args.tokens_per_forward == card.MOST_POSITIONS
+    memory.fit(args, real, 1700, room=80 * GIB)
+    assert args.checkpoint_layers and not args.offload and args.tokens_per_forward == memory.MOST_POSITIONS
 
 
 def test_a_card_that_is_too_small_is_said_with_what_to_change(real):
     args = arguments()
-    text = card.fit(args, real, 1700, room=5 * GIB)
+    text = memory.fit(args, real, 1700, room=5 * GIB)
     assert args.offload and args.checkpoint_layers and args.rows == 16
     assert "may not fit: shorten --max-new-tokens" in text
     args = arguments(rows=768, offload=False)
-    text = card.fit(args, real, 1700, room=24 * GIB)
+    text = memory.fit(args, real, 1700, room=24 * GIB)
     assert "may not fit: leave the memory flags away" in text
 
 
 def test_a_reader_leaves_less_room(real):
     alone, beside = arguments(), arguments()
-    card.fit(alone, real, 1700, room=40 * GIB)
-    card.fit(beside, real, 1700, scorer=real, room=40 * GIB)
+    memory.fit(alone, real, 1700, room=40 * GIB)
+    memory.fit(beside, real, 1700, scorer=real, room=40 * GIB)
     assert (beside.offload, -beside.tokens_per_forward) > (alone.offload, -alone.tokens_per_forward)
-    assert "reader 3.8" in card.forecast(beside, real, 1700, real, 40 * GIB)
+    assert "reader 3.8" in memory.forecast(beside, real, 1700, real, 40 * GIB)
 
 
 def test_the_largest_that_fits():
@@ -218,15 +216,15 @@ def test_the_largest_that_fits():
         for step in (1, 4):
             for limit in (0, 1, 17, 1000):
                 expected = max(n for n in range(0, most + 1, step) if n <= limit)
-                assert card.largest(lambda n: n <= limit, most, step) == expected  # noqa: B023
+                assert memory.largest(lambda n: n <= limit, most, step) == expected  # noqa: B023
 
 
 # ============================================================ a CPU
 def test_a_small_model_on_a_cpu_has_fixed_numbers(model, monkeypatch):
-    monkeypatch.setattr(card, "free", lambda device: 0)
-    assert card.rows_that_fit(model, 100, 100, 4) == 512
-    assert card.positions_that_fit(model, 100) == 2**15
-    assert card.positions_that_fit(model, 100, card.latent_update, otherwise=12_000) == 12_000
+    monkeypatch.setattr(memory, "free", lambda device: 0)
+    assert memory.rows_that_fit(model, 100, 100, 4) == 512
+    assert memory.positions_that_fit(model, 100) == 2**15
+    assert memory.positions_that_fit(model, 100, memory.latent_update, otherwise=12_000) == 12_000
 
 
 @pytest.fixture
@@ -238,26 +236,26 @@ def on_a_cpu(real):
 def test_a_real_model_on_a_cpu_gets_a_plan_too_without_offload(on_a_cpu, monkeypatch):
     for gib, checkpoint in ((48, True), (200, False)):
         args = arguments()
-        text = card.fit(args, on_a_cpu, 1700, room=gib * GIB)
-        highest = max(card.total(sizes) for sizes in card.peaks(args, on_a_cpu, 1700).values())
-        assert "may not fit" not in text and highest <= card.USABLE * gib * GIB
+        text = memory.fit(args, on_a_cpu, 1700, room=gib * GIB)
+        highest = max(memory.total(sizes) for sizes in memory.peaks(args, on_a_cpu, 1700).values())
+        assert "may not fit" not in text and highest <= memory.USABLE * gib * GIB
         assert (args.offload, args.checkpoint_layers) == (False, checkpoint)
-        assert args.rows >= 16 and 3748 <= args.tokens_per_forward <= card.FEW_POSITIONS
+        assert args.rows >= 16 and 3748 <= args.tokens_per_forward <= memory.FEW_POSITIONS
     args = arguments()
-    text = card.fit(args, on_a_cpu, 1700, room=24 * GIB)
+    text = memory.fit(args, on_a_cpu, 1700, room=24 * GIB)
     assert args.rows == 16 and text.endswith("this may not fit: shorten --max-new-tokens, or take a smaller "
                                              "--model")
     # and everything else, from what is free when it begins
     rows, positions = [], []
     for gib in (0.3, 8, 1000):
-        monkeypatch.setattr(card, "free", lambda device: gib * GIB)  # noqa: B023
-        rows.append(card.rows_that_fit(on_a_cpu, 1700, 2048, 4))
-        positions.append(card.positions_that_fit(on_a_cpu, 3748))
-    assert rows[0] < rows[1] < rows[2] == 512 and positions == [3748, card.FEW_POSITIONS, card.FEW_POSITIONS]
+        monkeypatch.setattr(memory, "free", lambda device: gib * GIB)  # noqa: B023
+        rows.append(memory.rows_that_fit(on_a_cpu, 1700, 2048, 4))
+        positions.append(memory.positions_that_fit(on_a_cpu, 3748))
+    assert rows[0] < rows[1] < rows[2] == 512 and positions == [3748, memory.FEW_POSITIONS, memory.FEW_POSITIONS]
 
 
 def test_what_is_free_on_a_cpu_is_the_least_that_machine_and_control_groups_leave(tmp_path, monkeypatch):
-    machine = card.free(torch.device("cpu"))
+    machine = memory.free(torch.device("cpu"))
     assert 0 < machine <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     own = tmp_path / "own"
     own.write_text("4:memory:/there\n0::/here\n")
@@ -268,8 +266,8 @@ def test_what_is_free_on_a_cpu_is_the_least_that_machine_and_control_groups_leav
         (tmp_path / group).mkdir(parents=True, exist_ok=True)
         for name, text in zip((*names, "memory.stat"), (*limits[group], "anon 1\ninactive_file 50\n")):
             (tmp_path / group / name).write_text(text + "\n")
-    left = card._left_in_control_groups(str(tmp_path), str(own))
+    left = memory._left_in_control_groups(str(tmp_path), str(own))
     assert sorted(left) == [350, 3050]
-    assert card._left_in_control_groups(str(tmp_path), str(tmp_path / "absent")) == []
-    monkeypatch.setattr(card, "_left_in_control_groups", lambda: left)
-    assert card.free(torch.device("cpu")) == 350
+    assert memory._left_in_control_groups(str(tmp_path), str(tmp_path / "absent")) == []
+    monkeypatch.setattr(memory, "_left_in_control_groups", lambda: left)
+    assert memory.free(torch.device("cpu")) == 350

@@ -12,7 +12,7 @@ import eval as evaluation
 import litereason
 from eval import against, bootstrap, holm, latent_of, latents_of_others, mcnemar, run_controls
 from litereason import LATENT, UserError, generate, insert_latents, load, logprobs, save, tag_table
-from report import controls_table, nearest_words
+from lib.display import controls_table, nearest_words
 
 OTHERS = [torch.randn(n, 32, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
           for n in (2, 7, 1, 4)]

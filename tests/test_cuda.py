@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import close
 
-import engine
+from lib import decoder, memory
 from data import tiny
 from litereason import LATENT, generate, load, logprobs, naive_score, policy_loss, projector_loss
 
@@ -103,7 +103,7 @@ def test_between_two_looks_the_host_waits_for_nothing(model_and_tokenizer):
 
     few, short = waits(10)
     many, long = waits(80)
-    assert many - few <= 8 * ((long - short) / engine.LOOK + 1), (few, short, many, long)
+    assert many - few <= 8 * ((long - short) / decoder.LOOK + 1), (few, short, many, long)
 
 
 def test_gradients_are_those_of_a_cpu(exact):
@@ -133,14 +133,14 @@ def test_offloaded_masters_get_the_same_gradients(model_and_tokenizer):
     def gradients(model, masters, base):
         logp, scored = logprobs(model, rows)
         (-logp.sum() / scored.sum()).backward()
-        engine.wait_for_gradients(model)
-        engine.gradients_to_masters(base, masters)
+        memory.wait_for_gradients(model)
+        memory.gradients_to_masters(base, masters)
         return [p.grad.cpu() for p in masters]
 
     plain = copy.deepcopy(model)
-    base = engine.base_parameters(plain)
+    base = memory.base_parameters(plain)
     expected = gradients(plain, base, base)
-    base = engine.base_parameters(model)
-    found = gradients(model, engine.offload(model, base), base)
+    base = memory.base_parameters(model)
+    found = gradients(model, memory.offload(model, base), base)
     for a, b in zip(found, expected, strict=True):
         assert (a - b).abs().max() <= 1e-2 * max(1e-6, float(b.abs().max()))

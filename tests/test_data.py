@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from data import boxed, has_verdict, load_task
 from litereason import CAP, UserError, attach, generate, load, parse_tags, save
-from runs import run_script
+from lib.run import run_script
 from train_projector import SENTENCE, mask_sentences, sentences_of, split_answer
 
 STORY = "One fine day it rained. Was it cold? It was!\nNobody \"knew.\" It was 3.5 degrees. The end came late"

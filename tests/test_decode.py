@@ -8,8 +8,7 @@ import pytest
 import torch
 from conftest import LATENTS, LIMIT, PROMPTS, TAGS, TEXTS, close, naive, scripted, tag, write
 
-import engine
-import runs
+from lib import checkpoint, kv_cache
 from data import improvement, perplexity
 from litereason import generate, insert_latents, LATENT, load, logprobs, naive_generate, sample, UserError
 
@@ -196,8 +195,8 @@ def test_nothing_leaks_from_the_generation_config_but_the_stop_ids(model, tok):
 
 # ---------------------------------------------------------------- cost
 def test_the_prompt_of_a_group_is_read_once_and_a_slot_costs_one_position(model, tok, monkeypatch):
-    shapes, forward, stats = [], engine.forward, {}
-    monkeypatch.setattr(engine, "forward",
+    shapes, forward, stats = [], kv_cache.forward, {}
+    monkeypatch.setattr(kv_cache, "forward",
                         lambda m, x, *rest: shapes.append(tuple(x.shape[:2])) or forward(m, x, *rest))
     rows = write(model, tok, PROMPTS, TEXTS, LIMIT, samples=2, stats=stats)
     assert shapes[0] == (4, max(len(r.prompt_ids) for r in rows)) and {s for _, s in shapes[1:]} == {1}
@@ -272,14 +271,14 @@ def test_an_id_that_is_no_word_is_neither_sampled_nor_has_a_share_in_what_is_sco
 
 def test_no_words_are_what_neither_the_tokenizer_nor_the_stop_ids_know(model, tok, tmp_path):
     V = len(tok)
-    assert runs.no_words(model, tok) == model.lm_head.no_words.tolist() == [V, V + 1, V + 2]
+    assert checkpoint.no_words(model, tok) == model.lm_head.no_words.tolist() == [V, V + 1, V + 2]
     model.generation_config.eos_token_id = [0, V + 1]
-    assert runs.no_words(model, tok) == [V, V + 2]
-    runs.save(model, tok, tmp_path / "m")
+    assert checkpoint.no_words(model, tok) == [V, V + 2]
+    checkpoint.save(model, tok, tmp_path / "m")
     assert load(tmp_path / "m", "cpu")[0].lm_head.no_words.tolist() == [V, V + 2]
     assert "lm_head.no_words" not in model.state_dict()  # a checkpoint is as it was
     tiny, words = load("tiny", "cpu")
-    assert runs.no_words(tiny, words) == []
+    assert checkpoint.no_words(tiny, words) == []
 
 
 def test_temperature_zero_is_greedy():

@@ -14,14 +14,14 @@ from conftest import LATENTS, PROMPTS, TAGS, tag, write
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import engine
+from lib import kv_cache
+from results import plots
 import eval as evaluation
-import report
 from eval import evaluate, flops, generate as evaluation_generate
 from litereason import UserError
 from results import findings
-from page import answer, percent, plainly, section, whole
-from report import pieces, read_out, readable
+from lib.page import answer, percent, plainly, section, whole
+from lib.display import pieces, read_out, readable
 
 TASK = types.SimpleNamespace(prompt=lambda e, latent: e, reward=lambda e, text: float(len(text) % 2))
 
@@ -30,7 +30,7 @@ TASK = types.SimpleNamespace(prompt=lambda e, latent: e, reward=lambda e, text: 
 def test_flops_are_those_that_torch_counts(model, tok, monkeypatch):
     """Exactly, with prompts of one length and rows that all run to the limit (nothing wasted), once the one
     difference in convention is taken off: torch counts the prompts' causal attention as the full square."""
-    monkeypatch.setattr(engine, "GROWS", ())  # a cache that grows looks at columns for nothing
+    monkeypatch.setattr(kv_cache, "GROWS", ())  # a cache that grows looks at columns for nothing
     model = model.float()
     prompts, limit = [tok.encode("the story of Karl"), tok.encode("a story of Otto !")], 30
     assert len(prompts[0]) == len(prompts[1]) > 10
@@ -85,7 +85,7 @@ def results(tmp_path):
 
 
 def test_results_of_every_shape_are_read_and_runs_of_one_name_averaged(tmp_path):
-    rows = dict(report.collect(results(tmp_path)))
+    rows = dict(plots.collect(results(tmp_path)))
     assert list(rows) == ["out/rl", "base", "collected"]
     assert rows["base"]["runs"] == 2 and rows["base"]["spread"] == [0.6, 0.7]
     assert rows["base"]["accuracy"] == pytest.approx(0.65)
@@ -127,8 +127,8 @@ def needs_matplotlib():
 def drawn(monkeypatch, *words):
     """main() of --curve or --training -> the figure of matplotlib that was saved."""
     needs_matplotlib()
-    kept, save = [], report.save_figure
-    monkeypatch.setattr(report, "save_figure", lambda out, path: kept.append(out) or save(out, path))
+    kept, save = [], plots.save_figure
+    monkeypatch.setattr(plots, "save_figure", lambda out, path: kept.append(out) or save(out, path))
     main(monkeypatch, *words)
     return kept[0]
 
@@ -137,7 +137,7 @@ def drawn(monkeypatch, *words):
 def test_the_curve_has_a_panel_for_each_cost_that_is_known_and_names_every_row_once(
         end, tmp_path, monkeypatch):
     files, path = results(tmp_path), tmp_path / f"c.{end}"
-    costs = ("--costs", *report.COSTS)
+    costs = ("--costs", *plots.COSTS)
     out = drawn(monkeypatch, "--curve", *files, "--plot", path, *costs)
     assert path.read_bytes()[:5] in (b"<?xml", b"\x89PNG\r")
     axes = out.axes
@@ -184,7 +184,7 @@ def test_the_papers_sampling_is_the_default_and_both_stand_in_one_table_under_tw
     assert [row["name"] for row in rows] == ["tiny (paper)", "tiny (trained)"]
     said = capsys.readouterr().out
     assert "paper: temperature 0.7, top-p 0.8, top-k 20; trained: temperature 1, top-p 1, top-k off" in said
-    assert len(report.collect([str(tmp_path / "r.json")])) == 2  # never averaged
+    assert len(plots.collect([str(tmp_path / "r.json")])) == 2  # never averaged
     numbers, (row,) = sampled("--temperature", 1, "--top-p", 1, "--top-k", 0)
     assert numbers == [[1.0, 1.0, 0]] and row["sampling"] == "trained"
     numbers, (row,) = sampled("--temperature", 0)
@@ -200,7 +200,7 @@ def test_names_cover_neither_each_other_nor_a_dot_where_all_rows_stand_together(
     rows.append({**ROW, "model": "far", "tokens": 180, "accuracy": 0.2})
     (tmp_path / "m.json").write_text(json.dumps(rows))
     axes = drawn(monkeypatch, "--curve", tmp_path / "m.json", "--plot", tmp_path / "m.png",
-                 "--costs", *report.COSTS).axes
+                 "--costs", *plots.COSTS).axes
     for at in axes:
         boxes = [words_of(note) for note in at.texts]
         assert len(boxes) == 16 and not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
@@ -249,11 +249,11 @@ def test_runs_are_called_by_their_method_and_by_their_directory_only_where_two_a
     alike = [made_run(tmp_path / "x" / "lr-0", "litereason", [1]),
              made_run(tmp_path / "x" / "lr-1", "litereason", [1])]
     far = made_run(tmp_path / "y" / "lr-1", "litereason", [1])
-    assert report.names_of([one, alike[0], "MoI"]) == ["RL without latents", "LiteReason", "MoI"]
-    assert report.names_of([one, *alike])[1:] == ["LiteReason (lr-0)", "LiteReason (lr-1)"]
-    names = report.names_of([*alike, far])
+    assert plots.names_of([one, alike[0], "MoI"]) == ["RL without latents", "LiteReason", "MoI"]
+    assert plots.names_of([one, *alike])[1:] == ["LiteReason (lr-0)", "LiteReason (lr-1)"]
+    names = plots.names_of([*alike, far])
     assert names == ["LiteReason (lr-0)", f"LiteReason ({alike[1]})", f"LiteReason ({far})"]
-    assert report.names_of([f"{one} (paper)"]) == ["RL without latents (paper)"]
+    assert plots.names_of([f"{one} (paper)"]) == ["RL without latents (paper)"]
 
 
 # The README's five at most, as near to each other as they come.
@@ -270,26 +270,26 @@ def readme_rows():
 def kept_figure(monkeypatch, draw, *arguments, **more):
     """-> the figure that a function of report saves"""
     needs_matplotlib()
-    kept, save = [], report.save_figure
-    monkeypatch.setattr(report, "save_figure", lambda out, path: kept.append(out) or save(out, path))
+    kept, save = [], plots.save_figure
+    monkeypatch.setattr(plots, "save_figure", lambda out, path: kept.append(out) or save(out, path))
     draw(*arguments, **more)
     return kept[0]
 
 
 def drawn_curve(tmp_path, monkeypatch):
-    return kept_figure(monkeypatch, report.curve, readme_rows(), str(tmp_path / "c.svg"), score="accuracy")
+    return kept_figure(monkeypatch, plots.curve, readme_rows(), str(tmp_path / "c.svg"), score="accuracy")
 
 
 def drawn_lengths(tmp_path, monkeypatch):
     rows = [{"method": name, "length": length, "accuracy": y, "accuracy_ci95": [y - 0.01, 1], "tokens": x,
              "tokens_ci95": [x - 1, x + 1]} for name, (y, x) in README.items() for length in (2, 3, 5)]
-    return kept_figure(monkeypatch, report.by_length, rows, str(tmp_path / "l.svg"))
+    return kept_figure(monkeypatch, plots.by_length, rows, str(tmp_path / "l.svg"))
 
 
 def drawn_training(tmp_path, monkeypatch):
     methods = ("litereason", "grpo", "tag", "litereason")
     made = [made_run(tmp_path / f"{m}-{i}", m, [0.9 + 0.001 * i] * 9) for i, m in enumerate(methods)]
-    return kept_figure(monkeypatch, report.training, made, str(tmp_path / "t.svg"))
+    return kept_figure(monkeypatch, plots.training, made, str(tmp_path / "t.svg"))
 
 
 @pytest.mark.parametrize("draw", [drawn_curve, drawn_lengths, drawn_training])
@@ -310,26 +310,26 @@ def test_a_picture_is_900_px_wide_and_its_names_are_readable_apart_and_inside(dr
 
 
 def test_colours_are_dark_enough_for_text_on_white_and_a_method_keeps_its_own():
-    for colour in [*report.COLOURS.values(), *report.OTHER_COLOURS, report.DARK, report.SOFT]:
+    for colour in [*plots.COLOURS.values(), *plots.OTHER_COLOURS, plots.DARK, plots.SOFT]:
         channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
         luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
         assert 1.05 / (luminance + 0.05) >= 4.5, colour  # WCAG AA
-    assert (report.colours_of(["x", "LiteReason"])["LiteReason"]
-            == report.colours_of(["LiteReason"])["LiteReason"])
-    drawn = report.colours_of(findings.HEADLINE)
-    assert set(drawn.values()) == set(report.COLOURS.values()) and len(drawn) <= 5
-    assert (report.colours_of(["LiteReason", "LiteReason + length penalty"])["LiteReason"]
+    assert (plots.colours_of(["x", "LiteReason"])["LiteReason"]
+            == plots.colours_of(["LiteReason"])["LiteReason"])
+    drawn = plots.colours_of(findings.HEADLINE)
+    assert set(drawn.values()) == set(plots.COLOURS.values()) and len(drawn) <= 5
+    assert (plots.colours_of(["LiteReason", "LiteReason + length penalty"])["LiteReason"]
             == drawn["LiteReason + length penalty"])
 
 
 def test_the_axis_of_tokens_begins_at_zero_unless_one_method_needs_many_times_more(tmp_path, monkeypatch):
     rows = readme_rows()
-    panel = kept_figure(monkeypatch, report.curve, rows, str(tmp_path / "c.svg"), score="accuracy").axes[0]
+    panel = kept_figure(monkeypatch, plots.curve, rows, str(tmp_path / "c.svg"), score="accuracy").axes[0]
     assert panel.get_xscale() == "linear" and panel.get_xlim()[0] == 0
     assert panel.get_title(loc="left") == "accuracy"
     rows.append(("slow", {**rows[0][1], "tokens": 1500.0}))
-    picture = kept_figure(monkeypatch, report.curve, rows, str(tmp_path / "c.svg"))
+    picture = kept_figure(monkeypatch, plots.curve, rows, str(tmp_path / "c.svg"))
     assert picture.axes[0].get_xscale() == "log"
     picture.draw_without_rendering()
     ticks = picture.axes[0].xaxis.get_ticklabels(which="both")
@@ -337,10 +337,10 @@ def test_the_axis_of_tokens_begins_at_zero_unless_one_method_needs_many_times_mo
 
 
 def test_names_at_the_ends_of_lines_stay_within_the_panel():
-    assert report.spread([1, 50], 10, 0, 100) == [1, 50]
-    assert report.spread([50, 50, 50], 10, 0, 100) == [50, 60, 70]
-    assert report.spread([95, 99, 99], 10, 0, 100) == [80, 90, 100]
-    assert report.spread([-5, -5], 10, 0, 100) == [0, 10]
+    assert plots.spread([1, 50], 10, 0, 100) == [1, 50]
+    assert plots.spread([50, 50, 50], 10, 0, 100) == [50, 60, 70]
+    assert plots.spread([95, 99, 99], 10, 0, 100) == [80, 90, 100]
+    assert plots.spread([-5, -5], 10, 0, 100) == [0, 10]
 
 
 @pytest.mark.parametrize("words, says", [

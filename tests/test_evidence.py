@@ -6,7 +6,8 @@ import types
 import numpy as np
 import pytest
 
-import report
+from lib import display
+from results import plots
 from eval import bootstrap, differs, holm, judge, sign_flips, wilson
 from litereason import UserError
 from results import evidence
@@ -44,7 +45,7 @@ def test_the_family_is_all_accuracies_and_all_lengths_of_a_table():
     assert [row["accuracy_holm"] for row in rows] == pytest.approx([0.04, 0.06])
     assert [row["tokens_holm"] for row in rows] == pytest.approx([0.06, 0.9])
     assert [row["accuracy_differs"] for row in rows] == [True, False]
-    assert [report.what_differs(row) for row in rows] == ["accuracy, not tokens", "nothing"]
+    assert [display.what_differs(row) for row in rows] == ["accuracy, not tokens", "nothing"]
 
 
 # ---------------------------------------------------------------- seeds and stories
@@ -168,7 +169,7 @@ def test_only_pairs_of_which_both_are_there_are_compared_and_judged_together():
     found = evidence.differences(METHODS)
     pairs = [(own["ours"], own["theirs"]) for own in found]
     assert pairs == [pair for pair in evidence.PAIRS if set(pair) <= set(METHODS)] and len(pairs) == 4
-    by_pair = {own["theirs"]: report.what_differs(own) for own in found if own["ours"] == "LiteReason"}
+    by_pair = {own["theirs"]: display.what_differs(own) for own in found if own["ours"] == "LiteReason"}
     assert by_pair["base, explicit reasoning"] == "accuracy and tokens"
     assert by_pair["RL without latents"] == "tokens, not accuracy"
     table = evidence.differences_table(found, "greedy")
@@ -184,9 +185,9 @@ def test_accuracy_and_tokens_stand_against_the_length_of_the_chain(tmp_path, mon
             accuracy = 1 - 0.01 * i * length
             rows.append({"method": name, "length": length, "accuracy": accuracy, "tokens": 10.0 + length,
                          "accuracy_ci95": [accuracy - 0.02, accuracy], "tokens_ci95": [8.0, 30.0]})
-    kept, save = [], report.save_figure
-    monkeypatch.setattr(report, "save_figure", lambda out, path: kept.append(out) or save(out, path))
-    report.by_length(rows, str(tmp_path / "l.svg"))
+    kept, save = [], plots.save_figure
+    monkeypatch.setattr(plots, "save_figure", lambda out, path: kept.append(out) or save(out, path))
+    plots.by_length(rows, str(tmp_path / "l.svg"))
     top, bottom = kept[0].axes
     lines = [line for line in top.lines if len(line.get_xdata()) == 3]
     assert [list(line.get_ydata()) for line in lines][1] == pytest.approx([0.97, 0.95, 0.91])  # from the left
@@ -200,12 +201,12 @@ def test_accuracy_and_tokens_stand_against_the_length_of_the_chain(tmp_path, mon
 def test_without_a_cost_there_is_no_picture():
     row = {"accuracy": 0.5, "runs": 1, "spread": [0.5, 0.5]}
     with pytest.raises(UserError, match="no row has any of these costs: tokens"):
-        report.curve([("a", row)], "x.svg")
+        plots.curve([("a", row)], "x.svg")
 
 
 def test_both_samplings_are_said_above_a_table():
     args = types.SimpleNamespace(task="tiny", split="test", samples=1, seed=0)
     samplings = {"paper": {"temperature": 0.7, "top_p": 0.8, "top_k": 20},
                  "trained": {"temperature": 0, "top_p": 1.0, "top_k": 0}}
-    assert report.what_was_asked(args, 5, samplings) == (
+    assert display.what_was_asked(args, 5, samplings) == (
         "tiny, test split, 5 examples, paper: temperature 0.7, top-p 0.8, top-k 20; trained: greedy, seed 0")

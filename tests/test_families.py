@@ -15,12 +15,12 @@ from transformers.models.llama import modeling_llama
 from transformers.models.qwen3 import modeling_qwen3
 
 import litereason
-import runs
+from lib import checkpoint
 import targets
 from data import next_chapter as nc
-from engine import checkpoint_layers
+from lib.memory import checkpoint_layers
 from litereason import UserError, generate, load, logprobs, projector_loss, save, unroll
-from runs import encode_prompt, stop_tokens
+from lib.checkpoint import encode_prompt, stop_tokens
 
 # head_dim is not 32 / 4: Qwen3 and Gemma do that
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -123,7 +123,7 @@ def test_every_stop_id_of_the_list_ends_an_answer(family, tok):
 
 def test_a_stop_id_that_only_the_tokenizer_knows_stops_plain_transformers_too(tok, tmp_path):
     model = with_projector(random_qwen2(len(tok) + 3, 5), tok)
-    assert runs.stop_ids(model) == [5] and stop_tokens(model, tok) == [0, 5]
+    assert checkpoint.stop_ids(model) == [5] and stop_tokens(model, tok) == [0, 5]
     save(model, tok, tmp_path / "m")
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     assert plain.generation_config.eos_token_id == [0, 5]
@@ -176,7 +176,7 @@ def test_a_chat_models_prompt_is_what_its_template_makes_of_the_whole_text(real_
     whole = real_tok.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
                                          add_generation_prompt=True)
     assert ids == real_tok.encode(whole)
-    assert runs.chat_parts(chat([151645, 151643]), real_tok)[2] == 151645  # and its traces end in <|im_end|>
+    assert checkpoint.chat_parts(chat([151645, 151643]), real_tok)[2] == 151645  # and its traces end in <|im_end|>
     opened = encode_prompt(chat([151645, 151643]), real_tok, text, "In summary:")
     assert opened == ids + real_tok.encode("In summary:")  # after the header of the answer
 
@@ -186,7 +186,7 @@ def test_a_base_model_with_a_template_gets_the_plain_text(real_tok):
     base = chat(151643)
     assert real_tok.chat_template and encode_prompt(base, real_tok, "A story.") == real_tok.encode("A story.")
     assert encode_prompt(base, real_tok, "A story.", "So") == real_tok.encode("A story. So")
-    assert runs.chat_parts(base, real_tok)[2] == 151643
+    assert checkpoint.chat_parts(base, real_tok)[2] == 151643
 
 
 @pytest.mark.parametrize("eos", [151643, [151645, 151643]])
@@ -206,9 +206,9 @@ def test_added_tokens_that_are_not_special_are_text_too_but_in_the_template(real
     tools.add_tokens(["<tool_call>", "<think>", "\n\n\n\n"])
     call, think, blank = tools.convert_tokens_to_ids(["<tool_call>", "<think>", "\n\n\n\n"])
     for text, ids in plain.items():
-        assert runs.encode_text(tools, text) == runs.encode_text(tools, text, begins=True) == ids
+        assert checkpoint.encode_text(tools, text) == checkpoint.encode_text(tools, text, begins=True) == ids
     assert tools.encode("<tool_call>") == [call] and len(tools) == blank + 1  # the tokenizer is as it was
-    assert runs.encode_text(tools, "a\n\n\n\nb") == tools.encode("a\n\n\n\nb") and blank in tools.encode("\n\n\n\n")
+    assert checkpoint.encode_text(tools, "a\n\n\n\nb") == tools.encode("a\n\n\n\nb") and blank in tools.encode("\n\n\n\n")
     tools.chat_template = real_tok.chat_template.replace("assistant\n' }}{% endif %}",
                                                          "assistant\n<think>' }}{% endif %}")
     ids = encode_prompt(chat(151645), tools, "x<think>y<tool_call>")
@@ -248,7 +248,7 @@ def test_a_prompt_has_one_bos_and_the_end_of_turn_may_be_the_checkpoints_alone(t
     assert encode_prompt(chat(0), words, "ab<end>c") == [bos] + tok.encode("ab<end>c")
     assert (encode_prompt(chat([0, end]), words, "ab<end>c")
             == [bos, turn] + tok.encode("ab<end>c") + [end] + tok.encode("\n") + [turn])
-    assert runs.chat_parts(chat([0, end]), words)[2] == end and runs.chat_parts(chat(0), words)[2] == 0
+    assert checkpoint.chat_parts(chat([0, end]), words)[2] == end and checkpoint.chat_parts(chat(0), words)[2] == 0
 
 
 def test_the_tiny_worlds_ids_are_the_words(tok):
@@ -266,8 +266,8 @@ def test_a_gated_model_without_a_token_ends_in_one_line(monkeypatch):
         raise OSError("You are trying to access a gated repo.\n"
                       "Make sure to have access to it at https://huggingface.co/google/gemma-3-1b-it.")
 
-    monkeypatch.setattr(runs, "hub_answers", lambda: True)
-    monkeypatch.setattr(runs.AutoTokenizer, "from_pretrained", refuse)
+    monkeypatch.setattr(checkpoint, "hub_answers", lambda: True)
+    monkeypatch.setattr(checkpoint.AutoTokenizer, "from_pretrained", refuse)
     says = "gated on the hub: accept its terms on https://.*/google/gemma-3-1b-it, then `hf auth login`"
     with pytest.raises(UserError, match=says) as e:
         load("google/gemma-3-1b-it")

@@ -21,7 +21,7 @@ import train_rl
 from eval import flops, latent_of, matrix_flops
 from litereason import (LATENT, PROJECTORS, RULES, attach, generate, load, logprobs, naive_generate,
                         policy_loss, projector_loss, recompute_latents, save, start_projector, states, unroll)
-from runs import UserError
+from lib import UserError
 
 
 # ---------------------------------------------------------------- a latent step: one class and its name

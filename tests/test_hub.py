@@ -16,18 +16,18 @@ import threading
 import pytest
 from conftest import ROOT
 
-from runs import TINY
+from lib.checkpoint import TINY
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SCRIPT = f"""
 import sys; sys.path.insert(0, {ROOT!r})
-import runs
+from lib import UserError
 from litereason import load
 for name in sys.argv[1:]:
     try:
         model, tokenizer = load(name, "cpu")
         print(name, "loaded", model.config.hidden_size, model.projector_trained)
-    except runs.UserError as e:
+    except UserError as e:
         print(name, "refused", str(e).count(chr(10)), e)
 """
 

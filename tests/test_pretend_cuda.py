@@ -193,7 +193,7 @@ def update_arguments(tokens_per_forward):
 
 
 class FakeState:
-    """What an update needs of runs.State."""
+    """What an update needs of run.State."""
 
     def __init__(self, rollouts):
         self.rollouts = rollouts
@@ -211,7 +211,7 @@ def what_to_score(rollouts):
 
 def dlogp():
     """How far sampler and scorer may differ in bf16."""
-    from report import DLOGP
+    from lib.display import DLOGP
 
     return DLOGP[True]
 
@@ -246,7 +246,7 @@ def on_the_card_decode(variants, limit):
 
 
 def test_between_two_looks_the_host_waits_for_nothing():
-    from engine import LOOK
+    from lib.decoder import LOOK
 
     found, _ = pretend.run(on_the_card_decode, VARIANTS, 24)
     for name, (n_latents, waited) in found.items():
@@ -261,7 +261,7 @@ def test_between_two_looks_the_host_waits_for_nothing():
 def on_the_card_micro_batch():
     """An update of one micro-batch, without and with offloaded masters -> where the host waited in each,
     [(place, why)], and how far sampler and scorer differ."""
-    import engine
+    from lib import memory
     import train_rl
     from pretend import device
 
@@ -275,7 +275,7 @@ def on_the_card_micro_batch():
         return list(device.EVENTS), gap
 
     plain = update()
-    engine.offload(model, base)
+    memory.offload(model, base)
     return plain, update()
 
 
@@ -377,14 +377,14 @@ TINY_RUN = ("--prompts", 2, "--group", 4, "--train-prompts", 2, "--minibatches",
 def small(tmp_path_factory):
     """The tiny model, saved as if its projector were trained, and with traces for the anchor."""
     import litereason
-    import runs
     from data import tiny
+    from lib import checkpoint
     from test_tiny import trace_of
 
     path = str(tmp_path_factory.mktemp("pretend") / "small")
     model, tokenizer = litereason.load("tiny", "cpu")
     model.projector_trained = True
-    runs.save(model, tokenizer, path)
+    checkpoint.save(model, tokenizer, path)
     traces = [{"example": i, "prompt": tiny.prompt(example, True), "text": trace_of(example)[0]}
               for i, example in enumerate(tiny.examples("train", 40))]
     with open(os.path.join(path, "traces.jsonl"), "w") as f:
@@ -487,12 +487,12 @@ def on_the_card_controls(small, out):
     import sys
 
     import eval
-    import runs
+    from lib import run
 
     eval.CONTROLS = [(name, changed) for name, changed in eval.CONTROLS
                      if changed.get("tag") not in range(2, 8)]
     sys.argv = ["eval.py", "--model", small, "--controls", "--n", "4", "--max-new-tokens", "24", "--out", out]
-    runs.run_script(eval.main)
+    run.run_script(eval.main)
     return [name for name, _ in eval.CONTROLS]
 
 
@@ -513,11 +513,11 @@ REASONING = ("from Mara Otto and from Karl Lena , so Rosa has none of the halves
 
 
 def on_the_card_baseline(method, out):
-    """baselines.py with sizes that have no flags, and with traces that it need not sample."""
+    """results/baselines.py with sizes that have no flags, and with traces that it need not sample."""
     import sys
 
-    import baselines
-    import runs
+    from lib import run
+    from results import baselines
 
     def traces(model, tokenizer, task, examples, *_):
         prompts = [task.prompt(example, False) for example in examples]
@@ -527,9 +527,9 @@ def on_the_card_baseline(method, out):
     baselines.SMALL.update(stories=4, batch=4, stages=1, per_stage=1, colar_epochs=1, rl_prompts=1)
     baselines.GROUP = 4
     baselines.CHECKED = 1
-    sys.argv = ["baselines.py", "--method", method, "--n", "1", "--steps", "1", "--max-new-tokens", "12",
+    sys.argv = ["results/baselines.py", "--method", method, "--n", "1", "--steps", "1", "--max-new-tokens", "12",
                 "--out", out]
-    runs.run_script(baselines.main)
+    run.run_script(baselines.main)
 
 
 @pytest.mark.parametrize("method", ["soft-thinking", "moi", "coconut", "colar", "answer"])

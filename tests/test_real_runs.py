@@ -15,8 +15,8 @@ from test_real_tasks import jsonl, one_line, run, shared, stories
 import data
 import eval as evaluation
 import litereason
-import report
-import runs
+from lib import checkpoint, display
+from results import plots
 import train_projector
 import train_rl
 from data import flawed_fictions as ff, next_chapter as nc
@@ -74,7 +74,7 @@ def force(monkeypatch, real_tok):
 
     monkeypatch.setattr(litereason, "_decode", decode_from_the_start)
     monkeypatch.setattr(litereason, "sample", sample)
-    monkeypatch.setattr(runs, "_read_tokenizer", lambda *_, **__: real_tok)  # one tag table, not one per load
+    monkeypatch.setattr(checkpoint, "_read_tokenizer", lambda *_, **__: real_tok)  # one tag table, not one per load
     monkeypatch.setattr(train_projector, "VERSIONS", 1)
     return write
 
@@ -147,11 +147,11 @@ def test_all_stages_of_the_next_chapter_task_run_on_a_real_book(
 
 def test_chapters_written_before_a_stop_are_kept(tmp_path, monkeypatch, model, tok):
     made = iter(["one", "two", "three"])
-    monkeypatch.setattr(report, "generate", lambda *_, **__: [types.SimpleNamespace(text=next(made))])
+    monkeypatch.setattr(display, "generate", lambda *_, **__: [types.SimpleNamespace(text=next(made))])
     task = types.SimpleNamespace(scorer=lambda: (model, tok), chapter_prompt=nc.chapter_prompt)
     rows = [{"book": f"b{i}", "number": i, "story": "s", "chapter": "a | <b>\nc"} for i in (1, 2)]
     with open(tmp_path / "c.md", "w") as f, pytest.raises(StopIteration):
-        report.write_chapters(task, rows, ["plan <1>", "p|2"], 2, {}, f)
+        display.write_chapters(task, rows, ["plan <1>", "p|2"], 2, {}, f)
     text = (tmp_path / "c.md").read_text()
     assert "## b1, 1" in text and "b2" not in text and "plan &lt;1&gt;" in text
     assert "| one | two | three | a &#124; &lt;b&gt;<br>c |" in text
@@ -172,7 +172,7 @@ def test_the_default_task_is_the_tiny_world_for_a_model_that_reads_it_whatever_i
     for name, task in (("tiny", "tiny"), (small, "flawed_fictions"), ("Qwen2.5-1.5B", "flawed_fictions")):
         args = arguments()
         assert data.choose_task(args, str(name)) is data.load_task(task) and args.task == task
-    shutil.copytree(runs.TINY, tmp_path / "run" / "model")
+    shutil.copytree(checkpoint.TINY, tmp_path / "run" / "model")
     data.choose_task(args := arguments(), str(tmp_path / "run"))
     assert args.task == "tiny"
 
@@ -206,10 +206,10 @@ def test_tables_of_several_runs_average_lists_too(tmp_path):
         (tmp_path / str(i)).mkdir()
         changed = {**row, "f1": 0.2 + 0.2 * i, "improvement_ci95": [1.0 + i, 2.0 + i]}
         (tmp_path / str(i) / "results.json").write_text(json.dumps([changed]))
-    rows = report.collect([str(tmp_path / "0"), str(tmp_path / "1")])
+    rows = plots.collect([str(tmp_path / "0"), str(tmp_path / "1")])
     mean = rows[0][1]
     assert mean["improvement_ci95"] == [1.5, 2.5] and mean["f1"] == pytest.approx(0.3) and mean["runs"] == 2
-    assert report.table(rows).endswith("\nm: improvement_ci95 1.500 to 2.500, f1 0.300")
+    assert display.table(rows).endswith("\nm: improvement_ci95 1.500 to 2.500, f1 0.300")
 
 
 # ---------------------------------------------------------------- bad input
@@ -239,7 +239,7 @@ def test_the_pace_is_measured_on_this_machine_and_grows_with_the_run(small, tok)
     args = types.SimpleNamespace(**{**train_rl.RELEASED, "group": 2, "prompts": 4, "rows": 4,
                                     "tokens_per_forward": 1000, "max_new_tokens": 50})
     hours = lambda text: float(text.split("batches: ")[1].split()[0])
-    text = report.pace(model, tokenizer, [[5, 6, 7], [5] * 20], args)
+    text = display.pace(model, tokenizer, [[5, 6, 7], [5] * 20], args)
     args.steps = 10**7
-    assert "180 batches" in text and hours(report.pace(model, tokenizer, [[5] * 20], args)) > hours(text)
+    assert "180 batches" in text and hours(display.pace(model, tokenizer, [[5] * 20], args)) > hours(text)
     assert all(p.grad is None for p in model.parameters())

@@ -26,8 +26,7 @@ from test_tag import PIECES, by_decoding, fired, random_ids
 
 import data
 import litereason
-import report
-import runs
+from lib import checkpoint, display
 import train_projector
 import train_rl
 from litereason import (LATENT, NormedProjector, Rollout, generate, insert_latents, load, logprobs,
@@ -85,11 +84,11 @@ TEXTS = [
 
 def written(model, tok, texts):
     """Rollouts that write these texts, two for each prompt -> (rollouts, prompts, scripts)"""
-    prompts = [tok.encode("The king was old."), runs.encode_prompt(model, tok, "Tell a tale of two sons.")]
+    prompts = [tok.encode("The king was old."), checkpoint.encode_prompt(model, tok, "Tell a tale of two sons.")]
     scripts = []
     for text in texts:
-        ids = runs.encode_text(tok, text.removesuffix("<end>"))
-        scripts.append(ids + [runs.end_of_answer(model, tok)] * text.endswith("<end>"))
+        ids = checkpoint.encode_text(tok, text.removesuffix("<end>"))
+        scripts.append(ids + [checkpoint.end_of_answer(model, tok)] * text.endswith("<end>"))
     with forced(scripts, LIMIT):
         rollouts = generate(model, tok, prompts, 2, LIMIT, generator=seeded())
     return rollouts, prompts, scripts
@@ -142,7 +141,7 @@ def test_in_bf16_sampler_scorer_and_definition_agree_on_average(real):
 @torch.no_grad()
 def chain_of_five(model, tok):
     """[size of z_1, .., z_5], in sizes of an embedding."""
-    ids = runs.encode_text(tok, f"The king was old. His sons went.{tag(5)}")
+    ids = checkpoint.encode_text(tok, f"The king was old. His sons went.{tag(5)}")
     slots = insert_latents(model, tok, ids + ids[:1])
     _, (latents,) = unroll(model, [Rollout(tok.encode("A tale."), slots, None)])
     return [z_size(model, z[None]) for z in latents]
@@ -169,7 +168,7 @@ def test_tags_fire_across_the_cuts_of_a_real_tokenizer(real):
     model, tok = real
     watch = watcher(model, tok)
     texts = [a + tag(n) + b for a, n, b in itertools.product(BEFORE, INSIDE, AFTER)]
-    sequences = [runs.encode_text(tok, text) for text in texts]
+    sequences = [checkpoint.encode_text(tok, text) for text in texts]
     cuts = {tok.decode([i]) for ids in sequences for i in ids}
     assert {".<", " <", ">.", "><"} <= cuts and (">\n" in cuts) == (model.config.model_type == "qwen2")
     for text, ids, found in zip(texts, sequences, fired(watch, sequences), strict=True):
@@ -186,7 +185,7 @@ def test_tags_fire_wherever_a_policy_cuts_them(real):
     """A policy samples tokens, and not always those that the tokenizer would cut a text into."""
     model, tok = real
     rng = random.Random(0)
-    ids_of = {text: [i] for i, text in enumerate(runs.token_texts(tok)) if text and set(text) <= OF_A_TAG}
+    ids_of = {text: [i] for i, text in enumerate(checkpoint.token_texts(tok)) if text and set(text) <= OF_A_TAG}
     sequences = [random_ids(rng, tok, ids_of, max(map(len, ids_of))) for _ in range(300)]
     expected = [by_decoding(tok, ids, 5) for ids in sequences]
     assert sum(map(len, expected)) > 60 and fired(watcher(model, tok), sequences) == expected
@@ -196,18 +195,18 @@ def test_tags_fire_wherever_a_policy_cuts_them(real):
 @pytest.mark.parametrize("text", ["A story.", "\n\n  a story\n", STORY])
 def test_a_prompt_is_what_the_models_template_makes_of_it_default_system_prompt_included(real, text):
     model, tok = real
-    ids = runs.encode_prompt(model, tok, text)
-    opened = runs.encode_prompt(model, tok, text, "In summary:")
-    assert runs.end_of_answer(model, tok) == tok.eos_token_id
+    ids = checkpoint.encode_prompt(model, tok, text)
+    opened = checkpoint.encode_prompt(model, tok, text, "In summary:")
+    assert checkpoint.end_of_answer(model, tok) == tok.eos_token_id
     added = {i for i, token in tok.added_tokens_decoder.items() if token.special}
     if model.config.model_type == "gemma3_text":  # a base model without a template
         assert not tok.chat_template
-        assert ids == [tok.bos_token_id] + runs.encode_text(tok, text) and not added & set(ids[1:])
-        assert opened == runs.encode_prompt(model, tok, text + " In summary:")
+        assert ids == [tok.bos_token_id] + checkpoint.encode_text(tok, text) and not added & set(ids[1:])
+        assert opened == checkpoint.encode_prompt(model, tok, text + " In summary:")
         return
     whole = tok.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
                                     add_generation_prompt=True)
-    assert tok.decode(ids) == whole and opened == ids + runs.encode_text(tok, "In summary:")
+    assert tok.decode(ids) == whole and opened == ids + checkpoint.encode_text(tok, "In summary:")
     assert whole.startswith("<|im_start|>system\nYou are ")
     # Two turns and the answer's header, no BOS before them; those of a story are text.
     start, end = tok.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
@@ -230,15 +229,15 @@ def easy(tmp_path, monkeypatch):
     del model.reasoning_projector
     model.model.layers = torch.nn.ModuleList(model.model.layers[i] for i in LAYERS)
     model.config.num_hidden_layers = len(LAYERS)
-    runs.save(model, tok, tmp_path / "base")
+    checkpoint.save(model, tok, tmp_path / "base")
     easy = types.ModuleType("data.easy")
     easy.ANSWER = " "  # the last word
     easy.examples = lambda split: [{"number": i} for i in range(1 if split == "val" else 2)]
     easy.prompt = lambda example, latent: f"Tell a tale of {example['number'] + 2} sons."
     easy.reward = lambda example, completion: 0.5 + zlib.crc32(completion.encode()) % 100 / 100
     monkeypatch.setitem(sys.modules, "data.easy", easy)
-    ids = runs.encode_text(tok, f" It is.{tag(2)} He") + [None] * 4 + runs.encode_text(tok, " so")
-    ids.append(runs.end_of_answer(model, tok))
+    ids = checkpoint.encode_text(tok, f" It is.{tag(2)} He") + [None] * 4 + checkpoint.encode_text(tok, " so")
+    ids.append(checkpoint.end_of_answer(model, tok))
     places = iter(())
 
     def sample(logits, u, temperature, *cuts):  # all rows are at the same place; None: as the model samples
@@ -257,12 +256,12 @@ def easy(tmp_path, monkeypatch):
     original, decode = litereason.sample, litereason._decode
     monkeypatch.setattr(litereason, "sample", sample)
     monkeypatch.setattr(litereason, "_decode", decode_from_the_start)
-    monkeypatch.setattr(runs, "_read_tokenizer", lambda *_, **__: tok)  # one tag table, not one per load
+    monkeypatch.setattr(checkpoint, "_read_tokenizer", lambda *_, **__: tok)  # one tag table, not one per load
     monkeypatch.setattr(train_projector, "AT_ONCE", 2)
     monkeypatch.setattr(train_projector, "VERSIONS", 1)
     monkeypatch.setitem(train_projector.RELEASED, "k", 2)
     monkeypatch.setitem(train_projector.RELEASED, "batch", 4)
-    monkeypatch.setattr(report, "pace", lambda *_: "not measured")
+    monkeypatch.setattr(display, "pace", lambda *_: "not measured")
     return tmp_path / "base"
 
 

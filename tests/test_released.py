@@ -7,7 +7,7 @@ from test_tag import PIECES, fired, random_ids
 
 import released
 from litereason import CLOSE, LATENT, OPEN, UserError, attach, insert_latents, load, save, tag_table
-from runs import token_texts
+from lib.checkpoint import token_texts
 
 
 def by_searching(tok, ids, cap=5):

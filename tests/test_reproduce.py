@@ -13,7 +13,7 @@ from test_scripts import script
 
 import data
 import eval as evaluation
-import runs
+from lib import UserError, run as runs
 import train_projector
 import train_rl
 from data.flawed_fictions import prepare as ff_prepare
@@ -221,20 +221,30 @@ def test_a_table_is_made_again_and_gets_rows_where_its_runs_are_gone(world, caps
     assert found["LiteReason"]["sampled"] == 80.0 and found["LiteReason"]["run_seconds"] == 30
 
 
-def test_a_kept_run_of_another_command_or_seed_is_in_no_table(world, monkeypatch, capsys):
+def test_a_kept_run_of_another_seed_is_in_no_table_and_one_of_another_command_is_never_dropped(world, monkeypatch):
     reproduce.write_tables(["tiny"], [0, 1])
     shutil.rmtree(world / "out")
     kept = world / "results" / "runs-tiny.jsonl"
     assert str(world) not in kept.read_text()
     only = rows_of("tiny", [1])
     assert {seed for kinds in only.values() for rows in kinds.values() for seed in rows} == {1}
-    assert "litereason-test-0" in kept.read_text()
+    before = kept.read_text()
     methods = [(name, method, command.replace(reproduce.RL, "--steps 97"))
                for name, method, command in reproduce.METHODS]
     monkeypatch.setattr(reproduce, "METHODS", methods)
-    rows = rows_of("tiny", [0])
-    assert list(rows) == ["base, explicit reasoning", "Soft Thinking"]  # evaluations go with their training
-    assert "/litereason-test-0" not in kept.read_text()
+    with pytest.raises(UserError, match="was made with '.*--steps 96.*', not with '.*--steps 97"):
+        rows_of("tiny", [0])
+    assert kept.read_text() == before
+
+
+def test_a_kept_run_whose_words_have_been_renamed_counts(world, monkeypatch):
+    reproduce.write_tables(["tiny"], [0, 1])
+    shutil.rmtree(world / "out")
+    kept_at = world / "results" / "runs-tiny.jsonl"
+    text = kept_at.read_text()
+    kept_at.write_text(text.replace("results/baselines.py", "baselines.py"))
+    rows_of("tiny", [0, 1])
+    assert kept_at.read_text() == text
 
 
 def test_every_run_is_evaluated_after_it_at_both_samplings_and_on_train_stories(monkeypatch):
@@ -363,7 +373,7 @@ def test_the_papers_table_is_planned_run_stopped_and_continued(
     # One run is stopped: it is named, the others continue, but for what needs it;
     # the table has what there is.
     stop_once("litereason-0", 1, monkeypatch)
-    with pytest.raises(runs.UserError,
+    with pytest.raises(UserError,
                        match="1 run failed, see .*/flawed_fictions/litereason-0/log.txt; 4 more"):
         here()
     said = capsys.readouterr().out
@@ -403,7 +413,7 @@ def test_the_papers_table_is_planned_run_stopped_and_continued(
     del Process.started[:]
     here()
     assert not Process.started
-    with pytest.raises(runs.UserError, match="holds a run of another command .*'--steps' where this one has "
+    with pytest.raises(UserError, match="holds a run of another command .*'--steps' where this one has "
                                              "'--lr'.*: choose another --out"):
         here("--rl-flags=--lr 1")
 

@@ -18,8 +18,7 @@ from safetensors.torch import load_file
 from test_real_tasks import run
 
 import data
-import report
-import runs
+from lib import display, run as runs
 import targets
 import train_projector
 import train_rl
@@ -333,7 +332,7 @@ def test_all_answers_alike_or_tags_only_is_said(capsys):
         ([f"{tag(1)} ", tag(2) + tag(3)], "warning: step 7: all 2 rollouts wrote tags and nothing else\n"),
         ([tag(1), tag(2) + "a"], ""),
     ):
-        report.warn(m, True, 1, texts)
+        display.warn(m, True, 1, texts)
         assert capsys.readouterr().out == says
 
 
@@ -346,9 +345,9 @@ def test_a_reward_that_rises_while_validation_falls_is_said(capsys):
     falling = [{**m, "reward": 1 - m["reward"]} for m in rows]
     for these, result, is_said in ((rows[:2], val(0.8, 0.1), False), (rows, val(0.6, 0.1), True),
                                    (rows, val(0.6, 0.25), False), (falling, val(0.6, 0.1), False)):
-        report.warn_of_validation(these, result)
+        display.warn_of_validation(these, result)
         assert is_said == bool(capsys.readouterr().out)
-    report.warn_of_validation(rows, val(0.6, 0.1))
+    display.warn_of_validation(rows, val(0.6, 0.1))
     assert capsys.readouterr().out == (
         "warning: step 4: since step 2 the train reward rose from 0.200 to 0.550, but the accuracy on "
         "50 val examples fell from 0.800 to 0.600 (plus or minus 0.100)\n")
@@ -390,6 +389,6 @@ def test_a_scorer_that_disagrees_with_the_sampler_stops_the_run(pair, monkeypatc
 def test_a_task_whose_label_answer_and_reward_do_not_agree_is_refused():
     task = types.SimpleNamespace(answer=lambda e: "\\boxed{Yes}",
                                  reward=lambda e, c: float(e["label"] and "Yes" in c))
-    report.check_answers(task, [{"label": True}])
+    display.check_answers(task, [{"label": True}])
     with pytest.raises(UserError, match="train example 1: its own answer .* earns 0, not 1"):
-        report.check_answers(task, [{"label": True}, {"label": False}])
+        display.check_answers(task, [{"label": True}, {"label": False}])

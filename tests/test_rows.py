@@ -8,9 +8,8 @@ import torch
 from conftest import LIMIT, close, random_qwen2, tag, with_projector, write
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import engine
+from lib import checkpoint, decoder, kv_cache
 import litereason
-import runs
 from litereason import LATENT, OPEN, generate
 
 # What two rows per prompt write, in characters: early and late ends, whole groups that end together, rows
@@ -32,12 +31,12 @@ def run(model, tok, rows, lengths=LENGTHS, **settings):
     prompts = ["p" * (1 + 5 * i % 11) for i in range(len(lengths))]
     texts = [(f"ab{tag(1 + i % 5)}" + "y" * (n - 13) if n > 16 else "y" * n) + "<eos>"
              for i, own in enumerate(lengths) for n in own]
-    shapes, forward = [], engine.forward
-    engine.forward = lambda m, x, *rest: shapes.append(tuple(x.shape[:2])) or forward(m, x, *rest)
+    shapes, forward = [], kv_cache.forward
+    kv_cache.forward = lambda m, x, *rest: shapes.append(tuple(x.shape[:2])) or forward(m, x, *rest)
     try:
         return write(model, tok, prompts, texts, LIMIT, len(lengths[0]), rows=rows, **settings), shapes
     finally:
-        engine.forward = forward
+        kv_cache.forward = forward
 
 
 def equal(some, others):
@@ -67,8 +66,8 @@ def test_waiting_prompts_need_fewer_steps_than_one_batch_after_the_other(model, 
 
 
 def test_each_prompt_is_read_once_and_few_are_kept(model, tok, monkeypatch):
-    kept, change = [], engine.DecodingCache.change
-    monkeypatch.setattr(engine.DecodingCache, "change",
+    kept, change = [], kv_cache.DecodingCache.change
+    monkeypatch.setattr(kv_cache.DecodingCache, "change",
                         lambda self, *a: change(self, *a) or kept.append(len(self.lengths)))
     stats, lengths = {}, [(1, 1, 1, 39)] * 30  # of every group one row stays to the limit
     rollouts, shapes = run(model, tok, 12, lengths, stats=stats)
@@ -82,7 +81,7 @@ def test_each_prompt_is_read_once_and_few_are_kept(model, tok, monkeypatch):
 def test_the_clock_is_put_back_as_often_as_it_must(model, tok, monkeypatch):
     """Rows that begin three steps apart for ever: the columns in memory (as many as one rollout's slots)
     have to serve them all."""
-    gone, change = [], engine.DecodingCache.change
+    gone, change = [], kv_cache.DecodingCache.change
 
     def watch(self, *a):
         before = self.filled
@@ -90,7 +89,7 @@ def test_the_clock_is_put_back_as_often_as_it_must(model, tok, monkeypatch):
         gone.append(before - self.filled)
         assert self.filled < self.room and (self.began >= 0).all()
 
-    monkeypatch.setattr(engine.DecodingCache, "change", watch)
+    monkeypatch.setattr(kv_cache.DecodingCache, "change", watch)
     lengths = [(n, n) for n in (39, 3, 39, 7, 39, 11, 39, 15, 39, 19) * 3]
     waited, _ = run(model, tok, 8, lengths)
     assert sum(gone) > 3 * LIMIT and max(gone) < LIMIT
@@ -108,7 +107,7 @@ def test_a_row_that_breaks_does_not_break_the_one_that_takes_its_place(tok, monk
 
 @pytest.mark.parametrize("limit", [1, 2, 5])
 def test_no_step_is_run_for_rows_that_are_all_at_the_limit(model, tok, limit, monkeypatch):
-    monkeypatch.setattr(runs, "stop_tokens", lambda *_: [-7])
+    monkeypatch.setattr(checkpoint, "stop_tokens", lambda *_: [-7])
     stats, prompts = {}, [[5] * (1 + i) for i in range(6)]
     rollouts = generate(model, tok, prompts, 2, limit, rows=4, stats=stats)
     assert ([r.prompt for r in rollouts] == [i for i in range(6) for _ in (0, 1)]
@@ -121,7 +120,7 @@ def test_no_step_is_run_for_rows_that_are_all_at_the_limit(model, tok, limit, mo
 @pytest.mark.parametrize("budget", [1, 11, 25, 40])
 def test_prompts_read_in_chunks_give_the_rollouts_of_prompts_read_at_once(model, tok, budget, monkeypatch):
     whole, shapes = run(model, tok, 512)
-    monkeypatch.setattr(engine, "PREFILL", budget)
+    monkeypatch.setattr(kv_cache, "PREFILL", budget)
     chunked, more = run(model, tok, 512)
     equal(chunked, whole)
     reads = [n * width for n, width in more if width > 1]
@@ -131,22 +130,22 @@ def test_prompts_read_in_chunks_give_the_rollouts_of_prompts_read_at_once(model,
 
 def test_out_of_memory_while_sampling_halves_the_rows_once_and_says_so(model, tok, monkeypatch, capsys):
     plain, _ = run(model, tok, 12)
-    real = engine.Decoder._begin
+    real = decoder.Decoder._begin
 
     def begin(self, n):
         if self.max_prompts > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(self, n)
 
-    monkeypatch.setattr(engine.Decoder, "_begin", begin)
+    monkeypatch.setattr(decoder.Decoder, "_begin", begin)
     for _ in range(2):
         equal(run(model, tok, 12)[0], plain)
     assert capsys.readouterr().out == "out of memory with 12 rows at once; from here on 6\n"
-    monkeypatch.setattr(engine.Decoder, "_begin", real)
+    monkeypatch.setattr(decoder.Decoder, "_begin", real)
     # rows, not prompts: a call with other groups decodes as many rows
     one = generate(model, tok, ["ab"] * 8, 1, 3)
     assert len(one) == 8 and model.most_rows == 6 and not capsys.readouterr().out
-    monkeypatch.setattr(engine.Decoder, "_begin",
+    monkeypatch.setattr(decoder.Decoder, "_begin",
                         lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
     with pytest.raises(torch.OutOfMemoryError):
         run(model, tok, 12)
@@ -196,8 +195,8 @@ def recorded(monkeypatch):
 
         return play
 
-    monkeypatch.setattr(engine, "record", record)
-    monkeypatch.setattr(engine, "GROWS", ())  # as on CUDA, a cache has all its columns from the start
+    monkeypatch.setattr(decoder, "record", record)
+    monkeypatch.setattr(kv_cache, "GROWS", ())  # as on CUDA, a cache has all its columns from the start
     return made
 
 
@@ -213,7 +212,7 @@ def test_a_recorded_step_gives_what_the_step_gives(model, tok, rows, recorded):
 
 def test_a_recording_serves_many_columns_and_is_made_again_when_they_are_full(tok, recorded, monkeypatch):
     model = with_projector(random_qwen2(len(tok) + 3, tok.eos_token_id))
-    monkeypatch.setattr(runs, "stop_tokens", lambda *_: [-7])
+    monkeypatch.setattr(checkpoint, "stop_tokens", lambda *_: [-7])
     plain, again = [], []
     for model.graphs, some in ((False, plain), (True, again)):
         some += generate(model, tok, ["abc"], samples=2, max_new_tokens=400,
@@ -249,7 +248,7 @@ def test_where_rows_cannot_be_chosen_the_projector_runs_on_those_that_may_be_in_
         token = torch.tensor([max(0, place[x]) for x in u.tolist()])
         return token, logits.log_softmax(-1).gather(-1, token[:, None])[:, 0]
 
-    monkeypatch.setattr(engine, "WAITS", ("cpu",))
+    monkeypatch.setattr(decoder, "WAITS", ("cpu",))
     seen, forward = [], litereason.ReasoningProjector.forward
     monkeypatch.setattr(litereason.ReasoningProjector, "forward",
                         lambda self, h, m: seen.append(len(h)) or forward(self, h, m))
@@ -272,7 +271,7 @@ def test_where_rows_cannot_be_chosen_no_latents_and_zeros_are_what_they_are_else
     # any token may end a tag: all rows project at all times
     monkeypatch.setattr(watch, "soon", torch.ones_like(watch.soon))
     plain = generate(model, tok, prompts, generator=draws(), **settings)
-    monkeypatch.setattr(engine, "WAITS", ("cpu",))
+    monkeypatch.setattr(decoder, "WAITS", ("cpu",))
     equal(generate(model, tok, prompts, generator=draws(), **settings), plain)
     assert any(r.n_latents for r in plain) == (latent == "zeros")
 

@@ -10,15 +10,17 @@ import pytest
 import torch
 from test_real_tasks import run
 
-import baselines
 import eval as evaluation
 import litereason
-import runs
+from lib import checkpoint, run as runs
+from results import baselines
 import train_projector
 import train_rl
 from data import tiny
 from litereason import load, save
-from runs import TINY, UserError, default_out
+from lib.checkpoint import TINY
+from lib import UserError
+from lib.run import default_out
 
 SIZES = ("--device", "cpu", "--n", 2, "--val", 0, "--train-prompts", 4, "--prompts", 2, "--group", 2,
          "--max-new-tokens", 40, "--steps", 1, "--show-every", 0, "--method", "tag")
@@ -262,4 +264,4 @@ def test_a_trained_pause_token_has_all_controls(tmp_path):
         "--max-new-tokens", 30, "--json", tmp_path / "r.json")
     assert ({r["control"] for r in results(tmp_path / "r.json")}
             >= {"plain", "latents: warm", "latents: noise"})
-    assert os.path.exists(runs.TINY)
+    assert os.path.exists(checkpoint.TINY)

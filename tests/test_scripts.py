@@ -15,14 +15,13 @@ import torch
 from conftest import ROOT
 
 import litereason
-import report
-import runs
+from lib import display, run as runs
 import train_rl
 from data import next_chapter
 
-SCRIPTS = ["train_projector.py", "train_rl.py", "eval.py", "baselines.py", "data/tiny/prepare.py",
+SCRIPTS = ["train_projector.py", "train_rl.py", "eval.py", "results/baselines.py", "data/tiny/prepare.py",
            "results/reproduce.py", "results/check_tiny.py", "tests/bench.py"]
-PEOPLE_RUN = ["train_rl.py", "train_projector.py", "eval.py", "baselines.py", "results/reproduce.py"]
+PEOPLE_RUN = ["train_rl.py", "train_projector.py", "eval.py", "results/baselines.py", "results/reproduce.py"]
 # A run of train_rl.py that is as short as it can be and still has groups with a winner and a loser.
 SHORT = ("--steps", 2, "--prompts", 4, "--group", 4, "--n", 0, "--max-new-tokens", 100)
 
@@ -184,8 +183,8 @@ def test_all_three_stages_run_for_two_steps_and_leave_what_they_promise(trained)
     for key in ("reward", "accuracy", "text_tokens", "latent_steps", "tags", "tag_share", "zero_variance",
                 "truncated", "no_verdict", "max_dlogp", "grad_norm", "seconds", "peak_memory_gib"):
         assert key in lines[0], key
-    assert "no verdict" not in report.step_line({**lines[0], "no_verdict": 0.0}, 2)
-    assert " | no verdict 0.75" in report.step_line({**lines[0], "no_verdict": 0.75}, 2)
+    assert "no verdict" not in display.step_line({**lines[0], "no_verdict": 0.0}, 2)
+    assert " | no verdict 0.75" in display.step_line({**lines[0], "no_verdict": 0.75}, 2)
     assert lines[0]["peak_memory_gib"].keys() == lines[0]["seconds"].keys() >= {"sample", "update", "step"}
     # 8 prompts, 4 a step: an epoch of two steps
     assert lines[0]["refresh_loss"] is None and lines[1]["refresh_loss"] > 0

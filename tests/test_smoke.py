@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import data
-import report
-import runs
+from lib import checkpoint, display, run
 import train_projector
 import train_rl
 from litereason import Rollout, UserError
@@ -111,7 +110,7 @@ def test_smoke_changes_defaults_flags_win_and_a_resumed_run_needs_nothing(monkey
     changed = {name for name, value in vars(smoke).items() if plain[name] != value}
     assert changed == {*train_rl.SMOKE, "smoke", "out"}  # --group and --n among them
     assert {name: getattr(smoke, name) for name in train_rl.SMOKE} == {**train_rl.SMOKE, "group": 6, "n": 0}
-    runs.write_settings(smoke, "train_rl.py")
+    run.write_settings(smoke, "train_rl.py")
     again = vars(parsed(monkeypatch, "--resume", tmp_path))
     assert {**vars(smoke), "resume": str(tmp_path)} == again
     assert vars(parsed(monkeypatch)) == plain  # nothing of it is left behind
@@ -135,16 +134,16 @@ def settled(**changes):
 ])
 def test_settings_that_do_something_and_are_not_the_released_ones_are_said(changes, said):
     args = settled(**changes)
-    assert report.beside_released(vars(args), train_rl.released_settings(args)) == said
+    assert display.beside_released(vars(args), train_rl.released_settings(args)) == said
 
 
 @pytest.mark.parametrize("small, smoke", [(True, False), (False, False), (False, True)])
 def test_what_matters_comes_first_and_a_cpu_is_told_of_the_smoke_run(model, tok, monkeypatch, capsys, small,
                                                                      smoke):
-    monkeypatch.setattr(runs, "is_small", lambda model: small)
-    monkeypatch.setattr(report, "pace", lambda *_: "180 batches: 99.9 hours")
+    monkeypatch.setattr(checkpoint, "is_small", lambda model: small)
+    monkeypatch.setattr(display, "pace", lambda *_: "180 batches: 99.9 hours")
     args = settled(smoke=smoke)
-    report.say_what_runs(args, model, tok, [[1], [1, 2]], train_rl.released_settings(args), ["memory"])
+    display.say_what_runs(args, model, tok, [[1], [1, 2]], train_rl.released_settings(args), ["memory"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("litereason on t: m, 0.0 M parameters, cpu, fp32 weights; 2 train prompts of ")
     assert lines[1:3] == ["2880 steps, 16 on each batch of 768 rollouts of up to 2048 tokens, 16 for each of "
@@ -159,8 +158,8 @@ def test_a_smoke_run_of_a_model_that_counts_as_real_ends_in_the_table(tmp_path, 
     """The tiny model, with the settings and the plan of memory of a real one on a CPU."""
     if not earns:
         monkeypatch.setattr(data, "score", lambda task, examples, texts, step=0: [0.0] * len(texts))
-        monkeypatch.setattr(report, "check_answers", lambda *_: None)
-    monkeypatch.setattr(runs, "is_small", lambda model: False)
+        monkeypatch.setattr(display, "check_answers", lambda *_: None)
+    monkeypatch.setattr(checkpoint, "is_small", lambda model: False)
     monkeypatch.setattr(train_projector, "VERSIONS", 2)
     monkeypatch.setattr(sys, "argv", ["train_rl.py", "--smoke", "--device", "cpu", "--out", str(tmp_path)])
     train_rl.main()

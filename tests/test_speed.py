@@ -3,8 +3,8 @@ import pytest
 import torch
 from conftest import close, naive
 
-import engine
-from engine import FewRows
+from lib import kv_cache, scoring
+from lib.kv_cache import FewRows
 from litereason import LATENT, Rollout, generate, logprobs, unroll
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -34,7 +34,7 @@ def test_every_product_of_an_attached_model_takes_it(model):
 def test_a_cache_that_grows_has_the_columns_it_looks_at_and_changes_no_rollout(model, tok, monkeypatch):
     """Rows that leave and prompts that join among them."""
     widths = set()
-    set_reach = engine.DecodingCache.set_reach
+    set_reach = kv_cache.DecodingCache.set_reach
 
     def watched(cache, rounded):
         changed = set_reach(cache, rounded)
@@ -47,10 +47,10 @@ def test_a_cache_that_grows_has_the_columns_it_looks_at_and_changes_no_rollout(m
         draws = torch.Generator().manual_seed(0)
         return generate(model, tok, ["abc", "de", "fghij"], 2, 40, rows=4, generator=draws)
 
-    monkeypatch.setattr(engine.DecodingCache, "set_reach", watched)
+    monkeypatch.setattr(kv_cache.DecodingCache, "set_reach", watched)
     growing = decoded()
     assert widths >= {16, 32} and widths <= {16, 32, 40}
-    monkeypatch.setattr(engine, "GROWS", ())  # as on CUDA: all columns from the start
+    monkeypatch.setattr(kv_cache, "GROWS", ())  # as on CUDA: all columns from the start
     fixed = decoded()
     assert [r.slots for r in growing] == [r.slots for r in fixed]
     for a, b in zip(growing, fixed):
@@ -69,13 +69,13 @@ def test_fused_attention_scores_like_the_shared_products(model, rollouts, choice
     rows = [rollouts[i] for i in choice]
     assert max(len(r.slots) for r in rows) > 8
     fused = logprobs(model, rows)[0]
-    calls, joint = [], engine.ScoringCache.joint_bias
-    monkeypatch.setattr(engine.ScoringCache, "joint_bias", lambda *a: calls.append(1) or joint(*a))
-    monkeypatch.setattr(engine.ScoringCache, "FUSED", 8)
+    calls, joint = [], kv_cache.ScoringCache.joint_bias
+    monkeypatch.setattr(kv_cache.ScoringCache, "joint_bias", lambda *a: calls.append(1) or joint(*a))
+    monkeypatch.setattr(kv_cache.ScoringCache, "FUSED", 8)
     again = logprobs(model, rows)[0]
-    monkeypatch.setattr(engine, "REPEATS", ("cpu",))  # as on CUDA
+    monkeypatch.setattr(kv_cache, "REPEATS", ("cpu",))  # as on CUDA
     repeated = logprobs(model, rows)[0]
-    monkeypatch.setattr(engine.ScoringCache, "FUSED", 10**9)
+    monkeypatch.setattr(kv_cache.ScoringCache, "FUSED", 10**9)
     shared = logprobs(model, rows)[0]
     close(repeated, shared)
     for a, b in zip(gradients(model, repeated.sum()), gradients(model, shared.sum())):
@@ -109,8 +109,8 @@ def test_unroll_is_the_naive_definition_wherever_the_blocks_are(model, choice):
 
 
 def test_unroll_passes_once_for_the_prompt_and_once_per_latent(model, monkeypatch):
-    shapes, forward = [], engine.forward
-    monkeypatch.setattr(engine, "forward",
+    shapes, forward = [], kv_cache.forward
+    monkeypatch.setattr(kv_cache, "forward",
                         lambda m, x, *rest: shapes.append(tuple(x.shape[:2])) or forward(m, x, *rest))
     unroll(model, [Rollout([11, 12], [5, 6, LATENT, LATENT, LATENT, 7, 8, LATENT, 9], torch.zeros(0, 32))])
     assert shapes == [(1, 2), (1, 2), (1, 1), (1, 1), (1, 3), (1, 2)]
@@ -127,7 +127,7 @@ def test_token_logprobs_have_the_values_and_gradients_of_log_softmax(model, bias
     h = torch.randn(12, 32, dtype=torch.float64, requires_grad=True)
     y = torch.randint(0, model.config.vocab_size - 3, (12,))  # the last three ids are no words
     inputs, g = [h, *model.lm_head.parameters()], torch.randn(12, dtype=torch.float64)
-    ours = engine.token_logprobs(model, h, y, temperature, chunk)
+    ours = scoring.token_logprobs(model, h, y, temperature, chunk)
     plain = (model.lm_head(h) / temperature).log_softmax(-1)[torch.arange(12), y]
     close(ours, plain)
     for a, b in zip(torch.autograd.grad(ours, inputs, g), torch.autograd.grad(plain, inputs, g), strict=True):
@@ -137,17 +137,17 @@ def test_token_logprobs_have_the_values_and_gradients_of_log_softmax(model, bias
 def test_token_logprobs_computes_no_gradient_that_nobody_wants(model, monkeypatch):
     h, y = torch.randn(12, 32, dtype=torch.float64, requires_grad=True), torch.arange(12)
     model.lm_head.weight.requires_grad_(False)  # stage 2
-    engine.token_logprobs(model, h, y).sum().backward()
+    scoring.token_logprobs(model, h, y).sum().backward()
     assert h.grad is not None and model.lm_head.weight.grad is None
     model.lm_head.weight.requires_grad_(True)
-    engine.token_logprobs(model, h.detach(), y).sum().backward()
+    scoring.token_logprobs(model, h.detach(), y).sum().backward()
     assert model.lm_head.weight.grad is not None
-    assert len(engine.token_logprobs(model, h[:0], y[:0])) == 0
+    assert len(scoring.token_logprobs(model, h[:0], y[:0])) == 0
 
 
 def test_a_second_backward_pass_through_the_same_logits_is_refused_not_wrong(model):
     h, y = torch.randn(12, 32, dtype=torch.float64, requires_grad=True), torch.arange(12)
-    loss = engine.token_logprobs(model, h, y).sum()
+    loss = scoring.token_logprobs(model, h, y).sum()
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
@@ -179,7 +179,7 @@ def test_each_weight_is_cast_once_however_many_steps_there_are_frozen_or_not(mod
         rows = generate(model, tok, ["abc"], 2, 12, generator=torch.Generator().manual_seed(0))
     assert casts.count == len(linear)
     assert all(m.cast is None for m in linear), "kept after the call"
-    with Casts(model) as casts, engine.autocast(model), torch.no_grad():
+    with Casts(model) as casts, kv_cache.autocast(model), torch.no_grad():
         for _ in range(3):
             logp, _ = logprobs(model, rows)
     assert casts.count <= len(linear) + 3  # the head's own, once a call

@@ -9,7 +9,7 @@ from conftest import ROOT, close, random_qwen2, tag
 from test_resume import run, same_weights, stopped
 
 import litereason
-import runs
+from lib import checkpoint, run as runs
 import train_projector
 from litereason import (LATENT, NormedProjector, Rollout, UserError, attach, embedding_size, insert_latents,
                         load, save, start_projector, without_latents, z_size)
@@ -51,7 +51,7 @@ def test_a_model_begins_with_the_start_of_its_size_and_a_checkpoint_with_its_own
 
     small = attach(fresh())
     assert type(small.reasoning_projector) is litereason.ReasoningProjector
-    monkeypatch.setattr(runs, "is_small", lambda model: False)
+    monkeypatch.setattr(checkpoint, "is_small", lambda model: False)
     real = attach(fresh())
     assert type(real.reasoning_projector) is NormedProjector and not real.projector_trained
     released = attach(fresh(), small.reasoning_projector.state_dict())  # such a checkpoint names no projector

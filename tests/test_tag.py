@@ -7,7 +7,7 @@ import torch
 from conftest import tag
 
 from litereason import CAP, CLOSE, LATENT, OPEN, insert_latents, parse_tags, tag_table
-from runs import token_texts
+from lib.checkpoint import token_texts
 
 
 # ---------------------------------------------------------------- the parser

@@ -25,8 +25,10 @@ import numpy as np
 
 from data import SPLITS, line_ends, read_rows, some, write_splits
 from data.duplicates import find_clusters
-import runs
-from runs import UserError, hub_answers, run_script, why_the_hub_refuses
+from lib import run
+from lib import UserError
+from lib.checkpoint import hub_answers, why_the_hub_refuses
+from lib.run import run_script
 
 REPO = "kahuja/flawed-fictions"
 # The benchmark's main split, in one file or several: not flawed_fictions_long, not .._cf_negs.
@@ -209,7 +211,7 @@ def overlap(split, clusters):
 
 # ============================================================ the script
 def main():
-    parser = runs.parser(__doc__)
+    parser = run.parser(__doc__)
     parser.add_argument("--from", dest="files", nargs="+", metavar="FILE",
                         help="local jsonl, json, csv or parquet files (default: download the benchmark)")
     parser.add_argument("--out", default=os.path.dirname(os.path.abspath(__file__)), metavar="DIR",

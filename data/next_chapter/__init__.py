@@ -23,9 +23,7 @@ from statistics import fmean as mean
 
 import torch
 
-import card
-import engine
-import runs
+from lib import checkpoint, decoder, kv_cache, memory, scoring
 from data import OFFER, folder, improvement, last_opening, read_split
 from litereason import Rollout, UserError, load, logprobs
 
@@ -126,7 +124,7 @@ def scorer():
 @functools.lru_cache(maxsize=1)
 def _load(name):
     model, tokenizer = load(name)
-    return engine.freeze(model), tokenizer
+    return memory.freeze(model), tokenizer
 
 
 def scoring_row(model, tokenizer, example, plan, chapter):
@@ -134,7 +132,7 @@ def scoring_row(model, tokenizer, example, plan, chapter):
 
     The sources are the prompt, which all rows of one example share, so that logprobs reads them once.
     Everything is encoded as text: a <|im_end|> in a story or a plan is ten ordinary characters."""
-    encode = functools.partial(runs.encode_text, tokenizer)
+    encode = functools.partial(checkpoint.encode_text, tokenizer)
     known = encode(sources(example), begins=True)
     heading = encode(CHAPTER_HEADING)
     own = encode(chapter)
@@ -156,15 +154,15 @@ def perplexities(batch):
     if not rows:
         return []
     longest = max(len(rollout.prompt_ids) + len(rollout.slots) for rollout, _ in rows)
-    positions = min(settings["positions"], card.positions_that_fit(model, longest))
-    return engine.once_more_in_halves(model, lambda n: _perplexities(rows, n), positions, "positions")
+    positions = min(settings["positions"], memory.positions_that_fit(model, longest))
+    return decoder.once_more_in_halves(model, lambda n: _perplexities(rows, n), positions, "positions")
 
 
 def _perplexities(rows, positions):
     model, _ = scorer()
     results = []
-    with torch.no_grad(), engine.autocast(model):  # here, so that a frozen weight is cast once for all texts
-        for part in engine.pack([rollout for rollout, _ in rows], positions):
+    with torch.no_grad(), kv_cache.autocast(model):  # here, so that a frozen weight is cast once for all texts
+        for part in scoring.pack([rollout for rollout, _ in rows], positions):
             some = [rows[i] for i in part]
             logp, _ = logprobs(model, [rollout for rollout, _ in some])  # (B, S)
             for own_logp, (rollout, n) in zip(logp, some):
@@ -177,7 +175,7 @@ def _perplexities(rows, positions):
 def fingerprint(model):
     """A text that changes with the weights or their precision (bf16: products of fp32 weights): no cached
     perplexity of another scorer is used. Computed once per model object: a scorer is frozen."""
-    return f"{runs.fingerprint(model)} {model.dtype} {getattr(model, 'bf16', False)}"
+    return f"{checkpoint.fingerprint(model)} {model.dtype} {getattr(model, 'bf16', False)}"
 
 
 _known = {}  # file -> {key: perplexity}

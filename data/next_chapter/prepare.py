@@ -27,8 +27,9 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 
 from data import SPLITS, line_ends, read_rows, read_text, some, write_splits
 from data.duplicates import find_clusters
-import runs
-from runs import UserError, run_script
+from lib import run
+from lib import UserError
+from lib.run import run_script
 
 FIELDS = ("high_level_plan", "prior_summary", "character_sheets", "next_synopsis")
 TEXTS = (".txt", ".md", ".markdown")
@@ -481,7 +482,7 @@ def split_works(works, seed):
 
 # ============================================================ the script
 def main():
-    parser = runs.parser(__doc__)
+    parser = run.parser(__doc__)
     parser.add_argument("--from", dest="files", nargs="+", required=True, metavar="PATH",
                         help="files and folders, see above (required, so no default)")
     parser.add_argument("--out", default=os.path.dirname(os.path.abspath(__file__)), metavar="DIR",

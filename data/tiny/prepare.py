@@ -24,7 +24,7 @@ import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-import runs
+from lib import UserError, run
 from data import tiny
 from data.tiny import next_chapter
 from litereason import CLOSE, OPEN
@@ -261,7 +261,7 @@ def has_mastered(recent, hops):
 
 
 def main():
-    parser = runs.parser(__doc__)
+    parser = run.parser(__doc__)
     parser.add_argument("--out", metavar="DIR", default=os.path.join(HERE, "base"),
                         help="for the model (default data/tiny/base: the shipped base is replaced)")
     parser.add_argument("--most", type=int, metavar="N", default=4000, help="most steps of school, which "
@@ -271,7 +271,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of all random draws (default 0)")
     args = parser.parse_args()
     if args.steps < 1:
-        raise runs.UserError("--steps must be at least 1")
+        raise UserError("--steps must be at least 1")
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
     tokenizer = make_tokenizer()
@@ -324,4 +324,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runs.run_script(main)
+    run.run_script(main)

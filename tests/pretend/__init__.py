@@ -102,7 +102,7 @@ def _script(words):
 def _server():
     """Started once; from then on a process that has imported everything is a fork away."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pretend.device", "pretend.memory", "train_rl", "baselines"])
+    context.set_forkserver_preload(["pretend.device", "pretend.memory", "train_rl", "results.baselines"])
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, os.path.dirname(HERE), *sys.path])  # for those imports
     multiprocessing.forkserver.ensure_running()

@@ -10,8 +10,8 @@ import html
 import math
 import re
 
-import report
 from data import boxed
+from lib import display
 from litereason import CLOSE, OPEN, TAG, parse_tags
 
 HEAD = """<!doctype html><html lang="en"><head><meta charset="utf-8">
@@ -103,7 +103,7 @@ def section(said, row, model, tokenizer, task, examples, rollouts, rewards, n):
     """The n answers that earned least, the wrong ones first and else in the order of the split, under what is
     to be said of all of them.
 
-    said: report.what_was_asked; row: of the table; rollouts and rewards: one for each example."""
+    said: display.what_was_asked; row: of the table; rollouts and rewards: one for each example."""
     worst_first = sorted(range(len(rewards)), key=rewards.__getitem__)
     shown = worst_first[:n]
     answers = [answer(model, tokenizer, task, examples[i], rollouts[i], rewards[i], i + 1) for i in shown]
@@ -191,11 +191,11 @@ def _n(number, what):
 
 def _body(model, tokenizer, rollout):
     """What the model wrote, its blocks of latents to be unfolded."""
-    latents = report.read_out(model, tokenizer, rollout.latents)
+    latents = display.read_out(model, tokenizer, rollout.latents)
     lines = [_line_of_latent(i + 1, *latent) for i, latent in enumerate(latents)]
     body = ""
     n_shown = 0
-    for piece in report.pieces(tokenizer, rollout):
+    for piece in display.pieces(tokenizer, rollout):
         if isinstance(piece, str):
             body += _text(piece)
         else:
@@ -218,7 +218,7 @@ def _block(lines):
 
 
 def _line_of_latent(number, near, length, head):
-    """A line of a block's table, from what report.read_out says of the latent."""
+    """A line of a block's table, from what display.read_out says of the latent."""
     said = _words([(word, percent(probability)) for word, probability in head])
     nearest = _words([(word, f"{cosine:.2f}") for word, cosine in near])
     return (f"<tr><td>{number}</td><td>{said}</td><td>{nearest}</td>"

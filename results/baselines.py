@@ -28,37 +28,38 @@ Left out, and why: (1) special tokens around a block: the tiny world has no room
 answer's first word (of task.ANSWER) ends a block as well. (2) Each method's own sampling: all are compared
 under the same two. (3) LoRA: the base is trained whole, as the paper's author did.
 
-    python baselines.py --method soft-thinking    # training-free: half a minute on a core
-    python baselines.py --method coconut          # SFT on own traces
-    python baselines.py --method colar            # SFT on own traces, then GRPO
-    python baselines.py --method answer           # SFT on gold answers; --stories 100: on fewer
+    python results/baselines.py --method soft-thinking    # training-free: half a minute on a core
+    python results/baselines.py --method coconut          # SFT on own traces
+    python results/baselines.py --method colar            # SFT on own traces, then GRPO
+    python results/baselines.py --method answer           # SFT on gold answers; --stories 100: on fewer
 """
 import itertools
 import json
 import math
 import os
 import random
+import sys
 import time
 import types
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
 
 import torch
 from tqdm import tqdm
 
 import data
-import engine
-import report
-import runs
 import train_rl
 from eval import PAPER, TRAINED, evaluate
-from litereason import (LATENT, Rollout, UserError, generate, group_advantages, load, logprobs, policy_loss,
-                        projector_loss, states, word_embeddings)
+from litereason import LATENT, Rollout, UserError, generate, group_advantages, load, logprobs, policy_loss, projector_loss, states, word_embeddings
 from train_projector import SENTENCE, split_answer
 
+from lib import checkpoint, display, memory, run, scoring
 # The papers' settings (Coconut and CoLaR as LiteReason's author ran them on plot holes; the answer's are
 # ours), and what a small model trained from scratch needs. stories: None is all there are;
 # traces: sampled per story.
 RELEASED = {
-    "stories": None, "traces": 5, "batch": 128, "max_new_tokens": runs.SLOTS_RELEASED,
+    "stories": None, "traces": 5, "batch": 128, "max_new_tokens": checkpoint.SLOTS_RELEASED,
     "answer_lr": 5e-5, "answer_steps": 200,
     "coconut_lr": 5e-5, "stages": 5, "per_stage": 2, "last_stage": 2,  # epochs per stage, and of the last
     "colar_lr": 1e-4, "colar_epochs": 50, "most_latents": 64,
@@ -79,7 +80,7 @@ RELEASED = {
 #
 # CoLaR's GRPO has the steps, prompts and learning rate of train_rl.py.
 SMALL = {
-    "stories": None, "traces": 1, "batch": 32, "max_new_tokens": runs.SLOTS_SMALL,
+    "stories": None, "traces": 1, "batch": 32, "max_new_tokens": checkpoint.SLOTS_SMALL,
     "answer_lr": 3e-4, "answer_steps": 240,
     "coconut_lr": 3e-4, "stages": 8, "per_stage": 1 / 3, "last_stage": 8 / 3,
     "colar_lr": 3e-4, "colar_epochs": 8 / 3, "most_latents": 150,
@@ -193,7 +194,7 @@ def own_traces(model, tokenizer, task, examples, k, max_new_tokens, seed):
 
 
 def answers_first_word(tokenizer, task):
-    return runs.encode_text(tokenizer, data.opening_of(task))[0]
+    return checkpoint.encode_text(tokenizer, data.opening_of(task))[0]
 
 
 def rewards_of(task, examples, rollouts, step=0):
@@ -251,7 +252,7 @@ def train_coconut(model, tokenizer, traces, cfg, budget, seed):
     taken = 0
     for stage in tqdm(range(cfg["stages"] + 2), desc="coconut, stages", leave=False):
         rows = coconut_rows(model, tokenizer, traces, stage, cfg["stages"])
-        optimizer = torch.optim.AdamW(engine.base_parameters(model), lr=cfg["coconut_lr"], weight_decay=0.01)
+        optimizer = torch.optim.AdamW(memory.base_parameters(model), lr=cfg["coconut_lr"], weight_decay=0.01)
         batches = epochs(rows, cfg["batch"], f"{seed} {stage}")
         is_last = stage > cfg["stages"]
         n_epochs = cfg["last_stage"] if is_last else cfg["per_stage"]
@@ -265,7 +266,7 @@ def train_coconut(model, tokenizer, traces, cfg, budget, seed):
 
 def coconut_rows(model, tokenizer, traces, stage, last_stage):
     """The traces as a stage trains on them: latents, the sentences that are left, the answer, its end."""
-    end = runs.end_of_answer(model, tokenizer)
+    end = checkpoint.end_of_answer(model, tokenizer)
     no_latents = torch.zeros(0, model.config.hidden_size)  # they are made in the forward pass
     rows = []
     for prompt, reasoning, answer in traces:
@@ -273,8 +274,8 @@ def coconut_rows(model, tokenizer, traces, stage, last_stage):
         sentences = [sentence for sentence in sentences if sentence.strip()]
         left = sentences[stage:] if stage <= last_stage else []
         text = ("".join(left) + " " + answer).strip()
-        slots = [LATENT] * min(stage, last_stage) + runs.encode_text(tokenizer, text) + [end]
-        rows.append(Rollout(runs.encode_prompt(model, tokenizer, prompt), slots, no_latents))
+        slots = [LATENT] * min(stage, last_stage) + checkpoint.encode_text(tokenizer, text) + [end]
+        rows.append(Rollout(checkpoint.encode_prompt(model, tokenizer, prompt), slots, no_latents))
     return rows
 
 
@@ -282,7 +283,7 @@ def add_text_gradients(model, batch, budget):
     """Cross-entropy on the text of the rows, mean over the batch's tokens; all begin with equally many of
     Coconut's latents."""
     tokens = sum(row.n_tokens for row in batch)
-    for part in engine.pack(batch, budget, unrolled=batch[0].n_latents > 0):
+    for part in scoring.pack(batch, budget, unrolled=batch[0].n_latents > 0):
         some = [batch[i] for i in part]
         if some[0].n_latents:
             loss, _ = projector_loss(model, some, feed_back)
@@ -298,7 +299,7 @@ def train_answer(model, rows, cfg, accuracy, budget, seed):
 
     Ten times on the way accuracy() is asked, on val stories; the best weights of these are kept."""
     steps = cfg["answer_steps"]
-    optimizer = torch.optim.AdamW(engine.base_parameters(model), lr=cfg["answer_lr"], weight_decay=0.01)
+    optimizer = torch.optim.AdamW(memory.base_parameters(model), lr=cfg["answer_lr"], weight_decay=0.01)
     every = max(1, steps // 10)
     best = -math.inf
     kept = model.state_dict()  # with no steps these
@@ -318,14 +319,14 @@ def train_answer(model, rows, cfg, accuracy, budget, seed):
 
 def answer_rows(model, tokenizer, task, examples):
     """The gold answers of the examples, from what follows the opening, in which nothing can be learned."""
-    end = runs.end_of_answer(model, tokenizer)
+    end = checkpoint.end_of_answer(model, tokenizer)
     opening = data.opening_of(task)
     no_latents = torch.zeros(0, model.config.hidden_size)
     rows = []
     for example in examples:
-        prompt = runs.encode_prompt(model, tokenizer, task.prompt(example, False), opening)
+        prompt = checkpoint.encode_prompt(model, tokenizer, task.prompt(example, False), opening)
         rest = task.answer(example).removeprefix(opening)
-        rows.append(Rollout(prompt, runs.encode_text(tokenizer, rest) + [end], no_latents))
+        rows.append(Rollout(prompt, checkpoint.encode_text(tokenizer, rest) + [end], no_latents))
     return rows
 
 
@@ -414,7 +415,7 @@ def sft_colar(model, tokenizer, head, traces, cfg, budget, seed):
     chance, and the latent head the latent itself. Ours: latents are constants for the embeddings. budget:
     positions per forward pass."""
     rows = colar_rows(model, tokenizer, traces)
-    parameters = engine.base_parameters(model) + list(head.parameters())
+    parameters = memory.base_parameters(model) + list(head.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=cfg["colar_lr"], weight_decay=0.01)
     batches = epochs(rows, cfg["batch"], seed)
     rng = random.Random(seed)
@@ -427,7 +428,7 @@ def sft_colar(model, tokenizer, head, traces, cfg, budget, seed):
             r = rng.randint(1, max(RATES))
             thought = [reasoning[at : at + r] for at in range(0, len(reasoning), r)]
             slots = [LATENT] * len(thought) + answer
-            ids = runs.encode_prompt(model, tokenizer, say_rate(prompt, r))
+            ids = checkpoint.encode_prompt(model, tokenizer, say_rate(prompt, r))
             batch.append(Rollout(ids, slots, compress(model, thought)))
             drawn = [rng.choice(tokens) for tokens in thought]
             targets.append(drawn + answer)
@@ -442,11 +443,11 @@ def sft_colar(model, tokenizer, head, traces, cfg, budget, seed):
 
 def colar_rows(model, tokenizer, traces):
     """The traces as [(prompt as text, the tokens of the reasoning, those of the answer and its end)]."""
-    end = runs.end_of_answer(model, tokenizer)
+    end = checkpoint.end_of_answer(model, tokenizer)
     rows = []
     for prompt, reasoning, answer in traces:
-        thought = runs.encode_text(tokenizer, reasoning.strip())
-        rows.append((prompt, thought, runs.encode_text(tokenizer, answer.strip()) + [end]))
+        thought = checkpoint.encode_text(tokenizer, reasoning.strip())
+        rows.append((prompt, thought, checkpoint.encode_text(tokenizer, answer.strip()) + [end]))
     return rows
 
 
@@ -472,7 +473,7 @@ def add_sft_gradients(model, head, batch, targets, budget):
     n_slots = sum(map(len, targets))
     n_latents = sum(row.n_latents for row in batch)
     costs = []
-    for part in engine.pack(batch, budget):
+    for part in scoring.pack(batch, budget):
         some = [batch[i] for i in part]
         h, slots, valid = states(model, some)  # (b, S, D), (b, S), (b, S)
 
@@ -487,7 +488,7 @@ def add_sft_gradients(model, head, batch, targets, budget):
         # The LM head, at all slots, row by row.
         words = list(itertools.chain(*[targets[i] for i in part]))
         words = torch.tensor(words, device=model.device)  # (slots,)
-        logp = engine.token_logprobs(model, h[valid], words)
+        logp = scoring.token_logprobs(model, h[valid], words)
         loss = -logp.sum() / n_slots + squared_error.sum() / n_latents
         loss.backward()
         is_answer = slots[valid] != LATENT
@@ -501,8 +502,8 @@ def rl_colar(model, tokenizer, task, head, examples, cfg, decoding, budget, seed
 
     decoding: arguments for `generate`; budget: positions per forward pass; log: a file that gets a line of
     JSON per step. -> (tokens sampled, steps in which every group earned the same)."""
-    prompts = [runs.encode_prompt(model, tokenizer, task.prompt(example, False)) for example in examples]
-    parameters = engine.base_parameters(model) + list(head.parameters())
+    prompts = [checkpoint.encode_prompt(model, tokenizer, task.prompt(example, False)) for example in examples]
+    parameters = memory.base_parameters(model) + list(head.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=cfg["rl_lr"], betas=(0.9, 0.95), weight_decay=0.0)
     spent = 0
     without_gradient = 0
@@ -538,7 +539,7 @@ def add_policy_gradients(model, head, rollouts, advantages, budget):
 
     Rollouts without an advantage (B,) have no gradient and are not run; they count in the means."""
     batch = [b for b in range(len(rollouts)) if advantages[b] != 0]
-    for part in engine.pack([rollouts[b] for b in batch], budget):
+    for part in scoring.pack([rollouts[b] for b in batch], budget):
         micro = [batch[i] for i in part]
         some = [rollouts[b] for b in micro]
         h, slots, valid = states(model, some)  # (b, S, D), (b, S), (b, S)
@@ -549,7 +550,7 @@ def add_policy_gradients(model, head, rollouts, advantages, budget):
         z = torch.cat([rollout.latents for rollout in some])
         z = z.to(h.device) / head.spread
         of_latents = head.logprob(h[is_latent], z)
-        of_words = engine.token_logprobs(model, h[is_word], slots[is_word])
+        of_words = scoring.token_logprobs(model, h[is_word], slots[is_word])
         logp = torch.zeros(slots.shape, device=h.device)  # (b, S)
         logp = logp.masked_scatter(is_latent, of_latents.float())
         logp = logp.masked_scatter(is_word, of_words.float())
@@ -580,7 +581,7 @@ def tell_step(log, step, n_steps, epoch, rollouts, groups, start):
         "accuracy": reward,
         "text_tokens": text,
         "latent_steps": latents,
-        "tags": 1.0,  # as in train_rl.py's file, for report.training: the block with which all answers begin
+        "tags": 1.0,  # as in train_rl.py's file, for plots.training: the block with which all answers begin
         "tag_share": 1.0,
         "zero_variance": zero_variance,
         "seconds": {"all": round(seconds, 3)},
@@ -589,24 +590,24 @@ def tell_step(log, step, n_steps, epoch, rollouts, groups, start):
     log.flush()
     print(f"step {step + 1:4d}/{n_steps} | reward {reward:6.3f} | text {text:6.1f} | latent {latents:5.1f} | "
           f"{seconds:5.1f}s", flush=True)
-    report.warn(metrics, False, len(groups), [rollout.text for rollout in rollouts])
+    display.warn(metrics, False, len(groups), [rollout.text for rollout in rollouts])
     return zero_variance
 
 
 # ============================================================ the script
 def by_size(name):
-    return runs.default_text(SMALL[name], RELEASED[name])
+    return run.default_text(SMALL[name], RELEASED[name])
 
 
 def parse_arguments():
-    parser = runs.parser(__doc__)
+    parser = run.parser(__doc__)
     group = parser.add_argument_group("what")
     group.add_argument("--method", required=True, choices=list(METHODS),
                        help="see above (required, so no default)")
     group.add_argument("--model", default="tiny",
                        help="the base: tiny, a directory, or a hub name such as Qwen2.5-1.5B (default tiny)")
     data.task_flags(group)
-    runs.out_flags(group, "settings, the table and what was trained", "out/MODEL-TASK-METHOD")
+    run.out_flags(group, "settings, the table and what was trained", "out/MODEL-TASK-METHOD")
     group.add_argument("--n", type=int, default=500, help="test examples (default 500)")
     group.add_argument("--seed", type=int, default=0, help="of all random draws (default 0)")
     group = parser.add_argument_group("training (a small model has less than 50 M parameters)")
@@ -641,13 +642,13 @@ def parse_arguments():
     group = parser.add_argument_group("memory and speed")
     group.add_argument("--tokens-per-forward", type=int, metavar="N", default=12_000,
                        help="positions per forward pass; changes no result (default 12000)")
-    runs.device_flags(group)
+    run.device_flags(group)
     return parser.parse_args()
 
 
 def settings(args, model):
     """RELEASED or SMALL, with what the command line says instead."""
-    cfg = dict(SMALL if runs.is_small(model) else RELEASED)
+    cfg = dict(SMALL if checkpoint.is_small(model) else RELEASED)
     said = {
         "stories": args.stories,
         "traces": args.traces,
@@ -700,7 +701,7 @@ def run_answer(args, cfg, model, tokenizer, task, examples, on_val, took):
     if not hasattr(task, "answer"):
         raise UserError(f"--method answer trains on gold answers, and {args.task} has none: give the task a "
                         "function answer, or choose another --method")
-    report.check_answers(task, examples[:8])
+    display.check_answers(task, examples[:8])
     decoding = {"at_once": True, "latent": "none"}
     rows = answer_rows(model, tokenizer, task, examples)
     took["optimiser_steps"] = train_answer(model, rows, cfg, lambda: on_val(task, decoding),
@@ -752,25 +753,25 @@ METHODS = {"soft-thinking": run_soft_thinking, "moi": run_moi, "coconut": run_co
 def main():
     args = parse_arguments()
     task = data.choose_task(args, args.model)
-    args.out = args.out or runs.default_out(args.model, args.task, args.method)
+    args.out = args.out or run.default_out(args.model, args.task, args.method)
     args.resume = None  # a baseline cannot be resumed
-    runs.check_arguments(args)
-    held = runs.lock(args.out)  # noqa: F841, until the process ends
-    runs.check_what_is_there(args)
+    run.check_arguments(args)
+    held = run.lock(args.out)  # noqa: F841, until the process ends
+    run.check_what_is_there(args)
     examples = task.examples("train")
     if (args.stories or 1) > len(examples):
         raise UserError(f"--stories is {args.stories}; {args.task} has only {len(examples)} train stories")
     vals = task.examples("val")[:CHECKED]
     tests = task.examples("test")[: args.n]
     model, tokenizer = load(args.model, args.device)
-    runs.use_graphs(model, args.graphs)
+    run.use_graphs(model, args.graphs)
     cfg = settings(args, model)
     examples = examples[: cfg["stories"]]
     data.start_task(args, task, args.model)
-    runs.delete_earlier_run(args.out)
-    runs.write_json(os.path.join(args.out, "config.json"), {
-        "script": "baselines.py",
-        "base": runs.base_of(args.model),
+    run.delete_earlier_run(args.out)
+    run.write_json(os.path.join(args.out, "config.json"), {
+        "script": "results/baselines.py",
+        "base": run.base_of(args.model),
         **vars(args),
         "settings": cfg,
         "prompts": cfg["rl_prompts"],  # this and the next as in train_rl.py, for results/reproduce.py
@@ -816,15 +817,15 @@ def main():
         last_row_at = time.time()
 
     if is_trained:
-        runs.save(model, tokenizer, os.path.join(args.out, "model"))
+        checkpoint.save(model, tokenizer, os.path.join(args.out, "model"))
     results = [result for _, result in rows] + on_train_stories
-    runs.write_json(os.path.join(args.out, "results.json"), results)
+    run.write_json(os.path.join(args.out, "results.json"), results)
     tell(args, task, rows, took, len(tests), time.time() - start)
 
 
 def tell(args, task, rows, took, n_tests, seconds):
     """The table, and under it how each row does on train stories and what the method got."""
-    print(report.table(rows, data.measure_of(task)) + "\n")
+    print(display.table(rows, data.measure_of(task)) + "\n")
     for name, row in rows:
         print(f"{name}: {row['train_accuracy']:.3f} on {row['train_stories']} train stories")
     print(f"{args.method}: {took['stories']} stories, {took['traces']:,} traces, "
@@ -833,4 +834,4 @@ def tell(args, task, rows, took, n_tests, seconds):
 
 
 if __name__ == "__main__":
-    runs.run_script(main)
+    run.run_script(main)

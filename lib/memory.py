@@ -1,25 +1,141 @@
-"""What a run holds in memory (the card's, or a CPU's), counted from shapes, and the settings with which it
-fits. Nothing here is in the paper, and no result depends on it: a first reading can skip it.
+"""Less memory for the update, and how much fits; a first reading can skip it.
 
-    sampling, update, latent_update, scoring    what is there when each of them needs most: {what: bytes}
-    fit                                         for train_rl.py: the memory settings that no flag gives
-    rows_that_fit, positions_that_fit           for everything else, from what is free when it begins
-
-The counts are those of transformers' decoder layers under bf16 autocast, in which norms and residuals are
-fp32. tests/test_card.py holds them against a counter of live tensors at the shape of Qwen2.5-1.5B.
-
-Letters: those of litereason.py, and
-    c bytes of an activation   I width of the MLP   heads: H * d, of queries   kv: 2 * K * d, keys and values
+    checkpoint_layers, offload    less memory for the update
+    fit                           the plan of a run
 """
+import copy
+import functools
 import itertools
 import os
 import re
 import types
 
 import torch
+import torch.utils.checkpoint
 
-import engine
-import runs
+from lib import kv_cache
+from lib.checkpoint import is_small
+from lib.scoring import LOGITS
+
+
+# ============================================================ training: less memory
+def checkpoint_layers(model):
+    """From now on a layer's activations are not kept for the backward pass but computed again: far less
+    memory, a third more time.
+
+    transformers' own switch turns the cache off; ours hands each layer the cache as it stood, so running it
+    twice is harmless."""
+    model.checkpointed = True
+    for i, layer in enumerate(model.model.layers):
+        layer.forward = functools.partial(_recomputed, layer.forward, i)
+
+
+def _recomputed(layer, i, x, past_key_values=None, **kwargs):
+    cache = past_key_values
+    if not torch.is_grad_enabled() or not isinstance(cache, (kv_cache.PromptCache, kv_cache.ScoringCache)):
+        return layer(x, past_key_values=cache, **kwargs)
+
+    def copied(cache):
+        copy_of_it = copy.copy(cache)
+        copy_of_it.layers = list(cache.layers)
+        return copy_of_it
+
+    before = copied(cache)
+
+    def run(x):
+        view = copied(before)
+        out = layer(x, past_key_values=view, **kwargs)
+        return out, *view.newest(i)
+
+    out, keys, values = torch.utils.checkpoint.checkpoint(run, x, use_reentrant=False)
+    cache.add(i, keys, values)
+    return out
+
+
+def base_parameters(model):
+    """The base's weights: all but the projector's."""
+    return [p for name, p in model.named_parameters() if not name.startswith("reasoning_projector.")]
+
+
+def matrices(model):
+    """The weights of the layers' linear maps, which autocast multiplies in 16 bits."""
+    return [m.weight for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear)]
+
+
+def freeze(model):
+    """For a model that is never trained: on CUDA its matrices are kept only as autocast would cast them, half
+    the memory and the same numbers."""
+    model.requires_grad_(False)
+    if model.bf16:
+        for weight in matrices(model):
+            weight.data = weight.data.to(torch.bfloat16)
+    return model
+
+
+def offload(model, parameters):
+    """What the optimizer needs of `parameters` moves to the host: -> fp32 masters to step on.
+
+    On the card the matrices stay as autocast would cast them, so that all products are those of fp32 weights.
+    A gradient is sent to the host as soon as it is whole, through a page-locked buffer and without waiting
+    for it. Call wait_for_gradients after each backward pass; the next one adds what has come to the masters'
+    gradients, in fp32, while the card works, and gradients_to_masters adds the last."""
+    masters = [p.detach().to("cpu", torch.float32, copy=True).requires_grad_() for p in parameters]
+    model.bf16 = True
+    for weight in matrices(model):
+        weight.data = weight.data.to(torch.bfloat16)
+    for p, master in zip(parameters, masters):
+        p.master = master
+        p.on_host = torch.empty(p.shape, dtype=p.dtype, pin_memory=p.device.type == "cuda")
+        p.is_sent = False  # a gradient is on its way to on_host, or there
+        p.register_post_accumulate_grad_hook(_send_gradient)
+    return masters
+
+
+def _send_gradient(p):
+    _add_to_master(p)  # that of the micro-batch before
+    p.on_host.copy_(p.grad, non_blocking=True)
+    p.is_sent = True
+    p.grad = None
+
+
+def _add_to_master(p):
+    if p.is_sent:
+        if p.master.grad is None:
+            p.master.grad = torch.zeros_like(p.master)
+        p.master.grad += p.on_host
+        p.is_sent = False
+
+
+def wait_for_gradients(model):
+    """After each backward pass: until its gradients are on the host; nothing to do without `offload`."""
+    is_offloaded = any(hasattr(p, "master") for p in model.parameters())
+    if is_offloaded and model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+
+
+def gradients_to_masters(parameters, masters):
+    """After the last backward pass of a step; nothing to do without `offload`."""
+    if masters is not parameters:
+        for p in parameters:
+            _add_to_master(p)
+
+
+def forget_gradients(model):
+    """All gradients so far, wherever they are."""
+    for p in model.parameters():
+        p.grad = None
+        if hasattr(p, "master"):
+            p.is_sent = False
+            p.master.grad = None
+
+
+def weights_from_masters(parameters, masters):
+    """Brings the stepped weights back; nothing to do without `offload`."""
+    if masters is parameters:
+        return
+    for p, master in zip(parameters, masters):
+        p.on_host.copy_(master.detach())
+        p.data.copy_(p.on_host, non_blocking=True)
 
 GIB = 2.0**30
 USABLE = 0.92  # of the memory: the allocator's gaps, cuBLAS and cuDNN need some
@@ -83,7 +199,7 @@ def casts(s, offload=False):
 
 def _logits(s, positions):
     """Bytes while log-probs are computed, LOGITS numbers at a time."""
-    return (4 + s.c) * min(engine.LOGITS, positions * s.V)
+    return (4 + s.c) * min(LOGITS, positions * s.V)
 
 
 # ============================================================ what is there at a peak
@@ -98,7 +214,7 @@ def resident(s, offload=False, scorer=None):
 def sampling(s, rows, prompts, longest, limit, offload=False):
     """While `rows` rows are decoded, up to `limit` slots each, with `prompts` prompts of `longest` tokens in
     memory."""
-    prefill = s.passing * min(max(engine.PREFILL, longest), prompts * longest)
+    prefill = s.passing * min(max(kv_cache.PREFILL, longest), prompts * longest)
     logits = (s.c + 16) * rows * s.V  # and four tensors of that size to draw from them
     attention = 5 * s.c * rows * (s.H * longest + 2 * s.heads)
     return {
@@ -110,7 +226,7 @@ def sampling(s, rows, prompts, longest, limit, offload=False):
 def update(s, positions, longest, checkpoint=False, offload=False):
     """While gradients are added up: `positions` in one forward and backward pass, rows of up to `longest`.
 
-    A row's copies of its prompt's keys count as positions, see engine.pack."""
+    A row's copies of its prompt's keys count as positions, see scoring.pack."""
     mask = s.c * positions * longest
     head = s.V * s.D
     # The LM head's 16-bit copy, its gradient in chunks, and the embedding's, which is the same tensor.
@@ -147,7 +263,7 @@ def latent_update(s, positions, longest, checkpoint=False, offload=False, own=No
         "one layer or logits": working}
 
 
-def scoring(s, positions, longest, own=None):
+def while_scoring(s, positions, longest, own=None):
     """While a frozen model scores texts without gradients, `positions` in one forward pass of the prompts and
     one of what follows. own: as above."""
     own = positions if own is None else own
@@ -176,7 +292,7 @@ def largest(fits, most, step=1):
 def has_fixed_numbers(model):
     """A small model on a CPU: its rows and positions are fixed, so that a run is the same to the last bit,
     whatever else is in memory."""
-    return model.device.type == "cpu" and runs.is_small(model)
+    return model.device.type == "cpu" and is_small(model)
 
 
 def free(device):
@@ -238,7 +354,7 @@ def rows_that_fit(model, longest, limit, samples, otherwise=512):
     return max(samples, largest(fits, max(otherwise, samples), samples))
 
 
-def positions_that_fit(model, longest, of=scoring, otherwise=2**15, **settings):
+def positions_that_fit(model, longest, of=while_scoring, otherwise=2**15, **settings):
     """How many positions one forward pass of scoring (or latent_update) can have in what is free now; at
     least the longest text. Of a small model on a CPU: `otherwise`."""
     if has_fixed_numbers(model):
@@ -297,7 +413,7 @@ def _numbers(args, s, longest, whole, usable, scorer, checkpoint, offload):
 
     positions = args.tokens_per_forward
     if positions is None:
-        own = args.max_new_tokens + whole // 16  # of a rollout, as engine.pack counts
+        own = args.max_new_tokens + whole // 16  # of a rollout, as scoring.pack counts
         batch = args.prompts * (longest + args.group * own)
         most = max(min(s.most_positions, batch), whole)
         positions = largest(lambda n: n < whole or can_update(n), most, min(256, most))
