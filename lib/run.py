@@ -2,8 +2,7 @@
 
     run_script                          how a script ends
     lock, write_state, read_state       a run that is stopped, killed or damaged can be resumed
-    State                               .. of train_rl.py, between two steps
-    on_stop, signals_restored           Ctrl-C and SIGTERM
+    stops_noted                         Ctrl-C and SIGTERM end a run between two steps
     device_flags, parse_resumable, ..   the command line and config.json
     Phases                              seconds and peak memory of each phase of a step
 """
@@ -22,14 +21,13 @@ import signal
 import sys
 import time
 import typing
-import zlib
+import zipfile
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
-import dataclasses
 from lib import UserError, checkpoint
+
+STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 def run_script(main):
@@ -41,8 +39,8 @@ def run_script(main):
         raise KeyboardInterrupt(number)
 
     name = os.path.basename(sys.argv[0])
+    former = signal.signal(signal.SIGTERM, stop)
     try:
-        signal.signal(signal.SIGTERM, stop)
         main()
     except UserError as e:
         print(f"{name}: error: {e}", file=sys.stderr)
@@ -61,10 +59,12 @@ def run_script(main):
         sys.exit(2)
     except KeyboardInterrupt as e:
         number = e.args[0] if e.args else signal.SIGINT
-        said = e.args[1] if len(e.args) > 1 else None
+        said = e.args[1] if len(e.args) > 1 else "what was written so far is kept; training goes on with --resume"
         by = "the keyboard" if number == signal.SIGINT else signal.Signals(number).name
-        print(f"\nstopped by {by}; {said or 'what was written so far is kept'}", file=sys.stderr)
+        print(f"\nstopped by {by}; {said}", file=sys.stderr)
         sys.exit(128 + number)
+    finally:
+        signal.signal(signal.SIGTERM, former)
 
 
 # ============================================================ states: a run can be resumed
@@ -83,8 +83,10 @@ def lock(out):
     for name in os.listdir(out):
         if name.startswith("model.replaced-") and not os.path.exists(model):
             os.rename(os.path.join(out, name), model)  # killed between the two renames of save()
-        elif re.match(r"(model\.(writing|replaced)-|state-\d+\.writing$)", name):
+        elif re.match(r"model\.(writing|replaced)-", name):
             shutil.rmtree(os.path.join(out, name), ignore_errors=True)
+        elif re.fullmatch(r"state-\d+\.pt\.tmp", name):
+            os.remove(os.path.join(out, name))
     return file
 
 
@@ -92,171 +94,69 @@ def saved_states(out):
     """The steps of which `out` holds a state, in order."""
     if not os.path.isdir(out):
         return []
-    names = map(re.compile(r"state-(\d+)").fullmatch, os.listdir(out))
+    names = map(re.compile(r"state-(\d+)\.pt").fullmatch, os.listdir(out))
     return sorted(int(match.group(1)) for match in names if match)
 
 
-def write_state(out, step, tensors, rest, keep=2):
-    """out/state-STEP: named tensors and whatever JSON can say. Complete or absent: written beside, brought to
-    the disk, checksummed, then renamed. After that all but the last `keep` states are deleted, and those of
-    later steps, which were damaged when the run was resumed."""
-    path = os.path.join(os.path.abspath(out), f"state-{step}")
-    new = path + ".writing"
-    shutil.rmtree(new, ignore_errors=True)
+def state_path(out, step):
+    return os.path.join(os.path.abspath(out), f"state-{step}.pt")
+
+
+def write_state(out, step, value):
+    """Saves `value`, a dict of tensors and plain data (lists, dicts, numbers, texts), as out/state-STEP.pt.
+
+    The file is complete or absent: it is written beside, brought to the disk and then renamed. After that all
+    but the last two states are deleted, and any of a later step, which was damaged when the run was resumed.
+    UserError if the disk does not take it."""
+    path = state_path(out, step)
+    os.makedirs(out, exist_ok=True)
     try:
-        os.makedirs(new)
-        plain = {name: t.detach().contiguous() for name, t in tensors.items()}
-        save_file(plain, os.path.join(new, "tensors.safetensors"))
-        with open(os.path.join(new, "rest.json"), "w") as f:
-            json.dump(rest, f)
-        with open(os.path.join(new, "crc32"), "w") as f:
-            f.write(_checksum(new))
-        shutil.copymode(os.path.join(new, "crc32"), os.path.join(new, "tensors.safetensors"))  # as in save
-        for name in [*os.listdir(new), "."]:
-            _sync(os.path.join(new, name))
-        # The same step again, after a resume from an older one: it was a damaged one.
-        if os.path.exists(path):
-            shutil.rmtree(path)
-        os.rename(new, path)
-        _sync(os.path.dirname(path))
-    except (OSError, SafetensorError) as e:
-        shutil.rmtree(new, ignore_errors=True)
-        last = [f"; state-{s}, written before, is still there" for s in saved_states(out)[-1:]]
-        raise UserError(f"cannot write {path}: {getattr(e, 'strerror', None) or e}{''.join(last)}") from e
-    kept = [s for s in saved_states(out) if s <= step][-keep:]
+        with open(path + ".tmp", "wb") as file:
+            torch.save(value, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path + ".tmp", path)
+        _sync_names(out)
+    except (OSError, RuntimeError) as e:  # the second: torch, while it closes a file that could not be written
+        with contextlib.suppress(OSError):
+            os.remove(path + ".tmp")
+        last = [f"; state-{s}.pt, written before, is still there" for s in saved_states(out)[-1:]]
+        why = getattr(e, "strerror", None) or e.__context__ or e
+        raise UserError(f"cannot write {path}: {why}{''.join(last)}") from e
+    kept = [s for s in saved_states(out) if s <= step][-2:]
     for s in set(saved_states(out)) - set(kept):
-        shutil.rmtree(os.path.join(out, f"state-{s}"), ignore_errors=True)
+        os.remove(state_path(out, s))
 
 
 def read_state(out):
-    """(step, tensors, rest) of the newest whole state in `out`; a damaged one is passed over and named. None
-    if there is none."""
+    """-> (step, value) of the newest whole state in `out`, tensors on the CPU; None if there is none.
+
+    A damaged state is passed over and named. UserError if all are damaged, or were written by an earlier
+    version."""
     for step in reversed(saved_states(out)):
-        path = os.path.join(out, f"state-{step}")
+        path = state_path(out, step)
         try:
-            with open(os.path.join(path, "crc32")) as f:
-                if f.read() != _checksum(path):
-                    raise ValueError("its checksum is wrong")
-            with open(os.path.join(path, "rest.json")) as f:
-                return step, load_file(os.path.join(path, "tensors.safetensors")), json.load(f)
-        except (OSError, ValueError, SafetensorError) as e:
+            with zipfile.ZipFile(path) as file:
+                if file.testzip() is not None:  # torch.load does not look at the checksums
+                    raise zipfile.BadZipFile("a checksum is wrong")
+            return step, torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, zipfile.BadZipFile) as e:
             print(f"{path} is damaged ({e}); looking for the one before", file=sys.stderr)
+    names = os.listdir(out) if os.path.isdir(out) else []
+    if any(re.fullmatch(r"state-\d+", name) for name in names):
+        raise UserError(f"the states in {out} are of an earlier version: begin a new run in another --out")
+    if saved_states(out):
+        raise UserError(f"no state in {out} can be read: begin a new run, here with --overwrite")
     return None
 
 
-def optimizer_tensors(parameters, optimizer):
-    """Weights and AdamW's moments, named, for write_state."""
-    tensors = {f"weight {i}": p for i, p in enumerate(parameters)}
-    for i, moments in optimizer.state_dict()["state"].items():
-        for name, value in moments.items():
-            tensors[f"adamw {i} {name}"] = value
-    return tensors
-
-
-@torch.no_grad()
-def restore_optimizer(parameters, optimizer, tensors):
-    """The inverse: read_state's tensors into parameters and optimizer."""
-    moments = {}
-    for key, value in tensors.items():
-        if key.startswith("adamw "):
-            _, i, name = key.split()
-            moments.setdefault(int(i), {})[name] = value.clone()
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-    for i, p in enumerate(parameters):
-        p.copy_(tensors[f"weight {i}"])
-
-
-def _checksum(path):
-    """Of a state's two files, as text."""
-    crc = 0
-    for name in ("tensors.safetensors", "rest.json"):
-        with open(os.path.join(path, name), "rb") as f:
-            while block := f.read(1 << 24):
-                crc = zlib.crc32(block, crc)
-    return f"{crc:08x}"
-
-
-def _sync(path):
-    """Brings a file, or a directory's list of names, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
+def _sync_names(directory):
+    """Brings a directory's list of names to the disk."""
+    handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-# ============================================================ the state of an RL run
-@dataclasses.dataclass
-class State:
-    """What goes from one step of train_rl.py to the next, besides weights and moments, and so into a state on
-    the disk. The order of the data and all draws follow from (seed, step): they need no state."""
-
-    step: int  # optimiser steps that are done
-    rollouts: list  # of the present batch, for its further minibatches
-    earned: torch.Tensor  # (B,) their rewards
-    carried: dict  # JSON as it stands
-
-    @classmethod
-    def new(cls, args, rows):
-        """rows: of the final table, so far."""
-        carried = {"rows": rows, "metrics": [], "rewarded": [], "skipped": 0, "skipped_in_a_row": 0,
-                   "tokens_per_forward": args.tokens_per_forward}
-        return cls(0, [], torch.zeros(0), carried)
-
-    def count_skipped(self, step_is_finite):
-        in_a_row = self.carried["skipped_in_a_row"]
-        self.carried["skipped"] += not step_is_finite
-        self.carried["skipped_in_a_row"] = 0 if step_is_finite else in_a_row + 1
-
-    def save(self, out, model, masters, optimizer, is_in_batch=True):
-        """out/state-STEP, with weights (offloaded: the fp32 masters), AdamW's moments and the projector.
-        is_in_batch: the batch has minibatches to go, so its rollouts are needed."""
-        tensors = {f"projector {name}": p for name, p in model.reasoning_projector.named_parameters()}
-        tensors |= optimizer_tensors(masters, optimizer)
-        rollouts = self.rollouts if is_in_batch else []
-        if rollouts:
-            tensors["latents"] = torch.cat([r.latents for r in rollouts])
-            tensors["logprobs"] = torch.cat([r.logprobs for r in rollouts])
-        plain = [[r.prompt_ids, r.slots, r.text, r.finished, r.prompt] for r in rollouts]
-        rest = {"carried": self.carried, "rollouts": plain, "earned": self.earned.tolist()}
-        write_state(out, self.step, tensors, rest)
-
-    @classmethod
-    @torch.no_grad()
-    def restore(cls, step, tensors, rest, model, masters, optimizer, make_rollout):
-        """The inverse, into model, masters and optimizer, from what read_state found. make_rollout:
-        litereason.Rollout."""
-        for name, p in model.reasoning_projector.named_parameters():
-            p.copy_(tensors[f"projector {name}"])
-        restore_optimizer(masters, optimizer, tensors)
-        rollouts, latents_read, slots_read = [], 0, 0
-        for prompt_ids, slots, text, finished, prompt in rest["rollouts"]:
-            rollout = make_rollout(prompt_ids, slots, None, None, text, finished, prompt)
-            rollout.latents = tensors["latents"][latents_read : latents_read + rollout.n_latents]
-            rollout.logprobs = tensors["logprobs"][slots_read : slots_read + len(slots)]
-            latents_read += rollout.n_latents
-            slots_read += len(slots)
-            rollouts.append(rollout)
-        return cls(step, rollouts, torch.tensor(rest["earned"]), rest["carried"])
-
-
-def keeper(args, state, model, masters, optimizer, is_saved):
-    """-> keep(), which writes the state unless it is on the disk, and says how to continue. It is called at
-    once: then stages 1 and 2 are saved, and their intermediate files can go."""
-    kept = state.step if is_saved else None
-
-    def keep():
-        nonlocal kept
-        if kept != state.step:
-            is_in_batch = state.step % args.minibatches > 0
-            state.save(args.out, model, masters, optimizer, is_in_batch)
-        kept = state.step
-        return f"step {kept} of {args.steps} is saved; go on with: python train_rl.py --resume {args.out}"
-
-    keep()
-    for name in ("imitation", "stage-2", "first-rows"):
-        shutil.rmtree(os.path.join(args.out, name), ignore_errors=True)
-    return keep
 
 
 def if_finite(number):
@@ -275,50 +175,36 @@ def open_log(path, lines):
 
 
 # ============================================================ Ctrl-C and SIGTERM
-def on_stop(keep):
-    """From now on Ctrl-C and SIGTERM call keep() and end the run with what it returns.
-
-    -> `uninterrupted`, a context manager: a signal that arrives inside it takes effect at its end."""
-    caught = []
-    held = False
-
-    def leave():
-        nonlocal held
-        held = True  # a second signal changes nothing any more
-        try:
-            said = keep()
-        except Exception as e:
-            said = f"its last steps could not be saved ({e})"
-        raise KeyboardInterrupt(caught[0], said)
-
-    def handler(number, _):
-        caught.append(number)
-        if not held:
-            leave()
-
-    @contextlib.contextmanager
-    def uninterrupted():
-        nonlocal held
-        held = True
-        yield
-        held = False
-        if caught:
-            leave()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handler)
-    return uninterrupted
-
-
 @contextlib.contextmanager
-def signals_restored():
-    """Restores the handlers of Ctrl-C and SIGTERM at the end, however that comes; also a decorator."""
-    former = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+def stops_noted(said):
+    """Inside this block Ctrl-C and SIGTERM are only noted: the list that it gives is no longer empty, and the
+    block should come to its end where all is on the disk. There the run stops, with the words `said`. A
+    second signal ends the process at once.
+
+        with run.stops_noted(f"go on with --resume {out}") as stopped:
+            for step in range(first, steps):
+                ..
+                if stopped or is_due:
+                    write_state(out, step + 1, ..)
+                if stopped:
+                    break
+    """
+    noted = []
+
+    def note(number, _):
+        noted.append(number)
+        for each in STOPS:
+            signal.signal(each, signal.SIG_DFL)
+        print("\nstopping at the end of this step; a second signal stops at once", file=sys.stderr)
+
+    former = {number: signal.signal(number, note) for number in STOPS}
     try:
-        yield
+        yield noted
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
+    if noted:
+        raise KeyboardInterrupt(noted[0], said)
 
 
 # ============================================================ a settings table makes the flags
