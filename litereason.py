@@ -24,8 +24,7 @@ Letters in the shape comments (P is a number there, the projector elsewhere):
 The definition comes first, as slowly as possible; then the tag, the projector, decoding, scoring, the latent
 roll-out and its loss, GRPO. What is called engine.something is there for speed and memory (on CUDA it brings
 bf16 rounding), what is called runs.something for files, chat templates and the command line, card.something
-for what fits in memory, released.something for the released code's tag rule. None of them is in the paper; a
-first reading can skip them. Stages 1 and 2 are in train_projector.py, stage 3 is in train_rl.py.
+for what fits in memory. None of them is in the paper; a first reading can skip them. Stages 1 and 2 are in train_projector.py, stage 3 is in train_rl.py.
 
 "Sec. 3.1" and the like follow the order of the paper's method and may be off by one in your copy: only its
 abstract, the authors' project page and the released code could be read while this was written. "As released"
@@ -39,7 +38,6 @@ import torch
 import transformers
 
 from lib import checkpoint, decoder, kv_cache, memory, scoring
-import released
 from lib import UserError
 from lib.checkpoint import save  # noqa: F401  (model, tokenizer, path): belongs to this file's interface
 
@@ -227,19 +225,12 @@ def tag_table(tokenizer, cap, vocab_size, device):
 
 
 def watcher(model, tokenizer):
-    """The model's tag table, built once per tokenizer, rule, cap and device.
-
-    With the config entry litereason_tag_rule "released" tags fire where the released
-    plugin's do (released.py)."""
+    """The model's tag table, built once per tokenizer, cap and device."""
     key = (model.config.litereason_max_reasoning_steps, model.config.vocab_size, str(model.device))
-    rule = getattr(model.config, "litereason_tag_rule", "text")
     made = tokenizer.__dict__.setdefault("_litereason_watchers", {})
-    if (rule, *key) not in made:
-        if rule == "released":
-            made[rule, *key] = released.tag_table(tokenizer, OPEN, CLOSE, *key)
-        else:
-            made[rule, *key] = tag_table(tokenizer, *key)
-    return made[rule, *key]
+    if key not in made:
+        made[key] = tag_table(tokenizer, *key)
+    return made[key]
 
 
 def insert_latents(model, tokenizer, ids):
