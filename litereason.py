@@ -36,7 +36,6 @@ import torch
 import transformers
 
 from lib import checkpoint, decoder, kv_cache, memory, scoring
-import released
 from lib import UserError
 from lib.checkpoint import save  # noqa: F401  (model, tokenizer, path): belongs to this file's interface
 
@@ -215,19 +214,12 @@ def tag_table(tokenizer, cap, vocab_size, device):
 
 
 def watcher(model, tokenizer):
-    """The model's tag table, built once per tokenizer, rule, cap and device.
-
-    With the config entry litereason_tag_rule "released" tags fire where the released
-    plugin's do (released.py)."""
+    """The model's tag table, built once per tokenizer, cap and device."""
     key = (model.config.litereason_max_reasoning_steps, model.config.vocab_size, str(model.device))
-    rule = getattr(model.config, "litereason_tag_rule", "text")
     made = tokenizer.__dict__.setdefault("_litereason_watchers", {})
-    if (rule, *key) not in made:
-        if rule == "released":
-            made[rule, *key] = released.tag_table(tokenizer, OPEN, CLOSE, *key)
-        else:
-            made[rule, *key] = tag_table(tokenizer, *key)
-    return made[rule, *key]
+    if key not in made:
+        made[key] = tag_table(tokenizer, *key)
+    return made[key]
 
 
 def insert_latents(model, tokenizer, ids):

@@ -702,7 +702,6 @@ def parse_arguments():
                    "included, out of stage 2 (default: none are; released 4096)")
     g.add_argument("--keep-cut", action="store_true", help="keep rewarded traces that the length limit has "
                    "cut, as released (default: whole ones only)")
-    run.tag_rule_flag(g)
     return run.parse_resumable(ap, "train_projector.py")
 
 
@@ -718,7 +717,6 @@ def main():
     run.check_examples(args, train=task.examples("train"), val=task.examples("val"))
     model, tokenizer = load(args.model, args.device)
     run.use_graphs(model, args.graphs)
-    checkpoint.set_tag_rule(model, args.tag_rule)
     set_start(args, model)
     data.start_task(args, task, args.model)
     args.max_new_tokens = args.max_new_tokens or checkpoint.slots_per_answer(model)
