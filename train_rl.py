@@ -3,8 +3,8 @@ must.
 
 The policy is the LM; its actions are the tokens it samples, the tags and their numbers included. Latent
 vectors are constants in the policy-gradient pass. The projector learns only by imitation: in stage 2, and
-again after each epoch from that epoch's own rewarded rollouts. Ours, with targets (targets.py): the update
-holds the base to the latents of stage 1's traces (`targets.add_anchor`), and the refresh is on such traces
+again after each epoch from that epoch's own rewarded rollouts. Ours, with targets (the end of
+train_projector.py): the update holds the base to the latents of stage 1's traces (`add_anchor`), and the refresh is on such traces
 too (`rehearse`). The loop is `train` below; its seven numbered steps are the README's.
 
 Left out, and why: (1) no KL term and no reference model: the released runs set the coefficient to 0. (2) No
@@ -39,12 +39,12 @@ import torch
 
 import data
 from lib import checkpoint, display, memory, run, scoring
-import targets
 from eval import PAPER, against, evaluate, latent_of, latents_of_others
 from litereason import (RULES, Rollout, UserError, generate, load, logprobs, policy_loss, recompute_latents,
                         z_size)
-from train_projector import (RATIOS, add_start_flags, fit_projector, masked_trace, pieces_of, read_traces,
-                             set_start, short_enough, stages_1_and_2, warm_up_and_cosine)
+from train_projector import (ANCHORED, RATIOS, SHARED, add_anchor, fit_projector, fit_to_targets, masked_again,
+                             masked_trace, pieces_of, read_traces, set_start, settings_of, short_enough,
+                             stages_1_and_2, warm_up_and_cosine)
 
 # ============================================================ settings that depend on the model's size
 # RELEASED is the authors' script: 2880 steps are 30 passes over 290 stories, 6 rollout batches each, 16 steps
@@ -115,18 +115,19 @@ def train(args, model, base, masters, tokenizer, task, examples, prompts, vals, 
         rewards = state.earned + length_penalty(args, state.rollouts)  # (B,)
         groups = rewards.view(len(index), args.group)  # (P, G)
         tokens = torch.tensor([r.n_tokens for r in state.rollouts]).view_as(groups)
-        advantages, divisors = rule_of(args)(groups, tokens, args.max_new_tokens)  # (P, G) each
-        advantages, divisors = advantages.flatten(), divisors.flatten()  # (B,) each
+        advantages, loss_norm = rule_of(args)(groups, tokens, args.max_new_tokens)  # (P, G) each
+        advantages, loss_norm = advantages.flatten(), loss_norm.flatten()  # (B,) each
         phases.end("reward")
 
         # (4) Old log-probs: nothing to do, each rollout carries the sampler's own.
 
         # (5) The clipped loss, in micro-batches.
         chosen = rollouts_of_minibatch(args, batch, minibatch, len(index))
-        gap = add_gradients_with_one_retry(args, step, model, state, chosen, advantages, divisors)
+        gap = add_gradients_with_one_retry(args, step, model, state, chosen, advantages, loss_norm)
         anchor_loss = None
         if stage_1 and args.anchor:  # ours, with targets
-            anchor_loss = targets.add_anchor(args, model, tokenizer, stage_1, step)
+            anchor_loss = add_anchor(model, tokenizer, stage_1, step, args.anchor, args.words, args.noise,
+                                     args.seed, args.tokens_per_forward)
         phases.end("update")
         if minibatch == 0 and not args.recompute_latents:  # there rounding moves every later latent
             display.stop_if_sampler_and_scorer_differ(args, step, model, state, index, gap)
@@ -196,7 +197,7 @@ def sample_groups(args, model, tokenizer, prompts, batch):
     alone."""
     generator = torch.Generator().manual_seed(args.seed * 1_000_003 + batch)
     return generate(model, tokenizer, prompts, args.group, args.max_new_tokens, generator=generator,
-                    rows=args.rows, latent=latent_of_method(args))
+                    gen_batch_size=args.rows, latent=latent_of_method(args))
 
 
 def length_penalty(args, rollouts):
@@ -223,7 +224,7 @@ def rollouts_of_minibatch(args, batch, minibatch, n_prompts):
     return [group * args.group + i for group in groups for i in range(args.group)]
 
 
-def add_gradients(args, model, rollouts, chosen, advantages, divisors):
+def add_gradients(args, model, rollouts, chosen, advantages, loss_norm):
     """Step (5) for the rollouts `chosen` (their numbers) -> (how far sampler and scorer differ at most in a
     log-prob, in which rollout).
 
@@ -239,7 +240,7 @@ def add_gradients(args, model, rollouts, chosen, advantages, divisors):
         logp, scored = logprobs(model, some)  # (b, S)
         old_logp = torch.nn.utils.rnn.pad_sequence([r.logprobs for r in some], batch_first=True).to(logp)
         loss, _ = policy_loss(logp, old_logp, advantages[micro].to(logp), scored, len(chosen), args.clip,
-                              divisors[micro].to(logp.device))
+                              loss_norm[micro].to(logp.device))
         loss.backward()
         memory.wait_for_gradients(model)
         gaps = torch.where(scored, (logp.detach() - old_logp).abs(), 0.0).amax(1)  # (b,)
@@ -249,11 +250,11 @@ def add_gradients(args, model, rollouts, chosen, advantages, divisors):
     return largest, worst
 
 
-def add_gradients_with_one_retry(args, step, model, state, chosen, advantages, divisors):
+def add_gradients_with_one_retry(args, step, model, state, chosen, advantages, loss_norm):
     """Out of memory: the same with half the positions per forward pass, once; no result changes."""
     for is_retry in (False, True):
         try:
-            return add_gradients(args, model, state.rollouts, chosen, advantages, divisors)
+            return add_gradients(args, model, state.rollouts, chosen, advantages, loss_norm)
         except torch.OutOfMemoryError as e:
             if is_retry:
                 raise UserError(f"step {step + 1}: out of memory with --tokens-per-forward "
@@ -333,13 +334,13 @@ def rehearse(args, model, tokenizer, stage_1, batch):
     of stage 1's traces. batch: the number of the rollout batch just learned from."""
     traces, _, _ = stage_1
     n = max(1, int(args.refresh_share * len(traces)))
-    rows = targets.masked_again(args, model, tokenizer, stage_1, n, f"{batch} refresh")
+    rng = random.Random(f"{args.seed} {batch} refresh")
+    rows = masked_again(model, tokenizer, stage_1, n, args.words, rng)
     rows = short_enough(rows, args.refresh_max_length)
     if not rows:
         return None
-    return fit_projector(model, rows, args.refresh_lr, args.refresh_batch, schedule=False, seed=batch,
-                         clip=args.refresh_clip or math.inf, budget=args.tokens_per_forward, aim="words",
-                         noise=args.noise)
+    return fit_to_targets(model, rows, args.refresh_lr, args.refresh_batch, schedule=False, seed=batch,
+                          clip=args.refresh_clip or math.inf, budget=args.tokens_per_forward, noise=args.noise)
 
 
 def learns_targets(args):
@@ -486,6 +487,7 @@ def parse_arguments():
     g.add_argument("--minibatches", type=int, metavar="N", help="optimiser steps per rollout batch "
                    f"({by_size('minibatches')})")
     add_projector_flags(ap.add_argument_group("projector"))
+    run.add_flags(ap, {"stage 2, if it is run, and targets": SHARED})
     add_memory_flags(ap.add_argument_group("memory, speed and disk (results are the same up to rounding)"))
     add_released_flags(ap.add_argument_group("as released (for stages 1 and 2: train_projector.py)"))
     if ap.parse_known_args()[0].smoke:
@@ -494,10 +496,9 @@ def parse_arguments():
 
 
 def add_projector_flags(g):
-    add_start_flags(g)
     g.add_argument("--anchor", type=float, metavar="X",
                    help="with --targets words: weight of stage 2's squared error in the update of the base, "
-                   f"on {targets.ANCHORED} traces of stage 1 a step, so that RL does not move the base away "
+                   f"on {ANCHORED} traces of stage 1 a step, so that RL does not move the base away "
                    f"from the projector (ours; {by_size('anchor')})")
     g.add_argument("--refresh-every", type=int, metavar="N",
                    help="rollout batches between two refreshes of the projector, besides the one at the end "
@@ -509,7 +510,6 @@ def add_projector_flags(g):
     g.add_argument("--trace-prompts", type=int, metavar="N",
                    help="train prompts that stage 1 samples traces for, if it is run (default as in "
                    "train_projector.py)")
-    targets.add_flags(g)
 
 
 def add_memory_flags(g):
@@ -577,7 +577,7 @@ def main():
     if args.method == "grpo" and args.overlong_buffer is None:
         args.overlong_buffer = 0  # a small model without tags answers the penalty with no reasoning at all
     made = run.run_settings(args.model)
-    for name in targets.OF_A_LATENT:  # a run of stages 1 and 2 has decided what a latent holds
+    for name in ("targets", "words", "noise"):  # a run of stages 1 and 2 has decided what a latent holds
         if getattr(args, name) is None:
             setattr(args, name, made.get(name))
     check_flags_of_latents(args, model, source)
@@ -648,13 +648,12 @@ def main():
         if args.method == "litereason":
             if not model.projector_trained:
                 try:
-                    stages_1_and_2(model, tokenizer, task, args.out, args.max_new_tokens, args.seed,
-                                   n=min(200, args.n or 200), every=args.save_every,
-                                   steps=args.projector_steps, prompts=args.trace_prompts,
-                                   imitate=args.imitate, targets=args.targets, words=args.words,
-                                   noise=args.noise,
-                                   train_base=0.0 if args.offload else args.train_base,
-                                   smoke=args.smoke)
+                    settings = settings_of(
+                        model, max_new_tokens=args.max_new_tokens, seed=args.seed, n=min(200, args.n or 200),
+                        save_every=args.save_every, steps=args.projector_steps, prompts=args.trace_prompts,
+                        imitate=args.imitate, targets=args.targets, words=args.words, noise=args.noise,
+                        train_base=0.0 if args.offload else args.train_base)
+                    stages_1_and_2(model, tokenizer, task, args.out, settings, args.smoke)
                 except UserError:  # no traces: the base's rows say more
                     show_table()
                     raise
