@@ -1,18 +1,16 @@
 """Stages 1 and 2 (paper Sec. 3.3): collect the model's own traces, put tags into them, train the projector.
 
-Stage 1: several samples per prompt from the base, with the tag prompt. Those with reward > 0 that ended by
-themselves are kept. In each, random sentences are replaced by tags: 10 % and 25 % of the sentences, five
-versions each, N from the sentence's length.
+Stage 1: samples of the base with the tag prompt. Those with reward > 0 that ended by themselves are kept; in
+each, random sentences are replaced by tags (10 % and 25 % of them, five versions each).
 Stage 2: the base is frozen. Cross-entropy on the text after the first tag trains the projector, through all
 latent steps of all tags.
 
-A small model does otherwise by default (--targets words, the last part of this file): it writes stage 1 without
-tags, and each latent learns a target of its own. --targets none is the paper's.
+A small model does otherwise by default (--targets words, the last part of this file): stage 1 has no tags,
+and each latent learns a target of its own. --targets none is the paper's.
 
-Other than released: (1) sentences end at [.!?…。] or a newline, not where spaCy says, and the text between them
-stays. (2) The gradient that is clipped is that of the mean over a batch's tokens. The released loss seems to be
-summed over 16 micro-batches, so that its clip of 0.2 bites harder. (3) What --keep-cut, --max-length and
---released-betas change.
+Other than released: (1) sentences end at [.!?…。] or a newline, not where spaCy says, and the text between
+them stays. (2) The clipped gradient is that of the mean over a batch's tokens; the released loss seems to be
+summed over 16 micro-batches. (3) What --keep-cut, --max-length and --released-betas change.
 
     python train_projector.py                               # the tiny model: a minute and a half on 2 cores
     python train_projector.py --model Qwen2.5-1.5B          # the paper's plot holes, on one GPU
@@ -38,24 +36,23 @@ from tqdm import tqdm
 
 import data
 from eval import PAPER, evaluate
-from lib import UserError, checkpoint, display, kv_cache, memory, run, scoring
+from lib import UserError, checkpoint, kv_cache, memory, run, scoring
 from lib.run import BySize
 from litereason import (CAP, CLOSE, LATENT, OPEN, PROJECTORS, Rollout, generate, insert_latents, latent_step,
                         load, logprobs, parse_tags, projector_loss, start_projector, states, text_loss,
                         without_latents, word_embeddings, z_size, z_sizes)
 
 # ============================================================ settings
-# name: (default, least value or choices or kind, what it is). BySize: of a model of under 50 M parameters trained
-# from scratch, and of any other, which is as released.
+# name: (default, least value or choices or kind, what it is). BySize: the default of a model of under 50 M
+# parameters, trained from scratch, and that of any other, as released.
 SHARED = {  # with train_rl.py
     "projector": ("warm", ["warm", "random", *PROJECTORS],
-                  "start: mlp (paper), normed (ours, real models), or controls: random, pause"),
+                  "start: mlp (paper), normed (ours, real models); controls: random, pause"),
     "imitate": (0, 0, "before stage 2 the base learns for N steps to write the masked traces"),
-    "targets": (BySize("words", "none"), ["words", "none"], "of latents: the last words of what they skip; none"),
+    "targets": (BySize("words", "none"), ["words", "none"], "of latents: the last words of what they skip"),
     "words": (BySize(2, 2), 1, "words in the target of a latent"),
     "noise": (BySize(0.2, 0.2), 0.0, "on the targets that are fed, a share of their size"),
-    "train_base": (BySize(0.0, 0.0), 0.0, "with targets: rate at which the base learns too in stage 2"),
-}
+    "train_base": (BySize(0.0, 0.0), 0.0, "with targets: rate at which the base learns in stage 2 too")}
 SETTINGS = {
     "stage 1 [default of a model of under 50 M parameters | of any other]": {
         "prompts": (BySize(1500, None), 1, "train prompts to sample traces for; without: all"),
@@ -63,38 +60,33 @@ SETTINGS = {
         "max_new_tokens": (BySize(checkpoint.SLOTS_SMALL, checkpoint.SLOTS_RELEASED), 1,
                            "slots per trace, latents included"),
         "keep_cut": (False, bool, "keep rewarded traces cut by the length limit (released: on)"),
-        "traces": (None, str, "take traces from this file, jsonl with example (its number) and text"),
-    },
+        "traces": (None, str, "take traces from this file, jsonl with example (its number) and text")},
     "stage 2": {
         "steps": (BySize(400, None), 0, "optimiser steps; without: every masked trace once"),
         "batch": (BySize(32, 16), 1, "traces per optimiser step"),
         "lr": (BySize(4e-3, 1e-4), 0.0, "peak learning rate of AdamW"),
-        "released_betas": (False, bool, "AdamW's betas are 0.9 and 0.999 instead of 0.9 and 0.95"),
-        "max_length": (None, 1, "leave out masked traces of more tokens (released: 4096)"),
-    },
+        "released_betas": (False, bool, "AdamW's betas are 0.9 and 0.999, not 0.9 and 0.95"),
+        "max_length": (None, 1, "leave out masked traces of more tokens (released: 4096)")},
     "ours, not in the paper": SHARED,
     "run": {
         "n": (200, 1, "val stories for the accuracy before and after"),
         "seed": (0, 0, "of all random draws"),
-        "save_every": (50, 1, "steps of stage 2 between two states on the disk; two are kept"),
-    },
-}
+        "save_every": (50, 1, "steps of stage 2 between two states on the disk")}}
+
 RATIOS, VERSIONS = (0.10, 0.25), 5  # share of the sentences that become tags; versions of a trace for each
-AT_ONCE = 160  # traces that stage 1 samples before it writes down those that it keeps
+AT_ONCE = 160  # samples of stage 1 between two writes to the disk
 LARGE = 100  # sizes of an embedding: a longer latent drowns the words around it
-# Why a sample of stage 1 is of no use to stage 2, and what helps.
-REASONS = {
-    "no verdict": ("without an answer in the form that the prompt asks for", "a --model that keeps to that "
-                   "form (an instruct model, or a larger one), or another --task"),
-    "cut": ("cut by the length limit", "a higher --max-new-tokens"),
-    "wrong": ("that earned nothing", "more prompts (--prompts, in train_rl.py --trace-prompts) or a stronger "
-              "--model"),
-    "no sentence": ("without a sentence before the answer", "a --model that reasons before it answers")}
+REASONS = {  # why a sample of stage 1 is of no use to stage 2, and what helps
+    "no verdict": "without an answer in the form that the prompt asks for (an instruct or larger --model helps)",
+    "cut": "cut by the length limit (a higher --max-new-tokens helps)",
+    "wrong": "that earned nothing (more prompts or a stronger --model help)",
+    "no sentence": "without a sentence before the answer, whose first words are the task's ANSWER"}
 
 
 def settings_of(model, **given):
     """The settings above for a model of this size, but for those that are given and not None."""
-    settings = types.SimpleNamespace(**{name: given.get(name) for group in SETTINGS.values() for name in group})
+    names = itertools.chain(*SETTINGS.values())
+    settings = types.SimpleNamespace(**{name: given.get(name) for name in names})
     run.fill(settings, SETTINGS, checkpoint.is_small(model))
     return settings
 
@@ -102,19 +94,18 @@ def settings_of(model, **given):
 # ============================================================ stage 1: the model's own traces
 def collect_traces(model, tokenizer, task, examples, path, samples, max_new_tokens, seed, tag=None,
                    keep_cut=False):
-    """Stage 1 -> (traces, samples that are left out): dicts with "example", "prompt", "text" and, of the latter,
-    the reason as "left out".
+    """Stage 1 -> (traces, samples left out), dicts with "example", "prompt", "text" and, if so, "left out":
+    why.
 
-    A trace has reward > 0 and ended by itself (keep_cut: or not). `path` has a line for the settings and one for
-    each AT_ONCE samples: a run with the same settings goes on behind the last of them. The draws of a line follow
-    from the seed and its number. Tags in a sample run no latents, as there is no trained projector yet; with
-    tag="forbidden" there are none."""
+    A trace has reward > 0 and ended by itself (keep_cut: or not). `path` has a line of settings and one for
+    each AT_ONCE samples: a run with the same settings goes on behind the last line. Tags run no latents yet;
+    with tag="forbidden" there are none."""
     header = _settings_of_traces(model, task, examples, samples, max_new_tokens, seed, tag, keep_cut)
     at_once = header["at_once"]
     lines = _lines_already_there(path, header)
     n_lines = -(-len(examples) // at_once)
     if lines:
-        print(f"stage 1: {len(_kept(lines))} traces are in {path} already, {len(lines)} of {n_lines} lines of it")
+        print(f"stage 1: {len(_kept(lines))} traces are in {path} already, {len(lines)} of {n_lines} lines")
     file = run.open_log(path, [json.dumps(line) + "\n" for line in [header] + lines])
     bar = tqdm(total=samples * len(examples), initial=sum(map(len, lines)), desc="stage 1", leave=False)
     said = f"the traces sampled so far are kept; go on with --resume {os.path.dirname(path)}"
@@ -142,19 +133,16 @@ def collect_traces(model, tokenizer, task, examples, path, samples, max_new_toke
             if stopped:
                 break
     traces = _kept(lines)
-    others = [trace for trace in itertools.chain(*lines) if "left out" in trace]
-    said = f"; the others: {_in_words(reasons_of(others))}" if others else ""
-    print(f"stage 1: kept {len(traces)} of {samples * len(examples)} traces (reward > 0), in {path}{said}")
-    return traces, others
+    left_out = [trace for trace in itertools.chain(*lines) if "left out" in trace]
+    print(f"stage 1: kept {len(traces)} of {samples * len(examples)} traces (reward > 0), in {path}"
+          f"{in_words(left_out)}")
+    return traces, left_out
 
 
-def reasons_of(left_out):
-    """Why samples were not kept -> Counter."""
-    return collections.Counter(trace["left out"] for trace in left_out)
-
-
-def _in_words(reasons):
-    return ", ".join(f"{n} {REASONS[why][0]}" for why, n in reasons.most_common())
+def in_words(left_out):
+    """Why samples were left out, the most frequent reason first."""
+    reasons = collections.Counter(trace["left out"] for trace in left_out).most_common()
+    return "; the others: " + ", ".join(f"{n} {REASONS[why]}" for why, n in reasons) if reasons else ""
 
 
 def _kept(lines):
@@ -205,15 +193,15 @@ def given_traces(path, task, examples):
                 prompt = task.prompt(examples[row["example"]], True)
                 traces.append({"example": row["example"], "prompt": prompt, "text": row["text"]})
     except (OSError, ValueError, TypeError, KeyError, IndexError) as e:
-        raise UserError(f"--traces {path}: {e!r}; each line is to be like {{\"example\": 0, \"text\": \"..\"}}, "
+        raise UserError(f'--traces {path}: {e!r}; each line is to be like {{"example": 0, "text": ".."}}, '
                         f"with one of {len(examples)} train examples") from e
     print(f"stage 1: {len(traces)} traces from {path}, none sampled")
     return traces
 
 
 # ============================================================ stage 1: tags in the place of sentences
-# A sentence ends at [.!?…] and what closes it, before a space; at the stop of a script without spaces; or with the
-# line. The look-behind: a run of dots is tried once, not n times.
+# A sentence ends at [.!?…] and what closes it, before a space; at the stop of a script without spaces; or
+# with the line. The look-behind: a run of dots is tried once, not n times.
 CLOSING = r"""["'”’»›)\]}」』）】*_]*"""
 SENTENCE = re.compile(rf"\s*[^\n]*?(?:(?<![.!?…])[.!?…]+{CLOSING}(?=\s)|[。！？｡]+{CLOSING}|\n|$)")
 
@@ -232,9 +220,7 @@ def mask_sentences(rng, tokenizer, reasoning, ratio, cap=CAP):
     """Replaces max(1, int(ratio * n)) random sentences by tags -> the text; None if there is no sentence.
 
     N = clamp(int(0.2 * tokens of the sentence), 1, cap). The sentence is deleted: there is no target for the
-    latents themselves. Tags already there are kept and never replaced. One space on each side of a tag.
-    Ours: SENTENCE ends them at a newline, "...", "…" and an abbreviation's point too; spaCy, in the released
-    code, does not. rng: random.Random."""
+    latents. Tags already there stay. One space on each side of a tag. rng: random.Random."""
     pieces, sentences = [], []  # texts that join to the reasoning; the numbers of those that are sentences
     start = 0
     for tag_start, tag_end, _ in parse_tags(reasoning, cap) + [(len(reasoning), len(reasoning), 0)]:
@@ -254,8 +240,7 @@ def mask_sentences(rng, tokenizer, reasoning, ratio, cap=CAP):
 
 
 def masked_trace(model, tokenizer, rng, prompt, text, answer, marker, ratio):
-    """One training trace: the reasoning with sentences replaced by tags, then the answer -> Rollout, or None if
-    there is no sentence.
+    """One training trace: the reasoning with sentences replaced by tags, then the answer -> Rollout, or None.
 
     prompt: text or token ids. answer: the text to end in; None keeps the trace's own."""
     reasoning, own_answer = split_answer(text, marker)
@@ -281,25 +266,18 @@ def versions(model, tokenizer, traces, marker, rng):
     return rows
 
 
-def hold_out(rows, traces, left_out, marker, rng):
-    """The masked versions [(story, row)] of the traces -> (training rows, at most 256 held-out rows): those of a
-    tenth of the stories. UserError, with what helps, if there are too few."""
+def hold_out(rows, traces, left_out, rng):
+    """Masked versions [(story, row)] -> (rows to train on, at most 256 rows of other stories, a tenth of
+    all)."""
     stories = sorted({story for story, _ in rows})
     held_out = set(stories[len(stories) - max(1, len(stories) // 10):])
     train = [row for story, row in rows if story not in held_out]
     held = [row for story, row in rows if story in held_out]
-    if traces and not any(split_answer(trace["text"], marker)[1] for trace in traces):
-        raise UserError(f"none of the {len(traces)} traces that stage 1 kept has the words {marker!r}, "
-                        f"before which reasoning stands: set ANSWER of the task to the words that its "
-                        f"prompt asks for")
     if not train or not held:
-        empty = sum(trace["example"] not in stories for trace in traces)
-        why = reasons_of(left_out) + collections.Counter({"no sentence": empty})
-        leading = max(why, key=why.get, default="wrong")
-        others = f"; the others: {_in_words(why)}" if why else ""
-        raise UserError(f"stage 1 kept {len(traces)} of {len(traces) + len(left_out)} traces, too few: "
-                        f"two stories with a sentence to mask are the least{others}; what helps: "
-                        f"{REASONS[leading][1]}")
+        empty = [trace for trace in traces if trace["example"] not in stories]
+        others = left_out + [{"left out": "no sentence"} for _ in empty]
+        raise UserError(f"stage 1 kept {len(traces)} of {len(traces) + len(left_out)} traces, too few: two "
+                        f"stories with a sentence to mask are the least{in_words(others)}")
     return train, rng.sample(held, min(256, len(held)))
 
 
@@ -308,20 +286,17 @@ def short_enough(traces, most):
     return [r for r in traces if most is None or len(r.prompt_ids) + r.n_tokens <= most]
 
 
-# ============================================================ stage 2: the projector learns, the base is frozen
-def fit_projector(model, traces, lr, batch, steps=None, clip=0.2, seed=0, budget=None, betas=(0.9, 0.95), **loop):
-    """Stage 2, and with schedule=False the refresh of stage 3: trains the projector -> the last steps' mean loss.
+# ========================================================== stage 2: the projector learns, the base is frozen
+def fit_projector(model, traces, lr, batch, steps=None, budget=None, **loop):
+    """Stage 2, and with schedule=False stage 3's refresh: trains the projector -> the last steps' mean loss.
 
-    steps: None is one pass over the traces. budget: positions per forward pass; None: what fits. loop: see
+    steps: None is one pass over the traces. budget: positions per forward pass, None is what fits. loop: see
     `optimise`."""
     budget = budget or positions_at_once(model, traces)
-    optimizer = adamw(betas, (model.reasoning_projector.parameters(), lr, 0))
+    learners = [(model.reasoning_projector.parameters(), lr, 0)]
     losses_of = functools.partial(projector_losses, model, budget)
-    steps = max(1, len(traces) // batch) if steps is None else steps
     with base_frozen(model):
-        loss = optimise(model, optimizer, batches(traces, batch, seed), steps, losses_of, clip, **loop)
-    model.projector_trained = True
-    return loss
+        return optimise(model, traces, learners, batch, steps, losses_of, **loop)
 
 
 def projector_losses(model, budget, rows, step):
@@ -337,36 +312,43 @@ def _scored_tokens(row):
     return len(after_first) - after_first.count(LATENT)
 
 
-def optimise(model, optimizer, batches, steps, losses_of, clip, schedule=True, states=None, every=50,
-             carried=None):
+def optimise(model, traces, learners, batch, steps, losses_of, clip=0.2, seed=0, betas=(0.9, 0.95),
+             together=1, schedule=True, states=None, every=50, carried=None):
     """The loop of stage 2, whatever learns and from what loss -> the mean loss of the last 20 steps.
 
-    batches: without end, lists of Rollouts. losses_of(rows, step) yields the parts of a batch's loss. schedule:
-    warm-up over 10 % of the steps, then a cosine to 10 %; else the rate is constant, as released in the refresh.
-    states: a directory from whose newest state the loop continues, and where it leaves one every so many steps
-    and when it is stopped, with `carried` in it. Beside it DIRECTORY.jsonl has a line per step."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    learners   [(parameters, peak learning rate, the first step in which they learn)]
+    losses_of  (rows, step) -> yields the loss of a batch in parts, one per micro-batch
+    together   see `batches`
+    schedule   warm-up over 10 % of the steps, then a cosine to 10 %; else the rate is constant
+    states     a directory: the loop continues from the newest state there, and leaves one every so many steps and
+               when it is stopped, with `carried` in it. Beside it DIRECTORY.jsonl has a line per step"""
+    steps = max(1, len(traces) // batch) if steps is None else steps
+    groups = [{"params": list(p), "lr": lr, "peak": lr, "begins": begins} for p, lr, begins in learners]
+    parameters = [p for group in groups for p in group["params"]]
+    optimizer = torch.optim.AdamW(groups, betas=betas, weight_decay=0.0)
     name = os.path.basename(states).replace("-", " ") if states else "the refresh"
     lines = []
 
     def keep():
-        run.write_state(states, len(lines), {
-            "weights": [p.detach() for p in parameters], "optimizer": optimizer.state_dict(), "lines": lines,
-            "carried": carried})
+        weights = [p.detach() for p in parameters]
+        run.write_state(states, len(lines), {"weights": weights, "optimizer": optimizer.state_dict(),
+                                             "lines": lines, "carried": carried})
 
-    found = run.read_state(states) if states else None
-    if found:
-        done, state = found
-        lines = state["lines"]
-        optimizer.load_state_dict(state["optimizer"])
-        for p, saved in zip(parameters, state["weights"], strict=True):
-            p.data.copy_(saved)
-        print(f"resumed from step {done} of {name}", flush=True)
-    elif states:
-        keep()  # `carried` holds an evaluation that should not be run again
-    stops = run.stops_noted(f"go on with --resume {os.path.dirname(states)}") if states else contextlib.nullcontext()
-    log = run.open_log(f"{states}.jsonl", lines) if states else open(os.devnull, "w")
-    rest = itertools.islice(batches, len(lines), steps)
+    log, stops = open(os.devnull, "w"), contextlib.nullcontext()
+    if states:
+        found = run.read_state(states)
+        if found:
+            done, state = found
+            lines = state["lines"]
+            optimizer.load_state_dict(state["optimizer"])
+            for p, saved in zip(parameters, state["weights"], strict=True):
+                p.data.copy_(saved)
+            print(f"resumed from step {done} of {name}", flush=True)
+        else:
+            keep()  # `carried` holds an evaluation that should not be run again
+        log = run.open_log(f"{states}.jsonl", lines)
+        stops = run.stops_noted(f"go on with --resume {os.path.dirname(states)}")
+    rest = itertools.islice(batches(traces, batch, seed, together), len(lines), steps)
     bar = tqdm(rest, desc=name, initial=len(lines), total=steps, leave=False, disable=states is None)
     with log, latents_made(model) as latents, stops as stopped:
         for step, rows in enumerate(bar, start=len(lines)):
@@ -400,21 +382,15 @@ def optimise(model, optimizer, batches, steps, losses_of, clip, schedule=True, s
     steps_made = [json.loads(line) for line in lines]
     skipped = sum(m["grad_norm"] is None for m in steps_made)
     if skipped:
-        print(f"warning: {skipped} of {steps} steps of {name} were skipped: a loss or gradient was not finite",
+        print(f"warning: {skipped} of {steps} steps of {name} were skipped: their gradient was not finite",
               flush=True)
     losses = [m["loss"] for m in steps_made[-20:] if m["loss"] is not None]
     return sum(losses) / len(losses) if losses else math.nan
 
 
-def adamw(betas, *groups):
-    """groups: (parameters, peak rate, the first step in which they learn)."""
-    groups = [{"params": list(p), "lr": lr, "peak": lr, "begins": begins} for p, lr, begins in groups]
-    return torch.optim.AdamW(groups, betas=betas, weight_decay=0.0)
-
-
 def batches(traces, size, seed, together=1):
-    """Yields batches without end, one shuffled epoch after another, as the seed says. together: so many
-    neighbours stay in one batch (versions of one trace: their prompt is read once)."""
+    """Yields batches without end, one shuffled epoch after another. together: so many neighbours stay
+    together (versions of one trace: their prompt is read once)."""
     rng = random.Random(seed)
     order = []
     while True:
@@ -436,7 +412,7 @@ def warm_up_and_cosine(step, steps, warm_up):
 
 @contextlib.contextmanager
 def base_frozen(model):
-    """Inside, no weight but the projector's gets a gradient, and on CUDA the base is cast once for all steps."""
+    """Inside, the base gets no gradients, and on CUDA it is cast to bf16 once for all steps."""
     frozen = [p for p in memory.base_parameters(model) if p.requires_grad]
     for p in frozen:
         p.requires_grad_(False)
@@ -463,7 +439,8 @@ def positions_at_once(model, traces, base_learns=False):
     """How many positions of traces one forward and backward pass can have."""
     longest = max(len(r.prompt_ids) + len(r.slots) for r in traces)
     return memory.positions_that_fit(model, longest, memory.latent_update, otherwise=12_000,
-                                     checkpoint=getattr(model, "checkpointed", False), base_learns=base_learns)
+                                     checkpoint=getattr(model, "checkpointed", False),
+                                     base_learns=base_learns)
 
 
 @torch.no_grad()
@@ -481,8 +458,8 @@ def mean_loss(model, traces, latent):
 def stages_1_and_2(model, tokenizer, task, out, settings, smoke=False):
     """Trains model.reasoning_projector in place and prints what came of it -> the figures printed.
 
-    settings: settings_of, or anything that has them. Continues from what a stopped run left in `out`: traces.jsonl
-    and the states in imitation/ and stage-2/. smoke: goes on, too, if no sample is worth it."""
+    settings: as settings_of makes them. Continues what a stopped run left in `out`. smoke: goes on even if no
+    sample earned anything."""
     started = time.time()
     rng = random.Random(settings.seed)
     marker = data.opening_of(task)
@@ -492,9 +469,7 @@ def stages_1_and_2(model, tokenizer, task, out, settings, smoke=False):
     examples = task.examples("train")[: settings.prompts]
     steps = "one pass over the masked traces" if settings.steps is None else f"{settings.steps} steps"
     print(f"stages 1 and 2: {settings.samples} traces of up to {settings.max_new_tokens} tokens for each of "
-          f"{len(examples)} train prompts, then {steps}, {settings.batch} masked traces each\n"
-          f"{display.beside_released(vars(settings), released_settings(has_targets))}")
-
+          f"{len(examples)} train prompts, then {steps}, {settings.batch} masked traces each", flush=True)
     if settings.traces:
         traces, left_out = given_traces(settings.traces, task, examples), []
     else:
@@ -507,14 +482,14 @@ def stages_1_and_2(model, tokenizer, task, out, settings, smoke=False):
     else:
         rows = versions(model, tokenizer, traces, marker, rng)
     try:
-        train, held = hold_out(rows, traces, left_out, marker, rng)
+        train, held = hold_out(rows, traces, left_out, rng)
     except UserError as e:
         if not smoke or has_targets:  # with targets RL needs traces too
             raise
         print(f"warning: {e}; without --smoke the run would end here. This one goes on with all samples, "
               f"whatever they earned", flush=True)
         samples = [{**trace, "text": f"{trace['text']}\n{marker}"} for trace in traces + left_out]
-        train, held = hold_out(versions(model, tokenizer, samples, marker, rng), samples, [], marker, rng)
+        train, held = hold_out(versions(model, tokenizer, samples, marker, rng), samples, [], rng)
     train, held = short_enough(train, settings.max_length), short_enough(held, settings.max_length)
     if not train or not held:
         raise UserError(f"no masked trace has {settings.max_length} tokens or fewer, prompt included: "
@@ -523,14 +498,10 @@ def stages_1_and_2(model, tokenizer, task, out, settings, smoke=False):
     print(f"stage 2: {len(train)} masked traces, {len(held)} more held out; the base {base}", flush=True)
 
     checked = task.examples("val")[: settings.n]
-
-    def evaluate_now():
-        figures, _ = evaluate(model, tokenizer, task, checked, latent_prompt=True, seed=settings.seed,
-                              max_new_tokens=settings.max_new_tokens, **PAPER)
-        return figures
-
+    evaluate_now = functools.partial(evaluate, model, tokenizer, task, checked, latent_prompt=True,
+                                     seed=settings.seed, max_new_tokens=settings.max_new_tokens, **PAPER)
     if settings.imitate:
-        loss = imitate(model, train, settings.batch, settings.imitate, settings.seed,
+        loss = imitate(model, train, settings.batch, settings.imitate, seed=settings.seed,
                        states=os.path.join(out, "imitation"), every=settings.save_every)
         print(f"imitation: {settings.imitate} steps of the base on masked traces, loss {loss:.4f} in the end",
               flush=True)
@@ -543,7 +514,7 @@ def stages_1_and_2(model, tokenizer, task, out, settings, smoke=False):
         with latents_made(model) as latents:
             losses["start"] = mean_loss(model, held, "projector")
         say_size_of_start(z_sizes(model, torch.cat(latents)), are_fed=not has_targets)
-        before = evaluate_now()
+        before, _ = evaluate_now()
     loop = {"seed": settings.seed, "states": states, "every": settings.save_every,
             "betas": (0.9, 0.999 if settings.released_betas else 0.95), "carried": [dict(losses), before]}
     if has_targets:
@@ -551,8 +522,9 @@ def stages_1_and_2(model, tokenizer, task, out, settings, smoke=False):
                        base_lr=settings.train_base, **loop)
     else:
         fit_projector(model, train, settings.lr, settings.batch, settings.steps, **loop)
+    model.projector_trained = True
     losses["trained"] = mean_loss(model, held, "projector")
-    after = evaluate_now()
+    after, _ = evaluate_now()
     said = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
     print(f"stage 2: validation loss after the first tag: {said}")
     print(f"stage 2: {data.measure_of(task)} with the tag prompt on {len(checked)} val stories: "
@@ -562,26 +534,13 @@ def stages_1_and_2(model, tokenizer, task, out, settings, smoke=False):
     return {"kept": len(traces), "sampled": sampled, "losses": losses, "before": before, "after": after}
 
 
-def released_settings(has_targets):
-    """The released values of the settings that do something."""
-    defaults = {name: default for group in SETTINGS.values() for name, (default, _, _) in group.items()}
-    names = ["prompts", "samples", "lr", "batch", "steps", "imitate", "targets"]
-    names += ["words", "noise", "train_base"] if has_targets else []
-    return {name: getattr(defaults[name], "released", defaults[name]) for name in names}
-
-
-def say_size_of_start(sizes, are_fed=True):
-    """One line on the sizes (n,) of the untrained projector's latents; a warning if they drown the words.
-    are_fed: with targets the targets are fed instead."""
-    lost = int((~sizes.isfinite()).sum())
-    size = f"a latent is {float(sizes.median()):.3g} times as long as an embedding"
-    if are_fed and (lost or sizes.max() > LARGE):
-        longest = float(sizes.nan_to_num(math.inf).max())
-        print(f"warning: stage 2 begins where {size}, the longest {longest:.3g} times, {lost} of {len(sizes)} not "
-              f"finite: the words around it are not read. Take --projector normed, whose outputs are as long "
-              f"as an embedding", flush=True)
-    else:
-        print(f"stage 2: {size} at the start", flush=True)
+def say_size_of_start(sizes, are_fed):
+    """sizes (n,): of the untrained projector's latents. are_fed: with targets the targets are fed instead."""
+    longest = sizes.nan_to_num(math.inf).max()
+    print(f"stage 2: at the start a latent is {sizes.median():.3g} times as long as an embedding, the "
+          f"longest {longest:.3g} times", flush=True)
+    if are_fed and longest > LARGE:
+        print("warning: the words around such a latent are not read: take --projector normed", flush=True)
 
 
 # ============================================================ the script
@@ -603,7 +562,7 @@ def parse_arguments():
                    help="tiny, a directory, or a hub name such as Qwen2.5-1.5B [tiny]")
     data.task_flags(g)
     run.out_flags(g, "traces, settings, figures and the model", "out/MODEL-TASK-projector")
-    g.add_argument("--resume", metavar="DIR", help="continue the run in DIR; beside it only --device, --graphs")
+    g.add_argument("--resume", metavar="DIR", help="continue the run in DIR, with its settings")
     run.device_flags(g)
     run.add_flags(ap, SETTINGS)
     return run.parse_resumable(ap, "train_projector.py")
@@ -635,30 +594,29 @@ def main():
     print(f"saved {args.out}/model; next: python train_rl.py --model {args.out} --task {args.task}")
 
 
-# ============================================================ OURS, NOT IN THE PAPER: a target for each latent
-# The paper's loss does not say what a latent should hold: it is the cross-entropy of the text behind the tag,
+# ========================================================== OURS, NOT IN THE PAPER: a target for each latent
+# The paper's loss does not say what a latent should hold. It is the cross-entropy of the text behind the tag,
 # which a policy can also lower by learning how texts with tags go on. With --targets words a run of skipped
-# sentences becomes one tag, with a latent for each of them and one before: where the thought stood when the tag
-# was opened. A latent's target is the sum of the embeddings of the last informative words of its sentence (of the
-# first: of the text before the tag), divided by the root of their number: about as long as one embedding.
+# sentences becomes one tag, with a latent for each of them and one before: where the thought stood when the
+# tag was opened. The target of a latent: the embeddings of the last informative words of its sentence (of the
+# first: of the text before the tag), their sum divided by the root of their number.
 #
 #     the policy wrote    a b c . d e f . g h i . \boxed{Yes}
 #     a training trace    a b c . <..> 3 </..>  LATENT      LATENT      LATENT      \boxed{Yes}
 #     targets                                   b + c       e + f       h + i
 #
-# The true targets are fed, so that a whole trace takes one pass, with noise, so that the reader bears the errors
-# that the projector will make. The base is frozen, as in the paper; or, with --train-base LR, it learns too (as in
-# Coconut and CODI, arXiv 2412.06769 and 2502.21074), by the paper's loss on the text that follows. In RL the base
-# is held to the same targets (add_anchor).
+# The targets are fed, so that a whole trace takes one pass, and with noise, so that the reader bears the
+# errors that the projector will make. The base is frozen, or with --train-base it learns too, by the paper's
+# loss (as in Coconut and CODI, arXiv 2412.06769, 2502.21074). In RL the base is held to the same targets
+# (add_anchor).
 SHARES = (0.3, 0.6, 1.0)  # of the sentences that are skipped, instead of the paper's 0.1 and 0.25
 SHARES_IN_RL = (0.6, 1.0, 1.0)  # there the policy skips more
 VERSIONS_TOGETHER = 4  # of one trace in a batch
 ANCHORED = 32  # traces of stage 1 in each step of the anchor
-# Words that tell nothing: those of a sentence that is more than this share of all (in the tiny world it is 0.30 to
-# 0.48 of them, any other less than 0.001) ..
-REPEATED = 0.1
-# .. and those that more than this share of the other sentences have (there 0.78 and more; names 0.22 at most).
-COMMON = 0.5
+# Words that tell nothing: those of a sentence that is more than REPEATED of all (in the tiny world 0.30 and
+# more, any other less than 0.001), and those that more than COMMON of the others have (there 0.78; a name
+# 0.22).
+REPEATED, COMMON = 0.1, 0.5
 IMITATION_LR = 5e-5  # peak
 
 
@@ -710,8 +668,7 @@ def last_words(model, tokenizer, text, common, words):
 
 
 def masked_with_targets(model, tokenizer, rng, prompt, sentences, answer, common, words, shares):
-    """One trace masked once for each of these shares -> [Rollout], without those in which nothing was skipped.
-    The targets are embeddings as they are now."""
+    """One trace masked once for each share -> [Rollout], without those in which nothing was skipped."""
     prompt_ids = checkpoint.encode_prompt(model, tokenizer, prompt)
     known = [last_words(model, tokenizer, text, common, words) for text in [prompt, *sentences]]
     rows = [mask_runs(model, tokenizer, rng, prompt_ids, sentences, answer, known, share) for share in shares]
@@ -719,11 +676,11 @@ def masked_with_targets(model, tokenizer, rng, prompt, sentences, answer, common
 
 
 def mask_runs(model, tokenizer, rng, prompt_ids, sentences, answer, known, share):
-    """One training trace: each sentence is skipped with this chance, a run of them for one tag -> Rollout whose
-    `latents` are the targets, or None if nothing was skipped.
+    """One training trace: each sentence is skipped with the chance `share`, a run of them for one tag ->
+    Rollout whose `latents` are the targets, or None if nothing was skipped.
 
-    known: the targets of the prompt and of each sentence, or None. A skipped sentence without a target has no
-    latent. A run too long for the cap takes several tags."""
+    known: the targets of the prompt and of each sentence, or None: then a skipped sentence has no latent. A
+    run too long for the cap takes several tags."""
     cap = model.config.litereason_max_reasoning_steps
     pieces, targets = [], []
     skipped = []  # targets of the run just now
@@ -749,22 +706,19 @@ def mask_runs(model, tokenizer, rng, prompt_ids, sentences, answer, known, share
 
 
 # ------------------------------------------------------------ stage 2 with targets
-def fit_to_targets(model, rows, lr, batch, steps=None, clip=0.2, seed=0, budget=None, betas=(0.9, 0.95), noise=0.0,
-                   base_lr=0.0, **loop):
-    """As fit_projector, on rows whose `latents` are targets. base_lr > 0: the base learns too, from the second
-    fifth of the steps on, when the projector is no longer a stranger."""
+def fit_to_targets(model, rows, lr, batch, steps=None, budget=None, noise=0.0, base_lr=0.0, seed=0, **loop):
+    """As fit_projector, on rows whose `latents` are targets. base_lr > 0: the base learns too, from the
+    second fifth of the steps on, when the projector is no longer a stranger."""
     steps = max(1, len(rows) // batch) if steps is None else steps
     budget = budget or positions_at_once(model, rows, base_lr > 0)
-    groups = [(model.reasoning_projector.parameters(), lr, 0)]
+    learners = [(model.reasoning_projector.parameters(), lr, 0)]
     if base_lr:
-        groups.append((memory.base_parameters(model), base_lr, steps // 5))
+        learners.append((memory.base_parameters(model), base_lr, steps // 5))
     losses_of = functools.partial(target_losses, model, budget, noise, seed, base_lr > 0)
-    # Around all steps autocast would keep its first cast of weights that learn.
+    # Around steps in which the base learns, autocast would keep its first cast of the weights.
     with contextlib.nullcontext() if base_lr else base_frozen(model):
-        loss = optimise(model, adamw(betas, *groups), batches(rows, batch, seed, VERSIONS_TOGETHER), steps,
-                        losses_of, clip, **loop)
-    model.projector_trained = True
-    return loss
+        return optimise(model, rows, learners, batch, steps, losses_of, seed=seed, together=VERSIONS_TOGETHER,
+                        **loop)
 
 
 def target_losses(model, budget, noise, seed, base_learns, rows, step):
@@ -773,14 +727,15 @@ def target_losses(model, budget, noise, seed, base_learns, rows, step):
     n_latents = sum(r.n_latents for r in rows)
     fed = with_noise(rows, noise, torch.Generator().manual_seed(seed * 1_000_003 + step))
     for part in scoring.pack(rows, budget, unrolled=True):
-        yield target_loss(model, [rows[i] for i in part], [fed[i] for i in part], n_tokens, n_latents, base_learns)
+        yield target_loss(model, [rows[i] for i in part], [fed[i] for i in part], n_tokens, n_latents,
+                          base_learns)
 
 
 def with_noise(rows, noise, generator):
-    """Rows whose `latents` are the targets -> the same with noise on each, of a strength of its own, up to `noise`
-    times the target's size. (Noise on embeddings as such: NEFTune, arXiv 2310.05914.)"""
+    """The rows with noise on each latent, of a strength of its own, up to `noise` times the latent's size.
+    (Noise on embeddings as such: NEFTune, arXiv 2310.05914.)"""
     noisy = []
-    for row in rows:  # on the CPU: the same on every device
+    for row in rows:  # drawn on the CPU: the same on every device
         strength = noise * torch.rand(row.n_latents, 1, generator=generator)
         direction = torch.randn(row.latents.shape, generator=generator)
         scale = row.latents.square().mean(-1, keepdim=True).sqrt()
@@ -791,8 +746,9 @@ def with_noise(rows, noise, generator):
 
 @kv_cache.with_autocast
 def target_loss(model, rows, fed, n_tokens, n_latents, base_learns=False):
-    """A micro-batch's share of the mean over a batch's latents of the squared error to their targets and, if the
-    base learns, of the paper's loss. fed: the same rows, with what is fed in the place of the targets."""
+    """The squared error of latents to their targets and, if the base learns, the paper's loss: a
+    micro-batch's share of the means over the batch. fed: the rows with what is fed in the place of the
+    targets."""
     h, slots, valid = states(model, fed)
     z = latent_step(model, h[valid & (slots == LATENT)])  # (n, D)
     loss = squared_error(model, z, torch.cat([row.latents for row in rows])) / n_latents
@@ -809,11 +765,12 @@ def squared_error(model, z, targets):
 
 
 # ------------------------------------------------------------ the base imitates, before stage 2
-def imitate(model, traces, batch, steps, seed, lr=IMITATION_LR, **loop):
-    """The base learns to write the masked traces, their tags as text: RL cannot keep a tag that is never written."""
+def imitate(model, traces, batch, steps, lr=IMITATION_LR, **loop):
+    """The base learns to write the masked traces, tags as text: RL cannot keep a tag that is never
+    written."""
     losses_of = functools.partial(imitation_losses, model, positions_at_once(model, traces, base_learns=True))
-    optimizer = adamw((0.9, 0.95), (memory.base_parameters(model), lr, 0))
-    return optimise(model, optimizer, batches(traces, batch, seed), steps, losses_of, clip=1.0, **loop)
+    learners = [(memory.base_parameters(model), lr, 0)]
+    return optimise(model, traces, learners, batch, steps, losses_of, clip=1.0, **loop)
 
 
 def imitation_losses(model, budget, rows, step):
@@ -826,7 +783,7 @@ def imitation_losses(model, budget, rows, step):
 
 # ------------------------------------------------------------ stage 3 with targets
 def masked_again(model, tokenizer, stage_1, n, words, rng):
-    """n traces of stage 1, each masked with a share of SHARES_IN_RL -> Rollouts whose `latents` are the targets.
+    """n traces of stage 1, masked anew -> Rollouts whose `latents` are the targets.
 
     stage_1: (traces, [(sentences, answer)], the words that tell nothing)."""
     traces, pieces, common = stage_1
@@ -840,9 +797,9 @@ def masked_again(model, tokenizer, stage_1, n, words, rng):
 def add_anchor(model, tokenizer, stage_1, step, weight, words, noise, seed, budget):
     """Adds `weight` times the gradient of stage 2's squared error, for the base alone -> the error.
 
-    RL moves the base, and nothing in its loss asks that the projector's latents still say what they should. So
-    some traces of stage 1 are masked again and the base is held to their targets, as InstructGPT's policy is to
-    its pretraining (arXiv 2203.02155). budget: positions per forward pass."""
+    RL moves the base, and nothing in its loss keeps the projector's latents as they should be. So some traces
+    of stage 1 are masked again and the base is held to their targets, as InstructGPT's policy is to its
+    pretraining (arXiv 2203.02155). budget: positions per forward pass."""
     rows = masked_again(model, tokenizer, stage_1, ANCHORED, words, random.Random(f"{seed} {step} anchor"))
     error = 0.0
     model.reasoning_projector.requires_grad_(False)
