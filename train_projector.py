@@ -360,12 +360,9 @@ def fit_projector(model, traces, lr, batch, steps=None, schedule=True, clip=0.2,
         keep()  # before the first step: `carried` holds an evaluation that should not be run again
         uninterrupted = run.on_stop(keep)
         log = run.open_log(f"{states}.jsonl", lines)
-    # Here, so that frozen weights are cast once for all steps; autocast would keep the first cast of weights
-    # that learn, too.
     base_learns = base_lr > 0 or imitates
     frozen = contextlib.nullcontext() if base_learns else _base_frozen(model)
-    autocast = contextlib.nullcontext() if base_learns else kv_cache.autocast(model)
-    with frozen, autocast, _sizes_made(model) as sizes:
+    with frozen, _sizes_made(model) as sizes:
         done = len(lines)
         together = VERSIONS_TOGETHER if aim == "words" else 1
         batches = itertools.islice(_batches(traces, batch, seed, together), done, steps)

@@ -161,7 +161,7 @@ def perplexities(batch):
 def _perplexities(rows, positions):
     model, _ = scorer()
     results = []
-    with torch.no_grad(), kv_cache.autocast(model):  # here, so that a frozen weight is cast once for all texts
+    with torch.no_grad():
         for part in scoring.pack([rollout for rollout, _ in rows], positions):
             some = [rows[i] for i in part]
             logp, _ = logprobs(model, [rollout for rollout, _ in some])  # (B, S)
