@@ -36,7 +36,7 @@ import torch
 from tqdm import tqdm
 
 import data
-from lib import checkpoint, display, kv_cache, memory, run, scoring
+from lib import checkpoint, display, memory, run, scoring
 import targets
 from eval import PAPER, evaluate
 from litereason import (CAP, CLOSE, LATENT, OPEN, PROJECTORS, Rollout, UserError, embedding_size, generate,
@@ -459,13 +459,20 @@ def _resume_fit(states, parameters, optimizer):
 def _base_frozen(model):
     """Inside, no weight but the projector's gets a gradient."""
     frozen = [p for p in memory.base_parameters(model) if p.requires_grad]
+    # On CUDA they are cast once, here: autocast would cast what is frozen again in every forward pass.
+    matrices = memory.matrices(model) if model.bf16 else []
+    whole = [weight.data for weight in matrices]
     for p in frozen:
         p.requires_grad_(False)
+    for weight in matrices:
+        weight.data = weight.data.to(torch.bfloat16)
     try:
         yield
     finally:
         for p in frozen:
             p.requires_grad_(True)
+        for weight, before in zip(matrices, whole):
+            weight.data = before
 
 
 def _batches(traces, size, seed, together=1):

@@ -23,7 +23,7 @@ from statistics import fmean as mean
 
 import torch
 
-from lib import checkpoint, decoder, kv_cache, memory, scoring
+from lib import checkpoint, decoder, memory, scoring
 from data import OFFER, folder, improvement, last_opening, read_split
 from litereason import Rollout, UserError, load, logprobs
 
@@ -155,7 +155,7 @@ def perplexities(batch):
         return []
     longest = max(len(rollout.prompt_ids) + len(rollout.slots) for rollout, _ in rows)
     positions = min(settings["positions"], memory.positions_that_fit(model, longest))
-    return decoder.once_more_in_halves(model, lambda n: _perplexities(rows, n), positions, "positions")
+    return decoder.once_more_in_halves(model, lambda n: _perplexities(rows, n), positions, "positions", longest)
 
 
 def _perplexities(rows, positions):
