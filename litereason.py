@@ -193,7 +193,7 @@ def _read_char(state, char, cap):
 
 
 def tag_table(tokenizer, cap, vocab_size, device):
-    """The automaton as a decoder.TagTable over the ids of a vocabulary.
+    """The automaton as a decoder.TagFSM over the ids of a vocabulary.
 
     BPE may merge neighbours into the tag's ends (`.<`, `>\\n`): the merged token ends the tag."""
 
@@ -202,7 +202,7 @@ def tag_table(tokenizer, cap, vocab_size, device):
         return kind != "open" or length > 2
 
     alphabet = sorted(set(OPEN + CLOSE + SPACE + DIGITS))
-    return decoder.TagTable.of_characters(
+    return decoder.TagFSM(
         read_char=lambda state, char: _read_char(state, char, cap),
         start=("open", 0, False),
         alphabet=alphabet,
@@ -403,7 +403,6 @@ def attach(model, weights=None, tokenizer=None):
                                                             pad_token_id=config.pad_token_id)
     model.bf16 = model.device.type == "cuda" and model.dtype == torch.float32  # see kv_cache.autocast
     model.graphs = False  # see decoder.Decoder
-    kv_cache.use_few_rows(model)
     kv_cache.mask_no_words(model, checkpoint.no_words(model, tokenizer) if tokenizer else [])
     model.set_attn_implementation("litereason")  # for the caches of lib/kv_cache.py; all else goes through sdpa
     return model.eval()  # no dropout anywhere: sampling and scoring must see the same network
@@ -478,7 +477,7 @@ def generate(model, tokenizer, prompts, samples=1, max_new_tokens=256, temperatu
         return _decode(model, tokenizer, ids, draws, samples, max(1, rows // samples),
                        (temperature, top_k, top_p), latent, bar, tag, start, leave, feed)
 
-    rollouts, n_positions = decoder.once_more_in_halves(model, decode, max(1, gen_batch_size))
+    rollouts, n_positions = decoder.once_more_in_halves(model, decode, max(1, gen_batch_size), least=samples)
     if stats is not None:
         stats["positions"] = stats.get("positions", 0) + n_positions
     return rollouts
@@ -506,7 +505,7 @@ def _decode(model, tokenizer, prompts, draws, samples, max_prompts, sampling, la
             bar.update(len(ended))
 
     decoding = decoder.Decoder(model, prompts, samples, limit, max_prompts, new_rows, watch)
-    while decoding.refill(finish):  # rows that have ended leave, prompts that wait join
+    while decoding.schedule(finish):  # rows that have ended leave, prompts that wait join
         r = decoding.rows  # one tensor per field, see _new_rows
         inside = r.latents_left > 0  # (B,) in a block: no token is sampled there
         # Rows (indices) for the LM head and for the projector; on CUDA some are computed for nothing.

@@ -412,16 +412,21 @@ def warm_up_and_cosine(step, steps, warm_up):
 
 @contextlib.contextmanager
 def base_frozen(model):
-    """Inside, the base gets no gradients, and on CUDA it is cast to bf16 once for all steps."""
+    """Inside, the base gets no gradients. On CUDA it is cast to bf16 here, once for all forward passes."""
     frozen = [p for p in memory.base_parameters(model) if p.requires_grad]
+    matrices = memory.matrices(model) if model.bf16 else []
+    whole = [weight.data for weight in matrices]
     for p in frozen:
         p.requires_grad_(False)
+    for weight in matrices:
+        weight.data = weight.data.to(torch.bfloat16)
     try:
-        with kv_cache.autocast(model):
-            yield
+        yield
     finally:
         for p in frozen:
             p.requires_grad_(True)
+        for weight, before in zip(matrices, whole):
+            weight.data = before
 
 
 @contextlib.contextmanager
@@ -715,7 +720,6 @@ def fit_to_targets(model, rows, lr, batch, steps=None, budget=None, noise=0.0, b
     if base_lr:
         learners.append((memory.base_parameters(model), base_lr, steps // 5))
     losses_of = functools.partial(target_losses, model, budget, noise, seed, base_lr > 0)
-    # Around steps in which the base learns, autocast would keep its first cast of the weights.
     with contextlib.nullcontext() if base_lr else base_frozen(model):
         return optimise(model, rows, learners, batch, steps, losses_of, seed=seed, together=VERSIONS_TOGETHER,
                         **loop)
