@@ -220,7 +220,7 @@ def _noise(model, seed):
     directions = torch.nn.functional.normalize(directions, dim=-1).to(model.device, model.dtype)  # (1024, D)
 
     def noise(h, u, k):
-        z, _ = latent_step(model, h, None)
+        z = latent_step(model, h)
         which = ((u * 1024).long() + 617 * k) % 1024  # 617 is prime to 1,024: the latents of a row all differ
         return directions[which].to(h.dtype) * z.norm(dim=-1, keepdim=True)
 

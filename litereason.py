@@ -45,8 +45,8 @@ PROJECTOR_LAYERS = 3
 
 
 # ============================================================ the definition
-# One row, no cache, no batch: for every slot the whole prefix goes through the model again. The tests hold all
-# that follows against naive_generate and naive_score (tests/test_decode.py, tests/test_train.py).
+# One row, no cache, no batch: for every slot the whole prefix goes through the model again. The tests hold
+# all that follows against naive_generate and naive_score (tests/test_decode.py, tests/test_train.py).
 @dataclasses.dataclass
 class Rollout:
     """One trajectory. Scores, masks and losses are made from this record, never from its text."""
@@ -140,10 +140,10 @@ def _last_state(model, fed):
 
 
 # ============================================================ the tag (paper Sec. 3.1)
-# Plain text, no new vocabulary. N is a number of ASCII digits, 1 or more, with ASCII whitespace around it or not.
-# Anything else between the tags is ordinary text, and so is a tag opened right inside another.
-# Ours: only tags in the policy's own output run. As released, training also runs tags that stand in the prompt,
-# and sampling does not: a story that contains a tag is scored otherwise than it was sampled.
+# Plain text, no new vocabulary. N is a number of ASCII digits, 1 or more, with ASCII whitespace around it or
+# not. Anything else between the tags is ordinary text, and so is a tag opened right inside another. Ours:
+# only tags in the policy's own output run. As released, training also runs tags that stand in the prompt, and
+# sampling does not: a story that contains a tag is scored otherwise than it was sampled.
 OPEN, CLOSE = "<implicit_thought>", "</implicit_thought>"
 TAG = re.compile(rf"((?:{OPEN}\s*(?:[0-9]+\s*)?)*){OPEN}\s*([0-9]+)\s*{CLOSE}", re.ASCII)
 SPACE, DIGITS = " \t\n\r\f\v", "0123456789"
@@ -193,7 +193,7 @@ def _read_char(state, char, cap):
 
 
 def tag_table(tokenizer, cap, vocab_size, device):
-    """The automaton as a decoder.TagTable over the ids of a vocabulary.
+    """The automaton as a decoder.TagFSM over the ids of a vocabulary.
 
     BPE may merge neighbours into the tag's ends (`.<`, `>\\n`): the merged token ends the tag."""
 
@@ -202,7 +202,7 @@ def tag_table(tokenizer, cap, vocab_size, device):
         return kind != "open" or length > 2
 
     alphabet = sorted(set(OPEN + CLOSE + SPACE + DIGITS))
-    return decoder.TagTable.of_characters(
+    return decoder.TagFSM(
         read_char=lambda state, char: _read_char(state, char, cap),
         start=("open", 0, False),
         alphabet=alphabet,
@@ -234,8 +234,8 @@ def insert_latents(model, tokenizer, ids):
 
 
 # ============================================================ the Reasoning Projector (paper Sec. 3.2)
-# To add a latent step of your own, write a class like these and name it in PROJECTORS: start(model, layers) makes
-# the module that stage 2 begins with, forward(h) -> z.
+# To add a latent step of your own, write a class like these and name it in PROJECTORS: start(model, layers)
+# makes the module that stage 2 begins with, forward(h) -> z.
 class ReasoningProjector(torch.nn.ModuleList):
     """P(h) = MLP_3(MLP_2(MLP_1(h))): last hidden state (.., D) -> next input embedding (.., D).
 
@@ -377,8 +377,8 @@ def load(name_or_path, device=None, dtype=torch.float32):
 
 
 def attach(model, weights=None, tokenizer=None):
-    """Adds the projector (from `weights`, else its start), its config entries and our attention to a causal LM.
-    With its tokenizer, ids that are no word get the logit -inf: none is ever sampled."""
+    """Adds the projector (from `weights`, else its start), its config entries and our attention to a causal
+    LM. With its tokenizer, ids that are no word get the logit -inf: none is ever sampled."""
     cap, layers = checkpoint.check_model(model, CAP, PROJECTOR_LAYERS)
     # The released code's checkpoints name none. Without weights it is the start of the model's size.
     unnamed = "mlp" if weights or checkpoint.is_small(model) else "normed"
@@ -403,7 +403,6 @@ def attach(model, weights=None, tokenizer=None):
                                                             pad_token_id=config.pad_token_id)
     model.bf16 = model.device.type == "cuda" and model.dtype == torch.float32  # see kv_cache.autocast
     model.graphs = False  # see decoder.Decoder
-    kv_cache.use_few_rows(model)
     kv_cache.mask_no_words(model, checkpoint.no_words(model, tokenizer) if tokenizer else [])
     model.set_attn_implementation("litereason")  # for the caches of lib/kv_cache.py; all else goes through sdpa
     return model.eval()  # no dropout anywhere: sampling and scoring must see the same network
@@ -413,8 +412,9 @@ def attach(model, weights=None, tokenizer=None):
 def sample(logits, u, temperature, top_k, top_p):
     """One token per row, by inverting the cumulative distribution at u: independent of the other rows.
 
-    logits (B, V), u (B,) uniform in [0, 1) -> tokens (B,), log-probs (B,) under softmax(logits / temperature).
-    top-k and top-p cut the distribution that is drawn from, not the log-prob: train with them off."""
+    logits (B, V), u (B,) uniform in [0, 1) -> tokens (B,), log-probs (B,) under softmax(logits /
+    temperature). top-k and top-p cut the distribution that is drawn from, not the log-prob: train with them
+    off."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (B, V)
     scaled = logits if temperature in (0, 1) else logits / temperature
     logp = scaled.log_softmax(-1)
@@ -465,8 +465,8 @@ def generate(model, tokenizer, prompts, samples=1, max_new_tokens=256, temperatu
                         "or more, 0 < top_p <= 1")
     ids = [checkpoint.encode_prompt(model, tokenizer, p) if isinstance(p, str) else list(p) for p in prompts]
     checkpoint.check_lengths(model, ids, max_new_tokens)
-    # All random numbers are drawn up front, one per row and slot: a rollout depends on its seed and prompt only,
-    # not on which rows share its batch or when they end.
+    # All random numbers are drawn up front, one per row and slot: a rollout depends on its seed and prompt
+    # only, not on which rows share its batch or when they end.
     draws = torch.rand(len(ids) * samples, max_new_tokens, generator=generator, dtype=torch.float64)
     if not ids:
         return []
@@ -477,7 +477,7 @@ def generate(model, tokenizer, prompts, samples=1, max_new_tokens=256, temperatu
         return _decode(model, tokenizer, ids, draws, samples, max(1, rows // samples),
                        (temperature, top_k, top_p), latent, bar, tag, start, leave, feed)
 
-    rollouts, n_positions = decoder.once_more_in_halves(model, decode, max(1, gen_batch_size))
+    rollouts, n_positions = decoder.once_more_in_halves(model, decode, max(1, gen_batch_size), least=samples)
     if stats is not None:
         stats["positions"] = stats.get("positions", 0) + n_positions
     return rollouts
@@ -505,7 +505,7 @@ def _decode(model, tokenizer, prompts, draws, samples, max_prompts, sampling, la
             bar.update(len(ended))
 
     decoding = decoder.Decoder(model, prompts, samples, limit, max_prompts, new_rows, watch)
-    while decoding.refill(finish):  # rows that have ended leave, prompts that wait join
+    while decoding.schedule(finish):  # rows that have ended leave, prompts that wait join
         r = decoding.rows  # one tensor per field, see _new_rows
         inside = r.latents_left > 0  # (B,) in a block: no token is sampled there
         # Rows (indices) for the LM head and for the projector; on CUDA some are computed for nothing.
@@ -614,7 +614,8 @@ def _recorded(r, ended, prompts, samples, stop_ids, tokenizer):
 # ============================================================ scoring (paper Sec. 3.4)
 @kv_cache.with_autocast
 def states(model, rollouts):
-    """The outputs that predict given slots, latents as constants -> (h (B, S, D), slots (B, S), valid (B, S)).
+    """The outputs that predict given slots, latents as constants -> (h (B, S, D), slots (B, S), valid (B,
+    S)).
 
     h[b, s] predicts slot s. Gradients reach the base, also through its attention over the latents; never the
     projector."""
@@ -648,11 +649,11 @@ def logprobs(model, rollouts, temperature=1.0):
 # ============================================================ the latent roll-out with gradient (Sec. 3.3)
 @kv_cache.with_autocast
 def unroll(model, rollouts, latent="projector"):
-    """Runs the latent steps of given slots again -> (h (B, S, D), [latents (n, D) of each row]). h[b, s] predicts
-    slot s.
+    """Runs the latent steps of given slots again -> (h (B, S, D), [latents (n, D) of each row]). h[b, s]
+    predicts slot s.
 
-    Gradients go back through all steps of all tags, and through the cache: nothing is detached. A latent costs
-    one position; in the released code it costs a whole prefix."""
+    Gradients go back through all steps of all tags, and through the cache: nothing is detached. A latent
+    costs one position; in the released code it costs a whole prefix."""
     batch = scoring.Batch(rollouts, model.device, padding=LATENT)
     plan, column = scoring.plan_rounds([[slot == LATENT for slot in r.slots] for r in batch.rows])
     prompts, h_prompt, embedded = kv_cache.prefill(model, batch.prompts, batch.slots.clamp(min=0))
@@ -662,8 +663,9 @@ def unroll(model, rollouts, latent="projector"):
     z = last
     outputs = [last[:, None]]
     steps_made = []  # (z (B, D), which rows keep it)
-    # The batch goes in rounds: a piece of text per row, then latent steps until the longest block is done. Nothing
-    # waits for the output of a block's last latent, so that one is fed with the text that follows ("carried").
+    # The batch goes in rounds: a piece of text per row, then latent steps until the longest block is done.
+    # Nothing waits for the output of a block's last latent, so that one is fed with the text that follows
+    # ("carried").
     for piece in plan:
         starts = torch.tensor(piece.starts, device=model.device)[:, None]  # (B, 1)
         counts = torch.tensor(piece.counts, device=model.device)[:, None]  # (B, 1)
@@ -710,8 +712,8 @@ def without_latents(rollout):
 
 
 def projector_loss(model, traces, latent="projector"):
-    """Cross-entropy on the text after the FIRST tag, as released (Sec. 3.3); later tags, answer and stop token
-    included -> (sum of the losses, number of scored tokens).
+    """Cross-entropy on the text after the FIRST tag, as released (Sec. 3.3); later tags, answer and stop
+    token included -> (sum of the losses, number of scored tokens).
 
     traces: Rollouts whose latents are made here. latent="none" scores the same tokens without latents."""
     first = [r.slots.index(LATENT) if LATENT in r.slots else len(r.slots) for r in traces]
@@ -722,8 +724,8 @@ def projector_loss(model, traces, latent="projector"):
 
 
 def text_loss(model, h, rollouts, first):
-    """Cross-entropy on the text of each row from slot first[b] on -> (sum, number of tokens). h (B, S, D): the
-    outputs that predict its slots."""
+    """Cross-entropy on the text of each row from slot first[b] on -> (sum, number of tokens). h (B, S, D):
+    the outputs that predict its slots."""
     slots, valid = scoring.slot_table(rollouts, model.device, padding=LATENT)
     number = torch.arange(slots.shape[1], device=model.device)
     scored = valid & (slots != LATENT) & (number >= torch.tensor(first, device=model.device)[:, None])

@@ -45,30 +45,28 @@ CHAIN = 5
 class ModelsNorm(NormedProjector):
     """The last block's own norm before each copy, a norm behind the last one."""
 
-    def forward(self, h, memory=None):
+    def forward(self, h):
         z = h.to(self.size.dtype)
         for mlp in self:
             z = mlp(self.norm[0](z))
-        return (self.size * unit(z)).to(h.dtype), memory
+        return (self.size * unit(z)).to(h.dtype)
 
 
 class Residual(ModelsNorm):
-    def forward(self, h, memory=None):
+    def forward(self, h):
         z = unit(h.to(self.size.dtype))
         for mlp in self:
             z = z + unit(mlp(self.norm[0](z))) / len(self)
-        return (self.size * unit(z)).to(h.dtype), memory
+        return (self.size * unit(z)).to(h.dtype)
 
 
 class Linear(torch.nn.Module):
-    memory_size = 0
-
     def __init__(self, matrix):
         super().__init__()
         self.matrix = torch.nn.Parameter(matrix)
 
-    def forward(self, h, memory=None):
-        return h @ self.matrix, memory
+    def forward(self, h):
+        return h @ self.matrix
 
 
 def unit(z):

@@ -123,7 +123,7 @@ def grpo(args, P=48, G=16, L=1024, S=256):
            "expected_GiB": expected}
 
     def sample():
-        rollouts.extend(generate(model, tok, random_prompts(model, P, L), G, S, rows=plan.rows))
+        rollouts.extend(generate(model, tok, random_prompts(model, P, L), G, S, gen_batch_size=plan.rows))
 
     def update():
         rewards = torch.rand(P, G, generator=torch.Generator().manual_seed(2))

@@ -155,14 +155,14 @@ def test_a_row_alone_is_the_same_row_in_a_batch(model, tok, rule):
     end = tok.encode("e")[0]
     prompts = PROMPTS + ["another one"]
 
-    def decode(**rows):
+    def decode(**batch):
         method = (soft_thinking(model, end, 4, patience=9) if rule == "soft" else
                   colar(model, head_of(model), end))
         return generate(model, tok, prompts, 1, max_new_tokens=30, start=25, tag=0, generator=seeded(),
-                        **rows, **method)
+                        **batch, **method)
 
     together = decode()
-    one_by_one = decode(rows=1)
+    one_by_one = decode(gen_batch_size=1)
     for a, b in zip(together, one_by_one):
         assert a.slots == b.slots
         close(a.latents, b.latents)

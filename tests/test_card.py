@@ -59,6 +59,7 @@ def count_everything():
 
     from lib import checkpoint, kv_cache
     from litereason import generate, logprobs, projector_loss
+    import train_projector
     from pretend import memory as pretended
     model = qwen()
     s = memory.shape(model)
@@ -113,11 +114,8 @@ def count_everything():
     memory.checkpoint_layers(model)
     update("layers checkpointed", (1, 7, 1700, 2048), checkpoint=True)
     update("layers checkpointed", (4, 16, 1700, 115), checkpoint=True)
-    for p in base:
-        p.requires_grad_(False)
-    stage_2((2, 1, 1700, 1000), 1)
-    for p in base:
-        p.requires_grad_(True)
+    with train_projector._base_frozen(model):
+        stage_2((2, 1, 1700, 1000), 1)
     masters = memory.offload(model, base)
     update("offload", (1, 7, 1700, 2048), checkpoint=True, offload=True)
     assert all(p.grad is None for p in base)

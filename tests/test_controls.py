@@ -36,7 +36,7 @@ def test_a_control_changes_what_a_latent_is_and_nothing_of_where_it_stands(model
 
 @pytest.mark.parametrize("name", ["noise", "other", "warm"])
 def test_what_a_row_gets_does_not_depend_on_its_batch(model, tok, name):
-    for a, b in zip(decoded(model, tok, name), decoded(model, tok, name, rows=3), strict=True):
+    for a, b in zip(decoded(model, tok, name), decoded(model, tok, name, gen_batch_size=3), strict=True):
         close(a.latents, b.latents)
         close(a.logprobs, b.logprobs)
 

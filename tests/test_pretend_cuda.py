@@ -131,7 +131,7 @@ def on_the_card_out_of_memory():
     model, tokenizer, prompts = tiny_on_the_card()
 
     def sample(rows):
-        return [r.slots for r in sampled(model, tokenizer, prompts, 8, rows=rows)]
+        return [r.slots for r in sampled(model, tokenizer, prompts, 8, gen_batch_size=rows)]
 
     def update(tokens_per_forward):
         args = update_arguments(tokens_per_forward)
@@ -313,9 +313,9 @@ def on_the_card_graphs():
     from pretend import device
 
     model, tokenizer, prompts = tiny_on_the_card()
-    plain = sampled(model, tokenizer, prompts, 16, tag=3, rows=4)
+    plain = sampled(model, tokenizer, prompts, 16, tag=3, gen_batch_size=4)
     model.graphs = True
-    played = sampled(model, tokenizer, prompts, 16, tag=3, rows=4)
+    played = sampled(model, tokenizer, prompts, 16, tag=3, gen_batch_size=4)
     gap = max(float((a.logprobs - b.logprobs).abs().max()) for a, b in zip(plain, played))
     return [[r.slots for r in some] for some in (plain, played)], gap, model.graphs, device.Graph.replays
 

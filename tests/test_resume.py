@@ -19,7 +19,6 @@ from test_real_tasks import run
 
 import data
 from lib import display, run as runs
-import targets
 import train_projector
 import train_rl
 from data import tiny
@@ -127,7 +126,7 @@ def test_stages_1_and_2_stopped_halfway_continue_bit_for_bit(tmp_path, capsys, m
     words = ("--resume", half)
     loss = (train_projector, "projector_loss", 3 + 4)  # 3 of them before the first step
     if aim == "words":
-        loss = (targets, "target_loss", 4)
+        loss = (train_projector, "target_loss", 4)
     said = stopped(*loss, signal.SIGTERM, train_projector, *words)
     assert said == f"step 3 of 5 of stage 2 is saved; go on with --resume {half}"
     assert runs.saved_states(half / "stage-2") == [2, 3]
