@@ -709,7 +709,7 @@ def parse_arguments():
 @run.signals_restored()
 def main():
     args = parse_arguments()
-    task = data.choose_task(args, args.model)
+    args.task, task = data.choose_task(args.task, args.model, args.reward, args.scorer)
     args.out = args.out or run.default_out(args.model, args.task, "projector")
     run.check_arguments(args)
     lock_file = run.lock(args.out)  # noqa: F841  held until the process ends
@@ -720,7 +720,7 @@ def main():
     run.use_graphs(model, args.graphs)
     checkpoint.set_tag_rule(model, args.tag_rule)
     set_start(args, model)
-    data.start_task(args, task, args.model)
+    data.start_task(task, args.model, args.reward, args.scorer, args.seed, args.device)
     args.max_new_tokens = args.max_new_tokens or checkpoint.slots_per_answer(model)
     if not checkpoint.is_small(model):
         memory.checkpoint_layers(model)

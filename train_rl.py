@@ -558,7 +558,7 @@ def add_released_flags(g):
 @run.signals_restored()
 def main():
     args = parse_arguments()
-    task = data.choose_task(args, args.model)
+    args.task, task = data.choose_task(args.task, args.model, args.reward, args.scorer)
     args.out = args.out or run.default_out(args.model, args.task, args.method)
     run.check_arguments(args, n=0)
     lock_file = run.lock(args.out)  # noqa: F841, held until the process ends
@@ -575,7 +575,7 @@ def main():
     model, tokenizer = load(source, args.device)
     run.use_graphs(model, args.graphs)
     checkpoint.set_tag_rule(model, args.tag_rule)
-    data.start_task(args, task, args.model)
+    data.start_task(task, args.model, args.reward, args.scorer, args.seed, args.device)
     if args.method == "grpo" and args.overlong_buffer is None:
         args.overlong_buffer = 0  # a small model without tags answers the penalty with no reasoning at all
     made = run.run_settings(args.model)

@@ -15,8 +15,7 @@ from data.duplicates import words_of
 
 def examples(split):
     """Stories of a split: [{story, label: bool, cluster, the benchmark's explanations where it has them}]."""
-    how = "(downloads 414 stories, a few MB; the hub says their licence), or --from FILE for your own"
-    return read_split("flawed_fictions", split, {"story": str, "label": bool}, how)
+    return read_split("flawed_fictions", split)
 
 
 def prompt(example, latent):
@@ -91,8 +90,7 @@ def located(lines, completion):
 
 def report(examples, completions):
     """Precision, recall and F1 (an error is the positive class; 0 where undefined), the accuracy of always
-    giving the commoner answer, the share of answers without a verdict, and `located` where lines are
-    labelled."""
+    giving the commoner answer, the share without a verdict, and `located` where lines are labelled."""
     verdicts = [verdict(completion) for completion in completions]
     labels = [example["label"] for example in examples]
     hits = sum(said is True and label for said, label in zip(verdicts, labels))
