@@ -3,14 +3,11 @@
 Every chapter but a book's first becomes an example: what came before it, and the chapter. Books are never
 divided between splits, nor are the editions of one work. What --from takes, files and folders in any mixture:
 
-    rows        jsonl, json, csv, parquet: a chapter per row (text, and where known book, chapter, title), or
-                a whole tale (sections, a list of texts, and a name in book or story)
+    rows        jsonl, json, csv, parquet: a chapter per row (text, and where known book, chapter, title and
+                FIELDS, below), or a whole tale (sections, a list of texts, and a name in book or story)
     texts       txt, md: a book with headings ("Chapter 1", "STAVE I", "4. The Lamp", "# Home") on lines of
                 their own, whose numbers rise by one; it prints what it took for chapters
     a folder    all of these in it; texts without headings whose names are numbered are together one book
-
-Rows may have high_level_plan, prior_summary, character_sheets, next_synopsis: texts for the example whose
-NEXT chapter the row is (for sections: one text for all, or a list with one per section).
 
     python data/next_chapter/prepare.py --from books/                                   # all that is in there
     python data/next_chapter/prepare.py --from a.txt b.jsonl --story-tokens 1000        # shorter prompts
@@ -29,6 +26,7 @@ from data import SPLITS, line_ends, read_rows, read_text, some, write_splits
 from data.duplicates import find_clusters
 from lib import UserError, run
 
+# Texts (or lists of them, a paragraph each) that a row may have for the example whose NEXT chapter it is.
 FIELDS = ("high_level_plan", "prior_summary", "character_sheets", "next_synopsis")
 TEXTS = (".txt", ".md", ".markdown")
 ROWS = (".jsonl", ".json", ".csv", ".parquet")
@@ -183,35 +181,20 @@ def order_of(value):
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
-def field_text(where, name, value):
-    """An optional field as text, from a text or a list of texts (a paragraph each); "" for None."""
-    texts = value if isinstance(value, list) else [value or ""]
-    if not all(isinstance(text, str) for text in texts):
-        raise UserError(f"{where}: {name} must be a text or a list of texts")
-    return line_ends("\n\n".join(texts)).strip()
-
-
 def chapters_of_row(where, row):
-    """(name or None, chapters) of a row: a chapter, or a whole tale in sections, where each optional field is
-    one text for all of them or a list with one per section."""
+    """(name or None, chapters) of a row: a chapter, or a whole tale in sections."""
     name = row.get("story") if row.get("book") in (None, "") else row["book"]
-    is_tale = "sections" in row
-    texts = row["sections"] if is_tale else [row.get("text")]
+    texts = row.get("sections", [row.get("text")])
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise UserError(f"{where}: expected a chapter (text) or a tale (sections, a list of texts); it has "
                         f"{', '.join(map(str, row)) or 'no fields'}")
     chapters = [{"text": "\n\n".join(ebooks(text))} for text in texts]
-    if not is_tale:
-        chapters[0].update(order=order_of(row.get("chapter")),
-                           title=field_text(where, "title", row.get("title")))
-    for field in FIELDS:
-        values = row.get(field)
-        if not is_tale or not isinstance(values, list):
-            values = [values] * len(texts)
-        if len(values) != len(texts):
-            raise UserError(f"{where}: {field} has {len(values)} entries for {len(texts)} sections")
-        for chapter, value in zip(chapters, values):
-            chapter[field] = field_text(where, field, value)
+    if "sections" not in row:
+        chapters[0]["order"] = order_of(row.get("chapter"))
+        for field in FIELDS + ("title",):
+            value = row.get(field) or ""
+            whole = "\n\n".join(map(str, value)) if isinstance(value, list) else str(value)
+            chapters[0][field] = line_ends(whole).strip()
     return None if name is None else str(name).strip(), chapters
 
 
@@ -341,8 +324,8 @@ def read_books(paths):
             print(f"left out {len(names)} {what}: {some(list(dict.fromkeys(names)))}")
     if not books:
         raise UserError(f"no book with two or more chapters in {', '.join(paths)} (txt, md, jsonl, json, csv "
-                        "or parquet; texts need headings such as \"Chapter 1\", or a folder with one file per "
-                        "chapter, numbered)")
+                        "or parquet; texts need headings such as \"Chapter 1\", or a folder with one file "
+                        "per chapter, numbered)")
     return books
 
 
@@ -379,11 +362,11 @@ def newest(ruler, text, budget):
     keep = int(budget / price)
     if len(starts) <= keep:
         return text
-    rest = text[starts[-keep] :] if keep > 0 else ""
-    if rest and not text[starts[-keep] - 1].isspace():  # a tokenizer may cut inside a word
+    rest = text[starts[-keep] :]
+    if not text[starts[-keep] - 1].isspace():  # a tokenizer may cut inside a word
         rest = re.sub(r"^\S{0,40}(\s+|$)", "", rest)  # in a text without spaces what is cut stays
     at = rest.find("\n\n", 0, len(rest) // 5)
-    return rest[at:].strip() if at >= 0 else rest.strip()
+    return rest[max(at, 0) :].strip()
 
 
 def first(ruler, text, budget):
@@ -399,21 +382,6 @@ def first(ruler, text, budget):
     return rest[:at].strip() if at > 0 else rest.strip()
 
 
-def fit_story(ruler, chapters, sizes, room, summary):
-    """The text of the chapters before one that fits `room` (tokens) -> (story, summary, is it cut?). With a
-    summary of the earlier ones it is the last alone, else as many as there is room for. sizes: tokens."""
-    start = len(chapters) - 1
-    while not summary and start > 0 and sum(sizes[start:]) < room:
-        start -= 1
-    whole = "\n\n".join(chapter["text"].strip() for chapter in chapters[start:])
-    story = newest(ruler, whole, room)
-    if not summary:
-        return story, summary, story != whole or start > 0
-    # The summary is older than the last chapter, so it is what is cut.
-    shorter = newest(ruler, summary, room - length(ruler, story))
-    return story, shorter, story != whole or shorter != summary
-
-
 def make_examples(book, chapters, ruler, story_tokens, chapter_tokens, counts):
     """One example per chapter from the second on. counts: where those with a cut story, with a cut chapter,
     and those that did not fit are added."""
@@ -421,16 +389,18 @@ def make_examples(book, chapters, ruler, story_tokens, chapter_tokens, counts):
     sizes = [length(ruler, chapter["text"]) for chapter in chapters]
     for i in range(1, len(chapters)):
         given = {field: chapters[i].get(field, "") for field in FIELDS + ("title",)}
-        beside = [given[field] for field in FIELDS if field != "prior_summary"]
-        room = story_tokens - sum(length(ruler, text) for text in beside)
+        room = story_tokens - sum(length(ruler, given[field]) for field in FIELDS)
         if room < story_tokens / 4:  # a story of a few words behind long sheets is no story
             counts["unfit"] += 1
             continue
-        story, summary, cut = fit_story(ruler, chapters[:i], sizes[:i], room, given["prior_summary"])
-        given["prior_summary"] = summary
+        start = i - 1  # of the chapters before, as many as there is room for
+        while start > 0 and sum(sizes[start:i]) < room:
+            start -= 1
+        before = "\n\n".join(chapter["text"].strip() for chapter in chapters[start:i])
+        story = newest(ruler, before, room)
         whole = chapters[i]["text"].strip()
         chapter = first(ruler, whole, chapter_tokens)
-        counts["stories cut"] += cut
+        counts["stories cut"] += story != before or start > 0
         counts["chapters cut"] += chapter != whole
         kept = {field: text for field, text in given.items() if text}
         examples.append({"book": book, "number": i + 1, "story": story, "chapter": chapter, **kept})
@@ -438,8 +408,8 @@ def make_examples(book, chapters, ruler, story_tokens, chapter_tokens, counts):
 
 
 def works_of(books):
-    """{book: the name of the first edition of the same work}: they have over 1 % of their runs of 8 words in
-    common, by chance it is 0.2 % at most. Says which are editions of one work."""
+    """{book: the name of the first edition of the same work}. Editions have over 1 % of their runs of 8 words
+    in common; by chance it is 0.2 % at most."""
     names = list(books)
     texts = [" ".join(chapter["text"] for chapter in chapters) for chapters in books.values()]
     work_of = {name: names[cluster] for name, cluster in zip(names, find_clusters(texts, share=0.01))}
@@ -478,30 +448,24 @@ def main():
     ruler = make_ruler(args.tokenizer)
     books = read_books(args.files)
 
-    counts = Counter()
-    sizes = args.story_tokens, args.chapter_tokens
-    made = {name: make_examples(name, chapters, ruler, *sizes, counts) for name, chapters in books.items()}
-    made = {name: examples for name, examples in made.items() if examples}
-    unit = "tokens" if args.tokenizer else "tokens (estimated at 1.3 per word)"
-    print(f"books {len(books)}, examples {sum(map(len, made.values()))}; "
-          f"in {counts['stories cut']} the oldest text was cut to fit {args.story_tokens} {unit}, "
-          f"in {counts['chapters cut']} the chapter's end to fit {args.chapter_tokens}")
-    if counts["unfit"]:
-        print(f"left out {counts['unfit']} examples whose plan, sheets and synopsis leave less than a "
-              f"quarter of the tokens to the story")
-    if not made:
-        raise UserError("no examples are left; raise --story-tokens")
-
-    work_of = works_of({name: books[name] for name in made})
-    works = Counter(work_of.values())  # and how many editions each has
+    work_of = works_of(books)
+    editions = Counter(work_of.values())  # of each work
+    split_of = split_works(editions, args.seed)
     splits = {split: [] for split in SPLITS}
-    split_of = split_works(works, args.seed)
-    for name, examples in made.items():
-        if works[work_of[name]] > 1:  # the others are no "other book" for the contrastive reward
-            examples = [{**example, "work": work_of[name]} for example in examples]
-        splits[split_of[work_of[name]]] += examples
+    counts = Counter()
+    for name, chapters in books.items():
+        examples = make_examples(name, chapters, ruler, args.story_tokens, args.chapter_tokens, counts)
+        work = work_of[name]
+        if editions[work] > 1:  # the others are no "other book" for the contrastive reward
+            examples = [{**example, "work": work} for example in examples]
+        splits[split_of[work]] += examples
+    unit = "tokens" if args.tokenizer else "tokens (estimated at 1.3 per word)"
+    print(f"books {len(books)}, examples {sum(map(len, splits.values()))}; "
+          f"in {counts['stories cut']} the oldest text was cut to fit {args.story_tokens} {unit}, "
+          f"in {counts['chapters cut']} the chapter's end to fit {args.chapter_tokens}; left out "
+          f"{counts['unfit']}, whose other fields leave less than a quarter of the tokens to the story")
     if not all(splits.values()):
-        raise UserError(f"{len(works)} works are too few for three splits: give four books or more, as the "
+        raise UserError(f"{len(editions)} works are too few for three splits: give four books or more, as the "
                         "contrastive reward needs two in train")
     for split, examples in splits.items():
         print(f"{split:5} books {len({row['book'] for row in examples}):3}, examples {len(examples):4}")
