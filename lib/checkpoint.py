@@ -52,7 +52,7 @@ def read_checkpoint(name_or_path, dtype):
         why = textwrap.shorten(str(e), 300, placeholder=" ..") or type(e).__name__
         if is_local:
             raise UserError(f"cannot load the model in {path!r}: {why}") from e
-        raise UserError(f"cannot load {path!r} from the hub: {why} (gated or private: accept its terms there, "
+        raise UserError(f"cannot load {path!r} from the hub: {why} (if gated, accept its terms there, "
                         f"then `hf auth login`; without a network: 'tiny', or a directory)") from e
     finally:
         transformers.logging.set_verbosity(verbosity)
@@ -133,8 +133,8 @@ def check_model(model, cap, layers):
     name = type(model).__name__
     rope = f"{getattr(config, 'rope_parameters', None)} {getattr(config, 'rope_scaling', None)}"
     refused = [
-        (config.model_type not in FAMILIES, f"{name} is none of the families that are known to decode here as "
-         f"in transformers: {', '.join(FAMILIES)} (tests/test_families.py tries one)"),
+        (config.model_type not in FAMILIES, f"{name} is none of the families that are known to decode "
+         f"here as in transformers: {', '.join(FAMILIES)} (tests/test_families.py tries one)"),
         ("longrope" in rope or "'dynamic'" in rope, "rope_type longrope or dynamic makes a row depend on the "
          "longest beside it: that is not supported here"),
         (getattr(config, "use_bidirectional_attention", False), "use_bidirectional_attention is set"),
@@ -185,7 +185,7 @@ def save(model, tokenizer, path):
         if os.path.exists(path):
             os.rename(path, old)
         os.rename(new, path)
-    except Exception as e:  # a full disk is an OSError, a SafetensorError or, of a tokenizer, a plain Exception
+    except Exception as e:  # of a full disk an OSError, a SafetensorError or a plain Exception
         shutil.rmtree(new, ignore_errors=True)
         if os.path.exists(old):
             os.rename(old, path)
