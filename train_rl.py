@@ -714,7 +714,12 @@ def fit_to_memory(args, model, task, prompts):
     reader = getattr(task, "settings", {}).get("scorer")
     lines = []
     if not memory.has_fixed_numbers(model):
-        lines = memory.fit(args, model, max(map(len, prompts)), reader and reader[0]).splitlines()
+        given = dict(gen_batch_size=args.rows, micro_batch_tokens=args.tokens_per_forward,
+                     checkpoint_layers=args.checkpoint_layers, offload=args.offload)
+        chosen, text = memory.plan(model, max(map(len, prompts)), args.max_new_tokens, args.prompts, args.group,
+                                   given, reader and reader[0])
+        args.rows, args.tokens_per_forward, args.checkpoint_layers, args.offload = chosen.values()
+        lines = text.splitlines()
     args.offload = bool(args.offload)
     if args.checkpoint_layers:
         memory.checkpoint_layers(model)
