@@ -165,13 +165,13 @@ def test_a_smoke_run_of_a_model_that_counts_as_real_ends_in_the_table(tmp_path, 
     train_rl.main()
     said = capsys.readouterr().out
     order = ["M parameters, cpu", "4 steps, 2 on each batch of 8 rollouts", "not as released: group 4",
-             "GiB can be used; with --rows 8", "stage 1: kept", "stage 2: validation loss", "step    4/4",
+             "GiB can be used; with --gen-batch-size 8", "stage 1: kept", "stage 2: validation loss", "step    4/4",
              "| base, tag prompt", "| LiteReason "]
     if not earns:
         order[5:5] = ["warning: stage 1 kept 0 of 40 traces, too few", "goes on with all samples"]
     places = [said.index(words) for words in order]
     assert places == sorted(places) and "time at most" not in said
     config = json.load(open(tmp_path / "config.json"))
-    assert config["tokens_per_forward"] <= train_rl.card.FEW_POSITIONS and not config["offload"]
+    assert config["tokens_per_forward"] <= train_rl.memory.FEW_POSITIONS and not config["offload"]
     rows = [row["model"] for row in json.load(open(tmp_path / "results.json"))]
     assert rows[:3] == ["base, explicit reasoning", "base, tag prompt", "LiteReason before RL"]
