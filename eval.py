@@ -591,7 +591,7 @@ def examples_of(args, task):
 def task_and_examples(args):
     """-> (task, its examples, examples elsewhere: the latents of --latent mean and other come from these)"""
     first = args.model[0].partition(":")[0]
-    task = data.choose_task(args, first)
+    args.task, task = data.choose_task(args.task, first, args.reward, args.scorer)
     elsewhere = []
     try:
         examples = examples_of(args, task)
@@ -602,7 +602,7 @@ def task_and_examples(args):
     if args.write and not hasattr(task, "chapter_prompt"):
         raise UserError(f"--write is for tasks whose answers are plans of chapters (next_chapter); "
                         f"{args.task} is none")
-    data.start_task(args, task, first)
+    data.start_task(task, first, args.reward, args.scorer, args.seed, args.device)
     return task, examples, elsewhere
 
 

@@ -575,24 +575,25 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
-    task = data.choose_task(args, args.model)
+    args.task, task = data.choose_task(args.task, args.model, args.reward, args.scorer)
     args.out = args.out or run.default_out(args.model, args.task, "projector")
     run.check_arguments(args)
     lock_file = run.lock(args.out)  # noqa: F841  held until the process ends
-    run.check_what_is_there(args)
+    run.check_what_is_there(args.out, args.model, args.resume, args.overwrite)
     # What is missing is said before a model is fetched.
-    run.check_examples(args, train=task.examples("train"), val=task.examples("val"))
+    examples = {split: task.examples(split) for split in ("train", "val")}
+    args.examples, args.data = run.check_examples(args.out, args.resume, **examples)
     model, tokenizer = load(args.model, args.device)
     run.fill(args, SETTINGS, checkpoint.is_small(model))
     run.check_bounds(args, SETTINGS)
     run.use_graphs(model, args.graphs)
     set_start(args, model)
-    data.start_task(args, task, args.model)
+    data.start_task(task, args.model, args.reward, args.scorer, args.seed, args.device)
     if not checkpoint.is_small(model):
         memory.checkpoint_layers(model)
     if not args.resume:
         run.delete_earlier_run(args.out)
-    run.write_settings(args, "train_projector.py")
+    run.write_settings(args.out, "train_projector.py", vars(args))
     result = stages_1_and_2(model, tokenizer, task, args.out, args)
     checkpoint.save(model, tokenizer, os.path.join(args.out, "model"))
     run.write_json(os.path.join(args.out, "results.json"), result)

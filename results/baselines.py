@@ -752,7 +752,7 @@ METHODS = {"soft-thinking": run_soft_thinking, "moi": run_moi, "coconut": run_co
 
 def main():
     args = parse_arguments()
-    task = data.choose_task(args, args.model)
+    args.task, task = data.choose_task(args.task, args.model, args.reward, args.scorer)
     args.out = args.out or run.default_out(args.model, args.task, args.method)
     args.resume = None  # a baseline cannot be resumed
     run.check_arguments(args)
@@ -767,7 +767,7 @@ def main():
     run.use_graphs(model, args.graphs)
     cfg = settings(args, model)
     examples = examples[: cfg["stories"]]
-    data.start_task(args, task, args.model)
+    data.start_task(task, args.model, args.reward, args.scorer, args.seed, args.device)
     run.delete_earlier_run(args.out)
     run.write_json(os.path.join(args.out, "config.json"), {
         "script": "results/baselines.py",

@@ -232,7 +232,7 @@ def measure_task(name, task_name, counts, settings):
     if not memory.has_fixed_numbers(model):  # card.py decides what no flag says
         vars(args).update({key: settings["train_rl.py"][key] for key in train_rl.PLANNED})
     task = data.load_task(task_name)
-    data.start_task(args, task, name)
+    data.start_task(task, name, args.reward, args.scorer, args.seed, args.device)
 
     examples = task.examples("train")[: rl["train_prompts"]]
     rl["minibatches"] = min(rl["minibatches"], rl["prompts"], len(examples))  # as in train_rl.py

@@ -163,30 +163,22 @@ def small(tmp_path, tok):
     return random_model(tmp_path / "small", tok, len(tok), tok.eos_token_id)
 
 
-def arguments(**changes):
-    return types.SimpleNamespace(**{"task": None, "reward": None, "scorer": None, "seed": 3, "device": "cpu",
-                                    **changes})
-
-
 def test_the_default_task_is_the_tiny_world_for_a_model_that_reads_it_whatever_its_size(small, tmp_path):
-    for name, task in (("tiny", "tiny"), (small, "flawed_fictions"), ("Qwen2.5-1.5B", "flawed_fictions")):
-        args = arguments()
-        assert data.choose_task(args, str(name)) is data.load_task(task) and args.task == task
     shutil.copytree(checkpoint.TINY, tmp_path / "run" / "model")
-    data.choose_task(args := arguments(), str(tmp_path / "run"))
-    assert args.task == "tiny"
+    for model, task in (("tiny", "tiny"), (small, "flawed_fictions"), ("Qwen2.5-1.5B", "flawed_fictions"),
+                        (tmp_path / "run", "tiny")):
+        assert data.choose_task(None, str(model)) == (task, data.load_task(task))
 
 
 def test_reward_and_scorer_go_to_tasks_with_a_scorer_only(small, data_folder):
     model = load(small, "cpu")[0]
-    for flag in ({"reward": "vrcli"}, {"scorer": "tiny"}):
-        args = arguments(task="flawed_fictions", **flag)
+    for flags in (("vrcli", None), (None, "tiny")):
         one_line("--reward and --scorer are for tasks with a scorer .*; flawed_fictions has none",
-                 data.choose_task, args, str(small))
-    data.start_task(arguments(task="next_chapter", reward="thresholded"), nc, str(small))
+                 data.choose_task, "flawed_fictions", str(small), *flags)
+    data.start_task(nc, str(small), "thresholded", None, 3, "cpu")
     assert (nc.settings["reward"], nc.settings["seed"]) == ("thresholded", 3)
     assert not any(p.requires_grad for p in nc.settings["scorer"][0].parameters())
-    data.start_task(arguments(task="next_chapter", scorer="tiny"), nc, str(small))
+    data.start_task(nc, str(small), None, "tiny", 3, "cpu")
     assert nc.settings["scorer"][0].config.vocab_size != model.config.vocab_size
 
 

@@ -144,7 +144,7 @@ def test_missing_data_are_said_before_a_model_is_loaded(tmp_path, monkeypatch):
     for script in (train_rl, train_projector, evaluation):
         monkeypatch.setattr(script, "load", lambda *_: pytest.fail("a model was loaded"))
         with pytest.raises(UserError, match=r"not there yet; make it with: python "
-                                            r"data/flawed_fictions/prepare.py \(downloads"):
+                                            r"data/flawed_fictions/prepare.py \(see --help"):
             run(script, "--model", "Qwen2.5-1.5B", "--out", tmp_path / "o")
 
 
