@@ -116,7 +116,7 @@ def naive_score(model, prompt_ids, slots):
 
     -> (h (S, D), the states that predict each slot, latents (n, D), log-probs (S,), 0 at latents)"""
     embed = model.get_input_embeddings()
-    fed = list(embed(torch.tensor(prompt_ids, device=model.device)))  # not embed.weight: Gemma scales embeddings
+    fed = list(embed(torch.tensor(prompt_ids, device=model.device)))  # not embed.weight: Gemma scales it
     hs, logps = [], []
     latents = [torch.zeros(0, len(fed[0])).to(fed[0])]
     for slot in slots:
@@ -377,8 +377,9 @@ def load(name_or_path, device=None, dtype=torch.float32):
 
 
 def attach(model, weights=None, tokenizer=None):
-    """Adds the projector (from `weights`, else its start), its config entries and our attention to a causal
-    LM. With its tokenizer, ids that are no word get the logit -inf: none is ever sampled."""
+    """Adds the projector (from `weights`, else its start), its config entries and our attention to a causal LM.
+
+    tokenizer: its ids that are no word are never sampled."""
     cap, layers = checkpoint.check_model(model, CAP, PROJECTOR_LAYERS)
     # The released code's checkpoints name none. Without weights it is the start of the model's size.
     unnamed = "mlp" if weights or checkpoint.is_small(model) else "normed"
@@ -404,7 +405,7 @@ def attach(model, weights=None, tokenizer=None):
     model.bf16 = model.device.type == "cuda" and model.dtype == torch.float32  # see kv_cache.autocast
     model.graphs = False  # see decoder.Decoder
     kv_cache.mask_no_words(model, checkpoint.no_words(model, tokenizer) if tokenizer else [])
-    model.set_attn_implementation("litereason")  # for the caches of lib/kv_cache.py; all else goes through sdpa
+    model.set_attn_implementation("litereason")  # for our caches; all else goes through sdpa
     return model.eval()  # no dropout anywhere: sampling and scoring must see the same network
 
 
@@ -412,9 +413,8 @@ def attach(model, weights=None, tokenizer=None):
 def sample(logits, u, temperature, top_k, top_p):
     """One token per row, by inverting the cumulative distribution at u: independent of the other rows.
 
-    logits (B, V), u (B,) uniform in [0, 1) -> tokens (B,), log-probs (B,) under softmax(logits /
-    temperature). top-k and top-p cut the distribution that is drawn from, not the log-prob: train with them
-    off."""
+    logits (B, V), u (B,) in [0, 1) -> tokens (B,), log-probs (B,) under softmax(logits / temperature). top-k
+    and top-p cut the distribution that is drawn from, not the log-prob: train with them off."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (B, V)
     scaled = logits if temperature in (0, 1) else logits / temperature
     logp = scaled.log_softmax(-1)
@@ -427,8 +427,7 @@ def sample(logits, u, temperature, top_k, top_p):
         ranked, order = p.topk(top_k) if cuts else p.sort(descending=True)  # top-k first: far less to sort
         if top_p < 1:
             share = ranked / ranked.sum(-1, keepdim=True)
-            mass_before = share.cumsum(-1) - share
-            ranked = ranked.masked_fill(mass_before >= top_p, 0)
+            ranked = ranked.masked_fill(share.cumsum(-1) - share >= top_p, 0)  # by the mass before each
         p = torch.zeros_like(p).scatter(-1, order, ranked)
     cdf = p.cumsum(-1)  # (B, V)
     u = u.to(cdf.dtype).clamp(max=1 - torch.finfo(cdf.dtype).eps / 2)  # rounding must not make it 1
@@ -449,20 +448,18 @@ def generate(model, tokenizer, prompts, samples=1, max_new_tokens=256, temperatu
     temperature     0 is greedy. Of a generation_config only the stop ids are used
     latent          see latent_step; "none" leaves tags as plain text
     generator       a CPU torch.Generator
-    gen_batch_size  most rows decoded at once, but at least one whole group; changes no result. None: as many as
-                    fit into memory now, at most 512
+    gen_batch_size  most rows decoded at once, at least one whole group; changes no result. None: what fits
     stats           a dict to whose "positions" the number of positions computed is added
     bar             a tqdm bar, which moves by one for each rollout that ends
     tag             None: a tag runs as many latents as it says; K: every tag runs K; "forbidden": none begins
     For the other methods in results/baselines.py:
     start           latents that every row begins with
-    leave           (h (n, D), drawn (n,), numbers of the rollouts (n,), latents run (n,)) -> (n,) tokens that
-                    end a row's block here, or LATENT: continue. drawn: what the LM head would say
+    leave           (h (n, D), tokens drawn (n,), rollouts' numbers (n,), latents run (n,)) -> (n,) tokens that
+                    end a row's block here, or LATENT: continue
     feed            (h, token) -> (n, D), fed for a sampled token
     Raises UserError for an empty prompt or one that does not fit the model's positions."""
     if samples < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
-        raise UserError("generate needs samples and max_new_tokens of 1 or more, temperature and top_k of 0 "
-                        "or more, 0 < top_p <= 1")
+        raise UserError("generate needs samples, max_new_tokens >= 1, temperature, top_k >= 0, 0 < top_p <= 1")
     ids = [checkpoint.encode_prompt(model, tokenizer, p) if isinstance(p, str) else list(p) for p in prompts]
     checkpoint.check_lengths(model, ids, max_new_tokens)
     # All random numbers are drawn up front, one per row and slot: a rollout depends on its seed and prompt
@@ -486,8 +483,7 @@ def generate(model, tokenizer, prompts, samples=1, max_new_tokens=256, temperatu
 @kv_cache.with_autocast
 def _decode(model, tokenizer, prompts, draws, samples, max_prompts, sampling, latent, bar, tag, start, leave,
             feed):
-    """generate, for prompts of token ids and random numbers draws (rollouts, limit) -> (rollouts, positions
-    computed)."""
+    """generate, given token ids and random numbers (rollouts, limit) -> (rollouts, positions computed)."""
     watch = watcher(model, tokenizer)
     embed = model.get_input_embeddings()
     stop_ids = checkpoint.stop_tokens(model, tokenizer)
@@ -614,10 +610,9 @@ def _recorded(r, ended, prompts, samples, stop_ids, tokenizer):
 # ============================================================ scoring (paper Sec. 3.4)
 @kv_cache.with_autocast
 def states(model, rollouts):
-    """The outputs that predict given slots, latents as constants -> (h (B, S, D), slots (B, S), valid (B,
-    S)).
+    """The outputs that predict given slots -> (h (B, S, D), slots (B, S), valid (B, S)); h[b, s] predicts slot s.
 
-    h[b, s] predicts slot s. Gradients reach the base, also through its attention over the latents; never the
+    Latents are constants: gradients reach the base, also through its attention over the latents, never the
     projector."""
     batch = scoring.Batch(rollouts, model.device, padding=LATENT)
     # Each prompt is read once, with its graph: the gradients of its rows meet there.
@@ -649,8 +644,7 @@ def logprobs(model, rollouts, temperature=1.0):
 # ============================================================ the latent roll-out with gradient (Sec. 3.3)
 @kv_cache.with_autocast
 def unroll(model, rollouts, latent="projector"):
-    """Runs the latent steps of given slots again -> (h (B, S, D), [latents (n, D) of each row]). h[b, s]
-    predicts slot s.
+    """Runs the latent steps of given slots again -> (h as in `states`, [latents (n, D) of each row]).
 
     Gradients go back through all steps of all tags, and through the cache: nothing is detached. A latent
     costs one position; in the released code it costs a whole prefix."""
@@ -663,9 +657,8 @@ def unroll(model, rollouts, latent="projector"):
     z = last
     outputs = [last[:, None]]
     steps_made = []  # (z (B, D), which rows keep it)
-    # The batch goes in rounds: a piece of text per row, then latent steps until the longest block is done.
-    # Nothing waits for the output of a block's last latent, so that one is fed with the text that follows
-    # ("carried").
+    # The batch goes in rounds: a piece of text per row, then latent steps until the longest block is done. A
+    # block's last latent is fed with the text after it ("carried"): no latent waits for its output.
     for piece in plan:
         starts = torch.tensor(piece.starts, device=model.device)[:, None]  # (B, 1)
         counts = torch.tensor(piece.counts, device=model.device)[:, None]  # (B, 1)
@@ -691,10 +684,10 @@ def unroll(model, rollouts, latent="projector"):
     h = torch.cat(outputs, 1)  # (B, columns, D)
     index = column.to(model.device)[..., None].expand(-1, -1, h.shape[2])
     h = h.gather(1, index)  # (B, S, D)
+    nothing = h.new_zeros(0, h.shape[2])
     latents = []
     for row in batch.back.tolist():
-        own = [z[row] for z, kept in steps_made if kept[row]]
-        latents.append(torch.stack(own) if own else h.new_zeros(0, h.shape[2]))
+        latents.append(torch.cat([nothing] + [z[row, None] for z, kept in steps_made if kept[row]]))
     return h[batch.back], latents
 
 
@@ -712,10 +705,10 @@ def without_latents(rollout):
 
 
 def projector_loss(model, traces, latent="projector"):
-    """Cross-entropy on the text after the FIRST tag, as released (Sec. 3.3); later tags, answer and stop
-    token included -> (sum of the losses, number of scored tokens).
+    """Cross-entropy on the text after the FIRST tag, as released (Sec. 3.3): later tags, answer and stop token
+    too. traces: Rollouts whose latents are made here -> (sum, number of scored tokens).
 
-    traces: Rollouts whose latents are made here. latent="none" scores the same tokens without latents."""
+    latent="none" scores the same tokens without latents."""
     first = [r.slots.index(LATENT) if LATENT in r.slots else len(r.slots) for r in traces]
     if latent == "none":
         traces = [without_latents(r) for r in traces]
@@ -724,8 +717,7 @@ def projector_loss(model, traces, latent="projector"):
 
 
 def text_loss(model, h, rollouts, first):
-    """Cross-entropy on the text of each row from slot first[b] on -> (sum, number of tokens). h (B, S, D):
-    the outputs that predict its slots."""
+    """Cross-entropy on the text of each row from slot first[b] on -> (sum, number of tokens). h: as in states."""
     slots, valid = scoring.slot_table(rollouts, model.device, padding=LATENT)
     number = torch.arange(slots.shape[1], device=model.device)
     scored = valid & (slots != LATENT) & (number >= torch.tensor(first, device=model.device)[:, None])
