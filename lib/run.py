@@ -348,6 +348,8 @@ def add_flags(ap, table):
             else:
                 kind["type"] = bound if bound is str else type(bound)
                 kind["metavar"] = {int: "N", float: "X", str: "NAME"}[kind["type"]]
+            if isinstance(default, list):
+                kind["nargs"] = "+"
             group.add_argument(flag, **kind)
 
 
@@ -355,6 +357,8 @@ def _shown(default):
     """A default as text; nothing where the words of the flag say it."""
     if isinstance(default, bool):
         return "on" if default else "off"
+    if isinstance(default, list):
+        return " ".join(default)
     return "" if default is None else str(default)
 
 
@@ -382,7 +386,8 @@ def parser(doc):
     first, *others = doc.split("\n\n")
     shown = [first] + [paragraph for paragraph in others if paragraph.startswith("    ")]
     return argparse.ArgumentParser(description="\n\n".join(shown), usage="%(prog)s [flags]",
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+                                   formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+                                       prog, max_help_position=32, width=110))
 
 
 def default_text(small, released):

@@ -193,7 +193,7 @@ def test_all_three_stages_run_for_two_steps_and_leave_what_they_promise(trained)
     table = json.load(open(trained / "results.json"))
     assert [row["model"] for row in table] == [
         "base, explicit reasoning", "base, tag prompt", "LiteReason before RL", "LiteReason",
-        "  its latents taken away", "  another story's latents"]
+        "  its latents taken away", "  shuffled latents"]
 
 
 def test_a_runs_directory_is_a_model_for_the_other_scripts(trained, tmp_path):
