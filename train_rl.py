@@ -693,8 +693,8 @@ def what_latents_did(rows):
     own, other = rows[NAMES["litereason"]], rows[ANOTHERS]
     test = against(other, own)
     low, high = test["accuracy_ci95"]
-    return (f"what the latents did: {own['accuracy']:.3f} with its own, {other['accuracy']:.3f} shuffled "
-            f"({test['accuracy']:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}, "
+    return (f"what the latents did: {own['accuracy']:.3f} with its own, {other['accuracy']:.3f} with "
+            f"shuffled ones ({test['accuracy']:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}, "
             f"p {test['accuracy_p']:.1g}), in {own['tokens']:.1f} and {other['tokens']:.1f} tokens")
 
 

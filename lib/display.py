@@ -308,7 +308,7 @@ def table(rows, measure="accuracy"):
     Of results of eval.run_controls, instead of the last five: what each has gained over the plain run, the
     first row, and what differs (eval.judge)."""
     are_tested = "against_plain" in rows[-1][1]
-    headings = ["model", measure, "95 % interval", "tokens", "text", "latent"]
+    headings = ["control" if are_tested else "model", measure, "95 % interval", "tokens", "text", "latent"]
     if are_tested:
         for what in (measure, "tokens"):
             headings += [f"{what} gained", "95 % interval", "p", "Holm's p"]

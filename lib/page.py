@@ -91,8 +91,9 @@ def answer(model, tokenizer, task, example, rollout, reward, place):
     cut_off = "" if rollout.finished else ", cut off"
     first = html.escape(" ".join(TAG.sub(" ", rollout.text).split())[:150])
     asked = html.escape(tokenizer.decode(rollout.prompt_ids))
-    return (f'<article><details><summary>{place:,} {verdict}, {counted(len(rollout.slots), "token")}, '
-            f'{counted(len(parse_tags(rollout.text)), "tag")}, {counted(rollout.n_latents, "latent")}{cut_off} '
+    costs = ", ".join([counted(len(rollout.slots), "token"), counted(len(parse_tags(rollout.text)), "tag"),
+                       counted(rollout.n_latents, "latent")])
+    return (f"<article><details><summary>{place:,} {verdict}, {costs}{cut_off} "
             f'<span class="soft">{first}</span></summary>\n'
             f'<h3>Asked</h3><div class="text asked" tabindex="0">{asked}</div>\n'
             f'<h3>Answered</h3><div class="text">{body(model, tokenizer, rollout)}</div>'
