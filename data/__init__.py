@@ -25,7 +25,6 @@ Where it has a use for them, it may also have these:
     settings                         a dict that scripts fill in: "reward" (its kind), "scorer" (the frozen
                                      model and its tokenizer), "seed", "step" (of the training; 0 in
                                      evaluation)
-    plan_of, chapter_prompt, scorer  for eval.py --write, see data/next_chapter
 
 Examples that a prepare.py has written are read by `read_split`. The smallest task to copy from is
 data/tiny/__init__.py."""

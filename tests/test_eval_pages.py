@@ -1,5 +1,5 @@
-"""What people are shown is right: FLOPs are those that torch counts, pictures show the numbers they are given,
-and the page of answers shows every latent and lets no story's HTML through."""
+"""What people are shown is right: FLOPs are those that torch counts, pictures show the numbers they are
+given, and the page of answers shows every latent and lets no story's HTML through."""
 import html.parser
 import json
 import subprocess
@@ -113,8 +113,8 @@ def test_wrong_flags_end_in_one_line(words, says, monkeypatch):
 
 
 def test_help_has_a_line_for_each_flag_and_fits_a_screen():
-    said = subprocess.run([sys.executable, "eval.py", "--help"], cwd=ROOT, capture_output=True, text=True).stdout
-    lines = said.splitlines()
+    words = [sys.executable, "eval.py", "--help"]
+    lines = subprocess.run(words, cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
     assert len(lines) <= 50 and max(map(len, lines)) <= 110
     flags = sum(len(settings) for settings in evaluation.SETTINGS.values())
     assert sum(line.startswith("  --") for line in lines) == flags
@@ -184,23 +184,17 @@ def test_training_curves_are_faint_single_steps_and_strong_means_of_five(tmp_pat
     folders = {"LiteReason": made_run(tmp_path / "a", 1), "RL without latents": made_run(tmp_path / "b", 2)}
     picture = drawn(monkeypatch, plots.training, folders, tmp_path / "t.svg")
     assert names_in(picture) == list(folders)
-    reward, tokens, latents, tags = ([list(line.get_ydata()) for line in panel.lines] for panel in picture.axes)
-    assert reward == [[1, 2, 3, 4], [2, 2.5, 2.5, 3], [2, 3, 4, 5], [3, 3.5, 3.5, 4]]
-    assert tokens[0] == [30] * 4 and latents[0] == [5] * 4 and tags[0] == [0.5] * 4
+    curves = [[list(line.get_ydata()) for line in panel.lines] for panel in picture.axes]
+    assert curves[0] == [[1, 2, 3, 4], [2, 2.5, 2.5, 3], [2, 3, 4, 5], [3, 3.5, 3.5, 4]]
+    assert [panel[0] for panel in curves[1:]] == [[30] * 4, [5] * 4, [0.5] * 4]
 
 
 def test_chains_are_drawn_from_the_kept_starts_each_start_named_once(tmp_path, monkeypatch):
     rows = json.load(open(f"{ROOT}/results/starts-real.json"))
     picture = drawn(monkeypatch, plots.chains, rows, tmp_path / "s.svg")
     assert len(picture.axes) == len({row["model"] for row in rows})
-    assert len(set(names_in(picture))) == len(names_in(picture)) and {"mlp", "normed"} <= set(names_in(picture))
+    assert sorted(names_in(picture)) == sorted({row["start"] for row in rows if row["lr"] == rows[0]["lr"]})
     assert list(picture.axes[0].lines[2].get_ydata()) == rows[1]["chain before"]
-
-
-def test_a_method_keeps_its_colour_with_and_without_the_penalty_and_no_two_rows_share_one():
-    both = plots.colours_of(["x", "LiteReason", "LiteReason + length penalty", "RL with tags, no latents"])
-    assert len(set(both)) == 4 and both[3] == plots.COLOURS["RL with tags"]
-    assert plots.colours_of(["LiteReason + length penalty"]) == [both[1]]
 
 
 def test_without_matplotlib_one_line_says_how_to_get_it(monkeypatch):
@@ -265,8 +259,9 @@ def test_an_answer_is_one_line_until_it_is_unfolded(model, tok, rollouts):
             f"{len(rollouts[0].slots)} tokens, 2 tags, 5 latents ab cd .")
     assert " open" not in text and rest.index("Asked") < rest.index("Answered")
     assert ", cut off <" in answer(model, tok, GOLD, "", rollouts[1], 1.0, 1)
-    assert "gold" not in (said := answer(model, tok, TASK, "", rollouts[0], 12.5, 1)) and "reward 12.5," in said
-    assert [number(x) for x in (7289.7, 36.42, 0.0123, 0, float("nan"))] == ["7,290", "36.4", "0.0123", "0", "nan"]
+    graded = answer(model, tok, TASK, "", rollouts[0], 12.5, 1)
+    assert "gold" not in graded and "reward 12.5," in graded
+    assert [number(x) for x in (7289.7, 36.42, 0.0123, float("nan"))] == ["7,290", "36.4", "0.0123", "nan"]
 
 
 def test_wrong_answers_come_first_and_are_counted_among_all(model, tok, rollouts):
@@ -278,7 +273,7 @@ def test_wrong_answers_come_first_and_are_counted_among_all(model, tok, rollouts
     words = said(3)
     order = [words.index(f"\n{place} ✗" if place in (2, 4) else f"\n{place} ✓") for place in (4, 1)]
     assert words.index("2 ✗ wrong,") < order[0] < order[1] and "3 ✓" not in words
-    assert words.startswith("a <b>\n✗ 2 wrong, ✓ 2 right of 4 answers. Below are 3, which are no fair sample")
+    assert words.startswith("a <b>\n✗ 2 wrong, ✓ 2 right of 4 answers. Below are 3, which are no fair")
     assert "said <above>: accuracy 0.8 (95 % interval 0.7 to 0.9); 1,235 tokens per answer" in words
     assert "Below are all of them" in said(9)
     graded = types.SimpleNamespace(reward=lambda e, text: e, MEASURE="reward")
@@ -290,8 +285,7 @@ def test_a_story_with_a_script_in_it_is_words_on_the_page_and_nothing_else(model
     task = types.SimpleNamespace(answer=lambda e: HOSTILE, reward=lambda e, text: 0.0)
     text = whole([section(HOSTILE, {**ROW, "name": HOSTILE}, model, tok, task, [HOSTILE], [r], 1)])
     got = Reader(text)
-    # The model's name, the line above, the gold answer, in the answer's first words, what was asked, twice in the
-    # answer.
+    # Name, line above, gold answer, the answer's first words, what was asked, twice in the answer.
     assert got.words.count(HOSTILE) == 7
     assert not {"script", "img", "link", "iframe"} & set(got.elements)
     assert not [a for a, _ in got.attributes if a in ("src", "href") or a.startswith("on")]
