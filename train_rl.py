@@ -100,7 +100,7 @@ SMOKE = {"steps": 4, "prompts": 2, "num_generations": 4, "minibatches": 2, "max_
          "train_prompts": 4, "trace_prompts": 8, "projector_steps": 2, "n": 2, "val": 2}
 # Most that sampler and scorer may differ in a log-prob, by whether the model computes in bf16.
 DLOGP = {False: 1e-2, True: 2.0}
-TAKEN_AWAY, ANOTHERS = "  its latents taken away", "  another story's latents"
+TAKEN_AWAY, ANOTHERS = "  its latents taken away", "  shuffled latents"
 
 
 # ============================================================ stage 3
@@ -603,7 +603,7 @@ def main():
         others = tests and latents_of_others(model, tokenizer, task, task.examples("val")[: args.val or 100],
                                              seed=args.seed, max_new_tokens=args.max_new_tokens, **PAPER)
         if others:
-            add_row(ANOTHERS, True, latent_of("other", model, others, args.seed))
+            add_row(ANOTHERS, True, latent_of("shuffled", model, others, args.seed))
     if table_rows:
         results = [{"model": name, **figures} for name, figures in table_rows]
         run.write_json(os.path.join(args.out, "results.json"), results)
@@ -702,8 +702,8 @@ def what_latents_did(rows):
     own, other = rows[NAMES["litereason"]], rows[ANOTHERS]
     test = against(other, own)
     low, high = test["accuracy_ci95"]
-    return (f"what the latents did: {own['accuracy']:.3f} with its own, {other['accuracy']:.3f} with another "
-            f"story's ({test['accuracy']:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}, "
+    return (f"what the latents did: {own['accuracy']:.3f} with its own, {other['accuracy']:.3f} with "
+            f"shuffled ones ({test['accuracy']:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}, "
             f"p {test['accuracy_p']:.1g}), in {own['tokens']:.1f} and {other['tokens']:.1f} tokens")
 
 

@@ -501,11 +501,9 @@ def test_controls(small, tmp_path):
     assert len(names) > 8 and len(results(tmp_path / "table")) == len(names)
 
 
-def test_answers_shown_and_next_chapters_written(small, tmp_path):
-    done = pretend.script("eval.py", "--model", small, "--task", "tiny.next_chapter", "--show", 1,
-                          "--write", 1, "--n", 1, "--max-new-tokens", 16, "--out", tmp_path / "table")
-    assert_bf16(done)
-    assert (tmp_path / "table" / "chapters.md").exists()
+def test_answers_are_shown(small, tmp_path):
+    assert_bf16(pretend.script("eval.py", "--model", small, "--task", "tiny.next_chapter", "--show", 1, "--n", 1,
+                               "--max-new-tokens", 16))
 
 
 REASONING = ("from Mara Otto and from Karl Lena , so Rosa has none of the halves , "

@@ -213,8 +213,8 @@ def test_words_that_all_sentences_have_tell_nothing(base):
     told = [f"go on with {name} ." for name in ("Karl", "Mara", "Otto", "Lena")]
     common = train_projector.common_words(tokenizer, told)
     assert {tokenizer.decode([i]) for i in common} == {"go", "on", "with", "."}
-    assert targets.last_words(model, tokenizer, told[0], common, 2) is None  # one word that tells something
-    assert targets.last_words(model, tokenizer, told[0], common, 1) is not None
+    assert train_projector.last_words(model, tokenizer, told[0], common, 2) is None  # one word that tells something
+    assert train_projector.last_words(model, tokenizer, told[0], common, 1) is not None
 
 
 @pytest.mark.parametrize("share", [0.15, 0.6])
