@@ -210,13 +210,13 @@ def add_flags(ap, table):
     for title, settings in table.items():
         group = ap.add_argument_group(title)
         for name, (default, bound, what) in settings.items():
-            shown = " | ".join(dict.fromkeys(map(str, default))) if isinstance(default, BySize) else default
-            is_silent = shown in (None, "") or isinstance(shown, bool)
-            kind = {"help": what + ("" if is_silent else f" [{shown}]"), "default": default}
+            kind = {"default": default, "help": what}
             if isinstance(default, BySize):
-                kind["default"] = None
-            if isinstance(default, list):
-                kind["nargs"] = "+"
+                kind = {"default": None, "help": f"{what} [{' | '.join(dict.fromkeys(map(str, default)))}]"}
+            elif isinstance(default, list):
+                kind.update(nargs="+", help=f"{what} [{' '.join(default)}]")
+            elif default is not None and bound is not bool:
+                kind["help"] = f"{what} [{default}]"
             if bound is bool:
                 kind["action"] = "store_true" if default is False else argparse.BooleanOptionalAction
             elif isinstance(bound, list):
