@@ -695,8 +695,7 @@ def say_what_runs(args, model, prompts, plan):
 
 
 def what_latents_did(rows):
-    """The last line of a run: its own latents against another story's, on the same stories and random
-    numbers."""
+    """The last line of a run: its own latents against shuffled ones, on the same stories and draws."""
     if ANOTHERS not in rows:
         return "what the latents did: nothing, the policy runs none"
     own, other = rows[NAMES["litereason"]], rows[ANOTHERS]
