@@ -88,6 +88,7 @@ SETTINGS = {
         "checkpoint_layers": (None, bool, "keep no activations in layers: a third more time [if needed]"),
         "offload": (None, bool, "fp32 weights and AdamW's moments on the host [if needed]"),
         "device": (None, str, "cpu or cuda [cuda if there is one]"),
+        "graphs": (True, bool, "on CUDA, record the decoding step and replay it"),
         "save_every": (BySize(4, 16), 1, "steps between two states on the disk; the last two are kept"),
         "show_every": (20, 0, "steps between two rollouts on the screen; 0 for never")}}
 # Not flags. Released: the same, but a refresh on one trace for each of 4 GPUs, without a clip.
@@ -512,7 +513,7 @@ def parse_arguments():
     run.add_flags(ap, SETTINGS)
     if ap.parse_known_args()[0].smoke:
         ap.set_defaults(**SMOKE)  # what the command line says wins
-    return run.parse_resumable(ap, "train_rl.py", free=("steps", "device"))
+    return run.parse_resumable(ap, "train_rl.py", free=("steps", "device", "graphs"))
 
 
 def main():
@@ -530,7 +531,7 @@ def main():
 
     # The model, and the settings that it decides.
     model, tokenizer = load(args.model, args.device)
-    run.use_graphs(model, True)
+    run.use_graphs(model, args.graphs)
     data.start_task(task, args.model, args.reward, args.scorer, args.seed, args.device)
     settle(args, model, saved, len(examples))
     set_start(args, model)

@@ -126,7 +126,7 @@ def test_all_stages_of_the_next_chapter_task_run_on_a_real_book(
     base = random_model(tmp_path / "base", real_tok, 151936, EOS)
     force(f"The king was old. {tag(1)} His son was not.\nIn summary: the{{}} comes.", (" king", " son"))
     common = ("--task", "next_chapter", "--device", "cpu", "--max-new-tokens", 60)
-    run(train_rl, "--model", base, *common, "--train-prompts", 4, "--prompts", 2, "--group", 3, "--steps", 2,
+    run(train_rl, "--model", base, *common, "--train-prompts", 4, "--prompts", 2, "--num-generations", 3, "--steps", 2,
         "--trace-prompts", 12, "--targets", "none", "--reward", "vrcli", "--projector-steps", 1, "--n", 1,
         "--val", 2, "--out", tmp_path / "rl")
     metrics = [json.loads(line) for line in open(tmp_path / "rl" / "metrics.jsonl")]
