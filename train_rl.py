@@ -73,7 +73,7 @@ SETTINGS = {
         "lr": (BySize(1.2e-4, 5e-7), 0.0, "learning rate of AdamW"),
         "lr_schedule": ("constant", ["constant", "cosine"], "cosine, as released: warm-up, then to a tenth"),
         "rule": ("grpo", list(RULES), "advantages, and what a rollout's loss is divided by"),
-        "overlong_buffer": (BySize(checkpoint.SLOTS_SMALL, 0), 0, "DAPO's length penalty in the last N slots"),
+        "overlong_buffer": (BySize(checkpoint.SLOTS_SMALL, 0), 0, "DAPO's length penalty: the last N slots"),
         "anchor": (BySize(10.0, 0.0), 0.0, "ours, with --targets words: weight of stage 2's error"),
         "recompute_latents": (False, bool, "score with latents of the current weights, as released")},
     "projector": {

@@ -62,7 +62,7 @@ def run_script(main):
 
 
 def _end(code, said):
-    print(f"\n{os.path.basename(sys.argv[0])}: {said}", file=sys.stderr)
+    print(f"{os.path.basename(sys.argv[0])}: {said}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -379,8 +379,8 @@ def check_examples(out, resumes, **splits):
     changed = [name for name, digest in digests.items() if made.get("examples", digests)[name] != digest]
     if resumes and changed:
         raise UserError(f"the {' and '.join(changed)} examples are not those that {out} began with "
-                        f"(LITEREASON_DATA was {made['data']}, and is {folder}): prepare those again, or begin "
-                        f"a new run")
+                        f"(LITEREASON_DATA was {made['data']}, and is {folder}): prepare those again, or "
+                        f"begin a new run")
     return digests, folder
 
 

@@ -1,13 +1,12 @@
-"""Kills a tiny run of all stages at random moments, resumes it, kills it again; the end must be the end of a run
-left alone, bit for bit.
+"""Kills a tiny run of all stages at random moments, resumes it, kills it again; the end must be the end of a
+run left alone, bit for bit.
 
     python tests/kill.py --kills 60       # a third of them in each stage: traces, projector, RL
 
-Half of the kills fall on a moment that a clock draws. The other half fall on the disk: the process kills itself
-before or after the n-th call that makes, fills, syncs, renames or removes something (a state, a checkpoint, the
-traces, the settings), or with only a part of a state or of the traces on the disk. Each process is forked from
-this one, which has imported everything.
-"""
+Half of the kills fall on a moment that a clock draws. The other half fall on the disk: the process kills
+itself before or after the n-th call that makes, fills, syncs, renames or removes something (a state, a
+checkpoint, the traces, the settings), or with only a part of a state or of the traces on the disk. Each
+process is forked from this one, which has imported everything."""
 import argparse
 import json
 import os
@@ -39,8 +38,8 @@ DISK = [(os, "mkdir"), (os, "makedirs"), (os, "rename"), (os, "replace"), (os, "
 
 
 def kill_at(n, half):
-    """In a child: from now on it dies at the n-th call of DISK, or, with half, after the one before, and what that
-    brought to the disk is cut."""
+    """In a child: from now on it dies at the n-th call of DISK, or, with half, after the one before, and what
+    that brought to the disk is cut."""
 
     def watched(real, name):
         def call(*args, **kwargs):

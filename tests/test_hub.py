@@ -1,5 +1,5 @@
-"""A model comes from a hub that speaks the hub's protocol, with progress; what cannot be had ends in one line that
-says why."""
+"""A model comes from a hub that speaks the hub's protocol, with progress; what cannot be had ends in one line
+that says why."""
 import fcntl
 import hashlib
 import http.server
@@ -103,7 +103,8 @@ def test_what_a_hub_has_is_loaded_and_what_it_has_not_ends_in_one_line(environme
     assert said["me/tiny"] == "me/tiny loaded 128 False"
     for name, says in (("me/typo", "is not a valid model identifier"), ("me/gated", "gated repo"),
                        ("me/bin", "its weights are not in safetensors files, the only kind that is read")):
-        assert said[name].startswith(f"{name} refused 0 cannot load {name!r} from the hub: ") and says in said[name]
+        assert said[name].startswith(f"{name} refused 0 cannot load {name!r} from the hub: ")
+        assert says in said[name]
         assert "if gated, accept its terms there, then `hf auth login`" in said[name]
 
 

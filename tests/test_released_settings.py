@@ -1,7 +1,6 @@
 """Settings of the released code that a flag asks for: each does what its help says, the defaults stay ours,
 and a run with all of them resumes exactly."""
 import json
-
 import signal
 import types
 

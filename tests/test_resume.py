@@ -25,8 +25,8 @@ from lib import run as runs
 from litereason import UserError, load, save
 
 SIZES = ("--device", "cpu", "--n", 1, "--train-prompts", 8, "--prompts", 4, "--num-generations", 4,
-         "--minibatches", 2, "--max-new-tokens", 60, "--save-every", 1, "--show-every", 0, "--projector-steps", 2,
-         "--trace-prompts", 24, "--targets", "none", "--val", 2)
+         "--minibatches", 2, "--max-new-tokens", 60, "--save-every", 1, "--show-every", 0,
+         "--projector-steps", 2, "--trace-prompts", 24, "--targets", "none", "--val", 2)
 NO_TABLE = ("--n", 0)  # for tests that do not read it
 
 
@@ -205,7 +205,7 @@ def test_what_may_stand_beside_resume_and_what_a_stopped_run_is_guarded_against(
     (cosine / "config.json").write_text(json.dumps({**settings, "lr_schedule": "cosine"}))
     for script, words, says in (
         (train_rl, (*SIZES, "--steps", 4, "--out", half), "holds a run of .*: go on with --resume"),
-        (train_rl, ("--resume", half, "--lr", 1), "--lr: a resumed run keeps the settings of .*, save --steps"),
+        (train_rl, ("--resume", half, "--lr", 1), "--lr: a resumed run keeps .*, save --steps and"),
         (train_rl, ("--resume", half, "--steps", 2), "is at step 3 already"),
         (train_rl, ("--resume", cosine, "--steps", 6), "--steps: with --lr-schedule cosine"),
         (train_rl, ("--resume", tmp_path), "nothing to resume in .* no config.json of train_rl.py"),
@@ -232,7 +232,8 @@ def test_a_second_process_on_the_same_directory_is_refused(tmp_path):
 
 def test_states_are_complete_or_absent_and_two_are_kept(tmp_path, monkeypatch):
     for step in range(1, 4):
-        runs.write_state(tmp_path, step, {"x": torch.tensor([float(step)]), "n": step, "t": ("a", [None, True])})
+        value = {"x": torch.tensor([float(step)]), "n": step, "t": ("a", [None, True])}
+        runs.write_state(tmp_path, step, value)
     assert runs.saved_states(tmp_path) == [2, 3]
     monkeypatch.setattr(torch, "save", raises(OSError(28, "No space left on device")))
     with pytest.raises(UserError, match="No space left on device; what was written before is kept"):
@@ -295,8 +296,6 @@ def test_a_directory_that_becomes_read_only_ends_in_one_line_and_the_run_continu
         os.chmod(out, 0o755)
         monkeypatch.setattr(train_rl, "learning_rate", learning_rate)
         shutil.copytree(pair / "half", out, dirs_exist_ok=True)
-        shutil.copy(pair / "half" / "state-2.pt", pathlib.Path(out) / "state-3.pt")  # step 3 again, from step 2
-        os.remove(pathlib.Path(out) / "state-3.pt")
         try:
             assert "Permission denied" in in_one_line(capsys, train_rl, "--resume", out)
         finally:
@@ -355,7 +354,7 @@ def test_a_scorer_that_disagrees_with_the_sampler_stops_the_run(pair, tmp_path, 
 
     monkeypatch.setattr(train_rl, "logprobs", logprobs)
     words = (*SIZES, *NO_TABLE, "--minibatches", 1, "--prompts", 8, "--steps", 1)
-    with pytest.raises(UserError, match="step 1: sampler and scorer differ by 0.1 in a log-prob; more than 0.01"):
+    with pytest.raises(UserError, match="step 1: sampler and scorer differ by 0.1 in a log-prob"):
         run(train_rl, "--model", pair / "whole", *words, "--out", tmp_path)
     assert len(json.load(open(tmp_path / "bad-rollouts.json"))) == 1
 
@@ -382,9 +381,10 @@ def test_steps_that_are_not_finite_are_skipped_and_three_in_a_row_stop_the_run(h
     (["It is so."] * 2, {}, "warning: step 7: all 2 rollouts wrote the same: 'It is so.'\n"),
     ([f"{tag(1)} ", tag(2) + tag(3)], {}, "warning: step 7: all 2 rollouts wrote tags and nothing else\n"),
     ([tag(1), tag(2) + "a"], {}, ""),
-    (["a", "b"], {"tag_share": 0}, "warning: step 7: no rollout ran a tag: there is no latent reasoning left\n"),
-    (["a", "b"], {"zero_variance": 1}, "warning: step 7: in each group all earned the same (mean 0.500): nothing "
-     "to learn from\n"),
+    (["a", "b"], {"tag_share": 0},
+     "warning: step 7: no rollout ran a tag: there is no latent reasoning left\n"),
+    (["a", "b"], {"zero_variance": 1},
+     "warning: step 7: in each group all earned the same (mean 0.500): nothing to learn from\n"),
 ])
 def test_what_is_wrong_with_a_batch_is_said(capsys, texts, changes, says):
     train_rl.warn({"step": 7, "tag_share": 1.0, "zero_variance": 0.0, "reward": 0.5, **changes}, True, texts)
