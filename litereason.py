@@ -377,9 +377,8 @@ def load(name_or_path, device=None, dtype=torch.float32):
 
 
 def attach(model, weights=None, tokenizer=None):
-    """Adds the projector (from `weights`, else its start), its config entries and our attention to a causal LM.
-
-    tokenizer: its ids that are no word are never sampled."""
+    """Adds the projector (from `weights`, else its start), its config entries and our attention to a causal
+    LM. tokenizer: of its ids those that are no word are never sampled."""
     cap, layers = checkpoint.check_model(model, CAP, PROJECTOR_LAYERS)
     # The released code's checkpoints name none. Without weights it is the start of the model's size.
     unnamed = "mlp" if weights or checkpoint.is_small(model) else "normed"
@@ -454,12 +453,12 @@ def generate(model, tokenizer, prompts, samples=1, max_new_tokens=256, temperatu
     tag             None: a tag runs as many latents as it says; K: every tag runs K; "forbidden": none begins
     For the other methods in results/baselines.py:
     start           latents that every row begins with
-    leave           (h (n, D), tokens drawn (n,), rollouts' numbers (n,), latents run (n,)) -> (n,) tokens that
-                    end a row's block here, or LATENT: continue
+    leave           (h (n, D), tokens drawn (n,), rollouts' numbers (n,), latents run (n,)) -> (n,) tokens
+                    that end a row's block here, or LATENT: continue
     feed            (h, token) -> (n, D), fed for a sampled token
     Raises UserError for an empty prompt or one that does not fit the model's positions."""
     if samples < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
-        raise UserError("generate needs samples, max_new_tokens >= 1, temperature, top_k >= 0, 0 < top_p <= 1")
+        raise UserError("generate takes samples, max_new_tokens > 0, temperature, top_k >= 0, 0 < top_p <= 1")
     ids = [checkpoint.encode_prompt(model, tokenizer, p) if isinstance(p, str) else list(p) for p in prompts]
     checkpoint.check_lengths(model, ids, max_new_tokens)
     # All random numbers are drawn up front, one per row and slot: a rollout depends on its seed and prompt
@@ -610,7 +609,7 @@ def _recorded(r, ended, prompts, samples, stop_ids, tokenizer):
 # ============================================================ scoring (paper Sec. 3.4)
 @kv_cache.with_autocast
 def states(model, rollouts):
-    """The outputs that predict given slots -> (h (B, S, D), slots (B, S), valid (B, S)); h[b, s] predicts slot s.
+    """The outputs h[b, s] that predict given slots s -> (h (B, S, D), slots (B, S), valid (B, S)).
 
     Latents are constants: gradients reach the base, also through its attention over the latents, never the
     projector."""
@@ -705,8 +704,8 @@ def without_latents(rollout):
 
 
 def projector_loss(model, traces, latent="projector"):
-    """Cross-entropy on the text after the FIRST tag, as released (Sec. 3.3): later tags, answer and stop token
-    too. traces: Rollouts whose latents are made here -> (sum, number of scored tokens).
+    """Cross-entropy on the text after the FIRST tag, as released (Sec. 3.3): later tags, answer and stop
+    token too. traces: Rollouts whose latents are made here -> (sum, number of scored tokens).
 
     latent="none" scores the same tokens without latents."""
     first = [r.slots.index(LATENT) if LATENT in r.slots else len(r.slots) for r in traces]
@@ -717,7 +716,7 @@ def projector_loss(model, traces, latent="projector"):
 
 
 def text_loss(model, h, rollouts, first):
-    """Cross-entropy on the text of each row from slot first[b] on -> (sum, number of tokens). h: as in states."""
+    """Cross-entropy on the text from slot first[b] on -> (sum, number of tokens). h: as in `states`."""
     slots, valid = scoring.slot_table(rollouts, model.device, padding=LATENT)
     number = torch.arange(slots.shape[1], device=model.device)
     scored = valid & (slots != LATENT) & (number >= torch.tensor(first, device=model.device)[:, None])

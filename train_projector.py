@@ -43,41 +43,49 @@ from litereason import (CAP, CLOSE, LATENT, OPEN, PROJECTORS, Rollout, generate,
                         without_latents, word_embeddings, z_size, z_sizes)
 
 # ============================================================ settings
-# name: (default, least value or choices or kind, what it is). BySize: the default of a model of under 50 M
-# parameters, trained from scratch, and that of any other, as released.
-SHARED = {  # with train_rl.py
+# {title: {name: (default, the least or the choices, what it is)}}. BySize: of a model of under 50 M weights,
+# and of any other, which is as released.
+SHARED = {  # by train_rl.py
     "projector": ("warm", ["warm", "random", *PROJECTORS],
                   "start: mlp (paper), normed (ours, real models); controls: random, pause"),
-    "imitate": (0, 0, "before stage 2 the base learns for N steps to write the masked traces"),
-    "targets": (BySize("words", "none"), ["words", "none"], "of latents: the last words of what they skip"),
-    "words": (BySize(2, 2), 1, "words in the target of a latent"),
-    "noise": (BySize(0.2, 0.2), 0.0, "on the targets that are fed, a share of their size"),
-    "train_base": (BySize(0.0, 0.0), 0.0, "with targets: rate at which the base learns in stage 2 too")}
+    "targets": (BySize("words", "none"), ["words", "none"], "of latents: the last words of what they skip")}
 SETTINGS = {
-    "stage 1 [default of a model of under 50 M parameters | of any other]": {
-        "prompts": (BySize(1500, None), 1, "train prompts to sample traces for; without: all"),
+    "what is run": {
+        "model": ("tiny", str, "tiny, a directory, or a hub name such as Qwen2.5-1.5B"),
+        "task": (None, str, "a folder under data/, or tiny.next_chapter [by the model]"),
+        "reward": (None, ["contrastive", "vrcli", "thresholded"], "of next_chapter [contrastive]"),
+        "scorer": (None, str, "the frozen model that reads chapters [a copy of the base]"),
+        "seed": (0, 0, "of all random draws"),
+        "n": (200, 1, "val stories for the accuracy before and after"),
+        "out": (None, str, "the run's directory [out/MODEL-TASK-projector]"),
+        "overwrite": (False, bool, "replace the run that --out holds"),
+        "resume": (None, str, "continue the run in this directory, by its own settings"),
+        "device": (None, str, "cpu or cuda [cuda if there is one]"),
+        "save_every": (50, 1, "steps of stage 2 between two states on the disk; the last two are kept")},
+    "stage 1 [small model | any other, as released]": {
+        "prompts": (BySize(1500, None), 1, "train prompts to sample traces for; None: all"),
         "samples": (BySize(1, 5), 1, "traces per prompt"),
         "max_new_tokens": (BySize(checkpoint.SLOTS_SMALL, checkpoint.SLOTS_RELEASED), 1,
                            "slots per trace, latents included"),
-        "keep_cut": (False, bool, "keep rewarded traces cut by the length limit (released: on)"),
+        "keep_cut": (False, bool, "keep rewarded traces that the length limit has cut, as released"),
         "traces": (None, str, "take traces from this file, jsonl with example (its number) and text")},
     "stage 2": {
-        "steps": (BySize(400, None), 0, "optimiser steps; without: every masked trace once"),
+        "steps": (BySize(400, None), 0, "optimiser steps; None: every masked trace once"),
         "batch": (BySize(32, 16), 1, "traces per optimiser step"),
         "lr": (BySize(4e-3, 1e-4), 0.0, "peak learning rate of AdamW"),
         "released_betas": (False, bool, "AdamW's betas are 0.9 and 0.999, not 0.9 and 0.95"),
-        "max_length": (None, 1, "leave out masked traces of more tokens (released: 4096)")},
-    "ours, not in the paper": SHARED,
-    "run": {
-        "n": (200, 1, "val stories for the accuracy before and after"),
-        "seed": (0, 0, "of all random draws"),
-        "save_every": (50, 1, "steps of stage 2 between two states on the disk")}}
+        "max_length": (None, 1, "leave out masked traces of more tokens; released 4096")},
+    "ours, not in the paper": SHARED | {
+        "words": (2, 1, "words in the target of a latent"),
+        "noise": (0.2, 0.0, "on the targets that are fed, a share of their size"),
+        "train_base": (0.0, 0.0, "with targets: rate at which the base learns in stage 2 too"),
+        "imitate": (0, 0, "before stage 2 the base learns for N steps to write the masked traces")}}
 
 RATIOS, VERSIONS = (0.10, 0.25), 5  # share of the sentences that become tags; versions of a trace for each
 AT_ONCE = 160  # samples of stage 1 between two writes to the disk
 LARGE = 100  # sizes of an embedding: a longer latent drowns the words around it
 REASONS = {  # why a sample of stage 1 is of no use to stage 2, and what helps
-    "no verdict": "without an answer in the form that the prompt asks for (an instruct or larger --model helps)",
+    "no verdict": "without an answer in the form that the prompt asks for (a larger --model helps)",
     "cut": "cut by the length limit (a higher --max-new-tokens helps)",
     "wrong": "that earned nothing (more prompts or a stronger --model help)",
     "no sentence": "without a sentence before the answer, whose first words are the task's ANSWER"}
@@ -320,8 +328,8 @@ def optimise(model, traces, learners, batch, steps, losses_of, clip=0.2, seed=0,
     losses_of  (rows, step) -> yields the loss of a batch in parts, one per micro-batch
     together   see `batches`
     schedule   warm-up over 10 % of the steps, then a cosine to 10 %; else the rate is constant
-    states     a directory: the loop continues from the newest state there, and leaves one every so many steps and
-               when it is stopped, with `carried` in it. Beside it DIRECTORY.jsonl has a line per step"""
+    states     a directory: the loop continues from the newest state there, and leaves one every so many steps
+               and when it is stopped, with `carried` in it. Beside it DIRECTORY.jsonl has a line per step"""
     steps = max(1, len(traces) // batch) if steps is None else steps
     groups = [{"params": list(p), "lr": lr, "peak": lr, "begins": begins} for p, lr, begins in learners]
     parameters = [p for group in groups for p in group["params"]]
@@ -472,7 +480,8 @@ def stages_1_and_2(model, tokenizer, task, out, settings, smoke=False):
     examples = task.examples("train")[: settings.prompts]
     steps = "one pass over the masked traces" if settings.steps is None else f"{settings.steps} steps"
     print(f"stages 1 and 2: {settings.samples} traces of up to {settings.max_new_tokens} tokens for each of "
-          f"{len(examples)} train prompts, then {steps}, {settings.batch} masked traces each", flush=True)
+          f"{len(examples)} train prompts, then {steps}, {settings.batch} masked traces each\n"
+          f"{run.beside_released(vars(settings), SETTINGS)}", flush=True)
     if settings.traces:
         traces, left_out = given_traces(settings.traces, task, examples), []
     else:
@@ -560,21 +569,15 @@ def set_start(args, model):
 
 def parse_arguments():
     ap = run.parser(__doc__)
-    g = ap.add_argument_group("what")
-    g.add_argument("--model", default="tiny", metavar="NAME",
-                   help="tiny, a directory, or a hub name such as Qwen2.5-1.5B [tiny]")
-    data.task_flags(g)
-    run.out_flags(g, "traces, settings, figures and the model", "out/MODEL-TASK-projector")
-    g.add_argument("--resume", metavar="DIR", help="continue the run in DIR, with its settings")
-    run.device_flags(g)
     run.add_flags(ap, SETTINGS)
-    return run.parse_resumable(ap, "train_projector.py")
+    return run.parse_resumable(ap, "train_projector.py", free=("device",))
 
 
 def main():
     args = parse_arguments()
     args.task, task = data.choose_task(args.task, args.model, args.reward, args.scorer)
     args.out = args.out or run.default_out(args.model, args.task, "projector")
+    run.check_bounds(args, SETTINGS)
     run.check_arguments(args)
     lock_file = run.lock(args.out)  # noqa: F841  held until the process ends
     run.check_what_is_there(args.out, args.model, args.resume, args.overwrite)
@@ -583,8 +586,7 @@ def main():
     args.examples, args.data = run.check_examples(args.out, args.resume, **examples)
     model, tokenizer = load(args.model, args.device)
     run.fill(args, SETTINGS, checkpoint.is_small(model))
-    run.check_bounds(args, SETTINGS)
-    run.use_graphs(model, args.graphs)
+    run.use_graphs(model, True)
     set_start(args, model)
     data.start_task(task, args.model, args.reward, args.scorer, args.seed, args.device)
     if not checkpoint.is_small(model):
