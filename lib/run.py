@@ -293,18 +293,6 @@ def parser(doc):
     return ap
 
 
-def out_flags(group, what, default):
-    group.add_argument("--out", metavar="DIR", help=f"{what} go there (default {default})")
-    group.add_argument("--overwrite", action="store_true", help="replace the run in --out (default: refuse)")
-
-
-def device_flags(group):
-    """Where a script runs, and how a GPU is used."""
-    group.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
-    group.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True,
-                       help="on CUDA, record the decoding step as a graph and replay it (default on)")
-
-
 def use_graphs(model, wanted):
     """--graphs; a CPU has none."""
     model.graphs = wanted and model.device.type == "cuda"
@@ -321,7 +309,7 @@ def check_arguments(args):
         make_directory(args.out)
 
 
-def parse_resumable(parser, script, free=("device", "graphs")):
+def parse_resumable(parser, script, free=("device",)):
     """The command line of a script; with --resume DIR the settings of the run in DIR, beside which only the
     flags in `free` may stand."""
     args = parser.parse_args()
