@@ -100,7 +100,7 @@ def test_the_help_of_rl_is_one_screen_with_a_line_for_each_flag():
 
 def test_an_old_flag_is_answered_with_the_new_one():
     for name in ("train_rl.py", "eval.py"):
-        for old, new in (("--rows", "--gen-batch-size"), ("--num-generations", "--num-generations"),
+        for old, new in (("--rows", "--gen-batch-size"), ("--group", "--num-generations"),
                          ("--tokens-per-forward", "--micro-batch-tokens")):
             done = script(name, old, 4)
             assert (done.returncode, done.stderr) == (2, f"{name}: error: {old} is now {new}\n")
