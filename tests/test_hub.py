@@ -38,7 +38,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
         name, _, file = self.path.strip("/").partition("/resolve/main/")
         repo = self.server.repos.get(name, "RepoNotFound")
         path = os.path.join(repo, file.partition("?")[0])
-        if repo in ("RepoNotFound", "GatedRepo"):
+        if name.startswith("api/models/"):  # what else a repository has
+            self.reply(404, {"X-Error-Code": "EntryNotFound"})
+        elif repo in ("RepoNotFound", "GatedRepo"):
             self.reply(404 if repo == "RepoNotFound" else 403, {"X-Error-Code": repo})
         elif os.path.isfile(path):
             with open(path, "rb") as f:
