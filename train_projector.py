@@ -451,9 +451,7 @@ def latents_made(model):
 def positions_at_once(model, traces, base_learns=False):
     """How many positions of traces one forward and backward pass can have."""
     longest = max(len(r.prompt_ids) + len(r.slots) for r in traces)
-    return memory.positions_that_fit(model, longest, memory.latent_update, otherwise=12_000,
-                                     checkpoint=getattr(model, "checkpointed", False),
-                                     base_learns=base_learns)
+    return memory.positions_that_fit(model, longest, "stage 2", otherwise=12_000, base_learns=base_learns)
 
 
 @torch.no_grad()

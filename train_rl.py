@@ -73,7 +73,7 @@ SETTINGS = {
         "lr": (BySize(1.2e-4, 5e-7), 0.0, "learning rate of AdamW"),
         "lr_schedule": ("constant", ["constant", "cosine"], "cosine, as released: warm-up, then to a tenth"),
         "rule": ("grpo", list(RULES), "advantages, and what a rollout's loss is divided by"),
-        "overlong_buffer": (BySize(checkpoint.SLOTS_SMALL, 0), 0, "DAPO's length penalty in the last N slots"),
+        "overlong_buffer": (BySize(checkpoint.SLOTS_SMALL, 0), 0, "DAPO's length penalty: the last N slots"),
         "anchor": (BySize(10.0, 0.0), 0.0, "ours, with --targets words: weight of stage 2's error"),
         "recompute_latents": (False, bool, "score with latents of the current weights, as released")},
     "projector": {
@@ -88,6 +88,7 @@ SETTINGS = {
         "checkpoint_layers": (None, bool, "keep no activations in layers: a third more time [if needed]"),
         "offload": (None, bool, "fp32 weights and AdamW's moments on the host [if needed]"),
         "device": (None, str, "cpu or cuda [cuda if there is one]"),
+        "graphs": (True, bool, "on CUDA, record the decoding step and replay it"),
         "save_every": (BySize(4, 16), 1, "steps between two states on the disk; the last two are kept"),
         "show_every": (20, 0, "steps between two rollouts on the screen; 0 for never")}}
 # Not flags. Released: the same, but a refresh on one trace for each of 4 GPUs, without a clip.
@@ -100,7 +101,7 @@ SMOKE = {"steps": 4, "prompts": 2, "num_generations": 4, "minibatches": 2, "max_
          "train_prompts": 4, "trace_prompts": 8, "projector_steps": 2, "n": 2, "val": 2}
 # Most that sampler and scorer may differ in a log-prob, by whether the model computes in bf16.
 DLOGP = {False: 1e-2, True: 2.0}
-TAKEN_AWAY, ANOTHERS = "  its latents taken away", "  another story's latents"
+TAKEN_AWAY, ANOTHERS = "  its latents taken away", "  shuffled latents"
 
 
 # ============================================================ stage 3
@@ -512,7 +513,7 @@ def parse_arguments():
     run.add_flags(ap, SETTINGS)
     if ap.parse_known_args()[0].smoke:
         ap.set_defaults(**SMOKE)  # what the command line says wins
-    return run.parse_resumable(ap, "train_rl.py", free=("steps", "device"))
+    return run.parse_resumable(ap, "train_rl.py", free=("steps", "device", "graphs"))
 
 
 def main():
@@ -530,7 +531,7 @@ def main():
 
     # The model, and the settings that it decides.
     model, tokenizer = load(args.model, args.device)
-    run.use_graphs(model, True)
+    run.use_graphs(model, args.graphs)
     data.start_task(task, args.model, args.reward, args.scorer, args.seed, args.device)
     settle(args, model, saved, len(examples))
     set_start(args, model)
@@ -603,7 +604,7 @@ def main():
         others = tests and latents_of_others(model, tokenizer, task, task.examples("val")[: args.val or 100],
                                              seed=args.seed, max_new_tokens=args.max_new_tokens, **PAPER)
         if others:
-            add_row(ANOTHERS, True, latent_of("other", model, others, args.seed))
+            add_row(ANOTHERS, True, latent_of("shuffled", model, others, args.seed))
     if table_rows:
         results = [{"model": name, **figures} for name, figures in table_rows]
         run.write_json(os.path.join(args.out, "results.json"), results)
@@ -695,15 +696,14 @@ def say_what_runs(args, model, prompts, plan):
 
 
 def what_latents_did(rows):
-    """The last line of a run: its own latents against another story's, on the same stories and random
-    numbers."""
+    """The last line of a run: its own latents against shuffled ones, on the same stories and draws."""
     if ANOTHERS not in rows:
         return "what the latents did: nothing, the policy runs none"
     own, other = rows[NAMES["litereason"]], rows[ANOTHERS]
     test = against(other, own)
     low, high = test["accuracy_ci95"]
-    return (f"what the latents did: {own['accuracy']:.3f} with its own, {other['accuracy']:.3f} with another "
-            f"story's ({test['accuracy']:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}, "
+    return (f"what the latents did: {own['accuracy']:.3f} with its own, {other['accuracy']:.3f} with "
+            f"shuffled ones ({test['accuracy']:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}, "
             f"p {test['accuracy_p']:.1g}), in {own['tokens']:.1f} and {other['tokens']:.1f} tokens")
 
 

@@ -118,17 +118,6 @@ def load_task(name):
                     f"examples, prompt and reward), tiny.next_chapter and next_chapter.short")
 
 
-def task_flags(group):
-    """Adds the flags that say what is to be done, the same for all scripts, to an argparse group."""
-    group.add_argument("--task", default=None,
-                       help="a folder under data/, or tiny.next_chapter (default: tiny for a model of that "
-                            "world, else flawed_fictions)")
-    group.add_argument("--reward", default=None, choices=["contrastive", "vrcli", "thresholded"],
-                       help="of next_chapter (default contrastive)")
-    group.add_argument("--scorer", default=None, metavar="NAME",
-                       help="the frozen model that reads chapters (default: a copy of the base)")
-
-
 def choose_task(name, model, reward=None, scorer=None):
     """-> (name, task module) of --task; by default the tiny world for a checkpoint that has its vocabulary,
     else flawed_fictions. Reads no weights: what is wrong with a task is said before a model is fetched."""

@@ -1,6 +1,5 @@
 """What people see: tables, an answer as text; a first reading can skip it.
 """
-import html
 import itertools
 
 import torch
@@ -10,24 +9,6 @@ from litereason import LATENT, generate
 
 
 # ============================================================ tables
-def what_was_asked(args, n, samplings):
-    """The line above a table of eval.py: task, split, number of examples and the sampling (or samplings, by
-    name)."""
-    each = f", {args.samples} answers each" if args.samples > 1 else ""
-    words = [sampling_in_words(sampling) for sampling in samplings.values()]
-    if len(words) > 1:
-        words = [f"{name}: {text}" for name, text in zip(samplings, words)]
-    return f"{args.task}, {args.split} split, {n} examples{each}, {'; '.join(words)}, seed {args.seed}"
-
-
-def sampling_in_words(sampling):
-    """sampling: arguments of generate."""
-    if sampling["temperature"] == 0:
-        return "greedy"
-    cut = f"top-p {sampling['top_p']:g}, top-k {sampling['top_k'] or 'off'}"
-    return f"temperature {sampling['temperature']:g}, {cut}"
-
-
 def table(rows, measure="accuracy"):
     """rows: [(name, result of eval.evaluate)] -> a table as text, which is Markdown as well, and under it
     what the task itself reports. measure: what the task's scores are called. The columns:
@@ -41,21 +22,35 @@ def table(rows, measure="accuracy"):
     cut off     share of answers that reached the length limit
     positions   computed per answer, those of its prompt and those wasted on rows that had ended included
     seconds     for all answers together
-    """
-    lines = [f"| model | {measure} | 95 % interval | tokens | text | latent "
-             "| z size | tags | cut off | positions | seconds |",
-             f"|{'---|' * 11}"]
+
+    Of results of eval.run_controls, instead of the last five: what each has gained over the plain run, the
+    first row, and what differs (eval.judge)."""
+    are_tested = "against_plain" in rows[-1][1]
+    headings = ["control" if are_tested else "model", measure, "95 % interval", "tokens", "text", "latent"]
+    if are_tested:
+        for what in (measure, "tokens"):
+            headings += [f"{what} gained", "95 % interval", "p", "Holm's p"]
+        headings += ["differs in"]
+    else:
+        headings += ["z size", "tags", "cut off", "positions", "seconds"]
+    lines = [_line(headings), f"|{'---|' * len(headings)}"]
     width = max(len(name) for name, _ in rows)
-    for name, row in rows:
-        cells = [
-            *_first_cells(name, width, row),
-            f"{row['z_size']:.3g}" if row.get("z_size") else "",  # earlier tables have none
-            f"{row['tags']:.2f}",
-            f"{row['truncated']:.3f}",
-            f"{row['forward_positions']:.1f}",
-            f"{row['seconds']:.1f}"]
-        lines.append(_table_line(cells))
-    for name, row in rows:
+    for i, (name, row) in enumerate(rows):
+        cells = [f"{name:{width}}", f"{row['accuracy']:.3f}", _interval(row["accuracy_ci95"])]
+        cells += [f"{row[key]:.1f}" for key in ("tokens", "text_tokens", "latent_steps")]
+        if are_tested:
+            cells += _cells_of_tests(row["against_plain"], measure) if i > 0 else [""] * 9
+        else:
+            cells += [
+                f"{row['z_size']:.3g}" if row.get("z_size") else "",  # earlier results have none
+                f"{row['tags']:.2f}",
+                f"{row['truncated']:.3f}",
+                f"{row['forward_positions']:.1f}",
+                f"{row['seconds']:.1f}"]
+        lines.append(_line(cells))
+    if are_tested:
+        lines += ["", HOW_IT_IS_TESTED.format(n=2 * (len(rows) - 1))]
+    for name, row in rows if not are_tested else []:
         keys = list(row)
         own = keys[keys.index("seconds") + 1 :]  # the task's own figures come after the seconds
         if own:
@@ -64,34 +59,16 @@ def table(rows, measure="accuracy"):
     return "\n".join(lines)
 
 
-def controls_table(rows, measure="accuracy"):
-    """rows: [(control, result)] of eval.run_controls -> a table as text. What is gained is gained over the
-    plain run, which comes first; eval.judge says what differs. measure: what the task's scores are called."""
-    lines = ["| control | accuracy | 95 % interval | tokens | text | latent "
-             "| accuracy gained | 95 % interval | p | Holm's p "
-             "| tokens gained | 95 % interval | p | Holm's p | differs in |",
-             f"|{'---|' * 15}"]
-    width = max(len(name) for name, _ in rows)
-    for i, (name, row) in enumerate(rows):
-        cells = _first_cells(name, width, row)
-        if i == 0:
-            lines.append(_table_line(cells + [""] * 9))
-            continue
-        gained = row["against_plain"]
-        for what, digits in (("accuracy", "+.3f"), ("tokens", "+.1f")):
-            cells += [
-                f"{gained[what]:{digits}}",
-                _interval(gained[f"{what}_ci95"], digits),
-                f"{gained[f'{what}_p']:.2g}",
-                f"{gained[f'{what}_holm']:.2g}"]
-        lines.append(_table_line([*cells, what_differs(gained)]))
-    text = "\n".join([*lines, "", HOW_IT_IS_TESTED.format(n=2 * (len(rows) - 1))])
-    return text.replace("accuracy", measure)
+HOW_IT_IS_TESTED = """p: of sign flips, paired by example; Holm's p is corrected for all {n} tests of this table.
+"differs in": Holm's p is below 0.05 and the 95 % interval (bootstrap) leaves 0 out."""
 
 
-HOW_IT_IS_TESTED = """p: McNemar's (accuracy) and that of sign flips (tokens), paired by example; Holm's p \
-is corrected for all {n} tests of
-this table. "differs in": Holm's p is below 0.05 and the 95 % interval (bootstrap) leaves 0 out."""
+def _cells_of_tests(gained, measure):
+    cells = []
+    for what, digits in (("accuracy", "+.3f"), ("tokens", "+.1f")):
+        cells += [f"{gained[what]:{digits}}", _interval(gained[f"{what}_ci95"], digits)]
+        cells += [f"{gained[f'{what}_p']:.2g}", f"{gained[f'{what}_holm']:.2g}"]
+    return [*cells, what_differs(gained).replace("accuracy", measure)]
 
 
 def what_differs(comparison):
@@ -101,18 +78,15 @@ def what_differs(comparison):
     return "tokens, not accuracy" if comparison["tokens_differs"] else "nothing"
 
 
-def _first_cells(name, width, row):
-    """Those that both tables have."""
-    return [
-        f"{name:{width}}",
-        f"{row['accuracy']:.3f}",
-        _interval(row["accuracy_ci95"]),
-        f"{row['tokens']:.1f}",
-        f"{row['text_tokens']:.1f}",
-        f"{row['latent_steps']:.1f}"]
+def sampling_in_words(sampling):
+    """sampling: arguments of generate."""
+    if sampling["temperature"] == 0:
+        return "greedy"
+    cut = f"top-p {sampling['top_p']:g}, top-k {sampling['top_k'] or 'off'}"
+    return f"temperature {sampling['temperature']:g}, {cut}"
 
 
-def _table_line(cells):
+def _line(cells):
     return f"| {' | '.join(cells)} |"
 
 
@@ -122,6 +96,8 @@ def _interval(numbers, digits=".3f"):
 
 def _number_or_interval(value):
     return _interval(value) if isinstance(value, list) else f"{value:.3f}"
+
+
 METHODS = {"litereason": "LiteReason", "grpo": "RL without latents", "tag": "RL with tags, no latents"}
 
 
@@ -186,41 +162,3 @@ def nearest_words(model, tokenizer, latents, n_words=3):
 
 def _listed(words):
     return ", ".join(f"{word!r} {value:.2f}" for word, value in words)
-
-
-# ============================================================ chapters
-def write_chapters(task, examples, plans, n, sampling, file):
-    """For people to read: the frozen LM writes the next chapter of n examples with its plan, without one, and
-    with the plan of the next example, in a table beside the true one.
-
-    The random numbers are the same for all three, and none is longer than the true chapter. After each
-    example the file is flushed, so that a stop loses nothing."""
-    model, tokenizer = task.scorer()
-    for i, example in enumerate(examples[:n]):
-        own_plan = plans[i]
-        other_plan = plans[(i + 1) % len(plans)]
-        with kv_cache.autocast(model):
-            chapters = [_write_chapter(model, tokenizer, task, example, plan, i, sampling)
-                        for plan in (own_plan, "", other_plan)]
-        cells = [_in_a_cell(text) for text in (*chapters, example["chapter"])]
-        file.write(f"\n## {example.get('book', 'Story')}, {example.get('number', i + 1)}\n\n"
-                   f"Its plan: {_in_a_cell(own_plan) or '(none)'}\n\n"
-                   f"The other plan: {_in_a_cell(other_plan) or '(none)'}\n\n"
-                   f"| with its plan | without a plan | with the other plan | the true chapter |\n"
-                   f"|---|---|---|---|\n"
-                   f"{_table_line(cells)}\n")
-        file.flush()
-
-
-def _write_chapter(model, tokenizer, task, example, plan, seed, sampling):
-    prompt = checkpoint.encode_text(tokenizer, task.chapter_prompt(example, plan), begins=True)
-    true_length = len(checkpoint.encode_text(tokenizer, example["chapter"], begins=True))
-    room = model.config.max_position_embeddings - len(prompt)
-    rollout, = generate(model, tokenizer, [prompt], 1, max(1, min(true_length, room)), latent="none",
-                        generator=torch.Generator().manual_seed(seed), **sampling)
-    return rollout.text
-
-
-def _in_a_cell(text):
-    """As the text of one cell of a Markdown table."""
-    return html.escape(text.strip()).replace("|", "&#124;").replace("\n", "<br>")

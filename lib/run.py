@@ -62,7 +62,7 @@ def run_script(main):
 
 
 def _end(code, said):
-    print(f"\n{os.path.basename(sys.argv[0])}: {said}", file=sys.stderr)
+    print(f"{os.path.basename(sys.argv[0])}: {said}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -210,13 +210,13 @@ def add_flags(ap, table):
     for title, settings in table.items():
         group = ap.add_argument_group(title)
         for name, (default, bound, what) in settings.items():
-            shown = " | ".join(dict.fromkeys(map(str, default))) if isinstance(default, BySize) else default
-            is_silent = shown in (None, "") or isinstance(shown, bool)
-            kind = {"help": what + ("" if is_silent else f" [{shown}]"), "default": default}
+            kind = {"default": default, "help": what}
             if isinstance(default, BySize):
-                kind["default"] = None
-            if isinstance(default, list):
-                kind["nargs"] = "+"
+                kind = {"default": None, "help": f"{what} [{' | '.join(dict.fromkeys(map(str, default)))}]"}
+            elif isinstance(default, list):
+                kind.update(nargs="+", help=f"{what} [{' '.join(default)}]")
+            elif default is not None and bound is not bool:
+                kind["help"] = f"{what} [{default}]"
             if bound is bool:
                 kind["action"] = "store_true" if default is False else argparse.BooleanOptionalAction
             elif isinstance(bound, list):
@@ -293,18 +293,6 @@ def parser(doc):
     return ap
 
 
-def out_flags(group, what, default):
-    group.add_argument("--out", metavar="DIR", help=f"{what} go there (default {default})")
-    group.add_argument("--overwrite", action="store_true", help="replace the run in --out (default: refuse)")
-
-
-def device_flags(group):
-    """Where a script runs, and how a GPU is used."""
-    group.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
-    group.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True,
-                       help="on CUDA, record the decoding step as a graph and replay it (default on)")
-
-
 def use_graphs(model, wanted):
     """--graphs; a CPU has none."""
     model.graphs = wanted and model.device.type == "cuda"
@@ -321,7 +309,7 @@ def check_arguments(args):
         make_directory(args.out)
 
 
-def parse_resumable(parser, script, free=("device", "graphs")):
+def parse_resumable(parser, script, free=("device",)):
     """The command line of a script; with --resume DIR the settings of the run in DIR, beside which only the
     flags in `free` may stand."""
     args = parser.parse_args()
@@ -379,8 +367,8 @@ def check_examples(out, resumes, **splits):
     changed = [name for name, digest in digests.items() if made.get("examples", digests)[name] != digest]
     if resumes and changed:
         raise UserError(f"the {' and '.join(changed)} examples are not those that {out} began with "
-                        f"(LITEREASON_DATA was {made['data']}, and is {folder}): prepare those again, or begin "
-                        f"a new run")
+                        f"(LITEREASON_DATA was {made['data']}, and is {folder}): prepare those again, or "
+                        f"begin a new run")
     return digests, folder
 
 

@@ -62,7 +62,7 @@ for ours, theirs, words in [
     tests = [("tokens saved", (ours, theirs), 0.0), ("accuracy gained", (ours, theirs), EQUAL)]
     CLAIMS.append((f"{words}: fewer tokens at equal accuracy", "all", tests))
 for ours, theirs, words in [
-        ("control plain", "control latents: other", "latents matter: another story's latents"),
+        ("control plain", "control latents: shuffled", "latents matter: another story's latents"),
         ("control plain", "control latents: noise", "latents matter: noise"),
         ("control plain", "control latents: mean", "latents matter: the mean latent"),
         (AFTER_RL, f"{AFTER_RL}, another story's latents", "after RL too: another story's latents")]:

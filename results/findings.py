@@ -20,7 +20,7 @@ AFTER, TAGS_AFTER = evidence.AFTER_RL, "RL with tags after RL + length penalty"
 CLEAN = "no noise + length penalty"
 LONGER, WRITTEN = "stage 2 twice as long + length penalty", "RL with tags + length penalty, after stage 2"
 HEADLINE = [BASE, RL, OURS, WORDS, RECIPE]  # in the first table, and in the picture of scores against tokens
-OTHERS = "latents: other"  # the control in which each story gets another one's latents
+OTHERS = "latents: shuffled"  # the control in which each story gets another one's latents
 REPLACED = {OTHERS: "another story's latents", "latents: mean": "the mean latent", "latents: noise": "noise",
             "latents: none": "none"}
 

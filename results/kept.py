@@ -16,7 +16,8 @@ from lib import UserError, run
 from results import jobs, paper
 
 # Words of commands that have changed since a record was kept, and mean the same: (pattern, what stands there now).
-RENAMED = [(r"(?<![\w/])baselines\.py", "results/baselines.py")]
+RENAMED = [(r"(?<![\w/])baselines\.py", "results/baselines.py"),
+           (r"--latent other", "--latent shuffled")]
 
 
 def gather(path, todo, places, tokens_sampled):

@@ -48,9 +48,9 @@ TRAINED = [
 ]
 # What is fed to a policy in its latents' place: (name in the table, directory, the run, --latent).
 REPLACED = [("LiteReason before RL, its latents taken away", "projector-text", "projector", "none"),
-            ("LiteReason before RL, another story's latents", "projector-other", "projector", "other"),
+            ("LiteReason before RL, another story's latents", "projector-other", "projector", "shuffled"),
             ("LiteReason, its latents taken away", "litereason-text", "litereason", "none"),
-            ("LiteReason, another story's latents", "litereason-other", "litereason", "other")]
+            ("LiteReason, another story's latents", "litereason-other", "litereason", "shuffled")]
 METHODS = [method for _, method, _ in TRAINED]
 CHOICES = [*METHODS, "controls"]
 ALONE = 8  # answers that are timed alone

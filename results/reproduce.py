@@ -85,7 +85,7 @@ METHODS = [
     ("LiteReason after RL + length penalty", "after-rl-lp",
      f"train_rl.py --model {{after-rl}} {PENALTY}"),
     ("LiteReason after RL + length penalty, another story's latents", "after-rl-lp-other",
-     "eval.py --model {after-rl-lp} --latent other"),
+     "eval.py --model {after-rl-lp} --latent shuffled"),
     ("RL with tags after RL + length penalty", "after-rl-tag",
      f"train_rl.py --model {{rl}} --method tag {PENALTY}"),
     ("RL with tags + length penalty, after stage 2", "written-lp",
@@ -414,7 +414,7 @@ PLAINLY = {
     "latents: zeros": "zeros for latents",
     "latents: noise": "noise of the same length",
     "latents: mean": "one vector, the mean latent",
-    "latents: other": "another story's latents",
+    "latents: shuffled": "another story's latents",
     "latents: warm": "the warm start's latents",
     "latents: none": "no latents",
 }
@@ -504,7 +504,7 @@ def write_tables(tasks, seeds):
         folders = {method: directory(task, method, seeds[0]) for method in DRAWN}
         if not all(map(os.path.exists, folders.values())):
             folders = {}  # of runs that are only kept there is no curve of the training
-        draw(folders, HERE, task, task, path, findings.HEADLINE)
+        draw(folders, HERE, task, task, {name: found[name] for name in findings.HEADLINE if name in found})
         if lengths:
             run.write_json(os.path.join(HERE, f"lengths-{task}.json"), lengths)
             path = os.path.join(HERE, f"lengths-{task}.svg")
@@ -566,22 +566,18 @@ def write_tables_of_model(args):
         run.write_text(path.removesuffix("json") + "md", text)
         print(f"\n{text}\nin {path} and .md")
         folders = {method: paper.directory(args, task, method, args.seeds[0]) for method in paper.METHODS}
-        draw(folders, args.tables_in, name, task, path)
+        draw(folders, args.tables_in, name, task, found)
 
 
-def draw(folders, where, name, task, table, only=()):
-    """The two pictures of a task: the methods' scores over tokens (of all rows of the table, or `only` of
-    some), and the training of the runs in {method: folder}. name: as in write_evidence."""
+def draw(folders, where, name, task, rows):
+    """The two pictures of a task: the scores over tokens of {method in the table: means}, and the training of
+    the runs in {method: folder}. name: as in write_evidence."""
     names = {method: title for title, method, _ in [*METHODS, *paper.TRAINED]}
     trained = {names[method]: path for method, path in folders.items()
                if os.path.exists(os.path.join(path, "metrics.jsonl"))}
-    rows = plots.collect([table])
-    drawn = [(method, row) for method, row in rows if method in only]
-    path = os.path.join(where, f"curve-{name}.svg")
-    without_matplotlib(plots.curve, drawn or rows, path, score=score_of(task))
+    without_matplotlib(plots.curve, rows, os.path.join(where, f"curve-{name}.svg"), score=score_of(task))
     if trained:
-        path = os.path.join(where, f"training-{name}.svg")
-        without_matplotlib(plots.training, list(trained.values()), path, names=list(trained))
+        without_matplotlib(plots.training, trained, os.path.join(where, f"training-{name}.svg"))
 
 
 def without_matplotlib(function, *arguments, **more):

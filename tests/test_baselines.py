@@ -182,7 +182,7 @@ def test_a_pause_token_is_one_vector_everywhere_and_is_saved_like_a_projector(tm
 
 def test_controls_of_the_projector_run_and_are_refused_on_a_trained_one(tmp_path):
     small = ("--steps", 1, "--train-prompts", 2, "--projector-steps", 1, "--trace-prompts", 24,
-             "--targets", "none", "--n", 1, "--val", 0, "--prompts", 2, "--group", 2, "--max-new-tokens", 40)
+             "--targets", "none", "--n", 1, "--val", 0, "--prompts", 2, "--num-generations", 2, "--max-new-tokens", 40)
     got = script("train_rl.py", "--projector", "pause", *small, "--out", tmp_path / "pause")
     assert got.returncode == 0, got.stderr
     trained = ("--model", tmp_path / "pause")

@@ -1,15 +1,12 @@
 """The statistics of the tables: each against an example worked out by hand, a count of all cases, or a
 simulation in which the truth is known."""
 import itertools
-import types
 
 import numpy as np
 import pytest
 
 from lib import display
-from results import plots
 from eval import bootstrap, differs, holm, judge, sign_flips, wilson
-from litereason import UserError
 from results import evidence
 
 
@@ -109,7 +106,7 @@ METHODS = {
     "LiteReason": method(0.97, 20.0, seed=3),
     "RL with tags, no latents": method(0.97, 20.0, seed=4),
     "control plain": method(0.97, 20.0, seed=3),
-    "control latents: other": method(0.5, 20.0, seed=5),
+    "control latents: shuffled": method(0.5, 20.0, seed=5),
     "control latents: noise": method(0.97, 40.0, seed=6),
     "control latents: mean": method(0.96, 21.0, seed=7)}
 
@@ -174,39 +171,3 @@ def test_only_pairs_of_which_both_are_there_are_compared_and_judged_together():
     assert by_pair["RL without latents"] == "tokens, not accuracy"
     table = evidence.differences_table(found, "greedy")
     assert len(table.splitlines()) == 2 + len(pairs) and "| compared with, greedy |" in table
-
-
-# ---------------------------------------------------------------- pictures
-def test_accuracy_and_tokens_stand_against_the_length_of_the_chain(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed: only the pictures need it")
-    rows = []
-    for i, name in enumerate(("tags", "latents", "text")):
-        for length in (9, 3, 5):
-            accuracy = 1 - 0.01 * i * length
-            rows.append({"method": name, "length": length, "accuracy": accuracy, "tokens": 10.0 + length,
-                         "accuracy_ci95": [accuracy - 0.02, accuracy], "tokens_ci95": [8.0, 30.0]})
-    kept, save = [], plots.save_figure
-    monkeypatch.setattr(plots, "save_figure", lambda out, path: kept.append(out) or save(out, path))
-    plots.by_length(rows, str(tmp_path / "l.svg"))
-    top, bottom = kept[0].axes
-    lines = [line for line in top.lines if len(line.get_xdata()) == 3]
-    assert [list(line.get_ydata()) for line in lines][1] == pytest.approx([0.97, 0.95, 0.91])  # from the left
-    assert sorted(note.get_text() for note in top.texts) == sorted(("tags", "latents", "text"))
-    assert len(bottom.lines) == 3 * (1 + 3) and bottom.get_xlabel().startswith("hand-overs")
-    kept[0].canvas.draw()
-    heights = sorted(note.xyann[1] for note in bottom.texts)  # all three lines end at one place there
-    assert np.diff(heights).min() * bottom.get_window_extent().height > 16  # px: a line of text
-
-
-def test_without_a_cost_there_is_no_picture():
-    row = {"accuracy": 0.5, "runs": 1, "spread": [0.5, 0.5]}
-    with pytest.raises(UserError, match="no row has any of these costs: tokens"):
-        plots.curve([("a", row)], "x.svg")
-
-
-def test_both_samplings_are_said_above_a_table():
-    args = types.SimpleNamespace(task="tiny", split="test", samples=1, seed=0)
-    samplings = {"paper": {"temperature": 0.7, "top_p": 0.8, "top_k": 20},
-                 "trained": {"temperature": 0, "top_p": 1.0, "top_k": 0}}
-    assert display.what_was_asked(args, 5, samplings) == (
-        "tiny, test split, 5 examples, paper: temperature 0.7, top-p 0.8, top-k 20; trained: greedy, seed 0")

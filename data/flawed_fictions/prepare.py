@@ -171,15 +171,6 @@ def split_as_released(n, seed=42):
     return split
 
 
-def overlap(split, clusters):
-    """(how many val and test stories have a near-duplicate in another split, how many there are)."""
-    splits_of = defaultdict(set)
-    for name, cluster in zip(split, clusters):
-        splits_of[cluster].add(name)
-    held_out = [cluster for name, cluster in zip(split, clusters) if name != "train"]
-    return sum(len(splits_of[cluster]) > 1 for cluster in held_out), len(held_out)
-
-
 # ============================================================ the script
 def main():
     parser = run.parser(__doc__)
@@ -201,15 +192,10 @@ def main():
     sizes = [n for n in Counter(clusters).values() if n > 1]
     print(f"{len(stories)} stories, {sum(labels)} with an error; {sum(sizes)} of them have near-duplicates "
           f"(8 words in a row), in {len(sizes)} clusters of up to {max(sizes, default=1)}")
-
-    by_row = split_as_released(len(stories)) if args.split == "paper" else split_by_row(labels, args.seed)
-    shared, held_out = overlap(by_row, clusters)
-    print(f"by row, {shared} of {held_out} val and test stories have a near-duplicate in another split")
-    split = by_row
-    if args.split == "cluster":
-        split = split_by_cluster(labels, clusters, by_row, args.seed)
-        moved = sum(a != b for a, b in zip(split, by_row))
-        print(f"{moved} stories moved to keep clusters whole")
+    if args.split == "paper":
+        split = split_as_released(len(stories))
+    else:
+        split = split_by_cluster(labels, clusters, split_by_row(labels, args.seed), args.seed)
 
     examples = {name: [] for name in SPLITS}
     for story, cluster, name in zip(stories, clusters, split):

@@ -170,7 +170,7 @@ def fingerprint(model):
 def read_known(path):
     """The file of perplexities -> {key: perplexity}; a line that was cut by a stop is left out."""
     known = {}
-    with suppress(FileNotFoundError), open(path, encoding="utf-8", errors="replace") as file:
+    with suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             with suppress(ValueError, TypeError):
                 key, value = json.loads(line)
