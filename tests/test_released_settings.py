@@ -68,41 +68,41 @@ def test_the_projector_is_refreshed_every_so_many_batches_and_at_each_epochs_end
 
 
 # ---------------------------------------------------------------- stages 1 and 2
-def test_cut_traces_are_kept_only_if_asked_for(monkeypatch, tmp_path):
+@pytest.fixture
+def collect(monkeypatch, tmp_path):
+    """collect(prompt, **settings) -> the texts that stage 1 keeps of a whole and a cut sample. collect.weights:
+    of the model."""
     made = [Rollout([1], [2], torch.zeros(0, 4), text=text, finished=text == "whole")
             for text in ("whole", "cut")]
     monkeypatch.setattr(train_projector, "generate", lambda *_, **__: made)
     monkeypatch.setattr(data, "score", lambda *_: [1.0, 1.0])
-    task = types.SimpleNamespace(__name__="task", prompt=lambda example, latent: "q")
     config = types.SimpleNamespace(_name_or_path="m")
-    model = types.SimpleNamespace(config=config, named_parameters=lambda: [])
+    model = types.SimpleNamespace(config=config, named_parameters=lambda: [("w", collect.weights)])
 
-    def kept(**more):
+    def collect(prompt="q", **settings):
+        task = types.SimpleNamespace(__name__="task", prompt=lambda example, latent: prompt)
         path = str(tmp_path / "traces.jsonl")
-        traces, _ = train_projector.collect_traces(model, None, task, [{}], 2, 5, 0, path, **more)
+        traces, _ = train_projector.collect_traces(model, None, task, [{}], path, 2, 5, 0, **settings)
         return [trace["text"] for trace in traces]
 
-    assert kept() == ["whole"]
-    assert kept(keep_cut=True) == ["whole", "cut"]  # sampled again: the file says how it was made
-    assert kept(keep_cut=False) == ["whole"]
+    collect.weights = torch.zeros(3)
+    return collect
 
 
-def test_traces_of_other_prompts_or_other_weights_are_not_taken_for_ones_own(monkeypatch, tmp_path, capsys):
-    made = [Rollout([1], [2], torch.zeros(0, 4), text="t", finished=True)]
-    monkeypatch.setattr(train_projector, "generate", lambda *_, **__: made)
-    monkeypatch.setattr(data, "score", lambda *_: [1.0])
-    weights = torch.zeros(3)
-    config = types.SimpleNamespace(_name_or_path="m")
-    model = types.SimpleNamespace(config=config, named_parameters=lambda: [("w", weights)])
+def test_cut_traces_are_kept_only_if_asked_for(collect):
+    assert collect() == ["whole"]
+    assert collect(keep_cut=True) == ["whole", "cut"]  # sampled again: the file says how it was made
+    assert collect() == ["whole"]
 
+
+def test_traces_of_other_prompts_or_other_weights_are_not_taken_for_ones_own(collect, capsys):
     def said(prompt):
-        task = types.SimpleNamespace(__name__="task", prompt=lambda example, latent: prompt)
-        train_projector.collect_traces(model, None, task, [{}], 1, 5, 0, str(tmp_path / "traces.jsonl"))
+        collect(prompt)
         return capsys.readouterr().out
 
     assert "already" not in said("q") and "already" in said("q")
     assert "other settings" in said("another q")
-    weights += 1
+    collect.weights += 1
     assert "other settings" in said("another q")
 
 
@@ -115,10 +115,7 @@ def test_long_traces_are_left_out_only_if_asked_for():
 def test_stage_2_with_other_betas_and_lengths(tmp_path):
     words = (*STAGES_1_AND_2, "--steps", 2)
     run(train_projector, *words, "--out", tmp_path / "a")
-    run(train_projector, *words, "--out", tmp_path / "b", "--betas", 0.9, 0.999)
+    run(train_projector, *words, "--out", tmp_path / "b", "--released-betas")
     assert not same_weights(tmp_path / "a", tmp_path / "b")
-    for flags, says in ((("--max-length", 5),
-                         "no masked trace has 5 tokens or fewer, prompt included: raise "),
-                        (("--betas", 0.9, 1), "--betas are .*; each must be at least 0 and below 1")):
-        with pytest.raises(UserError, match=says):
-            run(train_projector, *words, *flags, "--out", tmp_path / "c")
+    with pytest.raises(UserError, match="no masked trace has 5 tokens or fewer, prompt included: raise "):
+        run(train_projector, *words, "--max-length", 5, "--out", tmp_path / "c")

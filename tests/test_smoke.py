@@ -4,6 +4,7 @@ import json
 import random
 import sys
 import types
+from collections import Counter
 
 import pytest
 import torch
@@ -39,8 +40,8 @@ def collect(monkeypatch, tmp_path):
 
     def collect(n):
         examples = [{"i": i} for i in range(n)]
-        return train_projector.collect_traces(model, None, TASK, examples, len(ANSWERS), 5, 0,
-                                              str(tmp_path / "traces.jsonl"))
+        return train_projector.collect_traces(model, None, TASK, examples, str(tmp_path / "traces.jsonl"),
+                                              len(ANSWERS), 5, 0)
 
     collect.sampled = 0
     collect.path = tmp_path / "traces.jsonl"
@@ -50,12 +51,10 @@ def collect(monkeypatch, tmp_path):
 
 def test_every_sample_that_is_not_kept_has_its_reason(collect, capsys):
     traces, left_out = collect(2)
-    assert [trace["example"] for trace in traces] == [0, 1] and {trace["text"] for trace in traces} == {
-        "He left. box right"}
-    assert train_projector.reasons_of(left_out) == {why: 2 * n for why, n in REASONS.items()}
-    assert capsys.readouterr().out.endswith(
-        "the others: 4 cut by the length limit, 4 without an answer in the form that the prompt asks for, "
-        "4 that earned nothing\n")
+    assert [(trace["example"], trace["text"]) for trace in traces] == [(i, "He left. box right") for i in (0, 1)]
+    assert Counter(trace["left out"] for trace in left_out) == {why: 2 * n for why, n in REASONS.items()}
+    others = capsys.readouterr().out.partition("; the others: ")[2]
+    assert others.startswith("4 cut by the length limit (a higher --max-new-tokens helps), 4 without an answer")
     assert train_projector.read_traces(collect.path) == traces
 
 
@@ -68,33 +67,20 @@ def test_the_reasons_survive_a_stop(collect, capsys):
     assert collect.sampled == 3 + 2 and "1 traces are in " in capsys.readouterr().out
 
 
-def test_a_file_without_reasons_is_read_and_for_stage_1_made_again(collect, capsys):
-    traces, left_out = collect(1)
-    header = json.loads(collect.path.read_text().partition("\n")[0])
-    del header["left_out"]  # as it was before
-    collect.path.write_text(json.dumps(header) + "\n" + json.dumps(traces) + "\n")
-    assert train_projector.read_traces(collect.path) == traces
-    assert collect(1) == (traces, left_out)
-    assert "with other settings; sampling again" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("left_out, texts, says", [
-    ({"no verdict": 5, "wrong": 2}, [], "kept 0 of 7 traces, too few: two stories with a sentence to mask "
-     "are the least; the others: 5 without an answer in the form that the prompt asks for, 2 that earned "
-     "nothing; what helps: a --model that keeps to that form"),
-    ({"no verdict": 1, "cut": 3}, ["It is so. \\boxed{Yes}"], "kept 1 of 5 traces, .*what helps: a higher "
-     "--max-new-tokens$"),
-    ({"wrong": 3}, [], "what helps: more prompts .--prompts, in train_rl.py --trace-prompts"),
-    ({"wrong": 1}, ["\\boxed{Yes}", "\\boxed{No}"], "2 without a sentence before the answer, 1 that earned "
-     "nothing; what helps: a --model that reasons"),
-    ({}, ["It is so. \\boxed{Yes}"], "kept 1 of 1 traces, too few: .* are the least; what helps: more "
-     "prompts"),
+    ({"no verdict": 5, "wrong": 2}, [], "kept 0 of 7 traces, too few: two stories with a sentence to mask are the "
+     "least; the others: 5 without an answer in the form that the prompt asks for .*, 2 that earned nothing"),
+    ({"cut": 3}, ["It is so. \\boxed{Yes}"], "kept 1 of 4 traces, .* 3 cut by the length limit"),
+    ({"wrong": 1}, ["\\boxed{Yes}", "\\boxed{No}"], "2 without a sentence before the answer.*, 1 that earned"),
+    ({}, ["It is so. \\boxed{Yes}"], "kept 1 of 1 traces, too few: .* are the least$"),
 ])
-def test_too_few_traces_are_said_with_what_helps_for_the_leading_reason(model, tok, left_out, texts, says):
+def test_too_few_traces_are_said_with_what_helps(model, tok, left_out, texts, says):
     left_out = [{"left out": why} for why, n in left_out.items() for _ in range(n)]
     traces = [{"example": i, "prompt": "q", "text": text} for i, text in enumerate(texts)]
+    rng = random.Random(0)
+    rows = train_projector.versions(model, tok, traces, "\\boxed{", rng)
     with pytest.raises(UserError, match=says) as e:
-        train_projector.mask_all(model, tok, traces, left_out, "\\boxed{", random.Random(0))
+        train_projector.hold_out(rows, traces, left_out, rng)
     assert "\n" not in str(e.value)
 
 
