@@ -1,24 +1,22 @@
 """What is to be measured on a GPU: Qwen2.5-1.5B's real shape with random weights. What an H100 gave is in
 results/gpu.json.
 
-    python tests/bench_gpu.py --json results/gpu.json         # all rows, each in a process of its own
-    python tests/bench_gpu.py --rows f --device cpu --small   # a toy shape, to see that the harness works
+    python tests/bench_gpu.py --rows f g --json results/gpu.json
+    python tests/bench_gpu.py --rows g --cap 24               # as on a card of 24 GB
+    python tests/bench_gpu.py --device cpu --small            # a toy shape, to see that the harness works
 
 (f) one decoding step of 128 rows (8 prompts of 1,024 tokens x 16), plain and recorded as a CUDA graph: beside
     the time to read weights and cache once at the measured bandwidth (the floor), and transformers' generate
     in bf16
 (g) one GRPO step at the paper's shape (48 prompts x 16 samples, 1,024 + 256 tokens): seconds by phase, peak
-    memory, utilisation of the update; from them, on paper, the hours of the paper's plot-hole run (290
-    stories x 16 x 30 epochs), at 256 slots an answer and at the paper's means, 115 without and 34 with
-    latents
-(h) the same on cards of 16, 24 and 40 GB, with the allocator capped at that size: beside each peak the
-    expected one (lib/memory.py)
+    memory beside the expected one, utilisation of the update; from them, on paper, the hours of the paper's
+    plot-hole run (290 stories x 16 x 30 epochs), at 256 slots an answer and at the paper's means, 115 without
+    and 34 with latents
 (i) stage 2 on 16 rows of 2,048 tokens with 6 tags of 3 latents: seconds and peak memory of one optimiser step
 """
 import argparse
 import json
 import os
-import subprocess
 import sys
 import types
 
@@ -174,9 +172,7 @@ def projector(args, rows=16, length=2048):
         return {"step_s": min(clock(step, args.device) for _ in range(2)), "GiB": peak_gib(args)}
 
 
-# row: what is done, and GiB that the allocator may use (None: all)
-ROWS = {"f": (decode, None), "g": (grpo, None), "h16": (grpo, 16), "h24": (grpo, 24), "h40": (grpo, 40),
-        "i": (projector, None)}
+ROWS = {"f": decode, "g": grpo, "i": projector}
 
 
 def main():
@@ -186,25 +182,17 @@ def main():
     ap.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     ap.add_argument("--small", action="store_true", help="a toy shape")
     ap.add_argument("--json", metavar="FILE", help="write the numbers there")
-    ap.add_argument("--one", help=argparse.SUPPRESS)  # a row's own process: its memory is its own
+    ap.add_argument("--cap", type=int, metavar="GIB", help="the most that the allocator may use")
     args = ap.parse_args()
-    if args.one:
-        what, args.cap = ROWS[args.one]
-        if args.cap and args.device == "cuda":
-            share = args.cap * 2**30 / torch.cuda.get_device_properties(0).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, share))
-        checkpoint.stop_tokens = lambda *_: [NEVER]
-        print(json.dumps({"what": what.__name__, "cap_GiB": args.cap, **what(args)}))
-        return
     result = {"torch": torch.__version__, "device": "cpu"}
     if args.device == "cuda":
         result["device"] = torch.cuda.get_device_name()
+        if args.cap:
+            share = args.cap * 2**30 / torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, share))
+    checkpoint.stop_tokens = lambda *_: [NEVER]
     for name in args.rows:
-        words = [sys.executable, __file__, "--one", name, "--shape", args.shape, "--device", args.device]
-        done = subprocess.run(words + ["--small"] * args.small, capture_output=True, text=True)
-        result[name] = {"failed": done.stderr[-2000:]}
-        if done.returncode == 0:
-            result[name] = json.loads(done.stdout.splitlines()[-1])
+        result[name] = {"what": ROWS[name].__name__, "cap_GiB": args.cap, **ROWS[name](args)}
         print(f"({name}) {json.dumps(result[name])}", flush=True)
     if args.json:
         with open(args.json, "w") as f:

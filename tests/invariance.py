@@ -4,11 +4,11 @@
     python tests/invariance.py --n 64 --device cuda
 
 The rollouts are sampled once, in float32. Then each is scored alone, and in every other way that the scripts
-know: all in one batch, in runs of so many positions (scoring.pack), in another order, with the layers'
-activations computed again, and after a resume: rollouts and weights written as a state of train_rl.py and read
+know: in one batch, in runs of so many positions (scoring.pack), in another order, with the activations of
+layers computed again, and after a resume: rollouts and weights written as a state of train_rl.py and read
 back. A cell is max |difference| of a sampled token's log-prob from the rollout scored alone in the same type
-(gradient: of the largest entry, relative to it). Two rows are no invariance but belong beside it: what sampling
-itself wrote down, and the distance to float64.
+(of a gradient: of the largest entry, relative to it). Two rows are no invariance but belong beside it: what
+sampling itself wrote down, and the distance to float64.
 """
 import argparse
 import os
@@ -121,9 +121,9 @@ def main():
         model.bf16 = bf16
         table[name], reference = differences(model, fresh, rollouts, ways, sampled, exact)
         exact = exact or reference
-    print(f"{args.model}: {len(rollouts)} rollouts of {len(prompts)} prompts, "
-          f"{sum(r.n_tokens for r in rollouts)} sampled tokens, {sum(r.n_latents for r in rollouts)} latents, "
-          f"{args.device}, torch {torch.__version__}, {time.time() - started:.0f} s\n")
+    tokens, latents = (sum(getattr(r, what) for r in rollouts) for what in ("n_tokens", "n_latents"))
+    print(f"{args.model}: {len(rollouts)} rollouts of {len(prompts)} prompts, {tokens} sampled tokens, "
+          f"{latents} latents, {args.device}, torch {torch.__version__}, {time.time() - started:.0f} s\n")
     print(f"| max abs. difference from each rollout scored alone | {' | '.join(table)} |\n"
           f"|---|{'---|' * len(table)}")
     for way in table["float64"]:
