@@ -105,8 +105,12 @@ def count_everything():
         positions, own = in_all(*shape, pieces=1 + tags)
         expected = memory.latent_update(s, positions, sum(shape[2:]), checkpoint=True, own=own)
         expected["AdamW and gradients"] //= 3  # no optimiser here
-        with kv_cache.autocast(model):
-            note(f"stage 2, {shape}", lambda: projector_loss(model, rollouts)[0].backward(), expected)
+
+        def step():
+            with train_projector._base_frozen(model):
+                projector_loss(model, rollouts)[0].backward()
+
+        note(f"stage 2, {shape}", step, expected)
 
     sampling(64, 1, 1700)
     sampling(4, 16, 1024)
@@ -114,8 +118,7 @@ def count_everything():
     memory.checkpoint_layers(model)
     update("layers checkpointed", (1, 7, 1700, 2048), checkpoint=True)
     update("layers checkpointed", (4, 16, 1700, 115), checkpoint=True)
-    with train_projector._base_frozen(model):
-        stage_2((2, 1, 1700, 1000), 1)
+    stage_2((2, 1, 1700, 1000), 1)
     masters = memory.offload(model, base)
     update("offload", (1, 7, 1700, 2048), checkpoint=True, offload=True)
     assert all(p.grad is None for p in base)
