@@ -716,8 +716,9 @@ def fit_to_memory(args, model, task, prompts):
     if not memory.has_fixed_numbers(model):
         given = dict(gen_batch_size=args.rows, micro_batch_tokens=args.tokens_per_forward,
                      checkpoint_layers=args.checkpoint_layers, offload=args.offload)
-        chosen, text = memory.plan(model, max(map(len, prompts)), args.max_new_tokens, args.prompts, args.group,
-                                   given, reader and reader[0])
+        longest = max(map(len, prompts))
+        chosen, text = memory.plan(model, longest, args.max_new_tokens, args.prompts, args.group, given,
+                                   reader and reader[0])
         args.rows, args.tokens_per_forward, args.checkpoint_layers, args.offload = chosen.values()
         lines = text.splitlines()
     args.offload = bool(args.offload)
