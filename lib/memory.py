@@ -31,8 +31,7 @@ FEW_ROWS = 64  # the same of sampling
 # ============================================================ less memory
 def checkpoint_layers(model):
     """A layer's activations are not kept for the backward pass but computed again: far less memory, a third
-    more time. transformers' own switch turns the cache off; ours runs a layer again on the cache as it
-    stood."""
+    more time. transformers' own switch turns the cache off; ours runs a layer on the cache as it stood."""
     model.checkpointed = True
     for i, layer in enumerate(model.model.layers):
         layer.forward = functools.partial(_recomputed, layer.forward, i)
@@ -149,9 +148,9 @@ def _weights(parameters):
 def needs(model, longest, prompts=0, rows=0, limit=0, positions=0, recompute=False, offloaded=False):
     """{phase: {what: bytes}} at the worst moment of each phase, beside weights and AdamW.
 
-    sampling: `rows` rows of `limit` slots, with `prompts` prompts of `longest` tokens in memory. The others:
-    `positions` in one forward pass, copied keys included (see scoring.pack), in texts of up to `longest`
-    tokens. recompute: layers are checkpointed."""
+    Texts are prompts of up to `longest` tokens, with up to `limit` slots. sampling: `rows` rows are decoded,
+    `prompts` prompts are in memory. The others: `positions` in one forward pass, copied keys included (see
+    scoring.pack). recompute: layers are checkpointed."""
     config, layer = model.config, model.model.layers[-1]
     n, D, I, V = config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.vocab_size
     heads = config.num_attention_heads
@@ -170,7 +169,7 @@ def needs(model, longest, prompts=0, rows=0, limit=0, positions=0, recompute=Fal
     passing = (8 + c) * D + 3 * c * I  # without gradients: residual, norm and its copy, three of the MLP's
     cached = n * c * kv  # keys and values, in all layers
 
-    mask = c * longest * positions
+    mask = c * (longest + limit) * positions
     activations, again = n * kept * positions, 0
     if recompute:  # each layer's input, keys and values stay; one layer's are made again, with gradients
         activations, again = (4 * n * D + cached) * positions, 1.75 * kept * positions
@@ -238,7 +237,7 @@ def _left_in_control_groups(root="/sys/fs/cgroup", own="/proc/self/cgroup"):
 
 # ============================================================ what fits
 def largest(sizes, room, most, step):
-    """The largest multiple n of `step` up to `most` for which sizes(n), {what: bytes}, fits in `room`, or 0."""
+    """The largest multiple n of `step` up to `most` whose sizes(n), {what: bytes}, fit in `room`; or 0."""
     return step * bisect.bisect(range(step, most + 1, step), room, key=lambda n: sum(sizes(n).values()))
 
 
@@ -278,43 +277,39 @@ def plan(model, longest, limit, n_prompts, num_generations, given, scorer=None, 
     masters and moments on the host (not on a CPU, which is the host)."""
     own, reader = (sum(p.nbytes for p in m.parameters()) if m else 0 for m in (model, scorer))
     room = room or free(model.device) + own + reader
-    whole = longest + limit  # positions of one rollout with its prompt
-    all_rows = n_prompts * num_generations
-    all_positions = n_prompts * longest + all_rows * (limit + whole // COPIED)  # as scoring.pack counts
-    most = min(MOST_POSITIONS[model.device.type], -(-all_positions // 256) * 256)
     given = {name: value for name, value in given.items() if value is not None}
     if model.device.type == "cpu":
         given.setdefault("offload", False)
-    rows, positions = given.get("gen_batch_size"), given.get("micro_batch_tokens")
     tries = ([given[name]] if name in given else (False, True) for name in ("offload", "checkpoint_layers"))
+    rows, positions = given.get("gen_batch_size"), given.get("micro_batch_tokens")
+    group = rows or num_generations
+    most_rows = rows or n_prompts * num_generations
+    whole = longest + limit  # positions of one rollout with its prompt
+    all_positions = n_prompts * (longest + num_generations * (limit + whole // COPIED))  # see scoring.pack
+    most_positions = positions or min(MOST_POSITIONS[model.device.type], -(-all_positions // 256) * 256)
 
-    def sampling(n):  # of the choice that is tried below, and so is update
-        prompts = min(n_prompts, 2 * max(1, n // num_generations))  # see Decoder
-        return {**held, **needs(model, longest, prompts, n, limit, offloaded=offload)["sampling"]}
+    def peaks(rows=0, positions=0):  # with what is tried below
+        prompts = min(n_prompts, 2 * max(1, rows // num_generations))  # see Decoder
+        phases = needs(model, longest, prompts, rows, limit, positions, recompute, offloaded)
+        return {phase: {**held, **phases[phase]} for phase in ("sampling", "update")}
 
-    def update(n):
-        return {**held, **needs(model, whole, 0, 0, 0, n, recompute, offload)["update"]}
-
-    for offload, recompute in itertools.product(*tries):
-        held = {"weights": own - offload * 2 * _weights(model.model.layers.parameters()),
-                "AdamW": 0 if offload else 8 * _weights(base_parameters(model)), "reader": reader}
-        fit_rows = largest(sampling, USABLE * room, rows or all_rows, rows or num_generations)
-        fit_positions = largest(update, USABLE * room, positions or most, positions or 256)
-        enough_rows = rows or min(FEW_ROWS, all_rows)
-        enough_positions = positions or min(FEW_POSITIONS, 2 * whole, most)
-        if fit_rows >= enough_rows and fit_positions >= enough_positions:
+    for offloaded, recompute in itertools.product(*tries):
+        held = {"weights": own - offloaded * 2 * _weights(model.model.layers.parameters()),
+                "AdamW": 0 if offloaded else 8 * _weights(base_parameters(model)), "reader": reader}
+        rows = largest(lambda n: peaks(rows=n)["sampling"], USABLE * room, most_rows, group)
+        fit = largest(lambda n: peaks(positions=n)["update"], USABLE * room, most_positions, positions or 256)
+        if rows >= min(FEW_ROWS, most_rows) and fit >= min(FEW_POSITIONS, 2 * whole, most_positions):
             break
-    rows = rows or max(fit_rows, num_generations)
-    positions = positions or max(fit_positions, whole)
+    rows, positions = max(rows, group), max(fit, positions or whole)  # also if these may not fit
     settings = {"gen_batch_size": rows, "micro_batch_tokens": positions, "checkpoint_layers": recompute,
-                "offload": offload}
-    return settings, _forecast(settings, {"sampling": sampling(rows), "update": update(positions)}, room)
+                "offload": offloaded}
+    used = peaks(min(rows, n_prompts * num_generations), max(positions, whole))
+    return settings, _forecast(*settings.values(), used, room)
 
 
-def _forecast(settings, peaks, room):
-    rows, positions, recompute, offload = settings.values()
+def _forecast(rows, positions, recompute, offloaded, peaks, room):
     flags = (f"--gen-batch-size {rows} --micro-batch-tokens {positions} "
-             f"--{'' if recompute else 'no-'}checkpoint-layers --{'' if offload else 'no-'}offload")
+             f"--{'' if recompute else 'no-'}checkpoint-layers --{'' if offloaded else 'no-'}offload")
     lines = [f"memory: {room / GIB:.1f} GiB can be used; with {flags} the peaks should be:"]
     for phase, sizes in peaks.items():
         parts = ", ".join(f"{what} {size / GIB:.1f}" for what, size in sizes.items() if size >= 0.05 * GIB)
