@@ -24,8 +24,7 @@ Letters in the shape comments (P is a number there, the projector elsewhere):
 The definition comes first, as slowly as possible; then the tag, the projector, decoding, scoring, the latent
 roll-out and its loss, GRPO. What is called engine.something is there for speed and memory (on CUDA it brings
 bf16 rounding), what is called runs.something for files, chat templates and the command line, card.something
-for what fits in memory, released.something for the released code's tag rule. None of them is in the paper; a
-first reading can skip them. Stages 1 and 2 are in train_projector.py, stage 3 is in train_rl.py.
+for what fits in memory. None of them is in the paper; a first reading can skip them. Stages 1 and 2 are in train_projector.py, stage 3 is in train_rl.py.
 
 "Sec. 3.1" and the like follow the order of the paper's method and may be off by one in your copy: only its
 abstract, the authors' project page and the released code could be read while this was written. "As released"
@@ -39,7 +38,6 @@ import torch
 import transformers
 
 from lib import checkpoint, decoder, kv_cache, memory, scoring
-import released
 from lib import UserError
 from lib.checkpoint import save  # noqa: F401  (model, tokenizer, path): belongs to this file's interface
 
@@ -206,7 +204,7 @@ def _read_char(state, char, cap):
 
 
 def tag_table(tokenizer, cap, vocab_size, device):
-    """The automaton as a decoder.TagTable over the ids of a vocabulary.
+    """The automaton as a decoder.TagFSM over the ids of a vocabulary.
 
     BPE may merge neighbours into the tag's ends (`.<`, `>\\n`): the merged token ends the tag."""
 
@@ -215,7 +213,7 @@ def tag_table(tokenizer, cap, vocab_size, device):
         return kind != "open" or length > 2
 
     alphabet = sorted(set(OPEN + CLOSE + SPACE + DIGITS))
-    return decoder.TagTable.of_characters(
+    return decoder.TagFSM(
         read_char=lambda state, char: _read_char(state, char, cap),
         start=("open", 0, False),
         alphabet=alphabet,
@@ -227,19 +225,12 @@ def tag_table(tokenizer, cap, vocab_size, device):
 
 
 def watcher(model, tokenizer):
-    """The model's tag table, built once per tokenizer, rule, cap and device.
-
-    With the config entry litereason_tag_rule "released" tags fire where the released
-    plugin's do (released.py)."""
+    """The model's tag table, built once per tokenizer, cap and device."""
     key = (model.config.litereason_max_reasoning_steps, model.config.vocab_size, str(model.device))
-    rule = getattr(model.config, "litereason_tag_rule", "text")
     made = tokenizer.__dict__.setdefault("_litereason_watchers", {})
-    if (rule, *key) not in made:
-        if rule == "released":
-            made[rule, *key] = released.tag_table(tokenizer, OPEN, CLOSE, *key)
-        else:
-            made[rule, *key] = tag_table(tokenizer, *key)
-    return made[rule, *key]
+    if key not in made:
+        made[key] = tag_table(tokenizer, *key)
+    return made[key]
 
 
 def insert_latents(model, tokenizer, ids):
@@ -437,7 +428,6 @@ def attach(model, weights=None, tokenizer=None):
                                                             pad_token_id=config.pad_token_id)
     model.bf16 = model.device.type == "cuda" and model.dtype == torch.float32  # see kv_cache.autocast
     model.graphs = False  # see decoder.Decoder
-    kv_cache.use_few_rows(model)
     kv_cache.mask_no_words(model, checkpoint.no_words(model, tokenizer) if tokenizer else [])
     # The caches of engine.py; anything else still goes through sdpa.
     model.set_attn_implementation("litereason")
@@ -518,7 +508,7 @@ def generate(model, tokenizer, prompts, samples=1, max_new_tokens=256, temperatu
         return _decode(model, tokenizer, ids, draws, samples, max_prompts, sampling, latent, bar, tag, start,
                        leave, feed)
 
-    rollouts, n_positions = decoder.once_more_in_halves(model, decode, max(1, rows))
+    rollouts, n_positions = decoder.once_more_in_halves(model, decode, max(1, rows), least=samples)
     if stats is not None:
         stats["positions"] = stats.get("positions", 0) + n_positions
     return rollouts
@@ -546,7 +536,7 @@ def _decode(model, tokenizer, prompts, draws, samples, max_prompts, sampling, la
             bar.update(len(ended))
 
     decoding = decoder.Decoder(model, prompts, samples, limit, max_prompts, new_rows, watch)
-    while decoding.refill(finish):  # rows that have ended leave, prompts that wait join
+    while decoding.schedule(finish):  # rows that have ended leave, prompts that wait join
         r = decoding.rows  # one tensor per field, see _new_rows
         inside = r.latents_left > 0  # (B,) in a block: no token is sampled there
         # Rows (indices) for the LM head and for the projector; on CUDA some of them for nothing, see

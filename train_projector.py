@@ -36,7 +36,7 @@ import torch
 from tqdm import tqdm
 
 import data
-from lib import checkpoint, display, kv_cache, memory, run, scoring
+from lib import checkpoint, display, memory, run, scoring
 import targets
 from eval import PAPER, evaluate
 from litereason import (CAP, CLOSE, LATENT, OPEN, PROJECTORS, Rollout, UserError, embedding_size, generate,
@@ -360,12 +360,9 @@ def fit_projector(model, traces, lr, batch, steps=None, schedule=True, clip=0.2,
         keep()  # before the first step: `carried` holds an evaluation that should not be run again
         uninterrupted = run.on_stop(keep)
         log = run.open_log(f"{states}.jsonl", lines)
-    # Here, so that frozen weights are cast once for all steps; autocast would keep the first cast of weights
-    # that learn, too.
     base_learns = base_lr > 0 or imitates
     frozen = contextlib.nullcontext() if base_learns else _base_frozen(model)
-    autocast = contextlib.nullcontext() if base_learns else kv_cache.autocast(model)
-    with frozen, autocast, _sizes_made(model) as sizes:
+    with frozen, _sizes_made(model) as sizes:
         done = len(lines)
         together = VERSIONS_TOGETHER if aim == "words" else 1
         batches = itertools.islice(_batches(traces, batch, seed, together), done, steps)
@@ -462,13 +459,20 @@ def _resume_fit(states, parameters, optimizer):
 def _base_frozen(model):
     """Inside, no weight but the projector's gets a gradient."""
     frozen = [p for p in memory.base_parameters(model) if p.requires_grad]
+    # On CUDA they are cast once, here: autocast would cast what is frozen again in every forward pass.
+    matrices = memory.matrices(model) if model.bf16 else []
+    whole = [weight.data for weight in matrices]
     for p in frozen:
         p.requires_grad_(False)
+    for weight in matrices:
+        weight.data = weight.data.to(torch.bfloat16)
     try:
         yield
     finally:
         for p in frozen:
             p.requires_grad_(True)
+        for weight, before in zip(matrices, whole):
+            weight.data = before
 
 
 def _batches(traces, size, seed, together=1):
@@ -701,7 +705,6 @@ def parse_arguments():
                    "included, out of stage 2 (default: none are; released 4096)")
     g.add_argument("--keep-cut", action="store_true", help="keep rewarded traces that the length limit has "
                    "cut, as released (default: whole ones only)")
-    run.tag_rule_flag(g)
     return run.parse_resumable(ap, "train_projector.py")
 
 
@@ -717,7 +720,6 @@ def main():
     run.check_examples(args, train=task.examples("train"), val=task.examples("val"))
     model, tokenizer = load(args.model, args.device)
     run.use_graphs(model, args.graphs)
-    checkpoint.set_tag_rule(model, args.tag_rule)
     set_start(args, model)
     data.start_task(args, task, args.model)
     args.max_new_tokens = args.max_new_tokens or checkpoint.slots_per_answer(model)

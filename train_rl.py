@@ -552,7 +552,6 @@ def add_released_flags(g):
     g.add_argument("--refresh-max-length", type=int, metavar="N",
                    help="leave longer traces, prompt included, out of the refresh (default: none are; "
                    "released 2048)")
-    run.tag_rule_flag(g)
 
 
 @run.signals_restored()
@@ -574,7 +573,6 @@ def main():
     source = run.source_of_weights(args, saved)
     model, tokenizer = load(source, args.device)
     run.use_graphs(model, args.graphs)
-    checkpoint.set_tag_rule(model, args.tag_rule)
     data.start_task(args, task, args.model)
     if args.method == "grpo" and args.overlong_buffer is None:
         args.overlong_buffer = 0  # a small model without tags answers the penalty with no reasoning at all

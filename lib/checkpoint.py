@@ -21,9 +21,6 @@ from lib import UserError
 TINY = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "data", "tiny", "base")
 
 
-TAG_RULES = ("text", "released")  # where tags fire: litereason.tag_table, released.tag_table
-
-
 # ============================================================ a model's files
 # Slots per answer, latents included, where no flag says another number: of a small model, and as released.
 SLOTS_SMALL, SLOTS_RELEASED = 240, 2048
@@ -199,15 +196,10 @@ def check_model(model, cap, layers):
             raise UserError(f"config.json: litereason_{key} is {value!r}, expected a whole number from 1 to "
                             "64")
     rule = getattr(config, "litereason_tag_rule", "text")
-    if rule not in TAG_RULES:
-        raise UserError(f"config.json: litereason_tag_rule is {rule!r}, expected {' or '.join(TAG_RULES)}")
+    if rule != "text":
+        raise UserError(f"config.json: litereason_tag_rule is {rule!r}, but tags fire wherever one is written; "
+                        "if this model may be run so, delete the entry")
     return cap, layers
-
-
-def set_tag_rule(model, rule):
-    """--tag-rule; None leaves what the checkpoint says."""
-    if rule is not None:
-        model.config.litereason_tag_rule = rule
 
 
 def hub_answers():

@@ -416,12 +416,6 @@ def use_graphs(model, wanted):
     model.graphs = wanted and model.device.type == "cuda"
 
 
-def tag_rule_flag(group):
-    group.add_argument("--tag-rule", choices=checkpoint.TAG_RULES, help="where tags fire: text, wherever one is "
-                       "written; released, where the released plugin's do, for a model that it will serve "
-                       "(default: what the checkpoint says, else text)")
-
-
 # The least that a number may be; of others it is 0 if it may be a fraction, else 1.
 LEAST = {
     "n": 1, "seed": 0, "val": 0, "steps": 0, "projector_steps": 0, "overlong_buffer": 0, "show_every": 0,

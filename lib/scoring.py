@@ -1,22 +1,29 @@
-"""Given slots in batches: rollouts ordered by prompt, rounds of text and latents, log-probs in chunks; a first
-reading can skip it.
+"""Slots that are given, in batches. Without this file the method is the same; a first reading can skip it.
+
+    Batch, slot_table   rollouts ordered by prompt, their slots padded
+    plan_rounds         how latents are made again: rounds of text and latents
+    token_logprobs      log-probs of tokens, in chunks of logits
+    pack                which rollouts go through the model together
+
+Letters in the shape comments are those of litereason.py.
 """
+import dataclasses
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
-import dataclasses
 from lib import kv_cache
 
-LOGITS = 2**27  # most logits that scoring computes at once: 512 MiB in fp32, 883 tokens of Qwen's vocabulary
+LOGITS = 2**26  # most logits that scoring computes at once: 256 MiB in fp32, 441 tokens of Qwen's vocabulary
+COPIED = 16  # a row's own copy of so many keys, for fused attention, takes about the memory of one position
 
 
-# ============================================================ scoring: shared prompts, chunks of logits
 class Batch:
     """Rollouts ordered by prompt, each prompt once, slots padded on the right.
 
     prompts: lists of token ids. owner (B,): which prompt a row belongs to. rows: the rollouts in that order.
-    back: for each rollout, in the order in which they were given, the number of its row."""
+    slots, valid (B, S): see slot_table. back (B,): which row each rollout, as given, has become."""
 
     def __init__(self, rollouts, device, padding):
         number = {}  # prompt -> its number
@@ -28,21 +35,16 @@ class Batch:
         self.prompts = [list(prompt) for prompt in number]
         self.owner = torch.tensor(sorted(owners), device=device)
         self.rows = [rollouts[i] for i in order]
-        self.slots, self.valid = slot_table(self.rows, device, padding)  # (B, S) each
+        self.slots, self.valid = slot_table(self.rows, device, padding)
         self.back = torch.tensor(sorted(range(len(order)), key=order.__getitem__), device=device)
 
 
 def slot_table(rollouts, device, padding):
     """The slots of rollouts, padded on the right -> slots (B, S), valid (B, S)."""
     S = max(len(r.slots) for r in rollouts)
-    slots, lengths = [], []
-    for rollout in rollouts:
-        n = len(rollout.slots)
-        slots.append(rollout.slots + [padding] * (S - n))
-        lengths.append([n])
-    lengths = torch.tensor(lengths, device=device)  # (B, 1)
-    valid = torch.arange(S, device=device) < lengths
-    return torch.tensor(slots, device=device), valid
+    slots = [r.slots + [padding] * (S - len(r.slots)) for r in rollouts]
+    lengths = torch.tensor([[len(r.slots)] for r in rollouts], device=device)  # (B, 1)
+    return torch.tensor(slots, device=device), torch.arange(S, device=device) < lengths
 
 
 @dataclasses.dataclass
@@ -68,9 +70,8 @@ def plan_rounds(rows):
     at = [0] * len(rows)  # the next slot of each row
     carried = [0] * len(rows)
     while any(start < len(row) for start, row in zip(at, rows)):
-        counts = []
-        for row, start, waiting in zip(rows, at, carried):
-            counts.append(waiting + _run_length(row, start + waiting, False))
+        counts = [waiting + _run_length(row, start + waiting, False)
+                  for row, start, waiting in zip(rows, at, carried)]
         plan.append(Piece(at, counts, is_latent=False, carried=carried))
         at = [start + count for start, count in zip(at, counts)]
         blocks = [_run_length(row, start, True) for row, start in zip(rows, at)]  # latents that come next
@@ -99,70 +100,24 @@ def _run_length(row, start, kind):
     return end - start
 
 
-class TokenLogprobs(torch.autograd.Function):
-    """log softmax((h W^T + bias) / temperature)[target] of states h (M, D) -> (M,), with its gradient by
-    hand. The ids no_words have no part in it.
-
-    With p = softmax(..), the one-hot e and the incoming g / temperature: d/dh = g (e - p) W and d/dW = (e -
-    p)^T g h. Autograd would make five more (M, V) tensors on the way."""
-
-    @staticmethod
-    def logits(h, weight, bias, temperature, no_words):
-        logits = kv_cache._masked(F.linear(h.to(weight.dtype), weight, bias), no_words)  # (M, V)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return logits if temperature == 1 else logits / temperature
-
-    @staticmethod
-    def forward(ctx, h, weight, bias, targets, temperature, no_words, keep):
-        logits = TokenLogprobs.logits(h, weight, bias, temperature, no_words)
-        # (M,); in parts, since it copies what it reads.
-        total = torch.cat([part.logsumexp(-1) for part in logits.split(32)])
-        ctx.save_for_backward(h, weight, bias, targets, no_words, total, logits if keep else None)
-        ctx.temperature = temperature
-        return logits.gather(-1, targets[:, None])[:, 0] - total
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        h, weight, bias, targets, no_words, total, logits = ctx.saved_tensors
-        if logits is None:
-            logits = TokenLogprobs.logits(h, weight, bias, ctx.temperature, no_words)
-        # (M, V), in place: a second backward pass through the same logits is an error.
-        p = logits.sub_(total[:, None]).exp_()
-        p[torch.arange(len(targets), device=h.device), targets] -= 1  # p - e
-        p = p.to(weight.dtype)
-        g = -g[:, None] / ctx.temperature  # (M, 1)
-        needs_h, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        to_h = to_weight = to_bias = None
-        if needs_h:
-            to_h = (g * (p @ weight)).to(h.dtype)
-        if needs_weight:
-            to_weight = p.T @ (g * h).to(weight.dtype)
-        if needs_bias:
-            to_bias = (p.T @ g.to(p.dtype))[:, 0]
-        return to_h, to_weight, to_bias, None, None, None, None
-
-
+@kv_cache.with_autocast
 def token_logprobs(model, h, targets, temperature=1.0, chunk=None):
     """log p(target) for states h (M, D), targets (M,) -> (M,).
 
-    The (chunk, V) logits, by default LOGITS numbers, exist one chunk at a time; in the backward pass they are
-    computed again instead of being kept, unless one chunk is all."""
-    head = model.lm_head
-    chunk = chunk or max(1, LOGITS // head.out_features)
-    # Once, for all chunks and both directions.
-    weight = head.weight.to(torch.bfloat16) if model.bf16 else head.weight
-    bias = None if head.bias is None else head.bias.to(weight.dtype)
-    if not len(h):
-        return h[:, 0]
-    one_chunk = len(h) <= chunk
-    logps = []
-    for some, wanted in zip(h.split(chunk), targets.split(chunk)):
-        logps.append(TokenLogprobs.apply(some, weight, bias, wanted, temperature, head.no_words, one_chunk))
-    return torch.cat(logps)
+    The (chunk, V) logits, by default LOGITS numbers, exist one chunk at a time. Unless one chunk is all, they
+    are not kept for the backward pass but computed again there."""
+    chunk = chunk or max(1, LOGITS // model.lm_head.out_features)
 
+    def of_chunk(h, targets):
+        logits = model.lm_head(h)  # (chunk, V)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = logits if temperature == 1 else logits / temperature
+        return -F.cross_entropy(logits, targets, reduction="none")
 
-COPIED = 16  # a row's own copy of so many keys, for fused attention, takes about the memory of one position
+    if len(h) <= chunk:
+        return of_chunk(h, targets)
+    chunks = zip(h.split(chunk), targets.split(chunk))
+    return torch.cat([checkpoint(of_chunk, *one, use_reentrant=False) for one in chunks])
 
 
 def pack(rollouts, budget, unrolled=False):
@@ -172,7 +127,7 @@ def pack(rollouts, budget, unrolled=False):
     unrolled: they go through litereason.unroll, which reads a row's keys again after each block of latents.
     Budgets change memory and time, no result."""
     parts = [[]]
-    # of the last part: its prompts, the longest, most slots and pieces
+    # Of the last part: its prompts, the longest, most slots and pieces.
     prompts, L, S, pieces = set(), 0, 0, 1
     for i, rollout in enumerate(rollouts):
         prompt = tuple(rollout.prompt_ids)

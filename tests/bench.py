@@ -1,14 +1,14 @@
-"""Benchmarks: this repository's hot paths against the plain way of doing the same, paired in one run.
-Asserts nothing.
+"""Benchmarks: this repository's hot paths against the plain way of doing the same, paired in one run. Asserts
+nothing.
 
-Each row runs ours and theirs in turn, --repeats times, with the same weights, lengths and sampling on both
-sides. It prints both medians, and the median, lowest and highest of the paired ratios. The growth tables show
-what a path costs as one dimension grows. Each row has a process of its own: what ran before decides how the C
-library's malloc treats large blocks, and that moves a row by a quarter.
+Each row runs ours and theirs in turn, --repeats times, with the same weights, lengths and sampling. It prints
+both medians, and the median, lowest and highest of the paired ratios. Each row has a process of its own: what
+ran before decides how the C library's malloc treats large blocks, and that moves a row by a quarter.
 
-    python tests/bench.py                           # all rows and growth tables: 6 minutes on 2 cores
-    python tests/bench.py --rows a d --growth none  # some of it
-    python tests/bench.py --json results/bench.json # the numbers too
+    python tests/bench.py                            # all rows and growth tables: 6 minutes on 2 cores
+    python tests/bench.py --rows a d --growth none   # some of it
+    python tests/bench.py --model DIR                # decoding with real weights
+    python tests/bench.py --json results/bench.json  # the numbers too
 
 (a) decode, short prompts: tiny model, 16 prompts x 8 samples x 64 tokens
                                                     against transformers' generate
@@ -18,23 +18,23 @@ library's malloc treats large blocks, and that moves a row by a quarter.
 (d) make 6 x 3 latents again in a 1,024-slot row    against one pass over the prefix per latent
 (e) a GRPO step on the tiny task: sample, score, back-propagate, update
                                                     against generate and padded scoring
-(t) a GRPO step on the tiny task with its reward, 16 prompts x 16 samples, stopped or cut at 160 tokens
+(t) a GRPO step on the tiny task with its reward, 16 prompts x 16 samples, stopped or cut at 240 tokens
                                                     against TRL's GRPOTrainer (needs `pip install trl`)
 (w) prompts that wait: 16 prompts of 256 tokens x 4 through 16 rows, lengths of 24 on average, 96 at most
                                                     against our own loop, one batch after the other
+With --model: 24 new tokens of
+(g) a prompt of 300 tokens x 8 samples   (l) 1,200 x 16   (s) four prompts of 300, one sample each
+                                                    against transformers' generate
 """
 import argparse
 import copy
-import importlib.util
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import types
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
@@ -42,16 +42,14 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from lib import checkpoint, memory
 import litereason
-import train_rl
 from data import tiny
+from lib import checkpoint, memory, scoring
 from litereason import (LATENT, Rollout, attach, generate, group_advantages, load, logprobs, policy_loss,
                         unroll)
-from lib.checkpoint import TINY
 
 NEVER = -7  # a stop token that is never sampled: all rows run to the same length on both sides
-# of the large model; the vocabulary is Qwen2.5's, its head a third of the work
+# Of the large model; the vocabulary is Qwen2.5's, its head a third of the work.
 WIDTH, VOCABULARY = 512, 151_936
 
 
@@ -59,10 +57,11 @@ WIDTH, VOCABULARY = 512, 151_936
 def models(kind, device):
     """(ours, theirs, tokenizer): the same weights with our attention and with transformers' sdpa.
 
-    kind: "tiny", or "large": 8 layers with random weights."""
-    ours, tokenizer = load("tiny", device)
-    if kind == "tiny":
-        theirs = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    kind: "tiny", a directory, or "large": 8 layers with random weights."""
+    if kind != "large":
+        ours, tokenizer = load(kind, device)
+        path = checkpoint.checkpoint_path(kind)
+        theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
         return ours, theirs.to(device).eval(), tokenizer
     config = Qwen2Config(vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=1408,
                          num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2,
@@ -71,13 +70,12 @@ def models(kind, device):
     theirs = Qwen2ForCausalLM(config).to(device).eval()
     ours = Qwen2ForCausalLM(copy.deepcopy(theirs.config)).to(device)
     ours.load_state_dict(theirs.state_dict())
-    return attach(ours), theirs, tokenizer
+    return attach(ours), theirs, load("tiny", "cpu")[1]
 
 
-def random_ids(*shape, seed=0):
-    """Token ids of the large vocabulary, a tensor."""
-    draws = torch.Generator().manual_seed(seed)
-    return torch.randint(10, 150_000, shape, generator=draws)
+def random_ids(*shape, most=150_000, seed=0):
+    """Token ids from 10 to `most`, a tensor."""
+    return torch.randint(10, most, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def tiny_prompts(tokenizer, split):
@@ -109,10 +107,8 @@ def padded_left(rows, device):
 
 
 def their_generate(model, prompts, samples, steps):
-    """Prompts (lists of ids), each repeated per sample and padded as transformers expects them -> (rows,
-    steps) ids."""
-    rows = [prompt for prompt in prompts for _ in range(samples)]
-    ids, mask = padded_left(rows, model.device)
+    """Prompts (lists of ids), each repeated per sample and padded -> (rows, steps) ids."""
+    ids, mask = padded_left([prompt for prompt in prompts for _ in range(samples)], model.device)
     out = model.generate(input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0,
                          top_p=1.0, eos_token_id=None, pad_token_id=0, max_new_tokens=steps)
     return out[:, ids.shape[1] :]
@@ -122,8 +118,7 @@ def their_logprobs(model, prompts, samples, own):
     """Every row with its own copy of the prompt, own parts aligned at the right end; own (rows, S) ids ->
     log-probs (rows, S)."""
     repeated = [prompt for prompt in prompts for _ in range(samples)]
-    rows = [prompt + ids for prompt, ids in zip(repeated, own.tolist())]
-    ids, mask = padded_left(rows, model.device)
+    ids, mask = padded_left([prompt + row for prompt, row in zip(repeated, own.tolist())], model.device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     out = model(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=own.shape[1] + 1)
     logps = out.logits[:, :-1].log_softmax(-1)
@@ -131,31 +126,28 @@ def their_logprobs(model, prompts, samples, own):
 
 
 def clock(run, device):
-    """Seconds that run() takes."""
-    if device == "cuda":
-        torch.cuda.synchronize()
+    """Seconds that run() takes, after all that was under way has ended."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
     start = time.perf_counter()
     run()
-    if device == "cuda":
-        torch.cuda.synchronize()
+    wait()
     return time.perf_counter() - start
 
 
 # ====================================================== the rows: device -> (ours, theirs), to be run in turn
-def decode_short(device):
-    ours, theirs, tokenizer = models("tiny", device)
-    _, prompts = tiny_prompts(tokenizer, "test")
-    tags_fire(ours, tokenizer, 0, 0)
-    return (lambda: generate(ours, tokenizer, prompts, 8, 64),
-            lambda: their_generate(theirs, prompts, 8, 64))
+def decode(device, kind, prompts, samples, steps, tags=(0, 0)):
+    ours, theirs, tokenizer = models(kind, device)
+    prompts = tiny_prompts(tokenizer, "test")[1] if prompts is None else prompts
+    tags_fire(ours, tokenizer, *tags)
+    return (lambda: generate(ours, tokenizer, prompts, samples, steps),
+            lambda: their_generate(theirs, prompts, samples, steps))
 
 
-def decode_long(device):
-    ours, theirs, tokenizer = models("large", device)
-    prompts = random_ids(1, 1024).tolist()
-    tags_fire(ours, tokenizer, 50, 3)
-    return (lambda: generate(ours, tokenizer, prompts, 8, 64),
-            lambda: their_generate(theirs, prompts, 8, 64))
+def decode_real(device, directory, prompts, length, samples):
+    vocabulary = transformers.AutoConfig.from_pretrained(checkpoint.checkpoint_path(directory)).vocab_size
+    ids = random_ids(prompts, length, most=vocabulary).tolist()
+    return decode(device, directory, ids, samples, 24)
 
 
 def score(device):
@@ -186,13 +178,8 @@ def latents_again(device):
     ids = torch.tensor([prompt + [max(slot, 0) for slot in slots]], device=device)
 
     @torch.no_grad()
-    def cached():
-        return unroll(ours, [rollout])
-
-    @torch.no_grad()
     def prefixes():
-        """As the released code does: the whole text before a latent goes through the model for each
-        latent."""
+        """As the released code does: the whole text before a latent goes through the model for each."""
         x = theirs.get_input_embeddings()(ids)
         for t, slot in enumerate(slots, len(prompt)):
             if slot == LATENT:
@@ -200,42 +187,47 @@ def latents_again(device):
                 x[:, t] = ours.reasoning_projector(states[:, -1])[0]
         return theirs.model(inputs_embeds=x, use_cache=False).last_hidden_state
 
-    return cached, prefixes
+    return torch.no_grad()(lambda: unroll(ours, [rollout])), prefixes
+
+
+def our_grpo(model, tokenizer, prompts, limit, rewards_of, lr, budget):
+    """-> step() -> rollouts: 16 samples a prompt, rewards_of(rollouts) (16, 16), one update."""
+    base = memory.base_parameters(model)
+    optimizer = torch.optim.AdamW(base, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+    def step():
+        rollouts = generate(model, tokenizer, prompts, 16, limit, latent="none")
+        advantages = group_advantages(rewards_of(rollouts)).flatten().to(model.device)
+        for part in scoring.pack(rollouts, budget):
+            logp, scored = logprobs(model, [rollouts[i] for i in part])
+            policy_loss(logp, logp.detach(), advantages[part], scored, len(rollouts))[0].backward()
+        torch.nn.utils.clip_grad_norm_(base, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return rollouts
+
+    return step
 
 
 def grpo_step(device):
     ours, theirs, tokenizer = models("tiny", device)
     _, prompts = tiny_prompts(tokenizer, "train")
-    tags_fire(ours, tokenizer, 0, 0)
     rewards = torch.rand(16, 16, generator=torch.Generator().manual_seed(3))
     advantages = group_advantages(rewards).flatten().to(device)
-    optimizers = {model: torch.optim.AdamW(model.parameters(), lr=1e-7) for model in (ours, theirs)}
-    micro_batches = [slice(i, i + 128) for i in range(0, 256, 128)]
-
-    def update(model):
-        optimizers[model].step()
-        optimizers[model].zero_grad(set_to_none=True)
-
-    def our_step():
-        rollouts = generate(ours, tokenizer, prompts, 16, 96)
-        for part in micro_batches:
-            some = rollouts[part]
-            logp, scored = logprobs(ours, some)
-            old_logp = torch.stack([rollout.logprobs for rollout in some]).to(logp)
-            loss, _ = policy_loss(logp, old_logp, advantages[part], scored, 256)
-            loss.backward()
-        update(ours)
+    optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-7, fused=True)
 
     def their_step():
         own = their_generate(theirs, prompts, 16, 96)
-        for part in micro_batches:
-            logp = their_logprobs(theirs, prompts[part.start // 16 : part.stop // 16], 16, own[part])
+        for i in range(0, 16, 8):
+            rows = slice(16 * i, 16 * (i + 8))
+            logp = their_logprobs(theirs, prompts[i : i + 8], 16, own[rows])
             scored = torch.ones_like(logp, dtype=torch.bool)
-            loss, _ = policy_loss(logp, logp.detach(), advantages[part], scored, 256)
-            loss.backward()
-        update(theirs)
+            policy_loss(logp, logp.detach(), advantages[rows], scored, 256)[0].backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
-    return our_step, their_step
+    return our_grpo(ours, tokenizer, prompts, 96, lambda _: rewards, 1e-7, 12_000), their_step
 
 
 def waiting_prompts(device):
@@ -244,100 +236,51 @@ def waiting_prompts(device):
     prompts = random_ids(16, 256).tolist()
 
     def decode(parts):
-        """With one token of the vocabulary in 24 as a stop token: random weights draw any with about the same
-        odds."""
+        """One token of the vocabulary in 24 stops a row: random weights draw any with about the same odds."""
         never = checkpoint.stop_tokens
         checkpoint.stop_tokens = lambda *_: list(range(0, VOCABULARY, 24))
         draws = torch.Generator().manual_seed(0)
-        try:
-            for part in parts:
-                generate(ours, tokenizer, part, 4, 96, rows=16, generator=draws)
-        finally:
-            checkpoint.stop_tokens = never
+        for part in parts:
+            generate(ours, tokenizer, part, 4, 96, rows=16, generator=draws)
+        checkpoint.stop_tokens = never
 
     batches = [prompts[i : i + 4] for i in range(0, 16, 4)]
     return lambda: decode([prompts]), lambda: decode(batches)
 
 
 ROWS = {
-    "a": ("decode, short prompts", decode_short),
-    "b": ("decode, long prompt", decode_long),
-    "c": ("score + backward", score),
-    "d": ("latents again", latents_again),
-    "e": ("GRPO step, tiny task", grpo_step),
+    "a": ("decode, short prompts", lambda device, _: decode(device, "tiny", None, 8, 64)),
+    "b": ("decode, long prompt",
+          lambda device, _: decode(device, "large", random_ids(1, 1024).tolist(), 8, 64, (50, 3))),
+    "c": ("score + backward", lambda device, _: score(device)),
+    "d": ("latents again", lambda device, _: latents_again(device)),
+    "e": ("GRPO step, tiny task", lambda device, _: grpo_step(device)),
     "t": ("GRPO step, against TRL", None),  # see pairs_with_trl
-    "w": ("prompts that wait", waiting_prompts)}
-
-
-def pairs_of(row, device, repeats):
-    """[(our seconds, their seconds)], after one pair that is not counted."""
-    ours, theirs = row(device)
-    pairs = [(clock(ours, device), clock(theirs, device)) for _ in range(repeats + 1)]
-    return pairs[1:]
+    "w": ("prompts that wait", lambda device, _: waiting_prompts(device))}
+REAL = {
+    "g": ("decode, a prompt of 300 x 8", lambda device, model: decode_real(device, model, 1, 300, 8)),
+    "l": ("decode, a prompt of 1,200 x 16", lambda device, model: decode_real(device, model, 1, 1200, 16)),
+    "s": ("decode, 4 prompts of 300 x 1", lambda device, model: decode_real(device, model, 4, 300, 1))}
 
 
 # ============================================================ (t) TRL's trainer
-def our_training(device, lengths):
-    """-> step(): one step of train_rl.py on the tiny task, as it runs for --method grpo. The rollouts' mean
-    length is appended to `lengths`."""
-    model, tokenizer = load("tiny", device)
-    examples, prompts = tiny_prompts(tokenizer, "train")
-    settings = types.SimpleNamespace(**train_rl.SMALL, method="grpo", recompute_latents=False)
-    base = memory.base_parameters(model)
-    optimizer = torch.optim.AdamW(base, lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-
-    def step():
-        rollouts = generate(model, tokenizer, prompts, settings.group, settings.max_new_tokens,
-                            rows=settings.rows, latent="none")
-        rewards = [tiny.reward(examples[rollout.prompt], rollout.text) for rollout in rollouts]
-        tokens = torch.tensor([rollout.n_tokens for rollout in rollouts])
-        lengths.append(float(tokens.float().mean()))
-        groups = (settings.prompts, settings.group)
-        advantages, divisors = litereason.grpo(torch.tensor(rewards).view(groups), tokens.view(groups),
-                                               settings.max_new_tokens)
-        train_rl.add_gradients(settings, model, rollouts, range(len(rollouts)), advantages.flatten(),
-                               divisors.flatten())
-        torch.nn.utils.clip_grad_norm_(base, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
-
-
-def trl_trainer(device, steps, folder):
-    """TRL's GRPOTrainer on the same prompts, with the same reward and settings as `our_training`."""
+def pairs_with_trl(device, repeats):
+    """[(our seconds, TRL's seconds)] of training steps in turn, the first of which is not to be counted; both
+    on the same prompts, with the same reward and settings."""
     import datasets
     import trl
 
-    same = train_rl.SMALL
-    rollouts = same["prompts"] * same["group"]
-    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).to(device)
-    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(TINY, padding_side="left")
-    examples = tiny.examples("train")[: same["prompts"]]
-    rows = [{"prompt": tiny.prompt(example, False), "number": number}
-            for number, example in enumerate(examples)]
+    model, tokenizer = load("tiny", device)
+    examples, prompts = tiny_prompts(tokenizer, "train")
+    pairs = []
 
-    def rewards(completions, number, **_):
+    def rewards_of(rollouts):
+        return torch.tensor([tiny.reward(examples[r.prompt], r.text) for r in rollouts]).view(16, 16)
+
+    def their_rewards(completions, number, **_):
         return [tiny.reward(examples[i], completion) for i, completion in zip(number, completions)]
 
-    config = trl.GRPOConfig(
-        output_dir=folder, max_steps=steps, learning_rate=same["lr"], lr_scheduler_type="constant",
-        adam_beta1=0.9, adam_beta2=0.95, max_grad_norm=1.0, num_generations=same["group"],
-        max_completion_length=same["max_new_tokens"], temperature=1.0, top_k=0, top_p=1.0, beta=0.0,
-        epsilon=same["clip"], loss_type="grpo", use_cpu=device == "cpu", bf16=False,
-        gradient_checkpointing=False,
-        # Four micro-batches to one optimiser step: faster here than all 256 rollouts at once.
-        per_device_train_batch_size=rollouts // 4, gradient_accumulation_steps=4,
-        save_strategy="no", report_to="none", logging_steps=1, disable_tqdm=True)
-    return trl.GRPOTrainer(model=model, args=config, processing_class=tokenizer, reward_funcs=rewards,
-                           train_dataset=datasets.Dataset.from_list(rows))
-
-
-def pairs_with_trl(device, repeats):
-    """[(our seconds, TRL's seconds)] of training steps in turn, after one pair that is not counted, and the
-    mean lengths of both sides' rollouts, in tokens."""
-    pairs, our_lengths = [], []
-    our_step = our_training(device, our_lengths)
+    our_step = our_grpo(model, tokenizer, prompts, 240, rewards_of, 1.2e-4, 12_000)
 
     class Stopwatch(transformers.TrainerCallback):
         """Times each of TRL's steps, sampling included, and runs one of ours after it."""
@@ -346,19 +289,28 @@ def pairs_with_trl(device, repeats):
             self.began = time.perf_counter()
 
         def on_step_end(self, *_, **__):
-            if device == "cuda":
-                torch.cuda.synchronize()
             theirs = time.perf_counter() - self.began
             pairs.append((clock(our_step, device), theirs))
 
+    rows = [{"prompt": tiny.prompt(example, False), "number": i} for i, example in enumerate(examples)]
     with tempfile.TemporaryDirectory() as folder:
-        trainer = trl_trainer(device, repeats + 1, folder)
+        config = trl.GRPOConfig(
+            output_dir=folder, max_steps=repeats + 1, learning_rate=1.2e-4, lr_scheduler_type="constant",
+            adam_beta1=0.9, adam_beta2=0.95, max_grad_norm=1.0, num_generations=16,
+            max_completion_length=240, temperature=1.0, top_k=0, top_p=1.0, beta=0.0, epsilon=0.2,
+            loss_type="grpo", use_cpu=device == "cpu", bf16=False, gradient_checkpointing=False,
+            # Four micro-batches to one optimiser step: faster here than all 256 rollouts at once.
+            per_device_train_batch_size=64, gradient_accumulation_steps=4,
+            save_strategy="no", report_to="none", logging_steps=1, disable_tqdm=True)
+        trainer = trl.GRPOTrainer(
+            model=AutoModelForCausalLM.from_pretrained(checkpoint.TINY, dtype=torch.float32).to(device),
+            processing_class=transformers.PreTrainedTokenizerFast.from_pretrained(checkpoint.TINY,
+                                                                                  padding_side="left"),
+            args=config, reward_funcs=their_rewards, train_dataset=datasets.Dataset.from_list(rows))
         trainer.add_callback(Stopwatch())
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
-    their_lengths = [entry["completions/mean_length"] for entry in trainer.state.log_history
-                     if "completions/mean_length" in entry]
-    return pairs[1:], statistics.mean(our_lengths[1:]), statistics.mean(their_lengths[1:])
+    return pairs
 
 
 # ============================================================ growth
@@ -372,13 +324,13 @@ def growth(which, device, repeats):
         "prompt": [(n, prompt[:n], 8, 0) for n in (256, 1024, 4096, 8192)],
         "latents": [(n, prompt[:256], 8, n) for n in (0, 1, 3, 5)]}
     lines = []
+    print(f"\n| {which} | prefill, s | ms per step | slots per s |\n|---|---|---|---|")
     for n, ids, rows, latents in settings[which]:
         tags_fire(ours, tokenizer, 20 if latents else 0, latents)
 
         def seconds(slots):
-            run = [clock(lambda: generate(ours, tokenizer, [ids], rows, slots), device)
-                   for _ in range(repeats)]
-            return statistics.median(run)
+            return statistics.median(clock(lambda: generate(ours, tokenizer, [ids], rows, slots), device)
+                                     for _ in range(repeats))
 
         prefill = seconds(1)
         step = (seconds(33) - prefill) / 32
@@ -388,92 +340,54 @@ def growth(which, device, repeats):
 
 
 # ============================================================ the script
-def describe_machine(device):
-    """One line: what computes, with how many threads, in which versions."""
-    if device == "cuda":
-        machine = torch.cuda.get_device_name()
-    else:
-        machine = f"{cpu_model()}, {torch.get_num_threads()} threads"
-    return f"{machine}; torch {torch.__version__}, transformers {transformers.__version__}"
-
-
-def cpu_model():
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as f:
-            for line in f:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def measure(name, args):
-    """One row -> its numbers."""
-    title, row = ROWS[name]
-    numbers = {"what": title}
-    if row is None:
-        pairs, our_length, their_length = pairs_with_trl(args.device, args.repeats)
-        numbers["our_tokens"] = our_length
-        numbers["their_tokens"] = their_length
+    """One row -> its numbers; the first pair is not counted."""
+    title, row = {**ROWS, **REAL}[name]
+    if name == "t":
+        pairs = pairs_with_trl(args.device, args.repeats)
     else:
-        pairs = pairs_of(row, args.device, args.repeats)
-    ratios = sorted(theirs / ours for ours, theirs in pairs)
-    numbers["ours_s"] = statistics.median(ours for ours, _ in pairs)
-    numbers["theirs_s"] = statistics.median(theirs for _, theirs in pairs)
-    numbers["ratio"] = statistics.median(ratios)
-    numbers["ratios"] = ratios
-    return numbers
-
-
-def table_line(name, numbers):
-    title = numbers["what"]
-    if "our_tokens" in numbers:
-        title += f" ({numbers['our_tokens']:.0f} and {numbers['their_tokens']:.0f} tokens a rollout)"
-    ratios = numbers["ratios"]
-    return (f"| ({name}) {title} | {numbers['ours_s']:.3f} | {numbers['theirs_s']:.3f} | "
-            f"{numbers['ratio']:.1f}x | {ratios[0]:.1f}, {ratios[-1]:.1f} |")
-
-
-def measure_in_own_process(name, args):
-    """The same by this script, called for one row."""
-    words = [sys.executable, __file__, "--rows", name, "--growth", "none", "--repeats", str(args.repeats),
-             "--device", args.device]
-    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def parse_arguments():
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    growths = ["rows", "prompt", "latents"]
-    ap.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS), help="which comparisons")
-    ap.add_argument("--growth", nargs="*", default=growths, choices=[*growths, "none"])
-    ap.add_argument("--repeats", type=int, default=5, help="pairs per row, after one that is not counted")
-    ap.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    ap.add_argument("--json", metavar="FILE", help="write the numbers there")
-    return ap.parse_args()
+        checkpoint.stop_tokens = lambda *_: [NEVER]
+        ours, theirs = row(args.device, args.model)
+        pairs = [(clock(ours, args.device), clock(theirs, args.device)) for _ in range(args.repeats + 1)]
+    our_seconds, their_seconds = zip(*pairs[1:])
+    ratios = sorted(theirs / ours for ours, theirs in pairs[1:])
+    return {"what": title, "ours_s": statistics.median(our_seconds),
+            "theirs_s": statistics.median(their_seconds), "ratio": statistics.median(ratios),
+            "ratios": ratios}
 
 
 def main():
-    args = parse_arguments()
-    machine = describe_machine(args.device)
-    print(f"{machine}; medians of {args.repeats} pairs\n")
-    print("| row | ours, s | theirs, s | ratio | lowest, highest |\n|---|---|---|---|---|")
-    result = {"machine": machine, "rows": {}, "growth": {}}
-    is_alone = len(args.rows) == 1
-    for name in args.rows:
-        if name == "t" and importlib.util.find_spec("trl") is None:
-            print(f"| (t) {ROWS['t'][0]} | needs pip install trl | | | |", flush=True)
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    growths = ["rows", "prompt", "latents"]
+    ap.add_argument("--model", metavar="DIR", help="a real model, for rows g, l, s")
+    ap.add_argument("--rows", nargs="*", choices=[*ROWS, *REAL], help="which comparisons (default: all)")
+    ap.add_argument("--growth", nargs="*", choices=[*growths, "none"], help="(default: all; none of --model)")
+    ap.add_argument("--repeats", type=int, default=5, help="pairs per row, after one that is not counted")
+    ap.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    ap.add_argument("--json", metavar="FILE", help="write the numbers there")
+    ap.add_argument("--one", help=argparse.SUPPRESS)  # a row's own process
+    args = ap.parse_args()
+    if args.one:
+        print(json.dumps(measure(args.one, args)))
+        return
+    rows = args.rows or list(REAL if args.model else ROWS)
+    machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} threads"
+    result = {"machine": machine, "torch": torch.__version__, "rows": {}, "growth": {}}
+    print(f"{machine}; torch {torch.__version__}; medians of {args.repeats} pairs\n")
+    print("| row | ours, s | theirs, s | ratio | lowest, highest |\n|---|---|---|---|---|", flush=True)
+    for name in rows:
+        words = [sys.executable, __file__, "--one", name, "--repeats", str(args.repeats), "--device",
+                 args.device, *(["--model", args.model] if args.model else [])]
+        done = subprocess.run(words, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            print(f"| ({name}) failed: see above | | | | |", flush=True)
             continue
-        if name != "t":  # there rollouts end as they do in training
-            checkpoint.stop_tokens = lambda *_: [NEVER]
-        numbers = measure(name, args) if is_alone else measure_in_own_process(name, args)
-        result["rows"][name] = numbers
-        print(table_line(name, numbers), flush=True)
-        if is_alone:
-            print(json.dumps(numbers))
-    for which in args.growth:
+        n = result["rows"][name] = json.loads(done.stdout.splitlines()[-1])
+        print(f"| ({name}) {n['what']} | {n['ours_s']:.3f} | {n['theirs_s']:.3f} | {n['ratio']:.1f}x | "
+              f"{n['ratios'][0]:.1f}, {n['ratios'][-1]:.1f} |", flush=True)
+    checkpoint.stop_tokens = lambda *_: [NEVER]
+    for which in (([] if args.model else growths) if args.growth is None else args.growth):
         if which != "none":
-            checkpoint.stop_tokens = lambda *_: [NEVER]
-            print(f"\n| {which} | prefill, s | ms per step | slots per s |\n|---|---|---|---|", flush=True)
             result["growth"][which] = growth(which, args.device, max(1, args.repeats // 2))
     if args.json:
         with open(args.json, "w") as f:

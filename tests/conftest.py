@@ -39,6 +39,13 @@ def close(a, b, tol=1e-10):
         assert gap <= tol * max(1.0, float(b.abs().max())), f"off by {gap:.3g}"
 
 
+def same(a, b):
+    """Two rollouts are the same: slots, latents, log-probs and all."""
+    assert (a.prompt_ids, a.slots, a.text, a.finished) == (b.prompt_ids, b.slots, b.text, b.finished)
+    close(a.latents, b.latents)
+    close(a.logprobs, b.logprobs)
+
+
 # ---------------------------------------------------------------- tokenizers
 # the rest is one token per character; tag(3) has 9 tokens
 MERGED = [".<", ">\n", "><", "</", "implicit_", "thought"]

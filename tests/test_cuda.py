@@ -1,8 +1,8 @@
-"""On a real GPU (skipped without one): the decoding loop, the scorer and the roll-out
-of latents give what the definition gives.
+"""On a real GPU (skipped without one): decoding, scoring and the roll-out of latents give what the definition
+gives.
 
-The pretended device (test_pretend_cuda.py) says what CUDA refuses;
-kernels, rounding and graphs can only be tried here."""
+The pretended device (test_pretend_cuda.py) says what CUDA refuses; kernels, rounding and graphs can only be
+tried here."""
 import copy
 import dataclasses
 import warnings
@@ -15,8 +15,7 @@ from lib import decoder, memory
 from data import tiny
 from litereason import LATENT, generate, load, logprobs, naive_score, policy_loss, projector_loss
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(),
-                                reason="needs a GPU")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @pytest.fixture
@@ -50,6 +49,12 @@ def largest_difference(model, rows):
     return float(torch.cat(differences).max())
 
 
+def test_sampler_and_scorer_agree_in_bf16_to_its_rounding(model_and_tokenizer):
+    model, tokenizer = model_and_tokenizer
+    assert model.bf16
+    assert largest_difference(model, sampled(model, tokenizer)) < 0.5
+
+
 def test_sampler_scorer_and_definition_agree(exact):
     model, tokenizer = exact
     rows = sampled(model, tokenizer)
@@ -62,28 +67,16 @@ def test_sampler_scorer_and_definition_agree(exact):
         close(r.logprobs.cpu(), logps.cpu(), 1e-6)
 
 
-def test_sampler_and_scorer_agree_in_bf16_to_its_rounding(model_and_tokenizer):
-    model, tokenizer = model_and_tokenizer
-    assert model.bf16
-    assert largest_difference(model, sampled(model, tokenizer)) < 0.5
-
-
-def test_a_recorded_step_gives_the_rollouts_of_a_plain_one(exact):
+def test_a_recorded_step_and_fewer_rows_give_the_same_rollouts(exact):
     model, tokenizer = exact
     plain = sampled(model, tokenizer)
+    few = sampled(model, tokenizer, rows=16)
     model.graphs = True
     played = sampled(model, tokenizer)
     assert model.graphs, "the step could not be recorded"
-    for a, b in zip(plain, played, strict=True):
-        assert a.slots == b.slots
+    for a, b, c in zip(plain, played, few, strict=True):
+        assert a.slots == b.slots == c.slots
         close(a.logprobs, b.logprobs, 1e-6)
-
-
-def test_a_row_alone_is_the_row_in_a_batch(exact):
-    model, tokenizer = exact
-    together = sampled(model, tokenizer)
-    few = sampled(model, tokenizer, rows=16)
-    assert [r.slots for r in together] == [r.slots for r in few]
 
 
 def test_between_two_looks_the_host_waits_for_nothing(model_and_tokenizer):

@@ -1,12 +1,10 @@
-"""The mixed decoding loop gives what the definition gives, and the scorer agrees with it
-to rounding (paper Sec. 3).
+"""The mixed decoding loop gives what the definition gives, and the scorer agrees with it up to rounding.
 
-The rows that are decoded are in conftest.py (TEXTS): several tags, adjacent tags, tags cut by the limit,
-early ends.
+The rows are in conftest.py (TEXTS): several tags, adjacent tags, tags cut by the limit, early ends.
 """
 import pytest
 import torch
-from conftest import LATENTS, LIMIT, PROMPTS, TAGS, TEXTS, close, naive, scripted, tag, write
+from conftest import LATENTS, LIMIT, PROMPTS, TAGS, TEXTS, close, naive, same, scripted, tag, write
 
 from lib import checkpoint, kv_cache
 from data import improvement, perplexity
@@ -15,13 +13,6 @@ from litereason import generate, insert_latents, LATENT, load, logprobs, naive_g
 
 def seeded(seed):
     return torch.Generator().manual_seed(seed)
-
-
-def same(a, b):
-    """Two rollouts are the same: slots, latents, log-probs and all."""
-    assert (a.prompt_ids, a.slots, a.text, a.finished) == (b.prompt_ids, b.slots, b.text, b.finished)
-    close(a.latents, b.latents)
-    close(a.logprobs, b.logprobs)
 
 
 # ---------------------------------------------------------------- what is decoded
@@ -41,14 +32,7 @@ def test_latents_count_toward_the_limit_and_are_counted_as_run(rollouts):
     assert all(len(r.slots) == r.n_tokens + r.n_latents == len(r.logprobs) <= LIMIT for r in rollouts)
     assert [len(r.slots) == LIMIT for r in rollouts] == [not r.finished for r in rollouts]
     assert all((r.logprobs[i] == 0) == (s == LATENT) for r in rollouts for i, s in enumerate(r.slots))
-
-
-def test_the_latents_and_log_probs_are_those_of_the_naive_definition(model, rollouts):
-    for r in rollouts:
-        with torch.no_grad():
-            _, latents, logps = naive(model, r.prompt_ids, r.slots)
-        close(r.latents, latents)
-        close(r.logprobs, logps)
+    assert [r.prompt for r in rollouts] == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.7}, {"top_k": 20, "top_p": 0.8}])
@@ -73,27 +57,21 @@ def test_the_latents_matter(model, tok, rollouts):
 
 
 # ---------------------------------------------------------------- decoding = scoring
-def test_scoring_gives_the_log_probs_of_sampling(model, rollouts):
-    logp, scored = logprobs(model, rollouts)
-    for row, mask, r in zip(logp, scored, rollouts):
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_scoring_gives_the_log_probs_of_sampling(model, tok, temperature):
+    rollouts = write(model, tok, PROMPTS, TEXTS, LIMIT, samples=2, temperature=temperature)
+    logp, scored = logprobs(model, rollouts, temperature)
+    for row, mask, r in zip(logp, scored, rollouts, strict=True):
         close(row[: len(r.slots)], r.logprobs)
         assert mask.tolist() == [s != LATENT for s in r.slots] + [False] * (len(mask) - len(r.slots))
         assert not row[~mask].any()
 
 
-@pytest.mark.parametrize("choice", [[0], [5, 0], [1, 2, 3], [7, 3, 3, 0, 6], [4, 2, 7, 1, 0]])
+@pytest.mark.parametrize("choice", [[0], [5, 0], [7, 3, 3, 0, 6]])
 def test_scoring_does_not_depend_on_the_batch_or_its_order(model, rollouts, choice):
     logp, scored = logprobs(model, [rollouts[i] for i in choice])
     for row, mask, i in zip(logp, scored, choice):
         close(row[mask], rollouts[i].logprobs[rollouts[i].logprobs != 0])
-
-
-def test_scoring_uses_the_temperature_of_sampling(model, tok):
-    rows = generate(model, tok, PROMPTS, samples=2, max_new_tokens=20, temperature=0.7, generator=seeded(0))
-    rows += write(model, tok, PROMPTS, TEXTS, LIMIT, samples=2, temperature=0.7)
-    for row, mask, r in zip(*logprobs(model, rows, temperature=0.7), rows):
-        close(row[mask], r.logprobs[r.logprobs != 0])
-    assert (logprobs(model, rows)[0][0, :5] - rows[0].logprobs[:5]).abs().max() > 1e-3
 
 
 def test_perplexity_is_that_of_the_plain_model_and_no_tag_fires(model, tok):
@@ -108,34 +86,16 @@ def test_perplexity_is_that_of_the_plain_model_and_no_tag_fires(model, tok):
     assert improvement(8.0, 6.0) == 25.0
 
 
-# ---------------------------------------------------------------- a row never depends on other rows
-def test_a_row_alone_equals_the_row_in_a_mixed_batch(model, tok, rollouts):
-    for i, r in enumerate(rollouts):
-        same(write(model, tok, [PROMPTS[i // 2]], [TEXTS[i]], LIMIT)[0], r)
-
-
-@pytest.mark.parametrize("rows", [1, 2, 5, 512])
+@pytest.mark.parametrize("rows", [1, 5, 512])
 def test_the_seed_alone_decides_what_is_sampled_not_the_batch_size(model, tok, rows):
     settings = dict(samples=2, max_new_tokens=25, temperature=0.9, top_p=0.9, top_k=20)
     reference = generate(model, tok, PROMPTS, generator=seeded(3), **settings)
     again = generate(model, tok, PROMPTS, generator=seeded(3), rows=rows, **settings)
     for a, b in zip(again, reference, strict=True):
         same(a, b)
-        assert a.prompt == b.prompt
     assert len({tuple(r.slots) for r in reference}) == len(reference)
     other = generate(model, tok, PROMPTS, generator=seeded(4), **settings)
     assert all(a.slots != b.slots for a, b in zip(other, reference))
-
-
-@pytest.mark.parametrize("rows", [1, 3, 4])
-def test_the_scripted_rows_do_not_depend_on_the_batch_size_either(model, tok, rollouts, rows):
-    for a, b in zip(write(model, tok, PROMPTS, TEXTS, LIMIT, samples=2, rows=rows), rollouts, strict=True):
-        same(a, b)
-
-
-def test_rollouts_come_back_grouped_by_prompt_in_order(tok, rollouts):
-    assert [r.prompt for r in rollouts] == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert [tok.decode(r.prompt_ids) for r in rollouts] == [p for p in PROMPTS for _ in range(2)]
 
 
 # ---------------------------------------------------------------- what does not fire
@@ -165,15 +125,12 @@ def test_latent_none_leaves_tags_as_text_and_never_runs_the_projector(model, tok
         close(r.logprobs, logits.log_softmax(-1).gather(-1, torch.tensor(r.slots)[:, None])[:, 0].detach())
 
 
-def test_a_latent_can_be_zeros_or_any_function(model, tok):
+def test_a_latent_can_be_zeros_or_any_function_and_a_checkpoint_has_its_own_cap(model, tok):
     r, = write(model, tok, ["abc"], TEXTS[:1], latent="zeros")
     assert r.latents.shape == (5, 32) and not r.latents.any()
     r, = write(model, tok, ["abc"], TEXTS[:1], latent=lambda h, u, k: h + 1)
     close(logprobs(model, [r])[0][0], r.logprobs)
     assert r.n_latents == 5 and r.latents.any()
-
-
-def test_the_checkpoints_own_cap_is_used(model, tok):
     model.config.litereason_max_reasoning_steps = 7
     r, = write(model, tok, ["abc"], [f"{tag(6)}a{tag(8)}<eos>"])
     assert r.n_latents == 6 + 7
@@ -229,7 +186,7 @@ def wanted(temperature, top_k, top_p):
 
 
 @pytest.mark.parametrize("temperature, top_k, top_p", [(1, 0, 1), (0.6, 0, 1), (1, 4, 1), (1, 0, 0.7),
-                                                       (1.5, 6, 0.8), (1, 1, 1), (1, 0, 0.01)])
+                                                       (1.5, 6, 0.8), (1, 0, 0.01)])
 def test_sampling_follows_temperature_top_k_and_top_p(temperature, top_k, top_p):
     n, p = 20000, wanted(temperature, top_k, top_p)
     token, logp = sample(LOGITS.repeat(n, 1), torch.rand(n, generator=seeded(0), dtype=torch.float64),
@@ -239,11 +196,12 @@ def test_sampling_follows_temperature_top_k_and_top_p(temperature, top_k, top_p)
     chi_square = sum((c - n * q) ** 2 / (n * q) for c, q in zip(count, p) if q)
     assert chi_square < 28  # 9 degrees of freedom: exceeded once in a thousand seeds
     close(logp, (LOGITS / temperature).log_softmax(-1)[token], 1e-6)  # of the uncut distribution
+    greedy, _ = sample(LOGITS.repeat(3, 1), torch.tensor([0.0, 0.5, 0.999]), 0, top_k, top_p)
+    assert greedy.tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("settings", [
-    {}, {"temperature": 0.7, "top_k": 20, "top_p": 0.8}, {"temperature": 0}, {"top_k": 10**6},
-    {"tag": "forbidden"}], ids=str)
+    {"temperature": 0.7, "top_k": 20, "top_p": 0.8}, {"top_k": 10**6}, {"tag": "forbidden"}], ids=str)
 def test_an_id_that_is_no_word_is_neither_sampled_nor_has_a_share_in_what_is_scored(model, tok, settings):
     """Real matrices are larger than the vocabulary (conftest's by 3 rows), and the rows are not trained."""
     V = len(tok)
@@ -281,12 +239,6 @@ def test_no_words_are_what_neither_the_tokenizer_nor_the_stop_ids_know(model, to
     assert checkpoint.no_words(tiny, words) == []
 
 
-def test_temperature_zero_is_greedy():
-    token, logp = sample(LOGITS.repeat(3, 1), torch.tensor([0.0, 0.5, 0.999]), 0, 0, 1.0)
-    assert token.tolist() == [1, 1, 1]
-    close(logp, LOGITS.log_softmax(-1)[token], 1e-6)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_no_draw_however_close_to_0_or_1_gives_a_token_outside_the_cut(dtype):
     logits = torch.cat([torch.tensor([-40.0]), LOGITS, torch.tensor([-torch.inf])]).to(dtype)
@@ -303,16 +255,8 @@ def test_a_prompt_that_is_empty_or_too_long_is_refused_in_one_line(model, tok, p
     with pytest.raises(UserError, match=message) as e:
         generate(model, tok, prompts, max_new_tokens=40)
     assert "\n" not in str(e.value)
-
-
-def test_a_prompt_that_just_fits_is_read_to_the_last_position(model, tok):
-    r, = generate(model, tok, ["z" * 508], max_new_tokens=4, temperature=0)
-    assert len(r.slots) == 4
-
-
-def test_prompts_can_be_texts_or_token_ids(model, tok):
-    same(generate(model, tok, ["abc"], max_new_tokens=5, temperature=0)[0],
-         generate(model, tok, [tok.encode("abc")], max_new_tokens=5, temperature=0)[0])
+    just_fits, = generate(model, tok, [tok.encode("z" * 508)], max_new_tokens=4, temperature=0)
+    assert len(just_fits.slots) == 4
 
 
 @pytest.mark.parametrize("writes", ["Then." + tag(3) + "\n\nSo", f"{tag(2)}{tag(1)} is it.<|endoftext|>"])

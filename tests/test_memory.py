@@ -70,7 +70,8 @@ def count_everything():
     above the weights. One model for all: building it takes seconds."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from lib import checkpoint, kv_cache, scoring
+    import train_projector
+    from lib import checkpoint, scoring
     from litereason import attach, generate, logprobs, projector_loss
     from pretend import memory as pretended
     pretended.without_numbers()
@@ -125,20 +126,16 @@ def count_everything():
         found[name] = counted(run) - before, sum(expected.values()) / GIB
 
     def read():
-        with torch.no_grad(), kv_cache.autocast(model):
+        with torch.no_grad():
             logprobs(model, rollouts_of(1, 8, 500, 1500))
 
     def stage_2():
-        with kv_cache.autocast(model):
+        with train_projector._base_frozen(model):
             projector_loss(model, rollouts_of(8, 1, 50, 2000, tags=1))[0].backward()
 
     for gib in (80, 40):
         on_card(gib)
-    for p in base:
-        p.requires_grad_(False)
     above_weights("stage 2", stage_2, 8 * (2050 + 2 * 2050 // 16), 2050, "stage 2")
-    for p in base:
-        p.requires_grad_(True)
     model.zero_grad(set_to_none=True)
     for gib in (24, 16):
         on_card(gib)

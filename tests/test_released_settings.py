@@ -16,7 +16,7 @@ import train_rl
 from litereason import RULES, Rollout, UserError
 
 FLAGS = ("--lr-schedule", "cosine", "--advantage-eps", 1e-9, "--refresh-batch", 1, "--refresh-clip", 0,
-         "--refresh-max-length", 150, "--refresh-every", 0, "--tag-rule", "released")
+         "--refresh-max-length", 150, "--refresh-every", 0)
 STAGES_1_AND_2 = ("--device", "cpu", "--prompts", 16, "--samples", 2, "--targets", "none", "--batch", 2,
                   "--n", 1, "--max-new-tokens", 60)
 
@@ -39,8 +39,6 @@ def test_a_run_with_all_of_them_that_was_stopped_continues_bit_for_bit(start, tm
     one, two = ([json.loads(line) for line in open(tmp_path / name / "metrics.jsonl")]
                 for name in ("whole", "half"))
     assert [m["refresh_loss"] for m in one] == [m["refresh_loss"] for m in two] and one[-1]["refresh_loss"]
-    config = json.load(open(tmp_path / "half" / "model" / "config.json"))
-    assert config["litereason_tag_rule"] == "released"
 
 
 def test_the_default_rate_is_constant_and_the_released_one_warms_up_and_falls_to_a_tenth():

@@ -1,11 +1,10 @@
-"""No rollout changes when rows leave, when waiting prompts take their place,
-or when steps are recorded once and replayed.
+"""No rollout changes when rows leave, when waiting prompts take their place, or when steps are recorded once
+and replayed.
 
-What a CUDA graph does is played here by a tape: the same operations on the same memory,
-and no Python between them."""
+What a CUDA graph does is played here by a tape: the same operations on the same memory, no Python between."""
 import pytest
 import torch
-from conftest import LIMIT, close, random_qwen2, tag, with_projector, write
+from conftest import LIMIT, random_qwen2, same, tag, with_projector, write
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib import checkpoint, decoder, kv_cache
@@ -41,14 +40,12 @@ def run(model, tok, rows, lengths=LENGTHS, **settings):
 
 def equal(some, others):
     for a, b in zip(some, others, strict=True):
-        assert ((a.prompt_ids, a.slots, a.text, a.finished, a.prompt)
-                == (b.prompt_ids, b.slots, b.text, b.finished, b.prompt))
-        close(a.latents, b.latents)
-        close(a.logprobs, b.logprobs)
+        same(a, b)
+        assert a.prompt == b.prompt
 
 
 # ---------------------------------------------------------------- prompts that wait
-@pytest.mark.parametrize("rows", [1, 2, 4, 6, 10, 27])
+@pytest.mark.parametrize("rows", [1, 4, 10, 27])
 def test_rows_that_begin_late_are_the_rows_that_begin_at_once(model, tok, rows):
     together, shapes = run(model, tok, 512)
     assert [n for _, n in shapes].count(11) == 1 and sum(r.n_latents for r in together) > 20
@@ -65,10 +62,17 @@ def test_waiting_prompts_need_fewer_steps_than_one_batch_after_the_other(model, 
     assert steps < 0.8 * in_turn, (steps, in_turn)
 
 
-def test_each_prompt_is_read_once_and_few_are_kept(model, tok, monkeypatch):
-    kept, change = [], kv_cache.DecodingCache.change
-    monkeypatch.setattr(kv_cache.DecodingCache, "change",
-                        lambda self, *a: change(self, *a) or kept.append(len(self.lengths)))
+def test_each_prompt_is_read_once_few_are_kept_and_columns_are_used_again(model, tok, monkeypatch):
+    kept, gone, change = [], [], kv_cache.DecodingCache.change
+
+    def watch(self, *a):
+        before = self.filled
+        change(self, *a)
+        gone.append(before - self.filled)
+        kept.append(len(self.lengths))
+        assert self.filled < self.room and (self.began >= 0).all()
+
+    monkeypatch.setattr(kv_cache.DecodingCache, "change", watch)
     stats, lengths = {}, [(1, 1, 1, 39)] * 30  # of every group one row stays to the limit
     rollouts, shapes = run(model, tok, 12, lengths, stats=stats)
     assert len(kept) > 8 and max(kept) == 6, "prompts in memory: at most twice those of a full batch"
@@ -76,20 +80,8 @@ def test_each_prompt_is_read_once_and_few_are_kept(model, tok, monkeypatch):
     decoded = sum(n for n, width in shapes if width == 1)
     assert stats["positions"] == decoded + sum(len(r.prompt_ids) for r in rollouts[::4])
     equal(rollouts, run(model, tok, 512, lengths)[0])
-
-
-def test_the_clock_is_put_back_as_often_as_it_must(model, tok, monkeypatch):
-    """Rows that begin three steps apart for ever: the columns in memory (as many as one rollout's slots)
-    have to serve them all."""
-    gone, change = [], kv_cache.DecodingCache.change
-
-    def watch(self, *a):
-        before = self.filled
-        change(self, *a)
-        gone.append(before - self.filled)
-        assert self.filled < self.room and (self.began >= 0).all()
-
-    monkeypatch.setattr(kv_cache.DecodingCache, "change", watch)
+    # Rows that begin three steps apart for ever share the columns of one rollout.
+    gone.clear()
     lengths = [(n, n) for n in (39, 3, 39, 7, 39, 11, 39, 15, 39, 19) * 3]
     waited, _ = run(model, tok, 8, lengths)
     assert sum(gone) > 3 * LIMIT and max(gone) < LIMIT
@@ -117,7 +109,7 @@ def test_no_step_is_run_for_rows_that_are_all_at_the_limit(model, tok, limit, mo
 
 
 # ------------------------------------------------ prompts read in chunks, and less at once if memory is short
-@pytest.mark.parametrize("budget", [1, 11, 25, 40])
+@pytest.mark.parametrize("budget", [1, 25])
 def test_prompts_read_in_chunks_give_the_rollouts_of_prompts_read_at_once(model, tok, budget, monkeypatch):
     whole, shapes = run(model, tok, 512)
     monkeypatch.setattr(kv_cache, "PREFILL", budget)
@@ -128,25 +120,25 @@ def test_prompts_read_in_chunks_give_the_rollouts_of_prompts_read_at_once(model,
     equal(run(model, tok, 6)[0], whole)  # prompts that join later, too
 
 
-def test_out_of_memory_while_sampling_halves_the_rows_once_and_says_so(model, tok, monkeypatch, capsys):
+@pytest.mark.parametrize("fits, said", [
+    (3, ["out of memory with 12 rows at once; from here on 6"]),
+    (1, ["out of memory with 12 rows at once; from here on 6",
+         "out of memory with 6 rows at once; from here on 3"])])
+def test_out_of_memory_while_sampling_halves_the_rows_until_they_fit_and_says_so(
+        model, tok, monkeypatch, capsys, fits, said):
     plain, _ = run(model, tok, 12)
-    real = decoder.Decoder._begin
+    begin = decoder.Decoder._begin
 
-    def begin(self, n):
-        if self.max_prompts > 3:
+    def begin_few(self, n):
+        if self.max_prompts > fits:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(self, n)
+        return begin(self, n)
 
-    monkeypatch.setattr(decoder.Decoder, "_begin", begin)
-    for _ in range(2):
+    monkeypatch.setattr(decoder.Decoder, "_begin", begin_few)
+    for _ in range(2):  # the second time it is known
         equal(run(model, tok, 12)[0], plain)
-    assert capsys.readouterr().out == "out of memory with 12 rows at once; from here on 6\n"
-    monkeypatch.setattr(decoder.Decoder, "_begin", real)
-    # rows, not prompts: a call with other groups decodes as many rows
-    one = generate(model, tok, ["ab"] * 8, 1, 3)
-    assert len(one) == 8 and model.most_rows == 6 and not capsys.readouterr().out
-    monkeypatch.setattr(decoder.Decoder, "_begin",
-                        lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+    assert capsys.readouterr().out.splitlines() == said
+    fits = 0  # not even one group
     with pytest.raises(torch.OutOfMemoryError):
         run(model, tok, 12)
 
@@ -176,7 +168,7 @@ class Tape(TorchDispatchMode):
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """engine.record by a tape; -> the list of recordings, each a list of times played."""
+    """decoder.record by a tape; -> the list of recordings, each a list of times played."""
     made = []
 
     def record(step, *inputs):
@@ -200,10 +192,9 @@ def recorded(monkeypatch):
     return made
 
 
-@pytest.mark.parametrize("rows", [4, 10, 512])
+@pytest.mark.parametrize("rows", [4, 512])
 def test_a_recorded_step_gives_what_the_step_gives(model, tok, rows, recorded):
     plain, _ = run(model, tok, rows)
-    assert not recorded
     model.graphs = True
     equal(run(model, tok, rows)[0], plain)
     assert model.graphs and max(len(times) for times in recorded) >= 4
@@ -237,12 +228,10 @@ def test_where_nothing_can_be_recorded_it_runs_without_and_says_so_once(model, t
 def test_where_rows_cannot_be_chosen_the_projector_runs_on_those_that_may_be_in_a_block(
         model, tok, monkeypatch):
     plain, _ = run(model, tok, 10)
-    # what this row wrote there (see conftest.write); all rows draw now, latents too
-    place = {u: at
-             for r, line in zip(plain,
-                                torch.rand(len(plain), LIMIT, generator=torch.Generator().manual_seed(0),
-                                           dtype=torch.float64).tolist())
-             for u, at in zip(line, r.slots + [LATENT] * LIMIT)}
+    # What a row wrote where it got this number (see conftest.write): all rows draw now, inside a block too.
+    draws = torch.rand(len(plain), LIMIT, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    place = {u: slot for r, line in zip(plain, draws.tolist())
+             for u, slot in zip(line, r.slots + [LATENT] * LIMIT)}
 
     def sample(logits, u, *_):
         token = torch.tensor([max(0, place[x]) for x in u.tolist()])

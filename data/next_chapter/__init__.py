@@ -23,7 +23,7 @@ from statistics import fmean as mean
 
 import torch
 
-from lib import checkpoint, decoder, kv_cache, memory, scoring
+from lib import checkpoint, decoder, memory, scoring
 from data import OFFER, folder, improvement, last_opening, read_split
 from litereason import Rollout, UserError, load, logprobs
 
@@ -155,13 +155,13 @@ def perplexities(batch):
         return []
     longest = max(len(rollout.prompt_ids) + len(rollout.slots) for rollout, _ in rows)
     positions = min(settings["positions"], memory.positions_that_fit(model, longest))
-    return decoder.once_more_in_halves(model, lambda n: _perplexities(rows, n), positions, "positions")
+    return decoder.once_more_in_halves(model, lambda n: _perplexities(rows, n), positions, "positions", longest)
 
 
 def _perplexities(rows, positions):
     model, _ = scorer()
     results = []
-    with torch.no_grad(), kv_cache.autocast(model):  # here, so that a frozen weight is cast once for all texts
+    with torch.no_grad():
         for part in scoring.pack([rollout for rollout, _ in rows], positions):
             some = [rows[i] for i in part]
             logp, _ = logprobs(model, [rollout for rollout, _ in some])  # (B, S)
