@@ -173,7 +173,7 @@ def needs(model, longest, prompts=0, rows=0, limit=0, positions=0, recompute=Fal
     activations, again = n * kept * positions, 0
     if recompute:  # each layer's input, keys and values stay; one layer's are made again, with gradients
         activations, again = (4 * n * D + cached) * positions, 1.75 * kept * positions
-    logits = (4 + c) * LOGITS
+    logits = (8 + c) * LOGITS  # as the product gives them, in fp32, and log-probs
     # The LM head's 16-bit copy, its gradient in chunks, and the embedding's, which is the same tensor.
     of_head = (copied + 2 * c + 8) * V * D
     prefill = passing * min(max(kv_cache.PREFILL, longest), prompts * longest)
