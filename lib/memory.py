@@ -31,8 +31,7 @@ FEW_ROWS = 64  # the same of sampling
 # ============================================================ less memory
 def checkpoint_layers(model):
     """A layer's activations are not kept for the backward pass but computed again: far less memory, a third
-    more time. transformers' own switch turns the cache off; ours runs a layer again on the cache as it
-    stood."""
+    more time. transformers' own switch turns the cache off; ours runs a layer on the cache as it stood."""
     model.checkpointed = True
     for i, layer in enumerate(model.model.layers):
         layer.forward = functools.partial(_recomputed, layer.forward, i)
@@ -121,9 +120,8 @@ def wait_for_gradients(model):
 
 def gradients_to_masters(parameters, masters):
     """After the last backward pass of a step; nothing to do without `offload`."""
-    if masters is not parameters:
-        for p in parameters:
-            _add_to_master(p)
+    for p in parameters if masters is not parameters else ():
+        _add_to_master(p)
 
 
 def forget_gradients(model):
@@ -137,9 +135,7 @@ def forget_gradients(model):
 
 def weights_from_masters(parameters, masters):
     """Brings the stepped weights back; nothing to do without `offload`."""
-    if masters is parameters:
-        return
-    for p, master in zip(parameters, masters):
+    for p, master in zip(parameters, masters) if masters is not parameters else ():
         p.on_host.copy_(master.detach())
         p.data.copy_(p.on_host, non_blocking=True)
 
@@ -152,9 +148,9 @@ def _weights(parameters):
 def needs(model, longest, prompts=0, rows=0, limit=0, positions=0, recompute=False, offloaded=False):
     """{phase: {what: bytes}} at the worst moment of each phase, beside weights and AdamW.
 
-    sampling: `rows` rows of `limit` slots, with `prompts` prompts of `longest` tokens in memory. The others:
-    `positions` in one forward pass, copied keys included (see scoring.pack), in texts of up to `longest`
-    tokens. recompute: layers are checkpointed."""
+    Texts are prompts of up to `longest` tokens, with up to `limit` slots. sampling: `rows` rows are decoded,
+    `prompts` prompts are in memory. The others: `positions` in one forward pass, copied keys included (see
+    scoring.pack). recompute: layers are checkpointed."""
     config, layer = model.config, model.model.layers[-1]
     n, D, I, V = config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.vocab_size
     heads = config.num_attention_heads
@@ -173,11 +169,11 @@ def needs(model, longest, prompts=0, rows=0, limit=0, positions=0, recompute=Fal
     passing = (8 + c) * D + 3 * c * I  # without gradients: residual, norm and its copy, three of the MLP's
     cached = n * c * kv  # keys and values, in all layers
 
-    mask = c * longest * positions
+    mask = c * (longest + limit) * positions
     activations, again = n * kept * positions, 0
     if recompute:  # each layer's input, keys and values stay; one layer's are made again, with gradients
         activations, again = (4 * n * D + cached) * positions, 1.75 * kept * positions
-    logits = (4 + c) * LOGITS
+    logits = (8 + c) * LOGITS  # as the product gives them, in fp32, and log-probs
     # The LM head's 16-bit copy, its gradient in chunks, and the embedding's, which is the same tensor.
     of_head = (copied + 2 * c + 8) * V * D
     prefill = passing * min(max(kv_cache.PREFILL, longest), prompts * longest)
@@ -223,7 +219,7 @@ def free(device):
 
 
 def _left_in_control_groups(root="/sys/fs/cgroup", own="/proc/self/cgroup"):
-    """-> [bytes] that the limits on this process's control groups leave, of both versions; [] without any."""
+    """[bytes] that the limits on this process's control groups leave, of both versions; [] without any."""
     paths = {"/"}  # in a container the root is its own group
     with contextlib.suppress(OSError):  # no Linux
         paths |= {line.split(":", 2)[2] for line in pathlib.Path(own).read_text().splitlines()}
@@ -241,7 +237,7 @@ def _left_in_control_groups(root="/sys/fs/cgroup", own="/proc/self/cgroup"):
 
 # ============================================================ what fits
 def largest(sizes, room, most, step):
-    """The largest multiple n of `step` up to `most` for which sizes(n), {what: bytes}, fits in `room`; or 0."""
+    """The largest multiple n of `step` up to `most` whose sizes(n), {what: bytes}, fit in `room`; or 0."""
     return step * bisect.bisect(range(step, most + 1, step), room, key=lambda n: sum(sizes(n).values()))
 
 
@@ -259,16 +255,14 @@ def rows_that_fit(model, longest, limit, samples, most=512):
 
 def positions_that_fit(model, longest, phase="scoring", otherwise=2**15, base_learns=False):
     """How many positions one forward pass of scoring or stage 2 can have in what is free now, in texts of up
-    to `longest` tokens: at least that many. Of a small model on a CPU: `otherwise`."""
+    to `longest` tokens: at least that many. Of a small model on a CPU: `otherwise`. base_learns: AdamW on the
+    base, too."""
     if has_fixed_numbers(model):
         return otherwise
-    room = USABLE * free(model.device)
-    if base_learns:  # its gradients, and AdamW's moments
-        room -= 12 * _weights(base_parameters(model))
+    room = USABLE * free(model.device) - base_learns * 12 * _weights(base_parameters(model))
 
-    def one_pass(positions):
-        recompute = getattr(model, "checkpointed", False)
-        return needs(model, longest, positions=positions, recompute=recompute)[phase]
+    def one_pass(n):
+        return needs(model, longest, positions=n, recompute=getattr(model, "checkpointed", False))[phase]
 
     return max(longest, largest(one_pass, room, MOST_POSITIONS[model.device.type], 256))
 
@@ -279,50 +273,48 @@ def plan(model, longest, limit, n_prompts, num_generations, given, scorer=None, 
 
     longest: tokens of the longest prompt. limit: slots per rollout. given: {name: what a flag says, or None}.
     scorer: the reward's frozen model. room: bytes that the run may use; default: what is free, and what the
-    models have already. Tried from the fastest to the smallest: activations kept, layers checkpointed, masters
-    and moments on the host (not on a CPU, which is the host)."""
+    models have already. Tried from the fastest to the smallest: activations kept, layers checkpointed,
+    masters and moments on the host (not on a CPU, which is the host)."""
     own, reader = (sum(p.nbytes for p in m.parameters()) if m else 0 for m in (model, scorer))
     room = room or free(model.device) + own + reader
-    whole = longest + limit  # positions of one rollout with its prompt
-    all_rows = n_prompts * num_generations
-    all_positions = n_prompts * longest + all_rows * (limit + whole // COPIED)  # as scoring.pack counts
-    most = min(MOST_POSITIONS[model.device.type], -(-all_positions // 256) * 256)
+    given = {name: value for name, value in given.items() if value is not None}
+    if model.device.type == "cpu":
+        given.setdefault("offload", False)
+    tries = ([given[name]] if name in given else (False, True) for name in ("offload", "checkpoint_layers"))
     rows, positions = given.get("gen_batch_size"), given.get("micro_batch_tokens")
-    tries = {"offload": (False, True) if model.device.type == "cuda" else (False,),
-             "checkpoint_layers": (False, True)}
-    tries = [values if given.get(name) is None else (given[name],) for name, values in tries.items()]
+    group = rows or num_generations
+    most_rows = rows or n_prompts * num_generations
+    whole = longest + limit  # positions of one rollout with its prompt
+    all_positions = n_prompts * (longest + num_generations * (limit + whole // COPIED))  # see scoring.pack
+    most_positions = positions or min(MOST_POSITIONS[model.device.type], -(-all_positions // 256) * 256)
 
-    def sampling(rows):
+    def peaks(rows=0, positions=0):  # with what is tried below
         prompts = min(n_prompts, 2 * max(1, rows // num_generations))  # see Decoder
-        return {**held, **needs(model, longest, prompts, rows, limit, offloaded=offloaded)["sampling"]}
-
-    def update(n):
-        return {**held, **needs(model, whole, positions=n, recompute=recompute, offloaded=offloaded)["update"]}
+        phases = needs(model, longest, prompts, rows, limit, positions, recompute, offloaded)
+        return {phase: {**held, **phases[phase]} for phase in ("sampling", "update")}
 
     for offloaded, recompute in itertools.product(*tries):
         held = {"weights": own - offloaded * 2 * _weights(model.model.layers.parameters()),
-                "AdamW": (not offloaded) * 8 * _weights(base_parameters(model)), "reader": reader}
-        most_rows = largest(sampling, USABLE * room, rows or all_rows, rows or num_generations)
-        most_positions = largest(update, USABLE * room, positions or most, positions or 256)
-        if (most_rows >= (rows or min(FEW_ROWS, all_rows))
-                and most_positions >= (positions or min(FEW_POSITIONS, 2 * whole, most))):
+                "AdamW": 0 if offloaded else 8 * _weights(base_parameters(model)), "reader": reader}
+        rows = largest(lambda n: peaks(rows=n)["sampling"], USABLE * room, most_rows, group)
+        fit = largest(lambda n: peaks(positions=n)["update"], USABLE * room, most_positions, positions or 256)
+        if rows >= min(FEW_ROWS, most_rows) and fit >= min(FEW_POSITIONS, 2 * whole, most_positions):
             break
-    settings = {"gen_batch_size": rows or max(most_rows, num_generations),
-                "micro_batch_tokens": positions or max(most_positions, whole),
-                "checkpoint_layers": recompute, "offload": offloaded}
-    peaks = {"sampling": sampling(settings["gen_batch_size"]), "update": update(settings["micro_batch_tokens"])}
-    return settings, _forecast(settings, peaks, room)
+    rows, positions = max(rows, group), max(fit, positions or whole)  # also if these may not fit
+    settings = {"gen_batch_size": rows, "micro_batch_tokens": positions, "checkpoint_layers": recompute,
+                "offload": offloaded}
+    used = peaks(min(rows, n_prompts * num_generations), max(positions, whole))
+    return settings, _forecast(*settings.values(), used, room)
 
 
-def _forecast(settings, peaks, room):
-    flags = [f"--gen-batch-size {settings['gen_batch_size']}",
-             f"--micro-batch-tokens {settings['micro_batch_tokens']}"]
-    flags += [f"--{'' if settings[name] else 'no-'}{name.replace('_', '-')}" for name in ("checkpoint_layers", "offload")]
-    lines = [f"memory: {room / GIB:.1f} GiB can be used; with {' '.join(flags)} the peaks should be:"]
+def _forecast(rows, positions, recompute, offloaded, peaks, room):
+    flags = (f"--gen-batch-size {rows} --micro-batch-tokens {positions} "
+             f"--{'' if recompute else 'no-'}checkpoint-layers --{'' if offloaded else 'no-'}offload")
+    lines = [f"memory: {room / GIB:.1f} GiB can be used; with {flags} the peaks should be:"]
     for phase, sizes in peaks.items():
         parts = ", ".join(f"{what} {size / GIB:.1f}" for what, size in sizes.items() if size >= 0.05 * GIB)
         lines.append(f"  {phase:9s} {sum(sizes.values()) / GIB:5.1f} GiB: {parts}")
-    if max(sum(sizes.values()) for sizes in peaks.values()) > USABLE * room:
-        lines.append("this may not fit: leave the memory flags away, or shorten --max-new-tokens, or take a "
+    if any(sum(sizes.values()) > USABLE * room for sizes in peaks.values()):
+        lines.append("this may not fit: leave the memory flags away, shorten --max-new-tokens, or take a "
                      "smaller --model")
     return "\n".join(lines)

@@ -76,8 +76,10 @@ def decode(args, P=8, G=16, L=1024, steps=64):
     two = torch.empty(2, 2**24 if args.small else 2**30, dtype=torch.uint8, device=args.device)
     # Bytes per second, read and written.
     bandwidth = 2 * len(two[0]) / fastest(lambda: two[0].copy_(two[1]), 10)
-    s = memory.shape(model)
-    read = s.c * s.base + s.cached * (P * L + P * G * steps / 2)  # bytes of weights and cache
+    c, width = model.config, 2 if model.bf16 else 4
+    cached = 2 * c.num_hidden_layers * c.num_key_value_heads * (c.hidden_size // c.num_attention_heads)
+    weights = sum(p.numel() for p in memory.base_parameters(model))
+    read = width * (weights + cached * (P * L + P * G * steps / 2))
     theirs = make_model(args, torch.bfloat16 if args.device == "cuda" else torch.float32)
     plain = fastest(lambda: their_generate(theirs, prompts, G, steps), 2)
     return {"ms_per_step": 1000 * step, "ms_per_step_graphs": played and 1000 * played,
@@ -96,8 +98,8 @@ def grpo(args, P=48, G=16, L=1024, S=256):
     settings, said = memory.plan(model, L, S, P, G, {}, room=room)
     print(said, file=sys.stderr, flush=True)
     expected = {phase: float(gib) for phase, gib in re.findall(r"^  (\w+) +([\d.]+) GiB", said, re.MULTILINE)}
-    plan = types.SimpleNamespace(**settings)
     out = {"settings": settings, "expected_GiB": expected}
+    plan = types.SimpleNamespace(**settings)
     if plan.checkpoint_layers:
         memory.checkpoint_layers(model)
     base = memory.base_parameters(model)
@@ -128,8 +130,11 @@ def grpo(args, P=48, G=16, L=1024, S=256):
         p.grad = torch.zeros_like(p)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    logprobs(model, generate(model, tok, prompts_for(model, 1, L), 2, 8))[0].sum().backward()
-    optimizer.zero_grad(set_to_none=True)
+    prompt = prompts_for(model, 1, L)[0]
+    alike = [Rollout(prompt, (prompt * S)[:S], torch.zeros(0, model.config.hidden_size))] * G
+    logprobs(model, alike[: len(pack(alike, plan.micro_batch_tokens)[0])])[0].sum().backward()
+    memory.wait_for_gradients(model)
+    memory.forget_gradients(model)
     for name, run in (("sample", sample), ("update", update), ("step", step)):
         if args.device == "cuda":
             torch.cuda.reset_peak_memory_stats()

@@ -1,6 +1,5 @@
 """The device of pretend/__init__.py. Import before torch."""
 import collections
-import contextlib
 import ctypes
 import functools
 import gc
@@ -78,8 +77,6 @@ def project_line():
 
 def waits(why):
     """The host stands still until the device has done all that was asked before."""
-    if RECORDING:
-        raise RuntimeError(f"operation not permitted when stream is capturing ({why})")
     EVENTS.append((project_line(), why))
     while UNDER_WAY:
         to_host, from_card = UNDER_WAY.pop(0)
@@ -157,10 +154,7 @@ def dispatch(op, args, kwargs):
 
 def compute(op, args, kwargs, is_on_card):
     """The operation on what the wrappers hold."""
-    out = op(*args, **kwargs)
-    if RECORDING and is_on_card:
-        RECORDING[-1].append((op, args, kwargs, out))
-    return out
+    return op(*args, **kwargs)
 
 
 def _unwrapped(x, on, off):
@@ -273,53 +267,14 @@ class Everywhere(TorchDispatchMode):
         return dispatch(op, args, kwargs or {})
 
 
-# ============================================================ streams and graphs
-# All that is asked of the device is done at once: there is nothing to wait for.
-RECORDING = []  # while a graph is recorded: its operations
-
-
-class Stream:
-    def __init__(self, *_, **__):
-        pass
-
-    def wait_stream(self, other):
-        pass
-
-
-class Graph:
-    """Operations on tensors that stay where they are; `replay` computes them again into the same memory."""
-
-    replays = 0  # of all graphs
-
-    def __init__(self):
-        self.operations = []
-
-    def replay(self):
-        Graph.replays += 1
-        for op, args, kwargs, out in self.operations:
-            again = op(*args, **kwargs)
-            several = isinstance(out, (list, tuple))
-            for old, new in zip(out, again) if several else [(out, again)]:
-                if old.untyped_storage()._cdata != new.untyped_storage()._cdata:  # not a view
-                    old.copy_(new)
-
-
-@contextlib.contextmanager
-def recording(graph, *_, **__):
-    RECORDING.append(graph.operations)
-    try:
-        yield
-    finally:
-        RECORDING.pop()
-
-
 # ============================================================ torch.cuda
 def install():
     """From now on, in this process, torch has the device."""
     gc.freeze()  # what has been imported need not be searched each time garbage is collected
     answers = {
         "_lazy_init": None, "is_available": True, "is_initialized": True, "is_bf16_supported": True,
-        "device_count": 1, "current_device": 0, "get_device_capability": (9, 0), "empty_cache": None}
+        "device_count": 1, "current_device": 0, "get_device_capability": (9, 0), "empty_cache": None,
+        "is_current_stream_capturing": False}
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
     torch.cuda.mem_get_info = lambda *_: (BYTES.total - BYTES.now, BYTES.total)
@@ -327,10 +282,6 @@ def install():
     torch.cuda.max_memory_allocated = lambda *_: BYTES.peak
     torch.cuda.reset_peak_memory_stats = BYTES.reset_peak
     torch.cuda.synchronize = lambda *_: waits("synchronize")
-    torch.cuda.Stream, torch.cuda.CUDAGraph, torch.cuda.graph = Stream, Graph, recording
-    torch.cuda.current_stream = Stream
-    torch.cuda.stream = torch.cuda.device = contextlib.nullcontext
-    torch.cuda.is_current_stream_capturing = lambda: bool(RECORDING)
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     # A module that is moved keeps its parameters, and so its ties.
     torch.__future__.set_swap_module_params_on_conversion(True)
