@@ -389,6 +389,7 @@ def judge(comparisons):
 # ============================================================ the script
 def main():
     args = parse_arguments()
+    run.check_arguments(args)
     check_flags(args)
     take_settings_of_runs(args)
     task, examples, elsewhere = task_and_examples(args)
@@ -404,7 +405,10 @@ def main():
             said = what_was_asked(args, len(examples), {sampling: numbers})
             settings = {**settings_of(args, name, model), **numbers}
             if args.controls:
-                check_that_latents_run(name, model)
+                if not runs_latents(name, model):
+                    raise UserError(f"--controls asks what latents do, and {name} runs none: its projector was "
+                                    "never trained, or its method leaves tags as text; give it a run of "
+                                    "--method litereason")
                 results = run_controls(model, tokenizer, task, examples, elsewhere, samples=args.samples,
                                        **settings)
                 rows += [{**heading(args, title, name, sampling, settings), "control": title, **result}
@@ -428,10 +432,11 @@ def main():
     if args.html:
         run.write_text(args.html, page.whole(sections))
         print(f"wrote {args.html}")
-    files = [args.json, args.out and os.path.join(args.out, "results.json")]
-    for file in filter(None, files):
-        run.write_json(file, rows[0] if len(rows) == 1 else rows)
+    results = rows[0] if len(rows) == 1 else rows
+    if args.json:
+        run.write_json(args.json, results)
     if args.out:
+        run.write_json(os.path.join(args.out, "results.json"), results)
         run.write_json(os.path.join(args.out, "config.json"), vars(args))
 
 
@@ -445,7 +450,6 @@ def parse_arguments():
 def check_flags(args):
     """UserError for wrong numbers, and for flags that exclude each other or need another one."""
     run.check_bounds(args, SETTINGS)
-    run.check_arguments(args)
     if args.controls and (args.latent != "projector" or args.show or args.alone):
         raise UserError("--controls runs every --latent by itself, and shows and times no answers: leave "
                         "--latent, --show and --alone out")
@@ -539,12 +543,6 @@ def latent_of_model(args, name, model, tokenizer, task, elsewhere, settings):
     if args.latent in OF_OTHERS:
         others = latents_of_others(model, tokenizer, task, elsewhere, **settings)
     return latent_of(args.latent, model, others, args.seed)
-
-
-def check_that_latents_run(name, model):
-    if not runs_latents(name, model):
-        raise UserError(f"--controls asks what latents do, and {name} runs none: its projector was never "
-                        f"trained, or its method leaves tags as text; give it a run of --method litereason")
 
 
 def runs_latents(name, model):

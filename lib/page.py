@@ -129,7 +129,8 @@ def line_of_latent(place, near, length, head):
 
 def words(numbered):
     """numbered: [(word, its number as text)]"""
-    return "<br>".join(f"<code>{html.escape(word)}</code> <small>{text}</small>" for word, text in numbered)
+    shown = [(html.escape(word).replace("\n", "⏎"), text) for word, text in numbered]
+    return "<br>".join(f"<code>{word}</code> <small>{text}</small>" for word, text in shown)
 
 
 def counted(n, what):

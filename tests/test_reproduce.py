@@ -144,7 +144,7 @@ def world(tmp_path, monkeypatch):
         leave(at / f"soft-thinking-{seed}", row_of(0.25, model="soft-thinking", split="test"))
         leave(at / f"controls-{seed}", *(
             row_of(accuracy, control=control, sampling="paper", against_plain={})
-            for control, accuracy in (("plain", 1.0), ("latents: other", 0.25))))
+            for control, accuracy in (("plain", 1.0), ("latents: shuffled", 0.25))))
     return tmp_path
 
 
@@ -190,7 +190,7 @@ def test_the_tables_the_differences_and_the_claims_are_written_from_the_runs(wor
     found = {name: json.load(open(world / "results" / f"{name}-tiny.json"))
              for name in ("methods", "controls", "differences", "lengths")}
     assert found["controls"]["paper"]["plain"]["against_plain"] == {}
-    assert found["controls"]["paper"]["latents: other"]["against_plain"]["accuracy"] == -0.75
+    assert found["controls"]["paper"]["latents: shuffled"]["against_plain"]["accuracy"] == -0.75
     assert "| another story's latents | 0.250, 0.250 | -0.750 |" in said
     pair, = found["differences"]["paper"]["differences"]
     assert (pair["ours"], pair["theirs"]) == ("LiteReason", "base, explicit reasoning")
