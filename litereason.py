@@ -17,19 +17,16 @@ the latent vectors. The output at slot t is scored iff slot t+1 is a token that 
                 it, so `b` by that of z_3. Nothing predicts a LATENT: the outputs at </..>, z_1 and z_2 go to
                 the projector, not to the LM head.
 
-Letters in the shape comments (P is a number there, the projector elsewhere):
+Letters in the shape comments (there P is a number):
     P prompts   B rows (rollouts)   G rows of one prompt   L prompt length   S own slots of a row
     D hidden size   V vocabulary   M scored positions   n any other count, named where it stands
 
 The definition comes first, as slowly as possible; then the tag, the projector, decoding, scoring, the latent
-roll-out and its loss, GRPO. What is called engine.something is there for speed and memory (on CUDA it brings
-bf16 rounding), what is called runs.something for files, chat templates and the command line, card.something
-for what fits in memory, released.something for the released code's tag rule. None of them is in the paper; a
-first reading can skip them. Stages 1 and 2 are in train_projector.py, stage 3 is in train_rl.py.
+roll-out and its loss, GRPO. Stages 1 and 2 are in train_projector.py, stage 3 is in train_rl.py. What comes
+from lib/ serves speed, memory and files: a first reading can skip it.
 
-"Sec. 3.1" and the like follow the order of the paper's method and may be off by one in your copy: only its
-abstract, the authors' project page and the released code could be read while this was written. "As released"
-means that code.
+"Sec. 3.1" and the like follow the order of the paper's method and may be off by one in your copy. "As
+released" means the authors' code.
 """
 import copy
 import dataclasses
@@ -39,7 +36,6 @@ import torch
 import transformers
 
 from lib import checkpoint, decoder, kv_cache, memory, scoring
-import released
 from lib import UserError
 from lib.checkpoint import save  # noqa: F401  (model, tokenizer, path): belongs to this file's interface
 
@@ -49,19 +45,18 @@ PROJECTOR_LAYERS = 3
 
 
 # ============================================================ the definition
-# One row, no cache, no batch: for every slot the whole prefix goes through the model again. All that follows
-# is held against these two functions (tests/test_decode.py, tests/test_train.py).
+# One row, no cache, no batch: for every slot the whole prefix goes through the model again. The tests hold
+# all that follows against naive_generate and naive_score (tests/test_decode.py, tests/test_train.py).
 @dataclasses.dataclass
 class Rollout:
-    """One trajectory. All that comes later (scoring, masks, loss) is derived from these records, never from
-    text."""
+    """One trajectory. Scores, masks and losses are made from this record, never from its text."""
 
     prompt_ids: list  # token ids
     slots: list  # token ids and LATENTs, in order, the stop token included
     latents: torch.Tensor  # (n, D), one per LATENT slot, as fed
     logprobs: torch.Tensor = None  # (len(slots),) of the sampled tokens, before top-k and top-p; 0 at latents
     text: str = ""  # what the policy wrote, without the stop token
-    finished: bool = True  # it ended by itself, not by the length limit
+    finished: bool = True  # it ended with a stop token, not at the length limit
     prompt: int = 0  # which of generate's prompts
 
     @property
@@ -74,7 +69,7 @@ class Rollout:
 
     @property
     def n_tags(self):
-        """Tags that ran: blocks of LATENTs."""
+        """Blocks of LATENTs."""
         return sum(slot == LATENT and last != LATENT for slot, last in zip(self.slots, [None] + self.slots))
 
 
@@ -88,12 +83,11 @@ def naive_generate(model, tokenizer, prompt_ids, draws, temperature=1.0, top_p=1
     slots, logps, latents = [], [], []
     written = ""
     latents_left = 0
-    memory = None  # of a recurrent projector; the paper's has none
     finished = False
     for u in draws.to(model.device):
         h = _last_state(model, fed)  # (1, D)
         if latents_left > 0:  # inside a block: no token is sampled, the next input is z = P(h)
-            z, memory = model.reasoning_projector(h, memory)
+            z = model.reasoning_projector(h)
             slots.append(LATENT)
             logps.append(h.new_zeros(1))
             latents.append(z)
@@ -112,7 +106,6 @@ def naive_generate(model, tokenizer, prompt_ids, draws, temperature=1.0, top_p=1
         tags = parse_tags(written, model.config.litereason_max_reasoning_steps)
         if len(tags) > n_tags:  # this token has ended one more tag: its N latents follow
             latents_left = tags[-1][2]
-            memory = None
     latents = torch.cat(latents) if latents else torch.zeros(0, len(fed[0]))
     latents = latents.to(fed[0].dtype).cpu()
     return Rollout(list(prompt_ids), slots, latents, torch.cat(logps).cpu(), written, finished)
@@ -123,21 +116,18 @@ def naive_score(model, prompt_ids, slots):
 
     -> (h (S, D), the states that predict each slot, latents (n, D), log-probs (S,), 0 at latents)"""
     embed = model.get_input_embeddings()
-    # Not embed.weight: Gemma scales embeddings.
-    fed = list(embed(torch.tensor(prompt_ids, device=model.device)))
+    fed = list(embed(torch.tensor(prompt_ids, device=model.device)))  # not embed.weight: Gemma scales it
     hs, logps = [], []
     latents = [torch.zeros(0, len(fed[0])).to(fed[0])]
-    memory = None
     for slot in slots:
         h = _last_state(model, fed)  # (1, D)
         hs.append(h)
         if slot == LATENT:
-            z, memory = model.reasoning_projector(h, memory)
+            z = model.reasoning_projector(h)
             latents.append(z)
             logps.append(h.new_zeros(()))
             fed.append(z[0])
         else:
-            memory = None  # each block starts without one
             logps.append(model.lm_head(h[0]).log_softmax(-1)[slot])
             fed.append(embed(torch.tensor(slot, device=model.device)))
     return torch.cat(hs), torch.cat(latents), torch.stack(logps)
@@ -150,35 +140,32 @@ def _last_state(model, fed):
 
 
 # ============================================================ the tag (paper Sec. 3.1)
-# Plain text, no new vocabulary. N is written in ASCII digits, with ASCII whitespace around it if the model
-# likes, and is at least 1. Anything else between the tags is ordinary text, and so is a tag opened right
-# inside another. Ours: only tags in the policy's own output fire. The released training passes expand tags in
-# the prompt too, where its sampler does not: a story with a tag is scored otherwise than it was sampled.
+# Plain text, no new vocabulary. N is a number of ASCII digits, 1 or more, with ASCII whitespace around it or
+# not. Anything else between the tags is ordinary text, and so is a tag opened right inside another. Ours:
+# only tags in the policy's own output run. As released, training also runs tags that stand in the prompt, and
+# sampling does not: a story that contains a tag is scored otherwise than it was sampled.
 OPEN, CLOSE = "<implicit_thought>", "</implicit_thought>"
 TAG = re.compile(rf"((?:{OPEN}\s*(?:[0-9]+\s*)?)*){OPEN}\s*([0-9]+)\s*{CLOSE}", re.ASCII)
 SPACE, DIGITS = " \t\n\r\f\v", "0123456789"
 
 
 def parse_tags(text, cap=CAP):
-    """The valid tags of a text: [(start, end, n)] in characters, n in 1..cap. For text; decoding uses
-    `watcher`."""
+    """The valid tags of a text -> [(start, end, n)] in characters, n in 1..cap. Decoding uses `watcher`."""
     tags = []
     for match in TAG.finditer(text):
         is_nested = match.group(1) != ""
         digits = match.group(2).lstrip("0")
         if digits and not is_nested:  # N >= 1
-            # More digits are above any cap, and int() refuses thousands of them.
-            n = min(int(digits[:9]), cap)
+            n = min(int(digits[:9]), cap)  # nine digits are above any cap; int() refuses thousands
             tags.append((match.start(), match.end(), n))
     return tags
 
 
 def _read_char(state, char, cap):
-    """One step of the automaton that `TAG` describes: (state, char) -> (state, N if a tag has just ended,
-    else 0).
+    """TAG as an automaton: one step -> (state, N if a tag has just ended, else 0).
 
-    States: ("open", j, nested)  j characters of OPEN have been read, inside an open tag or not
-            ("number", n, part)  inside the tags; n = -1 for a nested one, part 0/1/2 = before/in/after digits
+    States: ("open", j, nested)  j characters of OPEN have been read; nested: inside another tag
+            ("number", n, part)  after OPEN; n = -1 if nested; part 0, 1, 2: before, in, after the digits
             ("close", n, j)      j characters of CLOSE have been read
     """
     kind, a, b = state
@@ -201,12 +188,12 @@ def _read_char(state, char, cap):
             return ("open", 0, False), max(a, 0)
         if b == 1 and char == OPEN[1]:
             return ("open", 2, True), 0
-    # A mismatch. "<" stands only at the start of a tag, so there is no other fallback.
+    # No match. "<" stands only at the start of OPEN and CLOSE, so only it can begin a new tag.
     return ("open", int(char == "<"), False), 0
 
 
 def tag_table(tokenizer, cap, vocab_size, device):
-    """The automaton as a decoder.TagTable over the ids of a vocabulary.
+    """The automaton as a decoder.TagFSM over the ids of a vocabulary.
 
     BPE may merge neighbours into the tag's ends (`.<`, `>\\n`): the merged token ends the tag."""
 
@@ -215,7 +202,7 @@ def tag_table(tokenizer, cap, vocab_size, device):
         return kind != "open" or length > 2
 
     alphabet = sorted(set(OPEN + CLOSE + SPACE + DIGITS))
-    return decoder.TagTable.of_characters(
+    return decoder.TagFSM(
         read_char=lambda state, char: _read_char(state, char, cap),
         start=("open", 0, False),
         alphabet=alphabet,
@@ -227,24 +214,16 @@ def tag_table(tokenizer, cap, vocab_size, device):
 
 
 def watcher(model, tokenizer):
-    """The model's tag table, built once per tokenizer, rule, cap and device.
-
-    With the config entry litereason_tag_rule "released" tags fire where the released
-    plugin's do (released.py)."""
+    """The model's tag table, built once per tokenizer, cap and device."""
     key = (model.config.litereason_max_reasoning_steps, model.config.vocab_size, str(model.device))
-    rule = getattr(model.config, "litereason_tag_rule", "text")
     made = tokenizer.__dict__.setdefault("_litereason_watchers", {})
-    if (rule, *key) not in made:
-        if rule == "released":
-            made[rule, *key] = released.tag_table(tokenizer, OPEN, CLOSE, *key)
-        else:
-            made[rule, *key] = tag_table(tokenizer, *key)
-    return made[rule, *key]
+    if key not in made:
+        made[key] = tag_table(tokenizer, *key)
+    return made[key]
 
 
 def insert_latents(model, tokenizer, ids):
-    """Token ids of a finished trace -> slots: after each tag its LATENTs, where decoding would have put
-    them."""
+    """Token ids of a finished trace -> slots: after each tag its LATENTs, as in decoding."""
     classes, next_state, fires = watcher(model, tokenizer).as_lists
     state, slots = 0, []
     for token in ids:
@@ -255,17 +234,13 @@ def insert_latents(model, tokenizer, ids):
 
 
 # ============================================================ the Reasoning Projector (paper Sec. 3.2)
-# To add a latent step of your own, write a class like these two and name it in PROJECTORS: start(model,
-# layers) makes the module that stage 2 begins with; forward(h, memory) -> (z, memory). A recurrent one has
-# memory_size > 0: `memory` (n, memory_size), in the projector's dtype, is handed from latent to latent within
-# a block, and is None or zeros at the first. The paper's projector has none.
+# To add a latent step of your own, write a class like these and name it in PROJECTORS: start(model, layers)
+# makes the module that stage 2 begins with, forward(h) -> z.
 class ReasoningProjector(torch.nn.ModuleList):
     """P(h) = MLP_3(MLP_2(MLP_1(h))): last hidden state (.., D) -> next input embedding (.., D).
 
     No residual and no norm between the layers; its output is inserted raw as an input embedding. Kept in fp32
     whatever the base's dtype (ours: the released code trains it in bf16, where steps of 1e-4 round away)."""
-
-    memory_size = 0
 
     @classmethod
     def start(cls, model, layers=PROJECTOR_LAYERS):
@@ -274,20 +249,20 @@ class ReasoningProjector(torch.nn.ModuleList):
         copies = [copy.deepcopy(mlp) for _ in range(layers)]
         return cls(copies).to(model.device, projector_dtype(model))
 
-    def forward(self, h, memory=None):
+    def forward(self, h):
         z = h.to(next(self.parameters()).dtype)
         for mlp in self:
             z = mlp(z)
-        return z.to(h.dtype), memory
+        return z.to(h.dtype)
 
 
 class NormedProjector(ReasoningProjector):
-    """Ours, what a real model begins with: the same copies, a norm behind each; the output is as long as an
+    """Ours, what a real model begins with: the same copies, a norm behind each, and an output as long as an
     embedding.
 
-    A SwiGLU is quadratic in its input. On trained weights three of them in a row make of a state of norm 43 a
-    latent of 2e18 (SmolLM2, whose embeddings have 2.8), and the next token is then uniform over the vocabulary:
-    results/starts.py. The released code has no such norms and cannot run this projector."""
+    The MLPs are quadratic in their input: on trained weights three in a row make a latent of norm 2e18 from a
+    state of norm 43 (SmolLM2, whose embeddings have 2.8), and the next token is then uniform over the
+    vocabulary (results/starts.py). The released code cannot run this projector."""
 
     def __init__(self, mlps=(), size=1.0):
         super().__init__(mlps)
@@ -295,23 +270,19 @@ class NormedProjector(ReasoningProjector):
 
     @classmethod
     def start(cls, model, layers=PROJECTOR_LAYERS):
-        """The paper's copies, and the size of an embedding."""
         size = embedding_size(model) / model.config.hidden_size**0.5
         return cls(ReasoningProjector.start(model, layers), size).to(model.device, projector_dtype(model))
 
-    def forward(self, h, memory=None):
+    def forward(self, h):
         z = h.to(self.size.dtype)
         for mlp in self:
             z = mlp(z)
             z = z * (z.square().mean(-1, keepdim=True) + 1e-12).rsqrt()
-        return (self.size * z).to(h.dtype), memory
+        return (self.size * z).to(h.dtype)
 
 
 class PauseToken(torch.nn.Module):
-    """A control in the projector's place: one learned vector (D,), fed at every latent, whatever the state
-    is."""
-
-    memory_size = 0
+    """A control in the projector's place: one learned vector (D,), fed at every latent, whatever h is."""
 
     def __init__(self, vector):
         super().__init__()
@@ -322,8 +293,8 @@ class PauseToken(torch.nn.Module):
         """The mean embedding."""
         return cls(word_embeddings(model).to(projector_dtype(model)).mean(0))
 
-    def forward(self, h, memory=None):
-        return self.vector.to(h.dtype).expand_as(h), memory
+    def forward(self, h):
+        return self.vector.to(h.dtype).expand_as(h)
 
 
 # A checkpoint names its own in config.litereason_projector.
@@ -332,21 +303,25 @@ PROJECTORS = {"mlp": ReasoningProjector, "normed": NormedProjector, "pause": Pau
 
 @torch.no_grad()
 def word_embeddings(model, most=None):
-    """Of all words, or of the first `most`, as they are fed (V, D): Gemma scales what its matrix holds."""
+    """The embeddings of all words, or of the first `most`, as they are fed (V, D): Gemma scales them."""
     embed = model.get_input_embeddings()
     n_words = min(embed.num_embeddings, most or embed.num_embeddings)
     return embed(torch.arange(n_words, device=model.device))
 
 
 def embedding_size(model):
-    """The median norm of an embedding as fed: what the size of a latent is compared with."""
+    """The median norm of an embedding."""
     return float(word_embeddings(model, 10_000).norm(dim=-1).median())
 
 
+def z_sizes(model, latents):
+    """The norms of latents (n, D), in sizes of an embedding (n,)."""
+    return latents.float().norm(dim=-1).double() / embedding_size(model)
+
+
 def z_size(model, latents):
-    """The median norm of latents (n, D), in sizes of an embedding; nan if they are not finite, None without
-    any."""
-    return float(latents.float().norm(dim=-1).median()) / embedding_size(model) if len(latents) else None
+    """Their median; nan if they are not finite, None without any."""
+    return float(z_sizes(model, latents).median()) if len(latents) else None
 
 
 def projector_dtype(model):
@@ -367,39 +342,31 @@ def start_projector(model, name):
     model.config.litereason_projector = name
 
 
-def empty_memory(model, rows, latent="projector"):
-    """(rows, memory_size): what a block begins with."""
-    projector = latent if isinstance(latent, torch.nn.Module) else model.reasoning_projector
-    return torch.zeros(rows, projector.memory_size, device=model.device, dtype=projector_dtype(model))
+def latent_step(model, h, latent="projector", *row_info):
+    """The next input embedding z (n, D) from the last hidden state h (n, D).
 
-
-def latent_step(model, h, memory, latent="projector", *row_info):
-    """The next input embedding z (n, D) from the last hidden state h (n, D) -> (z, memory (n, memory_size)).
-
-    latent: "projector" (the method), another module to be run in its place, "zeros" (a control), or any
-    function h, *row_info -> z. row_info is given while decoding: u (n,), a random number in [0, 1) of each
-    row's own that does not depend on the batch, and k (n,), how many latents the row has run before."""
+    latent: "projector" (the method), another module in its place, "zeros" (a control), or any function
+    h, *row_info -> z. row_info is given while decoding: u (n,), a random number in [0, 1) of each row's own,
+    and k (n,), how many latents the row has run before; neither depends on the other rows."""
     if latent == "projector":
         latent = model.reasoning_projector
     if isinstance(latent, torch.nn.Module):
         with torch.autocast(h.device.type, enabled=False):  # in the projector's own precision
-            return latent(h, memory)
-    # "none" opens no block; on CUDA rows outside one come here too, for nothing
-    if latent in ("zeros", "none"):
-        return torch.zeros_like(h), memory
-    return latent(h, *row_info), memory
+            return latent(h)
+    if latent in ("zeros", "none"):  # "none" opens no block, but on CUDA other rows are computed too
+        return torch.zeros_like(h)
+    return latent(h, *row_info)
 
 
 # ============================================================ load and attach
 def load(name_or_path, device=None, dtype=torch.float32):
-    """A causal LM with one more submodule, `reasoning_projector`, and its tokenizer.
+    """-> (a causal LM with one more submodule, `reasoning_projector`, its tokenizer).
 
-    name_or_path: "tiny" (shipped), a directory, a hub id, or a short name (Qwen2.5-1.5B ->
-    Qwen/Qwen2.5-1.5B). device: default cuda if there is one, else cpu. dtype: of the weights; on CUDA fp32
-    weights compute in bf16 (kv_cache.autocast). A checkpoint without projector weights gets the warm start and
-    the default cap. Files are data: safetensors only, no pickle, no code of the checkpoint's own; a directory
-    is read without a network. Raises UserError, in one line, if there is no such model, it cannot be fetched,
-    or its files do not fit together."""
+    name_or_path: "tiny" (shipped), a directory, a hub id, or a short name (Qwen2.5-1.5B). device: by default
+    cuda if there is one. dtype: of the weights; on CUDA fp32 weights compute in bf16 (kv_cache.autocast). A
+    checkpoint without projector weights gets the start of its size and the default cap. Only safetensors
+    files are read, no pickle, no code of the checkpoint's own; a directory is read without a network.
+    Raises UserError, in one line, if the model is not there, cannot be fetched, or its files do not fit."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer, weights = checkpoint.read_checkpoint(name_or_path, dtype or torch.float32)
     model = attach(model.to(device), weights, tokenizer)
@@ -411,11 +378,10 @@ def load(name_or_path, device=None, dtype=torch.float32):
 
 def attach(model, weights=None, tokenizer=None):
     """Adds the projector (from `weights`, else its start), its config entries and our attention to a causal
-    LM. With its tokenizer, ids that are no word get the logit -inf: none is ever sampled."""
+    LM. tokenizer: of its ids those that are no word are never sampled."""
     cap, layers = checkpoint.check_model(model, CAP, PROJECTOR_LAYERS)
-    older_pause = set(weights or {}) == {"vector"}  # saved before checkpoints named their projector
-    # The released code's checkpoints name none; without any weights it is the start of the model's size.
-    unnamed = "pause" if older_pause else "mlp" if weights or checkpoint.is_small(model) else "normed"
+    # The released code's checkpoints name none. Without weights it is the start of the model's size.
+    unnamed = "mlp" if weights or checkpoint.is_small(model) else "normed"
     kind = getattr(model.config, "litereason_projector", unnamed)
     if not isinstance(kind, str) or kind not in PROJECTORS:
         known = ", ".join(PROJECTORS)
@@ -437,21 +403,17 @@ def attach(model, weights=None, tokenizer=None):
                                                             pad_token_id=config.pad_token_id)
     model.bf16 = model.device.type == "cuda" and model.dtype == torch.float32  # see kv_cache.autocast
     model.graphs = False  # see decoder.Decoder
-    kv_cache.use_few_rows(model)
     kv_cache.mask_no_words(model, checkpoint.no_words(model, tokenizer) if tokenizer else [])
-    # The caches of engine.py; anything else still goes through sdpa.
-    model.set_attn_implementation("litereason")
+    model.set_attn_implementation("litereason")  # for our caches; all else goes through sdpa
     return model.eval()  # no dropout anywhere: sampling and scoring must see the same network
 
 
 # ============================================================ the mixed decoding loop (paper Sec. 3.1)
 def sample(logits, u, temperature, top_k, top_p):
-    """One token per row by inverting the cumulative distribution at u: a draw does not depend on the other
-    rows.
+    """One token per row, by inverting the cumulative distribution at u: independent of the other rows.
 
-    logits (B, V), u (B,) uniform in [0, 1) -> tokens (B,), log-probs (B,) under softmax(logits /
-    temperature). top-k and top-p cut the distribution that is drawn from, not the log-prob: train with them
-    off, or the two differ."""
+    logits (B, V), u (B,) in [0, 1) -> tokens (B,), log-probs (B,) under softmax(logits / temperature). top-k
+    and top-p cut the distribution that is drawn from, not the log-prob: train with them off."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (B, V)
     scaled = logits if temperature in (0, 1) else logits / temperature
     logp = scaled.log_softmax(-1)
@@ -464,12 +426,10 @@ def sample(logits, u, temperature, top_k, top_p):
         ranked, order = p.topk(top_k) if cuts else p.sort(descending=True)  # top-k first: far less to sort
         if top_p < 1:
             share = ranked / ranked.sum(-1, keepdim=True)
-            mass_before = share.cumsum(-1) - share
-            ranked = ranked.masked_fill(mass_before >= top_p, 0)
+            ranked = ranked.masked_fill(share.cumsum(-1) - share >= top_p, 0)  # by the mass before each
         p = torch.zeros_like(p).scatter(-1, order, ranked)
     cdf = p.cumsum(-1)  # (B, V)
-    below_one = 1 - torch.finfo(cdf.dtype).eps / 2  # rounding must not make a 1 of u
-    u = u.to(cdf.dtype).clamp(max=below_one)
+    u = u.to(cdf.dtype).clamp(max=1 - torch.finfo(cdf.dtype).eps / 2)  # rounding must not make it 1
     token = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0]  # never one with p = 0
     token = token.clamp(max=cdf.shape[-1] - 1)  # only non-finite logits get here
     return token, logp.gather(-1, token[:, None])[:, 0]
@@ -477,10 +437,9 @@ def sample(logits, u, temperature, top_k, top_p):
 
 @torch.no_grad()
 def generate(model, tokenizer, prompts, samples=1, max_new_tokens=256, temperature=1.0, top_p=1.0, top_k=0,
-             latent="projector", generator=None, rows=None, stats=None, bar=None, tag=None,
+             latent="projector", generator=None, gen_batch_size=None, stats=None, bar=None, tag=None,
              start=0, leave=None, feed=None):
-    """The mixed decoding loop: every row samples a token or runs a latent step, all in one batch ->
-    [Rollout].
+    """The mixed decoding loop: in one batch every row samples a token or runs a latent step -> [Rollout].
 
     prompts         texts, or lists of token ids
     samples         rollouts per prompt; they come back grouped by prompt, in order
@@ -488,37 +447,33 @@ def generate(model, tokenizer, prompts, samples=1, max_new_tokens=256, temperatu
     temperature     0 is greedy. Of a generation_config only the stop ids are used
     latent          see latent_step; "none" leaves tags as plain text
     generator       a CPU torch.Generator
-    rows            most rows decoded at once (but at least one whole group); changes no result. None: as
-                    many as fit on the card now, at most 512
+    gen_batch_size  most rows decoded at once, at least one whole group; changes no result. None: what fits
     stats           a dict to whose "positions" the number of positions computed is added
     bar             a tqdm bar, which moves by one for each rollout that ends
     tag             None: a tag runs as many latents as it says; K: every tag runs K; "forbidden": none begins
-    What other methods do differently (results/baselines.py):
+    For the other methods in results/baselines.py:
     start           latents that every row begins with
-    leave           (h (n, D), drawn (n,), numbers of the rollouts (n,), latents run (n,)) -> (n,) tokens
-                    that end a row's block here, or LATENT: continue. drawn: what the LM head would say
+    leave           (h (n, D), tokens drawn (n,), rollouts' numbers (n,), latents run (n,)) -> (n,) tokens
+                    that end a row's block here, or LATENT: continue
     feed            (h, token) -> (n, D), fed for a sampled token
     Raises UserError for an empty prompt or one that does not fit the model's positions."""
     if samples < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
-        raise UserError("generate needs samples and max_new_tokens of 1 or more, temperature and top_k of 0 "
-                        "or more, 0 < top_p <= 1")
+        raise UserError("generate takes samples, max_new_tokens > 0, temperature, top_k >= 0, 0 < top_p <= 1")
     ids = [checkpoint.encode_prompt(model, tokenizer, p) if isinstance(p, str) else list(p) for p in prompts]
     checkpoint.check_lengths(model, ids, max_new_tokens)
-    # One uniform number per row and slot, drawn up front: a rollout's text depends on its seed and its own
-    # prompt only, not on which rows share its batch or when they end.
+    # All random numbers are drawn up front, one per row and slot: a rollout depends on its seed and prompt
+    # only, not on which rows share its batch or when they end.
     draws = torch.rand(len(ids) * samples, max_new_tokens, generator=generator, dtype=torch.float64)
     if not ids:
         return []
-    sampling = (temperature, top_k, top_p)
-    if rows is None:
-        rows = memory.rows_that_fit(model, max(map(len, ids)), max_new_tokens, samples)
+    if gen_batch_size is None:
+        gen_batch_size = memory.rows_that_fit(model, max(map(len, ids)), max_new_tokens, samples)
 
     def decode(rows):
-        max_prompts = max(1, rows // samples)
-        return _decode(model, tokenizer, ids, draws, samples, max_prompts, sampling, latent, bar, tag, start,
-                       leave, feed)
+        return _decode(model, tokenizer, ids, draws, samples, max(1, rows // samples),
+                       (temperature, top_k, top_p), latent, bar, tag, start, leave, feed)
 
-    rollouts, n_positions = decoder.once_more_in_halves(model, decode, max(1, rows))
+    rollouts, n_positions = decoder.once_more_in_halves(model, decode, max(1, gen_batch_size), least=samples)
     if stats is not None:
         stats["positions"] = stats.get("positions", 0) + n_positions
     return rollouts
@@ -527,8 +482,7 @@ def generate(model, tokenizer, prompts, samples=1, max_new_tokens=256, temperatu
 @kv_cache.with_autocast
 def _decode(model, tokenizer, prompts, draws, samples, max_prompts, sampling, latent, bar, tag, start, leave,
             feed):
-    """generate, for token ids and random numbers draws (all rollouts, limit) -> (rollouts, positions
-    computed)."""
+    """generate, given token ids and random numbers (rollouts, limit) -> (rollouts, positions computed)."""
     watch = watcher(model, tokenizer)
     embed = model.get_input_embeddings()
     stop_ids = checkpoint.stop_tokens(model, tokenizer)
@@ -537,7 +491,7 @@ def _decode(model, tokenizer, prompts, draws, samples, max_prompts, sampling, la
     rollouts = [None] * len(draws)
 
     def new_rows(numbers, h, prompt_lengths):
-        return _new_rows(model, draws[numbers], numbers, h, prompt_lengths, start, latent)
+        return _new_rows(draws[numbers], numbers, h, prompt_lengths, start)
 
     def finish(ended):
         for number, rollout in _recorded(decoding.rows, ended, prompts, samples, stop_ids, tokenizer):
@@ -546,11 +500,10 @@ def _decode(model, tokenizer, prompts, draws, samples, max_prompts, sampling, la
             bar.update(len(ended))
 
     decoding = decoder.Decoder(model, prompts, samples, limit, max_prompts, new_rows, watch)
-    while decoding.refill(finish):  # rows that have ended leave, prompts that wait join
+    while decoding.schedule(finish):  # rows that have ended leave, prompts that wait join
         r = decoding.rows  # one tensor per field, see _new_rows
         inside = r.latents_left > 0  # (B,) in a block: no token is sampled there
-        # Rows (indices) for the LM head and for the projector; on CUDA some of them for nothing, see
-        # engine.py.
+        # Rows (indices) for the LM head and for the projector; on CUDA some are computed for nothing.
         drawing, projecting = decoding.who(inside, everyone=leave is not None)
 
         # (1) Outside a block, sample a token.
@@ -558,7 +511,7 @@ def _decode(model, tokenizer, prompts, draws, samples, max_prompts, sampling, la
         logprob = torch.zeros_like(r.logprobs[:, 0])  # (B,)
         if len(drawing):
             logits = model.lm_head(r.h[drawing])  # (n, V)
-            if tag == "forbidden":  # a control: other tokens keep their odds among each other
+            if tag == "forbidden":  # a control
                 tag_state = r.tag_state[drawing, None]
                 logits = logits.masked_fill(watch.starts[watch.classes, tag_state], -torch.inf)
             next_slot = r.n_slots.clamp(max=limit - 1)[:, None]
@@ -576,18 +529,15 @@ def _decode(model, tokenizer, prompts, draws, samples, max_prompts, sampling, la
         x = embed(token_or_0) if feed is None else feed(r.h, token_or_0)  # (B, D)
         if len(projecting):
             row_info = (r.own_number[projecting], r.latents_run[projecting])
-            z, memory = latent_step(model, r.h[projecting], r.memory[projecting], latent, *row_info)
+            z = latent_step(model, r.h[projecting], latent, *row_info)
             x[projecting] = torch.where(inside[projecting, None], z, x[projecting])
-            r.memory[projecting] = memory
-        r.memory = torch.where(inside[:, None], r.memory, 0.0)  # outside a block it is empty
 
-        # (3) Record slot, log-prob and latent; writes to be ignored go to the scratch column at the end.
+        # (3) Record slot, log-prob and latent; the last column of each takes what is to be ignored.
         at = r.n_slots.clamp(max=limit)[:, None]
         r.slots.scatter_(1, at, token[:, None])
         r.logprobs.scatter_(1, at, logprob[:, None])
         if len(projecting):
-            scratch = r.latents.shape[1] - 1
-            latent_at = torch.where(inside, r.latents_run, scratch)
+            latent_at = torch.where(inside, r.latents_run, r.latents.shape[1] - 1)
             r.latents[projecting, latent_at[projecting]] = z
 
         # (4) A tag that ends with this token opens a block of n latents.
@@ -611,11 +561,11 @@ def _decode(model, tokenizer, prompts, draws, samples, max_prompts, sampling, la
     return rollouts, decoding.n_positions
 
 
-def _new_rows(model, u, numbers, h, prompt_lengths, start, latent):
-    """What is known of rows that begin: a dict of tensors, one entry per row each.
+def _new_rows(u, numbers, h, prompt_lengths, start):
+    """The fields of rows that begin: a dict of tensors with one entry per row.
 
-    Fields are replaced, not written into (several share one tensor of zeros); only memory, slots, logprobs
-    and latents are written in place."""
+    Fields are replaced, not written into (several share one tensor of zeros), but for slots, logprobs and
+    latents."""
     device, limit = h.device, u.shape[1]
     rows = len(prompt_lengths)
     precise = torch.promote_types(h.dtype, torch.float32)
@@ -624,54 +574,47 @@ def _new_rows(model, u, numbers, h, prompt_lengths, start, latent):
     return {
         "number": numbers.to(device),  # which rollout a row becomes
         "u": u,  # (B, limit) its random numbers, one per slot
-        # (B,) one more, for latent_step: from other digits of the first, which itself draws a token.
-        "own_number": u[:, 0] * 1e6 % 1,
+        "own_number": u[:, 0] * 1e6 % 1,  # one more for latent_step, from later digits of the first
         "h": h,  # (B, D) the output at the last slot
         "tag_state": zero,  # where the tag's automaton stands
         "latents_left": zero + start,  # latent steps still to run: > 0 means inside a block
-        "latents_run": zero,  # latent steps run so far
-        "memory": empty_memory(model, rows, latent),  # (B, memory_size) of the projector, within a block
+        "latents_run": zero,
         "n_slots": zero,  # slots so far
         "prompt_length": prompt_lengths,
         "live": zero == 0,
-        "length": zero + limit,  # slots at its end: the limit, unless it stops before
-        # The record, with a scratch column at the end.
+        "length": zero + limit,  # slots at its end
+        # The record; the last column takes what is to be ignored. latents grows as needed.
         "slots": torch.full((rows, limit + 1), LATENT, device=device),
         "logprobs": torch.zeros(rows, limit + 1, dtype=precise, device=device),
-        "latents": h.new_zeros(rows, 1, h.shape[1])}  # (B, most latents of a row + 1, D), grows as needed
+        "latents": h.new_zeros(rows, 1, h.shape[1])}  # (B, most latents of a row + 1, D)
 
 
 def _recorded(r, ended, prompts, samples, stop_ids, tokenizer):
-    """What was recorded of the rows `ended` (n,) -> [(number, Rollout)]."""
-    numbers = r.number[ended].tolist()
-    lengths = r.length[ended].tolist()
-    all_slots = r.slots[ended].tolist()
-    logprobs = r.logprobs[ended].cpu()
-    latents = r.latents[ended].cpu()
+    """The records of the rows `ended` (n,) -> [(number, Rollout)]."""
+    numbers, lengths, all_slots = (t[ended].tolist() for t in (r.number, r.length, r.slots))
+    logprobs, latents = r.logprobs[ended].cpu(), r.latents[ended].cpu()
     out = []
-    for i, number in enumerate(numbers):
-        slots = all_slots[i][: lengths[i]]
+    for i, (number, length) in enumerate(zip(numbers, lengths)):
+        slots = all_slots[i][:length]
         finished = slots[-1] in stop_ids
         tokens = [s for s in slots if s != LATENT]
         text = tokenizer.decode(tokens[:-1] if finished else tokens, clean_up_tokenization_spaces=False)
         own_latents = latents[i, : slots.count(LATENT)].clone()
-        own_logprobs = logprobs[i, : lengths[i]].clone()
         prompt = number // samples
-        rollout = Rollout(prompts[prompt], slots, own_latents, own_logprobs, text, finished, prompt)
-        out.append((number, rollout))
+        out.append((number, Rollout(prompts[prompt], slots, own_latents, logprobs[i, :length].clone(), text,
+                                    finished, prompt)))
     return out
 
 
 # ============================================================ scoring (paper Sec. 3.4)
 @kv_cache.with_autocast
 def states(model, rollouts):
-    """The outputs that predict given slots: each prompt is read once, then all slots in one batched forward,
-    latents as constants.
+    """The outputs h[b, s] that predict given slots s -> (h (B, S, D), slots (B, S), valid (B, S)).
 
-    -> (h (B, S, D), slots (B, S), valid (B, S)): h[b, s] is the output that predicts slot s. Gradients reach
-    the base, also through its attention over the latents' keys and values; never the projector."""
+    Latents are constants: gradients reach the base, also through its attention over the latents, never the
+    projector."""
     batch = scoring.Batch(rollouts, model.device, padding=LATENT)
-    # Each prompt goes through the model once, with its graph: the gradients of its rows meet in it.
+    # Each prompt is read once, with its graph: the gradients of its rows meet there.
     prompts, h_prompt, x = kv_cache.prefill(model, batch.prompts, batch.slots.clamp(min=0))
     cache = kv_cache.ScoringCache(prompts, batch.owner)
     latents = torch.cat([r.latents.detach() for r in batch.rows])  # (all latents, D), row by row
@@ -680,15 +623,13 @@ def states(model, rollouts):
     cache.begin(batch.valid)
     positions = cache.start[:, None] + torch.arange(x.shape[1], device=model.device)
     h = kv_cache.forward(model, x, positions, cache)
-    h_before_first = h_prompt[batch.owner, None]  # (B, 1, D)
-    h = torch.cat([h_before_first, h[:, :-1]], 1)  # (B, S, D): the output at slot s - 1 predicts slot s
+    h = torch.cat([h_prompt[batch.owner, None], h[:, :-1]], 1)  # the output at slot s - 1 predicts slot s
     return h[batch.back], batch.slots[batch.back], batch.valid[batch.back]
 
 
 @kv_cache.with_autocast
 def logprobs(model, rollouts, temperature=1.0):
-    """Scores given slots -> (logp (B, S), scored (B, S)): log-probs of the sampled tokens, 0 where there are
-    none.
+    """The log-probs of sampled tokens -> (logp (B, S), 0 where there is none, scored (B, S)).
 
     Gradients as in `states`. Use the temperature that the rollouts were sampled with. Ours: gradients reach
     the input embeddings too; in the released code they do not, for rollouts with a tag."""
@@ -702,13 +643,10 @@ def logprobs(model, rollouts, temperature=1.0):
 # ============================================================ the latent roll-out with gradient (Sec. 3.3)
 @kv_cache.with_autocast
 def unroll(model, rollouts, latent="projector"):
-    """Runs the latent steps of given slots again: full back-propagation through all steps of all tags,
-    cached, exact.
+    """Runs the latent steps of given slots again -> (h as in `states`, [latents (n, D) of each row]).
 
-    A latent costs one position, not one prefix as in the released code, and gradients run through the cache:
-    nothing is detached. -> (h (B, S, D), latents, a list of (n, D) per row): h[b, s] is the output that
-    predicts slot s. With the base frozen the prompts' part carries no graph. Under torch.no_grad() it only
-    recomputes the latents."""
+    Gradients go back through all steps of all tags, and through the cache: nothing is detached. A latent
+    costs one position; in the released code it costs a whole prefix."""
     batch = scoring.Batch(rollouts, model.device, padding=LATENT)
     plan, column = scoring.plan_rounds([[slot == LATENT for slot in r.slots] for r in batch.rows])
     prompts, h_prompt, embedded = kv_cache.prefill(model, batch.prompts, batch.slots.clamp(min=0))
@@ -716,21 +654,17 @@ def unroll(model, rollouts, latent="projector"):
     rows = torch.arange(len(batch.rows), device=model.device)
     last = h_prompt[batch.owner]  # (B, D): the output at each row's last slot so far
     z = last
-    memory = empty_memory(model, len(rows), latent)
     outputs = [last[:, None]]
     steps_made = []  # (z (B, D), which rows keep it)
     # The batch goes in rounds: a piece of text per row, then latent steps until the longest block is done. A
-    # block's last latent is not fed by itself: it is the first input of the row's next piece of text
-    # ("carried").
+    # block's last latent is fed with the text after it ("carried"): no latent waits for its output.
     for piece in plan:
         starts = torch.tensor(piece.starts, device=model.device)[:, None]  # (B, 1)
         counts = torch.tensor(piece.counts, device=model.device)[:, None]  # (B, 1)
         offset = torch.arange(max(piece.counts), device=model.device)  # (n,)
         if piece.is_latent:
-            # z_{k+1} = P(h_k). A row whose block is done repeats its last z: its `last` and memory have not
-            # moved.
-            z, new_memory = latent_step(model, last, memory, latent)
-            memory = torch.where(counts > 0, new_memory, memory)
+            # z_{k+1} = P(h_k). Of a row whose block is done, `last` has not moved: it makes its last z again.
+            z = latent_step(model, last, latent)
             steps_made.append((z, piece.made))
             x = z[:, None]
         elif len(offset):
@@ -739,7 +673,6 @@ def unroll(model, rollouts, latent="projector"):
             carried = torch.tensor(piece.carried, device=model.device)[:, None] > 0
             first = torch.where(carried, z, x[:, 0])
             x = torch.cat([first[:, None], x[:, 1:]], 1)  # (B, n, D)
-            memory = torch.zeros_like(memory)
         if not len(offset):
             continue
         cache.begin(offset < counts)
@@ -750,17 +683,16 @@ def unroll(model, rollouts, latent="projector"):
     h = torch.cat(outputs, 1)  # (B, columns, D)
     index = column.to(model.device)[..., None].expand(-1, -1, h.shape[2])
     h = h.gather(1, index)  # (B, S, D)
+    nothing = h.new_zeros(0, h.shape[2])
     latents = []
     for row in batch.back.tolist():
-        own = [z[row] for z, kept in steps_made if kept[row]]
-        latents.append(torch.stack(own) if own else h.new_zeros(0, h.shape[2]))
+        latents.append(torch.cat([nothing] + [z[row, None] for z, kept in steps_made if kept[row]]))
     return h[batch.back], latents
 
 
 @torch.no_grad()
 def recompute_latents(model, rollouts):
-    """The rollouts with latents made by the current weights (the released code does this before every
-    scoring)."""
+    """The rollouts with latents of the current weights; the released code does this before every scoring."""
     _, latents = unroll(model, rollouts)
     return [dataclasses.replace(r, latents=z) for r, z in zip(rollouts, latents)]
 
@@ -772,31 +704,32 @@ def without_latents(rollout):
 
 
 def projector_loss(model, traces, latent="projector"):
-    """Cross-entropy on the text after the FIRST tag, as released (Sec. 3.3); later tags, answer and stop
-    token included.
+    """Cross-entropy on the text after the FIRST tag, as released (Sec. 3.3): later tags, answer and stop
+    token too. traces: Rollouts whose latents are made here -> (sum, number of scored tokens).
 
-    traces: Rollouts whose latents are made here. -> (sum of the losses, number of scored tokens); their
-    quotient over several calls does not depend on how traces are batched. latent="none" scores the same
-    tokens with no latents."""
-    first = [(r.slots + [LATENT]).index(LATENT) for r in traces]  # slots before the first block
+    latent="none" scores the same tokens without latents."""
+    first = [r.slots.index(LATENT) if LATENT in r.slots else len(r.slots) for r in traces]
     if latent == "none":
         traces = [without_latents(r) for r in traces]
     h, _ = unroll(model, traces, latent)
-    slots, valid = scoring.slot_table(traces, model.device, padding=LATENT)
+    return text_loss(model, h, traces, first)
+
+
+def text_loss(model, h, rollouts, first):
+    """Cross-entropy on the text from slot first[b] on -> (sum, number of tokens). h: as in `states`."""
+    slots, valid = scoring.slot_table(rollouts, model.device, padding=LATENT)
     number = torch.arange(slots.shape[1], device=model.device)
-    after_first = number >= torch.tensor(first, device=model.device)[:, None]
-    scored = valid & (slots != LATENT) & after_first
+    scored = valid & (slots != LATENT) & (number >= torch.tensor(first, device=model.device)[:, None])
     logp = scoring.token_logprobs(model, h[scored], slots[scored])  # (M,)
     return -logp.sum(), len(logp)
 
 
 # ============================================================ GRPO (paper Sec. 3.4; DeepSeekMath)
 # An RL rule is a function and its name in RULES: (rewards (P, G), number of sampled tokens (P, G), length
-# limit) -> (advantages (P, G), divisors (P, G)). The sum over a rollout's tokens is divided by its divisor,
-# see policy_loss.
+# limit) -> (advantages (P, G), loss norm (P, G)). policy_loss divides the sum over a rollout's tokens by its
+# loss norm.
 def group_advantages(rewards, eps=1e-4):
-    """rewards (P, G) -> (r - mean) / (std + eps) within each group, (P, G); 0 where a group's rewards are all
-    equal.
+    """rewards (P, G) -> (r - mean) / (std + eps) within each group, (P, G); 0 in a group of equal rewards.
 
     eps: ours; the released 1e-9 (train_rl.py --advantage-eps) turns rounding noise between equal real-valued
     rewards into full-size advantages."""
@@ -807,39 +740,25 @@ def group_advantages(rewards, eps=1e-4):
 
 
 def grpo(rewards, tokens, limit, eps=1e-4):
-    """GRPO as DeepSeekMath writes it: every rollout counts the same, however long it is."""
+    """As DeepSeekMath writes it: every rollout counts the same, however long it is."""
     return group_advantages(rewards, eps), tokens.clamp(min=1)
 
 
-def rloo(rewards, tokens, limit):
-    """REINFORCE leave-one-out (arXiv 2402.14740): each reward minus the mean of the group's others; log-probs
-    are summed over a rollout, not averaged."""
-    others = (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
-    return rewards - others, torch.ones_like(tokens)
+RULES = {"grpo": grpo}
 
 
-def dr_grpo(rewards, tokens, limit):
-    """Dr. GRPO (arXiv 2503.20783): no division by the deviation; one length, the limit, for all rollouts."""
-    return rewards - rewards.mean(1, keepdim=True), torch.full_like(tokens, limit)
-
-
-RULES = {"grpo": grpo, "rloo": rloo, "dr-grpo": dr_grpo}
-
-
-def policy_loss(logp, old_logp, advantages, scored, n_rollouts, clip=0.2, divisors=None):
+def policy_loss(logp, old_logp, advantages, scored, n_rollouts, clip=0.2, loss_norm=None):
     """DeepSeekMath Eq. 3 without KL: mean over rollouts of the mean over their sampled tokens of the clipped
-    objective.
+    objective -> (loss, ratio (B, S), 1 where nothing was sampled).
 
-    logp, old_logp, scored (B, S), advantages (B,). divisors (B,): the sum over a rollout's tokens is divided
-    by its entry, by default its token count. n_rollouts: of the whole update, not of this micro-batch. Both
-    are known before the first micro-batch, so gradients summed over micro-batches of any size are the same
-    (the released code takes the mean over the tokens of each micro-batch). -> (loss, ratio (B, S), 1 where
-    nothing was sampled)"""
+    logp, old_logp, scored (B, S), advantages (B,). loss_norm (B,): what the sum over a rollout's tokens is
+    divided by, by default its token count. n_rollouts: of the whole update, not of this micro-batch. So
+    gradients summed over micro-batches of any size are the same (the released code takes the mean over the
+    tokens of each micro-batch)."""
     ratio = torch.where(scored, logp - old_logp, 0.0).exp()  # (B, S)
-    clipped = ratio.clamp(1 - clip, 1 + clip)
     a = advantages[:, None]
-    gain = torch.minimum(ratio * a, clipped * a)  # (B, S)
-    if divisors is None:
-        divisors = scored.sum(1).clamp(min=1)
-    per_rollout = (gain * scored).sum(1) / divisors  # (B,)
+    gain = torch.minimum(ratio * a, ratio.clamp(1 - clip, 1 + clip) * a)  # (B, S)
+    if loss_norm is None:
+        loss_norm = scored.sum(1).clamp(min=1)
+    per_rollout = (gain * scored).sum(1) / loss_norm  # (B,)
     return -per_rollout.sum() / n_rollouts, ratio

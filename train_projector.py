@@ -1,20 +1,16 @@
 """Stages 1 and 2 (paper Sec. 3.3): collect the model's own traces, put tags into them, train the projector.
 
-Stage 1: k samples per prompt from the base, with the tag prompt; those with reward > 0 that ended by
-themselves are kept (as released, with --keep-cut, also those that the length limit cut); in every kept
-trace random sentences are replaced by tags (10 % and 25 % of them, five versions each), N from the
-sentence's length.
-Stage 2: the base is frozen; cross-entropy on the text after the first tag trains the projector, through all
+Stage 1: samples of the base with the tag prompt. Those with reward > 0 that ended by themselves are kept; in
+each, random sentences are replaced by tags (10 % and 25 % of them, five versions each).
+Stage 2: the base is frozen. Cross-entropy on the text after the first tag trains the projector, through all
 latent steps of all tags.
 
-A small model does otherwise by default (--targets words, see targets.py): it writes stage 1 without tags, a
-run of sentences becomes one tag, and each latent learns a target of its own. --targets none is the paper's.
+A small model does otherwise by default (--targets words, the last part of this file): stage 1 has no tags,
+and each latent learns a target of its own. --targets none is the paper's.
 
-Left out, and why: (1) spaCy: sentences end at [.!?…。] or a newline. (2) The released code drops paragraphs
-when it joins sentences again; here the text between them stays. (3) Its loss seems to be summed over 16
-micro-batches instead of averaged, so that its clip of 0.2 bites harder; here the gradient of the mean over
-a batch's tokens is clipped. (4) Its AdamW has the betas 0.9 and 0.999 (--betas), and it takes no trace of
-more than 4,096 tokens (--max-length).
+Other than released: (1) sentences end at [.!?…。] or a newline, not where spaCy says, and the text between
+them stays. (2) The clipped gradient is that of the mean over a batch's tokens; the released loss seems to be
+summed over 16 micro-batches. (3) What --keep-cut, --max-length and --released-betas change.
 
     python train_projector.py                               # the tiny model: a minute and a half on 2 cores
     python train_projector.py --model Qwen2.5-1.5B          # the paper's plot holes, on one GPU
@@ -23,6 +19,8 @@ more than 4,096 tokens (--max-length).
 """
 import collections
 import contextlib
+import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -30,72 +28,102 @@ import os
 import random
 import re
 import time
+import types
 import zlib
 
 import torch
 from tqdm import tqdm
 
 import data
-from lib import checkpoint, display, kv_cache, memory, run, scoring
-import targets
 from eval import PAPER, evaluate
-from litereason import (CAP, CLOSE, LATENT, OPEN, PROJECTORS, Rollout, UserError, embedding_size, generate,
-                        insert_latents, load, logprobs, parse_tags, projector_loss, start_projector,
-                        without_latents)
+from lib import UserError, checkpoint, kv_cache, memory, run, scoring
+from lib.run import BySize
+from litereason import (CAP, CLOSE, LATENT, OPEN, PROJECTORS, Rollout, generate, insert_latents, latent_step,
+                        load, logprobs, parse_tags, projector_loss, start_projector, states, text_loss,
+                        without_latents, word_embeddings, z_size, z_sizes)
 
-# Share of the sentences that become tags; versions per trace and ratio (paper Sec. 3.3)
-RATIOS, VERSIONS = (0.10, 0.25), 5
-VERSIONS_TOGETHER = 4  # of one trace in a batch of stage 2, with --targets words
-AT_ONCE = 160  # traces that stage 1 samples before it writes those down that it keeps
+# ============================================================ settings
+# {title: {name: (default, the least or the choices, what it is)}}. BySize: of a model of under 50 M weights,
+# and of any other, which is as released.
+SHARED = {  # by train_rl.py
+    "projector": ("warm", ["warm", "random", *PROJECTORS],
+                  "start: mlp (paper), normed (ours, real models); controls: random, pause"),
+    "targets": (BySize("words", "none"), ["words", "none"], "of latents: the last words of what they skip")}
+SETTINGS = {
+    "what is run": {
+        "model": ("tiny", str, "tiny, a directory, or a hub name such as Qwen2.5-1.5B"),
+        "task": (None, str, "a folder under data/, or tiny.next_chapter [by the model]"),
+        "reward": (None, ["contrastive", "vrcli", "thresholded"], "of next_chapter [contrastive]"),
+        "scorer": (None, str, "the frozen model that reads chapters [a copy of the base]"),
+        "seed": (0, 0, "of all random draws"),
+        "n": (200, 1, "val stories for the accuracy before and after"),
+        "out": (None, str, "the run's directory [out/MODEL-TASK-projector]"),
+        "overwrite": (False, bool, "replace the run that --out holds"),
+        "resume": (None, str, "continue the run in this directory, by its own settings"),
+        "device": (None, str, "cpu or cuda [cuda if there is one]"),
+        "save_every": (50, 1, "steps of stage 2 between two states on the disk; the last two are kept")},
+    "stage 1 [small model | any other, as released]": {
+        "prompts": (BySize(1500, None), 1, "train prompts to sample traces for; None: all"),
+        "samples": (BySize(1, 5), 1, "traces per prompt"),
+        "max_new_tokens": (BySize(checkpoint.SLOTS_SMALL, checkpoint.SLOTS_RELEASED), 1,
+                           "slots per trace, latents included"),
+        "keep_cut": (False, bool, "keep rewarded traces that the length limit has cut, as released"),
+        "traces": (None, str, "take traces from this file, jsonl with example (its number) and text")},
+    "stage 2": {
+        "steps": (BySize(400, None), 0, "optimiser steps; None: every masked trace once"),
+        "batch": (BySize(32, 16), 1, "traces per optimiser step"),
+        "lr": (BySize(4e-3, 1e-4), 0.0, "peak learning rate of AdamW"),
+        "released_betas": (False, bool, "AdamW's betas are 0.9 and 0.999, not 0.9 and 0.95"),
+        "max_length": (None, 1, "leave out masked traces of more tokens; released 4096")},
+    "ours, not in the paper": SHARED | {
+        "words": (2, 1, "words in the target of a latent"),
+        "noise": (0.2, 0.0, "on the targets that are fed, a share of their size"),
+        "train_base": (0.0, 0.0, "with targets: rate at which the base learns in stage 2 too"),
+        "imitate": (0, 0, "before stage 2 the base learns for N steps to write the masked traces")}}
 
-# Why a sample of stage 1 is of no use to stage 2: in words, and what helps.
-REASONS = {
-    "no verdict": ("without an answer in the form that the prompt asks for", "a --model that keeps to that "
-                   "form (an instruct model, or a larger one), or another --task"),
-    "cut": ("cut by the length limit", "a higher --max-new-tokens"),
-    "wrong": ("that earned nothing", "more prompts (--prompts, in train_rl.py --trace-prompts) or a stronger "
-              "--model"),
-    "no sentence": ("without a sentence before the answer", "a --model that reasons before it answers")}
+RATIOS, VERSIONS = (0.10, 0.25), 5  # share of the sentences that become tags; versions of a trace for each
+AT_ONCE = 160  # samples of stage 1 between two writes to the disk
+LARGE = 100  # sizes of an embedding: a longer latent drowns the words around it
+REASONS = {  # why a sample of stage 1 is of no use to stage 2, and what helps
+    "no verdict": "without an answer in the form that the prompt asks for (a larger --model helps)",
+    "cut": "cut by the length limit (a higher --max-new-tokens helps)",
+    "wrong": "that earned nothing (more prompts or a stronger --model help)",
+    "no sentence": "without a sentence before the answer, whose first words are the task's ANSWER"}
 
-# The released settings, and what a model of under 50 M parameters trained from scratch needs.
-RELEASED = {"prompts": None, "k": 5, "lr": 1e-4, "batch": 16, "steps": None, "imitate": 0,
-            "targets": "none", "words": 2, "noise": 0.2, "train_base": 0.0}
-SMALL = {"prompts": 1500, "k": 1, "lr": 4e-3, "batch": 32, "steps": 400, "imitate": 0,
-         "targets": "words", "words": 2, "noise": 0.2, "train_base": 0.0}
-IMITATION_LR = 5e-5  # peak; ours
-LARGE = 100  # sizes of an embedding: a latent of more drowns the words around it
+
+def settings_of(model, **given):
+    """The settings above for a model of this size, but for those that are given and not None."""
+    names = itertools.chain(*SETTINGS.values())
+    settings = types.SimpleNamespace(**{name: given.get(name) for name in names})
+    run.fill(settings, SETTINGS, checkpoint.is_small(model))
+    return settings
 
 
 # ============================================================ stage 1: the model's own traces
-def collect_traces(model, tokenizer, task, examples, k, max_new_tokens, seed, path, tag=None, keep_cut=False):
-    """Stage 1: k samples per example, those with reward > 0 that are whole (keep_cut: or not) kept ->
-    [{"example", "prompt", "text"}], the others, each with its reason as "left out".
+def collect_traces(model, tokenizer, task, examples, path, samples, max_new_tokens, seed, tag=None,
+                   keep_cut=False):
+    """Stage 1 -> (traces, samples left out), dicts with "example", "prompt", "text" and, if so, "left out":
+    why.
 
-    `path` has a line for the settings and one for each AT_ONCE samples, written when they are done: what is
-    there with the same settings is not sampled again. The draws of a line follow from the seed and its number
-    alone, so a stopped stage 1 loses one at most. The base has no trained projector yet, so tags that it
-    writes run no latents (latent="none"); with tag="forbidden" it writes none."""
-    header = _settings_of_traces(model, task, examples, k, max_new_tokens, seed, tag)
-    header |= {"keep_cut": True} if keep_cut else {}
+    A trace has reward > 0 and ended by itself (keep_cut: or not). `path` has a line of settings and one for
+    each AT_ONCE samples: a run with the same settings goes on behind the last line. Tags run no latents yet;
+    with tag="forbidden" there are none."""
+    header = _settings_of_traces(model, task, examples, samples, max_new_tokens, seed, tag, keep_cut)
+    at_once = header["at_once"]
     lines = _lines_already_there(path, header)
-    together = header["at_once"]
-    starts = range(0, len(examples), together)
+    n_lines = -(-len(examples) // at_once)
     if lines:
-        n_traces = len(_kept(lines))
-        print(f"stage 1: {n_traces} traces are in {path} already, {len(lines)} of {len(starts)} lines of it")
-    with open(path + ".tmp", "w") as f:
-        f.writelines(json.dumps(line) + "\n" for line in [header] + lines)
-        f.flush()
-        os.replace(path + ".tmp", path)
-        bar = tqdm(total=k * len(examples), desc="stage 1", leave=False)
-        for number, start in enumerate(starts):
-            if number < len(lines):
-                bar.update(k * len(examples[start : start + together]))
-                continue
-            asked = examples[start : start + together]
+        print(f"stage 1: {len(_kept(lines))} traces are in {path} already, {len(lines)} of {n_lines} lines")
+    file = run.open_log(path, [json.dumps(line) + "\n" for line in [header] + lines])
+    bar = tqdm(total=samples * len(examples), initial=sum(map(len, lines)), desc="stage 1", leave=False)
+    said = f"the traces sampled so far are kept; go on with --resume {os.path.dirname(path)}"
+    with file, bar, run.stops_noted(said) as stopped:
+        for number in range(len(lines), n_lines):
+            start = number * at_once
+            asked = examples[start : start + at_once]
             prompts = [task.prompt(example, True) for example in asked]
             generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-            rollouts = generate(model, tokenizer, prompts, k, max_new_tokens, latent="none",
+            rollouts = generate(model, tokenizer, prompts, samples, max_new_tokens, latent="none",
                                 generator=generator, bar=bar, tag=tag, **PAPER)
             rewards = data.score(task, [asked[r.prompt] for r in rollouts], [r.text for r in rollouts])
             line = []
@@ -107,85 +135,53 @@ def collect_traces(model, tokenizer, task, examples, k, max_new_tokens, seed, pa
                     trace["left out"] = "no verdict" if r.finished else "cut"
                 line.append(trace)
             lines.append(line)
-            f.write(json.dumps(line) + "\n")
-            f.flush()
-            os.fsync(f.fileno())
-        bar.close()
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+            if stopped:
+                break
     traces = _kept(lines)
-    others = [trace for trace in itertools.chain(*lines) if "left out" in trace]
-    said = f"; the others: {_in_words(reasons_of(others))}" if others else ""
-    print(f"stage 1: kept {len(traces)} of {k * len(examples)} traces (reward > 0), in {path}{said}")
-    return traces, others
+    left_out = [trace for trace in itertools.chain(*lines) if "left out" in trace]
+    print(f"stage 1: kept {len(traces)} of {samples * len(examples)} traces (reward > 0), in {path}"
+          f"{in_words(left_out)}")
+    return traces, left_out
 
 
-def reasons_of(left_out):
-    """Why samples were not kept -> Counter."""
-    return collections.Counter(trace["left out"] for trace in left_out)
-
-
-def _in_words(reasons):
-    """{reason: samples} as text, the most frequent first."""
-    return ", ".join(f"{n} {REASONS[why][0]}" for why, n in reasons.most_common())
+def in_words(left_out):
+    """Why samples were left out, the most frequent reason first."""
+    reasons = collections.Counter(trace["left out"] for trace in left_out).most_common()
+    return "; the others: " + ", ".join(f"{n} {REASONS[why]}" for why, n in reasons) if reasons else ""
 
 
 def _kept(lines):
-    """The traces in lines of traces.jsonl, without the samples that were left out."""
     return [trace for trace in itertools.chain(*lines) if "left out" not in trace]
 
 
-def _settings_of_traces(model, task, examples, k, max_new_tokens, seed, tag):
-    """All that decides what stage 1 samples."""
+def _settings_of_traces(model, task, examples, samples, max_new_tokens, seed, tag, keep_cut):
+    """All that decides what stage 1 samples and keeps."""
     own = getattr(task, "settings", {"reward": None, "scorer": None})
     prompts = "".join(task.prompt(example, True) for example in examples)
     return {
-        "model": model.config._name_or_path,
-        "weights": checkpoint.fingerprint(model),
-        "task": task.__name__,
-        "prompts": len(examples),
-        "prompts_crc32": zlib.crc32(prompts.encode()),
-        "k": k,
-        "max_new_tokens": max_new_tokens,
-        "at_once": max(1, AT_ONCE // k),  # prompts
-        "seed": seed,
-        "tag": tag,
-        "left_out": True,  # samples that are not kept are in the lines too
-        "reward": own["reward"],
+        "model": model.config._name_or_path, "weights": checkpoint.fingerprint(model), "task": task.__name__,
+        "prompts": len(examples), "prompts_crc32": zlib.crc32(prompts.encode()), "samples": samples,
+        "max_new_tokens": max_new_tokens, "at_once": max(1, AT_ONCE // samples), "seed": seed, "tag": tag,
+        "keep_cut": keep_cut, "reward": own["reward"],
         "scorer": own["scorer"] and own["scorer"][0].config._name_or_path}
 
 
 def _lines_already_there(path, header):
-    """The lines of traces that an earlier run with the same settings has written."""
+    """The lines that an earlier run with the same settings has written."""
+    if not os.path.exists(path):
+        return []
     try:
-        with open(path) as f:
-            # Without its end it is half a line.
-            old_header, *lines = [json.loads(line) for line in f if line.endswith("\n")]
-    except FileNotFoundError:
-        return []
+        with open(path) as f:  # a line without its end is half a line
+            theirs, *lines = [json.loads(line) for line in f if line.endswith("\n")]
     except ValueError:
-        print(f"stage 1: {path} is not readable; sampling again")
-        return []
-    if old_header != header:
-        print(f"stage 1: {path} was made with other settings; sampling again")
+        theirs = None
+    if theirs != header:
+        print(f"stage 1: {path} is not readable or was made with other settings; sampling again")
         return []
     return lines
-
-
-def given_traces(path, task, examples):
-    """Ours: traces that somebody else has written, for a base that earns nothing -> as collect_traces.
-
-    path: jsonl, in each line the number of a train example and a text: {"example": 0, "text": ".."}."""
-    traces = []
-    try:
-        with open(path, encoding="utf-8") as f:
-            for line in f:
-                row = json.loads(line)
-                prompt = task.prompt(examples[row["example"]], True)
-                traces.append({"example": row["example"], "prompt": prompt, "text": row["text"]})
-    except (OSError, ValueError, TypeError, KeyError, IndexError) as e:
-        raise UserError(f"--traces {path}: {e!r}; each line is to be like {{\"example\": 0, \"text\": \"..\"}}, "
-                        f"with one of {len(examples)} train examples") from e
-    print(f"stage 1: {len(traces)} traces from {path}, none sampled")
-    return traces
 
 
 def read_traces(path):
@@ -195,9 +191,25 @@ def read_traces(path):
     return _kept(lines)
 
 
+def given_traces(path, task, examples):
+    """Ours: traces that somebody else has written, for a base that earns nothing -> as collect_traces."""
+    traces = []
+    try:
+        with open(path, encoding="utf-8") as f:
+            for line in f:
+                row = json.loads(line)
+                prompt = task.prompt(examples[row["example"]], True)
+                traces.append({"example": row["example"], "prompt": prompt, "text": row["text"]})
+    except (OSError, ValueError, TypeError, KeyError, IndexError) as e:
+        raise UserError(f'--traces {path}: {e!r}; each line is to be like {{"example": 0, "text": ".."}}, '
+                        f"with one of {len(examples)} train examples") from e
+    print(f"stage 1: {len(traces)} traces from {path}, none sampled")
+    return traces
+
+
 # ============================================================ stage 1: tags in the place of sentences
-# A run of characters up to [.!?…] and what closes it, if a space follows; to the stop of a script without
-# spaces; or to the line's end. The look-behind: a run of dots is tried once, not n times.
+# A sentence ends at [.!?…] and what closes it, before a space; at the stop of a script without spaces; or
+# with the line. The look-behind: a run of dots is tried once, not n times.
 CLOSING = r"""["'”’»›)\]}」』）】*_]*"""
 SENTENCE = re.compile(rf"\s*[^\n]*?(?:(?<![.!?…])[.!?…]+{CLOSING}(?=\s)|[。！？｡]+{CLOSING}|\n|$)")
 
@@ -213,17 +225,10 @@ def sentences_of(text):
 
 
 def mask_sentences(rng, tokenizer, reasoning, ratio, cap=CAP):
-    """Replaces max(1, int(ratio * n)) random sentences by tags, N = clamp(int(0.2 * tokens of the sentence),
-    1, cap).
+    """Replaces max(1, int(ratio * n)) random sentences by tags -> the text; None if there is no sentence.
 
-    The sentence is deleted: there is no target for the latents themselves. Tags already there are kept and
-    never replaced. One space on each side of a tag. rng: random.Random. None if there is no sentence.
-
-    Ours: one pattern, SENTENCE, says where sentences end. The released code has spaCy's model for that in
-    stage 1 and its sentencizer in stage 3, which ends one at a [.!?] that is a word of its own (not in "Mr."
-    or "...") and at more scripts' stops, with all punctuation that follows, opening quotes too. Here a
-    newline, "...", "…" and an abbreviation's point end one as well, 。 needs no space after it, and a quote
-    stays with what it opens."""
+    N = clamp(int(0.2 * tokens of the sentence), 1, cap). The sentence is deleted: there is no target for the
+    latents. Tags already there stay. One space on each side of a tag. rng: random.Random."""
     pieces, sentences = [], []  # texts that join to the reasoning; the numbers of those that are sentences
     start = 0
     for tag_start, tag_end, _ in parse_tags(reasoning, cap) + [(len(reasoning), len(reasoning), 0)]:
@@ -237,15 +242,13 @@ def mask_sentences(rng, tokenizer, reasoning, ratio, cap=CAP):
         return None
     for i in rng.sample(sentences, max(1, int(ratio * len(sentences)))):
         n_tokens = len(checkpoint.encode_text(tokenizer, pieces[i].strip()))
-        n = max(1, min(cap, int(0.2 * n_tokens)))
-        pieces[i] = f" {OPEN}{n}{CLOSE} "
+        pieces[i] = f" {OPEN}{max(1, min(cap, int(0.2 * n_tokens)))}{CLOSE} "
     text = re.sub(rf"(?:(?<!\s)\s+|)({OPEN}[0-9 ]*{CLOSE})\s*", r" \1 ", "".join(pieces))
     return text.replace(f"{CLOSE}  {OPEN}", f"{CLOSE} {OPEN}").strip()
 
 
 def masked_trace(model, tokenizer, rng, prompt, text, answer, marker, ratio):
-    """One training trace: the reasoning with sentences replaced by tags, then the answer -> Rollout, or None
-    if there is no sentence.
+    """One training trace: the reasoning with sentences replaced by tags, then the answer -> Rollout, or None.
 
     prompt: text or token ids. answer: the text to end in; None keeps the trace's own."""
     reasoning, own_answer = split_answer(text, marker)
@@ -260,33 +263,8 @@ def masked_trace(model, tokenizer, rng, prompt, text, answer, marker, ratio):
     return Rollout(prompt_ids, slots, no_latents, text=text) if LATENT in slots else None
 
 
-def mask_all(model, tokenizer, traces, left_out, marker, rng, aim="none", words=2):
-    """Every trace in several masked versions (RATIOS x VERSIONS; with targets, targets.SHARES x VERSIONS) ->
-    (training rows, at most 256 held-out rows); a tenth of the stories is held out. left_out: samples that
-    are no traces. aim: "words" gives each latent a target (targets.py)."""
-    masked = versions_with_targets if aim == "words" else versions
-    rows = masked(model, tokenizer, traces, marker, rng, words)  # (story, row)
-    stories = sorted({story for story, _ in rows})
-    held_out = set(stories[len(stories) - max(1, len(stories) // 10):])
-    train = [row for story, row in rows if story not in held_out]
-    held = [row for story, row in rows if story in held_out]
-    if traces and not any(split_answer(trace["text"], marker)[1] for trace in traces):
-        raise UserError(f"none of the {len(traces)} traces that stage 1 kept has the words {marker!r}, "
-                        f"before which reasoning stands: set ANSWER of the task to the words that its "
-                        f"prompt asks for")
-    if not train or not held:
-        empty = sum(trace["example"] not in stories for trace in traces)
-        why = reasons_of(left_out) + collections.Counter({"no sentence": empty})
-        leading = max(why, key=why.get, default="wrong")
-        others = f"; the others: {_in_words(why)}" if why else ""
-        raise UserError(f"stage 1 kept {len(traces)} of {len(traces) + len(left_out)} traces, too few: "
-                        f"two stories with a sentence to mask are the least{others}; what helps: "
-                        f"{REASONS[leading][1]}")
-    return train, rng.sample(held, min(256, len(held)))
-
-
-def versions(model, tokenizer, traces, marker, rng, words):
-    """The paper's: RATIOS x VERSIONS of each trace -> [(story, row)]"""
+def versions(model, tokenizer, traces, marker, rng):
+    """RATIOS x VERSIONS of each trace -> [(story, row)]"""
     rows = []
     for trace in traces:
         for ratio in RATIOS * VERSIONS:
@@ -296,185 +274,131 @@ def versions(model, tokenizer, traces, marker, rng, words):
     return rows
 
 
-def versions_with_targets(model, tokenizer, traces, marker, rng, words):
-    """Ours, see targets.py: targets.SHARES x VERSIONS of each trace -> [(story, row)]"""
-    pieces, common = pieces_of(tokenizer, traces, marker)
-    rows = []
-    for trace, (sentences, answer) in zip(traces, pieces):
-        shares = targets.SHARES * VERSIONS
-        masked = targets.masked_with_targets(model, tokenizer, rng, trace["prompt"], sentences, answer,
-                                             common, words, shares)
-        rows += [(trace["example"], row) for row in masked]
-    return rows
+def hold_out(rows, traces, left_out, rng):
+    """Masked versions [(story, row)] -> (rows to train on, at most 256 rows of other stories, a tenth of
+    all)."""
+    stories = sorted({story for story, _ in rows})
+    held_out = set(stories[len(stories) - max(1, len(stories) // 10):])
+    train = [row for story, row in rows if story not in held_out]
+    held = [row for story, row in rows if story in held_out]
+    if not train or not held:
+        empty = [trace for trace in traces if trace["example"] not in stories]
+        others = left_out + [{"left out": "no sentence"} for _ in empty]
+        raise UserError(f"stage 1 kept {len(traces)} of {len(traces) + len(left_out)} traces, too few: two "
+                        f"stories with a sentence to mask are the least{in_words(others)}")
+    return train, rng.sample(held, min(256, len(held)))
 
 
-def pieces_of(tokenizer, traces, marker):
-    """-> [(sentences, answer) of each trace], the token ids that tell nothing (targets.common_words)"""
-    pieces = []
-    for trace in traces:
-        reasoning, answer = split_answer(trace["text"], marker)
-        pieces.append((sentences_of(reasoning), answer))
-    common = targets.common_words(tokenizer, itertools.chain(*(sentences for sentences, _ in pieces)))
-    return pieces, common
+def short_enough(traces, most):
+    """The traces of at most so many tokens, prompt included; None: all."""
+    return [r for r in traces if most is None or len(r.prompt_ids) + r.n_tokens <= most]
 
 
 # ========================================================== stage 2: the projector learns, the base is frozen
-def fit_projector(model, traces, lr, batch, steps=None, schedule=True, clip=0.2, seed=0, budget=None,
-                  progress=None, states=None, every=50, carried=None, aim="none", noise=0.0,
-                  base_lr=0.0, betas=(0.9, 0.95)):
-    """Trains the projector on traces (and with base_lr > 0 the base), one epoch or `steps` steps -> the last
-    steps' mean loss.
+def fit_projector(model, traces, lr, batch, steps=None, budget=None, **loop):
+    """Stage 2, and with schedule=False stage 3's refresh: trains the projector -> the last steps' mean loss.
 
-    Used by stage 2 (cosine to 10 %, warm-up 10 %) and by the refresh of stage 3 (constant rate, as released).
-    budget: positions per forward pass (None: what fits). states: a directory; the fit continues from the
-    newest state in it, and leaves one there every so many steps and when it is stopped, with `carried`
-    (JSON) in it, and beside it a line per step in DIRECTORY.jsonl.
-    Ours (targets.py): with aim "words" a trace's latents are targets, fed with noise; with base_lr > 0 the
-    base learns too, from the second fifth of the steps on, when the projector is no longer a stranger. With
-    aim "imitation" the base learns alone, at lr, to write the traces, their tags as text."""
-    imitates = aim == "imitation"
-    budget = budget or positions_at_once(model, traces, imitates or base_lr > 0)
-    parameters = list(memory.base_parameters(model) if imitates else model.reasoning_projector.parameters())
-    groups = [{"params": parameters, "lr": lr, "peak": lr}]
-    if base_lr:
-        base = memory.base_parameters(model)
-        groups.append({"params": base, "lr": base_lr, "peak": base_lr})
-        parameters = parameters + base
-    optimizer = torch.optim.AdamW(groups, betas=tuple(betas), weight_decay=0.0)
-    if steps is None:
-        steps = max(1, len(traces) // batch)
-    # One line per step so far; the step of the newest state.
-    lines, kept = _resume_fit(states, parameters, optimizer)
+    steps: None is one pass over the traces. budget: positions per forward pass, None is what fits. loop: see
+    `optimise`."""
+    budget = budget or positions_at_once(model, traces)
+    learners = [(model.reasoning_projector.parameters(), lr, 0)]
+    losses_of = functools.partial(projector_losses, model, budget)
+    with base_frozen(model):
+        return optimise(model, traces, learners, batch, steps, losses_of, **loop)
+
+
+def projector_losses(model, budget, rows, step):
+    """Yields a batch's mean loss per text token after the first tag, in one part per micro-batch."""
+    n_tokens = sum(map(_scored_tokens, rows))
+    for part in scoring.pack(rows, budget, unrolled=True):
+        loss, _ = projector_loss(model, [rows[i] for i in part])
+        yield loss / n_tokens
+
+
+def _scored_tokens(row):
+    after_first = row.slots[row.slots.index(LATENT) :]
+    return len(after_first) - after_first.count(LATENT)
+
+
+def optimise(model, traces, learners, batch, steps, losses_of, clip=0.2, seed=0, betas=(0.9, 0.95),
+             together=1, schedule=True, states=None, every=50, carried=None):
+    """The loop of stage 2, whatever learns and from what loss -> the mean loss of the last 20 steps.
+
+    learners   [(parameters, peak learning rate, the first step in which they learn)]
+    losses_of  (rows, step) -> yields the loss of a batch in parts, one per micro-batch
+    together   see `batches`
+    schedule   warm-up over 10 % of the steps, then a cosine to 10 %; else the rate is constant
+    states     a directory: the loop continues from the newest state there, and leaves one every so many steps
+               and when it is stopped, with `carried` in it. Beside it DIRECTORY.jsonl has a line per step"""
+    steps = max(1, len(traces) // batch) if steps is None else steps
+    groups = [{"params": list(p), "lr": lr, "peak": lr, "begins": begins} for p, lr, begins in learners]
+    parameters = [p for group in groups for p in group["params"]]
+    optimizer = torch.optim.AdamW(groups, betas=betas, weight_decay=0.0)
+    name = os.path.basename(states).replace("-", " ") if states else "the refresh"
+    lines = []
 
     def keep():
-        nonlocal kept
-        if kept != len(lines):
-            tensors = run.optimizer_tensors(parameters, optimizer)
-            run.write_state(states, len(lines), tensors, {"lines": lines, "carried": carried})
-        kept = len(lines)
-        return f"step {kept} of {steps} of {progress} is saved; go on with --resume {os.path.dirname(states)}"
+        weights = [p.detach() for p in parameters]
+        run.write_state(states, len(lines), {"weights": weights, "optimizer": optimizer.state_dict(),
+                                             "lines": lines, "carried": carried})
 
-    uninterrupted = contextlib.nullcontext
-    log = None
+    log, stops = open(os.devnull, "w"), contextlib.nullcontext()
     if states:
-        keep()  # before the first step: `carried` holds an evaluation that should not be run again
-        uninterrupted = run.on_stop(keep)
+        found = run.read_state(states)
+        if found:
+            done, state = found
+            lines = state["lines"]
+            optimizer.load_state_dict(state["optimizer"])
+            for p, saved in zip(parameters, state["weights"], strict=True):
+                p.data.copy_(saved)
+            print(f"resumed from step {done} of {name}", flush=True)
+        else:
+            keep()  # `carried` holds an evaluation that should not be run again
         log = run.open_log(f"{states}.jsonl", lines)
-    # Here, so that frozen weights are cast once for all steps; autocast would keep the first cast of weights
-    # that learn, too.
-    base_learns = base_lr > 0 or imitates
-    frozen = contextlib.nullcontext() if base_learns else _base_frozen(model)
-    autocast = contextlib.nullcontext() if base_learns else kv_cache.autocast(model)
-    with frozen, autocast, _sizes_made(model) as sizes:
-        done = len(lines)
-        together = VERSIONS_TOGETHER if aim == "words" else 1
-        batches = itertools.islice(_batches(traces, batch, seed, together), done, steps)
-        bar = tqdm(batches, desc=progress, initial=done, total=steps, leave=False, disable=progress is None)
-        for step, rows in enumerate(bar, start=done):
+        stops = run.stops_noted(f"go on with --resume {os.path.dirname(states)}")
+    rest = itertools.islice(batches(traces, batch, seed, together), len(lines), steps)
+    bar = tqdm(rest, desc=name, initial=len(lines), total=steps, leave=False, disable=states is None)
+    with log, latents_made(model) as latents, stops as stopped:
+        for step, rows in enumerate(bar, start=len(lines)):
             # (1) The learning rate of this step.
             share = warm_up_and_cosine(step, steps, max(1, steps // 10)) if schedule else 1.0
-            for i, group in enumerate(optimizer.param_groups):
-                waits = i > 0 and step < steps // 5
-                group["lr"] = 0.0 if waits else group["peak"] * share
+            for group in optimizer.param_groups:
+                group["lr"] = share * group["peak"] if step >= group["begins"] else 0.0
 
-            # (2) The loss, in micro-batches. Its denominator is known before the first of them: text tokens
-            #     after the first tag, over the whole batch.
-            if imitates:  # every token is learned, and no latent is run
-                rows = [without_latents(r) for r in rows]
-                n_tokens = sum(r.n_tokens for r in rows)
-            else:
-                n_tokens = sum(_scored_tokens(r.slots) for r in rows)
-            n_latents = sum(r.n_latents for r in rows)
-            if aim == "words":
-                fed = targets.with_noise(rows, noise, torch.Generator().manual_seed(seed * 1_000_003 + step))
+            # (2) The gradient of the batch's mean loss, one micro-batch after the other.
             total = 0.0
-            for part in scoring.pack(rows, budget, unrolled=not imitates):
-                some = [rows[i] for i in part]
-                if imitates:
-                    loss = -logprobs(model, some)[0].sum() / n_tokens
-                elif aim == "words":
-                    loss = targets.target_loss(model, some, [fed[i] for i in part], n_tokens, n_latents,
-                                               base_lr > 0)
-                else:
-                    loss = projector_loss(model, some)[0] / n_tokens
+            for loss in losses_of(rows, step):
                 loss.backward()
                 total += loss.item()
 
             # (3) One optimiser step; one bad batch must not cost the projector.
-            with uninterrupted():
-                norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
-                if norm.isfinite():
-                    optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                m = {"step": step + 1, "loss": total, "grad_norm": float(norm), "z_size": _median(sizes)}
-                lines.append(json.dumps({name: run.if_finite(value) for name, value in m.items()}) + "\n")
-                sizes.clear()
-                bar.set_postfix({name: m[name] for name in ("loss", "z_size") if m[name] is not None})
-                if log:
-                    log.write(lines[-1])
-                    log.flush()
-                if states and (len(lines) % every == 0 or len(lines) == steps):
-                    keep()
-    if log:
-        log.close()
+            norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
+            if norm.isfinite():
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            size = z_size(model, torch.cat(latents)) if latents else None
+            latents.clear()
+            m = {"step": step + 1, "loss": total, "grad_norm": float(norm), "z_size": size}
+            lines.append(json.dumps({name: run.if_finite(value) for name, value in m.items()}) + "\n")
+            log.write(lines[-1])
+            log.flush()
+            bar.set_postfix({name: m[name] for name in ("loss", "z_size") if m[name] is not None})
+            if states and (stopped or len(lines) % every == 0 or len(lines) == steps):
+                keep()
+            if stopped:
+                break
     steps_made = [json.loads(line) for line in lines]
     skipped = sum(m["grad_norm"] is None for m in steps_made)
     if skipped:
-        print(f"warning: {skipped} of {steps} steps of {progress or 'the refresh'} were skipped: a loss or "
-              f"gradient was not finite", flush=True)
-    model.projector_trained = model.projector_trained or not imitates
+        print(f"warning: {skipped} of {steps} steps of {name} were skipped: their gradient was not finite",
+              flush=True)
     losses = [m["loss"] for m in steps_made[-20:] if m["loss"] is not None]
     return sum(losses) / len(losses) if losses else math.nan
 
 
-@contextlib.contextmanager
-def _sizes_made(model):
-    """Inside, the list that it gives fills with the lengths of all latents that the projector makes, in lengths
-    of an embedding."""
-    sizes, one = [], embedding_size(model)
-    # Whatever module the projector is, and whatever loss it is trained with.
-    hook = model.reasoning_projector.register_forward_hook(
-        lambda module, fed, made: sizes.append(made[0].detach().float().norm(dim=-1).flatten() / one))
-    try:
-        yield sizes
-    finally:
-        hook.remove()
-
-
-def _median(sizes):
-    """Of a list of tensors; None of nothing."""
-    return float(torch.cat(sizes).median()) if sizes else None
-
-
-def _resume_fit(states, parameters, optimizer):
-    """-> (the lines of the steps so far, the step of the newest state), from which weights and moments come
-    back; ([], None) without one."""
-    found = run.read_state(states) if states else None
-    if found is None:
-        return [], None
-    step, tensors, rest = found
-    run.restore_optimizer(parameters, optimizer, tensors)
-    print(f"resumed from {states}/state-{step}", flush=True)
-    return rest["lines"], step
-
-
-@contextlib.contextmanager
-def _base_frozen(model):
-    """Inside, no weight but the projector's gets a gradient."""
-    frozen = [p for p in memory.base_parameters(model) if p.requires_grad]
-    for p in frozen:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in frozen:
-            p.requires_grad_(True)
-
-
-def _batches(traces, size, seed, together=1):
-    """Yields batches without end, one shuffled epoch after another; they follow from the seed, so no state
-    needs them. together: so many neighbours stay together (versions of one trace: their prompt is
-    read once)."""
+def batches(traces, size, seed, together=1):
+    """Yields batches without end, one shuffled epoch after another. together: so many neighbours stay
+    together (versions of one trace: their prompt is read once)."""
     rng = random.Random(seed)
     order = []
     while True:
@@ -484,15 +408,8 @@ def _batches(traces, size, seed, together=1):
                 order += range(start, min(start + together, len(traces)))
         rows = [traces[i] for i in order[:size]]
         order = order[size:]
-        # Rows of a micro-batch alike: less padding.
-        rows.sort(key=lambda r: (len(r.slots), r.slots.index(LATENT)))
+        rows.sort(key=lambda r: (len(r.slots), r.slots.index(LATENT)))  # neighbours alike: less padding
         yield rows
-
-
-def _scored_tokens(slots):
-    """Text tokens after the first tag."""
-    after_first = slots[slots.index(LATENT) :]
-    return len(after_first) - after_first.count(LATENT)
 
 
 def warm_up_and_cosine(step, steps, warm_up):
@@ -501,153 +418,144 @@ def warm_up_and_cosine(step, steps, warm_up):
     return min((step + 1) / warm_up, 0.55 + 0.45 * math.cos(math.pi * progress))
 
 
-def short_enough(traces, most):
-    """The traces of at most so many tokens, prompt included; None: all."""
-    return [r for r in traces if most is None or len(r.prompt_ids) + r.n_tokens <= most]
+@contextlib.contextmanager
+def base_frozen(model):
+    """Inside, the base gets no gradients. On CUDA it is cast to bf16 here, once for all forward passes."""
+    frozen = [p for p in memory.base_parameters(model) if p.requires_grad]
+    matrices = memory.matrices(model) if model.bf16 else []
+    whole = [weight.data for weight in matrices]
+    for p in frozen:
+        p.requires_grad_(False)
+    for weight in matrices:
+        weight.data = weight.data.to(torch.bfloat16)
+    try:
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(True)
+        for weight, before in zip(matrices, whole):
+            weight.data = before
+
+
+@contextlib.contextmanager
+def latents_made(model):
+    """Inside, the list that it gives fills with all latents that the projector makes, (n, D) each."""
+    made = []
+    hook = model.reasoning_projector.register_forward_hook(lambda module, fed, z: made.append(z.detach()))
+    try:
+        yield made
+    finally:
+        hook.remove()
 
 
 def positions_at_once(model, traces, base_learns=False):
     """How many positions of traces one forward and backward pass can have."""
     longest = max(len(r.prompt_ids) + len(r.slots) for r in traces)
-    return memory.positions_that_fit(model, longest, memory.latent_update, otherwise=12_000,
-                                   checkpoint=getattr(model, "checkpointed", False), base_learns=base_learns)
+    return memory.positions_that_fit(model, longest, "stage 2", otherwise=12_000, base_learns=base_learns)
 
 
+@torch.no_grad()
 def mean_loss(model, traces, latent):
-    """Loss after the first tag over all traces, per token."""
-    budget = positions_at_once(model, traces)
+    """Loss per token after the first tag, over all traces."""
     total, tokens = 0.0, 0
-    with torch.no_grad():
-        for part in scoring.pack(traces, budget, unrolled=True):
-            loss, n = projector_loss(model, [traces[i] for i in part], latent)
-            total = total + loss
-            tokens += n
+    for part in scoring.pack(traces, positions_at_once(model, traces), unrolled=True):
+        loss, n = projector_loss(model, [traces[i] for i in part], latent)
+        total += loss
+        tokens += n
     return float(total) / max(1, tokens)
 
 
 # ============================================================ both stages
-def stages_1_and_2(model, tokenizer, task, out, max_new_tokens, seed=0, n=200, every=50, betas=(0.9, 0.95),
-                   max_length=None, keep_cut=False, smoke=False, given=None, **changes):
-    """Both stages; trains model.reasoning_projector in place and prints what came of it -> the figures
-    printed.
+def stages_1_and_2(model, tokenizer, task, out, settings, smoke=False):
+    """Trains model.reasoning_projector in place and prints what came of it -> the figures printed.
 
-    Continues from what a stopped run left in `out`: traces.jsonl, and stage 2's states (one every so many
-    steps) in stage-2/. n: val examples for the accuracy before and after. betas, max_length, keep_cut, smoke:
-    the flags of these names; given: --traces. changes: of RELEASED or SMALL above, whichever the model's size
-    selects; None leaves a value as it is."""
-    cfg = dict(SMALL if checkpoint.is_small(model) else RELEASED)
-    cfg.update({name: value for name, value in changes.items() if value is not None})
+    settings: as settings_of makes them. Continues what a stopped run left in `out`. smoke: goes on even if no
+    sample earned anything."""
     started = time.time()
-    rng = random.Random(seed)
-
-    examples = task.examples("train")[: cfg["prompts"]]
-    # Stage 2 has its own way to stop.
-    run.on_stop(lambda: f"the traces sampled so far are kept; go on with --resume {out}")
-    path = os.path.join(out, "traces.jsonl")
-    aim = cfg["targets"]
-    if aim != "words":
-        if changes.get("train_base"):
-            raise UserError("--train-base goes with --targets words: the paper's stage 2 leaves the "
-                            "base frozen")
-        cfg["train_base"] = 0.0
-    applies = {name: value for name, value in RELEASED.items()
-               if aim == "words" or name not in ("words", "noise", "train_base")}
-    steps = "one pass over the masked traces" if cfg["steps"] is None else f"{cfg['steps']} steps"
-    print(f"stages 1 and 2: {cfg['k']} traces of up to {max_new_tokens} tokens for each of {len(examples)} "
-          f"train prompts, then {steps}, {cfg['batch']} masked traces each\n"
-          f"{display.beside_released(cfg, applies)}")
-    # With targets no tag is written in stage 1: a target is taken from a sentence that was written out.
-    tag = "forbidden" if aim == "words" else None
-    if given:
-        traces, left_out = given_traces(given, task, examples), []
-    else:
-        traces, left_out = collect_traces(model, tokenizer, task, examples, cfg["k"], max_new_tokens, seed,
-                                          path, tag, keep_cut)
+    rng = random.Random(settings.seed)
     marker = data.opening_of(task)
+    has_targets = settings.targets == "words"
+    if settings.train_base and not has_targets:
+        raise UserError("--train-base goes with --targets words: the paper's stage 2 leaves the base frozen")
+    examples = task.examples("train")[: settings.prompts]
+    steps = "one pass over the masked traces" if settings.steps is None else f"{settings.steps} steps"
+    print(f"stages 1 and 2: {settings.samples} traces of up to {settings.max_new_tokens} tokens for each of "
+          f"{len(examples)} train prompts, then {steps}, {settings.batch} masked traces each\n"
+          f"{run.beside_released(vars(settings), SETTINGS)}", flush=True)
+    if settings.traces:
+        traces, left_out = given_traces(settings.traces, task, examples), []
+    else:
+        tag = "forbidden" if has_targets else None  # a target is taken from a sentence that was written out
+        traces, left_out = collect_traces(model, tokenizer, task, examples, os.path.join(out, "traces.jsonl"),
+                                          settings.samples, settings.max_new_tokens, settings.seed, tag,
+                                          settings.keep_cut)
+    if has_targets:
+        rows = versions_with_targets(model, tokenizer, traces, marker, rng, settings.words)
+    else:
+        rows = versions(model, tokenizer, traces, marker, rng)
     try:
-        train, held = mask_all(model, tokenizer, traces, left_out, marker, rng, aim, cfg["words"])
+        train, held = hold_out(rows, traces, left_out, rng)
     except UserError as e:
-        if not smoke or aim == "words":  # with targets RL needs traces too
+        if not smoke or has_targets:  # with targets RL needs traces too
             raise
         print(f"warning: {e}; without --smoke the run would end here. This one goes on with all samples, "
               f"whatever they earned", flush=True)
         samples = [{**trace, "text": f"{trace['text']}\n{marker}"} for trace in traces + left_out]
-        train, held = mask_all(model, tokenizer, samples, [], marker, rng)
-    train, held = short_enough(train, max_length), short_enough(held, max_length)
+        train, held = hold_out(versions(model, tokenizer, samples, marker, rng), samples, [], rng)
+    train, held = short_enough(train, settings.max_length), short_enough(held, settings.max_length)
     if not train or not held:
-        raise UserError(f"no masked trace has {max_length} tokens or fewer, prompt included: "
+        raise UserError(f"no masked trace has {settings.max_length} tokens or fewer, prompt included: "
                         f"raise --max-length")
-    base = "learns too" if cfg["train_base"] else "is frozen"
+    base = "learns too" if settings.train_base else "is frozen"
     print(f"stage 2: {len(train)} masked traces, {len(held)} more held out; the base {base}", flush=True)
 
-    checked = task.examples("val")[:n]
-
-    def evaluate_now():
-        figures, _ = evaluate(model, tokenizer, task, checked, latent_prompt=True, seed=seed,
-                              max_new_tokens=max_new_tokens, **PAPER)
-        return figures
-
-    if cfg["imitate"]:  # ours: a base that never writes the tag has none for RL to keep
-        loss = fit_projector(model, train, IMITATION_LR, cfg["batch"], cfg["imitate"], seed=seed, clip=1.0,
-                             progress="the imitation", states=os.path.join(out, "imitation"), every=every,
-                             aim="imitation")
-        print(f"imitation: {cfg['imitate']} steps of the base on masked traces, loss {loss:.4f} in the end",
+    checked = task.examples("val")[: settings.n]
+    evaluate_now = functools.partial(evaluate, model, tokenizer, task, checked, latent_prompt=True,
+                                     seed=settings.seed, max_new_tokens=settings.max_new_tokens, **PAPER)
+    if settings.imitate:
+        loss = imitate(model, train, settings.batch, settings.imitate, seed=settings.seed,
+                       states=os.path.join(out, "imitation"), every=settings.save_every)
+        print(f"imitation: {settings.imitate} steps of the base on masked traces, loss {loss:.4f} in the end",
               flush=True)
     states = os.path.join(out, "stage-2")
     found = run.read_state(states)
     if found:
-        losses, before = found[2]["carried"]
+        losses, before = found[1]["carried"]
     else:
-        losses = {
-            "no latents": mean_loss(model, held, "none"),
-            "zeros": mean_loss(model, held, "zeros")}
-        with _sizes_made(model) as sizes:
+        losses = {"no latents": mean_loss(model, held, "none"), "zeros": mean_loss(model, held, "zeros")}
+        with latents_made(model) as latents:
             losses["start"] = mean_loss(model, held, "projector")
-        say_size_of_start(torch.cat(sizes), are_fed=aim == "none")
-        before = evaluate_now()
-    fit_projector(model, train, cfg["lr"], cfg["batch"], cfg["steps"], seed=seed, progress="stage 2",
-                  states=states, every=every, carried=[dict(losses), before], aim=aim, noise=cfg["noise"],
-                  base_lr=cfg["train_base"], betas=betas)
+        say_size_of_start(z_sizes(model, torch.cat(latents)), are_fed=not has_targets)
+        before, _ = evaluate_now()
+    loop = {"seed": settings.seed, "states": states, "every": settings.save_every,
+            "betas": (0.9, 0.999 if settings.released_betas else 0.95), "carried": [dict(losses), before]}
+    if has_targets:
+        fit_to_targets(model, train, settings.lr, settings.batch, settings.steps, noise=settings.noise,
+                       base_lr=settings.train_base, **loop)
+    else:
+        fit_projector(model, train, settings.lr, settings.batch, settings.steps, **loop)
+    model.projector_trained = True
     losses["trained"] = mean_loss(model, held, "projector")
-    after = evaluate_now()
+    after, _ = evaluate_now()
     said = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
     print(f"stage 2: validation loss after the first tag: {said}")
     print(f"stage 2: {data.measure_of(task)} with the tag prompt on {len(checked)} val stories: "
           f"{before['accuracy']:.3f} before, {after['accuracy']:.3f} trained; "
           f"both stages {time.time() - started:.0f}s", flush=True)
-    sampled = 0 if given else cfg["k"] * len(examples)
+    sampled = 0 if settings.traces else settings.samples * len(examples)
     return {"kept": len(traces), "sampled": sampled, "losses": losses, "before": before, "after": after}
 
 
-def say_size_of_start(sizes, are_fed=True):
-    """One line on the latents (n,) that the projector makes before it is trained, in sizes of an embedding; a
-    warning if they drown the words. are_fed: with targets the targets are fed instead, and pull them back."""
-    lost = int((~sizes.isfinite()).sum())
-    size = f"a latent is {float(sizes.median()):.3g} times as long as an embedding"
-    if are_fed and (lost or sizes.max() > LARGE):
-        longest = float(sizes.nan_to_num(math.inf).max())
-        print(f"warning: stage 2 begins where {size}, the longest {longest:.3g} times, {lost} of {len(sizes)} not "
-              f"finite: the words around it are not read. Take --projector normed, whose outputs are as long "
-              f"as an embedding", flush=True)
-    else:
-        print(f"stage 2: {size} at the start", flush=True)
+def say_size_of_start(sizes, are_fed):
+    """sizes (n,): of the untrained projector's latents. are_fed: with targets the targets are fed instead."""
+    longest = sizes.nan_to_num(math.inf).max()
+    print(f"stage 2: at the start a latent is {sizes.median():.3g} times as long as an embedding, the "
+          f"longest {longest:.3g} times", flush=True)
+    if are_fed and longest > LARGE:
+        print("warning: the words around such a latent are not read: take --projector normed", flush=True)
 
 
-def by_size(name):
-    return run.default_text(SMALL[name], RELEASED[name])
-
-
-def add_start_flags(group):
-    """What stage 2 starts from, the same for both training scripts."""
-    group.add_argument("--projector", default="warm", choices=["warm", "random", *PROJECTORS],
-                       help="what stage 2 starts from: mlp, copies of the last block's MLP, the paper's; normed, "
-                            "the same with a norm behind each; random weights, or pause, one learned vector "
-                            "(controls); warm, mlp for a small model, else normed (default warm)")
-    group.add_argument("--imitate", type=int, metavar="STEPS",
-                       help="before stage 2 the base learns so many steps to write the masked traces, so that "
-                            "it writes tags at all (ours; default 0)")
-
-
+# ============================================================ the script
 def set_start(args, model):
     """--projector, where the model has no trained one; else UserError if it is named."""
     if args.projector == "warm":
@@ -661,81 +569,252 @@ def set_start(args, model):
 
 def parse_arguments():
     ap = run.parser(__doc__)
-    g = ap.add_argument_group("what")
-    g.add_argument("--model", default="tiny",
-                   help="tiny, a directory, or a hub name such as Qwen2.5-1.5B (default tiny)")
-    data.task_flags(g)
-    run.out_flags(g, "traces, settings, figures and the model", "out/MODEL-TASK-projector")
-    g.add_argument("--resume", default=None, metavar="DIR", help="continue the run in DIR, by its own "
-                   "settings; only --device and --graphs may stand beside it (default: a new run)")
-    g.add_argument("--seed", type=int, default=0, help="of all random draws (default 0)")
-    g = ap.add_argument_group("stage 1 (a small model has less than 50 M parameters)")
-    g.add_argument("--prompts", type=int, metavar="N", default=None,
-                   help=f"train prompts to sample traces for ({by_size('prompts')})")
-    g.add_argument("--samples", type=int, metavar="N", default=None,
-                   help=f"traces per prompt ({by_size('k')})")
-    g.add_argument("--traces", metavar="FILE", help="take traces from there, jsonl with example (the number "
-                   "of a train example) and text, for a base that earns nothing (ours; default: the base's own)")
-    g.add_argument("--max-new-tokens", type=int, metavar="N", default=None,
-                   help=f"slots per trace, latents included "
-                   f"({run.default_text(checkpoint.SLOTS_SMALL, checkpoint.SLOTS_RELEASED)})")
-    g = ap.add_argument_group("stage 2")
-    g.add_argument("--steps", type=int, metavar="N", default=None,
-                   help="optimiser steps (default 400 for a small model, else as many as see every masked "
-                   "trace once)")
-    g.add_argument("--batch", type=int, metavar="N", default=None,
-                   help=f"traces per optimiser step ({by_size('batch')})")
-    g.add_argument("--lr", type=float, default=None, help=f"peak learning rate of AdamW ({by_size('lr')})")
-    add_start_flags(g)
-    targets.add_flags(g)
-    g = ap.add_argument_group("run")
-    g.add_argument("--n", type=int, default=200, help="val stories for the accuracy before and after "
-                   "(default 200)")
-    g.add_argument("--save-every", type=int, metavar="N", default=50,
-                   help="steps of stage 2 between two states on the disk, from which --resume continues; "
-                   "the last two are kept; stage 1 keeps each 160 samples' traces (default 50)")
-    run.device_flags(g)
-    g = ap.add_argument_group("as released")
-    g.add_argument("--betas", type=float, nargs=2, default=[0.9, 0.95], metavar="B",
-                   help="of AdamW in stage 2 (default 0.9 0.95; released 0.9 0.999)")
-    g.add_argument("--max-length", type=int, metavar="N", help="leave longer masked traces, prompt "
-                   "included, out of stage 2 (default: none are; released 4096)")
-    g.add_argument("--keep-cut", action="store_true", help="keep rewarded traces that the length limit has "
-                   "cut, as released (default: whole ones only)")
-    run.tag_rule_flag(g)
-    return run.parse_resumable(ap, "train_projector.py")
+    run.add_flags(ap, SETTINGS)
+    return run.parse_resumable(ap, "train_projector.py", free=("device",))
 
 
-@run.signals_restored()
 def main():
     args = parse_arguments()
-    task = data.choose_task(args, args.model)
+    args.task, task = data.choose_task(args.task, args.model, args.reward, args.scorer)
     args.out = args.out or run.default_out(args.model, args.task, "projector")
+    run.check_bounds(args, SETTINGS)
     run.check_arguments(args)
     lock_file = run.lock(args.out)  # noqa: F841  held until the process ends
-    run.check_what_is_there(args)
-    # what is missing is said before a model is fetched
-    run.check_examples(args, train=task.examples("train"), val=task.examples("val"))
+    run.check_what_is_there(args.out, args.model, args.resume, args.overwrite)
+    # What is missing is said before a model is fetched.
+    examples = {split: task.examples(split) for split in ("train", "val")}
+    args.examples, args.data = run.check_examples(args.out, args.resume, **examples)
     model, tokenizer = load(args.model, args.device)
-    run.use_graphs(model, args.graphs)
-    checkpoint.set_tag_rule(model, args.tag_rule)
+    run.fill(args, SETTINGS, checkpoint.is_small(model))
+    run.use_graphs(model, True)
     set_start(args, model)
-    data.start_task(args, task, args.model)
-    args.max_new_tokens = args.max_new_tokens or checkpoint.slots_per_answer(model)
+    data.start_task(task, args.model, args.reward, args.scorer, args.seed, args.device)
     if not checkpoint.is_small(model):
         memory.checkpoint_layers(model)
     if not args.resume:
         run.delete_earlier_run(args.out)
-    run.write_settings(args, "train_projector.py")
-    result = stages_1_and_2(model, tokenizer, task, args.out, args.max_new_tokens, args.seed, args.n,
-                            args.save_every, prompts=args.prompts, k=args.samples, lr=args.lr,
-                            batch=args.batch, steps=args.steps, imitate=args.imitate, targets=args.targets,
-                            words=args.words, noise=args.noise, train_base=args.train_base,
-                            betas=args.betas, max_length=args.max_length, keep_cut=args.keep_cut,
-                            given=args.traces)
+    run.write_settings(args.out, "train_projector.py", vars(args))
+    result = stages_1_and_2(model, tokenizer, task, args.out, args)
     checkpoint.save(model, tokenizer, os.path.join(args.out, "model"))
     run.write_json(os.path.join(args.out, "results.json"), result)
     print(f"saved {args.out}/model; next: python train_rl.py --model {args.out} --task {args.task}")
+
+
+# ========================================================== OURS, NOT IN THE PAPER: a target for each latent
+# The paper's loss does not say what a latent should hold. It is the cross-entropy of the text behind the tag,
+# which a policy can also lower by learning how texts with tags go on. With --targets words a run of skipped
+# sentences becomes one tag, with a latent for each of them and one before: where the thought stood when the
+# tag was opened. The target of a latent: the embeddings of the last informative words of its sentence (of the
+# first: of the text before the tag), their sum divided by the root of their number.
+#
+#     the policy wrote    a b c . d e f . g h i . \boxed{Yes}
+#     a training trace    a b c . <..> 3 </..>  LATENT      LATENT      LATENT      \boxed{Yes}
+#     targets                                   b + c       e + f       h + i
+#
+# The targets are fed, so that a whole trace takes one pass, and with noise, so that the reader bears the
+# errors that the projector will make. The base is frozen, or with --train-base it learns too, by the paper's
+# loss (as in Coconut and CODI, arXiv 2412.06769, 2502.21074). In RL the base is held to the same targets
+# (add_anchor).
+SHARES = (0.3, 0.6, 1.0)  # of the sentences that are skipped, instead of the paper's 0.1 and 0.25
+SHARES_IN_RL = (0.6, 1.0, 1.0)  # there the policy skips more
+VERSIONS_TOGETHER = 4  # of one trace in a batch
+ANCHORED = 32  # traces of stage 1 in each step of the anchor
+# Words that tell nothing: those of a sentence that is more than REPEATED of all (in the tiny world 0.30 and
+# more, any other less than 0.001), and those that more than COMMON of the others have (there 0.78; a name
+# 0.22).
+REPEATED, COMMON = 0.1, 0.5
+IMITATION_LR = 5e-5  # peak
+
+
+def versions_with_targets(model, tokenizer, traces, marker, rng, words):
+    """SHARES x VERSIONS of each trace -> [(story, row)]; a row's `latents` are the targets."""
+    pieces, common = pieces_of(tokenizer, traces, marker)
+    rows = []
+    for trace, (sentences, answer) in zip(traces, pieces):
+        masked = masked_with_targets(model, tokenizer, rng, trace["prompt"], sentences, answer, common, words,
+                                     SHARES * VERSIONS)
+        rows += [(trace["example"], row) for row in masked]
+    return rows
+
+
+def pieces_of(tokenizer, traces, marker):
+    """-> ([(sentences, answer) of each trace], the token ids that tell nothing)"""
+    pieces = []
+    for trace in traces:
+        reasoning, answer = split_answer(trace["text"], marker)
+        pieces.append((sentences_of(reasoning), answer))
+    return pieces, common_words(tokenizer, itertools.chain(*(sentences for sentences, _ in pieces)))
+
+
+def common_words(tokenizer, sentences):
+    """Token ids that tell nothing: those of repeated sentences, and those that most of the others have."""
+    times = collections.Counter(sentences)
+    at_most = max(1, REPEATED * times.total())
+    repeated = [sentence for sentence, n in times.items() if n > at_most]
+    others = [sentence for sentence, n in times.items() if n <= at_most]
+    counts = collections.Counter()
+    for sentence in others:
+        counts.update(set(_encode(tokenizer, sentence)))
+    common = {token for token, n in counts.items() if n > COMMON * len(others)}
+    return common.union(*(_encode(tokenizer, sentence) for sentence in repeated))
+
+
+def _encode(tokenizer, text):
+    return checkpoint.encode_text(tokenizer, text.strip())
+
+
+def last_words(model, tokenizer, text, common, words):
+    """A latent's target (D,); None if the text has too few informative words."""
+    ids = [token for token in _encode(tokenizer, text) if token not in common]
+    informative = [token for token in ids if any(char.isalnum() for char in tokenizer.decode([token]))]
+    if len(informative) < words:
+        return None
+    last = torch.tensor(informative[-words:], device=model.device)
+    return model.get_input_embeddings()(last).detach().sum(0) / words**0.5
+
+
+def masked_with_targets(model, tokenizer, rng, prompt, sentences, answer, common, words, shares):
+    """One trace masked once for each share -> [Rollout], without those in which nothing was skipped."""
+    prompt_ids = checkpoint.encode_prompt(model, tokenizer, prompt)
+    known = [last_words(model, tokenizer, text, common, words) for text in [prompt, *sentences]]
+    rows = [mask_runs(model, tokenizer, rng, prompt_ids, sentences, answer, known, share) for share in shares]
+    return [row for row in rows if row is not None]
+
+
+def mask_runs(model, tokenizer, rng, prompt_ids, sentences, answer, known, share):
+    """One training trace: each sentence is skipped with the chance `share`, a run of them for one tag ->
+    Rollout whose `latents` are the targets, or None if nothing was skipped.
+
+    known: the targets of the prompt and of each sentence, or None: then a skipped sentence has no latent. A
+    run too long for the cap takes several tags."""
+    cap = model.config.litereason_max_reasoning_steps
+    pieces, targets = [], []
+    skipped = []  # targets of the run just now
+    before, *of_sentences = known
+    for sentence, target in zip([*sentences, answer], [*of_sentences, None]):
+        if sentence is not answer and rng.random() < share:
+            skipped += [] if target is None else [target]
+            continue
+        while skipped:
+            begins = [] if before is None or cap == 1 else [before]
+            held = (begins + skipped)[:cap]
+            pieces.append(f"{OPEN}{len(held)}{CLOSE}")
+            targets += held
+            before = held[-1]
+            skipped = skipped[len(held) - len(begins) :]
+        pieces.append(sentence)
+        before = before if target is None else target
+    if not targets:
+        return None
+    text = " ".join(pieces)
+    ids = _encode(tokenizer, text) + [checkpoint.end_of_answer(model, tokenizer)]
+    return Rollout(prompt_ids, insert_latents(model, tokenizer, ids), torch.stack(targets).cpu(), text=text)
+
+
+# ------------------------------------------------------------ stage 2 with targets
+def fit_to_targets(model, rows, lr, batch, steps=None, budget=None, noise=0.0, base_lr=0.0, seed=0, **loop):
+    """As fit_projector, on rows whose `latents` are targets. base_lr > 0: the base learns too, from the
+    second fifth of the steps on, when the projector is no longer a stranger."""
+    steps = max(1, len(rows) // batch) if steps is None else steps
+    budget = budget or positions_at_once(model, rows, base_lr > 0)
+    learners = [(model.reasoning_projector.parameters(), lr, 0)]
+    if base_lr:
+        learners.append((memory.base_parameters(model), base_lr, steps // 5))
+    losses_of = functools.partial(target_losses, model, budget, noise, seed, base_lr > 0)
+    with contextlib.nullcontext() if base_lr else base_frozen(model):
+        return optimise(model, rows, learners, batch, steps, losses_of, seed=seed, together=VERSIONS_TOGETHER,
+                        **loop)
+
+
+def target_losses(model, budget, noise, seed, base_learns, rows, step):
+    """Yields a batch's loss in one part per micro-batch."""
+    n_tokens = sum(map(_scored_tokens, rows))
+    n_latents = sum(r.n_latents for r in rows)
+    fed = with_noise(rows, noise, torch.Generator().manual_seed(seed * 1_000_003 + step))
+    for part in scoring.pack(rows, budget, unrolled=True):
+        yield target_loss(model, [rows[i] for i in part], [fed[i] for i in part], n_tokens, n_latents,
+                          base_learns)
+
+
+def with_noise(rows, noise, generator):
+    """The rows with noise on each latent, of a strength of its own, up to `noise` times the latent's size.
+    (Noise on embeddings as such: NEFTune, arXiv 2310.05914.)"""
+    noisy = []
+    for row in rows:  # drawn on the CPU: the same on every device
+        strength = noise * torch.rand(row.n_latents, 1, generator=generator)
+        direction = torch.randn(row.latents.shape, generator=generator)
+        scale = row.latents.square().mean(-1, keepdim=True).sqrt()
+        added = direction.to(row.latents) * scale * strength.to(row.latents)
+        noisy.append(dataclasses.replace(row, latents=row.latents + added))
+    return noisy
+
+
+@kv_cache.with_autocast
+def target_loss(model, rows, fed, n_tokens, n_latents, base_learns=False):
+    """The squared error of latents to their targets and, if the base learns, the paper's loss: a
+    micro-batch's share of the means over the batch. fed: the rows with what is fed in the place of the
+    targets."""
+    h, slots, valid = states(model, fed)
+    z = latent_step(model, h[valid & (slots == LATENT)])  # (n, D)
+    loss = squared_error(model, z, torch.cat([row.latents for row in rows])) / n_latents
+    if base_learns:
+        text, _ = text_loss(model, h, rows, [row.slots.index(LATENT) for row in rows])
+        loss = loss + text / n_tokens
+    return loss
+
+
+def squared_error(model, z, targets):
+    """Summed over latents, in units of the embeddings' variance."""
+    variance = word_embeddings(model, 10_000).var()  # in a large vocabulary these will do
+    return (z - targets.to(z)).square().mean(-1).sum() / variance
+
+
+# ------------------------------------------------------------ the base imitates, before stage 2
+def imitate(model, traces, batch, steps, lr=IMITATION_LR, **loop):
+    """The base learns to write the masked traces, tags as text: RL cannot keep a tag that is never
+    written."""
+    losses_of = functools.partial(imitation_losses, model, positions_at_once(model, traces, base_learns=True))
+    learners = [(memory.base_parameters(model), lr, 0)]
+    return optimise(model, traces, learners, batch, steps, losses_of, clip=1.0, **loop)
+
+
+def imitation_losses(model, budget, rows, step):
+    """Yields a batch's mean loss per token, in one part per micro-batch."""
+    rows = [without_latents(r) for r in rows]
+    n_tokens = sum(r.n_tokens for r in rows)
+    for part in scoring.pack(rows, budget):
+        yield -logprobs(model, [rows[i] for i in part])[0].sum() / n_tokens
+
+
+# ------------------------------------------------------------ stage 3 with targets
+def masked_again(model, tokenizer, stage_1, n, words, rng):
+    """n traces of stage 1, masked anew -> Rollouts whose `latents` are the targets.
+
+    stage_1: (traces, [(sentences, answer)], the words that tell nothing)."""
+    traces, pieces, common = stage_1
+    rows = []
+    for i in rng.sample(range(len(traces)), min(n, len(traces))):
+        rows += masked_with_targets(model, tokenizer, rng, traces[i]["prompt"], *pieces[i], common, words,
+                                    [rng.choice(SHARES_IN_RL)])
+    return rows
+
+
+def add_anchor(model, tokenizer, stage_1, step, weight, words, noise, seed, budget):
+    """Adds `weight` times the gradient of stage 2's squared error, for the base alone -> the error.
+
+    RL moves the base, and nothing in its loss keeps the projector's latents as they should be. So some traces
+    of stage 1 are masked again and the base is held to their targets, as InstructGPT's policy is to its
+    pretraining (arXiv 2203.02155). budget: positions per forward pass."""
+    rows = masked_again(model, tokenizer, stage_1, ANCHORED, words, random.Random(f"{seed} {step} anchor"))
+    error = 0.0
+    model.reasoning_projector.requires_grad_(False)
+    for loss in target_losses(model, budget, noise, seed, False, rows, step):
+        if loss.requires_grad:  # a pause token does not depend on the base
+            (weight * loss).backward()
+            memory.wait_for_gradients(model)
+        error += loss.item()
+    model.reasoning_projector.requires_grad_(True)
+    return error
 
 
 if __name__ == "__main__":

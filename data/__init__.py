@@ -25,7 +25,6 @@ Where it has a use for them, it may also have these:
     settings                         a dict that scripts fill in: "reward" (its kind), "scorer" (the frozen
                                      model and its tokenizer), "seed", "step" (of the training; 0 in
                                      evaluation)
-    plan_of, chapter_prompt, scorer  for eval.py --write, see data/next_chapter
 
 Examples that a prepare.py has written are read by `read_split`. The smallest task to copy from is
 data/tiny/__init__.py."""
@@ -36,15 +35,13 @@ import io
 import json
 import os
 import re
-from contextlib import suppress
 
 import torch
 
-from lib import kv_cache, memory
-from litereason import Rollout, load, logprobs
-from lib import UserError
-from lib.run import base_of
+from lib import UserError, kv_cache, memory
 from lib.checkpoint import checkpoint_path, encode_text
+from lib.run import base_of
+from litereason import Rollout, load, logprobs
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SPLITS = ("train", "val", "test")
@@ -58,18 +55,6 @@ from 1 to 5: the harder the thought, the higher. This works best in the middle o
 at its beginning or its end.
 
 """
-
-
-def opening_of(task):
-    """The words that an answer to the task begins with."""
-    return getattr(task, "ANSWER", "\\boxed{")
-
-
-def has_verdict(task, completion):
-    """Whether a completion holds anything that the task's reward can read, right or wrong."""
-    read = getattr(task, "verdict", None) or getattr(task, "plan_of", None)
-    said = read(completion) if read else last_opening(completion, opening_of(task))
-    return said not in (None, "")
 
 
 def last_opening(text, opening):
@@ -123,57 +108,42 @@ def load_task(name):
     """The task module data.NAME; UserError that lists the tasks if there is none."""
     try:
         task = importlib.import_module(f"data.{name}")
-        if all(hasattr(task, function) for function in ("examples", "prompt", "reward")):
+        if hasattr(task, "reward"):
             return task
-    except ImportError as e:
-        of_the_task = (f"data.{name}", f"data.{name.split('.')[0]}")
-        if isinstance(e, ModuleNotFoundError) and e.name not in of_the_task:
-            raise  # the task is there, but not something that it imports
+    except ModuleNotFoundError as e:
+        if not f"data.{name}".startswith(e.name):  # the task is there, but not something that it imports
+            raise
     known = [d for d in sorted(os.listdir(HERE)) if os.path.exists(os.path.join(HERE, d, "__init__.py"))]
     raise UserError(f"no task {name!r}; there are {', '.join(known)} (a task is a folder under data/ with "
-                    f"examples, prompt and reward; tiny.next_chapter is the tiny world's second)")
+                    f"examples, prompt and reward), tiny.next_chapter and next_chapter.short")
 
 
-def task_flags(group):
-    """Adds the flags that say what is to be done, the same for all scripts, to an argparse group."""
-    group.add_argument("--task", default=None,
-                       help="a folder under data/, or tiny.next_chapter (default: tiny for a model of that "
-                            "world, else flawed_fictions)")
-    group.add_argument("--reward", default=None, choices=["contrastive", "vrcli", "thresholded"],
-                       help="of next_chapter (default contrastive)")
-    group.add_argument("--scorer", default=None, metavar="NAME",
-                       help="the frozen model that reads chapters (default: a copy of the base)")
+def choose_task(name, model, reward=None, scorer=None):
+    """-> (name, task module) of --task; by default the tiny world for a checkpoint that has its vocabulary,
+    else flawed_fictions. Reads no weights: what is wrong with a task is said before a model is fetched."""
+    name = name or ("tiny" if _reads_the_tiny_world(model) else "flawed_fictions")
+    task = load_task(name)
+    if (reward or scorer) and not hasattr(task, "settings"):
+        raise UserError(f"--reward and --scorer are for tasks with a scorer (next_chapter); {name} has none")
+    return name, task
 
 
-def choose_task(args, name):
-    """The task module of args.task, by default (then set in args) the tiny world for a checkpoint whose
-    vocabulary is that world's, else flawed_fictions. Reads no weights: what is wrong with a task is said
-    before a model is fetched."""
-    args.task = args.task or ("tiny" if _reads_the_tiny_world(name) else "flawed_fictions")
-    task = load_task(args.task)
-    if (args.reward or args.scorer) and not hasattr(task, "settings"):
-        raise UserError(f"--reward and --scorer are for tasks with a scorer (next_chapter); {args.task} has "
-                        f"none")
-    return task
-
-
-def _reads_the_tiny_world(name):
+def _reads_the_tiny_world(model):
     """Whether a checkpoint's tokenizer knows whole words only, and the tiny world's among them."""
-    path = os.path.join(checkpoint_path(name), "tokenizer.json")
     try:
-        with open(path, encoding="utf-8") as f:
-            model = json.load(f)["model"]
-        return model["type"] == "WordLevel" and {"map", "halves"} <= set(model["vocab"])
-    except (OSError, ValueError, KeyError):
+        with open(os.path.join(checkpoint_path(model), "tokenizer.json"), encoding="utf-8") as file:
+            tokenizer = json.load(file)["model"]
+    except OSError:  # not a directory, or one without
         return False
+    return tokenizer["type"] == "WordLevel" and "halves" in tokenizer["vocab"]
 
 
-def start_task(args, task, name):
-    """Gives a task with `settings` its --reward, the seed and its scorer: never the policy itself, but
-    --scorer or a copy of the base that `name` was trained from."""
+def start_task(task, model, reward, scorer, seed, device):
+    """Fills in a task's `settings`, if it has them: --reward, the seed and the reader, which is never the
+    policy itself but --scorer or a copy of the base that `model` was trained from."""
     if hasattr(task, "settings"):
-        reader, tokenizer = load(args.scorer or base_of(name), args.device)
-        task.settings.update(reward=args.reward or task.settings["reward"], seed=args.seed,
+        reader, tokenizer = load(scorer or base_of(model), device)
+        task.settings.update(reward=reward or task.settings["reward"], seed=seed,
                              scorer=(memory.freeze(reader), tokenizer))
 
 
@@ -193,43 +163,45 @@ def measure_of(task):
     return getattr(task, "MEASURE", "accuracy")
 
 
+def opening_of(task):
+    """The words that an answer to the task begins with."""
+    return getattr(task, "ANSWER", "\\boxed{")
+
+
+def has_verdict(task, completion):
+    """Whether a completion holds anything that the task's reward can read, right or wrong."""
+    read = getattr(task, "verdict", None) or getattr(task, "plan_of", None)
+    said = read(completion) if read else last_opening(completion, opening_of(task))
+    return said not in (None, "")
+
+
 # ============================================================ prepared examples, a .jsonl per split
 def folder(task):
     """Where a task's prepared files are: LITEREASON_DATA/TASK if that is set, else beside the task's code."""
     return os.path.join(os.environ.get("LITEREASON_DATA") or HERE, task)
 
 
-def read_split(task, split, expected, how=""):
-    """The examples of a prepared split, dicts. expected: {field: type}, what all of them must have. how: what
-    prepare.py of the task is to be told, and what it does.
-
-    ValueError: there is no such split. UserError: it is not prepared yet, or damaged."""
+def read_split(task, split):
+    """The examples of a prepared split, dicts. ValueError: there is no such split. UserError: it is not
+    prepared yet, or damaged."""
     if split not in SPLITS:
         raise ValueError(f"the {task} task has the splits {', '.join(SPLITS)}, not {split!r}")
     path = os.path.join(folder(task), f"{split}.jsonl")
     if not os.path.exists(path):
-        raise UserError(f"{path} is not there yet; make it with: python data/{task}/prepare.py {how}")
-    rows = read_rows(path)
+        raise UserError(f"{path} is not there yet; make it with: python data/{task}/prepare.py (see --help)")
+    rows = [row for _, row in read_rows(path)]
     if not rows:
         raise UserError(f"{path} is empty: what was prepared was too little for three splits")
-    for where, row in rows:
-        for field, kind in expected.items():
-            if not isinstance(row.get(field), kind):
-                raise UserError(f"{where}: {field!r} must be a {kind.__name__}, found "
-                                f"{type(row.get(field)).__name__}; run data/{task}/prepare.py again")
-    return [row for _, row in rows]
+    return rows
 
 
 def write_splits(out, splits):
-    """{split: examples} -> out/SPLIT.jsonl, all complete before the first takes its name. -> sha256 of all,
-    16 digits.
-
-    UserError if that fails; files that were there before are then unchanged."""
+    """{split: examples} -> out/SPLIT.jsonl, all complete before the first takes its name, and a line that
+    says so. UserError if that fails; files that were there before are then unchanged."""
     contents = {}  # path -> bytes
     for split, examples in splits.items():
         lines = [json.dumps(example, ensure_ascii=False) + "\n" for example in examples]
         contents[os.path.join(out, f"{split}.jsonl")] = "".join(lines).encode("utf-8", "replace")
-    path = out
     try:
         os.makedirs(out, exist_ok=True)
         for path, content in contents.items():
@@ -238,11 +210,8 @@ def write_splits(out, splits):
         for path in contents:
             os.replace(path + ".tmp", path)
     except OSError as e:
-        for begun in contents:
-            if os.path.isfile(begun + ".tmp"):
-                os.remove(begun + ".tmp")
-        raise UserError(f"cannot write {path}: {e.strerror}; what was there before is unchanged") from e
-    return hashlib.sha256(b"".join(contents.values())).hexdigest()[:16]
+        raise UserError(f"cannot write to {out}: {e.strerror}; what was there before is unchanged") from e
+    print(f"wrote {out}; content {hashlib.sha256(b''.join(contents.values())).hexdigest()[:16]}")
 
 
 # ============================================================ reading other people's files
@@ -259,69 +228,50 @@ def line_ends(text):
 def read_text(path):
     """A UTF-8 file as a str with \\n line ends; UserError naming file and line if it is something else."""
     try:
-        with open(path, "rb") as file:
-            raw = file.read()
-        return line_ends(raw.decode("utf-8-sig"))
+        with open(path, encoding="utf-8-sig") as file:
+            return file.read()
     except UnicodeDecodeError as e:
-        is_utf16 = raw.startswith((b"\xff\xfe", b"\xfe\xff"))
-        if b"\0" in raw and not is_utf16:
-            raise UserError(f"{path}: not a text but a binary file; save it as UTF-8 text first") from e
-        line = raw.count(b"\n", 0, e.start) + 1
-        raise UserError(f"{path}:{line}: not UTF-8 (byte 0x{raw[e.start]:02x}); convert it first, "
-                        f"for example `iconv -f {'utf-16' if is_utf16 else 'cp1252'} -t utf-8`") from e
+        line = e.object.count(b"\n", 0, e.start) + 1
+        raise UserError(f"{path}:{line}: not UTF-8 (byte {e.object[e.start]:#x}); convert it first, for "
+                        f"example `iconv -f cp1252 -t utf-8`") from e
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from e
 
 
 def read_rows(path):
-    """The objects of a .jsonl, .json (a list, or one object per line), .csv or .parquet file (which needs
+    """The rows of a .jsonl, .json (a list, or one object per line), .csv or .parquet file (which needs
     pyarrow) -> [(where, dict)].
 
-    where: for messages, as in "a.jsonl:7". UserError naming it if a line is something else."""
+    where: for messages, as in "a.jsonl:7". UserError naming it if a row is something else."""
     kind = os.path.splitext(path)[1].lower()
     if kind == ".parquet":
-        return _parquet_rows(path)
+        try:
+            import pyarrow.parquet
+        except ImportError as e:
+            raise UserError(f"{path} is parquet: `pip install pyarrow` and run this again") from e
+        return _numbered(path, pyarrow.parquet.read_table(path).to_pylist())
     text = read_text(path)
     if kind == ".csv":
         csv.field_size_limit(10**8)
-        reader = csv.DictReader(io.StringIO(text))
-        try:
-            return [(f"{path}:{reader.line_num}", row) for row in reader]
-        except csv.Error as e:
-            raise UserError(f"{path}:{reader.line_num}: not CSV ({e})") from e
-    if kind == ".json":
-        with suppress(ValueError):  # hubs call files of one object per line .json too
-            rows = json.loads(text)
-            if isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
-                return [(f"{path}, row {i}", row) for i, row in enumerate(rows, 1)]
-    return _json_lines(path, text)
+        return _numbered(path, csv.DictReader(io.StringIO(text)))
 
-
-def _parquet_rows(path):
-    """read_rows of a parquet file."""
-    try:
-        import pyarrow.parquet
-    except ImportError as e:
-        raise UserError(f"{path} is parquet: `pip install pyarrow` and run this again (or convert it to "
-                        f"jsonl elsewhere and pass that with --from)") from e
-    try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (OSError, pyarrow.ArrowException) as e:
-        raise UserError(f"cannot read {path}: {e}") from e
-    return [(f"{path}, row {i}", row) for i, row in enumerate(rows, 1)]
-
-
-def _json_lines(path, text):
-    """read_rows of one object per line; empty lines are skipped."""
+    where = path
     rows = []
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): a story may hold U+2028
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as e:
-            raise UserError(f"{path}:{number}: not JSON ({e}); expected one object per line") from e
+    try:
+        if kind == ".json" and text.lstrip().startswith("["):
+            rows = _numbered(path, json.loads(text))
+        else:  # not splitlines(): a story may hold U+2028
+            for number, line in enumerate(text.split("\n"), 1):
+                where = f"{path}:{number}"
+                if line.strip():
+                    rows.append((where, json.loads(line)))
+    except ValueError as e:
+        raise UserError(f"{where}: not JSON ({e})") from e
+    for where, row in rows:
         if not isinstance(row, dict):
-            raise UserError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
-        rows.append((f"{path}:{number}", row))
+            raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
     return rows
+
+
+def _numbered(path, rows):
+    return [(f"{path}, row {number}", row) for number, row in enumerate(rows, 1)]

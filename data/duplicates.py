@@ -32,16 +32,9 @@ def find_clusters(texts, n=8, share=0.0):
     same = np.flatnonzero(every[order][1:] == every[order][:-1])
     common = Counter(zip(owner[order[same]].tolist(), owner[order[same + 1]].tolist()))
 
-    parent = list(range(len(runs)))  # a forest: a tree is a cluster, its root the cluster's number
-
-    def root(i):
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
+    cluster = list(range(len(runs)))
     for (i, j), count in common.items():
         if count > share * min(len(runs[i]), len(runs[j])):
-            a, b = root(i), root(j)
-            parent[max(a, b)] = min(a, b)
-    return [root(i) for i in range(len(runs))]
+            a, b = sorted((cluster[i], cluster[j]))
+            cluster = [a if own == b else own for own in cluster]
+    return cluster

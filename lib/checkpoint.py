@@ -1,4 +1,4 @@
-"""A model's files, from a directory or the hub, and what its tokenizer makes of a text; a first reading can skip it.
+"""A model's files, and what its tokenizer makes of a text; a first reading can skip it.
 """
 import copy
 import functools
@@ -7,10 +7,7 @@ import json
 import os
 import re
 import shutil
-import socket
 import textwrap
-import urllib.parse
-import urllib.request
 
 import transformers
 from safetensors import safe_open
@@ -19,12 +16,7 @@ from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer
 from lib import UserError
 
 TINY = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "data", "tiny", "base")
-
-
-TAG_RULES = ("text", "released")  # where tags fire: litereason.tag_table, released.tag_table
-
-
-# ============================================================ a model's files
+FAMILIES = ("qwen2", "qwen3", "llama", "gemma", "gemma3_text")  # config.model_type
 # Slots per answer, latents included, where no flag says another number: of a small model, and as released.
 SLOTS_SMALL, SLOTS_RELEASED = 240, 2048
 
@@ -39,6 +31,7 @@ def slots_per_answer(model):
     return SLOTS_SMALL if is_small(model) else SLOTS_RELEASED
 
 
+# ============================================================ a model's files
 def read_checkpoint(name_or_path, dtype):
     """-> (causal LM on the CPU, tokenizer, weights of its projector, {} if it has none). For the arguments
     see litereason.load.
@@ -47,55 +40,23 @@ def read_checkpoint(name_or_path, dtype):
     together."""
     path = checkpoint_path(name_or_path)
     is_local = os.path.isdir(path)
-    # Without a network fail now, not after minutes of retries. No code of the checkpoint's own.
-    only = {"local_files_only": is_local or not hub_answers(), "trust_remote_code": False}
+    only = {"local_files_only": is_local, "trust_remote_code": False}  # no code of the checkpoint's own
     verbosity = transformers.logging.get_verbosity()
-    if is_local:
-        transformers.logging.disable_progress_bar()
-    else:
-        transformers.logging.enable_progress_bar()  # gigabytes may come
     # The projector's keys are "unexpected" to transformers; we read them below.
     transformers.logging.set_verbosity_error()
+    if is_local:  # else gigabytes may come
+        transformers.logging.disable_progress_bar()
     try:
         return _read_files(path, dtype, only)
     except Exception as e:  # a damaged file comes out of transformers as nearly any of them
-        raise UserError(_why_not(path, is_local, e)) from e
+        why = textwrap.shorten(str(e), 300, placeholder=" ..") or type(e).__name__
+        if is_local:
+            raise UserError(f"cannot load the model in {path!r}: {why}") from e
+        raise UserError(f"cannot load {path!r} from the hub: {why} (if gated, accept its terms there, "
+                        f"then `hf auth login`; without a network: 'tiny', or a directory)") from e
     finally:
         transformers.logging.set_verbosity(verbosity)
-
-
-def _why_not(path, is_local, error):
-    """What went wrong with a checkpoint, and what to do, in one line."""
-    why = textwrap.shorten(str(error), 200, placeholder=" ..") or type(error).__name__
-    if is_local:
-        return f"cannot load the model in {path!r}: {why}"
-    refused = why_the_hub_refuses(path, "model", error)
-    if refused:
-        return refused
-    if "have a file named model.safetensors" in why:
-        return (f"{path!r} has no weights in safetensors files, the only kind that is read: look for a copy "
-                f"of the model that has them")
-    return (f"cannot fetch {path!r} from the hub ({why}). Without a network these work: 'tiny', or a "
-            f"directory; where there is one: `hf download {path} --local-dir DIR`, then pass DIR")
-
-
-def why_the_hub_refuses(name, what, error):
-    """In one line, and what to do, if a repository is gated, private or not there; else None.
-    what: "model" or "data set"."""
-    kinds = set()  # of this error and of those that led to it
-    texts = str(error)
-    while error is not None:
-        kinds.add(type(error).__name__)
-        error = error.__cause__ or error.__context__
-    is_missing = "RepositoryNotFoundError" in kinds  # whose text speaks of gates, too
-    if "GatedRepoError" in kinds or ("gated repo" in texts and not is_missing):
-        page = name if what == "model" else f"datasets/{name}"
-        return (f"{name!r} is gated on the hub: accept its terms on https://huggingface.co/{page}, then "
-                f"`hf auth login` (or set HF_TOKEN)")
-    if is_missing:
-        return (f"there is no {what} {name!r} on the hub, or it is private: check the name, or `hf auth "
-                f"login` (or set HF_TOKEN)")
-    return None
+        transformers.logging.enable_progress_bar()
 
 
 def checkpoint_path(name_or_path):
@@ -113,12 +74,8 @@ def checkpoint_path(name_or_path):
 
 
 def _read_files(path, dtype, only):
-    tokenizer = _read_tokenizer(path, **only)
-    generation = os.path.join(path, "generation_config.json")
-    if os.path.exists(generation):  # transformers leaves out one that cannot be read, with its stop ids
-        with open(generation) as f:
-            json.load(f)
-    weights = _read_projector(path, local_files_only=only["local_files_only"])
+    tokenizer = _read_tokenizer(path, only)
+    weights = _read_projector(path, only["local_files_only"])
     config = transformers.AutoConfig.from_pretrained(path, **only)
     # Whatever it says: attention code may be fetched from the hub by name.
     config._attn_implementation = "sdpa"
@@ -133,97 +90,68 @@ def _read_files(path, dtype, only):
     return model, tokenizer, weights
 
 
-def _read_tokenizer(path, **only):
+def _read_tokenizer(path, only):
     """AutoTokenizer, but a checkpoint that says it brings its own tokenizer.json gets that one: of a Qwen2
     transformers 5 would replace it by Qwen's own class, whatever the checkpoint says."""
-    try:
+    named = "PreTrainedTokenizerFast"
+    if os.path.exists(os.path.join(path, "tokenizer_config.json")):
         with open(os.path.join(path, "tokenizer_config.json")) as f:
-            own = json.load(f).get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
-    except FileNotFoundError:
-        own = os.path.exists(os.path.join(path, "tokenizer.json"))
-    except (OSError, ValueError):
-        own = False
-    reader = transformers.PreTrainedTokenizerFast if own else AutoTokenizer
+            named = json.load(f).get("tokenizer_class")
+    is_its_own = named in ("TokenizersBackend", "PreTrainedTokenizerFast")
+    is_there = os.path.exists(os.path.join(path, "tokenizer.json"))
+    reader = transformers.PreTrainedTokenizerFast if is_its_own and is_there else AutoTokenizer
     tokenizer = reader.from_pretrained(path, **only)
     if len(tokenizer) < 20:  # transformers makes one of special tokens alone where the files are missing
         raise ValueError(f"its tokenizer has {len(tokenizer)} entries: is tokenizer.json missing?")
     return tokenizer
 
 
-def _read_projector(path, local_files_only):
+def _read_projector(path, is_local):
     """{"i.gate_proj.weight": tensor} from a checkpoint's safetensors files; {} if it has none."""
-    fetch = functools.partial(transformers.utils.cached_file, path, local_files_only=local_files_only)
+    fetch = functools.partial(transformers.utils.cached_file, path, local_files_only=is_local,
+                              _raise_exceptions_for_missing_entries=False)
     names = ["model.safetensors"]  # as in transformers first; an index beside it is an old one
-    index = None
-    if not fetch(names[0], _raise_exceptions_for_missing_entries=False):
-        index = fetch("model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
+    index = None if fetch(names[0]) else fetch("model.safetensors.index.json")
     if index:
         with open(index) as f:
             names = sorted(set(json.load(f)["weight_map"].values()))
-    if not all(name.endswith(".safetensors") for name in names):  # transformers would unpickle it
-        raise ValueError(f"model.safetensors.index.json names {names}, not only safetensors files")
+    # Others would be unpickled by transformers.
+    files = [fetch(name) for name in names if name.endswith(".safetensors")]
+    if None in files or len(files) < len(names):
+        raise ValueError("its weights are not in safetensors files, the only kind that is read")
     weights, prefix = {}, "reasoning_projector."
-    for file in [fetch(name) for name in names]:
+    for file in files:
         with safe_open(file, "pt") as f:
-            for key in f.keys():
-                if key.startswith(prefix):
-                    weights[key[len(prefix):]] = f.get_tensor(key)
+            weights |= {key[len(prefix) :]: f.get_tensor(key) for key in f.keys() if key.startswith(prefix)}
     return weights
-
-
-FAMILIES = ("qwen2", "qwen3", "llama", "gemma", "gemma3_text")  # config.model_type
 
 
 def check_model(model, cap, layers):
     """UserError unless LiteReason works with this causal LM -> (cap on N, projector layers): what its
     config.json says, else these defaults."""
     config = model.config
-    if config.model_type not in FAMILIES:
-        raise UserError(f"{type(model).__name__} is none of the families that are known to decode here as in "
-                        f"transformers: {', '.join(FAMILIES)} (tests/test_families.py tries one)")
-    if len(model.model.layers) == 0:
-        raise UserError("config.json: num_hidden_layers is 0")
+    name = type(model).__name__
     rope = f"{getattr(config, 'rope_parameters', None)} {getattr(config, 'rope_scaling', None)}"
-    if "longrope" in rope or "'dynamic'" in rope:
-        raise UserError("config.json: rope_type longrope or dynamic makes a row depend on the longest beside "
-                        "it: that is not supported here")
-    if getattr(config, "use_bidirectional_attention", False):
-        raise UserError("config.json: use_bidirectional_attention is set, and this is a causal LM")
-    if any(getattr(config, key, None) for key in ("attn_logit_softcapping", "final_logit_softcapping")):
-        raise UserError(f"{type(model).__name__} caps its logits by a tanh (as Gemma 2 does), which "
-                        f"LiteReason does not support")
+    refused = [
+        (config.model_type not in FAMILIES, f"{name} is none of the families that are known to decode "
+         f"here as in transformers: {', '.join(FAMILIES)} (tests/test_families.py tries one)"),
+        ("longrope" in rope or "'dynamic'" in rope, "rope_type longrope or dynamic makes a row depend on the "
+         "longest beside it: that is not supported here"),
+        (getattr(config, "use_bidirectional_attention", False), "use_bidirectional_attention is set"),
+        (getattr(config, "final_logit_softcapping", None) or getattr(config, "attn_logit_softcapping", None),
+         f"{name} caps its logits by a tanh (as Gemma 2 does), which is not supported"),
+        (getattr(config, "litereason_tag_rule", "text") != "text", "litereason_tag_rule is set, but tags "
+         "fire wherever one is written; if this model may be run so, delete the entry")]
+    for is_so, why in refused:
+        if is_so:
+            raise UserError(f"config.json: {why}")
     cap = getattr(config, "litereason_max_reasoning_steps", cap)
     layers = getattr(config, "litereason_num_reasoning_layers", layers)
     for key, value in (("max_reasoning_steps", cap), ("num_reasoning_layers", layers)):
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 64:
+        if type(value) is not int or not 1 <= value <= 64:
             raise UserError(f"config.json: litereason_{key} is {value!r}, expected a whole number from 1 to "
-                            "64")
-    rule = getattr(config, "litereason_tag_rule", "text")
-    if rule not in TAG_RULES:
-        raise UserError(f"config.json: litereason_tag_rule is {rule!r}, expected {' or '.join(TAG_RULES)}")
+                            f"64")
     return cap, layers
-
-
-def set_tag_rule(model, rule):
-    """--tag-rule; None leaves what the checkpoint says."""
-    if rule is not None:
-        model.config.litereason_tag_rule = rule
-
-
-def hub_answers():
-    """Whether the model hub, or the proxy on the way to it, can be reached."""
-    if any(os.environ.get(key, "0") not in ("", "0") for key in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")):
-        return False
-    url = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-    proxies = urllib.request.getproxies()
-    proxy = proxies.get(url.scheme) or proxies.get("all")
-    if proxy and not urllib.request.proxy_bypass(url.hostname):
-        url = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-    try:
-        socket.create_connection((url.hostname, url.port or 443), timeout=5).close()
-        return True
-    except (OSError, ValueError):  # the second: a port that is no number
-        return False
 
 
 def fingerprint(model):
@@ -248,9 +176,6 @@ def save(model, tokenizer, path):
     path = os.path.abspath(path)
     new = f"{path}.writing-{os.getpid()}"
     old = f"{path}.replaced-{os.getpid()}"
-    shutil.rmtree(new, ignore_errors=True)
-    if os.path.isfile(path):
-        raise UserError(f"cannot write {path}: it is a file, not a directory")
     try:
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
@@ -260,13 +185,10 @@ def save(model, tokenizer, path):
         if os.path.exists(path):
             os.rename(path, old)
         os.rename(new, path)
-    except BaseException as e:
-        # a full disk is an OSError, a SafetensorError or, of a tokenizer, a plain Exception
+    except Exception as e:  # of a full disk an OSError, a SafetensorError or a plain Exception
         shutil.rmtree(new, ignore_errors=True)
-        if os.path.exists(old) and not os.path.exists(path):
+        if os.path.exists(old):
             os.rename(old, path)
-        if not isinstance(e, Exception):  # Ctrl-C
-            raise
         raise UserError(f"cannot write {path}: {getattr(e, 'strerror', None) or e}") from e
     shutil.rmtree(old, ignore_errors=True)
 

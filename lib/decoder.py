@@ -1,10 +1,11 @@
-"""Who is decoded, and where tags end; without this file the method is the same, so a first reading can skip it.
+"""Who is decoded, and where tags end. Without this file the method is the same; a first reading can skip it.
 
-    Decoder      which rows are decoded: ended ones leave, waiting prompts join; CUDA graphs
-    TagTable     the grammar of the tag as a table over token ids
+    once_more_in_halves   what to do when memory runs out
+    Decoder               which rows are decoded: ended ones leave, waiting prompts join
+    record                a step as a CUDA graph
+    TagFSM                the grammar of the tag as a table over token ids
 
-Letters in the shape comments are those of litereason.py, and:
-    H heads   K key/value heads   R = H / K   d head size   n columns of own slots, or rows
+Letters in the shape comments are those of litereason.py.
 """
 import contextlib
 import signal
@@ -21,24 +22,24 @@ LOOK = 4  # while decoding, the host looks at the device once in so many steps
 WAITS = ("cuda",)  # devices where data-dependent shapes force a sync
 
 
-def once_more_in_halves(model, run, n, unit="rows"):
-    """run(n); out of memory: once more with half of the rows (or positions), and from then on never with more
-    for this model, whatever calls it. Changes no result.
+def once_more_in_halves(model, run, n, unit="rows", least=1):
+    """run(n); out of memory: again with half as many rows (or positions), and so on. From then on this model
+    never gets more, whatever calls it. Changes no result.
 
-    Raises torch.OutOfMemoryError if half is too much, too."""
+    Raises torch.OutOfMemoryError if `least` are too many, the fewest that make a difference."""
     most = f"most_{unit}"
     n = min(n, getattr(model, most, n))
-    try:
-        return run(n)
-    except torch.OutOfMemoryError:
-        if n == 1:
-            raise
-    if model.device.type == "cuda":  # here the exception, and what it held, is gone
-        torch.cuda.empty_cache()
-    half = max(1, n // 2)
-    setattr(model, most, half)
-    print(f"out of memory with {n} {unit} at once; from here on {half}", flush=True)
-    return run(half)
+    while True:
+        try:
+            return run(n)
+        except torch.OutOfMemoryError:
+            if n <= least:
+                raise
+        if model.device.type == "cuda":  # here the exception, and what it held, is gone
+            torch.cuda.empty_cache()
+        print(f"out of memory with {n} {unit} at once; from here on {n // 2}", flush=True)
+        n = n // 2
+        setattr(model, most, n)
 
 
 # ============================================================ decoding: who is decoded
@@ -47,12 +48,11 @@ class Decoder:
 
     `rows` has one tensor per field, (B, ..) each; new_rows(numbers, h, prompt_lengths) -> dict of them makes
     those of rows that begin. Looking at the device costs a sync, so who has ended is asked once in LOOK steps
-    only; until then an ended row is decoded on, to no effect. A row's numbers do not depend on who is decoded
-    beside it."""
+    only; until then an ended row is decoded on, to no effect."""
 
     def __init__(self, model, prompts, samples, limit, max_prompts, new_rows, watch):
         """prompts: lists of token ids, `samples` rows each; limit: slots per row; max_prompts: prompts
-        decoded at once; watch: a TagTable."""
+        decoded at once; watch: a TagFSM."""
         self.model = model
         self.prompts = prompts
         self.samples = samples
@@ -60,8 +60,7 @@ class Decoder:
         self.max_prompts = min(max_prompts, len(prompts))
         self.new_rows = new_rows
         self.watch = watch
-        # Positions that go through the model, the prompts' included.
-        self.n_positions = sum(map(len, prompts))
+        self.n_positions = sum(map(len, prompts))  # that go through the model
         self.n_begun = 0  # prompts that have begun
         self.step = 0
         self.last_join = 0  # the step in which prompts joined last
@@ -82,11 +81,11 @@ class Decoder:
         fields = self.new_rows(numbers, h[owner], prompts_read.lengths[owner])
         return prompts_read, owner, fields
 
-    def refill(self, finish):
+    def schedule(self, finish):
         """Before each step: rows that have ended leave, prompts that wait join. finish(indices of rows that
         leave) is called before they do. -> False when everything is decoded"""
-        look = self.step % LOOK == 0 or self.cache.filled == self.limit or self.all_at_limit
-        if not look:
+        is_full = self.cache.filled == self.limit
+        if self.step % LOOK and not is_full and not self.all_at_limit:
             return True
         live = self.rows.live.nonzero()[:, 0]  # (n,) the sync
         n_join = self._how_many_join(live)
@@ -94,25 +93,26 @@ class Decoder:
             finish(torch.arange(len(self.rows.live), device=live.device))
             return False
         few = 0.5 if self.model.graphs else 0.75  # of the rows; each change needs a new recording
-        if n_join or len(live) <= few * len(self.rows.live) or self.cache.filled == self.limit:
+        if n_join or len(live) <= few * len(self.rows.live) or is_full:
             finish((~self.rows.live).nonzero()[:, 0])
             self._exchange(live, n_join)
-        self._widen_latents()
-        may_be_inside = (self.rows.latents_left > 0) | self.watch.soon[self.rows.tag_state]
-        self.may_project = may_be_inside.nonzero()[:, 0]  # (n,) until the next look
+        # Until the next look: room for so many latents, with a scratch column behind them; and the rows that
+        # may be inside a block.
+        missing = int(self.rows.latents_run.max()) + LOOK + 1 - self.rows.latents.shape[1]
+        if missing > 0:
+            self.rows.latents = F.pad(self.rows.latents, (0, 0, 0, missing + 8))
+        may_project = (self.rows.latents_left > 0) | self.watch.soon[self.rows.tag_state]
+        self.may_project = may_project.nonzero()[:, 0]  # (n,)
         return True
 
     def _how_many_join(self, live):
-        """Prompts that begin now, 0 if it is too few to be worth moving the memory for."""
+        """Prompts that begin now; 0 if they are too few to be worth moving the memory for."""
         groups_live = -(-len(live) // self.samples)
-        prompts_kept = len(self.cache.owner[live].unique())
-        waiting = len(self.prompts) - self.n_begun
-        free = self.max_prompts - groups_live
         # A prompt stays in memory while any row of its group lives: at most twice max_prompts do.
-        room = 2 * self.max_prompts - prompts_kept
-        n = min(waiting, free, room)
-        worth_it = n * self.samples >= 0.25 * len(self.rows.live) or not len(live)
-        return n if n > 0 and worth_it else 0
+        room = 2 * self.max_prompts - len(self.cache.owner[live].unique())
+        n = max(0, min(len(self.prompts) - self.n_begun, self.max_prompts - groups_live, room))
+        is_worth_it = n * self.samples >= 0.25 * len(self.rows.live) or not len(live)
+        return n if is_worth_it else 0
 
     def _exchange(self, live, n_join):
         """Only rows `live` (n,) stay, and n_join prompts begin."""
@@ -128,31 +128,20 @@ class Decoder:
         self.recorded = None
         self.rows = types.SimpleNamespace(**fields)
 
-    def _widen_latents(self):
-        """The record of latents has room until the next look, and a scratch column behind."""
-        needed = int(self.rows.latents_run.max()) + LOOK + 1
-        missing = needed - self.rows.latents.shape[1]
-        if missing > 0:
-            self.rows.latents = F.pad(self.rows.latents, (0, 0, 0, missing + 8))
-
     def who(self, inside, everyone=False):
         """-> (rows that sample a token, rows that run the projector), indices.
 
         On CUDA choosing them would force a sync: there all rows sample, and the projector runs on those that
-        can be inside a block before the next look. everyone: all rows do both."""
+        may be inside a block before the next look. everyone: all rows do both."""
         rows = torch.arange(len(inside), device=inside.device)
         if everyone:
             return rows, rows
         if self.model.device.type in WAITS:
             return rows, self.may_project
-        return (~inside).nonzero()[:, 0], inside.nonzero()[:, 0]
+        return rows[~inside], rows[inside]
 
     def forward(self, x, positions):
-        """One slot for every row: embeddings x (B, D) at positions (B,) -> states (B, D).
-
-        With model.graphs, on CUDA: a step is a thousand short kernels, which Python starts more slowly than
-        the card runs them. They are recorded once and then replayed, until rows change or the columns that a
-        step looks at are full."""
+        """One slot for every row: embeddings x (B, D) at positions (B,) -> states (B, D)."""
         self.step += 1
         self.all_at_limit = self.step == self.last_join + self.limit
         if self.all_at_limit:  # no row is left: no need to run
@@ -170,13 +159,15 @@ class Decoder:
         return kv_cache.forward(self.model, x[:, None], positions[:, None], self.cache)[:, 0]
 
     def _forward_recorded(self, x, positions):
-        """The same from a recording; None, from then on, where a step cannot be recorded."""
+        """The same from a CUDA graph: a step is a thousand short kernels, which Python starts more slowly
+        than the card runs them. It is recorded again when rows change or its columns are full.
+
+        -> None, from then on, where a step cannot be recorded."""
         if self.cache.set_reach(rounded=True):
             self.recorded = None
         try:
             if self.recorded is None:
-                with signals_held():
-                    self.recorded = record(self._one_slot, x, positions)
+                self.recorded = record(self._one_slot, x, positions)
             return self.recorded(x, positions)
         except torch.OutOfMemoryError:
             raise
@@ -188,31 +179,21 @@ class Decoder:
             return None
 
 
-@contextlib.contextmanager
-def signals_held():
-    """Ctrl-C and SIGTERM take effect at the end: while a graph is recorded nothing can be copied from the
-    card, so no state could be saved."""
-    former = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, former)
-
-
+# ============================================================ CUDA graphs
 ASIDE = {}  # device -> the stream on which steps are recorded
 
 
 def record(step, *inputs):
     """step(*inputs) as a CUDA graph -> replay(*inputs), for inputs of the same shapes; its result stands in
     the same memory each time."""
-    if inputs[0].device.type != "cuda":
-        raise RuntimeError("this is no CUDA device")
     device = inputs[0].device
+    if device.type != "cuda":
+        raise RuntimeError("this is no CUDA device")
     memory = [t.clone() for t in inputs]
     graph = torch.cuda.CUDAGraph()
     current = torch.cuda.current_stream(device)
     # `current` is restored, also if the recording fails.
-    with torch.cuda.device(device), torch.cuda.stream(current):
+    with signals_held(), torch.cuda.device(device), torch.cuda.stream(current):
         if device not in ASIDE:
             # Once without recording: what libraries allocate on a stream's first call must not be recorded.
             ASIDE[device] = torch.cuda.Stream()
@@ -232,38 +213,32 @@ def record(step, *inputs):
     return replay
 
 
-class TagTable:
-    """An automaton as a table over token ids: rows of sampled tokens are followed without decoding any text.
+@contextlib.contextmanager
+def signals_held():
+    """Ctrl-C and SIGTERM take effect at the end: while a graph is recorded nothing can be copied from the
+    card, so no state could be saved."""
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
-    A table turns (state, token) into (next state, n). Tokens that act alike share a class; most send every
-    state back to the start. classes (V,); next_state, fires and starts (classes, states)."""
 
-    def __init__(self, classes, next_state, fires, begun, device):
-        """numpy arrays; state 0 is the start, class 0 resets. fires > 0: a tag ends with this token and has
-        so many latents. begun (states,): so much of a tag is written that it can be nothing else."""
-        self.as_lists = classes.tolist(), next_state.tolist(), fires.tolist()  # for one row, on the host
-        self.classes = torch.from_numpy(classes).to(device)
-        self.next_state = torch.from_numpy(next_state).to(device)
-        self.fires = torch.from_numpy(fires).to(device)
+# ============================================================ where tags end
+class TagFSM:
+    """An automaton that reads characters, as a table over token ids: rows of sampled tokens are followed
+    without decoding any text.
 
-        # Which tokens start a tag, in which states.
-        begun = torch.tensor(begun, device=device)
-        self.starts = begun[self.next_state] | (self.fires > 0)
+    The table turns (state, token) into (next state, n): n > 0 where a tag ends with this token and has n
+    latents. Tokens that act alike share a class; most send every state back to the start."""
 
-        # States from which a tag may end within LOOK - 1 tokens, so that its latents begin before the
-        # next look.
-        self.soon = (self.fires > 0).any(0)  # (states,)
-        for _ in range(LOOK - 2):
-            self.soon = self.soon | self.soon[self.next_state].any(0)
+    def __init__(self, read_char, start, alphabet, has_begun, only_resets, texts, vocab_size, device):
+        """The automaton is run over the text of every vocabulary entry once, from every state: a few seconds
+        for the real Qwen2 vocabulary, once per tokenizer.
 
-    @classmethod
-    def of_characters(cls, read_char, start, alphabet, has_begun, only_resets, texts, vocab_size, device):
-        """The table of an automaton that reads characters: it is run over the text of every vocabulary entry
-        once, from every state. A few seconds for the real Qwen2 vocabulary, once per tokenizer.
-
-        texts: of the vocabulary's entries. read_char(state, char) -> (state, n): n > 0 where a tag has ended.
-        alphabet: every character that read_char tells apart. has_begun(state): see `begun`. only_resets: a
-        pattern of texts that lead to `start` from every state."""
+        texts: of the vocabulary's entries. read_char(state, char) -> (state, n). alphabet: every character
+        that it tells apart. has_begun(state): so much of a tag is written that it can be nothing else.
+        only_resets: a pattern of texts that lead to `start` from every state."""
         # (1) Every state that some text can reach, as a small integer; 0 is the start.
         other = "\0"  # stands for any character outside the alphabet
         chars = [*alphabet, other]
@@ -289,8 +264,7 @@ class TagTable:
         for token, text in enumerate(texts):
             if only_resets.fullmatch(text):
                 continue
-            at = np.arange(len(queue))
-            n = nothing
+            at, n = np.arange(len(queue)), nothing
             for char in text:
                 char = char if char in next_of else other
                 fired = n_of[char][at]
@@ -301,9 +275,18 @@ class TagTable:
                 class_of[key] = len(pairs)
                 pairs.append((at, n))
             classes[token] = class_of[key]
-        next_state = np.array([at for at, _ in pairs])  # (classes, states)
-        fires = np.array([n for _, n in pairs])
-        return cls(classes, next_state, fires, [has_begun(state) for state in queue], device)
+        next_state, fires = np.stack(pairs, 1)  # (classes, states) each
+        self.as_lists = classes.tolist(), next_state.tolist(), fires.tolist()  # for one row, on the host
+        self.classes, self.next_state, self.fires = (
+            torch.from_numpy(table).to(device) for table in (classes, next_state, fires))
+
+        # (3) Which tokens start a tag, in which states; and the states from which one may end within LOOK - 1
+        #     tokens, so that its latents begin before the next look.
+        begun = torch.tensor([has_begun(state) for state in queue], device=device)
+        self.starts = begun[self.next_state] | (self.fires > 0)  # (classes, states)
+        self.soon = (self.fires > 0).any(0)  # (states,)
+        for _ in range(LOOK - 2):
+            self.soon = self.soon | self.soon[self.next_state].any(0)
 
     def step(self, state, token):
         """state (B,), sampled token (B,) -> (state (B,), n (B,)): n > 0 where this token ends a tag."""

@@ -1,17 +1,18 @@
-"""Given slots in batches: rollouts ordered by prompt, rounds of text and latents, log-probs in chunks; a first
-reading can skip it.
+"""Slots that are given, in batches. Without this file the method is the same; a first reading can skip it.
+
+    Batch, slot_table   rollouts ordered by prompt, their slots padded
+    plan_rounds         how latents are made again: rounds of text and latents
+    token_logprobs      log-probs of tokens, in chunks of logits
+    pack                which rollouts go through the model together
 """
+import dataclasses
 
 import torch
 import torch.nn.functional as F
 
-import dataclasses
-from lib import kv_cache
-
 LOGITS = 2**27  # most logits that scoring computes at once: 512 MiB in fp32, 883 tokens of Qwen's vocabulary
 
 
-# ============================================================ scoring: shared prompts, chunks of logits
 class Batch:
     """Rollouts ordered by prompt, each prompt once, slots padded on the right.
 
@@ -108,7 +109,8 @@ class TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def logits(h, weight, bias, temperature, no_words):
-        logits = kv_cache._masked(F.linear(h.to(weight.dtype), weight, bias), no_words)  # (M, V)
+        logits = F.linear(h.to(weight.dtype), weight, bias)  # (M, V)
+        logits = logits.index_fill_(-1, no_words, -torch.inf)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits if temperature == 1 else logits / temperature
 

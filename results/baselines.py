@@ -52,6 +52,7 @@ from lib import UserError, checkpoint, display, memory, run, scoring
 from lib.run import BySize
 from litereason import (LATENT, Rollout, generate, group_advantages, load, logprobs, policy_loss,
                         projector_loss, states, word_embeddings)
+from train_rl import check_answers, warn
 from train_projector import SENTENCE, split_answer
 
 RATES = (1, 2, 5)  # reasoning tokens per latent with which CoLaR is tested after its SFT
@@ -62,6 +63,19 @@ SAMPLINGS = {"": PAPER, ", temperature 1": TRAINED}
 # {title: {flag: (default, the least, what it is)}}. The papers' settings (Coconut and CoLaR as LiteReason's
 # author ran them on plot holes; the answer's are ours), and what a small model trained from scratch needs.
 SETTINGS = {
+    "what": {
+        "method": (None, ["soft-thinking", "moi", "coconut", "colar", "answer"], "see above"),
+        "model": ("tiny", str, "the base: tiny, a directory, or a hub name such as Qwen2.5-1.5B"),
+        "task": (None, str, "a folder under data/, or tiny.next_chapter [by the model]"),
+        "reward": (None, ["contrastive", "vrcli", "thresholded"], "of next_chapter [contrastive]"),
+        "scorer": (None, str, "the frozen model that reads chapters [a copy of the base]"),
+        "out": (None, str, "the run's directory [out/MODEL-TASK-METHOD]"),
+        "overwrite": (False, bool, "replace the run that --out holds"),
+        "n": (500, 1, "test examples"),
+        "seed": (0, 0, "of all random draws"),
+        "r": (None, 1, "colar: tokens per latent, 1, 2 or 5 [all in the test of the SFT, then the best on val]"),
+        "device": (None, str, "cpu or cuda [cuda if there is one]"),
+    },
     "training (of two defaults the first is for less than 50 M parameters)": {
         "stories": (None, 1, "train stories (default all)"),
         "traces": (BySize(1, 5), 1, "coconut, colar: traces sampled per train story"),
@@ -561,28 +575,18 @@ def tell_step(log, step, n_steps, rollouts, groups, seconds):
     log.flush()
     print(f"step {step + 1:4d}/{n_steps} | reward {reward:6.3f} | text {text:6.1f} | latent {latents:5.1f} | "
           f"{seconds:5.1f}s", flush=True)
-    display.warn(metrics, False, len(groups), [rollout.text for rollout in rollouts])
+    warn(metrics, False, [rollout.text for rollout in rollouts])
     return zero_variance
 
 
 # ============================================================ the script
 def parse_arguments():
     ap = run.parser(__doc__)
-    group = ap.add_argument_group("what")
-    group.add_argument("--method", required=True, choices=list(METHODS),
-                       help="see above (required, so no default)")
-    group.add_argument("--model", default="tiny",
-                       help="the base: tiny, a directory, or a hub name such as Qwen2.5-1.5B (default tiny)")
-    data.task_flags(group)
-    run.out_flags(group, "settings, the table and what was trained", "out/MODEL-TASK-METHOD")
-    group.add_argument("--n", type=int, default=500, help="test examples (default 500)")
-    group.add_argument("--seed", type=int, default=0, help="of all random draws (default 0)")
-    group.add_argument("--r", type=int, default=None, choices=RATES,
-                       help="colar: reasoning tokens per latent in GRPO and in the test (default: all three "
-                       "in the test of the SFT, then the best on val)")
     run.add_flags(ap, SETTINGS)
-    run.device_flags(ap.add_argument_group("device"))
-    return ap.parse_args()
+    args = ap.parse_args()
+    if args.method is None:
+        ap.error("--method is missing")
+    return args
 
 
 def fill(args, small):
@@ -621,7 +625,7 @@ def run_answer(args, model, tokenizer, task, examples, on_val, took):
     if not hasattr(task, "answer"):
         raise UserError(f"--method answer trains on gold answers, and {args.task} has none: give the task a "
                         "function answer, or choose another --method")
-    display.check_answers(task, examples[:8])
+    check_answers(task, examples[:8])
     decoding = {"at_once": True, "latent": "none"}
     rows = answer_rows(model, tokenizer, task, examples)
     train_answer(model, rows, args, lambda: on_val(task, decoding))
@@ -668,13 +672,12 @@ METHODS = {"soft-thinking": run_soft_thinking, "moi": run_moi, "coconut": run_co
 
 def main():
     args = parse_arguments()
-    task = data.choose_task(args, args.model)
+    args.task, task = data.choose_task(args.task, args.model, args.reward, args.scorer)
     args.out = args.out or run.default_out(args.model, args.task, args.method)
-    args.resume = None  # a baseline cannot be resumed
     run.check_bounds(args, SETTINGS)
     run.check_arguments(args)
     held = run.lock(args.out)  # noqa: F841, until the process ends
-    run.check_what_is_there(args)
+    run.check_what_is_there(args.out, args.model, overwrite=args.overwrite)
     examples = task.examples("train")
     if (args.stories or 1) > len(examples):
         raise UserError(f"--stories is {args.stories}; {args.task} has only {len(examples)} train stories")
@@ -682,11 +685,11 @@ def main():
     vals = task.examples("val")[:CHECKED]
     tests = task.examples("test")[: args.n]
     model, tokenizer = load(args.model, args.device)
-    run.use_graphs(model, args.graphs)
+    run.use_graphs(model, True)
     fill(args, checkpoint.is_small(model))
-    data.start_task(args, task, args.model)
+    data.start_task(task, args.model, args.reward, args.scorer, args.seed, args.device)
     run.delete_earlier_run(args.out)
-    run.write_settings(args, "results/baselines.py")
+    run.write_settings(args.out, "results/baselines.py", vars(args))
     start = last_row_at = time.time()
     seconds = 0.0  # of training, without the rows' evaluations
     is_trained = args.method in SFT

@@ -648,7 +648,7 @@ def write_tables(table, seeds):
     run.write_json(os.path.join(HERE, f"methods-{table}.json"), found)
     if table.startswith("tiny"):
         score = TABLES[table].score
-        drawn = [(name, found[name]) for name in found if name in HEADLINE]
+        drawn = {name: found[name] for name in HEADLINE if name in found}
         draw(plots.curve, drawn, os.path.join(HERE, f"curve-{table}.svg"), score)
     if table == "tiny" and (lengths := lengths_of(records, seeds)):
         draw(plots.by_length, lengths, os.path.join(HERE, "lengths-tiny.svg"), score)

@@ -251,7 +251,7 @@ def waiting_prompts(device):
         draws = torch.Generator().manual_seed(0)
         try:
             for part in parts:
-                generate(ours, tokenizer, part, 4, 96, rows=16, generator=draws)
+                generate(ours, tokenizer, part, 4, 96, gen_batch_size=16, generator=draws)
         finally:
             checkpoint.stop_tokens = never
 
@@ -288,7 +288,7 @@ def our_training(device, lengths):
 
     def step():
         rollouts = generate(model, tokenizer, prompts, settings.group, settings.max_new_tokens,
-                            rows=settings.rows, latent="none")
+                            gen_batch_size=settings.rows, latent="none")
         rewards = [tiny.reward(examples[rollout.prompt], rollout.text) for rollout in rollouts]
         tokens = torch.tensor([rollout.n_tokens for rollout in rollouts])
         lengths.append(float(tokens.float().mean()))

@@ -19,6 +19,7 @@ H100 gave is in results/gpu.json.
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -106,29 +107,26 @@ def grpo(args, P=48, G=16, L=1024, S=256):
     P, G, L, S = (2, 4, 64, 16) if args.small else (P, G, L, S)
 
     # What fits.
-    plan = types.SimpleNamespace(prompts=P, group=G, max_new_tokens=S, method="litereason", rows=None,
-                                 tokens_per_forward=None, checkpoint_layers=None, offload=None)
     room = (args.cap or 80) * 2**30 if args.device == "cpu" else args.cap and args.cap * 2**30
-    said = memory.fit(plan, model, L, room=room)
+    settings, said = memory.plan(model, L, S, P, G, {}, room=room)
     print(said, file=sys.stderr, flush=True)
-    expected = {phase: memory.total(sizes) / 2**30 for phase, sizes in memory.peaks(plan, model, L).items()}
+    expected = {phase: float(gib) for phase, gib in re.findall(r"^  (\w+) +([\d.]+) GiB", said, re.MULTILINE)}
+    plan = types.SimpleNamespace(**settings)
     if plan.checkpoint_layers:
         checkpoint_layers(model)
     base = base_parameters(model)
     masters = offload(model, base) if plan.offload else base
     optimizer = torch.optim.AdamW(masters, lr=1e-7, fused=True)
     rollouts = []
-    out = {"settings": {k: getattr(plan, k)
-                        for k in ("rows", "tokens_per_forward", "checkpoint_layers", "offload")},
-           "expected_GiB": expected}
+    out = {"settings": settings, "expected_GiB": expected}
 
     def sample():
-        rollouts.extend(generate(model, tok, random_prompts(model, P, L), G, S, rows=plan.rows))
+        rollouts.extend(generate(model, tok, random_prompts(model, P, L), G, S, gen_batch_size=plan.gen_batch_size))
 
     def update():
         rewards = torch.rand(P, G, generator=torch.Generator().manual_seed(2))
         advantages = group_advantages(rewards).flatten().to(args.device)
-        for part in pack(rollouts, plan.tokens_per_forward):
+        for part in pack(rollouts, plan.micro_batch_tokens):
             logp, scored = logprobs(model, [rollouts[i] for i in part])
             policy_loss(logp, logp.detach(), advantages[part], scored, P * G)[0].backward()
             wait_for_gradients(model)

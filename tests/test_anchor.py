@@ -1,6 +1,7 @@
-"""With targets RL holds the base to the latents of stage 1's traces (targets.add_anchor), and the
+"""With targets RL holds the base to the latents of stage 1's traces (train_projector.add_anchor), and the
 refresh learns from such traces (train_rl.rehearse)."""
 import json
+import random
 import signal
 import types
 
@@ -10,33 +11,34 @@ from conftest import close
 from test_real_tasks import run
 from test_resume import same_weights, stopped
 
-import targets
 import train_projector
 import train_rl
 from data import tiny
+from lib import UserError
 from lib.memory import base_parameters
-from litereason import UserError, load
+from litereason import load
 
-RL = ("--device", "cpu", "--n", 0, "--val", 0, "--train-prompts", 8, "--prompts", 4, "--group", 4,
+RL = ("--device", "cpu", "--n", 0, "--val", 0, "--train-prompts", 8, "--prompts", 4, "--num-generations", 4,
       "--max-new-tokens", 60, "--save-every", 1, "--show-every", 0)
+
+
+STAGES = ("--device", "cpu", "--prompts", 40, "--samples", 1, "--steps", 2, "--batch", 4, "--n", 1)
 
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     """A run of stages 1 and 2 with targets."""
     out = tmp_path_factory.mktemp("start") / "projector"
-    run(train_projector, "--device", "cpu", "--prompts", 40, "--samples", 1, "--steps", 2, "--batch", 4,
-        "--n", 1, "--out", out)
+    run(train_projector, *STAGES, "--out", out)
     return out
 
 
 @pytest.fixture
-def stage_1(start):
+def loaded(start):
+    """(model, tokenizer, the traces of stage 1 as RL reads them)"""
     model, tokenizer = load(str(start), "cpu")
-    args = types.SimpleNamespace(out=str(start), seed=0, noise=0.2, anchor=1.0, words=2, refresh_share=0.1,
-                                 refresh_lr=1e-4, refresh_batch=2, refresh_clip=0.2, refresh_max_length=None,
-                                 tokens_per_forward=10**6)
-    return args, model, tokenizer, train_rl.traces_of_stage_1(args, tokenizer, tiny)
+    stage_1 = train_rl.traces_of_stage_1(types.SimpleNamespace(out=str(start)), tokenizer, tiny)
+    return model, tokenizer, stage_1
 
 
 def gradients(model):
@@ -45,41 +47,37 @@ def gradients(model):
     return found
 
 
-def test_the_anchor_is_the_error_of_true_targets_and_moves_the_base_alone(stage_1):
-    args, model, tokenizer, traces = stage_1
-    error = targets.add_anchor(args, model, tokenizer, traces, step=3)
+def anchor(loaded, weight, budget):
+    return train_projector.add_anchor(*loaded, 3, weight, words=2, noise=0.2, seed=0, budget=budget)
+
+
+def test_the_anchor_is_the_error_of_true_targets_and_moves_the_base_alone(loaded):
+    model, tokenizer, stage_1 = loaded
+    error = anchor(loaded, 1.0, 10**6)
     assert all(p.grad is None and p.requires_grad for p in model.reasoning_projector.parameters())
     whole = gradients(model)
 
-    rows = targets.masked_again(args, model, tokenizer, traces, targets.ANCHORED, "3 anchor")
-    fed = targets.with_noise(rows, 0.2, torch.Generator().manual_seed(3))
-    loss = targets.target_loss(model, rows, fed, None, sum(row.n_latents for row in rows))
+    rng = random.Random("0 3 anchor")
+    rows = train_projector.masked_again(*loaded, train_projector.ANCHORED, 2, rng)
+    fed = train_projector.with_noise(rows, 0.2, torch.Generator().manual_seed(3))
+    loss = train_projector.target_loss(model, rows, fed, None, sum(row.n_latents for row in rows))
     close(torch.tensor(error), loss.detach(), 1e-5 * error)
     loss.backward()
     for a, b in zip(whole, gradients(model)):
         close(a, b, 1e-5)
 
-    args.tokens_per_forward, args.anchor = 300, 2.0
-    again = targets.add_anchor(args, model, tokenizer, traces, step=3)
+    again = anchor(loaded, 2.0, 300)  # twice the weight, in micro-batches
     close(torch.tensor(again), torch.tensor(error), 1e-5)
     for a, b in zip(whole, gradients(model)):
         close(2 * a, b, 1e-4)
 
 
-def test_the_traces_of_a_step_follow_from_its_number(stage_1):
-    args, model, tokenizer, traces = stage_1
-
-    def slots(step):
-        rows = targets.masked_again(args, model, tokenizer, traces, 8, f"{step} anchor")
-        return [row.slots for row in rows]
-
-    assert slots(1) == slots(1) != slots(2)
-
-
-def test_the_refresh_with_targets_moves_the_projector_alone(stage_1):
-    args, model, tokenizer, traces = stage_1
+def test_the_refresh_with_targets_moves_the_projector_alone(loaded):
+    model, tokenizer, stage_1 = loaded
+    args = types.SimpleNamespace(seed=0, noise=0.2, words=2)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    assert train_rl.rehearse(args, model, tokenizer, traces, batch=1) > 0
+    state = types.SimpleNamespace(micro_batch_tokens=10**6)
+    assert train_rl.rehearse(args, model, tokenizer, state, stage_1, batch=1) > 0
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) != name.startswith("reasoning_projector"), name
 
@@ -87,8 +85,7 @@ def test_the_refresh_with_targets_moves_the_projector_alone(stage_1):
 def test_a_run_with_an_anchor_stands_alone_and_continues_bit_for_bit(start, tmp_path):
     words = ("--model", start, *RL, "--steps", 4)
     run(train_rl, *words, "--out", tmp_path / "whole")
-    said = stopped(train_rl, "learning_rate", 3, signal.SIGTERM, train_rl, *words, "--out", tmp_path / "half")
-    assert "step 3 of 4 is saved" in said or "step 2 of 4 is saved" in said
+    stopped(train_rl, "learning_rate", 3, signal.SIGTERM, train_rl, *words, "--out", tmp_path / "half")
     run(train_rl, "--resume", tmp_path / "half")
     assert same_weights(tmp_path / "whole", tmp_path / "half")
     one, two = ([json.loads(line) for line in open(tmp_path / name / "metrics.jsonl")]
@@ -101,18 +98,15 @@ def test_a_run_with_an_anchor_stands_alone_and_continues_bit_for_bit(start, tmp_
 
 def test_rl_takes_over_what_stage_2_has_taught_the_latents(start, tmp_path):
     """Another target than that which the projector has learned would pull the base away from it."""
-    run(train_projector, "--device", "cpu", "--prompts", 40, "--samples", 1, "--steps", 2, "--batch", 4,
-        "--n", 1, "--targets", "none", "--out", tmp_path / "paper")
+    run(train_projector, *STAGES, "--targets", "none", "--out", tmp_path / "paper")
     run(train_rl, "--model", tmp_path / "paper", *RL, "--steps", 1, "--out", tmp_path / "a")
     run(train_rl, "--model", tmp_path / "paper" / "model", *RL, "--steps", 1, "--out", tmp_path / "b")
-    run(train_rl, "--model", start, *RL, "--steps", 1, "--noise", 0.1, "--out", tmp_path / "c")
 
     def of(name):
         with open(tmp_path / name / "config.json") as config, open(tmp_path / name / "metrics.jsonl") as log:
             return {**json.load(config), **json.loads(log.readline())}
 
     assert of("a")["targets"] == of("b")["targets"] == "none" and of("a")["anchor_loss"] is None
-    assert of("c")["targets"] == "words" and of("c")["noise"] == 0.1 and of("c")["anchor_loss"] > 0
 
 
 def test_a_pause_token_has_nothing_that_an_anchor_could_hold(tmp_path):
@@ -122,24 +116,11 @@ def test_a_pause_token_has_nothing_that_an_anchor_could_hold(tmp_path):
         assert json.loads(f.readline())["anchor_loss"] > 0
 
 
-def test_without_the_traces_the_run_says_what_to_do(start, tmp_path):
-    (tmp_path / "bare").mkdir()
-    (start / "model").rename(tmp_path / "bare" / "model")
-    try:
-        words = ("--model", tmp_path / "bare" / "model", *RL, "--steps", 1)
-        with pytest.raises(UserError, match="--targets none, or --anchor 0 --no-refresh"):
-            run(train_rl, *words, "--out", tmp_path / "a")
-        run(train_rl, *words, "--out", tmp_path / "b", "--anchor", 0, "--no-refresh")
-        with pytest.raises(UserError, match="--targets none, or --anchor 0 --no-refresh"):
-            run(train_rl, *words, "--out", tmp_path / "b", "--overwrite")
-        assert (tmp_path / "b" / "model" / "model.safetensors").exists()  # refused before anything is deleted
-    finally:
-        (tmp_path / "bare" / "model").rename(start / "model")
-
-
-def test_traces_that_may_hold_tags_are_no_targets(tmp_path):
+@pytest.mark.parametrize("header, says", [(None, "there is no"), ({"tag": None}, "may hold tags")])
+def test_without_traces_for_targets_the_run_says_what_to_do(tmp_path, header, says):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "traces.jsonl").write_text(json.dumps({"tag": None}) + "\n")
+    if header:
+        (tmp_path / "run" / "traces.jsonl").write_text(json.dumps(header) + "\n")
     args = types.SimpleNamespace(model=str(tmp_path / "run"), out=str(tmp_path / "out"))
-    with pytest.raises(UserError, match="may hold tags"):
+    with pytest.raises(UserError, match=f"{says}.*--targets none, or --anchor 0 --refresh-every -1"):
         train_rl.copy_traces(args)

@@ -155,14 +155,14 @@ def test_colars_latents_follow_its_head_and_end_where_the_head_of_the_lm_draws_t
 def test_a_row_alone_is_the_same_row_in_a_batch(model, tok, rule):
     end = tok.encode("e")[0]
 
-    def decode(**rows):
+    def decode(**batch):
         method = soft_thinking(model, end, 4, patience=9)
         if rule == "colar":
             method = colar(model, head_of(model), end)
         return generate(model, tok, [*PROMPTS, "another one"], 1, max_new_tokens=30, start=25, tag=0,
-                        generator=seeded(), **rows, **method)
+                        generator=seeded(), **batch, **method)
 
-    for a, b in zip(decode(), decode(rows=1)):
+    for a, b in zip(decode(), decode(gen_batch_size=1)):
         assert a.slots == b.slots
         close(a.latents, b.latents)
 
@@ -283,7 +283,8 @@ def test_every_method_runs(method, tmp_path, monkeypatch, capsys):
     task = "tiny" if method in ("moi", "colar", "answer") else "tiny.next_chapter"
     limit = 240 if method in ("coconut", "colar") else 60  # a trace of all six rounds has up to 186 words
     words = ["--method", method, "--task", task, "--n", 4, "--stories", 2, "--steps", 1,
-             "--max-new-tokens", limit, "--stages", 1, "--last-stage", 1, "--epochs", 6 if method == "colar" else 1, "--prompts", 1,
+             "--max-new-tokens", limit, "--stages", 1, "--last-stage", 1,
+             "--epochs", 6 if method == "colar" else 1, "--prompts", 1,
              "--num-generations", 4, "--most-latents", 8, "--seed", 1, "--out", tmp_path / "o"]
     monkeypatch.setattr(baselines, "CHECKED", 3)
     monkeypatch.setattr(sys, "argv", ["results/baselines.py", *map(str, words)])

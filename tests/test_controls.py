@@ -6,13 +6,13 @@ import types
 
 import pytest
 import torch
-from conftest import LATENTS, LIMIT, PROMPTS, TEXTS, close, project, tag, write
+from conftest import LIMIT, PROMPTS, TEXTS, close, project, tag, write
 
 import eval as evaluation
 import litereason
-from eval import against, bootstrap, holm, latent_of, latents_of_others, mcnemar, run_controls
+from eval import against, bootstrap, holm, latent_of, run_controls, sign_flips
 from litereason import LATENT, UserError, generate, insert_latents, load, logprobs, save, tag_table
-from lib.display import controls_table, nearest_words
+from lib.display import nearest_words, table
 
 OTHERS = [torch.randn(n, 32, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
           for n in (2, 7, 1, 4)]
@@ -25,7 +25,7 @@ def decoded(model, tok, name="projector", others=OTHERS, seed=0, **settings):
 
 
 # ---------------------------------------------------------------- what a latent step feeds
-@pytest.mark.parametrize("name", ["zeros", "noise", "mean", "other", "warm"])
+@pytest.mark.parametrize("name", ["zeros", "noise", "mean", "shuffled", "warm"])
 def test_a_control_changes_what_a_latent_is_and_nothing_of_where_it_stands(model, tok, rollouts, name):
     rows = decoded(model, tok, name)
     for r, plain, row, mask in zip(rows, rollouts, *logprobs(model, rows)):
@@ -34,9 +34,9 @@ def test_a_control_changes_what_a_latent_is_and_nothing_of_where_it_stands(model
         assert not r.n_latents or (r.latents - plain.latents).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", ["noise", "other", "warm"])
+@pytest.mark.parametrize("name", ["noise", "shuffled", "warm"])
 def test_what_a_row_gets_does_not_depend_on_its_batch(model, tok, name):
-    for a, b in zip(decoded(model, tok, name), decoded(model, tok, name, rows=3), strict=True):
+    for a, b in zip(decoded(model, tok, name), decoded(model, tok, name, gen_batch_size=3), strict=True):
         close(a.latents, b.latents)
         close(a.logprobs, b.logprobs)
 
@@ -48,30 +48,22 @@ def test_noise_has_the_length_of_the_projectors_output_and_a_direction_of_its_ow
     close(step(h, u, k).norm(dim=-1), project(model, h).norm(dim=-1))
     cosines = torch.nn.functional.cosine_similarity(step(h, u, k), project(model, h), dim=-1)
     assert abs(cosines.mean()) < 0.05 and cosines.abs().max() < 0.8  # of 32 dimensions: 0.18 is typical
-    assert not torch.equal(step(h, u, k), latent_of("noise", model, seed=2)(h, u, k))
-    block = decoded(model, tok, "noise")[2].latents  # ten latents of one row
-    block = block / block.norm(dim=-1, keepdim=True)
-    assert (block @ block.T - torch.eye(10)).max() < 0.9
+    block = torch.nn.functional.normalize(decoded(model, tok, "noise")[2].latents, dim=-1)
+    assert (block @ block.T - torch.eye(10)).max() < 0.9  # ten latents of one row
 
 
-def test_mean_is_the_mean_of_all_latents_read_first(model, tok):
+def test_mean_is_the_mean_of_all_latents_and_shuffled_those_of_one_story_in_their_order(model, tok):
     for r in decoded(model, tok, "mean"):
         close(r.latents, torch.cat(OTHERS).mean(0).expand_as(r.latents))
-
-
-def test_other_gives_a_row_the_latents_of_one_story_in_order_and_again_from_the_start(model, tok):
     found = set()
     for seed in range(4):
-        for r in decoded(model, tok, "other", seed=seed):
+        for r in decoded(model, tok, "shuffled", seed=seed):
             if r.n_latents:
                 story, = [i for i, z in enumerate(OTHERS) if torch.equal(z[0], r.latents[0])]
                 close(r.latents, OTHERS[story].repeat(10, 1)[: r.n_latents])
                 found.add(story)
     assert found == {0, 1, 2, 3}
-
-
-def test_mean_and_other_need_stories_with_latents(model):
-    for name in ("mean", "other"):
+    for name in ("mean", "shuffled"):
         with pytest.raises(UserError, match="ran none"):
             latent_of(name, model)
 
@@ -94,16 +86,14 @@ def test_every_tag_runs_k_latents_whatever_it_says_the_cap_or_the_text(model, to
         assert r.slots == slots[:LIMIT] and len(r.latents) == r.slots.count(LATENT)
 
 
-def test_k_of_zero_is_latent_none(model, tok):
-    for a, b in zip(decoded(model, tok, tag=0), decoded(model, tok, "none")):
-        assert a.slots == b.slots and a.n_latents == 0
+def test_k_of_zero_is_latent_none_and_k_of_what_the_tags_say_the_plain_run(model, tok):
+    pairs = list(zip(decoded(model, tok, tag=0), decoded(model, tok, "none"), strict=True))
+    assert all(a.n_latents == 0 for a, _ in pairs)
+    text = f"a{tag(3)}b{tag(3)}c<eos>"
+    pairs.append(tuple(write(model, tok, ["abc"], [text], tag=t)[0] for t in (None, 3)))
+    for a, b in pairs:
+        assert a.slots == b.slots
         close(a.logprobs, b.logprobs)
-
-
-def test_k_of_what_the_tags_say_is_the_plain_run(model, tok):
-    a, b = (write(model, tok, ["abc"], [f"a{tag(3)}b{tag(3)}c<eos>"], tag=t)[0] for t in (None, 3))
-    assert a.slots == b.slots
-    close(a.logprobs, b.logprobs)
 
 
 def obedient(text, tok, banned):
@@ -133,25 +123,6 @@ def test_forbidden_lets_no_tag_begin_and_leaves_all_other_text_alone(model, tok,
         assert r.text.startswith(text)
 
 
-def test_forbidden_tokens_are_the_ones_that_start_a_tag_and_the_rest_keep_their_odds(model, tok, monkeypatch):
-    seen, sample = [], litereason.sample
-    monkeypatch.setattr(litereason, "sample", lambda logits, *a: seen.append(logits) or sample(logits, *a))
-    model.lm_head.bias = torch.nn.Parameter(torch.zeros(model.config.vocab_size, dtype=torch.float64))
-    model.lm_head.bias.data[tok.encode("<")] = 3.0  # many rows stand at a "<"
-    free, forbidden = (generate(model, tok, PROMPTS, 4, 20, generator=torch.Generator().manual_seed(0), tag=t)
-                       for t in (None, "forbidden"))
-    # At a "<" the same draw may be another token.
-    same = [(a.slots, b.slots) for a, b in zip(free, forbidden) if "<" not in a.text]
-    assert same and all(a == b for a, b in same)
-    seen = [x[:, : len(tok)] for x in seen]  # what is no word is never drawn
-    masked = [x.isinf() for x in seen]
-    banned = {i for x in masked for i in x.nonzero()[:, 1].tolist()}
-    assert banned and banned <= {tok.encode(w)[0] for w in ("m", "implicit_")}
-    first = next(i for i, x in enumerate(masked) if x.any())  # until then the rows are those of the free run
-    step = first - len(seen) // 2  # of the same step there
-    close(seen[first][~masked[first]], seen[step][~masked[first]])
-
-
 def test_a_vocabulary_of_whole_words_and_the_real_one_are_covered(real_tok):
     tiny = litereason.load("tiny", "cpu")[1]
     watch = tag_table(tiny, 5, len(tiny), "cpu")
@@ -166,12 +137,16 @@ def test_a_vocabulary_of_whole_words_and_the_real_one_are_covered(real_tok):
 
 
 # ---------------------------------------------------------------- the paired tests
-def test_mcnemar_counts_the_examples_on_which_two_runs_differ():
-    assert mcnemar([1, 0, 1], [1, 0, 1]) == 1.0
-    assert mcnemar([1] * 6 + [0, 1], [0] * 6 + [0, 1]) == mcnemar([0] * 6, [1] * 6) == 2 / 2**6  # six to none
-    assert mcnemar([1, 1, 1, 1, 0], [0, 0, 0, 0, 1]) == 2 * (1 + 5) / 2**5  # four to one
-    assert mcnemar([1, 0], [0, 1]) == 1.0  # one to one: more than all there is
-    assert 0 <= mcnemar([1] * 2000, [0] * 2000) < 1e-300  # no overflow
+def test_on_right_and_wrong_answers_sign_flips_are_mcnemars_exact_test():
+    def p(ups, downs, ties=3):
+        return sign_flips([1] * ups + [0] * ties + [-1] * downs)
+
+    assert p(0, 0) == p(1, 1) == 1.0  # one to one: more than all there is
+    assert p(6, 0) == p(0, 6) == 2 / 2**6  # six to none
+    assert p(4, 1) == 2 * (1 + 5) / 2**5  # four to one
+    one_side = sum(math.comb(40, i) for i in range(15)) / 2**40  # 26 to 14, where signs are drawn
+    assert p(26, 14) == pytest.approx(2 * one_side, abs=0.01)
+    assert p(500, 0) == 1 / 10001  # no less than one draw says
 
 
 def test_the_bootstrap_interval_is_seeded_and_close_to_the_textbooks():
@@ -193,16 +168,10 @@ TASK = types.SimpleNamespace(prompt=lambda e, latent: e, reward=lambda e, text: 
                              ANSWER="answer")
 
 
-def test_the_first_pass_keeps_the_latents_of_the_stories_that_ran_any(model, tok, monkeypatch, rollouts):
-    monkeypatch.setattr(evaluation, "generate", lambda *a, stats, **k: stats.update(positions=1) or rollouts)
-    kept = latents_of_others(model, tok, TASK, PROMPTS, samples=2)
-    assert [len(z) for z in kept] == [n for n in LATENTS if n]
-
-
 def test_all_controls_run_on_the_same_examples_and_without_tags_only_the_forced_answer_differs(model, tok):
     rows = run_controls(model, tok, TASK, PROMPTS, PROMPTS[:2], max_new_tokens=12)
     names = [name for name, _ in rows]
-    without = ("latents: mean", "latents: other")  # nothing to take them from
+    without = ("latents: mean", "latents: shuffled")  # nothing to take them from
     assert names == [n for n, _ in evaluation.CONTROLS if n not in without]
     for name, r in rows:
         d, scores, tokens = r["against_plain"], r["per_example"]["score"], r["per_example"]["tokens"]
@@ -214,10 +183,11 @@ def test_all_controls_run_on_the_same_examples_and_without_tags_only_the_forced_
     tests = [r["against_plain"][f"{what}_p"] for _, r in rows[1:] for what in ("accuracy", "tokens")]
     corrected = [r["against_plain"][f"{what}_holm"] for _, r in rows[1:] for what in ("accuracy", "tokens")]
     assert corrected == holm(tests)
-    table = controls_table(rows)
-    assert len(table.split("\n\n")[0].splitlines()) == 2 + len(rows)
-    assert f"corrected for all {len(tests)} tests" in table and "| nothing |" in table
-    assert controls_table(rows, "reward") == table.replace("accuracy", "reward")
+    said = table(rows)
+    lines = said.split("\n\n")[0].splitlines()
+    assert len(lines) == 2 + len(rows) and {line.count("|") for line in lines} == {16}
+    assert f"corrected for all {len(tests)} tests" in said and "| nothing |" in said
+    assert table(rows, "reward") == said.replace("accuracy", "reward")
 
 
 def test_the_nearest_words_of_an_embedding_are_that_word_first_and_what_the_head_says_of_it(model, tok):
@@ -233,24 +203,12 @@ def test_the_command_runs_them_all_and_writes_them_down(tmp_path, monkeypatch, c
     model, tokenizer = load("tiny", "cpu")
     model.projector_trained = True
     save(model, tokenizer, str(tmp_path / "m"))
-    words = ["--controls", "--model", str(tmp_path / "m"), "--n", "2", "--max-new-tokens", "24",
-             "--json", str(tmp_path / "c.json")]
-    monkeypatch.setattr("sys.argv", ["eval.py", *words])
+    words = ["--controls", "--model", str(tmp_path / "m"), "--n", "2", "--max-new-tokens", "24"]
+    monkeypatch.setattr("sys.argv", ["eval.py", *words, "--json", str(tmp_path / "c.json")])
     evaluation.main()
     printed = capsys.readouterr().out
-    rows = json.load(open(tmp_path / "c.json"))
-    assert [r["control"] for r in rows] == [name for name, _ in evaluation.CONTROLS]
-    assert all(r["control"] in printed for r in rows)
-    by = {r["control"]: r for r in rows}
+    by = {row["control"]: row for row in json.load(open(tmp_path / "c.json"))}
+    assert list(by) == [name for name, _ in evaluation.CONTROLS] and all(name in printed for name in by)
     assert by["plain"]["latent_steps"] > 0 == by["latents: none"]["latent_steps"]
     assert by["tag forbidden"]["latent_steps"] == by["tag forbidden"]["tags"] == 0
     assert by["plain"]["against_plain"]["accuracy_p"] == 1 and by["answer forced at once"]["tokens"] < 10
-
-
-@pytest.mark.parametrize("words, says", [
-    (("--controls", "--latent", "zeros"), "--controls"), (("--n-latents", 9), "at most 8"),
-    (("--n-latents", 2, "--tag", "forbidden"), "choose one")])
-def test_flags_that_do_not_go_together_end_in_one_line(words, says, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["eval.py", *map(str, words)])
-    with pytest.raises(UserError, match=says):
-        evaluation.main()

@@ -82,7 +82,7 @@ def test_a_recorded_step_gives_the_rollouts_of_a_plain_one(exact):
 def test_a_row_alone_is_the_row_in_a_batch(exact):
     model, tokenizer = exact
     together = sampled(model, tokenizer)
-    few = sampled(model, tokenizer, rows=16)
+    few = sampled(model, tokenizer, gen_batch_size=16)
     assert [r.slots for r in together] == [r.slots for r in few]
 
 

@@ -1,5 +1,4 @@
 """Traces get their tags as in the paper, checkpoints come back whole, tasks reward the right answer."""
-import importlib
 import json
 import os
 import random
@@ -7,11 +6,12 @@ import shutil
 
 import pytest
 import torch
-from conftest import PROMPTS, ROOT, close, random_qwen2, tag, with_projector
+from conftest import PROMPTS, close, random_qwen2, tag, with_projector
 from safetensors import safe_open
+from test_real_tasks import one_line, shared
 from transformers import AutoModelForCausalLM
 
-from data import boxed, has_verdict, load_task
+from data import SPLITS, boxed, has_verdict, load_task
 from litereason import CAP, UserError, attach, generate, load, parse_tags, save
 from lib.run import run_script
 from train_projector import SENTENCE, mask_sentences, sentences_of, split_answer
@@ -44,27 +44,16 @@ def test_n_is_a_fifth_of_the_sentences_tokens_within_1_and_the_cap(tok, length, 
     assert len(tok.encode(sentence)) == length
     assert mask(tok, sentence, 1.0) == tag(n)
     assert mask(tok, f"  {sentence}\n", 1.0) == tag(n)  # the space around a sentence is not counted
-
-
-def test_n_follows_another_cap(tok):
     assert mask(tok, "a" * 99 + ".", 1.0, cap=9) == tag(9)
 
 
-def test_the_seed_decides_which_sentences(tok):
+def test_the_seed_decides_which_sentences_and_one_space_stands_on_each_side_of_a_tag(tok):
     masked = [mask(tok, STORY, 0.34, seed) for seed in range(20)]
-    assert masked == [mask(tok, STORY, 0.34, seed) for seed in range(20)]
-    assert len(set(masked)) > 5
-
-
-def test_there_is_one_space_on_each_side_of_a_tag(tok):
-    for seed in range(20):
-        masked = mask(tok, STORY, 0.5, seed)
-        for a, b, _ in parse_tags(masked):
-            assert a == 0 or masked[a - 1] == " " and masked[a - 2] not in " \n"
-            assert b == len(masked) or masked[b] == " " and masked[b + 1] not in " \n"
-
-
-def test_adjacent_tags_have_one_space_between_them(tok):
+    assert masked == [mask(tok, STORY, 0.34, seed) for seed in range(20)] and len(set(masked)) > 5
+    for text in masked:
+        for a, b, _ in parse_tags(text):
+            assert a == 0 or text[a - 1] == " " and text[a - 2] not in " \n"
+            assert b == len(text) or text[b] == " " and text[b + 1] not in " \n"
     assert mask(tok, "It was. It is.", 1.0) == f"{tag(1)} {tag(1)}"
 
 
@@ -93,21 +82,17 @@ def test_a_sentence_ends_with_what_closes_it(text, sentences):
 
 
 def test_the_sentences_of_real_stories_join_to_them_and_curly_quotes_end_as_straight_ones():
-    path = os.path.join(ROOT, "..", "shared", "data", "flawed_fictions_subset.jsonl")
-    if not os.path.exists(path):
-        pytest.skip(f"no benchmark stories at {os.path.normpath(path)}")
     straight = str.maketrans("“”‘’", "\"\"''")
-    with open(path, encoding="utf-8") as f:
+    with open(shared("flawed_fictions_subset.jsonl"), encoding="utf-8") as f:
         stories = [json.loads(line)["story"].replace("</p>", "\n") for line in f]
     for story in stories:
         assert "".join(SENTENCE.findall(story)) == story
         same = [sentence.translate(straight) for sentence in sentences_of(story)]
         assert same == sentences_of(story.translate(straight))
-    assert sum("”" in story for story in stories) == 81
 
 
-@pytest.mark.parametrize("text", ["." * 100_000, ".”" * 50_000, "." + "”" * 100_000 + "x", "…" * 100_000 + "x",
-                                  "。*" * 50_000, " " * 100_000, ".*" * 50_000 + "x", "a" * 100_000])
+@pytest.mark.parametrize("text", ["." * 100_000, ".”" * 50_000, "." + "”" * 100_000 + "x", "。*" * 50_000,
+                                  " " * 100_000, "a" * 100_000])
 def test_sentences_of_a_hostile_text_take_a_moment(text):
     assert "".join(SENTENCE.findall(text)) == text  # in quadratic time this would be minutes
 
@@ -128,11 +113,10 @@ def test_the_answer_begins_at_the_last_marker():
 
 
 @pytest.mark.parametrize("text, content", [
-    ("\\boxed{Yes}", "Yes"), ("so \\boxed{ No }.", "No"), ("\\boxed{\\text{Yes}}", "Yes"),
-    ("\\boxed{\\textbf{No}}", "No"), ("\\boxed{a{b}{c{d}}e} }", "a{b}{c{d}}e"), ("\\boxed{}", ""),
-    ("\\boxed{Yes} then \\boxed{No}", "No"),  # the last one counts
+    ("so \\boxed{ No }.", "No"), ("\\boxed{\\textbf{No}}", "No"), ("\\boxed{a{b}{c{d}}e} }", "a{b}{c{d}}e"),
+    ("\\boxed{}", ""), ("\\boxed{Yes} then \\boxed{No}", "No"),  # the last one counts
     ("\\boxed{Yes} then \\boxed{N", None),  # also when it is cut
-    ("\\boxed{a{b}", None), ("\\boxed", None), ("boxed{Yes}", None), ("Yes", None), ("", None),
+    ("\\boxed{a{b}", None), ("boxed{Yes}", None), ("", None),
 ])
 def test_the_box(text, content):
     assert boxed(text) == content
@@ -159,7 +143,7 @@ def test_save_and_load_give_the_same_model(model, tok, tmp_path):
         assert a.slots == b.slots and torch.equal(a.logprobs, b.logprobs)
 
 
-def test_the_checkpoint_has_the_names_of_the_released_code(model, tok, tmp_path):
+def test_the_checkpoint_has_the_names_of_the_released_code_and_is_an_ordinary_model(model, tok, tmp_path):
     save(model, tok, tmp_path / "out")
     config = json.load(open(tmp_path / "out" / "config.json"))
     assert config["is_litereason_model"] is True
@@ -169,10 +153,6 @@ def test_the_checkpoint_has_the_names_of_the_released_code(model, tok, tmp_path)
         names = {k for k in f.keys() if k.startswith("reasoning_projector")}
     assert names == {f"reasoning_projector.{i}.{part}_proj.weight" for i in range(3)
                      for part in ("gate", "up", "down")}
-
-
-def test_the_checkpoint_is_still_an_ordinary_model_for_transformers(model, tok, tmp_path):
-    save(model, tok, tmp_path / "out")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float64)
     ids = torch.tensor([tok.encode("abc")])
     close(plain(ids).logits, model(ids).logits)
@@ -210,29 +190,23 @@ def test_the_number_of_projector_layers_comes_from_the_checkpoint(tok, tmp_path)
     assert len(load64(tmp_path / "out")[0].reasoning_projector) == 2
 
 
-def one_line(action, message):
-    with pytest.raises(UserError, match=message) as e:
-        action()
-    assert str(e.value) and "\n" not in str(e.value)
-
-
 def test_a_bad_path_is_refused_in_one_line(tmp_path):
-    one_line(lambda: load(str(tmp_path / "nothing")), "no model directory")
-    one_line(lambda: load("./nothing"), "no model directory")
-    one_line(lambda: load(str(tmp_path)), "no config.json")
     (tmp_path / "file").write_text("x")
-    one_line(lambda: load(str(tmp_path / "file")), "no model directory")
-    (tmp_path / "config.json").write_text("{")
-    one_line(lambda: load(str(tmp_path)), "cannot load")
-    one_line(lambda: load("nobody/nothing"), "cannot fetch 'nobody/nothing' from the hub")
-    one_line(lambda: load("Qwen9-1B"), "cannot fetch 'Qwen/Qwen9-1B' from the hub")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "config.json").write_text("{")
+    for name, message in ((tmp_path / "nothing", "no model directory"), ("./nothing", "no model directory"),
+                          (tmp_path, "no config.json"), (tmp_path / "file", "no model directory"),
+                          (tmp_path / "bad", "cannot load"),
+                          ("nobody/nothing", "cannot fetch 'nobody/nothing' from the hub"),
+                          ("Qwen9-1B", "cannot fetch 'Qwen/Qwen9-1B' from the hub")):
+        one_line(message, load, str(name))
 
 
-@pytest.mark.parametrize("cap", [0, -1, 65, 2.5, "5", None])
+@pytest.mark.parametrize("cap", [0, 65, 2.5, None])
 def test_a_bad_cap_is_refused_in_one_line(tok, cap):
     base = random_qwen2(len(tok), tok.eos_token_id)
     base.config.litereason_max_reasoning_steps = cap
-    one_line(lambda: attach(base), "litereason_max_reasoning_steps")
+    one_line("litereason_max_reasoning_steps", attach, base)
 
 
 def test_a_damaged_checkpoint_is_refused_in_one_line(model, tok, tmp_path):
@@ -242,19 +216,15 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(model, tok, tmp_path):
         return shutil.copytree(tmp_path / "good", tmp_path / name)
 
     os.remove(damaged("no_weights") / "model.safetensors")
-    one_line(lambda: load64(tmp_path / "no_weights"), "cannot load")
+    one_line("cannot load", load64, tmp_path / "no_weights")
     file = damaged("cut") / "model.safetensors"
     file.write_bytes(file.read_bytes()[:5000])
-    one_line(lambda: load64(tmp_path / "cut"), "cut")
+    one_line("cut", load64, tmp_path / "cut")
     config = json.load(open(tmp_path / "good" / "config.json"))
     config["litereason_num_reasoning_layers"] = 4
     (damaged("layers") / "config.json").write_text(json.dumps(config))
-    one_line(lambda: load64(tmp_path / "layers"), "does not fit")
-
-
-def test_a_place_that_cannot_be_written_is_named_in_one_line(model, tok, tmp_path):
-    (tmp_path / "file").write_text("x")
-    one_line(lambda: save(model, tok, tmp_path / "file" / "out"), "cannot write")
+    one_line("does not fit", load64, tmp_path / "layers")
+    one_line("cannot write", save, model, tok, file / "out")
 
 
 def test_a_script_ends_with_one_line_and_exit_code_2(capsys):
@@ -262,22 +232,23 @@ def test_a_script_ends_with_one_line_and_exit_code_2(capsys):
         raise UserError("no such thing")
     with pytest.raises(SystemExit) as e:
         run_script(main)
-    assert e.value.code == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.endswith("error: no such thing\n") and err.count("\n") == 1
+    assert e.value.code == 2 and out == "" and err.endswith("error: no such thing\n") and err.count("\n") == 1
 
 
 # ---------------------------------------------------------------- the shipped tasks: examples, prompt, reward
-@pytest.fixture(params=["data.tiny", "data.tiny.next_chapter"])
+@pytest.fixture(params=["tiny", "tiny.next_chapter"])
 def task(request):
-    return importlib.import_module(request.param)
+    return load_task(request.param)
 
 
-def test_the_splits_are_disjoint_and_the_same_every_time(task):
-    splits = {s: task.examples(s) for s in ("train", "val", "test")}
+def test_the_splits_are_disjoint_and_the_same_every_time_and_no_other_is_known(task):
+    splits = {s: task.examples(s) for s in SPLITS}
     assert all(rows and rows == task.examples(s) for s, rows in splits.items())
     stories = [row["story"] for rows in splits.values() for row in rows]
     assert len(set(stories)) == len(stories)
+    with pytest.raises(ValueError, match="not 'trian'"):
+        task.examples("trian")
 
 
 def test_prompts_offer_the_tag_only_where_latents_are_wanted_and_it_is_not_a_valid_one(task):
@@ -288,37 +259,11 @@ def test_prompts_offer_the_tag_only_where_latents_are_wanted_and_it_is_not_a_val
         assert not parse_tags(with_tag)
 
 
-def test_an_unknown_split_is_refused(task):
-    with pytest.raises(ValueError, match="not 'trian'"):
-        task.examples("trian")
-
-
-def test_half_of_the_plot_hole_stories_have_a_hole():
-    task = importlib.import_module("data.tiny")
-    for split in ("train", "val", "test"):
-        labels = [bool(row["label"]) for row in task.examples(split)]
+def test_half_of_the_plot_hole_stories_have_a_hole_and_another_chapter_is_another():
+    for split in SPLITS:
+        labels = [row["label"] for row in load_task("tiny").examples(split)]
         assert 2 * sum(labels) == len(labels)
-
-
-def test_the_plot_hole_reward_reads_the_gold_answer_and_the_last_box_alone():
-    task = importlib.import_module("data.tiny")
-    yes, no = (next(r for r in task.examples("val") if bool(r["label"]) == label) for label in (True, False))
-    for row, other in ((yes, no), (no, yes)):
-        right, wrong = task.answer(row), task.answer(other)
-        assert right != wrong and boxed(right)
-        for text in (right, f"{PROMPTS[0]}. {right}", f"{wrong} {right}"):
-            assert task.reward(row, text) == 1
-        assert task.reward(row, f"{right} {wrong}") == task.reward(row, wrong) == 0
-        both = right.replace(boxed(right), "Yes No")
-        empty = right.replace(boxed(right), "")
-        for text in ("", "Yes No", boxed(right), right[:-1], both, f"{right} \\boxed{{", empty):
-            assert task.reward(row, text) == 0
-
-
-def test_the_chapter_of_another_story_is_another_chapter():
-    task = importlib.import_module("data.tiny.next_chapter")
-    for row in task.examples("val"):
-        assert row["other"] != row["chapter"]
+    assert all(row["other"] != row["chapter"] for row in load_task("tiny.next_chapter").examples("val"))
 
 
 @pytest.mark.parametrize("name, read, unread", [

@@ -118,7 +118,7 @@ def test_a_row_alone_equals_the_row_in_a_mixed_batch(model, tok, rollouts):
 def test_the_seed_alone_decides_what_is_sampled_not_the_batch_size(model, tok, rows):
     settings = dict(samples=2, max_new_tokens=25, temperature=0.9, top_p=0.9, top_k=20)
     reference = generate(model, tok, PROMPTS, generator=seeded(3), **settings)
-    again = generate(model, tok, PROMPTS, generator=seeded(3), rows=rows, **settings)
+    again = generate(model, tok, PROMPTS, generator=seeded(3), gen_batch_size=rows, **settings)
     for a, b in zip(again, reference, strict=True):
         same(a, b)
         assert a.prompt == b.prompt
@@ -129,7 +129,7 @@ def test_the_seed_alone_decides_what_is_sampled_not_the_batch_size(model, tok, r
 
 @pytest.mark.parametrize("rows", [1, 3, 4])
 def test_the_scripted_rows_do_not_depend_on_the_batch_size_either(model, tok, rollouts, rows):
-    for a, b in zip(write(model, tok, PROMPTS, TEXTS, LIMIT, samples=2, rows=rows), rollouts, strict=True):
+    for a, b in zip(write(model, tok, PROMPTS, TEXTS, LIMIT, samples=2, gen_batch_size=rows), rollouts, strict=True):
         same(a, b)
 
 

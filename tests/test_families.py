@@ -16,7 +16,7 @@ from transformers.models.qwen3 import modeling_qwen3
 
 import litereason
 from lib import checkpoint
-import targets
+import train_projector
 from data import next_chapter as nc
 from lib.memory import checkpoint_layers
 from litereason import UserError, generate, load, logprobs, projector_loss, save, unroll
@@ -106,7 +106,7 @@ def test_embeddings_are_measured_as_they_are_fed(family):
     fed = family.get_input_embeddings()(torch.arange(len(words)))
     assert torch.equal(words, fed) and torch.equal(litereason.word_embeddings(family, 5), fed[:5])
     close(litereason.PauseToken.start(family).vector, fed.mean(0), 1e-12)
-    error = targets.squared_error(family, fed.mean(0).expand_as(fed), fed) / len(fed)
+    error = train_projector.squared_error(family, fed.mean(0).expand_as(fed), fed) / len(fed)
     assert 0.9 < error < 1.1  # in units of their variance
 
 

@@ -184,7 +184,7 @@ def test_its_cost_its_start_and_its_file_need_nothing_more(gru, tok, tmp_path):
     PROJECTORS["gru"] = GRU
 
 
-SIZES = ("--device", "cpu", "--n", 2, "--val", 2, "--train-prompts", 4, "--prompts", 2, "--group", 4,
+SIZES = ("--device", "cpu", "--n", 2, "--val", 2, "--train-prompts", 4, "--prompts", 2, "--num-generations", 4,
          "--max-new-tokens", 120, "--projector-steps", 2, "--trace-prompts", 12, "--show-every", 0)
 
 

@@ -156,7 +156,6 @@ def scored(tmp_path, monkeypatch, model, tok):
     rows = [{"book": name, "number": 2, "story": f"{name} was here. " + hostile,
              "chapter": f"Then {name} went."} for name, hostile in zip(("Ann", "Bob"), HOSTILE)]
     (tmp_path / "next_chapter" / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    monkeypatch.setattr(nc, "_known", {})
     model.config.max_position_embeddings = 1500
     read, score = [], nc.logprobs
     monkeypatch.setattr(nc, "logprobs", lambda model, batch: read.extend(batch) or score(model, batch))

@@ -20,7 +20,7 @@ from conftest import ROOT, close, naive, random_qwen2, tag, with_projector, writ
 from safetensors.torch import load_file, save_file
 
 from data import boxed, perplexity
-from data.flawed_fictions import quotes, reward, verdict
+from data.flawed_fictions import reward, verdict
 from data.next_chapter import plan_of
 from litereason import (CLOSE, DIGITS, LATENT, OPEN, SPACE, UserError, attach, insert_latents, load,
                         parse_tags, save, watcher)
@@ -244,7 +244,7 @@ class Letters:
         return list(text)
 
 
-@pytest.mark.parametrize("read", [parse_tags, boxed, verdict, quotes, plan_of, None],
+@pytest.mark.parametrize("read", [parse_tags, boxed, verdict, plan_of, None],
                          ids=lambda f: getattr(f, "__name__", "mask_sentences"))
 def test_no_text_takes_long_to_read(read):
     """2,048 tokens of real Qwen can be 131,072 dots or spaces: what takes n * n steps would stand still."""

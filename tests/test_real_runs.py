@@ -4,7 +4,6 @@ The model is random and made to write; no number here says anything about a trai
 is looked for there; where it is absent these tests skip."""
 import json
 import shutil
-import types
 
 import pytest
 import torch
@@ -15,13 +14,12 @@ from test_real_tasks import jsonl, one_line, run, shared, stories
 import data
 import eval as evaluation
 import litereason
-from lib import checkpoint, display
-from results import plots
 import train_projector
 import train_rl
 from data import flawed_fictions as ff, next_chapter as nc
 from data.flawed_fictions import prepare as ff_prepare
 from data.next_chapter import prepare as nc_prepare
+from lib import checkpoint
 from litereason import load, save
 
 EOS = [151645, 151643]  # a chat model: it ends at <|im_end|>
@@ -90,7 +88,7 @@ def test_all_stages_of_the_plot_hole_task_run_on_real_stories(tmp_path, data_fol
     run(train_rl, "--model", base, *common, *smoke, "--out", tmp_path / "rl")
     said = capsys.readouterr().out
     for what in ("4 steps, 2 on each batch of 8 rollouts of up to 60 tokens, 4 for each of 2 prompts",
-                 "not as released: lr 0.00012 (released: 5e-07), group 4 (released: 16)",
+                 "num_generations 4 (released: 16)", "lr 0.00012 (released: 5e-07)", "pace: ",
                  "then 1 steps, 32 masked traces each", "stage 2: validation loss", "precision"):
         assert what in said
     metrics = [json.loads(line) for line in open(tmp_path / "rl" / "metrics.jsonl")]
@@ -103,10 +101,10 @@ def test_all_stages_of_the_plot_hole_task_run_on_real_stories(tmp_path, data_fol
     assert rows["LiteReason"]["latent_steps"] == 2 and "f1" in rows["LiteReason"]
     # the answer forced at once: its opening stands after the header of the answer
     force("{}}", ("Yes", "No"))
-    run(evaluation, "--model", tmp_path / "rl", *common, "--at-once", "--n", 4, "--show", 1,
-        "--max-new-tokens", 5, "--json", tmp_path / "e.json")
-    assert "assistant\n\\boxed{\n>>> " in capsys.readouterr().out
-    row = json.load(open(tmp_path / "e.json"))
+    model, tokenizer = load(tmp_path / "rl", "cpu")
+    row, rollouts = evaluation.evaluate(model, tokenizer, ff, ff.examples("test")[:4], at_once=True,
+                                        max_new_tokens=5, **evaluation.PAPER)
+    assert tokenizer.decode(rollouts[0].prompt_ids).endswith("assistant\n\\boxed{")
     assert row["no_verdict"] == 0 and row["text_tokens"] == 3 and row["truncated"] == 0
     # a model that writes no box: the run ends, with the rows of the base and what would help (in test_smoke.py
     # the smoke run goes on)
@@ -127,34 +125,17 @@ def test_all_stages_of_the_next_chapter_task_run_on_a_real_book(
     base = random_model(tmp_path / "base", real_tok, 151936, EOS)
     force(f"The king was old. {tag(1)} His son was not.\nIn summary: the{{}} comes.", (" king", " son"))
     common = ("--task", "next_chapter", "--device", "cpu", "--max-new-tokens", 60)
-    run(train_rl, "--model", base, *common, "--train-prompts", 4, "--prompts", 2, "--group", 3, "--steps", 2,
-        "--trace-prompts", 12, "--targets", "none", "--reward", "vrcli", "--projector-steps", 1, "--n", 1,
+    run(train_rl, "--model", base, *common, "--train-prompts", 4, "--prompts", 2, "--num-generations", 3,
+        "--steps", 2, "--trace-prompts", 12, "--targets", "none", "--reward", "vrcli", "--projector-steps", 1, "--n", 1,
         "--val", 2, "--out", tmp_path / "rl")
     metrics = [json.loads(line) for line in open(tmp_path / "rl" / "metrics.jsonl")]
     assert all(m["latent_steps"] == 1 for m in metrics) and metrics[0]["zero_variance"] < 1
     assert nc.settings["reward"] == "vrcli"
-    words = ("--n", 2, "--write", 2, "--out", tmp_path / "chapters")
-    run(evaluation, "--model", tmp_path / "rl", *common, *words)
+    run(evaluation, "--model", tmp_path / "rl", *common, "--n", 2)
     assert "improvement_other_plan" in capsys.readouterr().out
     reader, policy = nc.settings["scorer"][0], load(tmp_path / "rl", "cpu")[0]
     a, b, c = (m.model.layers[0].mlp.up_proj.weight for m in (reader, load(base, "cpu")[0], policy))
     assert torch.equal(a, b) and not torch.equal(a, c)  # a run is read by the base that it was trained from
-    text = (tmp_path / "chapters" / "chapters.md").read_text()
-    assert (text.count("\n## ") == 2 and text.count("Its plan: the ") == 2
-            and text.count("| the true chapter |") == 2)
-    assert nc.examples("test")[0]["chapter"].split("\n")[0][:20].replace("'", "&#x27;") in text
-
-
-def test_chapters_written_before_a_stop_are_kept(tmp_path, monkeypatch, model, tok):
-    made = iter(["one", "two", "three"])
-    monkeypatch.setattr(display, "generate", lambda *_, **__: [types.SimpleNamespace(text=next(made))])
-    task = types.SimpleNamespace(scorer=lambda: (model, tok), chapter_prompt=nc.chapter_prompt)
-    rows = [{"book": f"b{i}", "number": i, "story": "s", "chapter": "a | <b>\nc"} for i in (1, 2)]
-    with open(tmp_path / "c.md", "w") as f, pytest.raises(StopIteration):
-        display.write_chapters(task, rows, ["plan <1>", "p|2"], 2, {}, f)
-    text = (tmp_path / "c.md").read_text()
-    assert "## b1, 1" in text and "b2" not in text and "plan &lt;1&gt;" in text
-    assert "| one | two | three | a &#124; &lt;b&gt;<br>c |" in text
 
 
 # ---------------------------------------------------------------- the hooks, with the small tokenizer
@@ -163,30 +144,22 @@ def small(tmp_path, tok):
     return random_model(tmp_path / "small", tok, len(tok), tok.eos_token_id)
 
 
-def arguments(**changes):
-    return types.SimpleNamespace(**{"task": None, "reward": None, "scorer": None, "seed": 3, "device": "cpu",
-                                    **changes})
-
-
 def test_the_default_task_is_the_tiny_world_for_a_model_that_reads_it_whatever_its_size(small, tmp_path):
-    for name, task in (("tiny", "tiny"), (small, "flawed_fictions"), ("Qwen2.5-1.5B", "flawed_fictions")):
-        args = arguments()
-        assert data.choose_task(args, str(name)) is data.load_task(task) and args.task == task
     shutil.copytree(checkpoint.TINY, tmp_path / "run" / "model")
-    data.choose_task(args := arguments(), str(tmp_path / "run"))
-    assert args.task == "tiny"
+    for model, task in (("tiny", "tiny"), (small, "flawed_fictions"), ("Qwen2.5-1.5B", "flawed_fictions"),
+                        (tmp_path / "run", "tiny")):
+        assert data.choose_task(None, str(model)) == (task, data.load_task(task))
 
 
 def test_reward_and_scorer_go_to_tasks_with_a_scorer_only(small, data_folder):
     model = load(small, "cpu")[0]
-    for flag in ({"reward": "vrcli"}, {"scorer": "tiny"}):
-        args = arguments(task="flawed_fictions", **flag)
+    for flags in (("vrcli", None), (None, "tiny")):
         one_line("--reward and --scorer are for tasks with a scorer .*; flawed_fictions has none",
-                 data.choose_task, args, str(small))
-    data.start_task(arguments(task="next_chapter", reward="thresholded"), nc, str(small))
+                 data.choose_task, "flawed_fictions", str(small), *flags)
+    data.start_task(nc, str(small), "thresholded", None, 3, "cpu")
     assert (nc.settings["reward"], nc.settings["seed"]) == ("thresholded", 3)
     assert not any(p.requires_grad for p in nc.settings["scorer"][0].parameters())
-    data.start_task(arguments(task="next_chapter", scorer="tiny"), nc, str(small))
+    data.start_task(nc, str(small), None, "tiny", 3, "cpu")
     assert nc.settings["scorer"][0].config.vocab_size != model.config.vocab_size
 
 
@@ -196,20 +169,6 @@ def test_the_step_reaches_the_task_and_evaluation_is_step_0(data_folder, monkeyp
     assert isinstance(data.score(nc, [{}], ["x"], 7)[0], float)
     data.score(nc, [{}], ["x"])
     assert seen == [7, 0]
-
-
-def test_tables_of_several_runs_average_lists_too(tmp_path):
-    row = {"model": "m", "accuracy": 0.5, "accuracy_ci95": [0.4, 0.6], "tokens": 1, "text_tokens": 1,
-           "latent_steps": 0, "tags": 0, "truncated": 0, "forward_positions": 3, "seconds": 1,
-           "improvement_ci95": [1.0, 2.0], "f1": 0.2}
-    for i in (0, 1):
-        (tmp_path / str(i)).mkdir()
-        changed = {**row, "f1": 0.2 + 0.2 * i, "improvement_ci95": [1.0 + i, 2.0 + i]}
-        (tmp_path / str(i) / "results.json").write_text(json.dumps([changed]))
-    rows = plots.collect([str(tmp_path / "0"), str(tmp_path / "1")])
-    mean = rows[0][1]
-    assert mean["improvement_ci95"] == [1.5, 2.5] and mean["f1"] == pytest.approx(0.3) and mean["runs"] == 2
-    assert display.table(rows).endswith("\nm: improvement_ci95 1.500 to 2.500, f1 0.300")
 
 
 # ---------------------------------------------------------------- bad input
@@ -226,20 +185,3 @@ def test_unprepared_data_and_stories_that_do_not_fit_end_in_one_line(tmp_path, d
     one_line("prompt 0 has [0-9]+ tokens; with 4000 new ones that is more than the model's 4096 positions: "
              "lower --max-new-tokens", run, train_rl, *words, "--max-new-tokens", 4000, *out)
     assert not (tmp_path / "o" / "traces.jsonl").exists()
-
-
-def test_write_needs_a_place_and_a_task_with_chapters(tmp_path, small):
-    words = ("--model", small, "--task", "tiny", "--device", "cpu", "--write", 1)
-    one_line("--write needs --out", run, evaluation, *words)
-    one_line("--write is for tasks .*; tiny is none", run, evaluation, *words, "--out", tmp_path / "o")
-
-
-def test_the_pace_is_measured_on_this_machine_and_grows_with_the_run(small, tok):
-    model, tokenizer = load(small, "cpu")
-    args = types.SimpleNamespace(**{**train_rl.RELEASED, "group": 2, "prompts": 4, "rows": 4,
-                                    "tokens_per_forward": 1000, "max_new_tokens": 50})
-    hours = lambda text: float(text.split("batches: ")[1].split()[0])
-    text = display.pace(model, tokenizer, [[5, 6, 7], [5] * 20], args)
-    args.steps = 10**7
-    assert "180 batches" in text and hours(display.pace(model, tokenizer, [[5] * 20], args)) > hours(text)
-    assert all(p.grad is None for p in model.parameters())

@@ -218,7 +218,7 @@ def test_a_prompt_is_what_the_models_template_makes_of_it_default_system_prompt_
 # ---------------------------------------------------------------- stops
 LAYERS = [0, 1, 2, 27, 28, 29]  # of SmolLM2's 30: states on the disk of less than half the size
 WORDS = ("--task", "easy", "--device", "cpu", "--train-prompts", 2, "--trace-prompts", 2, "--prompts", 2,
-         "--group", 2, "--minibatches", 2, "--steps", 2, "--max-new-tokens", 28, "--projector-steps", 2,
+         "--num-generations", 2, "--minibatches", 2, "--steps", 2, "--max-new-tokens", 28, "--projector-steps", 2,
          "--n", 0, "--val", 0, "--save-every", 1, "--show-every", 0)
 
 

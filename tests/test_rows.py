@@ -34,7 +34,7 @@ def run(model, tok, rows, lengths=LENGTHS, **settings):
     shapes, forward = [], kv_cache.forward
     kv_cache.forward = lambda m, x, *rest: shapes.append(tuple(x.shape[:2])) or forward(m, x, *rest)
     try:
-        return write(model, tok, prompts, texts, LIMIT, len(lengths[0]), rows=rows, **settings), shapes
+        return write(model, tok, prompts, texts, LIMIT, len(lengths[0]), gen_batch_size=rows, **settings), shapes
     finally:
         kv_cache.forward = forward
 
@@ -109,7 +109,7 @@ def test_a_row_that_breaks_does_not_break_the_one_that_takes_its_place(tok, monk
 def test_no_step_is_run_for_rows_that_are_all_at_the_limit(model, tok, limit, monkeypatch):
     monkeypatch.setattr(checkpoint, "stop_tokens", lambda *_: [-7])
     stats, prompts = {}, [[5] * (1 + i) for i in range(6)]
-    rollouts = generate(model, tok, prompts, 2, limit, rows=4, stats=stats)
+    rollouts = generate(model, tok, prompts, 2, limit, gen_batch_size=4, stats=stats)
     assert ([r.prompt for r in rollouts] == [i for i in range(6) for _ in (0, 1)]
             and all(len(r.slots) == limit for r in rollouts))
     assert stats["positions"] == sum(map(len, prompts)) + 12 * (limit - 1)
@@ -254,7 +254,7 @@ def test_where_rows_cannot_be_chosen_the_projector_runs_on_those_that_may_be_in_
                         lambda self, h, m: seen.append(len(h)) or forward(self, h, m))
     monkeypatch.setattr(litereason, "sample", sample)
     prompts, stats = [r.prompt_ids for r in plain[::2]], {}
-    equal(generate(model, tok, prompts, 2, LIMIT, generator=torch.Generator().manual_seed(0), rows=10,
+    equal(generate(model, tok, prompts, 2, LIMIT, generator=torch.Generator().manual_seed(0), gen_batch_size=10,
                    stats=stats), plain)
     assert sum(r.n_latents for r in plain) <= sum(seen) < 0.7 * (stats["positions"] - sum(map(len, prompts)))
 

@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT
 
 import litereason
-from lib import display, run as runs
+from lib import run as runs
 import train_rl
 from data import next_chapter
 
@@ -23,7 +23,7 @@ SCRIPTS = ["train_projector.py", "train_rl.py", "eval.py", "results/baselines.py
            "results/reproduce.py", "results/check_tiny.py", "tests/bench.py"]
 PEOPLE_RUN = ["train_rl.py", "train_projector.py", "eval.py", "results/baselines.py", "results/reproduce.py"]
 # A run of train_rl.py that is as short as it can be and still has groups with a winner and a loser.
-SHORT = ("--steps", 2, "--prompts", 4, "--group", 4, "--n", 0, "--max-new-tokens", 100)
+SHORT = ("--steps", 2, "--prompts", 4, "--num-generations", 4, "--n", 0, "--max-new-tokens", 100)
 
 
 def start(*words):
@@ -41,7 +41,6 @@ def script(*words):
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))
-        stack.enter_context(runs.signals_restored())
         stack.enter_context(torch.random.fork_rng(devices=[]))
         # The benchmarks put functions of their own into litereason and runs.
         for names in (os.environ, next_chapter.settings, vars(litereason), vars(runs)):
@@ -68,7 +67,7 @@ def processes(tmp_path_factory):
     all three stages, cut to two steps."""
     out = tmp_path_factory.mktemp("trained") / "rl"
     words = ("--steps", 2, "--train-prompts", 8, "--projector-steps", 2, "--trace-prompts", 8, "--n", 1,
-             "--val", 2, "--prompts", 4, "--group", 4, "--max-new-tokens", 100, "--out", out)
+             "--val", 2, "--prompts", 4, "--num-generations", 4, "--max-new-tokens", 100, "--out", out)
     started = {"help": start("train_rl.py", "--help"), "train": start("train_rl.py", *words)}
     yield types.SimpleNamespace(**started, out=out)
     for process in started.values():
@@ -91,16 +90,20 @@ def test_every_script_answers_help(name):
     assert done.returncode == 0 and "usage:" in done.stdout
 
 
-@pytest.mark.parametrize("name", [*PEOPLE_RUN, "data/flawed_fictions/prepare.py",
-                                  "data/next_chapter/prepare.py"])
-def test_help_begins_with_what_people_use_and_says_every_default(name, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "110")
-    text = script(name, "--help").stdout
-    assert text.startswith(f"usage: {os.path.basename(name)} [flags]\n") and f"python {name}" in text
-    flags = re.findall(r"\n  (--.+(?:\n    .+)*)", text)
-    assert len(flags) > 4 and not [flag for flag in flags if "default" not in flag]
-    groups = re.split(r"\n(?=\S[^\n]*:\n)", text)
-    assert max(group.count("\n") for group in groups) < 45
+def test_the_help_of_rl_is_one_screen_with_a_line_for_each_flag():
+    lines = script("train_rl.py", "--help").stdout.splitlines()
+    assert lines[0] == "usage: train_rl.py [flags]" and "python train_rl.py --method grpo" in "".join(lines)
+    assert len(lines) <= 50 and max(map(len, lines)) <= 110
+    names = [name for settings in train_rl.SETTINGS.values() for name in settings]
+    assert sum(line.startswith("  --") for line in lines) == len(names)
+
+
+def test_an_old_flag_is_answered_with_the_new_one():
+    for name in ("train_rl.py", "eval.py"):
+        for old, new in (("--rows", "--gen-batch-size"), ("--num-generations", "--num-generations"),
+                         ("--tokens-per-forward", "--micro-batch-tokens")):
+            done = script(name, old, 4)
+            assert (done.returncode, done.stderr) == (2, f"{name}: error: {old} is now {new}\n")
 
 
 # ---------------------------------------------------------------- runs
@@ -125,13 +128,14 @@ def test_stages_1_and_2_keep_their_traces_for_a_second_run(tmp_path):
     assert "traces are in" in again.stdout
 
 
-@pytest.mark.parametrize("penalty", [1.0, 400.0])
-def test_the_length_penalty_falls_from_where_it_begins_to_the_limit(penalty):
-    args = types.SimpleNamespace(max_new_tokens=10, overlong_buffer=4, overlong_penalty=penalty)
+@pytest.mark.parametrize("own, most", [({}, 1), ({"PENALTY": 400}, 400)])
+def test_the_length_penalty_falls_from_where_it_begins_to_the_limit(own, most):
+    task = types.SimpleNamespace(**own)
+    args = types.SimpleNamespace(max_new_tokens=10, overlong_buffer=4)
     rollouts = [types.SimpleNamespace(slots=[0] * n) for n in (0, 6, 7, 10)]
-    assert train_rl.length_penalty(args, rollouts).tolist() == [0, 0, -penalty / 4, -penalty]
+    assert train_rl.length_penalty(args, task, rollouts).tolist() == [0, 0, -most / 4, -most]
     args.overlong_buffer = 0
-    assert train_rl.length_penalty(args, rollouts).tolist() == [0, 0, 0, 0]
+    assert train_rl.length_penalty(args, task, rollouts).tolist() == [0, 0, 0, 0]
 
 
 def test_the_second_task_of_the_tiny_world_runs_too(tmp_path):
@@ -141,21 +145,19 @@ def test_the_second_task_of_the_tiny_world_runs_too(tmp_path):
     assert "| model | reward |" in done.stdout
     settings = json.load(open(tmp_path / "n" / "config.json"))
     assert settings["minibatches"] == settings["prompts"]  # each has a prompt at least
-    done = script("eval.py", "--collect", tmp_path / "n", tmp_path / "n")
-    assert "| model | reward |" in done.stdout and ": 2 runs, reward " in done.stdout, done.stderr
 
 
 # ---------------------------------------------------------------- wrong words
 @pytest.mark.parametrize("words, says", [
     (("eval.py", "--model", "nowhere/at/all"), "no model directory"),
-    (("eval.py", "--model", "Qwen2.5-1.5B", "--task", "tiny"), "Without a network"),
+    (("eval.py", "--model", "Qwen2.5-1.5B", "--task", "tiny"), "from the hub"),
     (("eval.py", "--task", "nothing"), "no task 'nothing'"),
     (("eval.py", "--split", "dev"), "splits"),
     (("eval.py", "--json", "/nowhere/e.json", "--n", "2"), "/nowhere/e.json"),
     (("eval.py", "--model", "tiny:plian"), "behind a colon may stand plain"),
     (("train_rl.py", "--method", "tag", "--anchor", "3"), "--anchor holds the base"),
-    (("train_rl.py", "--targets", "none", "--train-base", "1e-4"), "--train-base goes with --targets words"),
-    (("train_rl.py", "--group", "1"), "--group"),
+    (("train_projector.py", "--targets", "none", "--train-base", "1e-4"), "--train-base goes with"),
+    (("train_rl.py", "--num-generations", "1"), "--num-generations is 1; it must be at least 2"),
     (("train_rl.py", "--steps", "-1"), "--steps"),
     (("train_rl.py", "--out", "/proc/nothing"), "/proc/nothing"),
     (("train_rl.py", "--device", "tpu"), "--device"),
@@ -183,8 +185,8 @@ def test_all_three_stages_run_for_two_steps_and_leave_what_they_promise(trained)
     for key in ("reward", "accuracy", "text_tokens", "latent_steps", "tags", "tag_share", "zero_variance",
                 "truncated", "no_verdict", "max_dlogp", "grad_norm", "seconds", "peak_memory_gib"):
         assert key in lines[0], key
-    assert "no verdict" not in display.step_line({**lines[0], "no_verdict": 0.0}, 2)
-    assert " | no verdict 0.75" in display.step_line({**lines[0], "no_verdict": 0.75}, 2)
+    assert "no verdict" not in train_rl.step_line({**lines[0], "no_verdict": 0.0}, 2)
+    assert " | no verdict 0.750" in train_rl.step_line({**lines[0], "no_verdict": 0.75}, 2)
     assert lines[0]["peak_memory_gib"].keys() == lines[0]["seconds"].keys() >= {"sample", "update", "step"}
     # 8 prompts, 4 a step: an epoch of two steps
     assert lines[0]["refresh_loss"] is None and lines[1]["refresh_loss"] > 0
@@ -193,7 +195,7 @@ def test_all_three_stages_run_for_two_steps_and_leave_what_they_promise(trained)
     table = json.load(open(trained / "results.json"))
     assert [row["model"] for row in table] == [
         "base, explicit reasoning", "base, tag prompt", "LiteReason before RL", "LiteReason",
-        "  its latents taken away", "  another story's latents"]
+        "  its latents taken away", "  shuffled latents"]
 
 
 def test_a_runs_directory_is_a_model_for_the_other_scripts(trained, tmp_path):
@@ -205,7 +207,7 @@ def test_a_runs_directory_is_a_model_for_the_other_scripts(trained, tmp_path):
     for key in ("accuracy", "accuracy_ci95", "tokens", "text_tokens", "latent_steps", "tags", "truncated",
                 "n_examples", "samples", "seconds"):
         assert key in first, key
-    words = ("--steps", 1, "--n", 1, "--prompts", 2, "--group", 4, "--out", tmp_path / "again")
+    words = ("--steps", 1, "--n", 1, "--prompts", 2, "--num-generations", 4, "--out", tmp_path / "again")
     done = script("train_rl.py", "--model", trained, *words)
     assert done.returncode == 0, done.stderr
     assert "stage 1" not in done.stdout  # it has a trained projector already

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import data
-from lib import checkpoint, display, run
+from lib import checkpoint, run
 import train_projector
 import train_rl
 from litereason import Rollout, UserError
@@ -106,11 +106,12 @@ def parsed(monkeypatch, *words):
 
 def test_smoke_changes_defaults_flags_win_and_a_resumed_run_needs_nothing(monkeypatch, tmp_path):
     plain = vars(parsed(monkeypatch))
-    smoke = parsed(monkeypatch, "--smoke", "--group", 6, "--n", 0, "--out", tmp_path)
+    smoke = parsed(monkeypatch, "--smoke", "--num-generations", 6, "--n", 0, "--out", tmp_path)
     changed = {name for name, value in vars(smoke).items() if plain[name] != value}
-    assert changed == {*train_rl.SMOKE, "smoke", "out"}  # --group and --n among them
-    assert {name: getattr(smoke, name) for name in train_rl.SMOKE} == {**train_rl.SMOKE, "group": 6, "n": 0}
-    run.write_settings(smoke, "train_rl.py")
+    assert changed == {*train_rl.SMOKE, "smoke", "out"}  # --num-generations and --n among them
+    assert {name: getattr(smoke, name) for name in train_rl.SMOKE} == {**train_rl.SMOKE, "num_generations": 6,
+                                                                       "n": 0}
+    run.write_settings(str(tmp_path), "train_rl.py", vars(smoke))
     again = vars(parsed(monkeypatch, "--resume", tmp_path))
     assert {**vars(smoke), "resume": str(tmp_path)} == again
     assert vars(parsed(monkeypatch)) == plain  # nothing of it is left behind
@@ -119,38 +120,23 @@ def test_smoke_changes_defaults_flags_win_and_a_resumed_run_needs_nothing(monkey
 # ---------------------------------------------------------------- what is said before a run
 def settled(**changes):
     """The settings of a run of train_rl.py as released."""
-    usual = {**train_rl.RELEASED, "method": "litereason", "task": "t", "model": "m", "offload": False,
-             "smoke": False}
-    return types.SimpleNamespace(**{**usual, **changes})
+    args = types.SimpleNamespace(**{name: None for part in train_rl.SETTINGS.values() for name in part})
+    vars(args).update(method="litereason", task="t", model="m", offload=False, **changes)
+    run.fill(args, train_rl.SETTINGS, small=False)
+    return args
 
 
 @pytest.mark.parametrize("changes, said", [
     ({}, "all settings as released"),
-    ({"lr": 1e-5, "rows": 3, "save_every": 2, "noise": 0.5}, "not as released: lr 1e-05 (released: 5e-07)"),
-    ({"targets": "words", "noise": 0.5},
-     "not as released: targets words (released: none), noise 0.5 (released: 0.2)"),
-    ({"method": "grpo", "targets": "words", "refresh_lr": 1, "prompts": 4},
-     "not as released: prompts 4 (released: 48)"),
+    ({"lr": 1e-5, "gen_batch_size": 3, "save_every": 2}, "not as released: lr 1e-05 (released: 5e-07)"),
+    ({"targets": "words"}, "not as released: targets words (released: none)"),
+    ({"method": "grpo", "targets": "words", "prompts": 4}, "not as released: prompts 4 (released: 48)"),
 ])
-def test_settings_that_do_something_and_are_not_the_released_ones_are_said(changes, said):
-    args = settled(**changes)
-    assert display.beside_released(vars(args), train_rl.released_settings(args)) == said
-
-
-@pytest.mark.parametrize("small, smoke", [(True, False), (False, False), (False, True)])
-def test_what_matters_comes_first_and_a_cpu_is_told_of_the_smoke_run(model, tok, monkeypatch, capsys, small,
-                                                                     smoke):
-    monkeypatch.setattr(checkpoint, "is_small", lambda model: small)
-    monkeypatch.setattr(display, "pace", lambda *_: "180 batches: 99.9 hours")
-    args = settled(smoke=smoke)
-    display.say_what_runs(args, model, tok, [[1], [1, 2]], train_rl.released_settings(args), ["memory"])
+def test_what_runs_is_said_first_with_what_is_not_as_released(model, capsys, changes, said):
+    train_rl.say_what_runs(settled(**changes), model, [[1], [1, 2]], "memory")
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("litereason on t: m, 0.0 M parameters, cpu, fp32 weights; 2 train prompts of ")
-    assert lines[1:3] == ["2880 steps, 16 on each batch of 768 rollouts of up to 2048 tokens, 16 for each of "
-                          "48 prompts", "all settings as released"]
-    assert lines.pop(3) == "memory"
-    hint = "on a CPU --smoke makes a whole run in about ten minutes; this one: "
-    assert lines[3:] == ([] if small or smoke else [hint + "180 batches: 99.9 hours"])
+    assert "on t: m, 0.0 M parameters, cpu, fp32 weights; 2 train prompts of up to 2 tokens" in lines[0]
+    assert lines[1].startswith("2880 steps, 16 on each batch of ") and lines[2:] == [said, "memory"]
 
 
 @pytest.mark.parametrize("earns", [True, False])
@@ -158,20 +144,20 @@ def test_a_smoke_run_of_a_model_that_counts_as_real_ends_in_the_table(tmp_path, 
     """The tiny model, with the settings and the plan of memory of a real one on a CPU."""
     if not earns:
         monkeypatch.setattr(data, "score", lambda task, examples, texts, step=0: [0.0] * len(texts))
-        monkeypatch.setattr(display, "check_answers", lambda *_: None)
+        monkeypatch.setattr(train_rl, "check_answers", lambda *_: None)
     monkeypatch.setattr(checkpoint, "is_small", lambda model: False)
     monkeypatch.setattr(train_projector, "VERSIONS", 2)
     monkeypatch.setattr(sys, "argv", ["train_rl.py", "--smoke", "--device", "cpu", "--out", str(tmp_path)])
     train_rl.main()
     said = capsys.readouterr().out
-    order = ["M parameters, cpu", "4 steps, 2 on each batch of 8 rollouts", "not as released: group 4",
-             "GiB can be used; with --rows 8", "stage 1: kept", "stage 2: validation loss", "step    4/4",
+    order = ["M parameters, cpu", "4 steps, 2 on each batch of 8 rollouts", "not as released: steps 4",
+             "GiB can be used; with --gen-batch-size 8", "stage 1: kept", "stage 2: validation loss", "step    4/4",
              "| base, tag prompt", "| LiteReason "]
     if not earns:
         order[5:5] = ["warning: stage 1 kept 0 of 40 traces, too few", "goes on with all samples"]
     places = [said.index(words) for words in order]
     assert places == sorted(places) and "time at most" not in said
     config = json.load(open(tmp_path / "config.json"))
-    assert config["tokens_per_forward"] <= train_rl.card.FEW_POSITIONS and not config["offload"]
+    assert config["micro_batch_tokens"] <= train_rl.memory.FEW_POSITIONS and not config["offload"]
     rows = [row["model"] for row in json.load(open(tmp_path / "results.json"))]
     assert rows[:3] == ["base, explicit reasoning", "base, tag prompt", "LiteReason before RL"]

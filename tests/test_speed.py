@@ -45,7 +45,7 @@ def test_a_cache_that_grows_has_the_columns_it_looks_at_and_changes_no_rollout(m
 
     def decoded():
         draws = torch.Generator().manual_seed(0)
-        return generate(model, tok, ["abc", "de", "fghij"], 2, 40, rows=4, generator=draws)
+        return generate(model, tok, ["abc", "de", "fghij"], 2, 40, gen_batch_size=4, generator=draws)
 
     monkeypatch.setattr(kv_cache.DecodingCache, "set_reach", watched)
     growing = decoded()

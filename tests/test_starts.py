@@ -14,7 +14,7 @@ import train_projector
 from litereason import (LATENT, NormedProjector, Rollout, UserError, attach, embedding_size, insert_latents,
                         load, save, start_projector, without_latents, z_size)
 from results import starts
-from train_projector import fit_projector, say_size_of_start
+from train_projector import fit_projector, imitate, say_size_of_start
 
 IMITATION = ("--device", "cpu", "--prompts", 40, "--samples", 1, "--steps", 2, "--batch", 4, "--n", 1,
              "--save-every", 2, "--max-new-tokens", 100, "--targets", "none", "--imitate", 3)
@@ -97,7 +97,7 @@ def traces(model, tok):
 
 def test_each_step_of_stage_2_says_how_large_latents_are_and_skipped_ones_are_said(model, tok, tmp_path, capsys):
     start_projector(model, "normed")
-    fit_projector(model, traces(model, tok), 1e-3, 1, 3, states=str(tmp_path / "stage-2"), progress="stage 2")
+    fit_projector(model, traces(model, tok), 1e-3, 1, 3, states=str(tmp_path / "stage-2"))
     lines = [json.loads(line) for line in open(tmp_path / "stage-2.jsonl")]
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert all(line["z_size"] == pytest.approx(1, abs=0.1) and line["grad_norm"] > 0 for line in lines)
@@ -122,7 +122,7 @@ def test_the_base_learns_to_write_the_tags_of_the_traces_and_the_projector_does_
             return float(litereason.logprobs(model, [without_latents(rows[0])])[0].sum())
 
     before, projector = chance_of_the_text(), [p.clone() for p in model.reasoning_projector.parameters()]
-    fit_projector(model, rows, 1e-3, 1, 5, schedule=False, clip=1.0, aim="imitation")
+    imitate(model, rows, 1, 5, seed=0, lr=1e-3, schedule=False)
     assert chance_of_the_text() > before + 1
     assert all(map(torch.equal, projector, model.reasoning_projector.parameters()))
     assert not model.projector_trained
@@ -190,6 +190,7 @@ def test_the_page_on_real_weights_shows_what_was_measured(mark):
         with open(os.path.join(ROOT, "results", name), encoding="utf-8") as file:
             return file.read()
 
-    measured = read("tags-real.md") if mark == "tags-real" else starts.table(json.loads(read("starts-real.json")))
+    rows = json.loads(read("starts-real.json"))
+    measured = read("tags-real.md") if mark == "tags-real" else starts.table(rows)
     shown = read("real_models.md").split(f"<!-- {mark} -->\n")[1].split(f"\n<!-- /{mark} -->")[0]
     assert shown == measured.strip()

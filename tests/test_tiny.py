@@ -1,18 +1,19 @@
 """The tiny world: a plot hole is found by following two chains at once, and by nothing else;
 and a target for each latent."""
 import collections
-import os
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import close
+from conftest import ROOT, close
 
+import train_projector
 from data import tiny
 from litereason import LATENT, OPEN, latent_step, load, states
-import targets
 from results import latents
-from train_projector import fit_projector, sentences_of, split_answer
+from train_projector import fit_to_targets, sentences_of, split_answer
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def follow(story, start):
 def test_the_label_follows_from_the_chains_and_from_nothing_else():
     for split in tiny.SIZES:
         examples = tiny.examples(split)
-        assert len(examples) == tiny.SIZES[split] and sum(e["label"] for e in examples) == len(examples) / 2
+        assert len(examples) == tiny.SIZES[split]
         for example in examples:
             ends = {follow(example["story"], start) for start in example["first"]}
             assert example["label"] == (tiny.NOBODY in ends) and ends <= {tiny.NOBODY, example["asked"]}
@@ -41,13 +42,10 @@ def test_the_label_follows_from_the_chains_and_from_nothing_else():
             assert takers[tiny.NOBODY] == 1 and takers[example["asked"]] == 2
 
 
-def test_no_story_is_in_two_splits_and_every_word_is_one_token(base):
+def test_every_word_is_one_token(base):
     _, tokenizer = base
-    stories = [e["story"] for split in tiny.SIZES for e in tiny.examples(split)]
-    assert len(set(stories)) == len(stories)
     for example in tiny.examples("test")[:50]:
-        for latent in (False, True):
-            text = tiny.prompt(example, latent)
+        for text in (tiny.prompt(example, False), tiny.prompt(example, True)):
             ids = tokenizer.encode(text, add_special_tokens=False)
             assert tokenizer.unk_token_id not in ids and len(ids) == len(text.split())
 
@@ -55,17 +53,7 @@ def test_no_story_is_in_two_splits_and_every_word_is_one_token(base):
 def test_every_length_has_as_many_stories_with_a_hole_and_without():
     stories = collections.Counter((e["story"].count("from") // 3, e["label"]) for e in tiny.examples("test"))
     assert stories == {(hops, label): 50 for hops in tiny.LENGTHS for label in (False, True)}
-
-
-def test_longer_chains_are_longer_stories():
-    short, long = tiny.examples("test", n=4, hops=3)[0], tiny.examples("test", n=4, hops=6)[0]
-    assert short["story"].count("from") == 9 and long["story"].count("from") == 18
-
-
-def test_a_reward_is_for_the_right_word_alone():
-    hole = {"label": True}
-    assert tiny.reward(hole, tiny.answer(hole)) == 1 and tiny.reward(hole, "\\boxed{ No }") == 0
-    assert tiny.reward(hole, "") == 0
+    assert tiny.examples("test", n=4, hops=6)[0]["story"].count("from") == 18
 
 
 # ============================================================ targets
@@ -94,31 +82,34 @@ def masked(model, tokenizer, rng, example, share, common=()):
     reasoning, answer = split_answer(trace_of(example)[0])
     prompt = tiny.prompt(example, True)
     sentences = sentences_of(reasoning)
-    known = targets.of_trace(model, tokenizer, prompt, sentences, common, 2)
-    return targets.mask_runs(model, tokenizer, rng, tokenizer.encode(prompt), sentences, answer, known, share)
+    known = [train_projector.last_words(model, tokenizer, text, common, 2) for text in [prompt, *sentences]]
+    return train_projector.mask_runs(model, tokenizer, rng, tokenizer.encode(prompt), sentences, answer, known,
+                                     share)
+
+
+EXAMPLES = tiny.examples("train", n=20)
+
+
+def common_of(tokenizer):
+    sentences = [s for e in EXAMPLES for s in sentences_of(split_answer(trace_of(e)[0])[0])]
+    return train_projector.common_words(tokenizer, sentences)
 
 
 def test_a_skipped_run_is_one_tag_whose_latents_have_the_words_of_each_round_as_targets(base):
     model, tokenizer = base
-    examples = tiny.examples("train")[:20]
-    sentences = [s for e in examples for s in sentences_of(split_answer(trace_of(e)[0])[0])]
-    common = targets.common_words(tokenizer, sentences)
-    row = masked(model, tokenizer, random.Random(0), examples[0], 1.0, common)
-    _, rounds = trace_of(examples[0])
+    row = masked(model, tokenizer, random.Random(0), EXAMPLES[0], 1.0, common_of(tokenizer))
+    _, rounds = trace_of(EXAMPLES[0])
     text = tokenizer.decode([s for s in row.slots if s != LATENT])
     assert text.count(OPEN) == 1 and row.n_latents == len(rounds) == len(row.latents)
     assert [words_in(model, tokenizer, z) for z in row.latents] == [set(pair) for pair in rounds]
-    assert masked(model, tokenizer, random.Random(0), examples[0], 0.0, common) is None
+    assert masked(model, tokenizer, random.Random(0), EXAMPLES[0], 0.0, common_of(tokenizer)) is None
 
 
 def test_a_cap_of_one_latent_a_tag_gives_each_round_a_tag_of_its_own(base, monkeypatch):
     model, tokenizer = base
     monkeypatch.setattr(model.config, "litereason_max_reasoning_steps", 1)
-    examples = tiny.examples("train")[:20]
-    sentences = [s for e in examples for s in sentences_of(split_answer(trace_of(e)[0])[0])]
-    row = masked(model, tokenizer, random.Random(0), examples[0], 1.0,
-                 targets.common_words(tokenizer, sentences))
-    _, rounds = trace_of(examples[0])
+    row = masked(model, tokenizer, random.Random(0), EXAMPLES[0], 1.0, common_of(tokenizer))
+    _, rounds = trace_of(EXAMPLES[0])
     assert row.n_tags == row.n_latents == len(rounds) - 1
     assert [words_in(model, tokenizer, z) for z in row.latents] == [set(pair) for pair in rounds[1:]]
 
@@ -135,19 +126,19 @@ def loss_of(model, rows, fed, base_learns):
     n_tokens = sum(len(r.slots) - r.slots.index(LATENT) - r.n_latents
                    + r.slots[: r.slots.index(LATENT)].count(LATENT) for r in rows)
     n_latents = sum(r.n_latents for r in rows)
-    return targets.target_loss(model, rows, fed, n_tokens, n_latents, base_learns)
+    return train_projector.target_loss(model, rows, fed, n_tokens, n_latents, base_learns)
 
 
 def test_the_loss_of_targets_is_that_of_the_definition_and_what_is_fed_is_not_what_is_wanted(base, rows):
     model, tokenizer = base
-    fed = targets.with_noise(rows, 0.5, torch.Generator().manual_seed(0))
+    fed = train_projector.with_noise(rows, 0.5, torch.Generator().manual_seed(0))
     with torch.no_grad():
         loss = loss_of(model, rows, fed, base_learns=False)
         both = loss_of(model, rows, fed, base_learns=True)
         error, cost, n_latents, n_tokens = 0, 0, 0, 0
         for row, own in zip(rows, fed):
             h, slots, _ = states(model, [own])
-            z, _ = latent_step(model, h[0][slots[0] == LATENT], None)
+            z = latent_step(model, h[0][slots[0] == LATENT])
             error += ((z - row.latents) ** 2).mean(1).sum() / model.get_input_embeddings().weight.var()
             n_latents += row.n_latents
             for t in range(row.slots.index(LATENT), len(row.slots)):
@@ -161,11 +152,11 @@ def test_the_loss_of_targets_is_that_of_the_definition_and_what_is_fed_is_not_wh
 def test_noise_has_the_strength_that_is_asked_for_and_none_changes_nothing(rows):
     generator = torch.Generator().manual_seed(0)
     many = rows * 50
-    noisy = targets.with_noise(many, 0.5, generator)
+    noisy = train_projector.with_noise(many, 0.5, generator)
     share = [(a.latents - b.latents).norm(dim=1) / b.latents.norm(dim=1) for a, b in zip(noisy, many)]
     share = torch.cat(share)
     assert 0.22 < share.mean() < 0.28 and share.max() < 0.75
-    for a, b in zip(targets.with_noise(rows, 0.0, generator), rows):
+    for a, b in zip(train_projector.with_noise(rows, 0.0, generator), rows):
         assert torch.equal(a.latents, b.latents)
 
 
@@ -173,10 +164,9 @@ def test_noise_has_the_strength_that_is_asked_for_and_none_changes_nothing(rows)
 def test_the_base_learns_with_the_projector_only_if_asked_to(rows, base_lr):
     model, _ = load("tiny", "cpu")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    fit_projector(model, rows, 1e-3, batch=4, steps=6, aim="words", noise=0.5, base_lr=base_lr)
+    fit_to_targets(model, rows, 1e-3, batch=4, steps=6, noise=0.5, base_lr=base_lr)
     for name, p in model.named_parameters():
-        changes = base_lr > 0 or name.startswith("reasoning_projector")
-        assert torch.equal(p, before[name]) != changes, name
+        assert torch.equal(p, before[name]) != (base_lr > 0 or name.startswith("reasoning_projector")), name
 
 
 def test_in_bf16_too_a_base_that_learns_is_read_as_it_is_now(rows):
@@ -185,7 +175,7 @@ def test_in_bf16_too_a_base_that_learns_is_read_as_it_is_now(rows):
     for bf16 in (False, True):
         model, _ = load("tiny", "cpu")
         model.bf16 = bf16
-        fit_projector(model, rows, 1e-3, batch=4, steps=30, aim="words", base_lr=1e-3, schedule=False)
+        fit_to_targets(model, rows, 1e-3, batch=4, steps=30, base_lr=1e-3, schedule=False)
         with torch.no_grad():
             losses.append(float(loss_of(model, rows, rows, base_learns=True)))
     assert abs(losses[1] - losses[0]) < 0.3 * losses[0]  # with weights of the first step it is 1,500 times it
@@ -195,8 +185,7 @@ def test_a_batch_is_the_same_in_micro_batches_of_any_size(rows):
     ends = []
     for budget in (10_000, 200):
         model, _ = load("tiny", "cpu", torch.float64)
-        fit_projector(model, rows, 1e-3, batch=4, steps=3, budget=budget, aim="words", noise=0.5,
-                      base_lr=1e-4)
+        fit_to_targets(model, rows, 1e-3, batch=4, steps=3, budget=budget, noise=0.5, base_lr=1e-4)
         ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     close(ends[0], ends[1], 1e-6)
 
@@ -221,30 +210,25 @@ def test_each_latent_of_an_answer_of_tags_has_a_round_and_a_reader_says_its_word
 
 def test_words_that_all_sentences_have_tell_nothing(base):
     model, tokenizer = base
-    common = targets.common_words(tokenizer, ["go on with Karl .", "go on with Mara .",
-                                              "go on with Otto .", "go on with Lena ."])
+    told = [f"go on with {name} ." for name in ("Karl", "Mara", "Otto", "Lena")]
+    common = train_projector.common_words(tokenizer, told)
     assert {tokenizer.decode([i]) for i in common} == {"go", "on", "with", "."}
-    # one word that tells something
-    assert targets.last_words(model, tokenizer, "go on with Karl .", common, 2) is None
-    assert targets.last_words(model, tokenizer, "go on with Karl .", common, 1) is not None
+    assert train_projector.last_words(model, tokenizer, told[0], common, 2) is None  # one word that tells something
+    assert train_projector.last_words(model, tokenizer, told[0], common, 1) is not None
 
 
-@pytest.mark.parametrize("share", [0.15, 0.29, 0.31, 0.6])
+@pytest.mark.parametrize("share", [0.15, 0.6])
 def test_a_sentence_that_comes_again_and_again_tells_nothing_whatever_its_share(base, share):
     model, tokenizer = base
     filler = "let me read it once again ."
     told = [f"go on with {first} and {second} ." for first in tiny.PEOPLE for second in tiny.PEOPLE]
-    common = targets.common_words(tokenizer, told + [filler] * round(len(told) * share / (1 - share)))
+    common = train_projector.common_words(tokenizer, told + [filler] * round(len(told) * share / (1 - share)))
     assert {tokenizer.decode([i]) for i in common} == set(f"go on with and . {filler}".split())
-    assert targets.last_words(model, tokenizer, filler, common, 1) is None
+    assert train_projector.last_words(model, tokenizer, filler, common, 1) is None
 
 
 def test_its_base_is_made_by_a_command(tmp_path):
-    import subprocess
-    import sys
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    subprocess.run([sys.executable, "data/tiny/prepare.py", "--steps", "3", "--most", "6",
-                    "--out", str(tmp_path / "b")],
-                   cwd=root, check=True, capture_output=True)
+    words = ["--steps", "3", "--most", "6", "--out", str(tmp_path / "b")]
+    subprocess.run([sys.executable, "data/tiny/prepare.py", *words], cwd=ROOT, check=True, capture_output=True)
     model, tokenizer = load(str(tmp_path / "b"), "cpu")
     assert tokenizer.unk_token_id not in tokenizer.encode(tiny.prompt(tiny.examples("val")[0], True))

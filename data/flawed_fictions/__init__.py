@@ -1,22 +1,18 @@
 """Plot holes in real stories, the first of the paper's two tasks (Sec. 4): Flawed Fictions, arXiv 2504.11900.
 
 Does a short story contradict itself? The policy reasons, quotes the lines, and ends with \\boxed{Yes} or
-\\boxed{No}. prepare.py makes the stories; this module reads them. LITEREASON_DATA/flawed_fictions is looked
-at first, if that is set.
+\\boxed{No}. prepare.py makes the stories; this module reads them.
 
 Stories are data. A tag, a chat delimiter or a box inside one goes into the prompt as it stands: the reward
 reads the policy's own words only, and tags fire only there too."""
 import re
-from collections import Counter
 
 from data import OFFER, boxed, read_split
-from data.duplicates import words_of
 
 
 def examples(split):
     """Stories of a split: [{story, label: bool, cluster, the benchmark's explanations where it has them}]."""
-    how = "(downloads 414 stories, a few MB; the hub says their licence), or --from FILE for your own"
-    return read_split("flawed_fictions", split, {"story": str, "label": bool}, how)
+    return read_split("flawed_fictions", split)
 
 
 def prompt(example, latent):
@@ -64,46 +60,17 @@ def reward(example, completion):
     return float(verdict(completion) is example["label"])
 
 
-# ============================================================ what eval.py prints beside the accuracy
-def quotes(completion):
-    """What a completion quotes, as lists of words: lines in <contradicted_lines>, all in double quotes."""
-    lines = []
-    for block in re.findall(r"<contradicted_lines>(.*?)(?:</contradicted_lines>|$)", completion, re.DOTALL):
-        lines += block.split("\n")
-    lines += re.findall(r"[\"“]([^\"“”]+)[\"”]", completion)
-    return [words_of(line) for line in lines if words_of(line)]
-
-
-def dice(a, b):
-    """How alike two lists of words are, 0 to 1: twice the common words over all words."""
-    common = Counter(a) & Counter(b)
-    return 2 * sum(common.values()) / (len(a) + len(b))
-
-
-def located(lines, completion):
-    """Share, 0 to 1, of the labelled lines that a quotation matches: `dice` is 0.5 or more.
-
-    So half a line counts and a line in other punctuation does; quoting the whole story matches nothing."""
-    quoted = quotes(completion)
-    matched = [any(dice(words_of(line), quotation) >= 0.5 for quotation in quoted) for line in lines]
-    return sum(matched) / len(lines)
-
-
 def report(examples, completions):
     """Precision, recall and F1 (an error is the positive class; 0 where undefined), the accuracy of always
-    giving the commoner answer, the share of answers without a verdict, and `located` where lines are
-    labelled."""
+    giving the commoner answer, and the share without a verdict."""
     verdicts = [verdict(completion) for completion in completions]
     labels = [example["label"] for example in examples]
     hits = sum(said is True and label for said, label in zip(verdicts, labels))
     precision = hits / max(1, verdicts.count(True))
     recall = hits / max(1, labels.count(True))
-    labelled = [row.get("cont_error_lines", []) + row.get("contradicted_lines", []) for row in examples]
-    shares = [located(lines, completion) for lines, completion in zip(labelled, completions) if lines]
     return {
         "precision": precision,
         "recall": recall,
         "f1": 2 * precision * recall / max(1e-9, precision + recall),
         "majority_accuracy": max(labels.count(True), labels.count(False)) / len(labels),
-        "no_verdict": verdicts.count(None) / len(verdicts),
-        **({"lines_located": sum(shares) / len(shares)} if shares else {})}
+        "no_verdict": verdicts.count(None) / len(verdicts)}

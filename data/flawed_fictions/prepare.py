@@ -1,9 +1,7 @@
 """Makes train.jsonl, val.jsonl and test.jsonl of the plot-hole task from the Flawed Fictions benchmark.
 
-No near-duplicates across splits: the benchmark has several versions of one tale, and a split by row puts
-one in train and its sister in test. Stories that share 8 words in a row are one cluster here, and a cluster
-is never divided. Nothing is written before everything has been read, so that a bad file leaves an older
-preparation as it was.
+The benchmark has several versions of one tale, and a split by row puts one in train and its sister in test.
+So stories that share 8 words in a row are one cluster here, and a cluster is never divided.
 
     python data/flawed_fictions/prepare.py                       # download from the hub, split by cluster
     python data/flawed_fictions/prepare.py --from stories.jsonl  # your own rows, with story and cont_error
@@ -25,10 +23,7 @@ import numpy as np
 
 from data import SPLITS, line_ends, read_rows, some, write_splits
 from data.duplicates import find_clusters
-from lib import run
-from lib import UserError
-from lib.checkpoint import hub_answers, why_the_hub_refuses
-from lib.run import run_script
+from lib import UserError, run
 
 REPO = "kahuja/flawed-fictions"
 # The benchmark's main split, in one file or several: not flawed_fictions_long, not .._cf_negs.
@@ -56,9 +51,8 @@ def clean(text):
 def strip_ending(story):
     """The story without what its makers left at the end: a row of dashes, <No modifications needed>.
 
-    It gives the label away: of 213 stories of the benchmark that we could read, 86 of 108 with an error end
-    in seven dashes and none of 105 without (5 of those end in 68). Whoever looks at nothing else is right
-    in 90 % of the cases."""
+    It gives the label away: of 213 stories that we could read, 86 of 108 with an error end in seven dashes
+    and none of 105 without."""
     return re.sub(r"(?:\s|(?<!-)-{3,}(?!-)|<No modifications needed>)+$", "", story)
 
 
@@ -71,58 +65,41 @@ def as_lines(value):
     return [line for line in (clean(str(line)) for line in lines) if line]
 
 
-def label_of(where, row):
-    """cont_error, however it is spelled, as a bool."""
-    spelled = str(row["cont_error"]).strip().lower().removesuffix(".0")
-    if spelled not in LABELS:
-        raise UserError(f"{where}: cont_error is {spelled!r}; expected 0 or 1, true or false, yes or no")
-    return LABELS[spelled]
-
-
 def load_stories(paths, keep_endings=False):
     """Rows of the files, cleaned: [{story, label, ..}]. UserError for a row that is malformed, naming file
     and line."""
     stories = []
     empty = []  # where they are
     endings = Counter()  # label -> stories that have an ending which gives it away
-    for path in paths:
-        for where, row in read_rows(path):
-            if not isinstance(row.get("story"), str) or "cont_error" not in row:
-                raise UserError(f"{where}: expected the fields story (text) and cont_error, found "
-                                f"{', '.join(map(str, row)) or 'none'}")
-            label = label_of(where, row)
-            whole = clean(row["story"])
-            stripped = strip_ending(whole)
-            story = whole if keep_endings else stripped
-            if not story:
-                empty.append(where)
-                continue
-            endings[label] += stripped != whole
-            example = {"story": story, "label": label}
-            if row.get("example_id") not in (None, ""):
-                example["example_id"] = row["example_id"]
-            for field, plain in (("cont_error_expl", lambda text: clean(str(text))),
-                                 ("cont_error_lines", as_lines), ("contradicted_lines", as_lines)):
-                if row.get(field):
-                    example[field] = plain(row[field])
-            stories.append(example)
+    for where, row in [one for path in paths for one in read_rows(path)]:
+        if not isinstance(row.get("story"), str) or "cont_error" not in row:
+            raise UserError(f"{where}: expected the fields story (text) and cont_error, found "
+                            f"{', '.join(map(str, row)) or 'none'}")
+        spelled = str(row["cont_error"]).strip().lower().removesuffix(".0")
+        if spelled not in LABELS:
+            raise UserError(f"{where}: cont_error is {spelled!r}; expected 0 or 1, true or false, yes or no")
+        whole = clean(row["story"])
+        stripped = strip_ending(whole)
+        if not stripped:
+            empty.append(where)
+            continue
+        example = {"story": whole if keep_endings else stripped, "label": LABELS[spelled]}
+        endings[example["label"]] += stripped != whole
+        if row.get("example_id") not in (None, ""):
+            example["example_id"] = row["example_id"]
+        if row.get("cont_error_expl"):
+            example["cont_error_expl"] = clean(str(row["cont_error_expl"]))
+        for field in ("cont_error_lines", "contradicted_lines"):
+            if row.get(field):
+                example[field] = as_lines(row[field])
+        stories.append(example)
     if empty:
         print(f"skipped {len(empty)} empty stories: {some(empty)}")
     if not stories:
         raise UserError(f"no stories in {', '.join(paths)}; expected rows with story and cont_error")
-    if endings:
-        print_endings(endings, Counter(story["label"] for story in stories), keep_endings)
+    print(f"endings that give the label away (a row of dashes), in {endings[True]} stories with an error and "
+          f"{endings[False]} without: {'kept' if keep_endings else 'removed'}")
     return stories
-
-
-def print_endings(endings, stories, kept):
-    """How much the endings would give away. endings, stories: numbers by label."""
-    by_dashes = endings[True] + stories[False] - endings[False]  # right answers of "dashes mean an error"
-    by_none = endings[False] + stories[True] - endings[True]  # .. of "dashes mean no error"
-    share = 100 * max(by_dashes, by_none) / sum(stories.values())
-    print(f"endings that give the label away (a row of dashes): {endings[True]} of {stories[True]} stories "
-          f"with an error, {endings[False]} of {stories[False]} without; going by them alone is "
-          f"{share:.0f} % right; {'kept' if kept else 'removed'}")
 
 
 def download():
@@ -131,17 +108,14 @@ def download():
 
     by_hand = (f"get the file of the flawed_fictions split from https://huggingface.co/datasets/{REPO} on a "
                "machine that can, and pass it with --from FILE (jsonl, json, csv or parquet)")
-    if not hub_answers():  # the hub's library would try for half a minute
-        raise UserError(f"the hub cannot be reached from here: {by_hand}")
     try:
         every = sorted(HfApi().list_repo_files(REPO, repo_type="dataset"))
         by_kind = [[file for file in every if re.fullmatch(WANTED + kind, file)] for kind in KINDS]
         files = next(filter(None, by_kind), [])
         paths = [hf_hub_download(REPO, file, repo_type="dataset") for file in files]
     except Exception as e:  # no network, a gate, a wrong token, a full disk: the hub has many exceptions
-        refused = why_the_hub_refuses(REPO, "data set", e)
-        why = f"cannot download {REPO} ({shorten(str(e), 160)}); for a token, `hf auth login`"
-        raise UserError(f"{refused or why}; or {by_hand}") from e
+        raise UserError(f"cannot download {REPO} ({shorten(str(e), 300)}); for a token, `hf auth login`; or "
+                        f"{by_hand}") from e
     if not paths:
         raise UserError(f"the repository {REPO} has no flawed_fictions file of a known kind; {by_hand}")
     return paths
@@ -161,10 +135,9 @@ def split_by_row(labels, seed):
     return split
 
 
-def split_by_cluster(labels, clusters, seed):
-    """split_by_row with every cluster gathered where most of it was, then evened out by single stories
-    -> (split names, number of stories that moved, the row-level split names)."""
-    by_row = split_by_row(labels, seed)
+def split_by_cluster(labels, clusters, by_row, seed):
+    """A split name per story: that of `by_row`, but every cluster gathered where most of it was; then evened
+    out by stories that are alone."""
     split = list(by_row)
     members = defaultdict(list)  # cluster -> its stories
     for i, cluster in enumerate(clusters):
@@ -175,19 +148,17 @@ def split_by_cluster(labels, clusters, seed):
         for i in group:
             split[i] = home
 
-    def size(names, name, label):
-        return sum(own == name and y == label for own, y in zip(names, labels))
-
     alone = [group[0] for group in members.values() if len(group) == 1]
     random.Random(seed + 1).shuffle(alone)
+    wanted = Counter(zip(by_row, labels))
     for label in (False, True):
         for name in SPLITS[1:]:
-            lacking = size(by_row, name, label) - size(split, name, label)
+            lacking = wanted[name, label] - Counter(zip(split, labels))[name, label]
             source, target = ("train", name) if lacking > 0 else (name, "train")
             movable = [i for i in alone if labels[i] == label and split[i] == source]
             for i in movable[: abs(lacking)]:
                 split[i] = target
-    return split, sum(a != b for a, b in zip(split, by_row)), by_row
+    return split
 
 
 def split_as_released(n, seed=42):
@@ -198,15 +169,6 @@ def split_as_released(n, seed=42):
     for place, i in enumerate(order[n - 2 * size :]):
         split[i] = SPLITS[1 + place // size]
     return split
-
-
-def overlap(split, clusters):
-    """(how many val and test stories have a near-duplicate in another split, how many there are)."""
-    splits_of = defaultdict(set)
-    for name, cluster in zip(split, clusters):
-        splits_of[cluster].add(name)
-    held_out = [cluster for name, cluster in zip(split, clusters) if name != "train"]
-    return sum(len(splits_of[cluster]) > 1 for cluster in held_out), len(held_out)
 
 
 # ============================================================ the script
@@ -230,17 +192,10 @@ def main():
     sizes = [n for n in Counter(clusters).values() if n > 1]
     print(f"{len(stories)} stories, {sum(labels)} with an error; {sum(sizes)} of them have near-duplicates "
           f"(8 words in a row), in {len(sizes)} clusters of up to {max(sizes, default=1)}")
-
     if args.split == "paper":
         split = split_as_released(len(stories))
-        shared, held_out = overlap(split, clusters)
-        print(f"warning: the released split is by row: {shared} of {held_out} val and test "
-              f"stories share 8 words in a row with a story of another split; use it for comparison only")
     else:
-        split, moved, by_row = split_by_cluster(labels, clusters, args.seed)
-        shared, held_out = overlap(by_row, clusters)
-        print(f"by row, {shared} of {held_out} val and test stories would have a near-duplicate "
-              f"in another split; {moved} stories moved to keep clusters whole")
+        split = split_by_cluster(labels, clusters, split_by_row(labels, args.seed), args.seed)
 
     examples = {name: [] for name in SPLITS}
     for story, cluster, name in zip(stories, clusters, split):
@@ -248,11 +203,10 @@ def main():
     if not all(examples.values()):
         raise UserError(f"{len(stories)} stories in {len(set(clusters))} clusters are too few for three "
                         "splits: give more stories")
-    digest = write_splits(args.out, examples)
     for name, rows in examples.items():
         print(f"{name:5} {len(rows):4} stories, {sum(row['label'] for row in rows)} with an error")
-    print(f"wrote {args.out}; content {digest}")
+    write_splits(args.out, examples)
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run.run_script(main)

@@ -8,8 +8,8 @@ then reads the TRUE next chapter y with and without the plan. No gold plan is ne
     contrastive   R = I(y) - 0.5 * I(y_other)      y_other: a chapter of another book, one per prompt and step
     thresholded   R = 0 below 0.05, 0.5 up to 1, 0.9 up to 2, 1 above
 
-prepare.py makes the examples; LITEREASON_DATA/next_chapter is looked at first, if that is set. A script sets
-`settings`. The scorer sees the plan as ordinary text: no latents, no tags, no special tokens, no headings."""
+prepare.py makes the examples, a script sets `settings`. The scorer sees the plan as ordinary text: no
+latents, no tags, no special tokens, no headings."""
 import bisect
 import functools
 import hashlib
@@ -23,17 +23,17 @@ from statistics import fmean as mean
 
 import torch
 
-from lib import checkpoint, decoder, kv_cache, memory, scoring
 from data import OFFER, folder, improvement, last_opening, read_split
-from litereason import Rollout, UserError, load, logprobs
+from lib import UserError, checkpoint, decoder, kv_cache, memory, scoring
+from litereason import Rollout, logprobs
 
 settings = {
     "reward": "contrastive",  # or vrcli, thresholded
-    "scorer": None,           # the frozen reader: a name for litereason.load, or a pair (model, tokenizer)
-    "step": 0,                # of the draw of the other chapter; a script sets it for a new one per step
+    "scorer": None,           # the frozen reader: (model, tokenizer)
+    "step": 0,                # of the draw of the other chapter
     "seed": 0,
-    "positions": 2**15,       # that the scorer reads at once, at most; changes memory, not results
 }
+POSITIONS = 2**15  # that the scorer reads at once, at most; changes memory, not results
 MEASURE = "reward"  # what a score of this task is called
 ANSWER = "In summary:"  # what follows is the plan, the only part that the scorer reads
 FIELDS = {  # optional: field of an example -> its heading in the prompt, in this order
@@ -47,9 +47,7 @@ CHAPTER_HEADING = "\n\n# The next chapter\n\n"
 
 def examples(split):
     """[{book, number, story (before), chapter (the true next one), split, title and FIELDS where known}]."""
-    how = "--from BOOKS (files or folders: txt, md, jsonl)"
-    rows = read_split("next_chapter", split, {"book": str, "story": str, "chapter": str}, how)
-    return [{**row, "split": split} for row in rows]
+    return [{**row, "split": split} for row in read_split("next_chapter", split)]
 
 
 # ============================================================ prompts
@@ -96,10 +94,8 @@ NOT_PLAIN = [
 def plan_of(completion):
     """The text after the last "In summary:", as plain words; "" if there is none, or none with a word in it.
 
-    Ours: without one there is no plan. The paper's code then takes the whole answer, reasoning and all: no
-    thought could be left to latents. (It takes "Detailed Plan:" too, which our prompt does not ask for.)
-    Tags go, and so do the special tokens of the chat templates we know (<|..|>, <s>, [INST],
-    <start_of_turn>, ..)."""
+    Ours: the paper's code takes the whole answer where there is no plan, reasoning and all: no thought could
+    be left to latents. Tags go, and so do the special tokens of the chat templates we know."""
     place = last_opening(completion, ANSWER)
     plan = LINE_ENDS.sub("\n", INVISIBLE.sub("", completion[place[1]:] if place else ""))
     before = None
@@ -113,18 +109,10 @@ def plan_of(completion):
 
 # ============================================================ the scorer
 def scorer():
-    """(model, tokenizer) that reads chapters; frozen, and the same object for the same name."""
-    chosen = settings["scorer"]
-    if chosen is None:
-        raise UserError("the next_chapter reward needs a frozen model that reads the chapters: set its "
-                        "scorer (a model name or directory)")
-    return chosen if isinstance(chosen, tuple) else _load(str(chosen))
-
-
-@functools.lru_cache(maxsize=1)
-def _load(name):
-    model, tokenizer = load(name)
-    return memory.freeze(model), tokenizer
+    """(model, tokenizer) that reads chapters; frozen."""
+    if settings["scorer"] is None:
+        raise UserError("the next_chapter reward needs a frozen model that reads the chapters: set its scorer")
+    return settings["scorer"]
 
 
 def scoring_row(model, tokenizer, example, plan, chapter):
@@ -154,14 +142,14 @@ def perplexities(batch):
     if not rows:
         return []
     longest = max(len(rollout.prompt_ids) + len(rollout.slots) for rollout, _ in rows)
-    positions = min(settings["positions"], memory.positions_that_fit(model, longest))
-    return decoder.once_more_in_halves(model, lambda n: _perplexities(rows, n), positions, "positions")
+    positions = min(POSITIONS, memory.positions_that_fit(model, longest))
+    return decoder.once_more_in_halves(model, lambda n: _perplexities(rows, n), positions, "positions", longest)
 
 
 def _perplexities(rows, positions):
     model, _ = scorer()
     results = []
-    with torch.no_grad(), kv_cache.autocast(model):  # here, so that a frozen weight is cast once for all texts
+    with torch.no_grad():
         for part in scoring.pack([rollout for rollout, _ in rows], positions):
             some = [rows[i] for i in part]
             logp, _ = logprobs(model, [rollout for rollout, _ in some])  # (B, S)
@@ -173,23 +161,20 @@ def _perplexities(rows, positions):
 
 @functools.lru_cache(maxsize=2)
 def fingerprint(model):
-    """A text that changes with the weights or their precision (bf16: products of fp32 weights): no cached
-    perplexity of another scorer is used. Computed once per model object: a scorer is frozen."""
+    """A text that changes with a scorer's weights or their precision (bf16: products of fp32 weights), so
+    that no cached perplexity of another one is used."""
     return f"{checkpoint.fingerprint(model)} {model.dtype} {getattr(model, 'bf16', False)}"
 
 
-_known = {}  # file -> {key: perplexity}
-
-
+@functools.lru_cache(maxsize=2)
 def read_known(path):
     """The file of perplexities -> {key: perplexity}; a line that was cut by a stop is left out."""
     known = {}
-    if os.path.exists(path):
-        with open(path, encoding="utf-8", errors="replace") as file:
-            for line in file:
-                with suppress(ValueError, TypeError):
-                    key, value = json.loads(line)
-                    known[key] = float(value)
+    with suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            with suppress(ValueError, TypeError):
+                key, value = json.loads(line)
+                known[key] = float(value)
     return known
 
 
@@ -198,9 +183,7 @@ def unaided(pairs):
     perplexities.jsonl by a hash of the scorer's weights, what it reads and the chapter."""
     path = os.path.join(folder("next_chapter"), "perplexities.jsonl")
     mark = fingerprint(scorer()[0])
-    if path not in _known:
-        _known[path] = read_known(path)
-    known = _known[path]
+    known = read_known(path)
     read = ["\0".join([mark, chapter_prompt(example), chapter]) for example, chapter in pairs]
     keys = [hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:32] for text in read]
     missing = {key: (pair[0], "", pair[1]) for key, pair in zip(keys, pairs) if key not in known}
@@ -219,8 +202,8 @@ def unaided(pairs):
 
 # ============================================================ rewards
 @functools.lru_cache(maxsize=8)
-def _chapters(directory, split):
-    """[(work, chapter)] of a split. directory: where it was read from, for the cache."""
+def _chapters(folder, split):
+    """[(work, chapter)] of a split. folder: where it was read from, for the cache."""
     return [(work_of(example), example["chapter"]) for example in examples(split)]
 
 
@@ -256,21 +239,14 @@ def gains(examples, plans, chapters):
 def rewards(examples, completions):
     """The reward of each completion, as chosen in `settings`; no plan or an empty one earns 0."""
     kind = settings["reward"]
-    if kind not in ("vrcli", "contrastive", "thresholded"):
-        raise UserError(f"the next_chapter reward is vrcli, contrastive or thresholded, not {kind!r}")
     plans = [plan_of(completion) for completion in completions]
     own = gains(examples, plans, [example["chapter"] for example in examples])
     if kind == "vrcli":
         return own
     if kind == "thresholded":
-        return [threshold(gain) for gain in own]
+        return [(0.0, 0.5, 0.9, 1.0)[bisect.bisect_right((0.05, 1, 2), gain)] for gain in own]
     other = gains(examples, plans, [draw(example, settings["step"]) for example in examples])
     return [gain - 0.5 * gain_other for gain, gain_other in zip(own, other)]
-
-
-def threshold(gain):
-    """Percent -> 0, 0.5, 0.9 or 1 (the original's steps, as others report them)."""
-    return (0.0, 0.5, 0.9, 1.0)[bisect.bisect_right((0.05, 1, 2), gain)]
 
 
 def reward(example, completion):
@@ -286,11 +262,10 @@ def identity(example):
 
 def plans_of_others(examples, plans):
     """For each example the plan of the next one in the list that has another prompt; "" if there is none."""
-    n = len(plans)
     others = []
     for i, example in enumerate(examples):
-        following = [(i + step) % n for step in range(1, n)]
-        others.append(next((plans[j] for j in following if identity(examples[j]) != identity(example)), ""))
+        following = zip(examples[i + 1 :] + examples[:i], plans[i + 1 :] + plans[:i])
+        others.append(next((plan for e, plan in following if identity(e) != identity(example)), ""))
     return others
 
 

@@ -3,14 +3,11 @@
 Every chapter but a book's first becomes an example: what came before it, and the chapter. Books are never
 divided between splits, nor are the editions of one work. What --from takes, files and folders in any mixture:
 
-    rows        jsonl, json, csv, parquet: a chapter per row (text, and where known book, chapter, title), or
-                a whole tale (sections, a list of texts, and a name in book or story)
+    rows        jsonl, json, csv, parquet: a chapter per row (text, and where known book, chapter, title and
+                FIELDS, below), or a whole tale (sections, a list of texts, and a name in book or story)
     texts       txt, md: a book with headings ("Chapter 1", "STAVE I", "4. The Lamp", "# Home") on lines of
                 their own, whose numbers rise by one; it prints what it took for chapters
     a folder    all of these in it; texts without headings whose names are numbered are together one book
-
-Rows may have high_level_plan, prior_summary, character_sheets, next_synopsis: texts for the example whose
-NEXT chapter the row is (for sections: one text for all, or a list with one per section).
 
     python data/next_chapter/prepare.py --from books/                                   # all that is in there
     python data/next_chapter/prepare.py --from a.txt b.jsonl --story-tokens 1000        # shorter prompts
@@ -27,10 +24,9 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 
 from data import SPLITS, line_ends, read_rows, read_text, some, write_splits
 from data.duplicates import find_clusters
-from lib import run
-from lib import UserError
-from lib.run import run_script
+from lib import UserError, run
 
+# Texts (or lists of them, a paragraph each) that a row may have for the example whose NEXT chapter it is.
 FIELDS = ("high_level_plan", "prior_summary", "character_sheets", "next_synopsis")
 TEXTS = (".txt", ".md", ".markdown")
 ROWS = (".jsonl", ".json", ".csv", ".parquet")
@@ -185,38 +181,20 @@ def order_of(value):
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
-def field_text(where, name, value):
-    """An optional field as text: a text, or a list of texts (one paragraph each); None stays None."""
-    if isinstance(value, list) and all(isinstance(v, str) for v in value):
-        value = "\n\n".join(value)
-    if value is not None and not isinstance(value, str):
-        raise UserError(f"{where}: {name} must be a text or a list of texts, found {type(value).__name__}")
-    return value and line_ends(value).strip()
-
-
 def chapters_of_row(where, row):
-    """(name or None, chapters) of a row: a chapter, or a whole tale in sections, where each optional field is
-    one text for all of them or a list with one per section."""
+    """(name or None, chapters) of a row: a chapter, or a whole tale in sections."""
     name = row.get("story") if row.get("book") in (None, "") else row["book"]
-    if name is not None and type(name) not in (str, int):
-        raise UserError(f"{where}: book and story are names, texts or whole numbers, found {name!r}")
-    is_tale = "sections" in row
-    texts = row["sections"] if is_tale else [row.get("text")]
+    texts = row.get("sections", [row.get("text")])
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        found = "sections must be" if is_tale else "expected a chapter (text) or sections,"
-        raise UserError(f"{where}: {found} a list of texts; it has {', '.join(map(str, row)) or 'no fields'}")
+        raise UserError(f"{where}: expected a chapter (text) or a tale (sections, a list of texts); it has "
+                        f"{', '.join(map(str, row)) or 'no fields'}")
     chapters = [{"text": "\n\n".join(ebooks(text))} for text in texts]
-    if not is_tale:
-        chapters[0].update(where=where, order=order_of(row.get("chapter")),
-                           title=field_text(where, "title", row.get("title")))
-    for field in FIELDS:
-        values = row.get(field)
-        if not is_tale or not isinstance(values, list):
-            values = [values] * len(texts)
-        if len(values) != len(texts):
-            raise UserError(f"{where}: {field} has {len(values)} entries for {len(texts)} sections")
-        for chapter, value in zip(chapters, values):
-            chapter[field] = field_text(where, field, value)
+    if "sections" not in row:
+        chapters[0]["order"] = order_of(row.get("chapter"))
+        for field in FIELDS + ("title",):
+            value = row.get(field) or ""
+            whole = "\n\n".join(map(str, value)) if isinstance(value, list) else str(value)
+            chapters[0][field] = line_ends(whole).strip()
     return None if name is None else str(name).strip(), chapters
 
 
@@ -236,8 +214,6 @@ def files_of(path):
         for name in sorted(names, key=number_key):
             is_ours = name.lower().endswith(TEXTS + ROWS) and not name.startswith(".")
             (files if is_ours else others).append((os.path.join(base, name), base))
-    if not files:
-        raise UserError(f"no txt, md, jsonl, json, csv or parquet files in {path}; name a folder with some")
     if others:
         print(f"left out {len(others)} files of other kinds: {some([file for file, _ in others])}")
     return files
@@ -255,16 +231,13 @@ def collect_books(paths):
                             f"another name")
         books.setdefault(name, []).extend(chapters)
 
-    files = {os.path.realpath(one[0]): one for path in paths for one in files_of(path)}  # none is taken twice
-    for file, folder in files.values():
+    for file, folder in [one for path in paths for one in files_of(path)]:
         stem, kind = os.path.splitext(os.path.basename(file))
         if kind.lower() in ROWS:
             for where, row in read_rows(file):
                 name, chapters = chapters_of_row(where, row)
-                if "sections" in row:
-                    add(name or where, chapters, where)
-                else:
-                    add(name or stem, chapters, file)
+                is_tale = "sections" in row
+                add(name or (where if is_tale else stem), chapters, where if is_tale else file)
             continue
         whole = read_text(file)
         texts = ebooks(whole)
@@ -275,16 +248,17 @@ def collect_books(paths):
             else:
                 loose[folder][stem] = text
     for folder, texts in loose.items():
+        places = {stem: place for stem in texts if (place := place_of(stem))}
+        different = set(places.values())
+        if len(different) < max(2, len(places)) or min(min(different)) > 1:
+            places = {}  # other books, like 1984 and Catch-22
         name = os.path.basename(os.path.abspath(folder))
-        places = sorted(filter(None, map(place_of, texts)))
-        numbered = sorted(filter(place_of, texts), key=place_of)
-        if len(set(places)) < max(2, len(places)) or min(places[0]) > 1:
-            numbered = []  # other books, like 1984 and Catch-22
+        numbered = sorted(places, key=places.get)
         if numbered:
             print(f"{name}: a book of {len(numbered)} files without headings, a chapter each, as numbered: "
-                  f"{some(numbered)}{jumps([place[-1] for place in places])}")
-        for stem in numbered + [stem for stem in texts if stem not in numbered]:
-            add(name if stem in numbered else stem, [{"text": texts[stem]}], folder)
+                  f"{some(numbered)}{jumps([places[stem][-1] for stem in numbered])}")
+        for stem in numbered + [stem for stem in texts if stem not in places]:
+            add(name if stem in places else stem, [{"text": texts[stem]}], folder)
     return books
 
 
@@ -302,19 +276,14 @@ def jumps(numbers):
 
 
 def in_order(name, chapters):
-    """Chapters of rows by their numbers. Where one repeats or is not there it is the file's order, which the
-    numbers may not contradict (they may begin again at 1)."""
-    known = [chapter for chapter in chapters if chapter.get("order") is not None]
-    if len({chapter["order"] for chapter in known}) == len(chapters):
-        chapters = sorted(known, key=lambda chapter: chapter["order"])
-        known = []
-    for before, after in zip(known, known[1:]):
-        if 1 < after["order"] < before["order"]:
-            raise UserError(f"{after['where']}: chapter {after['order']:g} of {name!r} comes after "
-                            f"{before['order']:g}, and not all have a number of their own; number them anew")
+    """Chapters of rows by their numbers; where one repeats or is not there, in the order of the file."""
+    known = {chapter.get("order") for chapter in chapters} - {None}
+    how = " in the order of the file, as numbers repeat or lack" if known else ""
+    if len(known) == len(chapters):
+        chapters = sorted(chapters, key=lambda chapter: chapter["order"])
+        how = ""
     odd = jumps([chapter.get("order") for chapter in chapters])
-    if known or odd:
-        how = " in the order of the file, as numbers repeat or lack" if known else ""
+    if how or odd:
         print(f"{name}: {len(chapters)} chapters{how}{odd}")
     return chapters
 
@@ -337,13 +306,10 @@ def read_books(paths):
     for name, chapters in collect_books(paths).items():
         unlike = {}  # text -> the first chapter that has it
         for chapter in chapters:
-            text = " ".join(chapter["text"].split())
-            if not text:
-                left_out["empty chapters (a table of contents gives some)"].append(name)
-            elif text in unlike:
-                left_out["chapters that their book has already"].append(name)
-            unlike.setdefault(text, chapter)
+            unlike.setdefault(" ".join(chapter["text"].split()), chapter)
         unlike.pop("", None)
+        left_out["chapters, empty (as in a table of contents) or there twice"] += (
+            [name] * (len(chapters) - len(unlike)))
         twin = seen.setdefault(tuple(unlike), name)
         if len(unlike) < 2:
             left_out["books with fewer than two chapters"].append(name)
@@ -354,34 +320,30 @@ def read_books(paths):
             if "number" in books[name][0]:
                 describe(name, books[name])
     for what, names in left_out.items():
-        print(f"left out {len(names)} {what}: {some(list(dict.fromkeys(names)))}")
+        if names:
+            print(f"left out {len(names)} {what}: {some(list(dict.fromkeys(names)))}")
     if not books:
-        raise UserError(f"no book with two or more chapters in {', '.join(paths)} (text files need headings "
-                        "such as \"Chapter 1\", or a folder with one file per chapter, numbered)")
+        raise UserError(f"no book with two or more chapters in {', '.join(paths)} (txt, md, jsonl, json, csv "
+                        "or parquet; texts need headings such as \"Chapter 1\", or a folder with one file "
+                        "per chapter, numbered)")
     return books
 
 
 # ============================================================ lengths
-def load_tokenizer(path):
-    """A tokenizer that can say where in a text its tokens begin."""
+def make_ruler(name=None):
+    """A function text -> (where its units start, tokens per unit): words at 1.3 tokens (a Chinese or Japanese
+    character is one), or the tokens of a model's tokenizer."""
+    if name is None:
+        words = re.compile(r"[\u2e80-\uffef]|[^\s\u2e80-\uffef]+")
+        return lambda text: ([match.start() for match in words.finditer(text)], 1.3)
     from transformers import AutoTokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        tokenizer("a", return_offsets_mapping=True)
-    except Exception as e:  # transformers raises what it likes
-        raise UserError(f"no tokenizer that can be used at {path!r} ({shorten(str(e), 120)}); name a model "
-                        "that has one, or leave --tokenizer out") from e
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as e:
+        raise UserError(f"no tokenizer at {name!r} ({shorten(str(e), 120)})") from e
     tokenizer.model_max_length = 10**9  # whole books are measured, nothing is run
-    return tokenizer
 
-
-def make_ruler(tokenizer=None):
-    """A function text -> (where its units start, tokens per unit): words at 1.3 tokens (a Chinese or Japanese
-    character is one), or the tokenizer's own tokens."""
     def ruler(text):
-        if tokenizer is None:
-            found = re.finditer(r"[\u2e80-\uffef]|[^\s\u2e80-\uffef]+", text)
-            return [match.start() for match in found], 1.3
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         return [start for start, _ in encoded["offset_mapping"]], 1.0
 
@@ -389,8 +351,8 @@ def make_ruler(tokenizer=None):
 
 
 def length(ruler, text):
-    """Tokens of a text; 0 for None."""
-    starts, price = ruler(text or "")
+    """Tokens of a text."""
+    starts, price = ruler(text)
     return len(starts) * price
 
 
@@ -400,11 +362,11 @@ def newest(ruler, text, budget):
     keep = int(budget / price)
     if len(starts) <= keep:
         return text
-    rest = text[starts[-keep] :] if keep > 0 else ""
-    if rest and not text[starts[-keep] - 1].isspace():  # a tokenizer may cut inside a word
+    rest = text[starts[-keep] :]
+    if not text[starts[-keep] - 1].isspace():  # a tokenizer may cut inside a word
         rest = re.sub(r"^\S{0,40}(\s+|$)", "", rest)  # in a text without spaces what is cut stays
     at = rest.find("\n\n", 0, len(rest) // 5)
-    return rest[at:].strip() if at >= 0 else rest.strip()
+    return rest[max(at, 0) :].strip()
 
 
 def first(ruler, text, budget):
@@ -420,38 +382,25 @@ def first(ruler, text, budget):
     return rest[:at].strip() if at > 0 else rest.strip()
 
 
-def fit_story(ruler, chapters, sizes, room, summary=None):
-    """The text of the chapters before one that fits `room` (tokens) -> (story, summary, is it cut?). With a
-    summary of the earlier ones it is the last alone, else as many as there is room for. sizes: tokens."""
-    start = len(chapters) - 1
-    while not summary and start > 0 and sum(sizes[start:]) < room:
-        start -= 1
-    whole = "\n\n".join(chapter["text"].strip() for chapter in chapters[start:])
-    story = newest(ruler, whole, room)
-    if not summary:
-        return story, summary, story != whole or start > 0
-    # The summary is older than the last chapter, so it is what is cut.
-    shorter = newest(ruler, summary, room - length(ruler, story))
-    return story, shorter, story != whole or shorter != summary
-
-
 def make_examples(book, chapters, ruler, story_tokens, chapter_tokens, counts):
     """One example per chapter from the second on. counts: where those with a cut story, with a cut chapter,
     and those that did not fit are added."""
     examples = []
     sizes = [length(ruler, chapter["text"]) for chapter in chapters]
     for i in range(1, len(chapters)):
-        given = {field: chapters[i].get(field) for field in FIELDS + ("title",)}
-        beside = [given[field] for field in FIELDS if field != "prior_summary"]
-        room = story_tokens - sum(length(ruler, text) for text in beside)
+        given = {field: chapters[i].get(field, "") for field in FIELDS + ("title",)}
+        room = story_tokens - sum(length(ruler, given[field]) for field in FIELDS)
         if room < story_tokens / 4:  # a story of a few words behind long sheets is no story
             counts["unfit"] += 1
             continue
-        story, summary, cut = fit_story(ruler, chapters[:i], sizes[:i], room, given["prior_summary"])
-        given["prior_summary"] = summary
+        start = i - 1  # of the chapters before, as many as there is room for
+        while start > 0 and sum(sizes[start:i]) < room:
+            start -= 1
+        before = "\n\n".join(chapter["text"].strip() for chapter in chapters[start:i])
+        story = newest(ruler, before, room)
         whole = chapters[i]["text"].strip()
         chapter = first(ruler, whole, chapter_tokens)
-        counts["stories cut"] += cut
+        counts["stories cut"] += story != before or start > 0
         counts["chapters cut"] += chapter != whole
         kept = {field: text for field, text in given.items() if text}
         examples.append({"book": book, "number": i + 1, "story": story, "chapter": chapter, **kept})
@@ -459,8 +408,8 @@ def make_examples(book, chapters, ruler, story_tokens, chapter_tokens, counts):
 
 
 def works_of(books):
-    """{book: the name of the first edition of the same work}: they have over 1 % of their runs of 8 words in
-    common, by chance it is 0.2 % at most. Says which are editions of one work."""
+    """{book: the name of the first edition of the same work}. Editions have over 1 % of their runs of 8 words
+    in common; by chance it is 0.2 % at most."""
     names = list(books)
     texts = [" ".join(chapter["text"] for chapter in chapters) for chapters in books.values()]
     work_of = {name: names[cluster] for name, cluster in zip(names, find_clusters(texts, share=0.01))}
@@ -471,13 +420,11 @@ def works_of(books):
 
 
 def split_works(works, seed):
-    """{work: split}: 15 % of the works, and at least one, in val and in test; two works make train and
-    test, one makes train."""
+    """{work: split}: 15 % of the works, and at least one, in val and in test."""
     names = sorted(works)
     random.Random(seed).shuffle(names)
-    n = max(1, round(0.15 * len(names))) if len(names) > 2 else 0
-    held_out = ["val"] * n + ["test"] * (1 if len(names) == 2 else n)
-    return dict(zip(names, held_out + ["train"] * len(names)))
+    n = max(1, round(0.15 * len(names)))
+    return dict(zip(names, ["val"] * n + ["test"] * n + ["train"] * len(names)))
 
 
 # ============================================================ the script
@@ -498,44 +445,32 @@ def main():
     args = parser.parse_args()
     if min(args.story_tokens, args.chapter_tokens) < 16:
         raise UserError("--story-tokens and --chapter-tokens must be at least 16")
-    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
-    ruler = make_ruler(tokenizer)
+    ruler = make_ruler(args.tokenizer)
     books = read_books(args.files)
 
-    counts = Counter()
-    sizes = args.story_tokens, args.chapter_tokens
-    made = {name: make_examples(name, chapters, ruler, *sizes, counts) for name, chapters in books.items()}
-    made = {name: examples for name, examples in made.items() if examples}
-    unit = "tokens" if tokenizer else "tokens (estimated at 1.3 per word)"
-    print(f"books {len(books)}, examples {sum(map(len, made.values()))}; "
-          f"in {counts['stories cut']} the oldest text was cut to fit {args.story_tokens} {unit}, "
-          f"in {counts['chapters cut']} the chapter's end to fit {args.chapter_tokens}")
-    if counts["unfit"]:
-        print(f"left out {counts['unfit']} examples whose plan, sheets and synopsis leave less than a "
-              f"quarter of the tokens to the story")
-    if not made:
-        raise UserError("no examples are left; raise --story-tokens")
-
-    work_of = works_of({name: books[name] for name in made})
-    works = Counter(work_of.values())  # and how many editions each has
+    work_of = works_of(books)
+    editions = Counter(work_of.values())  # of each work
+    split_of = split_works(editions, args.seed)
     splits = {split: [] for split in SPLITS}
-    split_of = split_works(works, args.seed)
-    for name, examples in made.items():
-        if works[work_of[name]] > 1:  # the others are no "other book" for the contrastive reward
-            examples = [{**example, "work": work_of[name]} for example in examples]
-        splits[split_of[work_of[name]]] += examples
+    counts = Counter()
+    for name, chapters in books.items():
+        examples = make_examples(name, chapters, ruler, args.story_tokens, args.chapter_tokens, counts)
+        work = work_of[name]
+        if editions[work] > 1:  # the others are no "other book" for the contrastive reward
+            examples = [{**example, "work": work} for example in examples]
+        splits[split_of[work]] += examples
+    unit = "tokens" if args.tokenizer else "tokens (estimated at 1.3 per word)"
+    print(f"books {len(books)}, examples {sum(map(len, splits.values()))}; "
+          f"in {counts['stories cut']} the oldest text was cut to fit {args.story_tokens} {unit}, "
+          f"in {counts['chapters cut']} the chapter's end to fit {args.chapter_tokens}; left out "
+          f"{counts['unfit']}, whose other fields leave less than a quarter of the tokens to the story")
     if not all(splits.values()):
-        empty = " and ".join(split for split in SPLITS if not splits[split])
-        print(f"warning: too few books ({len(works)}) for three splits: {empty} stay empty, and training "
-              "reads all three; give four books or more")
-    elif list(split_of.values()).count("train") == 1:
-        print("warning: train has one book, and the contrastive reward needs two; give four books or more, "
-              "or train with --reward vrcli")
-    digest = write_splits(args.out, splits)
+        raise UserError(f"{len(editions)} works are too few for three splits: give four books or more, as the "
+                        "contrastive reward needs two in train")
     for split, examples in splits.items():
         print(f"{split:5} books {len({row['book'] for row in examples}):3}, examples {len(examples):4}")
-    print(f"wrote {args.out}; content {digest}")
+    write_splits(args.out, splits)
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run.run_script(main)

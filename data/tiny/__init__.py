@@ -88,8 +88,8 @@ def examples(split, n=None, hops=None):
 def prompt(example, latent):
     """The story and the question; with `latent`, the offer of the tag (the paper's prompt in this world's
     words)."""
-    offer = OFFER if latent else ""
-    task = f"task : find the hole . {example['asked']} acts on the map . think aloud{offer} ."
+    task = (f"task : find the hole . {example['asked']} acts on the map . "
+            f"think aloud{OFFER if latent else ''} .")
     return f"{example['story']} {task} the halves start with {' and '.join(example['first'])} :"
 
 

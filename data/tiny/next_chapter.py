@@ -17,18 +17,14 @@ from litereason import load, parse_tags
 
 SIZES = {"train": 6000, "val": 100, "test": 200}
 MEASURE = "reward"  # what a score of this task is called
-# The most that the length penalty takes: a right plan earns about 200, a wrong one -190, so this weighs as
-# much here as 1 does where right and wrong are 1 and 0.
-PENALTY = 400.0
-# I has no lower bound: this reader is so sure that a muddled plan can make a chapter a thousand times harder,
-# and would outweigh all others in a mean. What is more than six times as hard counts as six times.
-LEAST_GAIN = -500.0
+PENALTY = 400.0  # the most that the length penalty takes; a right plan earns about 200, a wrong one -190
+LEAST_GAIN = -500.0  # a muddled plan can make a chapter a thousand times harder; what is above six counts as six
 ANSWER = "In summary :"  # what follows is the plan, the only part that the scorer reads
 
 
 # ============================================================ stories
 def make_story(rng, hops):
-    """One story of three chains. Returns {story, first, chains, chapter}, as in the first task."""
+    """One story of three chains -> {story, first, chains, chapter}, as in the first task."""
     people = rng.sample(PEOPLE, 3 * hops + 3)
     chains = [people[i * (hops + 1) : (i + 1) * (hops + 1)] for i in range(3)]
     return {
@@ -46,9 +42,7 @@ def chapter(holders):
 def examples(split):
     """The split's stories; each carries `other`, the chapter of another story, for the contrastive reward.
 
-    The paper draws the other chapter again at every step; a fixed one makes the reward a function. By chance
-    it names the same two people in 28 of 6,000 train stories and 1 of 200 test stories: there a right plan
-    earns about a tenth."""
+    The paper draws it again at every step; a fixed one makes the reward a function."""
     if split not in SIZES:
         raise ValueError(f"the tiny.next_chapter task has the splits {', '.join(SIZES)}, not {split!r}")
     rng = random.Random(100 + SEEDS[split])
@@ -60,8 +54,7 @@ def examples(split):
 
 def prompt(example, latent):
     """The story and the task; with `latent`, the offer of the tag."""
-    offer = OFFER if latent else ""
-    task = f"task : plan the next chapter . think aloud{offer} ."
+    task = f"task : plan the next chapter . think aloud{OFFER if latent else ''} ."
     return f"{example['story']} {task} the halves start with {' and '.join(example['first'])} :"
 
 

@@ -24,9 +24,9 @@ import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from lib import UserError, run
 from data import tiny
 from data.tiny import next_chapter
+from lib import run
 from litereason import CLOSE, OPEN
 
 # ============================================================ how readers write
@@ -63,6 +63,7 @@ def trace(rng, row, latent, school):
     A tag over k rounds has the number k + 1: its shorthand begins with where the reader stands."""
     rounds = [list(pair) for pair in zip(*row["chains"])]
     asked = row.get("asked")
+    last = len(rounds) - 1
     skipping = rng.choice((0.5, 0.95) if school else SKIPPING) if latent else 0.0
 
     def stops(pair):
@@ -73,7 +74,6 @@ def trace(rng, row, latent, school):
 
     words = []
     now = 0  # the round where the reader stands
-    last = len(rounds) - 1
     while now < last:
         if rng.random() < skipping:
             then = last if rng.random() < ALL_LEFT else rng.randint(now + 1, last)
@@ -270,8 +270,6 @@ def main():
                         help="optimiser steps after school (default 2000)")
     parser.add_argument("--seed", type=int, default=0, help="of all random draws (default 0)")
     args = parser.parse_args()
-    if args.steps < 1:
-        raise UserError("--steps must be at least 1")
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
     tokenizer = make_tokenizer()

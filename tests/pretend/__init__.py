@@ -2,17 +2,16 @@
 
     pretend.why_not()            None, or why there is no such device here: one line, for pytest.skip
     pretend.run(f, *args)        f(*args) in a process that has the device -> (its result, what it printed)
-    pretend.script(*words)       python SCRIPT .. in such a process -> what it printed, and what the device counted
-    pretend.device               in such a process: the device itself; counts host syncs, copies and bytes
-    pretend.memory               in such a process: peak bytes at real shapes, nothing computed
+    pretend.script(*words)       python SCRIPT .. in such a process -> what it printed, its matrix products
+    pretend.device, .memory      in such a process: the device, and peak bytes at real shapes
 
-A tensor on it says that it is on cuda:0 and keeps its numbers on the CPU. It has CUDA's dispatch keys, so torch itself
-applies CUDA's autocast rules and runs the backward pass in the device's thread; an operation that mixes devices is refused,
-as CUDA refuses it. Not covered: CUDA's kernels and their rounding, which of them torch chooses, speed.
+A tensor on it says that it is on cuda:0 and keeps its numbers on the CPU. It has CUDA's dispatch keys, so
+torch itself applies CUDA's autocast rules and runs the backward pass in the device's thread; an operation
+that mixes devices is refused, as CUDA refuses it. Not covered: CUDA's kernels and their rounding, which of
+them torch chooses, speed.
 
-torch must not have been imported before the device is there (and the whole process has it then), so each f runs in a process
-of its own: forked from a server that has imported torch, transformers and this project once. f is a function of a test module;
-what it gets and returns is pickled.
+torch must not have been imported before the device is there, so each f, a function of a test module, runs in
+a process of its own: forked from a server that has imported torch, transformers and this project once.
 """
 import concurrent.futures
 import contextlib
@@ -29,7 +28,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import types
+
+import pytest
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
@@ -56,7 +56,7 @@ def why_not():
 
 
 def compiled_guard():
-    """guard.cpp as a library, compiled once per its text and torch's version -> (its path, torch's directory)."""
+    """guard.cpp as a library, compiled once per text and torch's version -> (its path, torch's directory)."""
     torch_at = importlib.util.find_spec("torch").submodule_search_locations[0]
     source = os.path.join(HERE, "guard.cpp")
     with open(source, "rb") as f:
@@ -77,15 +77,15 @@ def compiled_guard():
 
 
 def run(function, *args):
-    """function(*args) in a new process that has the device -> (result, what it printed); raises what it raises."""
+    """function(*args) in a new process that has the device -> (result, what it printed), or its exception."""
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=_server(), max_tasks_per_child=1) as pool:
         return pool.submit(_captured, function, args).result()
 
 
 def script(*words):
-    """python SCRIPT .., from the project's root -> a namespace: printed, and products (how many matrix products, by type)."""
+    """python SCRIPT .., from the project's root -> (what it printed, {type: matrix products})."""
     products, printed = run(_script, [str(word) for word in words])
-    return types.SimpleNamespace(printed=printed, products=products)
+    return printed, products
 
 
 def _script(words):
@@ -103,13 +103,9 @@ def _server():
     """Started once; from then on a process that has imported everything is a fork away."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pretend.device", "pretend.memory", "train_rl", "results.baselines"])
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, os.path.dirname(HERE), *sys.path])  # for those imports
-    multiprocessing.forkserver.ensure_running()
-    if before is None:
-        del os.environ["PYTHONPATH"]
-    else:
-        os.environ["PYTHONPATH"] = before
+    with pytest.MonkeyPatch.context() as patch:  # for those imports
+        patch.setenv("PYTHONPATH", os.pathsep.join([ROOT, os.path.dirname(HERE), *sys.path]))
+        multiprocessing.forkserver.ensure_running()
     return context
 
 

@@ -6,7 +6,6 @@ import functools
 import gc
 import os
 import sys
-import types
 import weakref
 
 import pretend
@@ -16,17 +15,13 @@ TESTS = os.path.dirname(pretend.HERE)
 
 
 # ============================================================ torch's C++ side
-def load_guard():
-    """Loads guard.cpp below torch: what it answers is asked for when torch is imported."""
-    if "torch" in sys.modules:
-        raise RuntimeError("torch has been imported before the pretended device")
-    library, torch_at = pretend.compiled_guard()
-    for below in ("libc10.so", "libtorch_cpu.so"):
-        ctypes.CDLL(os.path.join(torch_at, "lib", below), ctypes.RTLD_GLOBAL)
-    ctypes.CDLL(library)
-
-
-load_guard()
+# It answers what torch asks of a CUDA device, and must be there when torch is imported.
+if "torch" in sys.modules:
+    raise RuntimeError("torch has been imported before the pretended device")
+library, torch_at = pretend.compiled_guard()
+for below in ("libc10.so", "libtorch_cpu.so"):
+    ctypes.CDLL(os.path.join(torch_at, "lib", below), ctypes.RTLD_GLOBAL)
+ctypes.CDLL(library)
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -38,14 +33,11 @@ CPU = torch.device("cpu")
 
 # ============================================================ what is counted
 class Bytes:
-    """Of the storages that are alive on the card; a step of the allocator is 512 bytes."""
+    """Of the storages that are alive on the card, in the allocator's steps of 512."""
 
-    def __init__(self):
-        self.now = 0
-        self.peak = 0
-        self.peak_at = "?"  # the project's line
-        self.total = 80 * 2**30  # of the card
-        self.alive = {}  # of each storage: (its size, what tells us of its end)
+    now = peak = 0
+    total = 80 * 2**30  # of the card
+    alive = {}  # of each storage what tells us of its end
 
     def born(self, t):
         storage = t.untyped_storage()
@@ -54,15 +46,13 @@ class Bytes:
             return
         size = -(-storage.nbytes() // 512) * 512
         if self.now + size > self.total:
-            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size / 2**30:.2f} GiB (pretended)")
-        self.alive[key] = size, weakref.ref(storage, functools.partial(self._died, key))
+            raise torch.OutOfMemoryError("CUDA out of memory (pretended)")
+        self.alive[key] = weakref.ref(storage, functools.partial(self.died, key, size))
         self.now += size
-        if self.now > self.peak:
-            self.peak = self.now
-            self.peak_at = project_line()
+        self.peak = max(self.peak, self.now)
 
-    def _died(self, key, _):
-        size, _ = self.alive.pop(key)
+    def died(self, key, size, _):
+        del self.alive[key]
         self.now -= size
 
     def reset_peak(self, *_):
@@ -70,13 +60,13 @@ class Bytes:
 
 
 BYTES = Bytes()
-UNDER_WAY = []  # copies to the host that nobody has waited for: (where to, what); read too early, the old numbers are there
-EVENTS = []  # (the project's line, what happened there), in order: the host waited for the device, or sent it a copy
+UNDER_WAY = []  # copies to the host that nobody has waited for: (where to, what)
+EVENTS = []  # (the project's line, why), in order: the host waited for the device
 PRODUCTS = collections.Counter()  # type -> matrix products on the card
 
 
 def project_line():
-    """FILE:LINE in FUNCTION of the project, tests aside, that is running; "backward" in the device's own thread."""
+    """FILE:LINE in FUNCTION of the project, tests aside; "backward" in the device's own thread."""
     frame = sys._getframe(1)
     while frame:
         code = frame.f_code
@@ -87,7 +77,7 @@ def project_line():
 
 
 def waits(why):
-    """The host needs a number from the device, or its memory: it stands still until all that was asked before is done."""
+    """The host stands still until the device has done all that was asked before."""
     if RECORDING:
         raise RuntimeError(f"operation not permitted when stream is capturing ({why})")
     EVENTS.append((project_line(), why))
@@ -104,8 +94,8 @@ class OnCard(torch.Tensor):
     def __new__(cls, inner):
         BYTES.born(inner)
         t = torch.Tensor._make_wrapper_subclass(
-            cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
-            layout=inner.layout, device=CARD)
+            cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(),
+            dtype=inner.dtype, layout=inner.layout, device=CARD)
         t.inner = inner
         return t
 
@@ -114,9 +104,6 @@ class OnCard(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, op, types, args=(), kwargs=None):
         return dispatch(op, args, kwargs or {})
-
-    def __repr__(self):
-        return f"OnCard({self.inner!r})"
 
     def __deepcopy__(self, memo):
         same = self.detach().clone().requires_grad_(self.requires_grad)
@@ -131,8 +118,6 @@ class OnCard(torch.Tensor):
 
     @data.setter
     def data(self, new):
-        if not isinstance(new, OnCard):
-            raise RuntimeError("incompatible tensor type: .data of a tensor on the card is set to one that is not")
         torch.Tensor.data.__set__(self, new)
         self.inner = new.inner
 
@@ -142,9 +127,6 @@ class OnCard(torch.Tensor):
 
     def untyped_storage(self):
         return self.inner.untyped_storage()
-
-    def record_stream(self, stream):
-        pass
 
     def tolist(self):
         return self.cpu().tolist()
@@ -161,7 +143,8 @@ def dispatch(op, args, kwargs):
     inner_args = [_unwrapped(x, on, off) for x in args]
     inner_kwargs = {name: _unwrapped(x, on, off) for name, x in kwargs.items()}
     is_on_card = result_is_on_card(op, args, kwargs, on, off)
-    if op is aten.copy_.default and on and not is_on_card and len(args) > 2 and args[2] and not args[1].inner.is_meta:
+    waits_for_nobody = op is aten.copy_.default and on and not is_on_card and len(args) > 2 and args[2]
+    if waits_for_nobody and not args[1].inner.is_meta:
         UNDER_WAY.append((args[0], args[1].inner.clone()))
         return args[0]
     if "device" in kwargs:
@@ -197,8 +180,6 @@ def _wrapped(x, on, is_on_card):
     if isinstance(x, torch.Tensor):
         for wrapper in on:
             if wrapper.inner is x:  # changed in place
-                if wrapper.shape != x.shape:
-                    raise NotImplementedError("pretended device: an operation changes a shape in place")
                 return wrapper
         return OnCard(x) if is_on_card else x
     if isinstance(x, (list, tuple)):
@@ -209,8 +190,8 @@ def _wrapped(x, on, is_on_card):
 INDEXING = {aten.index.Tensor, aten._unsafe_index.Tensor}
 WRITING = {aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default,
            aten._unsafe_index_put.default}
-MATRIX_PRODUCTS = {aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default, aten.mv.default,
-                   aten.addmv.default, aten.dot.default}
+MATRIX_PRODUCTS = {aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default,
+                   aten.mv.default, aten.addmv.default, aten.dot.default}
 # How many rows come out depends on the numbers, or a number goes to the host.
 WAITING = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default,
            aten._unique2.default, aten.unique_dim.default, aten.unique_consecutive.default,
@@ -253,7 +234,8 @@ def result_is_on_card(op, args, kwargs, on, off):
 
 def _check_mixture(op, args, on, off):
     """A CPU tensor beside one on the card must be a single number, in an operation that takes numbers."""
-    takes_numbers = torch.Tag.pointwise in op.tags or op.name().startswith(("aten::_foreach", "aten::where", "aten::fill"))
+    by_name = ("aten::_foreach", "aten::where", "aten::fill")
+    takes_numbers = torch.Tag.pointwise in op.tags or op.name().startswith(by_name)
     writes_to_host = op._schema.is_mutable and any(args[0] is t for t in off)
     if writes_to_host or not takes_numbers or any(t.dim() for t in off):
         found = [(str(t.device), tuple(t.shape)) for t in on + off]
@@ -291,73 +273,35 @@ class Everywhere(TorchDispatchMode):
         return dispatch(op, args, kwargs or {})
 
 
-# ============================================================ streams, events, graphs
+# ============================================================ streams and graphs
 # All that is asked of the device is done at once: there is nothing to wait for.
 RECORDING = []  # while a graph is recorded: its operations
 
 
 class Stream:
-    device = CARD
-
     def __init__(self, *_, **__):
         pass
 
     def wait_stream(self, other):
         pass
 
-    wait_event = wait_stream
-
-    def record_event(self, event=None):
-        return event or Event()
-
-    def query(self):
-        return True
-
-    def synchronize(self):
-        waits("synchronize")
-
-
-class Event:
-    def __init__(self, *_, **__):
-        pass
-
-    def record(self, stream=None):
-        pass
-
-    wait = record
-
-    def query(self):
-        return True
-
-    def synchronize(self):
-        waits("synchronize")
-
-    def elapsed_time(self, end):
-        return 0.0
-
 
 class Graph:
-    """A recording of operations on tensors that stay where they are; `replay` computes them again into the same memory."""
+    """Operations on tensors that stay where they are; `replay` computes them again into the same memory."""
 
     replays = 0  # of all graphs
 
-    def __init__(self, *_, **__):
+    def __init__(self):
         self.operations = []
 
     def replay(self):
         Graph.replays += 1
         for op, args, kwargs, out in self.operations:
             again = op(*args, **kwargs)
-            for old, new in zip(_listed(out), _listed(again)):
-                if old.untyped_storage()._cdata != new.untyped_storage()._cdata:  # a view sees the new numbers by itself
+            several = isinstance(out, (list, tuple))
+            for old, new in zip(out, again) if several else [(out, again)]:
+                if old.untyped_storage()._cdata != new.untyped_storage()._cdata:  # not a view
                     old.copy_(new)
-
-    def reset(self):
-        self.operations = []
-
-
-def _listed(out):
-    return out if isinstance(out, (list, tuple)) else [out]
 
 
 @contextlib.contextmanager
@@ -369,40 +313,24 @@ def recording(graph, *_, **__):
         RECORDING.pop()
 
 
-@contextlib.contextmanager
-def inside(*_, **__):
-    yield
-
-
 # ============================================================ torch.cuda
 def install():
     """From now on, in this process, torch has the device."""
     gc.freeze()  # what has been imported need not be searched each time garbage is collected
-    cuda = torch.cuda
-    cuda._lazy_init = lambda: None
-    cuda.is_available = cuda.is_initialized = lambda: True
-    cuda.is_bf16_supported = lambda *_, **__: True
-    cuda.device_count = lambda: 1
-    cuda.current_device = lambda: 0
-    cuda.set_device = lambda device: None
-    cuda.get_device_name = lambda *_: "pretended card"
-    cuda.get_device_capability = lambda *_: (9, 0)
-    cuda.get_device_properties = lambda *_: types.SimpleNamespace(
-        name="pretended card", total_memory=BYTES.total, major=9, minor=0, multi_processor_count=132)
-    cuda.mem_get_info = lambda *_: (BYTES.total - BYTES.now, BYTES.total)
-    cuda.memory_allocated = cuda.memory_reserved = lambda *_: BYTES.now
-    cuda.max_memory_allocated = cuda.max_memory_reserved = lambda *_: BYTES.peak
-    cuda.memory_stats = lambda *_: {"allocated_bytes.all.current": BYTES.now, "allocated_bytes.all.peak": BYTES.peak}
-    cuda.reset_peak_memory_stats = BYTES.reset_peak
-    cuda.empty_cache = lambda: None
-    cuda.synchronize = lambda *_: waits("synchronize")
-    cuda.Stream, cuda.Event, cuda.CUDAGraph = Stream, Event, Graph
-    cuda.current_stream = cuda.default_stream = lambda *_: Stream()
-    cuda.stream = cuda.device = inside
-    cuda.set_stream = lambda stream: None
-    cuda.graph_pool_handle = lambda: (0, 0)
-    cuda.graph = recording
-    cuda.is_current_stream_capturing = lambda: bool(RECORDING)
+    answers = {
+        "_lazy_init": None, "is_available": True, "is_initialized": True, "is_bf16_supported": True,
+        "device_count": 1, "current_device": 0, "get_device_capability": (9, 0), "empty_cache": None}
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+    torch.cuda.mem_get_info = lambda *_: (BYTES.total - BYTES.now, BYTES.total)
+    torch.cuda.memory_allocated = torch.cuda.memory_reserved = lambda *_: BYTES.now
+    torch.cuda.max_memory_allocated = lambda *_: BYTES.peak
+    torch.cuda.reset_peak_memory_stats = BYTES.reset_peak
+    torch.cuda.synchronize = lambda *_: waits("synchronize")
+    torch.cuda.Stream, torch.cuda.CUDAGraph, torch.cuda.graph = Stream, Graph, recording
+    torch.cuda.current_stream = Stream
+    torch.cuda.stream = torch.cuda.device = contextlib.nullcontext
+    torch.cuda.is_current_stream_capturing = lambda: bool(RECORDING)
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     # A module that is moved keeps its parameters, and so its ties.
     torch.__future__.set_swap_module_params_on_conversion(True)

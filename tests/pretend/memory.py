@@ -1,11 +1,11 @@
 """Peak memory at real shapes, on the pretended device, in seconds: floats have shapes but no numbers.
 
-    memory.without_numbers()      from now on, in this process: a float on the card takes none of this machine's memory
-    memory.peak(run)              run() -> {"peak": bytes on the card at most, "before": .., "at": the line, "result": ..}
+    memory.without_numbers()    from now on, in this process
+    memory.peak(run)            run() -> (bytes on the card before, bytes at most)
 
-Integers and masks keep their numbers, so prompts, rows and slots are what they are; one that follows from floats is zero (a
-sampled token) or true (a finite gradient). A float that is read on the host is 1. The bytes are those of live tensors, in steps
-of 512, with what fused attention keeps; a kernel's own scratch memory and the allocator's gaps are not among them.
+Integers and masks keep their numbers, so prompts, rows and slots are what they are; one that follows from
+floats is zero (a sampled token) or true (a finite gradient). The bytes are those of live tensors, with what
+fused attention keeps; a kernel's own scratch memory and the allocator's gaps are not among them.
 """
 import gc
 
@@ -14,7 +14,7 @@ import torch
 from pretend import device
 from pretend.device import BYTES, OnCard, aten
 
-LARGE = 2**24  # integers and masks beyond so many elements lose their numbers, too: nobody reads them one by one
+LARGE = 2**24  # integers and masks beyond so many elements lose their numbers, too
 MANY = 2**20  # from so many on, floats copied to the host take no memory there
 
 
@@ -27,10 +27,9 @@ def peak(run):
     gc.collect()
     before = BYTES.now
     BYTES.reset_peak()
-    result = run()
-    found = {"peak": BYTES.peak, "before": before, "at": BYTES.peak_at, "result": result}
+    run()
     gc.collect()
-    return found
+    return before, BYTES.peak
 
 
 # ============================================================ one operation
@@ -79,11 +78,8 @@ def _on_meta(t):
 
 def _numbers_forgotten(t):
     """After an operation whose inputs were all known."""
-    is_known = not t.is_floating_point() and t.numel() <= LARGE
-    return t if is_known or t.is_meta else _meta_like(t)
-
-
-def _meta_like(t):
+    if t.is_meta or (not t.is_floating_point() and t.numel() <= LARGE):
+        return t
     return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
 
 
@@ -91,14 +87,14 @@ def _integers_known(t):
     """After one whose inputs were not: zeros, or true."""
     if not t.is_meta or t.is_floating_point() or t.numel() > LARGE:
         return t
-    return torch.ones(t.shape, dtype=t.dtype) if t.dtype == torch.bool else torch.zeros(t.shape, dtype=t.dtype)
+    return torch.full(t.shape, t.dtype == torch.bool, dtype=t.dtype)
 
 
 def _on_the_host(t):
     """What is copied to the host: zeros, in no memory where they are many."""
     if not t.is_meta:
         return t
-    return torch.zeros(t.shape, dtype=t.dtype) if t.numel() < MANY else torch.zeros((), dtype=t.dtype).expand(t.shape)
+    return torch.zeros(() if t.numel() >= MANY else t.shape, dtype=t.dtype).expand(t.shape)
 
 
 def _masks_as_indices(op, args):
@@ -136,7 +132,7 @@ _plain = torch.nn.functional.scaled_dot_product_attention
 
 
 def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    """Fused where CUDA has a kernel: 16-bit without a mask, or with one and as many key heads as query heads."""
+    """Fused where CUDA has a kernel: in 16 bits, and with a mask for as many key heads as query heads."""
     if not isinstance(q, OnCard):
         return _plain(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     if torch.is_autocast_enabled("cuda"):
