@@ -73,7 +73,7 @@ SETTINGS = {
         "overwrite": (False, bool, "replace the run that --out holds"),
         "n": (500, 1, "test examples"),
         "seed": (0, 0, "of all random draws"),
-        "r": (None, 1, "colar: tokens per latent, 1, 2 or 5 [all in the test of the SFT, then the best on val]"),
+        "r": (None, 1, "colar: tokens per latent, 1, 2 or 5 [all in the SFT's test, then the best on val]"),
         "device": (None, str, "cpu or cuda [cuda if there is one]"),
     },
     "training (of two defaults the first is for less than 50 M parameters)": {

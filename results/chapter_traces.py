@@ -1,9 +1,8 @@
-"""Traces for a base that earns nothing, for train_projector.py --traces: made of the train chapters, not by the
-model.
+"""Makes traces for a base that earns nothing, for train_projector.py --traces, of the train chapters.
 
-SmolLM2-135M kept 5 of 159 samples of stage 1, none with a sentence before its plan, so there is nothing to put a
-tag into. Here a chapter's first whole sentence stands for the plan and the others for the reasoning. This gives
-the train chapters away, and only them: what it teaches is the form, and the prose of these books.
+SmolLM2-135M kept 5 of 159 samples of stage 1, none with a sentence before its plan, so there is nothing to
+put a tag into. Here a chapter's first whole sentence stands for the plan and the others for the reasoning.
+This gives the train chapters away, and only them: what it teaches is the form, and the prose of these books.
 
     python results/chapter_traces.py --task next_chapter.short --out traces.jsonl
 """

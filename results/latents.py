@@ -1,23 +1,23 @@
-"""What the latents of a run say in the tiny world, word by word: python results/latents.py --model RUN
+"""Reads what the latents of a run say in the tiny world, word by word.
 
-There a latent's target in stage 2 is known, the two people with whom a round ends (targets.py), so it can
-be asked whether a latent still is nearest to the sum of those two words when RL is through. The second
-latent block of an answer begins where the first ended, so an answer of nothing but tags has a known round for
-each of its latents; other answers are not read. All at the paper's sampling, on the test stories.
+There a latent's target in stage 2 is known, the two people with whom a round ends, so it can be asked
+whether a latent still is nearest to the sum of those two words when RL is through. The second latent block of
+an answer begins where the first ended, so an answer of nothing but tags has a known round for each of its
+latents; other answers are not read. All at the paper's sampling, on 500 test stories.
+
+    python results/latents.py --model RUN
 """
 import os
 import re
 import sys
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
 
-import data
-from lib import checkpoint, run
 from data import tiny
 from eval import PAPER
+from lib import checkpoint, run
 from litereason import CLOSE, OPEN, generate, load, parse_tags
 
 ONLY_TAGS = re.compile(rf"\s*({OPEN}[0-9 ]*{CLOSE}\s*)+\\boxed")
@@ -63,9 +63,8 @@ def read(model, tokenizer, examples, seed):
     cap = model.config.litereason_max_reasoning_steps
     reader = Reader(model, tokenizer)
     prompts = [tiny.prompt(example, True) for example in examples]
-    generator = torch.Generator().manual_seed(seed)
-    limit = checkpoint.slots_per_answer(model)
-    rollouts = generate(model, tokenizer, prompts, 1, limit, generator=generator, **PAPER)
+    rollouts = generate(model, tokenizer, prompts, 1, checkpoint.slots_per_answer(model),
+                        generator=torch.Generator().manual_seed(seed), **PAPER)
     counts = {"all": [0, 0], "last_whole": [0, 0], "last_lost": [0, 0], "wrong": [0, 0]}
     n_read = 0
     for rollout in rollouts:
@@ -75,59 +74,43 @@ def read(model, tokenizer, examples, seed):
             continue
         n_read += 1
         is_right = [said == true for said, true in zip(reader(rollout.latents), rounds)]
-        counts["all"][0] += len(is_right)
-        counts["all"][1] += sum(is_right)
+        kinds = {"all": is_right}
         if rounds[-1] == set(pair[-1] for pair in example["chains"]):
-            kinds = ["last_lost" if example["label"] else "last_whole"]
+            kinds["last_lost" if example["label"] else "last_whole"] = is_right[-1:]
             if not tiny.reward(example, rollout.text):
-                kinds.append("wrong")
-            for kind in kinds:
-                counts[kind][0] += 1
-                counts[kind][1] += is_right[-1]
+                kinds["wrong"] = is_right[-1:]
+        for kind, own in kinds.items():
+            counts[kind][0] += len(own)
+            counts[kind][1] += sum(own)
     return {"answers": len(rollouts), "read": n_read, **counts}
-
-
-def total(rows, key):
-    """Of several seeds: [how many, how many name their round]"""
-    return [sum(row[key][i] for row in rows) for i in (0, 1)]
-
-
-def share(count):
-    n, n_right = count
-    return f"{n_right / n:.3f}" if n else ""
 
 
 def table(found):
     """{name: [what `read` says of each seed]} -> Markdown"""
     lines = ["| run | answers of tags alone | latents | name their round | the last, both halves arrive "
-             "| the last, one is lost | wrong answers | the last, of these |",
-             "|---|---|---|---|---|---|---|---|"]
+             "| the last, one is lost | wrong answers | the last, of these |", f"|{'---|' * 8}"]
     for name, rows in found.items():
         answers = sum(row["read"] for row in rows) / sum(row["answers"] for row in rows)
-        cells = [name, f"{answers:.3f}", f"{total(rows, 'all')[0]:,}"]
-        cells += [share(total(rows, key)) for key in ("all", "last_whole", "last_lost")]
-        cells += [str(total(rows, "wrong")[0]), share(total(rows, "wrong"))]
+        n, shares = {}, {}
+        for kind in ("all", "last_whole", "last_lost", "wrong"):
+            n[kind], n_right = (sum(row[kind][i] for row in rows) for i in (0, 1))
+            shares[kind] = f"{n_right / n[kind]:.3f}" if n[kind] else ""
+        cells = [name, f"{answers:.3f}", f"{n['all']:,}", shares["all"], shares["last_whole"],
+                 shares["last_lost"], str(n["wrong"]), shares["wrong"]]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def parse_arguments():
+def main():
     parser = run.parser(__doc__)
     parser.add_argument("--model", required=True, metavar="DIR", help="a run in the tiny world whose latents "
-                        "have targets of two words (required, so no default)")
+                        "have targets of two words (required)")
     parser.add_argument("--task", default="tiny", choices=["tiny"], help="plot holes (default tiny)")
-    parser.add_argument("--n", type=int, default=500, help="test stories (default 500)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
     parser.add_argument("--out", metavar="DIR", help="results.json goes there (default: it is only printed)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
-    return parser.parse_args()
-
-
-def main():
-    args = parse_arguments()
-    run.check_arguments(args)
-    model, tokenizer = load(args.model, args.device)
-    found = read(model, tokenizer, data.load_task("tiny").examples("test")[: args.n], args.seed)
+    args = parser.parse_args()
+    model, tokenizer = load(args.model, "cpu")
+    found = read(model, tokenizer, tiny.examples("test")[:500], args.seed)
     print(table({args.model: [found]}))
     if args.out:
         run.write_json(os.path.join(args.out, "results.json"), found)

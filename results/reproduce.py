@@ -1,44 +1,36 @@
-"""Makes the README's comparison from nothing, or the paper's table for a real model: runs what is missing,
-then writes the tables and pictures. Stop it when you like; started again, it continues.
+"""Makes the tables and pictures of the README and of results/: runs what is missing, then writes them.
 
-A run is one method on one task with one seed, in a process of its own, with its output in
-out/results/TASK/METHOD-SEED or, of a real model, out/results/MODEL/TASK/METHOD-SEED (see jobs.py). In the
-tiny world each is evaluated three times: on test stories at the paper's sampling and at temperature 1, and on
-stories that it was trained on, so that what was only memorised shows.
+A run is one command with one seed, in a process of its own, with its output in
+out/results/TABLE/METHOD-SEED. Each run in the tiny world is evaluated on test stories at the paper's sampling
+and at temperature 1, and on stories that it was trained on, so that what was only memorised shows. What the
+tables need of a run is kept in results/runs-TABLE.jsonl, so that they can be made again, and get new rows,
+where the runs are gone. Stop it when you like; started again, it continues. For a table of your own, list its
+commands as in SMOLLM2.
 
-    python results/reproduce.py                         # all: hours on 2 cores, two runs at once
-    python results/reproduce.py --tasks tiny --seeds 0  # some of it
-    python results/reproduce.py --tables                # only the tables, from the runs that are there and
-                                                        #   from those kept in results/runs-TASK.jsonl
-
-    python results/reproduce.py --model Qwen2.5-1.5B --tasks flawed_fictions next_chapter --plan
-                                                        # hours and disk of each run (see paper.py); without
-                                                        #   --plan it then runs them
-    python results/reproduce.py --model Qwen2.5-1.5B --n 4 --samples 1 --out out/try \\
-        --rl-flags="--steps 2 --prompts 2 --group 4"    # is all in place? Minutes instead of days
+    python results/reproduce.py                         # the tiny world: hours on 2 cores, two runs at once
+    python results/reproduce.py --only tiny --seeds 0   # some of it
+    python results/reproduce.py --tables                # only the tables, of the runs that are there or kept
 """
 import argparse
+import itertools
 import json
 import os
 import re
-import shlex
+import signal
+import subprocess
 import sys
+import textwrap
+import time
+import typing
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 sys.path.insert(0, ROOT)
 
-import torch
+from lib import UserError, display, run
+from results import latents as read_latents, plots, stats
 
-import data
-from lib import display, run, checkpoint
-from results import plots
-from results import evidence, findings, jobs, kept, paper
-from results import latents as read_latents
-from results.jobs import Job, read_json
-from lib import UserError
-
-TASKS = ("tiny", "tiny.next_chapter")
+# ============================================================ what is run
 # (name in the tables, directory, command), in the order of the tables and of the runs. {NAME} is the
 # directory of another row, which is run before. An eval.py row trains nothing.
 PROJECTOR = "train_projector.py --prompts 6000"
@@ -51,7 +43,7 @@ AFTER_RL = STAGES.replace("train_projector.py", "train_projector.py --model {rl}
 RL = "--steps 96 --lr-schedule cosine"
 # The length penalty grows from the first token to the length limit; the late one begins 60 tokens before it.
 # The paper does not give its own.
-PENALTY = f"{RL} --overlong-buffer {checkpoint.SLOTS_SMALL}"
+PENALTY = f"{RL} --overlong-buffer 240"
 LATE = f"{RL} --overlong-buffer 60"
 NO_PENALTY = f"{RL} --overlong-buffer 0"
 # The paper's refresh; 6 rollout batches were an epoch of its 290 stories.
@@ -73,18 +65,15 @@ METHODS = [
     ("the paper's recipe, before RL", "paper-stages", f"{FROZEN} --targets none --lr 1e-3"),
     ("the paper's recipe + length penalty", "paper-lp",
      f"train_rl.py --model {{paper-stages}} {PENALTY} {PAPERS}"),
-    ("the paper's recipe", "paper",
-     f"train_rl.py --model {{paper-stages}} {NO_PENALTY} {PAPERS}"),
+    ("the paper's recipe", "paper", f"train_rl.py --model {{paper-stages}} {NO_PENALTY} {PAPERS}"),
     ("base frozen, before RL", "frozen", FROZEN),
     ("base frozen + length penalty", "frozen-lp", f"train_rl.py --model {{frozen}} {PENALTY}"),
-    ("no anchor + length penalty", "adrift-lp",
-     f"train_rl.py --model {{projector}} --anchor 0 {PENALTY}"),
+    ("no anchor + length penalty", "adrift-lp", f"train_rl.py --model {{projector}} --anchor 0 {PENALTY}"),
     ("stage 2 twice as long, before RL", "longer", LONG_STAGES),
     ("stage 2 twice as long + length penalty", "longer-lp", f"train_rl.py --model {{longer}} {PENALTY}"),
     ("LiteReason after RL, before its own RL", "after-rl", AFTER_RL),
-    ("LiteReason after RL + length penalty", "after-rl-lp",
-     f"train_rl.py --model {{after-rl}} {PENALTY}"),
-    ("LiteReason after RL + length penalty, another story's latents", "after-rl-lp-other",
+    ("LiteReason after RL + length penalty", "after-rl-lp", f"train_rl.py --model {{after-rl}} {PENALTY}"),
+    ("LiteReason after RL + length penalty, shuffled latents", "after-rl-lp-shuffled",
      "eval.py --model {after-rl-lp} --latent shuffled"),
     ("RL with tags after RL + length penalty", "after-rl-tag",
      f"train_rl.py --model {{rl}} --method tag {PENALTY}"),
@@ -92,8 +81,7 @@ METHODS = [
      f"train_rl.py --model {{projector}} --method tag {PENALTY}"),
     ("no noise, before RL", "clean", f"{STAGES} --noise 0"),
     ("no noise + length penalty", "clean-lp", f"train_rl.py --model {{clean}} {PENALTY}"),
-    ("pause tokens + length penalty", "pause-lp",
-     f"train_rl.py --projector pause {PENALTY} {PAPERS}"),
+    ("pause tokens + length penalty", "pause-lp", f"train_rl.py --projector pause {PENALTY} {PAPERS}"),
     ("answer at once", "answer", "results/baselines.py --method answer"),
     ("MoI", "moi", "results/baselines.py --method moi"),
     ("Soft Thinking", "soft-thinking", "results/baselines.py --method soft-thinking"),
@@ -102,68 +90,272 @@ METHODS = [
     ("CoLaR after RL", "colar-rl",
      "results/baselines.py --method colar --model {rl} --lr 1e-3 --epochs 4 --r 2 --rl-lr 1.2e-5 --steps 96"),
 ]
-NOT_RUN = {"tiny.next_chapter": ["answer"]}  # it learns gold answers, which that task has not
+# Real weights, see real_models.md: --model is a directory of that name, or a link to one, beside README.md.
+SMALL_RL = ("--overlong-buffer 0 --steps 18 --prompts 4 --num-generations 6 --minibatches 1 --lr 2e-5 "
+            "--val 0 --refresh-every 6 --save-every 4")
+SMOLLM2 = [
+    ("base, explicit reasoning", "base", "eval.py --model SmolLM2-135M-Instruct:plain"),
+    ("base, tag prompt", "base-tag", "eval.py --model SmolLM2-135M-Instruct"),
+    ("LiteReason before RL", "projector", "train_projector.py --model SmolLM2-135M-Instruct --targets none "
+     "--traces out/chapter-traces.jsonl --imitate 24 --steps 40 --batch 4 --n 12"),
+    ("LiteReason before RL, its latents taken away", "projector-text",
+     "eval.py --model {projector} --latent none"),
+    ("LiteReason before RL, shuffled latents", "projector-shuffled",
+     "eval.py --model {projector} --latent shuffled"),
+    ("LiteReason", "litereason", f"train_rl.py --model {{projector}} --targets none {SMALL_RL}"),
+    ("LiteReason, its latents taken away", "litereason-text", "eval.py --model {litereason} --latent none"),
+    ("LiteReason, shuffled latents", "litereason-shuffled", "eval.py --model {litereason} --latent shuffled"),
+    ("RL without latents", "rl", f"train_rl.py --model SmolLM2-135M-Instruct --method grpo {SMALL_RL}"),
+    ("RL with tags, no latents, after stage 2", "tag-after",
+     f"train_rl.py --model {{projector}} --method tag {SMALL_RL}"),
+]
+
+
+class Table(typing.NamedTuple):
+    task: str
+    methods: list
+    seeds: list = [0, 1, 2]
+    # Of each run: (directory behind the method's name, more flags for eval.py). results/baselines.py decodes
+    # in its own ways, so its runs evaluate themselves.
+    evaluations: list = [("test", "--sampling paper trained --alone 8"), ("train", "--split train --n 200")]
+    flags: str = ""  # of every command
+    score: str = "accuracy"
+    digits: int = 3  # of scores
+    points: float = 1  # how many points of a claim a score of 1 is; None: claims in points mean nothing
+
+
+TABLES = {
+    "tiny": Table("tiny", METHODS),
+    # It has no gold answers to learn; there, next chapters earn hundreds of percent.
+    "tiny.next_chapter": Table("tiny.next_chapter", [own for own in METHODS if own[1] != "answer"],
+                               score="reward, %", digits=1, points=0.01),
+    "SmolLM2-135M-Instruct.next_chapter.short": Table(
+        "next_chapter.short", SMOLLM2, [0], [("test", "--alone 0")], "--max-new-tokens 72", "reward",
+        points=None),
+}
 CONTROLLED = "litereason-lp"  # the run of each seed whose latents are replaced when it has been trained
-# Of each run: (directory behind the method's name, more flags for eval.py). results/baselines.py decodes in its own
-# ways, so its runs evaluate themselves: a row of theirs says "sampling" and "split" as eval.py's do, and is
-# of temperature 1 and of test stories where it says neither.
-EVALUATIONS = [("test", "--sampling paper trained --alone 8"), ("train", "--split train --n 200")]
-KINDS = ("paper", "trained", "train")  # of rows: test stories at two samplings, and train stories
-# task: [(length of the chain, flags of eval.py that make it so)]: these methods are evaluated at each length.
-LENGTHS = {"tiny": [(hops, f"--hops {hops}") for hops in (2, 3, 4, 5, 6)]}
-# task: the runs whose latents latents.py reads
-READ = {"tiny": ("litereason-lp", "adrift-lp", "frozen-lp", "longer-lp", "after-rl-lp")}
-DRAWN = ("litereason-lp", "rl", "tag-lp", "paper-lp")  # in the picture of the training
-ON_LENGTHS = ["RL without latents", "LiteReason + length penalty",
-              "LiteReason + length penalty, its latents taken away", "RL with tags + length penalty"]
+# In the table "tiny" alone: runs at each length of the chain, and those whose latents latents.py reads.
+LENGTHS = (2, 3, 4, 5, 6)
+AT_LENGTHS = ("rl", "litereason-lp", "litereason-lp-text", "tag-lp")
+READ = ("litereason-lp", "adrift-lp", "frozen-lp", "longer-lp", "after-rl-lp")
+# In the README's first table, and in the picture of scores against tokens.
+HEADLINE = [stats.BASE, stats.RL, stats.OURS, "RL with tags + length penalty",
+            "the paper's recipe + length penalty"]
 
 
-# ============================================================ the tiny world's runs
-def directory(task, method, seed):
-    return os.path.join(ROOT, "out", "results", task, f"{method}-{seed}")
+class Job(typing.NamedTuple):
+    out: str  # its directory
+    words: list  # the script and its flags, without --out
+    needs: list  # directories of jobs that must be done before
 
 
-def words_in_braces(command):
-    return re.findall(r"\{(.+?)\}", command)
+def directory(table, method, seed):
+    return os.path.join(ROOT, "out", "results", table, f"{method}-{seed}")
 
 
-def jobs_of(task, seed):
-    """[Job] of one task and seed, in the order in which they are run."""
-    places = {method: directory(task, method, seed) for _, method, _ in METHODS}
+def jobs_of(table, seed):
+    """[Job] of one table and seed, in the order in which they are run."""
+    task, methods, _, evaluations, flags, *_ = TABLES[table]
+    places = {method: directory(table, method, seed) for _, method, _ in methods}
     found = []
 
-    def add(method, command, needs=()):
-        needs = [*needs, *(places[word] for word in words_in_braces(command))]
-        words = [word.format(**places) for word in f"{command} --task {task} --seed {seed}".split()]
-        found.append(Job(f"{task} {method} seed {seed}", directory(task, method, seed), words, needs))
+    def add(method, command):
+        needs = [places[word] for word in re.findall(r"\{(.+?)\}", command)]
+        words = f"{command} {flags} --task {task} --seed {seed}".split()
+        words = [word.format(**places) for word in words]
+        found.append(Job(directory(table, method, seed), words, needs))
 
-    for name, method, command in METHODS:
-        if method in NOT_RUN.get(task, []):
-            continue
-        trained = []  # the run that is evaluated
+    for _, method, command in methods:
+        trained = f"{{{method}}}"
         evaluation = command
         if not command.startswith("eval.py"):
-            trained = [places[method]]
-            evaluation = f"eval.py --model {places[method]}"
+            evaluation = f"eval.py --model {trained}"
             add(method, f"{command} --n 0" if command.startswith("train_rl.py") else command)
         if command.startswith("results/baselines.py"):
             continue
-        for kind, flags in EVALUATIONS:
-            add(f"{method}-{kind}", f"{evaluation} {flags}", trained)
-        for length, flags in LENGTHS.get(task, []) if name in ON_LENGTHS else []:
-            add(f"{method}-length-{length}", f"{evaluation} {flags}", trained)
-        if method in READ.get(task, ()):
-            add(f"{method}-read", f"results/latents.py --model {places[method]}", trained)
+        for kind, more in evaluations:
+            add(f"{method}-{kind}", f"{evaluation} {more}")
+        for length in LENGTHS if table == "tiny" and method in AT_LENGTHS else ():
+            add(f"{method}-length-{length}", f"{evaluation} --hops {length}")
+        if table == "tiny" and method in READ:
+            add(f"{method}-read", f"results/latents.py --model {trained}")
         if method == CONTROLLED:
-            add("controls", f"eval.py --controls --model {places[method]} --sampling paper trained", trained)
+            add("controls", f"eval.py --controls --model {trained} --sampling paper trained")
     return found
 
 
-def all_jobs(tasks, seeds):
-    return [job for task in tasks for seed in seeds for job in jobs_of(task, seed)]
+# ============================================================ runs as processes
+def is_done(out):
+    return any(os.path.exists(os.path.join(out, name)) for name in ("results.json", "finished.json"))
 
 
-# ============================================================ from runs to rows
+def read_json(path, default=None):
+    """What is in the file; `default` if there is none."""
+    if not os.path.exists(path):
+        return default
+    with open(path) as file:
+        return json.load(file)
+
+
+def check_same(words, others, what, way):
+    """UserError at the first word, or command, in which two lists differ."""
+    for theirs, ours in itertools.zip_longest(others, words, fillvalue="nothing"):
+        if theirs != ours:
+            raise UserError(f"{what} was made with {theirs!r}, not with {ours!r}: {way}")
+
+
+def words_now(job):
+    """The command line that begins or continues a job: train_rl.py goes on from its last state,
+    train_projector.py from its last trace or step, any other begins again."""
+    script = job.words[0]
+    has_state = script == "train_rl.py" and run.saved_states(job.out)
+    is_begun = script == "train_projector.py" and run.run_settings(job.out).get("script") == script
+    return [script, "--resume", job.out] if has_state or is_begun else [*job.words, "--out", job.out]
+
+
+def start(job):
+    """-> the process, in the background, on one thread, its output in log.txt."""
+    os.makedirs(job.out, exist_ok=True)
+    words = words_now(job)
+    run.write_json(os.path.join(job.out, "command.json"), job.words)
+    with open(os.path.join(job.out, "log.txt"), "a") as log:
+        return subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=log, stderr=log,
+                                env={"OMP_NUM_THREADS": "1", **os.environ})
+
+
+def run_jobs(todo, at_once):
+    """Runs the jobs that are not done, at_once at a time, in their order. UserError that names the logs if
+    any failed: the others are run all the same, but for those that need it. Ctrl-C and SIGTERM stop all of
+    them; the same jobs given again continue."""
+    waiting = [job for job in todo if not is_done(job.out)]
+    total = len(waiting)
+    running = {}  # process -> (job, when it was started)
+    failed = []  # their logs
+    try:
+        while waiting or running:
+            ready = [job for job in waiting if all(map(is_done, job.needs))]
+            for job in ready[: at_once - len(running)]:
+                waiting.remove(job)
+                running[start(job)] = job, time.time()
+            if not running:  # what is left needs what has failed
+                break
+            time.sleep(1)
+            for process in [process for process in running if process.poll() is not None]:
+                job, began = running.pop(process)
+                seconds = add_seconds(job, began)
+                said = f"{without_root(job.out)}: {seconds:.0f}s"
+                if process.returncode:
+                    failed.append(f"{job.out}/log.txt")
+                    said += f", failed: {last_line(failed[-1])}"
+                elif not is_done(job.out):
+                    run.write_json(os.path.join(job.out, "finished.json"), job.words)
+                print(f"{total - len(waiting) - len(running):3d}/{total} {said}", flush=True)
+    except KeyboardInterrupt as e:  # with the signal, if it was another than Ctrl-C
+        raise KeyboardInterrupt(*e.args[:1] or [signal.SIGINT], "the same command continues") from e
+    finally:  # train_rl.py saves its state
+        for process in running:
+            process.terminate()
+        for process, (job, began) in running.items():
+            process.wait()
+            add_seconds(job, began)
+    if failed:
+        left = f"; {len(waiting)} more, which need what they make, were not run" if waiting else ""
+        raise UserError(f"{len(failed)} failed, see {', '.join(failed)}{left}; run this again for the rest")
+
+
+def last_line(path):
+    """Of a log, shortened."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        lines = [line.strip() for line in file if line.strip()]
+    return textwrap.shorten(lines[-1], 300, placeholder=" ..") if lines else "its log is empty"
+
+
+def add_seconds(job, began):
+    """Into seconds.json, a sum over all starts of a job -> the seconds of this one."""
+    seconds = time.time() - began
+    path = os.path.join(job.out, "seconds.json")
+    run.write_json(path, seconds + read_json(path, 0))
+    return seconds
+
+
+# ============================================================ what is kept of runs
+# Words of commands that have changed since a record was kept, and mean the same: (pattern, word of today).
+RENAMED = [
+    (r"(?<![\w/])baselines\.py", "results/baselines.py"),
+    (r"--group\b", "--num-generations"),
+    (r"--rows\b", "--gen-batch-size"),
+    (r"--tokens-per-forward\b", "--micro-batch-tokens"),
+    (r"--latent other\b", "--latent shuffled"),
+]
+
+
+def kept_records(table):
+    """{name of the directory: record} of results/runs-TABLE.jsonl, in today's words; {} without that file."""
+    path = os.path.join(HERE, f"runs-{table}.jsonl")
+    if not os.path.exists(path):
+        return {}
+    with open(path, encoding="utf-8") as file:
+        text = file.read()
+    records = [json.loads(line) for line in text.splitlines()]
+    for record in records:
+        for pattern, now in RENAMED:
+            record["commands"] = [re.sub(pattern, now, command) for command in record["commands"]]
+    return {record["run"]: record for record in records}
+
+
+def records_of(table, seeds):
+    """{directory: record} of the runs that the table has: those that are done here, else those that are kept.
+
+    A kept record whose commands are not today's stops everything: nothing is dropped in silence. Code is not
+    compared: after a change of what a run computes, delete the records."""
+    kept = kept_records(table)
+    commands = {}  # directory -> the commands that make what is in it, from the first
+    found = {}
+    for job in (job for seed in seeds for job in jobs_of(table, seed)):
+        before = [command for need in job.needs for command in commands[need]]
+        commands[job.out] = [*dict.fromkeys(before), without_root(" ".join(job.words))]
+        name = without_root(job.out)
+        if is_done(job.out):
+            found[job.out] = {"run": name, "commands": commands[job.out], **measured(job.out)}
+        elif name in kept:
+            check_same(commands[job.out], kept[name]["commands"], f"record {name!r} of runs-{table}.jsonl",
+                       "name words that changed in RENAMED, or delete the line of another run")
+            found[job.out] = kept[name]
+    return found
+
+
+def keep(table, records):
+    """Writes them into results/runs-TABLE.jsonl, beside those of other seeds."""
+    own = {record["run"]: record for record in records.values()}
+    others = {name: record for name, record in kept_records(table).items() if name not in own}
+    lines = [json.dumps(record, separators=(",", ":")) for record in [*own.values(), *others.values()]]
+    run.write_text(os.path.join(HERE, f"runs-{table}.jsonl"), "\n".join([*lines, ""]))
+
+
+def without_root(text):
+    return text.replace(ROOT + os.sep, "")
+
+
+def measured(out):
+    """Of the run in directory `out`: its rows with the score and the tokens of every story, what it took."""
+    rows = read_json(os.path.join(out, "results.json"), [])
+    rows = rows if isinstance(rows, list) else [rows]
+    for row in rows:
+        if "per_example" in row:
+            row["per_example"] = {what: list(map(whole, own)) for what, own in row["per_example"].items()}
+        row.update({key: without_root(row[key]) for key in ("name", "model") if key in row})
+    return {
+        "made": time.strftime("%Y-%m-%d", time.gmtime(os.path.getmtime(out))),
+        "sampled": tokens_sampled(out),
+        "run_seconds": read_json(os.path.join(out, "seconds.json")),
+        "rows": rows}
+
+
+def whole(number):
+    """A float as an int if it is one: it takes less room in the file."""
+    return int(number) if isinstance(number, float) and number == int(number) else number
+
+
 def tokens_sampled(out):
     """How many tokens, latents included, a run's RL sampled; None if it had none."""
     if not os.path.exists(os.path.join(out, "metrics.jsonl")):
@@ -173,65 +365,43 @@ def tokens_sampled(out):
         steps = [json.loads(line) for line in file]
     batches = steps[:: config.get("minibatches", 1)]  # each step of a batch says the same of its rollouts
     per_rollout = sum(step["text_tokens"] + step["latent_steps"] for step in batches)
-    return per_rollout * config["prompts"] * config["group"]
+    return per_rollout * config["prompts"] * config["num_generations"]
 
 
-def records_of(task, seeds):
-    """{directory: record} of the runs that the tables have: of each a record, as kept.py makes it."""
-    path = os.path.join(HERE, f"runs-{task}.jsonl")
-    return kept.gather(path, all_jobs([task], seeds), [ROOT], tokens_sampled)
+# ============================================================ from records to means
+SAMPLED = {"paper": "the paper's sampling", "trained": "temperature 1"}
 
 
-def rows_in(records, task, method, seed):
+def rows_in(records, table, method, seed):
     """Those of one run; [] if it is not there."""
-    return records.get(directory(task, method, seed), {"rows": []})["rows"]
+    return records.get(directory(table, method, seed), {"rows": []})["rows"]
 
 
-def rows_of(records, task, seeds):
-    """{name in the table: {kind: {seed: row}}}; a row is evaluate's result, with what the training took."""
+def rows_of(records, table, seeds):
+    """{name in the table: {kind: {seed: row}}}; a row is evaluate's result, with what the training took.
+    Kinds: paper and trained, test stories at two samplings; train, stories that it was trained on."""
     found = {}
-    for name, method, command in METHODS:
-        for seed in seeds:
-            training = {}
-            if not command.startswith("eval.py"):
-                training = records.get(directory(task, method, seed), {})
-            cost = {
-                "sampled": training.get("sampled"),
-                "run_seconds": training.get("run_seconds"),
-                "command": shown_command(task, command) if training else ""}
-            of_runs = [f"{method}-{kind}" for kind, _ in EVALUATIONS]
-            if command.startswith("results/baselines.py"):
-                of_runs = [method]
-            for own in of_runs:
-                for row in rows_in(records, task, own, seed):  # the last of CoLaR's is its own
-                    by_kind = found.setdefault(name, {})
-                    by_kind.setdefault(kind_of(row), {})[seed] = {**row, **cost}
+    methods = TABLES[table].methods
+    places = {method: f"out/results/{table}/{method}-SEED" for _, method, _ in methods}
+    for (name, method, command), seed in itertools.product(methods, seeds):
+        is_trained = not command.startswith("eval.py")
+        training = records.get(directory(table, method, seed), {}) if is_trained else {}
+        cost = {"sampled": training.get("sampled"), "run_seconds": training.get("run_seconds"),
+                "command": f"python {command.format(**places)}" if training else ""}
+        sources = [f"{method}-{kind}" for kind, _ in TABLES[table].evaluations]
+        if command.startswith("results/baselines.py"):
+            sources = [method]
+        for source in sources:
+            for row in rows_in(records, table, source, seed):  # the last of CoLaR's is its own
+                kind = row["sampling"] if row["split"] == "test" else "train"
+                found.setdefault(name, {}).setdefault(kind, {})[seed] = {**row, **cost}
     return found
 
 
-def shown_command(task, command):
-    """For the table."""
-    places = {method: f"out/results/{task}/{method}-SEED" for _, method, _ in METHODS}
-    return f"python {command.format(**places)}"
-
-
-def kind_of(row):
-    """One of KINDS, or something else that no table has."""
-    split = row.get("split", "test")
-    return row.get("sampling", "trained") if split == "test" else split
-
-
-def at(found, kind):
-    """{name: {kind: {seed: row}}} -> {name: {seed: row}} of the methods that have rows of the kind."""
-    return {name: kinds[kind] for name, kinds in found.items() if kind in kinds}
-
-
 def summary(kinds):
-    """{kind: {seed: row}} -> means over seeds: those of the paper's sampling (of temperature 1 without any;
-    "sampling" says which), and under "trained" and "train" those."""
-    first = next(kind for kind in KINDS if kind in kinds)
-    others = {kind: mean_of(kinds[kind]) for kind in KINDS if kind in kinds and kind != first}
-    return {"sampling": first, **mean_of(kinds[first]), **others}
+    """{kind: {seed: row}} -> means over seeds at the paper's sampling, others under their kind."""
+    others = {kind: mean_of(kinds[kind]) for kind in ("trained", "train") if kind in kinds}
+    return {"sampling": "paper", **mean_of(kinds["paper"]), **others}
 
 
 def mean_of(rows):
@@ -242,108 +412,60 @@ def mean_of(rows):
         values = [rows[seed].get(key) for seed in seeds]
         return None if None in values else sum(values) / len(values)
 
-    accuracies = [rows[seed]["accuracy"] for seed in seeds]
-    means = ("accuracy", "tokens", "text_tokens", "latent_steps", "tags", "truncated",
-             "forward_positions", "flops", "seconds_each", "seconds_alone", "sampled", "run_seconds",
-             "n_examples", "samples")
-    by_example = [rows[seed]["per_example"] for seed in seeds]
-    books = by_example[0].get("book")
+    by_seed = [rows[seed]["accuracy"] for seed in seeds]
+    means = ("accuracy", "tokens", "text_tokens", "latent_steps", "tags", "truncated", "forward_positions",
+             "flops", "seconds_each", "seconds_alone", "sampled", "run_seconds", "n_examples", "samples")
     newer = {"z_size": mean("z_size")} if "z_size" in rows[seeds[0]] else {}  # earlier records have none
-    if books:
-        scores = [sum(of_seeds) / len(seeds) for of_seeds in zip(*(own["score"] for own in by_example))]
-        newer |= {"books_ci95": evidence.interval_by_book(scores, books), "books": len(set(books))}
+    if books := rows[seeds[0]]["per_example"].get("book"):
+        scores = stats.observed(rows, "score", seeds).mean(0)
+        newer |= {"books_ci95": stats.interval_by_book(scores, books), "books": len(set(books))}
     return {
         **newer,
         "seeds": seeds,
         "runs": len(seeds),
-        "accuracy_ci95": evidence.interval(evidence.observed(rows, "score", seeds)),
-        "by_seed": accuracies,
-        "spread": [min(accuracies), max(accuracies)],
-        "tokens_ci95": evidence.interval(evidence.observed(rows, "tokens", seeds)),
+        "accuracy_ci95": stats.interval(stats.observed(rows, "score", seeds)),
+        "by_seed": by_seed,
+        "spread": [min(by_seed), max(by_seed)],
+        "tokens_ci95": stats.interval(stats.observed(rows, "tokens", seeds)),
         "tokens_by_seed": [rows[seed]["tokens"] for seed in seeds],
         "command": rows[seeds[0]].get("command", ""),
         **{key: mean(key) for key in means},
     }
 
 
-def controls_of(rows):
-    """rows: {seed: [row]} of the control runs -> {sampling: {control: {seed: row}}}"""
+def controls_of(records, table, seeds):
+    """-> {sampling: {control: {seed: row}}}"""
     found = {}
-    for seed, own in rows.items():
-        for row in own:
-            controls = found.setdefault(row["sampling"], {})
-            controls.setdefault(row["control"], {})[seed] = row
+    for seed in seeds:
+        for row in rows_in(records, table, "controls", seed):
+            found.setdefault(row["sampling"], {}).setdefault(row["control"], {})[seed] = row
     return found
 
 
-def controls_summary(controls):
-    """{control: {seed: row}} -> {control: its rows without single stories, and the comparison over seeds, {}
-    for "plain" itself}"""
-    against = {**evidence.against_plain(controls), "plain": {}}
-    found = {}
-    for control, rows in controls.items():
-        kept = [{key: value for key, value in rows[seed].items() if key != "per_example"}
-                for seed in sorted(rows)]
-        found[control] = {"by_seed": kept, "against_plain": against[control]}
-    return found
-
-
-def lengths_of(records, task, seeds):
+def lengths_of(records, seeds):
     """-> [row for the picture]: methods at each length of the chain, at the paper's sampling."""
     found = []
-    for name, method, _ in METHODS:
-        for length, _ in LENGTHS.get(task, []):
-            rows = {}
-            for seed in seeds:
-                for row in rows_in(records, task, f"{method}-length-{length}", seed):
-                    rows[seed] = row
-            if rows:
-                found.append({"method": name, "length": length, **mean_of(rows)})
-    return found
-
-
-def latents_of(records, task, seeds):
-    """{name in the table: [what latents.py found in each seed's run]}"""
-    found = {}
-    for name, method, _ in METHODS:
-        rows = [row for seed in seeds for row in rows_in(records, task, f"{method}-read", seed)]
+    for (name, method, _), length in itertools.product(METHODS, LENGTHS):
+        source = f"{method}-length-{length}"
+        rows = {seed: row for seed in seeds for row in rows_in(records, "tiny", source, seed)}
         if rows:
-            found[name] = rows
+            found.append({"method": name, "length": length, **mean_of(rows)})
     return found
 
 
-# ============================================================ from rows to Markdown
+def latents_of(records, seeds):
+    """{name in the table: [what latents.py found in each seed's run]}"""
+    rows = {name: [row for seed in seeds for row in rows_in(records, "tiny", f"{method}-read", seed)]
+            for name, method, _ in METHODS}
+    return {name: own for name, own in rows.items() if own}
+
+
+# ============================================================ from means to Markdown
 def in_cell(value, digits, unit=1):
-    """A number for a cell of the table, in units of `unit`; "" for None."""
+    """A number, or a list of them, for a cell of the table, in units of `unit`; "" for None."""
+    if isinstance(value, list):
+        return ", ".join(in_cell(own, digits, unit) for own in value)
     return "" if value is None else f"{value / unit:.{digits}f}"
-
-
-def measure_of(task):
-    """What its scores are."""
-    return data.measure_of(data.load_task(task))
-
-
-def score_of(task):
-    """The same, with its unit where it is known: the real task's depends on its --reward."""
-    return "reward, %" if task == "tiny.next_chapter" else measure_of(task)
-
-
-def digits_of(task):
-    """Of its scores: the tiny world's next chapters earn hundreds of percent, real ones less than one."""
-    return 1 if task == "tiny.next_chapter" else 3
-
-
-def points_of(task):
-    """How many points of a claim a score of 1 is; None where claims in points mean nothing."""
-    return {"next_chapter": None, "next_chapter.short": None, "tiny.next_chapter": 0.01}.get(task, 1)
-
-
-def words_of_interval(ci95, digits):
-    return "" if ci95 is None else f"{in_cell(ci95[0], digits)} to {in_cell(ci95[1], digits)}"
-
-
-def listed(values, digits):
-    return ", ".join(in_cell(value, digits) for value in values)
 
 
 def markdown(columns, found):
@@ -358,50 +480,39 @@ def markdown(columns, found):
     return "\n".join(lines)
 
 
-SAMPLED = {"paper": "the paper's sampling", "trained": "temperature 1"}
+def methods_table(table, found):
+    """Scores and tokens -> Markdown."""
+    task, score, digits = TABLES[table].task, TABLES[table].score, TABLES[table].digits
+
+    def column(key, digits, kind="paper"):
+        return lambda row: in_cell((row if kind == "paper" else row.get(kind, {})).get(key), digits)
+
+    def interval(key, digits, kind="paper"):
+        two_ends = column(key, digits, kind)
+        return lambda row: two_ends(row).replace(", ", " to ")
+
+    return markdown({
+        f"{task}, test split, {SAMPLED['paper']}": None,
+        score: column("accuracy", digits),
+        "95 % interval": interval("accuracy_ci95", digits),
+        "95 % interval by book": interval("books_ci95", digits),
+        "by seed": column("by_seed", digits),
+        "tokens": column("tokens", 1),
+        "95 % interval of tokens": interval("tokens_ci95", 1),
+        "text": column("text_tokens", 1),
+        "latent": column("latent_steps", 1),
+        "z size": column("z_size", 2),
+        f"{score}, train stories": column("accuracy", digits, "train"),
+        f"{score}, temperature 1": column("accuracy", digits, "trained"),
+        "95 % interval, temperature 1": interval("accuracy_ci95", digits, "trained"),
+        "tokens, temperature 1": column("tokens", 1, "trained")}, found)
 
 
-def table_of(task, found):
-    """Scores and tokens -> Markdown. Differences that are too small to mean anything are for the reader to
-    see: the interval stands beside them."""
-    digits = digits_of(task)
-    score = score_of(task)
-    first = next(kind for kind in KINDS if kind in {row["sampling"] for row in found.values()})
-
-    def column(kind, key, form, *details):
-        """The function of a column: of the row's part of that kind, if it has it."""
-
-        def cell(row):
-            part = row if row["sampling"] == kind else row.get(kind, {})
-            return "" if part.get(key) is None else form(part[key], *details)
-
-        return cell
-
-    columns = {
-        f"{task}, test split, {SAMPLED[first]}": None,
-        score: column(first, "accuracy", in_cell, digits),
-        "95 % interval": column(first, "accuracy_ci95", words_of_interval, digits),
-        "95 % interval by book": column(first, "books_ci95", words_of_interval, digits),
-        "by seed": column(first, "by_seed", listed, digits),
-        "tokens": column(first, "tokens", in_cell, 1),
-        "95 % interval of tokens": column(first, "tokens_ci95", words_of_interval, 1),
-        "text": column(first, "text_tokens", in_cell, 1),
-        "latent": column(first, "latent_steps", in_cell, 1),
-        "z size": column(first, "z_size", in_cell, 2),
-        f"{score}, train stories": column("train", "accuracy", in_cell, digits)}
-    if first != "trained":
-        columns |= {
-            f"{score}, temperature 1": column("trained", "accuracy", in_cell, digits),
-            "95 % interval, temperature 1": column("trained", "accuracy_ci95", words_of_interval, digits),
-            "tokens, temperature 1": column("trained", "tokens", in_cell, 1)}
-    return markdown(columns, found)
-
-
-def costs_of(task, found):
+def costs_table(table, found):
     """What an answer and a training cost -> Markdown."""
     return markdown({
-        f"{task}, what it took": None,
-        "tokens by seed": lambda row: listed(row["tokens_by_seed"], 1),
+        f"{TABLES[table].task}, what it took": None,
+        "tokens by seed": lambda row: in_cell(row["tokens_by_seed"], 1),
         "GFLOP an answer": lambda row: in_cell(row["flops"], 3, 1e9),
         "s alone": lambda row: in_cell(row["seconds_alone"], 2),
         "M tokens sampled in RL": lambda row: in_cell(row["sampled"], 2, 1e6),
@@ -414,294 +525,175 @@ PLAINLY = {
     "latents: zeros": "zeros for latents",
     "latents: noise": "noise of the same length",
     "latents: mean": "one vector, the mean latent",
-    "latents: shuffled": "another story's latents",
+    "latents: shuffled": "shuffled latents",
     "latents: warm": "the warm start's latents",
     "latents: none": "no latents",
 }
 
 
-def controls_table(task, found, kind):
-    """found: from controls_summary, of that sampling -> Markdown, with each seed's figures in a cell. What is
-    gained is gained over the same models as trained."""
-    digits = digits_of(task)
-
-    def by_seed(what, digits):
-        return lambda row: listed([own[what] for own in row["by_seed"]], digits)
+def controls_table(table, controls, kind):
+    """controls: {control: {seed: row}} -> Markdown, with each seed's figures in a cell. What is gained is
+    gained over the same models as trained."""
+    against = stats.against_plain(controls)
+    found = {}
+    for name, rows in controls.items():
+        by_seed = [rows[seed] for seed in sorted(rows)]
+        found[PLAINLY.get(name, name)] = {"rows": by_seed, "against": against[name]}
 
     def tested(key, form):
         """The function of a column of what is compared with the run as trained; "" where that was not."""
-        return lambda row: form(row["against_plain"][key]) if key in row["against_plain"] else ""
+        return lambda row: form(row["against"][key]) if row["against"] else ""
 
     def gained(what, digits):
         form = f"+.{digits}f"
         return {
+            f"{what} by seed": lambda row: in_cell([own[what] for own in row["rows"]], digits),
             f"{what} gained": tested(what, lambda value: format(value, form)),
-            f"95 % interval, {what}": tested(f"{what}_ci95", lambda ci95: evidence.in_words(ci95, form)),
+            f"95 % interval, {what}": tested(f"{what}_ci95", lambda ci95: stats.in_words(ci95, form)),
             f"Holm's p, {what}": tested(f"{what}_holm", lambda p: f"{p:.2g}")}
-
-    def differs_in(row):
-        comparison = row["against_plain"]
-        return display.what_differs(comparison) if "accuracy_differs" in comparison else ""
 
     columns = {
         f"control, {SAMPLED[kind]}": None,
-        "accuracy by seed": by_seed("accuracy", digits),
-        **gained("accuracy", digits),
-        "tokens by seed": by_seed("tokens", 1),
+        **gained("accuracy", TABLES[table].digits),
         **gained("tokens", 1),
-        "differs in": differs_in}
-    table = markdown(columns, {PLAINLY.get(name, name): row for name, row in found.items()})
-    return table.replace("accuracy", measure_of(task))
+        "differs in": lambda row: display.what_differs(row["against"]) if row["against"] else ""}
+    return markdown(columns, found).replace("accuracy", TABLES[table].score.removesuffix(", %"))
 
 
-def into_readme(name, text):
-    """Puts text between the marks <!-- NAME --> and <!-- /NAME --> of README.md and results/README.md."""
-    for path in (os.path.join(ROOT, "README.md"), os.path.join(HERE, "README.md")):
+def headline(found, controls):
+    """The README's first table: the claim, and beside it the rows that it has to be read with."""
+    lines = [f"| plot holes, tiny world, {SAMPLED['paper']} | accuracy | tokens |", "|---|---|---|"]
+    for name in HEADLINE:
+        if name in found:
+            lines.append(f"| {name} | {found[name]['accuracy']:.3f} | {found[name]['tokens']:.1f} |")
+        if name == stats.OURS and "latents: shuffled" in controls:
+            rows = controls["latents: shuffled"].values()
+            accuracy, tokens = (sum(row[what] for row in rows) / len(rows) for what in ("accuracy", "tokens"))
+            lines.append(f"| .. with shuffled latents | {accuracy:.3f} | {tokens:.1f} |")
+    return "\n".join(lines)
+
+
+def gpu_table(measured):
+    """measured: gpu.json, which tests/bench_gpu.py writes -> Markdown."""
+    decoding, step = measured["f"], measured["g"]
+    hours = [f"{step['hours_of_the_papers_run'][slots]:.1f}" for slots in ("256", "115", "34")]
+    rows = [
+        ("a decoding step of 128 rows (8 prompts of 1,024 tokens), one kernel after the other",
+         f"{decoding['ms_per_step']:.1f} ms"),
+        ("the same, recorded as a CUDA graph", f"{decoding['ms_per_step_graphs']:.1f} ms"),
+        (f"weights and cache read once, at {decoding['bandwidth_GB_s']:,.0f} GB/s",
+         f"{decoding['floor_ms']:.1f} ms"),
+        ("tokens a second, recorded", f"{decoding['tokens_per_s']:,.0f}"),
+        ("tokens a second, transformers' `generate` in bf16",
+         f"{decoding['tokens_per_s_transformers']:,.0f}"),
+        ("a GRPO step of 48 prompts x 16 answers, 1,024 + 256 slots: sampling, recorded",
+         f"{step['sample_s']:.1f} s"),
+        ("its update (share of the card's peak)",
+         f"{step['update_s']:.1f} s ({100 * step['utilisation']:.0f} %)"),
+        ("its optimiser step", f"{step['step_s']:.1f} s"),
+        ("peak of sampling, without AdamW", f"{step['sample_GiB']:.1f} GiB"),
+        ("peak of the update, without AdamW", f"{step['update_GiB']:.1f} GiB"),
+        ("hours of the paper's plot-hole run at 256, 115 or 34 slots an answer", ", ".join(hours))]
+    lines = [f"| {what} | {value} |" for what, value in rows]
+    return "\n".join([f"| {measured['device']} | |", "|---|---|", *lines])
+
+
+# ============================================================ tables and pictures
+def tables_of(table, records, seeds):
+    """-> ({mark on a page: Markdown}, {method: its means})"""
+    rows = rows_of(records, table, seeds)
+    found = {name: summary(kinds) for name, kinds in rows.items()}
+    controls = controls_of(records, table, seeds)
+    texts = {f"methods-{table}": methods_table(table, found), f"costs-{table}": costs_table(table, found)}
+    for kind, mark in (("paper", table), ("trained", f"{table}-trained")):
+        methods = {name: kinds[kind] for name, kinds in rows.items() if kind in kinds}
+        if kind in controls:
+            texts[f"controls-{mark}"] = controls_table(table, controls[kind], kind)
+            methods |= {f"control {control}": by_seed for control, by_seed in controls[kind].items()}
+        texts[f"differences-{mark}"] = stats.page(
+            stats.differences(methods), stats.claims(methods, TABLES[table].points), SAMPLED[kind],
+            TABLES[table].digits, TABLES[table].score.removesuffix(", %"))
+    if table == "tiny":
+        texts["headline"] = headline(found, controls.get("paper", {}))
+        if latents := latents_of(records, seeds):
+            texts["latents-tiny"] = read_latents.table(latents)
+    return {mark: text for mark, text in texts.items() if text}, found
+
+
+def into_pages(name, text):
+    """Puts text between the marks <!-- NAME --> and <!-- /NAME --> wherever they stand."""
+    for path in (os.path.join(ROOT, "README.md"), os.path.join(HERE, "README.md"),
+                 os.path.join(HERE, "real_models.md")):
         if not os.path.exists(path):
             continue
         with open(path, encoding="utf-8") as file:
-            readme = file.read()
-        begin = f"<!-- {name} -->\n"
-        end = f"<!-- /{name} -->"
-        before, mark, rest = readme.partition(begin)
+            page = file.read()
+        begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        before, mark, rest = page.partition(begin)
         _, end_mark, after = rest.partition(end)
         if mark and end_mark:
             run.write_text(path, f"{before}{begin}{text}\n{end}{after}")
 
 
-# ============================================================ files
-def write_tables(tasks, seeds):
-    """Tables and pictures of the tiny world's runs, into results/ and the README."""
-    if measured := read_json(os.path.join(HERE, "gpu.json")):
-        into_readme("gpu", findings.gpu_table(measured))
-    for task in tasks:
-        records = records_of(task, seeds)
-        rows = rows_of(records, task, seeds)
-        found = {name: summary(kinds) for name, kinds in rows.items()}
-        if not found:
-            continue
-        texts = {f"methods-{task}": table_of(task, found), f"costs-{task}": costs_of(task, found)}
-        controls = controls_of({seed: rows_in(records, task, "controls", seed) for seed in seeds})
-        of_evidence, tested, compared = write_evidence(HERE, task, task, rows, controls)
-        texts |= of_evidence
-        lengths = lengths_of(records, task, seeds)
-        latents = latents_of(records, task, seeds)
-        if latents:
-            texts[f"latents-{task}"] = read_latents.table(latents)
-            run.write_json(os.path.join(HERE, f"latents-{task}.json"), latents)
-        tested = tested.get("paper", {})
-        if task == "tiny":
-            sampled = SAMPLED[next(iter(found.values()))["sampling"]]
-            texts["headline"] = findings.headline(found, tested, sampled)
-            texts["findings"] = findings.findings(found, tested, lengths, latents, compared)
-        else:
-            texts["chapters"] = findings.next_chapters(found, tested)
-        for name, text in texts.items():
-            into_readme(name, text)
-            print(f"{text}\n")
-        path = os.path.join(HERE, f"methods-{task}.json")
-        run.write_json(path, found)
-        folders = {method: directory(task, method, seeds[0]) for method in DRAWN}
-        if not all(map(os.path.exists, folders.values())):
-            folders = {}  # of runs that are only kept there is no curve of the training
-        draw(folders, HERE, task, task, {name: found[name] for name in findings.HEADLINE if name in found})
-        if lengths:
-            run.write_json(os.path.join(HERE, f"lengths-{task}.json"), lengths)
-            path = os.path.join(HERE, f"lengths-{task}.svg")
-            without_matplotlib(plots.by_length, lengths, path, score=score_of(task))
+def write_tables(table, seeds):
+    """Tables and pictures of one table's runs, into results/ and the pages."""
+    records = records_of(table, seeds)
+    texts, found = tables_of(table, records, seeds)
+    if not found:
+        return
+    keep(table, records)
+    for name, text in texts.items():
+        into_pages(name, text)
+        print(f"{text}\n")
+    run.write_json(os.path.join(HERE, f"methods-{table}.json"), found)
+    if table.startswith("tiny"):
+        score = TABLES[table].score
+        drawn = {name: found[name] for name in HEADLINE if name in found}
+        draw(plots.curve, drawn, os.path.join(HERE, f"curve-{table}.svg"), score)
+    if table == "tiny" and (lengths := lengths_of(records, seeds)):
+        draw(plots.by_length, lengths, os.path.join(HERE, "lengths-tiny.svg"), score)
 
 
-def write_evidence(where, name, task, rows, controls):
-    """Controls and differences at each sampling, as JSON -> ({mark in the README: Markdown}, {sampling:
-    controls_summary}, {sampling: {"differences", "claims"}}).
-
-    name: of files and marks, the task's or a model's and the task's. rows: {method: {kind: {seed: row}}}."""
-    texts = {}
-    tested = {}
-    compared = {}
-    for kind in ("paper", "trained"):
-        mark = mark_of(name, kind)
-        methods = at(rows, kind)
-        if kind in controls:
-            tested[kind] = controls_summary(controls[kind])
-            texts[f"controls-{mark}"] = controls_table(task, tested[kind], kind)
-            methods |= {f"control {control}": by_seed for control, by_seed in controls[kind].items()}
-        own = {
-            "differences": evidence.differences(methods),
-            "claims": evidence.claims(methods, points_of(task))}
-        if text := evidence.page(own, SAMPLED[kind], digits_of(task), measure_of(task)):
-            compared[kind] = own
-            texts[f"differences-{mark}"] = text
-    for what, found in (("controls", tested), ("differences", compared)):
-        if found:
-            run.write_json(os.path.join(where, f"{what}-{name}.json"), found)
-    return texts, tested, compared
-
-
-def mark_of(name, kind):
-    """What stands at the paper's sampling has the plain mark."""
-    return name if kind == "paper" else f"{name}-{kind}"
-
-
-def write_tables_of_model(args):
-    """The same of a real model's runs, into files of their own: JSON, Markdown, pictures."""
-    for task in args.tasks:
-        name = f"{paper.short_name(args.model)}.{task}"
-        places = [args.out, ROOT, os.path.dirname(args.model)]
-        records = kept.gather(os.path.join(args.tables_in, f"runs-{name}.jsonl"),
-                              [job for job in paper.all_jobs(args) if job.name.split()[0] == task], places,
-                              tokens_sampled)
-        rows = {own: {"paper": row} for own, row in paper.rows_of(args, task, records).items()}
-        found = {own: summary(kinds) for own, kinds in rows.items()}
-        if not found:
-            continue
-        path = os.path.join(args.tables_in, f"methods-{name}.json")
-        run.write_json(path, found)
-        folders = {seed: paper.directory(args, task, "controls", seed) for seed in args.seeds}
-        controls = {seed: records[folder]["rows"] for seed, folder in folders.items() if folder in records}
-        evidence_texts, _, _ = write_evidence(args.tables_in, name, task, rows, controls_of(controls))
-        parts = [table_of(task, found), costs_of(task, found), paper.caption(args, task, found),
-                 *evidence_texts.values()]
-        text = "\n\n".join(parts) + "\n"
-        run.write_text(path.removesuffix("json") + "md", text)
-        print(f"\n{text}\nin {path} and .md")
-        folders = {method: paper.directory(args, task, method, args.seeds[0]) for method in paper.METHODS}
-        draw(folders, args.tables_in, name, task, found)
-
-
-def draw(folders, where, name, task, rows):
-    """The two pictures of a task: the scores over tokens of {method in the table: means}, and the training of
-    the runs in {method: folder}. name: as in write_evidence."""
-    names = {method: title for title, method, _ in [*METHODS, *paper.TRAINED]}
-    trained = {names[method]: path for method, path in folders.items()
-               if os.path.exists(os.path.join(path, "metrics.jsonl"))}
-    without_matplotlib(plots.curve, rows, os.path.join(where, f"curve-{name}.svg"), score=score_of(task))
-    if trained:
-        without_matplotlib(plots.training, trained, os.path.join(where, f"training-{name}.svg"))
-
-
-def without_matplotlib(function, *arguments, **more):
-    """Draws; a line says so where matplotlib, which is not among the requirements, is missing."""
+def draw(function, rows, path, score):
+    """A line says so where matplotlib, which is not among the requirements, is missing."""
     try:
-        function(*arguments, **more)
+        function(rows, path, score=score)
     except UserError as e:
         print(f"no picture: {e}")
 
 
 # ============================================================ the script
-OF_A_MODEL = ("plan", "out", "methods", "n", "samples", "max_new_tokens", "reward", "scorer", "device",
-              "rl_flags", "projector_flags", "eval_flags", "keep_states")
-
-
 def parse_arguments():
-    parser = run.parser(__doc__)
-    g = parser.add_argument_group("what")
-    g.add_argument("--model", default="tiny", help="tiny (the README's comparison), a directory, or a hub "
-                   "name such as Qwen2.5-1.5B (the paper's table) (default tiny)")
-    g.add_argument("--tasks", nargs="+", metavar="TASK",
-                   help=f"default {' '.join(TASKS)}; of a real model flawed_fictions")
-    g.add_argument("--seeds", nargs="+", type=int, metavar="N", help="default 0 1 2; of a real model 0")
-    g.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default 1 on a GPU, else 2, one "
-                   "core each in the tiny world)")
-    g.add_argument("--tables", action="store_true",
-                   help="run nothing, write the tables of what is there (default: run what is missing)")
-    g = parser.add_argument_group("of a real model")
-    g.add_argument("--plan", "--dry-run", action="store_true",
-                   help="say what will be run, the hours and the disk, and start nothing (default: say it, "
-                   "then start)")
-    g.add_argument("--out", metavar="DIR", help="runs and tables go there (default: runs into "
-                   "out/results/MODEL, tables into results/)")
-    g.add_argument("--methods", nargs="+", default=paper.CHOICES, choices=paper.CHOICES,
-                   help="beside the base (default all)")
-    g.add_argument("--n", type=int, help="test examples (default all)")
-    g.add_argument("--samples", type=int, metavar="N", default=10,
-                   help="answers to each (default 10, as released)")
-    g.add_argument("--max-new-tokens", type=int, metavar="N", default=2048,
-                   help="per answer, everywhere (default 2048)")
-    g.add_argument("--reward", choices=["contrastive", "vrcli", "thresholded"],
-                   help="of next_chapter (default contrastive)")
-    g.add_argument("--scorer", metavar="NAME", help="of next_chapter: the frozen model that reads chapters "
-                   "(default: a copy of the base)")
-    g.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
-    for script, name in (("train_rl.py", "rl"), ("train_projector.py", "projector"), ("eval.py", "eval")):
-        g.add_argument(f"--{name}-flags", default="", metavar="FLAGS", help=f"more for each {script}, as in "
-                       f"--{name}-flags=\"--device cpu\"; the tables say them (default none)")
-    g.add_argument("--keep-states", action="store_true", help="leave the states of finished runs on the "
-                   "disk: they can be continued with more --steps (default: delete them)")
-    args = parser.parse_args()
-    is_tiny = args.model == "tiny"
-    for name in OF_A_MODEL:
-        if is_tiny and getattr(args, name) != parser.get_default(name):
-            raise UserError(f"--{name.replace('_', '-')} is for a real --model; the tiny world's comparison "
-                            f"is the README's: leave it out, or name a --model")
-    args.tasks = args.tasks or (list(TASKS) if is_tiny else ["flawed_fictions"])
-    args.seeds = args.seeds or ([0, 1, 2] if is_tiny else [0])
-    on_gpu = not is_tiny and torch.cuda.is_available() and args.device != "cpu"
-    args.jobs = (1 if on_gpu else 2) if args.jobs is None else args.jobs
-    args.threads = 1 if is_tiny else None
-    if not is_tiny and not on_gpu and "OMP_NUM_THREADS" not in os.environ:
-        args.threads = max(1, (os.cpu_count() or 1) // max(1, args.jobs))
-    return args
-
-
-def check_arguments(args):
-    """UserError for a wrong word."""
-    run.check_arguments(argparse.Namespace(**{**vars(args), "out": None}))
-    for task in args.tasks:
-        if args.model == "tiny" and task not in TASKS:
-            raise UserError(f"--tasks {task} takes a --model: the tiny world's are {', '.join(TASKS)}")
-
-
-def settle(args):
-    """Directories from wherever the script was started, and flags as lists of words."""
-    if os.path.isdir(args.model):
-        args.model = os.path.abspath(args.model)
-    if args.scorer and os.path.isdir(args.scorer):
-        args.scorer = os.path.abspath(args.scorer)
-    args.tables_in = os.path.abspath(args.out) if args.out else HERE
-    args.out = args.tables_in if args.out else paper.default_out(args.model)
-    for name in ("rl_flags", "projector_flags", "eval_flags"):
-        try:
-            setattr(args, name, shlex.split(getattr(args, name)))
-        except ValueError as e:
-            raise UserError(f"--{name.replace('_', '-')}: {e}") from e
-
-
-def run_model(args):
-    """The plan, then the runs, then the tables; of what is there if some have failed."""
-    todo = paper.all_jobs(args)
-    for task in args.tasks:  # what is missing is said before a model is fetched
-        for split in data.SPLITS:
-            data.load_task(task).examples(split)
-    jobs.check(todo)
-    run.make_directory(args.out)
-    figures = paper.measured(args)
-    paper.say_plan(args, todo, figures)
-    if args.plan:
-        return
-    lock_file = run.lock(args.out)  # noqa: F841  a second command would start the same runs
-    try:
-        jobs.run(todo, args.jobs, args.threads)
-    finally:
-        write_tables_of_model(args)
+    ap = run.parser(__doc__)
+    ap.add_argument("--only", nargs="+", metavar="TABLE", choices=list(TABLES),
+                    help=f"of {', '.join(TABLES)} (default: with --tables all, else the tiny world's)")
+    ap.add_argument("--seeds", nargs="+", type=int, metavar="N", help="default 0 1 2, of real weights 0")
+    ap.add_argument("--jobs", type=int, default=2, metavar="N",
+                    help="runs at a time, a core each (default 2)")
+    ap.add_argument("--list", action="store_true",
+                    help="print the commands and run nothing (default: run what is missing)")
+    ap.add_argument("--tables", action="store_true",
+                    help="run nothing, write the tables of what is there (default: run what is missing)")
+    return ap.parse_args()
 
 
 def main():
     args = parse_arguments()
-    check_arguments(args)
-    if args.model == "tiny":
-        todo = all_jobs(args.tasks, args.seeds)
-        jobs.check(todo)
-        if not args.tables:
-            jobs.run(todo, args.jobs, args.threads)
-        write_tables(args.tasks, args.seeds)
+    names = args.only or [name for name in TABLES if args.tables or name.startswith("tiny")]
+    seeds = {name: args.seeds or TABLES[name].seeds for name in names}
+    todo = [job for name in names for seed in seeds[name] for job in jobs_of(name, seed)]
+    if args.list:
+        print("\n".join(without_root(" ".join(["python", *job.words, "--out", job.out])) for job in todo))
         return
-    settle(args)
-    if args.tables:
-        jobs.check(paper.all_jobs(args))
-        write_tables_of_model(args)
-    else:
-        run_model(args)
+    for job in todo:
+        check_same(job.words, read_json(os.path.join(job.out, "command.json"), job.words), job.out,
+                   "delete that directory, or move it away")
+    if not args.tables:
+        run_jobs(todo, max(1, args.jobs))
+    if measured := read_json(os.path.join(HERE, "gpu.json")):
+        into_pages("gpu", gpu_table(measured))
+    for name in names:
+        write_tables(name, seeds[name])
 
 
 if __name__ == "__main__":

@@ -1,16 +1,15 @@
-"""Which start of the projector holds on real weights? For each model and start: how large latents are along a
-chain of five, the loss after the first tag before and after a few steps of stage 2, with the row's own latents
-and with another row's, and the gradient's norms. Rows go to starts-real.json here, the table to the screen.
+"""Measures which start of the projector holds on real weights; rows go to starts-real.json here.
 
-    mlp             the paper's: three copies of the last block's MLP, one after the other
-    scaled          each copy's output scaled once, on one text, to the size of what it reads, the last one's to
-                    an embedding's: folded into down_proj, so that the released code runs it
-    scaled, 1/100   the same, the last output a hundredth of an embedding
-    normed          a norm behind each copy (litereason.NormedProjector)
-    model's norm    the last block's own norm before each copy, a norm behind the last
-    residual        h itself at the size of an embedding, with what each copy adds to it
-    linear          the matrix that best maps h to the next word's embedding (least squares on the text)
-    pause           one learned vector, whatever h is (a control: what a constant can do)
+For each model and start: how large latents are along a chain of five, the loss after the first tag before and
+after a few steps of stage 2, with the row's own latents and with another row's, and the gradient's norms.
+
+    mlp       the paper's: three copies of the last block's MLP, one after the other
+    scaled    each copy's output scaled once, on one text, to the size of what it reads, the last one's to
+              an embedding's: folded into down_proj, so that the released code runs it
+    normed    a norm behind each copy (litereason.NormedProjector)
+    pause     one learned vector, whatever h is (a control: what a constant can do)
+
+The other starts in starts-real.json were measured at commit 8e3502b, where this script has them.
 
 Traces: a sentence of a tale as the prompt, three more of which one becomes a tag, and a fifth. They are not
 the model's own (stage 1 of a small model keeps too few), so this measures the start and not the method.
@@ -19,8 +18,8 @@ the model's own (stage 1 of a small model keeps too few), so this measures the s
     python results/starts.py --text TALES.jsonl --models DIR --starts mlp normed --seeds 0 1 2
     python results/starts.py                                                  # the table of what is kept
 """
-import copy
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -31,74 +30,28 @@ sys.path.insert(0, os.path.dirname(HERE))
 
 import torch
 
-from lib import checkpoint, run
-from litereason import (LATENT, NormedProjector, Rollout, UserError, embedding_size, insert_latents, load,
-                        logprobs, projector_loss, start_projector, unroll, z_size)
+from lib import UserError, checkpoint, run
+from litereason import (LATENT, Rollout, embedding_size, insert_latents, load, logprobs, projector_loss,
+                        start_projector, unroll, z_size)
 from train_projector import mask_sentences, sentences_of, warm_up_and_cosine
 
 PATH = os.path.join(HERE, "starts-real.json")
 HELD, BATCH, PROMPT, LENGTH = 24, 4, 24, 72  # rows held out, rows a step, most tokens of prompt and of trace
-CHAIN = 5
+STEPS, CHAIN = 30, 5
+STARTS = ("mlp", "scaled", "normed", "pause")
 
 
 # ============================================================ the starts
-class ModelsNorm(NormedProjector):
-    """The last block's own norm before each copy, a norm behind the last one."""
-
-    def forward(self, h):
-        z = h.to(self.size.dtype)
-        for mlp in self:
-            z = mlp(self.norm[0](z))
-        return (self.size * unit(z)).to(h.dtype)
-
-
-class Residual(ModelsNorm):
-    def forward(self, h):
-        z = unit(h.to(self.size.dtype))
-        for mlp in self:
-            z = z + unit(mlp(self.norm[0](z))) / len(self)
-        return (self.size * unit(z)).to(h.dtype)
-
-
-class Linear(torch.nn.Module):
-    def __init__(self, matrix):
-        super().__init__()
-        self.matrix = torch.nn.Parameter(matrix)
-
-    def forward(self, h):
-        return h @ self.matrix
-
-
-def unit(z):
-    return z * (z.square().mean(-1, keepdim=True) + 1e-12).rsqrt()
-
-
 @torch.no_grad()
 def begin(model, name, h, x):
     """Puts the start of that name into the model. h (n, D), x (n, D): states of a text and its embeddings."""
-    if name in ("mlp", "normed", "pause"):
+    if name != "scaled":
         return start_projector(model, name)
     start_projector(model, "mlp")
-    copies = model.reasoning_projector
-    if name.startswith("scaled"):
-        z = h
-        sizes = [size_of(h), size_of(h), size_of(x) * (0.01 if "1/100" in name else 1.0)]
-        for mlp, size in zip(copies, sizes):
-            mlp.down_proj.weight.mul_(size / size_of(mlp(z)))
-            z = mlp(z)
-    elif name == "linear":
-        states, following = h[:-1], x[1:]
-        ridge = 0.01 * states.square().sum() * torch.eye(h.shape[1]) / h.shape[1]
-        model.reasoning_projector = Linear(torch.linalg.solve(states.T @ states + ridge, states.T @ following))
-    else:
-        kind = {"model's norm": ModelsNorm, "residual": Residual}[name]
-        model.reasoning_projector = kind(copies, embedding_size(model) / h.shape[1] ** 0.5)
-        block = model.model.layers[-1]
-        norm = getattr(block, "pre_feedforward_layernorm", block.post_attention_layernorm)  # Gemma 3, others
-        model.reasoning_projector.norm = [copy.deepcopy(norm)]  # in a list: it is not trained
-
-
-STARTS = ("mlp", "scaled", "scaled, 1/100", "normed", "model's norm", "residual", "linear", "pause")
+    z = h
+    for mlp, size in zip(model.reasoning_projector, (size_of(h), size_of(h), size_of(x))):
+        mlp.down_proj.weight.mul_(size / size_of(mlp(z)))
+        z = mlp(z)
 
 
 def size_of(vectors):
@@ -118,7 +71,8 @@ def traces_of(model, tokenizer, tales, seed):
     rows = []
     for first, *middle, last in fives[:1000]:
         masked = mask_sentences(rng, tokenizer, " ".join(middle), 0.34)
-        slots = insert_latents(model, tokenizer, checkpoint.encode_text(tokenizer, masked + " " + last)[:LENGTH])
+        text = checkpoint.encode_text(tokenizer, masked + " " + last)[:LENGTH]
+        slots = insert_latents(model, tokenizer, text)
         if LATENT in slots and slots[::-1].index(LATENT) >= 8:
             prompt = tokenizer.encode(first)[-PROMPT:]
             rows.append(Rollout(prompt, slots, torch.zeros(0, model.config.hidden_size)))
@@ -141,15 +95,17 @@ def with_own_and_other(model, rows):
         groups.setdefault(row.n_latents, []).append(i)
     losses = []
     for shift in (0, 1):
-        fed = [dataclasses.replace(rows[a], latents=latents[b]) for group in groups.values() if len(group) > 1
-               for a, b in zip(group, group[shift:] + group[:shift])]
         total, n = 0.0, 0
-        for i in range(0, len(fed), 8):
-            logp, scored = logprobs(model, fed[i : i + 8])
-            for row, own, its in zip(fed[i : i + 8], logp, scored):
+        for group in groups.values():
+            if len(group) == 1:
+                continue
+            fed = [dataclasses.replace(rows[a], latents=latents[b])
+                   for a, b in zip(group, group[shift:] + group[:shift])]
+            for row in fed:
+                logp, scored = logprobs(model, [row])
                 after = slice(row.slots.index(LATENT), None)
-                total -= float(own[after][its[after]].sum())
-                n += int(its[after].sum())
+                total -= float(logp[0][after][scored[0][after]].sum())
+                n += int(scored[0][after].sum())
         losses.append(total / n)
     return losses
 
@@ -219,44 +175,31 @@ def table(rows):
     return "\n".join(lines)
 
 
-def in_order(rows):
-    return sorted(rows, key=lambda row: (row["model"], row["lr"], row["seed"], STARTS.index(row["start"])))
-
-
 def numbers(values):
     return ", ".join("not finite" if value is None else f"{value:.2g}" for value in values)
 
 
-def parse_arguments():
+def main():
     parser = run.parser(__doc__)
     parser.add_argument("--models", nargs="+", metavar="DIR", help="checkpoints (default: run nothing)")
     parser.add_argument("--text", metavar="FILE", help="tales as jsonl, each with sections")
     parser.add_argument("--starts", nargs="+", choices=STARTS, default=STARTS, help="default all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the traces (default 0)")
-    parser.add_argument("--steps", type=int, default=30, help=f"of {BATCH} traces each (default 30)")
-    parser.add_argument("--lr", type=float, default=1e-4, help="peak rate of AdamW (default the paper's 1e-4)")
-    return parser.parse_args()
-
-
-def main():
-    args = parse_arguments()
+    parser.add_argument("--lr", type=float, default=1e-4, help="peak rate (default the paper's 1e-4)")
+    args = parser.parse_args()
     rows = []
     if os.path.exists(PATH):
         with open(PATH) as file:
             rows = json.load(file)
     if args.models and not args.text:
         raise UserError("--models needs --text FILE: tales as jsonl, each with sections")
-    for path in args.models or []:
-        for seed in args.seeds:
-            for start in args.starts:
-                asked = {"model": os.path.basename(os.path.normpath(path)), "start": start, "seed": seed,
-                         "lr": args.lr, "steps": args.steps}
-                if any(asked.items() <= row.items() for row in rows):
-                    continue
-                rows.append(measure(path, args.text, start, seed, args.steps, args.lr))
-                run.write_json(PATH, rows)
-                print(table(rows[-1:]).splitlines()[-1], flush=True)
-    print(table(in_order(rows)))
+    for path, seed, start in itertools.product(args.models or [], args.seeds, args.starts):
+        name = os.path.basename(os.path.normpath(path))
+        asked = {"model": name, "start": start, "seed": seed, "lr": args.lr}
+        if not any(asked.items() <= row.items() for row in rows):
+            rows.append(measure(path, args.text, start, seed, STEPS, args.lr))
+            run.write_json(PATH, rows)
+    print(table(rows))
 
 
 if __name__ == "__main__":

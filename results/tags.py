@@ -1,65 +1,52 @@
-"""Does a base write the tag that its prompt offers, and what does one cost? Prints a Markdown table: of each
-model and prompt the answers with a tag, tags whose number is above the cap, and answers with a verdict at all.
+"""Prints how often a base writes the tag that its prompt offers, and what one costs, as a Markdown table.
 
-    python results/tags.py --models DIR DIR DIR --task next_chapter    # minutes on a core
+Of each model and prompt: answers with a tag, tags, tags whose number is above the cap, answers with a verdict
+at all, tokens of a tag. The second prompt of each model adds an example of a tag in use to the offer.
 
-The second prompt of each model adds one example of a tag in use to the offer; the task's own prompt has none.
+    python results/tags.py --models DIR DIR DIR    # minutes on a core
 """
 import os
 import re
 import sys
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(HERE))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
 
 import data
-from lib import checkpoint, run
 from eval import PAPER
+from lib import checkpoint, run
 from litereason import CLOSE, OPEN, generate, load, parse_tags
 
-EXAMPLE = f"""For example: "The first passage names the king. {OPEN}3{CLOSE} So the next chapter returns to him."
-
-"""
-
-
-def row(model, tokenizer, name, task, examples, with_example, samples, limit):
-    """A line of the table."""
-    prompts = [task.prompt(example, True) for example in examples]
-    if with_example:
-        prompts = [prompt.replace(data.OFFER, data.OFFER + EXAMPLE) for prompt in prompts]
-    rollouts = generate(model, tokenizer, prompts, samples, limit, latent="none",
-                        generator=torch.Generator().manual_seed(0), **PAPER)
-    texts = [r.text for r in rollouts]
-    written = [parse_tags(text) for text in texts]
-    numbers = [int(n) for text in texts for n in re.findall(rf"{OPEN}\s*([0-9]{{1,9}})\s*{CLOSE}", text)]
-    cost = len(checkpoint.encode_text(tokenizer, f" {OPEN}5{CLOSE}"))
-    verdicts = sum(data.has_verdict(task, text) for text in texts)
-    return (f"| {name} | {'offer and example' if with_example else 'offer'} | {len(texts)} "
-            f"| {sum(map(bool, written))} | {sum(map(len, written))} "
-            f"| {sum(n > model.config.litereason_max_reasoning_steps for n in numbers)} | {verdicts} | {cost} |")
+EXAMPLE = ('For example: "The first passage names the king. '
+           f'{OPEN}3{CLOSE} So the next chapter returns to him."\n\n')
 
 
 def main():
     parser = run.parser(__doc__)
     parser.add_argument("--models", nargs="+", metavar="DIR", required=True, help="checkpoints (required)")
-    parser.add_argument("--task", default="next_chapter", help="(default next_chapter)")
-    parser.add_argument("--prompts", type=int, default=4, help="val examples (default 4)")
-    parser.add_argument("--samples", type=int, default=5, help="answers to each (default 5)")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="of an answer (default 64)")
-    args = parser.parse_args()
-    task = data.load_task(args.task)
+    paths = parser.parse_args().models
+    task = data.load_task("next_chapter")
     examples = task.examples("val")
-    examples = examples[:: max(1, len(examples) // args.prompts)][: args.prompts]
+    examples = examples[:: max(1, len(examples) // 4)][:4]
     print("| model | prompt | answers | with a tag | tags | with a number above the cap | with a verdict "
           f"| tokens of a tag |\n|{'---|' * 8}")
-    for path in args.models:
+    for path in paths:
         model, tokenizer = load(path)
-        for with_example in (False, True):
-            name = os.path.basename(os.path.normpath(path))
-            print(row(model, tokenizer, name, task, examples, with_example, args.samples, args.max_new_tokens),
-                  flush=True)
+        cap = model.config.litereason_max_reasoning_steps
+        cost = len(checkpoint.encode_text(tokenizer, f" {OPEN}5{CLOSE}"))
+        for name, offer in (("offer", data.OFFER), ("offer and example", data.OFFER + EXAMPLE)):
+            prompts = [task.prompt(example, True).replace(data.OFFER, offer) for example in examples]
+            rollouts = generate(model, tokenizer, prompts, 5, 64, latent="none",
+                                generator=torch.Generator().manual_seed(0), **PAPER)
+            texts = [rollout.text for rollout in rollouts]
+            tags = [len(parse_tags(text)) for text in texts]
+            numbers = re.findall(rf"{OPEN}\s*([0-9]{{1,9}})\s*{CLOSE}", "\n".join(texts))
+            above = sum(int(number) > cap for number in numbers)
+            verdicts = sum(data.has_verdict(task, text) for text in texts)
+            cells = [len(texts), sum(map(bool, tags)), sum(tags), above, verdicts, cost]
+            cells = [os.path.basename(os.path.normpath(path)), name, *map(str, cells)]
+            print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -4,24 +4,29 @@ The methods are held against a plain way of saying the same, in float64; then co
 runs them."""
 import json
 import sys
+import types
 
 import pytest
 import torch
 from conftest import close
 from test_scripts import script
 
-from results import baselines
 import data
-from results.baselines import LatentHead, colar, feed_back, mixture_of_inputs, normal_numbers, soft_thinking, train_coconut
 from data import tiny
-from litereason import (LATENT, UserError, attach, generate, load, logprobs, save, start_projector, states,
-                        unroll)
+from litereason import LATENT, attach, generate, load, logprobs, save, start_projector, states, unroll
+from results import baselines
+from results.baselines import (LatentHead, colar, feed_back, mixture_of_inputs, normal_numbers, soft_thinking,
+                               train_coconut)
 
 PROMPTS = [" on the mat", "!"]
 
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def settings(**own):
+    return types.SimpleNamespace(micro_batch_tokens=1000, seed=0, **own)
 
 
 def plain_states(model, prompt, x):
@@ -58,13 +63,12 @@ def test_a_soft_latent_is_the_mean_embedding_of_the_likeliest_words(model, tok):
 
 def test_soft_thinking_stops_after_certain_steps_in_a_row(model, tok):
     sure = soft_thinking(model, 7, certain=100.0, patience=4)  # everything is certain
-    for r in generate(model, tok, PROMPTS, 2, max_new_tokens=12, start=12, tag=0, generator=seeded(), **sure):
-        assert r.slots[:4] == [LATENT] * 3 + [7]
-    again = generate(model, tok, PROMPTS, 2, max_new_tokens=12, start=12, tag=0, generator=seeded(), **sure)
-    assert again[0].slots[:4] == [LATENT] * 3 + [7]  # the count begins again with each batch
+    for _ in range(2):  # the count begins again with each batch
+        for r in generate(model, tok, PROMPTS, 2, max_new_tokens=12, start=12, tag=0, **sure):
+            assert r.slots[:4] == [LATENT] * 3 + [7]
 
 
-def test_soft_thinking_counts_each_rows_own_steps_also_when_rows_begin_late(model):
+def test_soft_thinking_counts_each_rows_own_steps_also_of_rows_that_begin_late(model):
     leave = soft_thinking(model, 7, certain=100.0, patience=4)["leave"]  # everything is certain
     h = torch.zeros(2, 32, dtype=torch.float64)
     drawn = torch.zeros(2, dtype=torch.long)
@@ -101,13 +105,11 @@ def test_coconut_learns_through_its_latents(model, tok):
     by_latents = model.model.embed_tokens.weight.grad.clone()
     assert latents[0].requires_grad and by_latents.abs().sum() > 0
     before = [p.detach().clone() for p in model.parameters()]
-    cfg = {"stages": 2, "per_stage": 1, "last_stage": 2, "coconut_lr": 1e-3, "batch": 2}
+    args = settings(method="coconut", stages=2, epochs=1, last_stage=2, lr=1e-3, batch=2)
     traces = [("a b", "One. Two. Three.", "\\boxed{1}"), ("b", "One.", "\\boxed{2}")]
-    assert train_coconut(model, tok, traces, cfg, 1000, 0) == 5  # a step in each stage but the last
-    changed = [not torch.equal(a, b) for a, b in zip(before, model.parameters())]
-    names = [n for n, _ in model.named_parameters()]
-    for change, name in zip(changed, names):
-        assert change != name.startswith("reasoning_projector.")  # the base, all of it, and not the projector
+    assert train_coconut(model, tok, traces, args) == 5  # a step in each stage but the last
+    for was, (name, is_now) in zip(before, model.named_parameters()):  # the base, and not the projector
+        assert torch.equal(was, is_now) == name.startswith("reasoning_projector.")
 
 
 # ---------------------------------------------------------------- CoLaR
@@ -122,8 +124,7 @@ def test_normal_numbers_are_normal_and_a_rows_own():
     assert (abs(float(x.mean())) < 0.01 and abs(float(x.std()) - 1) < 0.01
             and abs(float((x**4).mean()) - 3) < 0.1)
     assert torch.equal(x[17:19], normal_numbers(u[17:19], k[17:19], 500))
-    rows = torch.corrcoef(x)
-    assert float((rows - torch.eye(200)).abs().max()) < 0.25  # 1 / sqrt(500) is 0.045
+    assert float((torch.corrcoef(x) - torch.eye(200)).abs().max()) < 0.25  # 1 / sqrt(500) is 0.045
     assert not torch.equal(normal_numbers(u[:1], k[:1], 5), normal_numbers(u[:1], k[:1] + 1, 5))
 
 
@@ -153,23 +154,20 @@ def test_colars_latents_follow_its_head_and_end_where_the_head_of_the_lm_draws_t
 @pytest.mark.parametrize("rule", ["soft", "colar"])
 def test_a_row_alone_is_the_same_row_in_a_batch(model, tok, rule):
     end = tok.encode("e")[0]
-    prompts = PROMPTS + ["another one"]
 
     def decode(**batch):
-        method = (soft_thinking(model, end, 4, patience=9) if rule == "soft" else
-                  colar(model, head_of(model), end))
-        return generate(model, tok, prompts, 1, max_new_tokens=30, start=25, tag=0, generator=seeded(),
-                        **batch, **method)
+        method = soft_thinking(model, end, 4, patience=9)
+        if rule == "colar":
+            method = colar(model, head_of(model), end)
+        return generate(model, tok, [*PROMPTS, "another one"], 1, max_new_tokens=30, start=25, tag=0,
+                        generator=seeded(), **batch, **method)
 
-    together = decode()
-    one_by_one = decode(gen_batch_size=1)
-    for a, b in zip(together, one_by_one):
+    for a, b in zip(decode(), decode(gen_batch_size=1)):
         assert a.slots == b.slots
         close(a.latents, b.latents)
 
 
-# ---------------------------------------------------------------- in train_rl.py: pause tokens, random
-# projectors
+# ---------------------------------------------------------------- pause tokens and the tag in train_rl.py
 def test_a_pause_token_is_one_vector_everywhere_and_is_saved_like_a_projector(tmp_path):
     model, tok = load("tiny")
     start_projector(model, "pause")
@@ -180,9 +178,9 @@ def test_a_pause_token_is_one_vector_everywhere_and_is_saved_like_a_projector(tm
     assert torch.equal(again.reasoning_projector.vector, model.reasoning_projector.vector)
 
 
-def test_controls_of_the_projector_run_and_are_refused_on_a_trained_one(tmp_path):
-    small = ("--steps", 1, "--train-prompts", 2, "--projector-steps", 1, "--trace-prompts", 24,
-             "--targets", "none", "--n", 1, "--val", 0, "--prompts", 2, "--num-generations", 2, "--max-new-tokens", 40)
+def test_pause_tokens_and_the_tag_run_and_a_trained_projector_is_not_begun_again(tmp_path):
+    small = ("--steps", 1, "--train-prompts", 2, "--projector-steps", 1, "--trace-prompts", 24, "--n", 1,
+             "--targets", "none", "--val", 0, "--prompts", 2, "--max-new-tokens", 40)
     got = script("train_rl.py", "--projector", "pause", *small, "--out", tmp_path / "pause")
     assert got.returncode == 0, got.stderr
     trained = ("--model", tmp_path / "pause")
@@ -191,21 +189,25 @@ def test_controls_of_the_projector_run_and_are_refused_on_a_trained_one(tmp_path
     got = script("train_rl.py", "--method", "tag", *small, "--out", tmp_path / "tag")
     assert got.returncode == 0, got.stderr
     rows = json.load(open(tmp_path / "tag" / "results.json"))
-    assert [r["model"] for r in rows] == ["base, explicit reasoning", "base, tag prompt",
-                                          "RL with tags, no latents"]
-    assert rows[-1]["latent_steps"] == 0
+    assert rows[-1]["model"] == "RL with tags, no latents" and rows[-1]["latent_steps"] == 0
 
 
+# ---------------------------------------------------------------- CoLaR's training
 def test_a_latent_of_colar_is_the_sum_of_its_words_over_the_root_of_their_number(model):
     z = baselines.compress(model, [[5], [7, 9, 7, 11]])
     e = model.get_input_embeddings().weight.detach().float()
     close(z, torch.stack([e[5], (2 * e[7] + e[9] + e[11]) / 2]), 1e-6)
 
 
-def test_colars_sft_and_its_grpo_have_learning_rates_of_their_own(model, monkeypatch):
-    monkeypatch.setattr(sys, "argv", "results/baselines.py --method colar --lr 0.5 --rl-lr 0.25".split())
-    cfg = baselines.settings(baselines.parse_arguments(), model)
-    assert (cfg["colar_lr"], cfg["rl_lr"]) == (0.5, 0.25)
+@pytest.mark.parametrize("words, lr, epochs, steps, stages", [
+    ("colar", 3e-4, 8 / 3, 24, 8), ("colar --lr 0.5 --rl-lr 0.25 --epochs 4 --steps 0", 0.5, 4, 0, 8),
+    ("coconut --stages 12", 3e-4, 1 / 3, None, 12), ("answer --steps 7", 3e-4, None, 7, 8)])
+def test_what_no_flag_says_is_the_methods_default(words, lr, epochs, steps, stages, monkeypatch):
+    monkeypatch.setattr(sys, "argv", f"results/baselines.py --method {words}".split())
+    args = baselines.parse_arguments()
+    baselines.fill(args, small=True)
+    assert (args.lr, args.epochs, args.steps, args.stages) == (lr, epochs, steps, stages)
+    assert args.rl_lr == (0.25 if "--rl-lr" in words else 1.2e-4)
 
 
 def test_colars_sft_draws_r_from_1_to_5_and_says_it_in_the_prompt(model, tok, monkeypatch):
@@ -217,8 +219,8 @@ def test_colars_sft_draws_r_from_1_to_5_and_says_it_in_the_prompt(model, tok, mo
         return [0.0]
 
     monkeypatch.setattr(baselines, "add_sft_gradients", gradients)
-    cfg = {"colar_epochs": 100, "colar_lr": 0.0, "batch": 1}
-    baselines.sft_colar(model, tok, head_of(model), [("a b", "x" * 10, "\\boxed{1}")], cfg, 1000, 0)
+    args = settings(method="colar", epochs=100, lr=0.0, batch=1)
+    baselines.sft_colar(model, tok, head_of(model), [("a b", "x" * 10, "\\boxed{1}")], args)
     latents = {tok.decode(row.prompt_ids): row.n_latents for row in learned}
     assert latents == {"a b 1": 10, "a b 2": 5, "a b 3": 4, "a b 4": 3, "a b 5": 2}
 
@@ -241,9 +243,9 @@ def test_a_step_in_which_all_groups_had_zero_variance_says_so(model, tok, tmp_pa
     rolls = generate(model, tok, PROMPTS, 2, max_new_tokens=6, start=3, tag=0, generator=seeded(),
                      **colar(model, head_of(model), 5))
     with open(tmp_path / "log", "w") as log:
-        assert baselines.tell_step(log, 0, 9, 0, rolls, torch.tensor([[1.0, 1.0], [0.0, 0.0]]), 0.0) == 1
+        assert baselines.tell_step(log, 0, 9, rolls, torch.tensor([[1.0, 1.0], [0.0, 0.0]]), 0.0) == 1
         assert "warning: step 1: in all 2 groups every rollout earned the same" in capsys.readouterr().out
-        assert baselines.tell_step(log, 1, 9, 0, rolls, torch.tensor([[1.0, 0.0], [0.0, 0.0]]), 0.0) == 0.5
+        assert baselines.tell_step(log, 1, 9, rolls, torch.tensor([[1.0, 0.0], [0.0, 0.0]]), 0.0) == 0.5
         assert "earned the same" not in capsys.readouterr().out
     lines = [json.loads(line) for line in open(tmp_path / "log")]
     assert [line["zero_variance"] for line in lines] == [1, 0.5]
@@ -266,8 +268,8 @@ def test_the_answer_learns_what_follows_its_opening_and_keeps_the_weights_that_v
         seen.append(model.model.norm.weight.detach().clone())
         return next(val)
 
-    cfg = {"answer_lr": 1e-2, "answer_steps": 10, "batch": 8}
-    assert baselines.train_answer(model, rows, cfg, accuracy, 1000, 0) == 10
+    args = settings(method="answer", lr=1e-2, steps=10, batch=8)
+    baselines.train_answer(model, rows, args, accuracy)
     assert torch.equal(model.model.norm.weight, seen[1]) and not torch.equal(seen[1], seen[2])
 
 
@@ -275,18 +277,15 @@ def test_the_answer_learns_what_follows_its_opening_and_keeps_the_weights_that_v
 SFTS = ["colar, r = 1, SFT", "colar, r = 2, SFT", "colar, r = 5, SFT"]
 
 
-@pytest.mark.parametrize("method, rows", [("soft-thinking", ["soft-thinking"]), ("moi", ["moi"]),
-                                          ("answer", ["answer"]), ("coconut", ["coconut"]),
-                                          ("colar", [*SFTS, "colar"])])
-def test_every_method_runs_on_both_tasks(method, rows, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("method", list(baselines.METHODS))
+def test_every_method_runs(method, tmp_path, monkeypatch, capsys):
+    rows = [*SFTS, "colar"] if method == "colar" else [method]
     task = "tiny" if method in ("moi", "colar", "answer") else "tiny.next_chapter"
     limit = 240 if method in ("coconut", "colar") else 60  # a trace of all six rounds has up to 186 words
     words = ["--method", method, "--task", task, "--n", 4, "--stories", 2, "--steps", 1,
-             "--max-new-tokens", limit, "--seed", 1, "--out", tmp_path / "o"]
-    shorter = {"stages": 1, "per_stage": 1, "last_stage": 1, "colar_epochs": 6, "rl_prompts": 1,
-               "most_latents": 8}
-    monkeypatch.setattr(baselines, "SMALL", {**baselines.SMALL, **shorter})
-    monkeypatch.setattr(baselines, "GROUP", 4)
+             "--max-new-tokens", limit, "--stages", 1, "--last-stage", 1,
+             "--epochs", 6 if method == "colar" else 1, "--prompts", 1,
+             "--num-generations", 4, "--most-latents", 8, "--seed", 1, "--out", tmp_path / "o"]
     monkeypatch.setattr(baselines, "CHECKED", 3)
     monkeypatch.setattr(sys, "argv", ["results/baselines.py", *map(str, words)])
     with torch.random.fork_rng(devices=[]):
@@ -305,21 +304,19 @@ def test_every_method_runs_on_both_tasks(method, rows, tmp_path, monkeypatch, ca
         assert (r["optimiser_steps"] > 0) == trained
     said = capsys.readouterr().out
     assert f"| model | {data.measure_of(data.load_task(task))} |" in said
-    assert not trained or f"{method}: 2 stories, {found[-1]['traces']} traces, " in said
+    config = json.load(open(tmp_path / "o" / "config.json"))
+    assert config["script"] == "results/baselines.py" and config["num_generations"] == 4
     if method == "colar":
         assert found[-1]["optimiser_steps"] == found[0]["optimiser_steps"] + 1
         in_rl = found[-1]["steps_without_gradient"]
         assert in_rl in (0, 1) and f"in {in_rl} of 1 steps all groups had zero variance and no" in said
 
 
-def test_baselines_say_what_is_wrong_in_one_line(tmp_path, model, tok):
-    got = script("results/baselines.py", "--method", "coconut", "--max-new-tokens", 1, "--stories", 2, "--n", 1,
-                 "--out", tmp_path / "o")
-    assert got.returncode == 2 and "nothing to train on" in got.stderr and "Traceback" not in got.stderr
-    for method, words, complaint in [
-            ("moi", ["--stories", 9000], f"has only {tiny.SIZES['train']} train stories"),
-            ("answer", ["--task", "tiny.next_chapter"], "tiny.next_chapter has none")]:
-        got = script("results/baselines.py", "--method", method, *words, "--n", 1, "--out", tmp_path / method)
-        assert got.returncode == 2 and complaint in got.stderr and "Traceback" not in got.stderr
-    with pytest.raises(UserError):
-        generate(model, tok, ["x"], max_new_tokens=0)
+@pytest.mark.parametrize("words, complaint", [
+    (("coconut", "--max-new-tokens", 1, "--stories", 2), "nothing to train on"),
+    (("moi", "--stories", 9000), f"has only {tiny.SIZES['train']} train stories"),
+    (("answer", "--task", "tiny.next_chapter"), "tiny.next_chapter has none"),
+    (("colar", "--num-generations", 1), "--num-generations is 1; it must be at least 2")])
+def test_baselines_say_what_is_wrong_in_one_line(tmp_path, words, complaint):
+    got = script("results/baselines.py", "--n", 1, "--out", tmp_path / "o", "--method", *words)
+    assert got.returncode == 2 and complaint in got.stderr and "Traceback" not in got.stderr

@@ -5,9 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
-from lib import display
 from eval import bootstrap, differs, holm, judge, sign_flips, wilson
-from results import evidence
+from lib import display
+from results import stats
 
 
 # ---------------------------------------------------------------- one table's tests
@@ -64,27 +64,27 @@ def test_how_often_the_interval_holds_the_truth(n_seeds, spread, low, high):
     truth = np.mean(1 / (1 + np.exp(-1 - z)))
     held = 0
     for i in range(100):
-        draws, = evidence.drawn_means([trial(generator, n_seeds, 100, spread)], i, 500)
-        ends = evidence.middle(draws)
+        draws, = stats.drawn_means([trial(generator, n_seeds, 100, spread)], i, 500)
+        ends = stats.middle(draws)
         held += ends[0] <= truth <= ends[1]
     assert low <= held / 100 <= high
 
 
 def test_with_one_seed_the_interval_is_the_bootstrap_over_stories():
     array = trial(np.random.default_rng(1), 1, 200, 0.0)
-    assert evidence.interval(array) == pytest.approx(bootstrap(array[0]), abs=0.01)
+    assert stats.interval(array) == pytest.approx(bootstrap(array[0]), abs=0.01)
 
 
 def test_an_interval_does_not_collapse_where_all_is_right_or_wrong():
     right, one_wrong = np.ones((3, 500)), np.ones((3, 500))
     one_wrong[2, 0] = 0
-    assert evidence.interval(right) == pytest.approx([wilson(1.0, 500)[0], 1.0])
-    assert evidence.interval(one_wrong)[0] < evidence.interval(right)[0]  # a worse result has no narrower one
-    assert evidence.interval(np.zeros((3, 100))) == pytest.approx([0.0, 0.037], abs=1e-3)
-    low, high = evidence.interval(np.array([[1.0] * 100, [1.0] * 100, [1.0] * 99 + [0.0]]))
+    assert stats.interval(right) == pytest.approx([wilson(1.0, 500)[0], 1.0])
+    assert stats.interval(one_wrong)[0] < stats.interval(right)[0]  # a worse result has no narrower one
+    assert stats.interval(np.zeros((3, 100))) == pytest.approx([0.0, 0.037], abs=1e-3)
+    low, high = stats.interval(np.array([[1.0] * 100, [1.0] * 100, [1.0] * 99 + [0.0]]))
     assert low < 0.99 and high == 1
     perfect = method(1.0, 9, n=100, noise=0.0)
-    got = evidence.compare(perfect, perfect)
+    got = stats.compare(perfect, perfect)
     assert got["accuracy_ci95"] == pytest.approx([-0.037, 0.037], abs=1e-3) and got["tokens_ci95"] == [0, 0]
 
 
@@ -113,7 +113,7 @@ METHODS = {
 
 def test_two_methods_are_compared_over_the_seeds_and_stories_that_both_have():
     ours, theirs = METHODS["LiteReason"], METHODS["RL without latents"]
-    got = evidence.compare({**ours, 7: ours[0]}, theirs)
+    got = stats.compare({**ours, 7: ours[0]}, theirs)
     assert got["seeds"] == [0, 1, 2] and got["tokens"] == pytest.approx(-60, abs=1)
     assert got["tokens_saved"] == pytest.approx(0.75, abs=0.01)
     assert got["tokens_saved_ci95"][0] < got["tokens_saved"] < got["tokens_saved_ci95"][1]
@@ -127,13 +127,13 @@ def test_a_pair_that_shares_its_mistakes_has_the_narrower_interval():
     for seed, row in ours.items():  # the same but for every 20th story
         score = [0.0 if i % 20 == 0 else x for i, x in enumerate(row["per_example"]["score"])]
         worse[seed] = {"per_example": {**row["per_example"], "score": score}}
-    paired, alone = evidence.compare(ours, worse), evidence.compare(ours, method(0.665, 20.0, seed=9))
+    paired, alone = stats.compare(ours, worse), stats.compare(ours, method(0.665, 20.0, seed=9))
     assert np.ptp(paired["accuracy_ci95"]) < 0.6 * np.ptp(alone["accuracy_ci95"])
     assert paired["accuracy_ci95"][0] > 0 and paired["tokens_p"] == 1 and paired["tokens_ci95"] == [0, 0]
 
 
 def test_each_claim_is_met_or_not_by_its_criterion_and_the_table_says_so():
-    found = {own["claim"]: own for own in evidence.claims(METHODS)}
+    found = {own["claim"]: own for own in stats.claims(METHODS)}
     met = {claim: own["met"] for claim, own in found.items()}
     assert met == {
         "LiteReason keeps RL's gain": met["LiteReason keeps RL's gain"],
@@ -141,13 +141,13 @@ def test_each_claim_is_met_or_not_by_its_criterion_and_the_table_says_so():
         "LiteReason is shorter than RL": "met",
         "LiteReason beats RL with tags: fewer tokens at equal accuracy": met[
             "LiteReason beats RL with tags: fewer tokens at equal accuracy"],
-        "latents matter: another story's latents in their place cost 10 points or 30 % more tokens": "met",
+        "latents matter: shuffled latents in their place cost 10 points or 30 % more tokens": "met",
         "latents matter: noise in their place cost 10 points or 30 % more tokens": "met",
         "latents matter: the mean latent in their place cost 10 points or 30 % more tokens": "not met"}
     assert met["LiteReason beats RL with tags: fewer tokens at equal accuracy"] != "met"  # they are alike
     test, = found["LiteReason is shorter than the base"]["tests"]
     assert test["value"] == pytest.approx(0.8, abs=0.01) and test["ci95"][0] > 0.77
-    text = evidence.claims_table(list(found.values()), "greedy")
+    text = stats.claims_table(list(found.values()), "greedy")
     assert "tokens saved over 77 % | **met** |" in text and "accuracy gained over 10 points or" in text
 
 
@@ -155,19 +155,19 @@ def test_each_claim_is_met_or_not_by_its_criterion_and_the_table_says_so():
 def test_the_gain_kept_is_a_share_of_rls_gain(rl, ours, says):
     arrays = {"base": method(0.5, 9, seed=1, n=800), "rl": method(rl, 9, seed=2, n=800),
               "ours": method(ours, 9, seed=3, n=800)}
-    test = evidence.measure(arrays, "gain kept", ("ours", "rl", "base"), 0.95)
+    test = stats.measure(arrays, "gain kept", ("ours", "rl", "base"), 0.95)
     assert test["value"] == pytest.approx((ours - 0.5) / (rl - 0.5), abs=0.05)
     assert says is None or test["met"] == says
-    none = evidence.measure(arrays, "gain kept", ("ours", "base", "base"), 0.95)  # of no gain
-    assert none["met"] == "not met" and evidence.in_its_unit(none) == "gain kept: there is none"
+    none = stats.measure(arrays, "gain kept", ("ours", "base", "base"), 0.95)  # of no gain
+    assert none["met"] == "not met" and stats.in_its_unit(none) == "gain kept: there is none"
 
 
 def test_only_pairs_of_which_both_are_there_are_compared_and_judged_together():
-    found = evidence.differences(METHODS)
+    found = stats.differences(METHODS)
     pairs = [(own["ours"], own["theirs"]) for own in found]
-    assert pairs == [pair for pair in evidence.PAIRS if set(pair) <= set(METHODS)] and len(pairs) == 4
+    assert pairs == [pair for pair in stats.PAIRS if set(pair) <= set(METHODS)] and len(pairs) == 4
     by_pair = {own["theirs"]: display.what_differs(own) for own in found if own["ours"] == "LiteReason"}
     assert by_pair["base, explicit reasoning"] == "accuracy and tokens"
     assert by_pair["RL without latents"] == "tokens, not accuracy"
-    table = evidence.differences_table(found, "greedy")
+    table = stats.differences_table(found, "greedy")
     assert len(table.splitlines()) == 2 + len(pairs) and "| compared with, greedy |" in table

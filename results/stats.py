@@ -1,71 +1,72 @@
-"""How sure the tables of reproduce.py are: intervals that count seeds, differences between methods, and what
-is claimed of them, each claim beside the criterion that it had to meet.
+"""How sure the tables of reproduce.py are: intervals that count seeds, differences between methods, and
+claims, each beside the criterion that it had to meet.
 
 A method's results are {seed: row of eval.py} at one sampling; all methods and seeds answer the same stories.
 """
+import functools
+
 import numpy as np
 
 from eval import judge, sign_flips, wilson
 from lib.display import what_differs
 
-AFTER_RL = "LiteReason after RL + length penalty"
+BASE, RL, FREE = "base, explicit reasoning", "RL without latents", "LiteReason"
+OURS, AFTER_RL = "LiteReason + length penalty", "LiteReason after RL + length penalty"
+TEXT, SHUFFLED = "its latents taken away", "shuffled latents"
 # (a method, what it is compared with): the differences that the text may speak of. Names are those of the
 # tables; a pair of which a run is missing is left out.
 PAIRS = [
-    ("RL without latents", "base, explicit reasoning"),
-    ("LiteReason + length penalty", "base, explicit reasoning"),
-    ("LiteReason + length penalty", "RL without latents"),
-    ("LiteReason", "base, explicit reasoning"),
-    ("LiteReason", "RL without latents"),
-    ("LiteReason", "RL with tags, no latents"),
-    ("LiteReason", "LiteReason, its latents taken away"),
-    ("LiteReason", "LiteReason, another story's latents"),
-    ("LiteReason before RL", "LiteReason before RL, another story's latents"),
-    ("LiteReason before RL", "LiteReason before RL, its latents taken away"),
-    ("LiteReason", "RL with tags, no latents, after stage 2"),
-    ("LiteReason + length penalty", "RL + length penalty"),
-    ("LiteReason + length penalty", "RL with tags + length penalty"),
-    ("LiteReason + length penalty", "the paper's recipe + length penalty"),
-    ("LiteReason + length penalty", "base frozen + length penalty"),
-    ("LiteReason + length penalty", "no anchor + length penalty"),
-    ("LiteReason + length penalty", "stage 2 twice as long + length penalty"),
-    ("LiteReason + length penalty", "RL with tags + length penalty, after stage 2"),
-    ("LiteReason + length penalty", "no noise + length penalty"),
-    ("LiteReason + length penalty", "pause tokens + length penalty"),
-    ("LiteReason + length penalty", "LiteReason + length penalty, its latents taken away"),
-    (AFTER_RL, "base, explicit reasoning"),
-    (AFTER_RL, "RL without latents"),
-    (AFTER_RL, "LiteReason + length penalty"),
+    (RL, BASE),
+    (OURS, BASE),
+    (OURS, RL),
+    (FREE, BASE),
+    (FREE, RL),
+    (FREE, "RL with tags, no latents"),
+    (FREE, f"{FREE}, {TEXT}"),
+    (FREE, f"{FREE}, {SHUFFLED}"),
+    ("LiteReason before RL", f"LiteReason before RL, {SHUFFLED}"),
+    ("LiteReason before RL", f"LiteReason before RL, {TEXT}"),
+    (FREE, "RL with tags, no latents, after stage 2"),
+    (OURS, "RL + length penalty"),
+    (OURS, "RL with tags + length penalty"),
+    (OURS, "the paper's recipe + length penalty"),
+    (OURS, "base frozen + length penalty"),
+    (OURS, "no anchor + length penalty"),
+    (OURS, "stage 2 twice as long + length penalty"),
+    (OURS, "RL with tags + length penalty, after stage 2"),
+    (OURS, "no noise + length penalty"),
+    (OURS, "pause tokens + length penalty"),
+    (OURS, f"{OURS}, {TEXT}"),
+    (AFTER_RL, BASE),
+    (AFTER_RL, RL),
+    (AFTER_RL, OURS),
     (AFTER_RL, "RL with tags after RL + length penalty"),
-    (AFTER_RL, f"{AFTER_RL}, another story's latents"),
+    (AFTER_RL, f"{AFTER_RL}, {SHUFFLED}"),
 ]
 
 # (claim, whether "all" or "any" of its tests must be met, [(statistic, methods, more than)])
 EQUAL = -0.02  # accuracy gained where accuracy counts as equal: at most two points are lost
 LONGER = 1 - 1 / 1.3  # tokens saved against a run that takes 30 % more
 CLAIMS = []
-for ours in ("LiteReason + length penalty", "LiteReason", AFTER_RL):
-    rl, base = "RL without latents", "base, explicit reasoning"
+for ours in (OURS, FREE, AFTER_RL):
     CLAIMS += [
-        (f"{ours} keeps RL's gain", "all", [("gain kept", (ours, rl, base), 0.95)]),
-        (f"{ours} is shorter than the base", "all", [("tokens saved", (ours, base), 0.77)]),
-        (f"{ours} is shorter than RL", "all", [("tokens saved", (ours, rl), 0.70)])]
+        (f"{ours} keeps RL's gain", "all", [("gain kept", (ours, RL, BASE), 0.95)]),
+        (f"{ours} is shorter than the base", "all", [("tokens saved", (ours, BASE), 0.77)]),
+        (f"{ours} is shorter than RL", "all", [("tokens saved", (ours, RL), 0.70)])]
 for ours, theirs, words in [
-        ("LiteReason", "RL with tags, no latents", "LiteReason beats RL with tags"),
-        ("LiteReason", "LiteReason, its latents taken away", "LiteReason beats itself without latents"),
-        ("LiteReason + length penalty", "RL with tags + length penalty",
-         "LiteReason beats RL with tags under the same penalty"),
-        ("LiteReason + length penalty", "LiteReason + length penalty, its latents taken away",
-         "LiteReason beats itself without latents under the penalty"),
+        (FREE, "RL with tags, no latents", "LiteReason beats RL with tags"),
+        (FREE, f"{FREE}, {TEXT}", "LiteReason beats itself without latents"),
+        (OURS, "RL with tags + length penalty", "LiteReason beats RL with tags under the same penalty"),
+        (OURS, f"{OURS}, {TEXT}", "LiteReason beats itself without latents under the penalty"),
         (AFTER_RL, "RL with tags after RL + length penalty",
          "LiteReason after RL beats RL with tags after RL under the same penalty")]:
     tests = [("tokens saved", (ours, theirs), 0.0), ("accuracy gained", (ours, theirs), EQUAL)]
     CLAIMS.append((f"{words}: fewer tokens at equal accuracy", "all", tests))
 for ours, theirs, words in [
-        ("control plain", "control latents: shuffled", "latents matter: another story's latents"),
+        ("control plain", "control latents: shuffled", f"latents matter: {SHUFFLED}"),
         ("control plain", "control latents: noise", "latents matter: noise"),
         ("control plain", "control latents: mean", "latents matter: the mean latent"),
-        (AFTER_RL, f"{AFTER_RL}, another story's latents", "after RL too: another story's latents")]:
+        (AFTER_RL, f"{AFTER_RL}, {SHUFFLED}", f"after RL too: {SHUFFLED}")]:
     tests = [("accuracy gained", (ours, theirs), 0.10), ("tokens saved", (ours, theirs), LONGER)]
     CLAIMS.append((f"{words} in their place cost 10 points or 30 % more tokens", "any", tests))
 
@@ -84,17 +85,23 @@ def drawn_means(arrays, seed=0, resamples=10000):
     of a resample (Owen's pigeonhole bootstrap). Of S seeds S - 1 are drawn, which makes the variance of a
     mean of few seeds unbiased (Rao and Wu). Even so an interval from three seeds is about as wide as their
     spread at most: where seeds differ by much more than chance it holds the truth in four of five cases, not
-    in 95 of 100 (tests/test_evidence.py). With one seed it counts stories only."""
-    stacked = np.stack(arrays)  # (M, S, N)
-    _, n_seeds, n_stories = stacked.shape
-    seeds_drawn = max(1, n_seeds - 1)
-    generator = np.random.default_rng(seed)
-    means = []
-    for _ in range(resamples // 500):  # in blocks, which fit any memory
-        seeds = generator.multinomial(seeds_drawn, np.full(n_seeds, 1 / n_seeds), 500) / seeds_drawn
-        stories = generator.multinomial(n_stories, np.full(n_stories, 1 / n_stories), 500) / n_stories
-        means.append([((seeds @ array) * stories).sum(1) for array in stacked])
+    in 95 of 100 (tests/test_stats.py). With one seed it counts stories only."""
+    means = [[((seeds @ array) * stories).sum(1) for array in arrays]
+             for seeds, stories in _draws(*arrays[0].shape, seed, resamples)]
     return np.concatenate(means, axis=1)
+
+
+@functools.lru_cache(maxsize=4)
+def _draws(n_seeds, n_stories, seed, resamples):
+    """Weights of seeds and stories, in blocks of 500 resamples. All tables ask for the same ones."""
+    n_drawn = max(1, n_seeds - 1)
+    generator = np.random.default_rng(seed)
+    blocks = []
+    for _ in range(resamples // 500):
+        seeds = generator.multinomial(n_drawn, np.full(n_seeds, 1 / n_seeds), 500) / n_drawn
+        stories = generator.multinomial(n_stories, np.full(n_stories, 1 / n_stories), 500) / n_stories
+        blocks.append((seeds, stories))
+    return blocks
 
 
 def middle(draws):
@@ -151,13 +158,12 @@ def compare(ours, theirs):
         found[what] = float(differences.mean())
         found[f"{what}_ci95"] = interval_of_gain(a, b, a_drawn, b_drawn)
         found[f"{what}_p"] = sign_flips(differences.mean(0))
-        found[f"{what}_by_seed"] = differences.mean(1).tolist()
     found["tokens_saved"] = float(1 - a.mean() / b.mean())
     found["tokens_saved_ci95"] = middle(1 - a_drawn / b_drawn)
     return found
 
 
-# ============================================================ differences
+# ============================================================ differences and claims
 def differences(methods):
     """methods: {name: {seed: row}} at one sampling -> [comparison], one for each of PAIRS that is there."""
     found = []
@@ -171,30 +177,21 @@ def differences(methods):
 
 def against_plain(controls):
     """controls: {control: {seed: row}} of eval.py --controls -> {control: comparison with the run as
-    trained}, judged together."""
-    found = {control: compare(rows, controls["plain"]) for control, rows in controls.items()}
-    judge([comparison for control, comparison in found.items() if control != "plain"])
-    return found
+    trained}, judged together; {} of "plain" itself."""
+    found = {name: compare(rows, controls["plain"]) for name, rows in controls.items() if name != "plain"}
+    judge(list(found.values()))
+    return {**found, "plain": {}}
 
 
-# ============================================================ claims
 def gain_kept(ours, rl, base):
     """No number where RL gains nothing."""
     return np.where(rl > base, (ours - base) / (rl - base), np.nan)
 
 
-def tokens_saved(ours, theirs):
-    return 1 - ours / theirs
-
-
-def accuracy_gained(ours, theirs):
-    return ours - theirs
-
-
 STATISTICS = {  # name: (function of the methods' means, of what, unit as printed)
     "gain kept": (gain_kept, "score", "%"),
-    "tokens saved": (tokens_saved, "tokens", "%"),
-    "accuracy gained": (accuracy_gained, "score", "points"),
+    "tokens saved": (lambda ours, theirs: 1 - ours / theirs, "tokens", "%"),
+    "accuracy gained": (lambda ours, theirs: ours - theirs, "score", "points"),
 }
 
 
@@ -214,8 +211,7 @@ def claims(methods, scale=1):
         order = ("met", "met by the mean only", "not met")
         ranks = [order.index(test["met"]) for test in measured]
         met = order[max(ranks) if needed == "all" else min(ranks)]
-        found.append({"claim": words, "needed": needed, "tests": measured, "met": met,
-                      "set_before_the_runs": AFTER_RL not in names})
+        found.append({"claim": words, "needed": needed, "tests": measured, "met": met})
     return found
 
 
@@ -238,14 +234,9 @@ def measure(methods, statistic, names, more_than, scale=1):
     met = "not met"
     if value > more_than:
         met = "met" if ci95 and ci95[0] > more_than else "met by the mean only"
-    return {
-        "statistic": statistic,
-        "seeds": seeds,
-        "value": value if np.isfinite(value) else None,
-        "ci95": ci95,
-        "more_than": more_than,
-        "unit": unit,
-        "met": met}
+    value = value if np.isfinite(value) else None
+    return {"statistic": statistic, "seeds": seeds, "value": value, "ci95": ci95, "more_than": more_than,
+            "unit": unit, "met": met}
 
 
 # ============================================================ as Markdown
@@ -256,10 +247,8 @@ def differences_table(found, sampled, digits=3):
     for own in found:
         cells = [f"{own['ours']}: {own['theirs']}"]
         for what, form in (("accuracy", f"+.{digits}f"), ("tokens", "+.1f")):
-            cells += [
-                f"{own[what]:{form}}",
-                in_words(own[f"{what}_ci95"], form),
-                f"{own[f'{what}_holm']:.2g}"]
+            interval_in_words = in_words(own[f"{what}_ci95"], form)
+            cells += [f"{own[what]:{form}}", interval_in_words, f"{own[f'{what}_holm']:.2g}"]
         saved = [100 * end for end in own["tokens_saved_ci95"]]
         cells += [f"{100 * own['tokens_saved']:.1f}", in_words(saved, ".1f"), what_differs(own)]
         lines.append(f"| {' | '.join(cells)} |")
@@ -295,7 +284,7 @@ def in_words(ci95, form):
 
 UNDER_THE_TABLE = """\
 "A: B" is A minus B. Intervals: bootstrap over seeds and stories; three seeds that differ by much more than
-chance give one that holds the truth in four of five cases, not in 95 of 100 (`tests/test_evidence.py`), and
+chance give one that holds the truth in four of five cases, not in 95 of 100 (`tests/test_stats.py`), and
 one seed gives one that counts stories alone. Holm's p: of sign flips over stories, corrected for all tests of
 the table. "differs in": Holm's p is below 0.05 and the interval leaves 0 out. A claim is met if its whole
 interval is beyond its criterion; what is not met is not claimed. Claims are not corrected for their number.
@@ -304,8 +293,8 @@ are ours. The claims on "after RL" have the same criteria, but were added when i
 30 % more tokens is the same as saving the other 1 - 1 / 1.3 = 23 %."""
 
 
-def page(own, sampled, digits=3, measure="accuracy"):
-    """own: {"differences", "claims"} -> Markdown of both; "" without either. measure: what a score is."""
-    text = [differences_table(own["differences"], sampled, digits)] if own["differences"] else []
-    text += [claims_table(own["claims"], sampled)] if own["claims"] else []
+def page(found, its_claims, sampled, digits=3, measure="accuracy"):
+    """From `differences` and `claims` -> Markdown of both; "" without either. measure: what a score is."""
+    text = [differences_table(found, sampled, digits)] if found else []
+    text += [claims_table(its_claims, sampled)] if its_claims else []
     return "\n\n".join([*text, UNDER_THE_TABLE]).replace("accuracy", measure) if text else ""
