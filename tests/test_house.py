@@ -1,0 +1,54 @@
+"""The house stays small: nine names at the top, a budget of lines for each file, help on one screen."""
+import glob
+import os
+import subprocess
+import sys
+
+import pytest
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+TOP = {"litereason.py", "train_projector.py", "train_rl.py", "eval.py", "data", "tests", "README.md", "lib", "results"}
+# What every project has, and what no reader of the method meets.
+BESIDE = {"findings", "requirements.txt", "CHANGELOG.md", "CITATION.cff", "LICENSE", ".ci", ".gitignore"}
+
+BUDGETS = {  # lines of one file, or of all Python files in a folder
+    "litereason.py": 700, "train_projector.py": 600, "train_rl.py": 500, "eval.py": 560,
+    "lib": 1850, "results": 1900, "data": 1750, "tests": 6500, "README.md": 150}
+FRONT = ["litereason.py", "train_projector.py", "train_rl.py", "eval.py"]
+
+
+def lines_of(name):
+    path = os.path.join(ROOT, name)
+    files = glob.glob(f"{path}/**/*.py", recursive=True) if os.path.isdir(path) else [path]
+    total = 0
+    for file in files:
+        with open(file, encoding="utf-8") as f:
+            total += len(f.readlines())
+    return total
+
+
+def test_nothing_new_stands_at_the_top_level():
+    found = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if found.returncode:
+        pytest.skip("no git checkout")
+    names = {name.split("/")[0] for name in found.stdout.splitlines()}
+    assert names - BESIDE == TOP
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_no_file_outgrows_its_budget_by_a_twentieth(name):
+    assert lines_of(name) <= 1.05 * BUDGETS[name]
+
+
+def test_the_front_and_all_code_outside_the_tests_are_within_theirs():
+    assert sum(map(lines_of, FRONT)) <= 2400
+    assert sum(map(lines_of, [*FRONT, "lib", "results", "data"])) <= 8000
+
+
+@pytest.mark.parametrize("script", FRONT[1:])
+def test_help_is_one_screen(script):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    said = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    lines = said.stdout.splitlines()
+    assert 20 < len(lines) <= 50 and max(map(len, lines)) <= 110
