@@ -39,8 +39,8 @@ from lib import UserError, checkpoint, display, memory, run, scoring
 from lib.run import BySize
 from litereason import (RULES, TAG, Rollout, generate, load, logprobs, policy_loss, recompute_latents, z_size)
 from train_projector import (RATIOS, SHARED, add_anchor, fit_projector, fit_to_targets, masked_again,
-                             masked_trace, pieces_of, read_traces, set_start, settings_of, stages_1_and_2,
-                             warm_up_and_cosine)
+                             masked_trace, pieces_of, read_traces, run_stage_1, run_stage_2, set_start,
+                             settings_of, warm_up_and_cosine)
 
 # ============================================================ settings
 NAMES = display.METHODS
@@ -160,8 +160,8 @@ def train(args, model, base, masters, tokenizer, task, examples, prompts, vals, 
         gap, worst = add_gradients(args, model, state, chosen, advantages, loss_norm)
         anchor_loss = None
         if stage_1 and args.anchor:  # ours, with targets
-            anchor_loss = add_anchor(model, tokenizer, stage_1, step, args.anchor, args.words, args.noise,
-                                     args.seed, state.micro_batch_tokens)
+            anchor_loss = add_anchor(model, tokenizer, stage_1, step, args.anchor, args.noise, args.seed,
+                                     state.micro_batch_tokens)
         phases.end("update")
         # Before an update only: after one they must differ. In latents made again rounding grows.
         allowed = DLOGP[model.bf16 or args.offload]
@@ -380,7 +380,7 @@ def rehearse(args, model, tokenizer, state, stage_1, batch):
     of stage 1's traces. batch: as in refresh."""
     n = max(1, int(REFRESH_SHARE * len(stage_1[0])))
     rng = random.Random(f"{args.seed} {batch} refresh")
-    rows = masked_again(model, tokenizer, stage_1, n, args.words, rng)
+    rows = masked_again(model, tokenizer, stage_1, n, rng)
     if not rows:
         return None
     return fit_to_targets(model, rows, REFRESH_LR, REFRESH_BATCH, schedule=False, seed=batch,
@@ -391,7 +391,7 @@ def traces_of_stage_1(args, tokenizer, task):
     """For the anchor and the refresh with targets -> (traces, [(sentences, answer)], words that tell
     nothing)."""
     traces = read_traces(os.path.join(args.out, "traces.jsonl"))
-    return (traces, *pieces_of(tokenizer, traces, data.opening_of(task)))
+    return pieces_of(tokenizer, traces, data.opening_of(task))
 
 
 def needs_traces(args):
@@ -583,12 +583,13 @@ def main():
             if not model.projector_trained:
                 of_stages = settings_of(model, prompts=args.trace_prompts, steps=args.projector_steps,
                                         targets=args.targets, max_new_tokens=args.max_new_tokens,
-                                        seed=args.seed, n=min(200, args.n or 200), save_every=args.save_every)
+                                        seed=args.seed, save_every=args.save_every)
                 try:
-                    stages_1_and_2(model, tokenizer, task, args.out, of_stages, args.smoke)
+                    masked, held, _ = run_stage_1(model, tokenizer, task, args.out, of_stages, args.smoke)
                 except UserError:  # no traces: the base's rows say more
                     show_table()
                     raise
+                run_stage_2(model, tokenizer, masked, held, args.out, of_stages)
                 checkpoint.save(model, tokenizer, os.path.join(args.out, "model"))
             add_row("LiteReason before RL", True, "projector")
 
@@ -624,9 +625,8 @@ def settle(args, model, saved, n_examples):
         raise UserError("--steps: with --lr-schedule cosine the learning rate falls towards the --steps that "
                         "the run began with, so a resumed run keeps them")
     # A run of stages 1 and 2 has decided what a latent holds.
-    of_latents = settings_of(model, targets=args.targets or made.get("targets"), words=made.get("words"),
-                             noise=made.get("noise"))
-    args.targets, args.words, args.noise = of_latents.targets, of_latents.words, of_latents.noise
+    of_latents = settings_of(model, targets=args.targets or made.get("targets"), noise=made.get("noise"))
+    args.targets, args.noise = of_latents.targets, of_latents.noise
     if args.method != "litereason" or args.targets == "none":
         if args.anchor:
             raise UserError("--anchor holds the base to targets of latents: it goes with --method litereason "
