@@ -30,7 +30,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 import torch
 from transformers import AutoConfig, Qwen2Config, Qwen2ForCausalLM
 
-from lib import checkpoint, display, memory
+from lib import checkpoint, memory
 from bench import NEVER, tags_fire, their_generate
 from lib.memory import base_parameters, checkpoint_layers, gradients_to_masters, offload, wait_for_gradients, weights_from_masters
 from lib.scoring import pack
@@ -143,7 +143,11 @@ def grpo(args, P=48, G=16, L=1024, S=256):
         p.grad = torch.zeros_like(p)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    display.update(model, display.longest_rollouts(model, random_prompts(model, 1, L)[0], plan))
+    prompt = random_prompts(model, 1, L)[0]
+    warm = Rollout(prompt, (prompt * S)[:S], torch.zeros(0, model.config.hidden_size))
+    logprobs(model, [warm] * max(1, min(G, (plan.micro_batch_tokens - L) // S)))[0].sum().backward()
+    wait_for_gradients(model)
+    memory.forget_gradients(model)
 
     for name, run in (("sample", sample), ("update", update), ("step", step)):
         torch.cuda.reset_peak_memory_stats() if args.device == "cuda" else None
