@@ -89,9 +89,9 @@ def settings_of(model, **given):
 def collect_traces(model, tokenizer, task, examples, path, samples, max_new_tokens, seed, tag=None):
     """Stage 1 -> all samples, dicts with "example", "prompt", "text" and, if it is no trace, "left out": why.
 
-    A trace has reward > 0 and ended by itself. `path` has a line of settings and one for
-    each AT_ONCE samples: a run with the same settings goes on behind the last line. Tags run no latents yet;
-    with tag="forbidden" there are none."""
+    A trace has reward > 0 and ended by itself. `path` has a line of settings and one for each AT_ONCE
+    samples: a run with the same settings goes on behind the last line. Tags run no latents yet; with
+    tag="forbidden" there are none."""
     prompts = [task.prompt(example, True) for example in examples]
     at_once = max(1, AT_ONCE // samples)  # prompts
     starts = range(0, len(prompts), at_once)
@@ -222,8 +222,8 @@ def versions(model, tokenizer, traces, marker, rng):
 
 
 def run_stage_1(model, tokenizer, task, out, settings, smoke=False):
-    """-> (masked traces to train on, at most 256 of other stories, a tenth of all, {"kept", "sampled": how
-    many}), Rollouts. Goes on with what a stopped run left in `out`.
+    """Masked traces -> (those to train on, those of a tenth of the stories, held out, {"kept": n,
+    "sampled": n}). Goes on with what a stopped run left in `out`.
 
     settings: as settings_of makes them. smoke: if too few samples earned anything, all are taken."""
     rng = random.Random(settings.seed)
@@ -259,7 +259,7 @@ def run_stage_1(model, tokenizer, task, out, settings, smoke=False):
     return train, rng.sample(held, min(256, len(held))), {"kept": len(traces), "sampled": n_sampled}
 
 
-# ========================================================== stage 2: the projector learns, the base is frozen
+# ============================================================ stage 2: the projector learns, the base is frozen
 def fit_projector(model, traces, lr, batch, steps=None, budget=None, **loop):
     """Stage 2, and with schedule=False stage 3's refresh: trains the projector -> the last steps' mean loss.
 
@@ -299,8 +299,7 @@ def optimise(model, traces, learners, batch, steps, losses_of, clip=0.2, seed=0,
     parameters = [p for group in groups for p in group["params"]]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
     name = os.path.basename(states or "the refresh").replace("-", " ")
-    lines = []
-    log, stops = open(os.devnull, "w"), contextlib.nullcontext()
+    lines, log, stops = [], open(os.devnull, "w"), contextlib.nullcontext()
     if states:
         found = run.read_state(states)
         if found:
@@ -314,8 +313,9 @@ def optimise(model, traces, learners, batch, steps, losses_of, clip=0.2, seed=0,
         stops = run.stops_noted(f"go on with --resume {os.path.dirname(states)}")
     rest = itertools.islice(batches(traces, batch, seed, together), len(lines), steps)
     bar = tqdm(rest, desc=name, initial=len(lines), total=steps, leave=False, disable=states is None)
-    latents = []
-    with log, latents_noted(model, latents), stops as stopped:
+    latents = []  # all that the projector makes in a step, (n, D) each
+    hook = model.reasoning_projector.register_forward_hook(lambda module, h, z: latents.append(z.detach()))
+    with log, hook, stops as stopped:
         for step, rows in enumerate(bar, start=len(lines)):
             # (1) The learning rate of this step.
             share = warm_up_and_cosine(step, steps, max(1, steps // 10)) if schedule else 1.0
@@ -398,11 +398,6 @@ def base_frozen(model):
             weight.data = before
 
 
-def latents_noted(model, made):
-    """A context: inside, the list `made` fills with all latents that the projector makes, (n, D) each."""
-    return model.reasoning_projector.register_forward_hook(lambda module, h, z: made.append(z.detach()))
-
-
 def positions_at_once(model, traces, base_learns=False):
     """How many positions of traces one forward and backward pass can have."""
     longest = max(len(r.prompt_ids) + len(r.slots) for r in traces)
@@ -426,12 +421,9 @@ def run_stage_2(model, tokenizer, train, held, out, settings):
     loop = {"seed": settings.seed, "every": settings.save_every}
     if settings.imitate:
         imitate(model, train, settings.batch, settings.imitate, states=os.path.join(out, "imitation"), **loop)
-    latents = []
-    losses = {"no latents": mean_loss(model, held, "none"), "zeros": mean_loss(model, held, "zeros")}
-    with latents_noted(model, latents):
-        losses["start"] = mean_loss(model, held, "projector")
-    print(f"stage 2: {len(train)} masked traces, {len(held)} more held out; a latent begins "
-          f"{z_size(model, torch.cat(latents)):.3g} times as long as an embedding", flush=True)
+    print(f"stage 2: {len(train)} masked traces, {len(held)} more held out", flush=True)
+    losses = {"no latents": mean_loss(model, held, "none"), "zeros": mean_loss(model, held, "zeros"),
+              "start": mean_loss(model, held, "projector")}
     loop["states"] = os.path.join(out, "stage-2")
     if settings.targets == "words":
         fit_to_targets(model, train, settings.lr, settings.batch, settings.steps, noise=settings.noise,

@@ -15,8 +15,9 @@ import data
 import train_rl
 from eval import flops, latent_of, matrix_flops
 from lib import UserError
-from litereason import (PROJECTORS, RULES, attach, group_advantages, load, logprobs, naive_generate, policy_loss,
-                        projector_dtype, projector_loss, recompute_latents, save, start_projector, unroll)
+from litereason import (PROJECTORS, RULES, attach, group_advantages, load, logprobs, naive_generate,
+                        policy_loss, projector_dtype, projector_loss, recompute_latents, save, start_projector,
+                        unroll)
 
 
 # ---------------------------------------------------------------- a latent step: one class and its name
