@@ -104,7 +104,8 @@ def collect_traces(model, tokenizer, task, examples, path, samples, max_new_toke
     found, *lines = _lines_of(path) if os.path.exists(path) else [None]
     lines = lines if found == header else []
     if lines:
-        print(f"stage 1: {len(kept(lines))} traces are in {path} already, {len(lines)} of {len(starts)} lines")
+        n = len(kept(lines))
+        print(f"stage 1: {n} traces are in {path} already, {len(lines)} of {len(starts)} lines")
     file = run.open_log(path, [json.dumps(line) + "\n" for line in [header] + lines])
     bar = tqdm(total=samples * len(prompts), initial=sum(map(len, lines)), desc="stage 1", leave=False)
     said = f"the traces sampled so far are kept; go on with --resume {os.path.dirname(path)}"
@@ -216,8 +217,7 @@ def versions(model, tokenizer, traces, marker, rng):
     rows = []
     for trace, ratio in itertools.product(traces, RATIOS * VERSIONS):
         row = masked_trace(model, tokenizer, rng, trace["prompt"], trace["text"], None, marker, ratio)
-        if row is not None:
-            rows.append((trace["example"], row))
+        rows += [] if row is None else [(trace["example"], row)]
     return rows
 
 
@@ -241,7 +241,8 @@ def run_stage_1(model, tokenizer, task, out, settings, smoke=False):
                                  settings.samples, settings.max_new_tokens, settings.seed, tag)
     traces = kept([samples])
     if has_targets:
-        rows = versions_with_targets(model, tokenizer, traces, marker, rng)
+        every = ((i, SHARES * VERSIONS) for i in range(len(traces)))
+        rows = masked_with_targets(model, tokenizer, rng, pieces_of(tokenizer, traces, marker), every)
     else:
         rows = versions(model, tokenizer, traces, marker, rng)
         if smoke and len(dict(rows)) < 2:
@@ -259,7 +260,7 @@ def run_stage_1(model, tokenizer, task, out, settings, smoke=False):
     return train, rng.sample(held, min(256, len(held))), {"kept": len(traces), "sampled": n_sampled}
 
 
-# ============================================================ stage 2: the projector learns, the base is frozen
+# ======================================================= stage 2: the projector learns, the base is frozen
 def fit_projector(model, traces, lr, batch, steps=None, budget=None, **loop):
     """Stage 2, and with schedule=False stage 3's refresh: trains the projector -> the last steps' mean loss.
 
@@ -495,11 +496,11 @@ def main():
 
 
 # ========================================================== OURS, NOT IN THE PAPER: a target for each latent
-# The paper's loss does not say what a latent should hold. It is the cross-entropy of the text behind the tag,
-# which a policy can also lower by learning how texts with tags go on. With --targets words a run of skipped
-# sentences becomes one tag, with a latent for each of them and one before: where the thought stood when the
-# tag was opened. The target of a latent: the embeddings of the last informative words of its sentence (of the
-# first: of the text before the tag), their sum divided by the root of their number.
+# The paper's loss does not say what a latent should hold: it is the cross-entropy of the text behind the tag.
+# With --targets words a run of skipped sentences becomes one tag, with a latent for each of them and one
+# before: where the thought stood when the tag was opened. The target of a latent: the embeddings of the last
+# informative words of its sentence (of the first: of the text before the tag), their sum divided by the root
+# of their number.
 #
 #     the policy wrote    a b c . d e f . g h i . \boxed{Yes}
 #     a training trace    a b c . <..> 3 </..>  LATENT      LATENT      LATENT      \boxed{Yes}
@@ -518,16 +519,6 @@ ANCHORED = 32  # traces of stage 1 in each step of the anchor
 # more, any other less than 0.001), and those that more than COMMON of the others have (there 0.78; a name
 # 0.22).
 REPEATED, COMMON = 0.1, 0.5
-
-
-def versions_with_targets(model, tokenizer, traces, marker, rng):
-    """SHARES x VERSIONS of each trace -> [(story, row)]; a row's `latents` are the targets."""
-    pieces = pieces_of(tokenizer, traces, marker)
-    rows = []
-    for i, trace in enumerate(traces):
-        masked = masked_with_targets(model, tokenizer, rng, pieces, i, SHARES * VERSIONS)
-        rows += [(trace["example"], row) for row in masked]
-    return rows
 
 
 def pieces_of(tokenizer, traces, marker):
@@ -561,15 +552,21 @@ def last_words(model, tokenizer, text, common, words=WORDS):
     return model.get_input_embeddings()(last).detach().sum(0) / words**0.5
 
 
-def masked_with_targets(model, tokenizer, rng, pieces, i, shares):
-    """Trace i masked once for each share -> [Rollout], without those in which nothing was skipped."""
+def masked_with_targets(model, tokenizer, rng, pieces, chosen):
+    """Masks traces, each once for each of its shares -> [(story, Rollout whose `latents` are the targets)].
+
+    chosen: (the trace's number, shares of its sentences to skip), ..."""
     traces, split, common = pieces
-    sentences, answer = split[i]
-    prompt = traces[i]["prompt"]
-    prompt_ids = checkpoint.encode_prompt(model, tokenizer, prompt)
-    known = [last_words(model, tokenizer, text, common) for text in [prompt, *sentences]]
-    rows = [mask_runs(model, tokenizer, rng, prompt_ids, sentences, answer, known, share) for share in shares]
-    return [row for row in rows if row is not None]
+    rows = []
+    for i, shares in chosen:
+        prompt = traces[i]["prompt"]
+        prompt_ids = checkpoint.encode_prompt(model, tokenizer, prompt)
+        sentences, answer = split[i]
+        known = [last_words(model, tokenizer, text, common) for text in [prompt, *sentences]]
+        for share in shares:
+            row = mask_runs(model, tokenizer, rng, prompt_ids, sentences, answer, known, share)
+            rows += [] if row is None else [(traces[i]["example"], row)]
+    return rows
 
 
 def mask_runs(model, tokenizer, rng, prompt_ids, sentences, answer, known, share):
@@ -605,7 +602,7 @@ def mask_runs(model, tokenizer, rng, prompt_ids, sentences, answer, known, share
 # ------------------------------------------------------------ stage 2 with targets
 def fit_to_targets(model, rows, lr, batch, steps=None, budget=None, noise=0.0, base_lr=0.0, seed=0, **loop):
     """As fit_projector, on rows whose `latents` are targets. base_lr > 0: the base learns too, from the
-    second fifth of the steps on, when the projector is no longer a stranger."""
+    second fifth of the steps on."""
     budget = budget or positions_at_once(model, rows, base_lr > 0)
     learners = [(model.reasoning_projector.parameters(), lr, 0.0)]
     if base_lr:
@@ -681,11 +678,9 @@ def imitate(model, traces, batch, steps, lr=5e-5, **loop):
 # ------------------------------------------------------------ stage 3 with targets
 def masked_again(model, tokenizer, pieces, n, rng):
     """n traces of stage 1, masked anew -> Rollouts whose `latents` are the targets."""
-    rows = []
-    for i in rng.sample(range(len(pieces[0])), min(n, len(pieces[0]))):
-        share = rng.choice(SHARES_IN_RL)
-        rows += masked_with_targets(model, tokenizer, rng, pieces, i, [share])
-    return rows
+    numbers = rng.sample(range(len(pieces[0])), min(n, len(pieces[0])))
+    chosen = ((i, [rng.choice(SHARES_IN_RL)]) for i in numbers)
+    return [row for _, row in masked_with_targets(model, tokenizer, rng, pieces, chosen)]
 
 
 def add_anchor(model, tokenizer, pieces, step, weight, noise, seed, budget):
