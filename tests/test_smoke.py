@@ -115,6 +115,7 @@ def test_a_smoke_run_of_a_model_that_counts_as_real_ends_in_the_table(tmp_path, 
              "step    4/4", "| base, tag prompt", "| LiteReason "]
     if not earns:
         order[5:5] = ["warning: too few traces were kept; --smoke goes on with all samples"]
+    assert [words for words in order if words not in said] == []
     places = [said.index(words) for words in order]
     assert places == sorted(places)
     config = json.load(open(tmp_path / "config.json"))
