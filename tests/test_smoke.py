@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import data
-from lib import UserError, checkpoint, run
+from lib import UserError, checkpoint, memory, run
 import train_projector
 import train_rl
 from litereason import Rollout
@@ -105,7 +105,8 @@ def test_a_smoke_run_of_a_model_that_counts_as_real_ends_in_the_table(tmp_path, 
     if not earns:
         monkeypatch.setattr(data, "score", lambda task, examples, texts, step=0: [0.0] * len(texts))
         monkeypatch.setattr(train_rl, "check_answers", lambda *_: None)
-    monkeypatch.setattr(checkpoint, "is_small", lambda model: False)
+    for module in (checkpoint, memory):
+        monkeypatch.setattr(module, "is_small", lambda model: False)
     monkeypatch.setattr(train_projector, "VERSIONS", 2)
     monkeypatch.setattr(sys, "argv", ["train_rl.py", "--smoke", "--device", "cpu", "--out", str(tmp_path)])
     train_rl.main()
@@ -119,7 +120,7 @@ def test_a_smoke_run_of_a_model_that_counts_as_real_ends_in_the_table(tmp_path, 
     places = [said.index(words) for words in order]
     assert places == sorted(places)
     config = json.load(open(tmp_path / "config.json"))
-    assert config["micro_batch_tokens"] <= train_rl.memory.FEW_POSITIONS and not config["offload"]
+    assert config["micro_batch_tokens"] <= memory.FEW_POSITIONS and not config["offload"]
     rows = [row["model"] for row in json.load(open(tmp_path / "results.json"))]
     assert rows[:3] == ["base, explicit reasoning", "base, tag prompt", "LiteReason before RL"]
 
