@@ -579,11 +579,8 @@ def main():
     args.out = args.out or run.default_out(args.model, args.task, "projector")
     run.check_bounds(args, SETTINGS)
     run.check_arguments(args)
-    lock_file = run.lock(args.out)  # noqa: F841  held until the process ends
-    run.check_what_is_there(args.out, args.model, args.resume, args.overwrite)
-    # What is missing is said before a model is fetched.
-    examples = {split: task.examples(split) for split in ("train", "val")}
-    args.examples, args.data = run.check_examples(args.out, args.resume, **examples)
+    lock_file = run.take_directory(args.out, args.model, args.resume, args.overwrite)  # noqa: F841
+    task.examples("train")  # what is missing is said before a model is fetched
     model, tokenizer = load(args.model, args.device)
     run.fill(args, SETTINGS, checkpoint.is_small(model))
     run.use_graphs(model, True)
@@ -591,9 +588,7 @@ def main():
     data.start_task(task, args.model, args.reward, args.scorer, args.seed, args.device)
     if not checkpoint.is_small(model):
         memory.checkpoint_layers(model)
-    if not args.resume:
-        run.delete_earlier_run(args.out)
-    run.write_settings(args.out, "train_projector.py", vars(args))
+    run.begin(args.out, "train_projector.py", vars(args))
     result = stages_1_and_2(model, tokenizer, task, args.out, args)
     checkpoint.save(model, tokenizer, os.path.join(args.out, "model"))
     run.write_json(os.path.join(args.out, "results.json"), result)
