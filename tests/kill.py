@@ -3,8 +3,8 @@ run left alone, bit for bit.
 
     python tests/kill.py --kills 60       # a third of them in each stage: traces, projector, RL
 
-Half of the kills fall on a moment that a clock draws. In the other half the process, a fork of this one, kills
-itself before or after the n-th call that changes the disk, or with only a part of a file on it."""
+Half of the kills fall on a moment that a clock draws. In the other half the process, a fork of this one,
+kills itself before or after the n-th call that changes the disk, or with only a part of a file on it."""
 import argparse
 import json
 import os

@@ -1,4 +1,4 @@
-"""A model comes from a hub that speaks the hub's protocol; what cannot be had ends in one line that says why."""
+"""A model comes from a hub that speaks the hub's protocol; what cannot be had ends in one line."""
 import hashlib
 import http.server
 import os

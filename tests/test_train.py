@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import PROMPTS, TAGS, TEXTS, close, naive, project, tag
 
-from lib.memory import (checkpoint_layers, freeze, gradients_to_masters, matrices, offload, wait_for_gradients,
-                        weights_from_masters)
+from lib.memory import (checkpoint_layers, freeze, gradients_to_masters, matrices, offload,
+                        wait_for_gradients, weights_from_masters)
 from lib.scoring import pack, token_logprobs
 from litereason import (LATENT, generate, group_advantages, insert_latents, logprobs, policy_loss,
                         projector_loss, recompute_latents, Rollout, unroll)
