@@ -512,8 +512,8 @@ def main():
     if rows:
         run.write_json(os.path.join(args.out, "results.json"), rows)
         show_table(rows, task)
-        print(f"\n{len(tests)} test stories, the paper's sampling (temperature 0.7, top-p 0.8, top-k 20), "
-              f"seed {args.seed}; numbers in {args.out}/results.json")
+        print(f"\n{len(tests)} test stories, the paper's sampling, seed {args.seed}; numbers in "
+              f"{args.out}/results.json")
 
 
 def settle(args, model, n_examples):

@@ -88,15 +88,6 @@ def test_a_directory_that_is_no_run_is_left_alone_even_with_overwrite(copy):
     assert (copy / "model" / "config.json").read_bytes() == before
 
 
-def test_missing_data_are_said_before_a_model_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.setenv("LITEREASON_DATA", str(tmp_path))
-    for script in (train_rl, train_projector, evaluation):
-        monkeypatch.setattr(script, "load", lambda *_: pytest.fail("a model was loaded"))
-        with pytest.raises(UserError, match=r"not there yet; make it with: python "
-                                            r"data/flawed_fictions/prepare.py \(see --help"):
-            run(script, "--model", "Qwen2.5-1.5B", "--out", tmp_path / "o")
-
-
 # ---------------------------------------------------------------- what a run is evaluated as
 def results(out):
     return json.load(open(out))
