@@ -462,11 +462,8 @@ def main():
     args.out = args.out or run.default_out(args.model, args.task, "projector")
     run.check_bounds(args, SETTINGS)
     run.check_arguments(args)
-    lock_file = run.lock(args.out)  # noqa: F841  held until the process ends
-    run.check_what_is_there(args.out, args.model, args.resume, args.overwrite)
-    # What is missing is said before a model is fetched.
-    examples = {split: task.examples(split) for split in ("train", "val")}
-    args.examples, args.data = run.check_examples(args.out, args.resume, **examples)
+    lock_file = run.take_directory(args.out, args.model, args.resume, args.overwrite)  # noqa: F841
+    task.examples("train")  # what is missing is said before a model is fetched
     model, tokenizer = load(args.model, args.device)
     run.fill(args, SETTINGS, checkpoint.is_small(model))
     run.use_graphs(model, True)
@@ -474,12 +471,10 @@ def main():
     data.start_task(task, args.model, args.reward, args.scorer, args.seed, args.device)
     if not checkpoint.is_small(model):
         memory.checkpoint_layers(model)
-    if not args.resume:
-        run.delete_earlier_run(args.out)
-    run.write_settings(args.out, "train_projector.py", vars(args))
+    run.begin(args.out, "train_projector.py", vars(args))
 
     def accuracy():
-        figures, _ = evaluate(model, tokenizer, task, examples["val"][: args.n], latent_prompt=True,
+        figures, _ = evaluate(model, tokenizer, task, task.examples("val")[: args.n], latent_prompt=True,
                               seed=args.seed, max_new_tokens=args.max_new_tokens, **PAPER)
         return figures
 

@@ -94,7 +94,7 @@ def test_smoke_changes_defaults_flags_win_and_a_resumed_run_needs_nothing(monkey
     assert changed == {*train_rl.SMOKE, "smoke", "out"}  # --num-generations and --n among them
     assert {name: getattr(smoke, name) for name in train_rl.SMOKE} == {**train_rl.SMOKE, "num_generations": 6,
                                                                        "n": 0}
-    run.write_settings(str(tmp_path), "train_rl.py", vars(smoke))
+    run.begin(str(tmp_path), "train_rl.py", vars(smoke))
     assert {**vars(smoke), "resume": str(tmp_path)} == vars(parsed(monkeypatch, "--resume", tmp_path))
     assert vars(parsed(monkeypatch)) == plain  # nothing of it is left behind
 
@@ -104,7 +104,6 @@ def test_a_smoke_run_of_a_model_that_counts_as_real_ends_in_the_table(tmp_path, 
     """The tiny model, with the settings and the plan of memory of a real one on a CPU."""
     if not earns:
         monkeypatch.setattr(data, "score", lambda task, examples, texts, step=0: [0.0] * len(texts))
-        monkeypatch.setattr(train_rl, "check_answers", lambda *_: None)
     for module in (checkpoint, memory):
         monkeypatch.setattr(module, "is_small", lambda model: False)
     monkeypatch.setattr(train_projector, "VERSIONS", 2)
@@ -112,10 +111,10 @@ def test_a_smoke_run_of_a_model_that_counts_as_real_ends_in_the_table(tmp_path, 
     train_rl.main()
     said = capsys.readouterr().out
     order = ["M parameters, cpu", "4 steps, 2 on each batch of 8 rollouts", "not as released: steps 4",
-             "GiB can be used; with --gen-batch-size 8", "stage 1: kept", "stage 2: validation loss",
-             "step    4/4", "| base, tag prompt", "| LiteReason "]
+             "GiB can be used; with --gen-batch-size 8", "| base, tag prompt", "stage 1: kept",
+             "stage 2: validation loss", "step    4/4", "| LiteReason "]
     if not earns:
-        order[5:5] = ["warning: too few traces were kept; --smoke goes on with all samples"]
+        order[6:6] = ["warning: too few traces were kept; --smoke goes on with all samples"]
     assert [words for words in order if words not in said] == []
     places = [said.index(words) for words in order]
     assert places == sorted(places)
