@@ -64,8 +64,7 @@ class Rollout:
         return len(self.slots) - self.n_latents
 
     @property
-    def n_tags(self):
-        """Blocks of LATENTs."""
+    def n_tags(self):  # blocks of LATENTs
         return sum(slot == LATENT and last != LATENT for slot, last in zip(self.slots, [None] + self.slots))
 
 
@@ -538,8 +537,7 @@ def _decode(model, tokenizer, prompts, draws, samples, max_prompts, sampling, la
 def _new_rows(u, numbers, h, prompt_lengths, start):
     """The fields of rows that begin: a dict of tensors with one entry per row.
 
-    Fields are replaced, not written into (several share one tensor of zeros), but for slots, logprobs and
-    latents."""
+    All but slots, logprobs and latents are replaced, not written into: several share one tensor of zeros."""
     device, limit = h.device, u.shape[1]
     rows = len(prompt_lengths)
     precise = torch.promote_types(h.dtype, torch.float32)
@@ -672,8 +670,8 @@ def recompute_latents(model, rollouts):
 
 def without_latents(rollout):
     """The same text, its tags as text."""
-    slots = [slot for slot in rollout.slots if slot != LATENT]
-    return dataclasses.replace(rollout, slots=slots, latents=rollout.latents[:0])
+    return dataclasses.replace(rollout, slots=[s for s in rollout.slots if s != LATENT],
+                               latents=rollout.latents[:0])
 
 
 def projector_loss(model, traces, latent="projector"):
@@ -699,8 +697,7 @@ def text_loss(model, h, rollouts, first):
 
 # ============================================================ GRPO (paper Sec. 3.4; DeepSeekMath)
 # An RL rule is a function and its name in RULES: (rewards (P, G), number of sampled tokens (P, G), length
-# limit) -> (advantages (P, G), loss norm (P, G)). policy_loss divides the sum over a rollout's tokens by its
-# loss norm.
+# limit) -> (advantages (P, G), loss norm (P, G)), by which policy_loss divides the sum over a rollout's tokens.
 def group_advantages(rewards, eps=1e-4):
     """rewards (P, G) -> (r - mean) / (std + eps) within each group, (P, G); 0 in a group of equal rewards.
 

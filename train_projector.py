@@ -253,7 +253,7 @@ def run_stage_1(model, tokenizer, task, out, settings, smoke=False):
     if len(stories) < 2:
         raise UserError("stage 1 kept too few traces: two stories with a sentence before the answer are the "
                         "least; a stronger --model, a higher --max-new-tokens or more prompts may help")
-    held_out = stories[-max(1, len(stories) // 10) :]
+    held_out = set(stories[-max(1, len(stories) // 10) :])
     train = [row for story, row in rows if story not in held_out]
     held = [row for story, row in rows if story in held_out]
     n_sampled = 0 if settings.traces else len(samples)
@@ -263,9 +263,7 @@ def run_stage_1(model, tokenizer, task, out, settings, smoke=False):
 # ======================================================= stage 2: the projector learns, the base is frozen
 def fit_projector(model, traces, lr, batch, steps=None, budget=None, **loop):
     """Stage 2, and with schedule=False stage 3's refresh: trains the projector -> the last steps' mean loss.
-
-    steps: None is one pass over the traces. budget: positions per forward pass, None is what fits. loop: see
-    `optimise`."""
+    budget: positions per forward pass, None is what fits. loop: see `optimise`."""
     budget = budget or positions_at_once(model, traces)
 
     def losses_of(rows, step):  # per text token after the first tag
@@ -275,7 +273,7 @@ def fit_projector(model, traces, lr, batch, steps=None, budget=None, **loop):
             yield loss / n_tokens
 
     learners = [(model.reasoning_projector.parameters(), lr, 0.0)]
-    with base_frozen(model):
+    with memory.base_frozen(model):
         return optimise(model, traces, learners, batch, steps, losses_of, **loop)
 
 
@@ -289,6 +287,7 @@ def optimise(model, traces, learners, batch, steps, losses_of, clip=0.2, seed=0,
     """The loop of stage 2, whatever learns and from what loss -> the mean loss of the last 20 steps.
 
     learners   [(parameters, peak learning rate, the share of the steps after which they begin to learn)]
+    steps      None is one pass over the traces
     losses_of  (rows, step) -> yields the mean loss of a batch in parts, one per micro-batch
     together   see `batches`
     schedule   warm-up over 10 % of the steps, then a cosine to 10 %; else the rate is constant
@@ -379,24 +378,6 @@ def warm_up_and_cosine(step, steps, warm_up):
     """The share of the peak rate: up over the first warm_up steps, then a cosine down to 0.1."""
     progress = max(0, step - warm_up) / max(1, steps - warm_up)
     return min((step + 1) / warm_up, 0.55 + 0.45 * math.cos(math.pi * progress))
-
-
-@contextlib.contextmanager
-def base_frozen(model):
-    """Inside, the base gets no gradients. On CUDA it is cast to bf16 here, once for all forward passes."""
-    base = memory.base_parameters(model)
-    whole = {weight: weight.data for weight in memory.matrices(model)} if model.bf16 else {}
-    for p in base:
-        p.requires_grad_(False)
-    for weight in whole:
-        weight.data = weight.data.to(torch.bfloat16)
-    try:
-        yield
-    finally:
-        for p in base:
-            p.requires_grad_(True)
-        for weight, before in whole.items():
-            weight.data = before
 
 
 def positions_at_once(model, traces, base_learns=False):
@@ -606,7 +587,7 @@ def fit_to_targets(model, rows, lr, batch, steps=None, budget=None, noise=0.0, b
     def losses_of(rows, step):
         return target_losses(model, budget, noise, seed, base_lr > 0, rows, step)
 
-    with contextlib.nullcontext() if base_lr else base_frozen(model):
+    with contextlib.nullcontext() if base_lr else memory.base_frozen(model):
         return optimise(model, rows, learners, batch, steps, losses_of, seed=seed, together=VERSIONS_TOGETHER,
                         **loop)
 
