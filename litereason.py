@@ -697,7 +697,7 @@ def text_loss(model, h, rollouts, first):
 
 # ============================================================ GRPO (paper Sec. 3.4; DeepSeekMath)
 # An RL rule is a function and its name in RULES: (rewards (P, G), number of sampled tokens (P, G), length
-# limit) -> (advantages (P, G), loss norm (P, G)), by which policy_loss divides the sum over a rollout's tokens.
+# limit) -> (advantages (P, G), loss norm (P, G)): what the sum over a rollout's tokens is divided by.
 def group_advantages(rewards, eps=1e-4):
     """rewards (P, G) -> (r - mean) / (std + eps) within each group, (P, G); 0 in a group of equal rewards.
 
