@@ -111,7 +111,7 @@ def test_a_smoke_run_of_a_model_that_counts_as_real_ends_in_the_table(tmp_path, 
     train_rl.main()
     said = capsys.readouterr().out
     order = ["M parameters, cpu", "4 steps, 2 on each batch of 8 rollouts", "not as released: steps 4",
-             "GiB can be used; with --gen-batch-size 8", "| base, tag prompt", "stage 1: kept",
+             "GiB can be used; with --", "| base, tag prompt", "stage 1: kept",
              "stage 2: validation loss", "step    4/4", "| LiteReason "]
     if not earns:
         order[6:6] = ["warning: too few traces were kept; --smoke goes on with all samples"]
