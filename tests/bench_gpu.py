@@ -172,7 +172,7 @@ def projector(args, rows=16, length=2048):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    with train_projector._base_frozen(model):
+    with train_projector.base_frozen(model):
         step()
         return {"step_s": min(clock(step, args.device) for _ in range(2)), "GiB": peak_gib(args)}
 
