@@ -97,7 +97,7 @@ def count_everything():
         hook = model.lm_head.register_forward_pre_hook(count_steps)
         prompts = [rollout.prompt_ids for rollout in rollouts_of(n_prompts, 1, L, 1)]
         with pytest.raises(Began):
-            generate(model, tokenizer, prompts, n, S, rows=rows)
+            generate(model, tokenizer, prompts, n, S, gen_batch_size=rows)
         hook.remove()
 
     def on_card(gib):

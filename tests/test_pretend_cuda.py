@@ -236,7 +236,7 @@ def script(*words):
 
 def train(out, *words):
     """train_rl.py on the card -> its metrics."""
-    from lib.display import DLOGP
+    from train_rl import DLOGP
 
     script("train_rl.py", *TINY_RUN, *words, "--out", out)
     steps = metrics(out)
@@ -302,7 +302,7 @@ def test_rl_with_offloaded_masters_and_layers_computed_again(trained, small, tmp
 def test_rl_without_latents(tmp_path):
     # a rollout that stops early is the shorter one
     steps = train(tmp_path / "run", "--method", "grpo", "--steps", 1, "--minibatches", 1, "--val", 0,
-                  "--group", 16, "--max-new-tokens", 64, "--overlong-buffer", 44)
+                  "--num-generations", 16, "--max-new-tokens", 64, "--overlong-buffer", 44)
     assert steps[0]["grad_norm"] > 0
 
 
@@ -346,22 +346,20 @@ REASONING = ("from Mara Otto and from Karl Lena , so Rosa has none of the halves
 
 
 def on_the_card_baseline(method, out):
-    """results/baselines.py with sizes that have no flags, and with traces that it need not sample."""
+    """results/baselines.py on a few stories, with traces that it need not sample."""
     import sys
 
     from lib import run
     from results import baselines
 
-    def traces(model, tokenizer, task, examples, *_):
-        prompts = [task.prompt(example, False) for example in examples]
-        return [(prompt, REASONING, r"\boxed{ No }") for prompt in prompts], 0
+    def traces(model, tokenizer, task, examples, args):
+        return [(task.prompt(example, False), REASONING, r"\boxed{ No }") for example in examples], 0
 
     baselines.own_traces = traces
-    baselines.SMALL.update(stories=4, batch=4, stages=1, per_stage=1, colar_epochs=1, rl_prompts=1)
-    baselines.GROUP = 4
     baselines.CHECKED = 1
-    sys.argv = ["results/baselines.py", "--method", method, "--n", "1", "--steps", "1",
-                "--max-new-tokens", "12", "--out", out]
+    sys.argv = ["results/baselines.py", "--method", method, "--n", "1", "--steps", "1", "--stories", "4",
+                "--batch", "4", "--stages", "1", "--epochs", "1", "--last-stage", "1", "--prompts", "1",
+                "--num-generations", "4", "--max-new-tokens", "12", "--out", out]
     run.run_script(baselines.main)
 
 
