@@ -22,74 +22,47 @@ def the_device():
 
 # ---------------------------------------------------------------- the device itself
 def on_the_card_refusals():
-    """-> {what is tried: the error it ends in, or None}"""
     import torch
 
     x = torch.ones(2, 3, device="cuda")
     ids = torch.arange(3, device="cuda")
-    tried = {
-        "a sum with a CPU tensor": lambda: x + torch.ones(2, 3),
-        "a sum with a number": lambda: x + torch.tensor(1.0),
-        "a CPU tensor indexed from the card": lambda: torch.ones(3)[ids],
-        "a product of integers": lambda: ids[None] @ ids[:, None],
-        "a product of two types": lambda: x @ x.T.bfloat16(),
-        "draws from a CPU generator": lambda: torch.rand(2, device="cuda", generator=torch.Generator()),
-        "numpy": lambda: x.numpy()}
-    ends = {}
-    for name, action in tried.items():
+    tried = [lambda: x + torch.tensor(1.0),  # of a number: no refusal
+             lambda: x + torch.ones(2, 3), lambda: torch.ones(3)[ids], lambda: ids[None] @ ids[:, None],
+             lambda: x @ x.T.bfloat16(), lambda: x.numpy(),
+             lambda: torch.rand(2, device="cuda", generator=torch.Generator())]
+    ends = []
+    for action in tried:
         try:
             action()
-            ends[name] = None
+            ends.append(None)
         except (RuntimeError, TypeError) as e:
-            ends[name] = str(e)
+            ends.append(str(e))
     return ends
 
 
 def test_the_device_refuses_what_cuda_refuses():
-    ends, _ = pretend.run(on_the_card_refusals)
-    assert [name for name, error in ends.items() if error is None] == ["a sum with a number"], ends
-    assert "same device" in ends["a sum with a CPU tensor"]
-    assert "generator" in ends["draws from a CPU generator"]
+    """Mixed devices, products of integers or of two types, numpy, draws from a CPU generator."""
+    (first, *others), _ = pretend.run(on_the_card_refusals)
+    assert first is None and all(others), others
+    assert "same device" in others[0] and "generator" in others[-1]
 
 
 def on_the_card_copy_back():
     import torch
-    from pretend import device
 
     buffer = torch.empty(3, pin_memory=True)
     buffer.copy_(torch.arange(3.0, device="cuda") * 2, non_blocking=True)
-    before = buffer.tolist(), len(device.EVENTS)
+    before = buffer.tolist()
     torch.cuda.synchronize()
     return before, buffer.tolist()
 
 
 def test_a_copy_that_nobody_waited_for_has_not_come():
     (before, numbers), _ = pretend.run(on_the_card_copy_back)
-    assert before == ([0.0, 0.0, 0.0], 0) and numbers == [0.0, 2.0, 4.0]
+    assert before != numbers == [0.0, 2.0, 4.0]
 
 
 # ---------------------------------------------------------------- memory
-def on_the_card_count_a_product():
-    import torch
-    from pretend import memory
-
-    memory.without_numbers()
-    weight = torch.zeros(2**15, 2**15, device="cuda", requires_grad=True)  # 4 GiB
-
-    def forward_and_backward():
-        x = torch.zeros(2**10, 2**15, device="cuda")  # 128 MiB, and so is the product
-        (x @ weight).sum().backward()
-
-    return memory.peak(forward_and_backward)
-
-
-def test_peak_memory_is_that_of_the_tensors_alive_at_once():
-    (before, most), _ = pretend.run(on_the_card_count_a_product)
-    assert before == 2**32
-    # The weight's gradient and x; the product is gone by then.
-    assert 2**32 + 2**27 <= most - before <= 2**32 + 2**27 + 2**12
-
-
 def on_the_card_out_of_memory():
     """The slots sampled with room enough, and with room for half of the rows."""
     from pretend import memory
@@ -246,8 +219,7 @@ def train(out, *words):
 
 def metrics(out):
     """Without what a clock says."""
-    with open(out / "metrics.jsonl") as f:
-        steps = [json.loads(line) for line in f]
+    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in step.items() if name not in ("seconds", "peak_memory_gib")}
             for step in steps]
 
@@ -265,8 +237,7 @@ def assert_continues_exactly(out, copy):
 
 
 def results(out):
-    with open(out / "results.json") as f:
-        return json.load(f)
+    return json.loads((out / "results.json").read_text())
 
 
 def test_stages_1_and_2(tmp_path):
