@@ -89,9 +89,8 @@ def tags_fire(model, tokenizer, every, n):
     themselves. 0: none does."""
     cap = model.config.litereason_max_reasoning_steps
     watch = litereason.tag_table(tokenizer, cap, model.config.vocab_size, model.device)
-    watch.next_state = torch.zeros_like(watch.next_state[:2])
-    watch.fires = torch.zeros_like(watch.fires[:2])
-    watch.classes.zero_()
+    for table in (watch.next_state, watch.fires, watch.classes):
+        table.zero_()
     if every:
         watch.classes[::every] = 1
         watch.fires[1] = n
@@ -101,9 +100,8 @@ def tags_fire(model, tokenizer, every, n):
 def padded_left(rows, device):
     """Lists of token ids -> (ids, mask), (rows, longest) each."""
     width = max(map(len, rows))
-    ids = [[0] * (width - len(row)) + row for row in rows]
-    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+    ids = torch.tensor([[-1] * (width - len(row)) + row for row in rows], device=device)
+    return ids.clamp(min=0), (ids >= 0).long()
 
 
 def their_generate(model, prompts, samples, steps):
@@ -145,9 +143,8 @@ def decode(device, kind, prompts, samples, steps, tags=(0, 0)):
 
 
 def decode_real(device, directory, prompts, length, samples):
-    vocabulary = transformers.AutoConfig.from_pretrained(checkpoint.checkpoint_path(directory)).vocab_size
-    ids = random_ids(prompts, length, most=vocabulary).tolist()
-    return decode(device, directory, ids, samples, 24)
+    vocabulary = transformers.AutoConfig.from_pretrained(directory).vocab_size
+    return decode(device, directory, random_ids(prompts, length, most=vocabulary).tolist(), samples, 24)
 
 
 def score(device):
@@ -357,8 +354,8 @@ def measure(name, args):
 
 
 def main():
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     growths = ["rows", "prompt", "latents"]
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--model", metavar="DIR", help="a real model, for rows g, l, s")
     ap.add_argument("--rows", nargs="*", choices=[*ROWS, *REAL], help="which comparisons (default: all)")
     ap.add_argument("--growth", nargs="*", choices=[*growths, "none"], help="(default: all; none of --model)")
@@ -370,15 +367,12 @@ def main():
     if args.one:
         print(json.dumps(measure(args.one, args)))
         return
-    rows = args.rows or list(REAL if args.model else ROWS)
     machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} threads"
     result = {"machine": machine, "torch": torch.__version__, "rows": {}, "growth": {}}
     print(f"{machine}; torch {torch.__version__}; medians of {args.repeats} pairs\n")
     print("| row | ours, s | theirs, s | ratio | lowest, highest |\n|---|---|---|---|---|", flush=True)
-    for name in rows:
-        words = [sys.executable, __file__, "--one", name, "--repeats", str(args.repeats), "--device",
-                 args.device, *(["--model", args.model] if args.model else [])]
-        done = subprocess.run(words, stdout=subprocess.PIPE, text=True)
+    for name in args.rows or list(REAL if args.model else ROWS):
+        done = subprocess.run([sys.executable, *sys.argv, "--one", name], stdout=subprocess.PIPE, text=True)
         if done.returncode:
             print(f"| ({name}) failed: see above | | | | |", flush=True)
             continue

@@ -1,4 +1,4 @@
-"""How far do the numbers of one rollout depend on the company it keeps? Measured, as a table (README).
+"""How far do the numbers of one rollout depend on the company it keeps? Measured, as a table (results/README).
 
     python tests/invariance.py                  1,000 rollouts of the tiny model, CPU
     python tests/invariance.py --n 64 --device cuda
@@ -15,18 +15,20 @@ import os
 import sys
 import tempfile
 import time
+import types
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
 
+import train_rl
 from data import tiny
 from data.tiny import next_chapter
+from lib import run
 from lib.kv_cache import autocast
 from lib.memory import base_parameters, checkpoint_layers
-from lib.run import State, read_state
 from lib.scoring import pack
-from litereason import Rollout, generate, load, logprobs
+from litereason import generate, load, logprobs
 
 TYPES = {"float64": (torch.float64, False), "float32": (torch.float32, False),
          "bf16 compute": (torch.float32, True)}
@@ -53,16 +55,17 @@ def gradient(model, rollouts, parts):
 
 def resumed(model, rollouts, fresh):
     """(model, rollouts) as a resumed run of train_rl.py has them, read into a model `fresh`."""
-    start = lambda m: torch.optim.AdamW(base_parameters(m))
-    with tempfile.TemporaryDirectory() as at:
-        state = State(1, rollouts, torch.zeros(len(rollouts)), {})
-        state.save(at, model, base_parameters(model), start(model))
-        with torch.no_grad():
-            for p in fresh.parameters():
-                p.zero_()  # what is not read back shows
-        state = State.restore(*read_state(at), fresh, base_parameters(fresh), start(fresh), Rollout)
+    state, read = train_rl.State([], 0, step=1, rollouts=rollouts), train_rl.State([], 0)
+    base, fresh_base = base_parameters(model), base_parameters(fresh)
+    with tempfile.TemporaryDirectory() as at, torch.no_grad():
+        args = types.SimpleNamespace(out=at, minibatches=2)
+        train_rl.save_state(args, state, model, base, torch.optim.AdamW(base))
+        for p in fresh.parameters():
+            p.zero_()  # what is not read back shows
+        train_rl.load_state(read, run.read_state(at), fresh, fresh_base, fresh_base,
+                            torch.optim.AdamW(fresh_base))
     fresh.bf16 = model.bf16
-    return fresh, state.rollouts
+    return fresh, read.rollouts
 
 
 def differences(model, fresh, rollouts, ways, sampled, exact):
@@ -121,9 +124,9 @@ def main():
         model.bf16 = bf16
         table[name], reference = differences(model, fresh, rollouts, ways, sampled, exact)
         exact = exact or reference
-    tokens, latents = (sum(getattr(r, what) for r in rollouts) for what in ("n_tokens", "n_latents"))
-    print(f"{args.model}: {len(rollouts)} rollouts of {len(prompts)} prompts, {tokens} sampled tokens, "
-          f"{latents} latents, {args.device}, torch {torch.__version__}, {time.time() - started:.0f} s\n")
+    print(f"{args.model}: {len(rollouts)} rollouts of {len(prompts)} prompts, "
+          f"{sum(r.n_tokens for r in rollouts)} sampled tokens, {sum(r.n_latents for r in rollouts)} latents, "
+          f"{args.device}, torch {torch.__version__}, {time.time() - started:.0f} s\n")
     print(f"| max abs. difference from each rollout scored alone | {' | '.join(table)} |\n"
           f"|---|{'---|' * len(table)}")
     for way in table["float64"]:

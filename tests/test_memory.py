@@ -125,7 +125,7 @@ def count_everything():
             logprobs(model, rollouts_of(1, 8, 500, 1500))
 
     def stage_2():
-        with train_projector._base_frozen(model):
+        with train_projector.base_frozen(model):
             projector_loss(model, rollouts_of(8, 1, 50, 2000, tags=1))[0].backward()
 
     for gib in (80, 40):

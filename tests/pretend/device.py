@@ -127,6 +127,9 @@ class OnCard(torch.Tensor):
     def tolist(self):
         return self.cpu().tolist()
 
+    def __format__(self, spec):
+        return format(self.item(), spec)
+
 
 # ============================================================ one operation
 def dispatch(op, args, kwargs):
