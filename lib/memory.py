@@ -1,6 +1,7 @@
 """Less memory for the update, and how much fits; a first reading can skip it.
 
-    checkpoint_layers, offload, freeze    less memory, the same numbers
+    checkpoint_layers, freeze, offload    less memory, the same numbers
+    base_frozen                           the same for stage 2, for a while
     needs                                 bytes at the worst moment of each phase, from shapes
     plan                                  the settings of memory for RL, and its peaks
     rows_that_fit, positions_that_fit     for everything else, in what is free now
@@ -74,6 +75,24 @@ def freeze(model):
     if model.requires_grad_(False).bf16:
         _to_16_bits(model)
     return model
+
+
+@contextlib.contextmanager
+def base_frozen(model):
+    """Inside, the base gets no gradients. On CUDA it is cast to bf16 here, once for all forward passes."""
+    base = base_parameters(model)
+    whole = {weight: weight.data for weight in matrices(model)}
+    if model.bf16:
+        _to_16_bits(model)
+    for p in base:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in base:
+            p.requires_grad_(True)
+        for weight, before in whole.items():
+            weight.data = before
 
 
 def offload(model, parameters):

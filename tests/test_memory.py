@@ -66,7 +66,6 @@ def count_everything():
     above the weights. One model for all: building it takes seconds."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    import train_projector
     from lib import checkpoint, scoring
     from litereason import attach, generate, logprobs, projector_loss
     from pretend import memory as pretended
@@ -125,7 +124,7 @@ def count_everything():
             logprobs(model, rollouts_of(1, 8, 500, 1500))
 
     def stage_2():
-        with train_projector.base_frozen(model):
+        with memory.base_frozen(model):
             projector_loss(model, rollouts_of(8, 1, 50, 2000, tags=1))[0].backward()
 
     for gib in (80, 40):

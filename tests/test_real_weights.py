@@ -217,14 +217,11 @@ def test_a_prompt_is_what_the_models_template_makes_of_it_default_system_prompt_
 
 # ---------------------------------------------------------------- stops
 LAYERS = [0, 1, 2, 27, 28, 29]  # of SmolLM2's 30: states on the disk of less than half the size
-WORDS = ("--task", "easy", "--device", "cpu", "--train-prompts", 2, "--trace-prompts", 2, "--prompts", 2,
-         "--num-generations", 2, "--minibatches", 2, "--steps", 2, "--max-new-tokens", 28, "--projector-steps", 2,
-         "--n", 0, "--val", 0, "--save-every", 1, "--show-every", 0)
 
 
 @pytest.fixture
 def easy(tmp_path, monkeypatch):
-    """A task that pays for any answer, and SmolLM2 without its middle, made to write a tag -> its path."""
+    """A task that pays for any answer, and SmolLM2 without its middle -> its path."""
     model, tok = load(weights(SMOLLM2), "cpu")
     del model.reasoning_projector
     model.model.layers = torch.nn.ModuleList(model.model.layers[i] for i in LAYERS)
@@ -236,43 +233,21 @@ def easy(tmp_path, monkeypatch):
     easy.prompt = lambda example, latent: f"Tell a tale of {example['number'] + 2} sons."
     easy.reward = lambda example, completion: 0.5 + zlib.crc32(completion.encode()) % 100 / 100
     monkeypatch.setitem(sys.modules, "data.easy", easy)
-    ids = checkpoint.encode_text(tok, f" It is.{tag(2)} He") + [None] * 4 + checkpoint.encode_text(tok, " so")
-    ids.append(checkpoint.end_of_answer(model, tok))
-    places = iter(())
-
-    def sample(logits, u, temperature, *cuts):  # all rows are at the same place; None: as the model samples
-        token, logp = original(logits, u, temperature, *cuts)
-        wanted = next(places, None)
-        if wanted is not None:
-            token = torch.full_like(token, wanted)
-            logp = (logits / temperature).log_softmax(-1).gather(-1, token[:, None])[:, 0]
-        return token, logp
-
-    def decode_from_the_start(*args):
-        nonlocal places
-        places = iter(ids)
-        return decode(*args)
-
-    original, decode = litereason.sample, litereason._decode
-    monkeypatch.setattr(litereason, "sample", sample)
-    monkeypatch.setattr(litereason, "_decode", decode_from_the_start)
     monkeypatch.setattr(checkpoint, "_read_tokenizer", lambda *_, **__: tok)  # one tag table, not one per load
     monkeypatch.setattr(train_projector, "AT_ONCE", 2)
     monkeypatch.setattr(train_projector, "VERSIONS", 1)
-    for stage, name, value in (("stage 1 [small model | any other, as released]", "samples", 2),
-                               ("stage 2", "batch", 4)):
-        monkeypatch.setitem(train_projector.SETTINGS[stage], name, (value, 1, ""))
     return tmp_path / "base"
 
 
 def test_a_run_on_real_weights_stopped_in_each_stage_continues_bit_for_bit(tmp_path, easy):
     whole, half = tmp_path / "whole", tmp_path / "half"
-    run(train_rl, "--model", easy, *WORDS, "--out", whole)
+    words = ("--model", easy, "--task", "easy", "--smoke", "--device", "cpu", "--train-prompts", 2,
+             "--trace-prompts", 2, "--num-generations", 2, "--steps", 2, "--max-new-tokens", 28, "--n", 0,
+             "--val", 0, "--save-every", 1, "--show-every", 0)
+    run(train_rl, *words, "--out", whole)
     one, two = metrics(whole)
-    assert one["latent_steps"] == 2 and one["zero_variance"] == 0
-    assert two["grad_norm"] > 0 and two["refresh_loss"] > 0
-    words = ("--model", easy, *WORDS, "--out", half)
-    said = stopped(data, "score", 2, signal.SIGINT, train_rl, *words)
+    assert one["zero_variance"] == 0 and two["grad_norm"] > 0 and two["refresh_loss"] > 0
+    said = stopped(data, "score", 2, signal.SIGINT, train_rl, *words, "--out", half)
     assert "the traces sampled so far are kept" in said
     words = ("--resume", half)
     stopped(train_projector, "projector_loss", 3 + 2, signal.SIGTERM, train_rl, *words)

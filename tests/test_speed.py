@@ -3,8 +3,7 @@ import pytest
 import torch
 from conftest import close, naive, same
 
-import train_projector
-from lib import kv_cache, scoring
+from lib import kv_cache, memory, scoring
 from litereason import LATENT, Rollout, generate, logprobs, unroll
 
 
@@ -106,7 +105,7 @@ def test_a_frozen_base_in_bf16_gives_the_gradients_of_one_that_learns_and_its_we
         return torch.autograd.grad(sum((z**2).sum() for z in latents), model.reasoning_projector.parameters())
 
     learns = gradients()
-    with train_projector.base_frozen(model):
+    with memory.base_frozen(model):
         for a, b in zip(gradients(), learns):
             close(a, b, 1e-5)
     assert all(p.requires_grad and torch.equal(p, old) for p, old in zip(model.parameters(), before))

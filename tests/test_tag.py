@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import tag
 
-from litereason import CAP, CLOSE, LATENT, OPEN, UserError, attach, insert_latents, parse_tags, tag_table
+from litereason import CAP, CLOSE, LATENT, OPEN, insert_latents, parse_tags, tag_table
 from lib.checkpoint import token_texts
 
 
@@ -114,11 +114,3 @@ def test_latents_are_inserted_after_each_tag_of_a_finished_trace(model, tok):
     first, second = 1 + 9, 1 + 9 + 9  # the second tag's "<" is merged into ".<"
     expected = ids[:first] + [LATENT] * 2 + ids[first:second] + [LATENT] * 5 + ids[second:]
     assert insert_latents(model, tok, ids) == expected
-
-
-def test_a_checkpoint_whose_tags_fired_where_the_released_codes_do_is_refused_in_one_line(model):
-    model.config.litereason_tag_rule = "text"
-    attach(model)
-    model.config.litereason_tag_rule = "released"
-    with pytest.raises(UserError, match="litereason_tag_rule is 'released', but tags fire wherever one is"):
-        attach(model)
