@@ -270,46 +270,23 @@ def test_rl_with_offloaded_masters_and_layers_computed_again(trained, small, tmp
     assert_continues_exactly(tmp_path / "run", tmp_path / "copy")
 
 
-def test_rl_without_latents(tmp_path):
-    # a rollout that stops early is the shorter one
-    steps = train(tmp_path / "run", "--method", "grpo", "--steps", 1, "--minibatches", 1, "--val", 0,
-                  "--num-generations", 16, "--max-new-tokens", 64, "--overlong-buffer", 44)
-    assert steps[0]["grad_norm"] > 0
+@pytest.mark.parametrize("method, words", [
+    # Of grpo a rollout that stops early is the shorter one.
+    ("grpo", ("--num-generations", 16, "--max-new-tokens", 64, "--overlong-buffer", 44, "--minibatches", 1)),
+    ("tag", ("--n", 1)),
+    ("litereason", ("--task", "tiny.next_chapter", "--recompute-latents", "--refresh-every", -1))])
+def test_rl_in_its_other_forms(method, words, small, tmp_path):
+    step, = train(tmp_path / "run", "--method", method, "--model", "tiny" if method == "grpo" else small, *words,
+                  "--steps", 1, "--val", 0)
+    assert step["grad_norm"] >= 0 and (step["grad_norm"] > 0 or method != "grpo")
+    assert method != "tag" or len(results(tmp_path / "run")) == 3
 
 
-def test_rl_with_tags_alone_and_the_table(tmp_path):
-    train(tmp_path / "run", "--method", "tag", "--steps", 1, "--val", 0, "--n", 1)
-    assert len(results(tmp_path / "run")) == 3
-
-
-def test_rl_of_next_chapters_with_recomputed_latents(small, tmp_path):
-    steps = train(tmp_path / "run", "--model", small, "--task", "tiny.next_chapter", "--steps", 1, "--val", 0,
-                  "--recompute-latents", "--refresh-every", -1)
-    assert steps[0]["accuracy"] == steps[0]["accuracy"]
-
-
-def on_the_card_controls(small, out):
-    """eval.py --controls, without most of those that differ in a number only."""
-    import sys
-
-    import eval
-    from lib import run
-
-    eval.CONTROLS = [(name, changed) for name, changed in eval.CONTROLS
-                     if changed.get("tag") not in range(2, 8)]
-    sys.argv = ["eval.py", "--model", small, "--controls", "--n", "4", "--max-new-tokens", "24", "--out", out]
-    run.run_script(eval.main)
-    return [name for name, _ in eval.CONTROLS]
-
-
-def test_controls(small, tmp_path):
-    names, _ = pretend.run(on_the_card_controls, small, str(tmp_path / "table"))
-    assert len(names) > 8 and len(results(tmp_path / "table")) == len(names)
-
-
-def test_answers_shown(small, tmp_path):
-    script("eval.py", "--model", small, "--show", 1, "--n", 1, "--max-new-tokens", 16,
-           "--out", tmp_path / "table")
+def test_controls_and_answers_shown(small, tmp_path):
+    words = ("eval.py", "--model", small, "--max-new-tokens", 16, "--out", tmp_path / "table", "--n", 1)
+    script(*words, "--controls")
+    assert len(results(tmp_path / "table")) > 12
+    assert ">>>" in script(*words, "--show", 1)
 
 
 REASONING = ("from Mara Otto and from Karl Lena , so Rosa has none of the halves , "
