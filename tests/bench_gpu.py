@@ -41,13 +41,11 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 
 def make_model(args, dtype=torch.float32):
-    small = dict(vocab_size=4096, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=8192,
-                 tie_word_embeddings=True)
+    small = Qwen2Config(vocab_size=4096, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
     torch.manual_seed(0)
     with torch.device(args.device):
-        return Qwen2ForCausalLM(Qwen2Config(**small) if args.small
-                                else AutoConfig.from_pretrained(args.shape)).to(dtype)
+        return Qwen2ForCausalLM(small if args.small else AutoConfig.from_pretrained(args.shape)).to(dtype)
 
 
 def random_prompts(model, P, L):
@@ -64,19 +62,21 @@ def decode(args, P=8, G=16, L=1024, steps=64):
     tags_fire(model, tok, 0, 0)
     P, G, L = (2, 2, 64) if args.small else (P, G, L)
     prompts = random_prompts(model, P, L)
-    time_of = lambda n: min(clock(lambda: generate(model, tok, prompts, G, n), args.device)
-                            for _ in range(3))
-    step = (time_of(steps + 1) - time_of(1)) / steps
+
+    def seconds_of_a_step():
+        first, last = (min(clock(lambda: generate(model, tok, prompts, G, n), args.device) for _ in range(3))
+                       for n in (1, steps + 1))
+        return (last - first) / steps
+
+    step = seconds_of_a_step()
     model.graphs = True
-    # None: could not be recorded
-    played = ((time_of(steps + 1) - time_of(1)) / steps
-              if generate(model, tok, prompts, G, 2) and model.graphs else None)
+    generate(model, tok, prompts, G, 2)  # where nothing can be recorded, it says so
+    played = seconds_of_a_step() if model.graphs else None
     two = torch.empty(2, 2**24 if args.small else 2**30, dtype=torch.uint8, device=args.device)
     # bytes per second, read and written
     bandwidth = 2 * len(two[0]) / min(clock(lambda: two[0].copy_(two[1]), args.device) for _ in range(10))
     c, width = model.config, 2 if model.bf16 else 4
-    weights = width * sum(p.numel() for n, p in model.named_parameters()
-                          if not n.startswith("reasoning_projector."))
+    weights = width * sum(p.numel() for p in memory.base_parameters(model))
     cache = (2 * width * c.num_hidden_layers * c.num_key_value_heads
              * (c.hidden_size // c.num_attention_heads) * (P * L + P * G * steps / 2))
     theirs = make_model(args, torch.bfloat16 if args.device == "cuda" else torch.float32).eval()
@@ -91,7 +91,6 @@ def grpo(args, P=48, G=16, L=1024, S=256):
     """One step, sampling to optimiser, with the memory settings that train_rl.py would choose
     on this card."""
     model, tok = attach(make_model(args).eval()), load("tiny", "cpu")[1]
-    # random weights write no tags by themselves: one token in 50 ends one of 3 latents
     tags_fire(model, tok, 50, 3)
     model.graphs = args.device == "cuda"
     P, G, L, S = (2, 4, 64, 16) if args.small else (P, G, L, S)
@@ -111,7 +110,8 @@ def grpo(args, P=48, G=16, L=1024, S=256):
     out = {"settings": settings, "expected_GiB": expected}
 
     def sample():
-        rollouts.extend(generate(model, tok, random_prompts(model, P, L), G, S, gen_batch_size=plan.gen_batch_size))
+        prompts = random_prompts(model, P, L)
+        rollouts.extend(generate(model, tok, prompts, G, S, gen_batch_size=plan.gen_batch_size))
 
     def update():
         rewards = torch.rand(P, G, generator=torch.Generator().manual_seed(2))
@@ -150,8 +150,8 @@ def grpo(args, P=48, G=16, L=1024, S=256):
     hours = {n: 30 * 290 / P * (out["sample_s"] * n / S + out["update_s"] * (P * L + P * G * n) / positions
                                 + 16 * out["step_s"]) / 3600
              for n in (256, 115, 34)}
-    peak = next((v for k, v in PEAK_FLOPS.items()
-                 if args.device == "cuda" and k in torch.cuda.get_device_name()), None)
+    card = torch.cuda.get_device_name() if args.device == "cuda" else ""
+    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in card), None)
     return {**out, "positions": positions, "update_TFLOPs": flops / 1e12,
             "utilisation": peak and flops / out["update_s"] / peak,
             "hours_of_the_papers_run": hours, "recorded": model.graphs}
