@@ -148,16 +148,15 @@ def evaluate(model, tokenizer, task, examples, latent_prompt=True, samples=1, se
     rollouts, asked, scores, stats = [], [], [], {}
     bar = tqdm(total=len(examples) * samples, desc=progress, leave=False, disable=progress is None)
     for i in range(0, len(examples), batch):
-        some = examples[i : i + batch]
         answers = generate(model, tokenizer, prompts[i : i + batch], samples, generator=generator,
                            stats=stats, bar=bar, **sampling)
         for r in answers:
             r.text = opening + r.text  # as the reward reads it
-        examples_of_answers = [some[r.prompt] for r in answers]
-        rewards = data.score(task, examples_of_answers, [r.text for r in answers])
-        scores += torch.tensor(rewards).view(len(some), samples).mean(1).tolist()
+        some = [examples[i + r.prompt] for r in answers]
+        rewards = data.score(task, some, [r.text for r in answers])
+        scores += torch.tensor(rewards).view(-1, samples).mean(1).tolist()
         rollouts += answers
-        asked += examples_of_answers
+        asked += some
     bar.close()
     seconds = time.time() - start
 
@@ -449,8 +448,7 @@ def take_settings_of_runs(args):
         if getattr(args, flag) is not None:
             continue
         found = {}  # value -> the run that says so
-        for name in args.model:
-            path = name.partition(":")[0]
+        for path in (name.partition(":")[0] for name in args.model):
             made = run.run_settings(path)
             if flag != "task" and made.get("task") != args.task:
                 continue  # its reward is another task's

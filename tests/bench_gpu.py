@@ -14,7 +14,6 @@ results/gpu.json.
     latents
 (h) the same on cards of 16, 24 and 40 GB, with the allocator capped at that size: beside each peak the one
     that lib/memory.py expected
-(i) stage 2 on 16 rows of 2,048 tokens with 6 tags of 3 latents: seconds and peak memory of one optimiser step
 """
 import argparse
 import json
@@ -32,8 +31,7 @@ from transformers import AutoConfig, Qwen2Config, Qwen2ForCausalLM
 from bench import NEVER, clock, tags_fire, their_generate
 from lib import checkpoint, memory
 from lib.scoring import pack
-from litereason import (LATENT, Rollout, attach, generate, group_advantages, load, logprobs, policy_loss,
-                        projector_loss)
+from litereason import Rollout, attach, generate, group_advantages, load, logprobs, policy_loss
 
 SHAPE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "shared", "qwen2.5-1.5b")
 # bf16 without sparsity, from NVIDIA's data sheets
@@ -51,10 +49,6 @@ def make_model(args, dtype=torch.float32):
 def random_prompts(model, P, L):
     return torch.randint(10, model.config.vocab_size - 10, (P, L),
                          generator=torch.Generator().manual_seed(1)).tolist()
-
-
-def peak_gib(args):
-    return torch.cuda.max_memory_allocated() / 2**30 if args.device == "cuda" else None
 
 
 def decode(args, P=8, G=16, L=1024, steps=64):
@@ -142,7 +136,7 @@ def grpo(args, P=48, G=16, L=1024, S=256):
     for name, run in (("sample", sample), ("update", update), ("step", step)):
         torch.cuda.reset_peak_memory_stats() if args.device == "cuda" else None
         out[f"{name}_s"] = clock(run, args.device)
-        out[f"{name}_GiB"] = peak_gib(args)
+        out[f"{name}_GiB"] = torch.cuda.max_memory_allocated() / 2**30 if args.device == "cuda" else None
     positions = sum(len(r.slots) for r in rollouts) + P * L
     passes = 8 if plan.checkpoint_layers else 6  # forward, forward again if layers are checkpointed, backward
     flops = passes * sum(p.numel() for p in base) * positions
@@ -151,39 +145,14 @@ def grpo(args, P=48, G=16, L=1024, S=256):
                                 + 16 * out["step_s"]) / 3600
              for n in (256, 115, 34)}
     card = torch.cuda.get_device_name() if args.device == "cuda" else ""
-    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in card), None)
+    peak = next((most for name, most in PEAK_FLOPS.items() if name in card), None)
     return {**out, "positions": positions, "update_TFLOPs": flops / 1e12,
             "utilisation": peak and flops / out["update_s"] / peak,
             "hours_of_the_papers_run": hours, "recorded": model.graphs}
 
 
-def projector(args, rows=16, length=2048):
-    model = attach(make_model(args).eval())
-    memory.checkpoint_layers(model)
-    rows, length = (2, 128) if args.small else (rows, length)
-    traces = []
-    for ids in random_prompts(model, rows, length):
-        slots = ids[length // 2 :]
-        for k in range(6):
-            slots[4 + 8 * k : 4 + 8 * k] = [LATENT] * 3
-        traces.append(Rollout(ids[: length // 2], slots, torch.zeros(0, model.config.hidden_size)))
-    for n, p in model.named_parameters():
-        p.requires_grad_(n.startswith("reasoning_projector."))
-    optimizer = torch.optim.AdamW(model.reasoning_projector.parameters(), lr=1e-4)
-
-    def step():
-        for part in pack(traces, 4 * length):
-            projector_loss(model, [traces[i] for i in part])[0].backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    step()
-    return {"step_s": min(clock(step, args.device) for _ in range(2)), "GiB": peak_gib(args)}
-
-
 # row: what is done, and GiB that the allocator may use (None: all)
-ROWS = {"f": (decode, None), "g": (grpo, None), "h16": (grpo, 16), "h24": (grpo, 24), "h40": (grpo, 40),
-        "i": (projector, None)}
+ROWS = {"f": (decode, None), "g": (grpo, None), "h16": (grpo, 16), "h24": (grpo, 24), "h40": (grpo, 40)}
 
 
 def main():
