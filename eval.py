@@ -391,8 +391,8 @@ def main():
             settings = {**settings_of(args, name, model), **numbers}
             if args.controls:
                 if not runs_latents(name, model):
-                    raise UserError(f"--controls asks what latents do, and {name} runs none: give it a run of "
-                                    "--method litereason")
+                    raise UserError(f"--controls asks what latents do, and {name} runs none: "
+                                    "give it a run of --method litereason")
                 results = run_controls(model, tokenizer, task, examples, elsewhere, samples=args.samples,
                                        **settings)
                 rows += [{**heading(args, title, name, sampling, settings), "control": title, **result}

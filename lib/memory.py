@@ -319,9 +319,9 @@ def plan(model, longest, limit, n_prompts, num_generations, given, scorer=None, 
 
 
 def _forecast(rows, positions, recompute, offloaded, peaks, room):
-    lines = [f"memory: {room / GIB:.1f} GiB can be used; with --gen-batch-size {rows} --micro-batch-tokens "
-             f"{positions} --{'' if recompute else 'no-'}checkpoint-layers --{'' if offloaded else 'no-'}offload "
-             "the peaks should be:"]
+    lines = [f"memory: {room / GIB:.1f} GiB can be used; with --gen-batch-size {rows} "
+             f"--micro-batch-tokens {positions} --{'' if recompute else 'no-'}checkpoint-layers "
+             f"--{'' if offloaded else 'no-'}offload the peaks should be:"]
     for phase, sizes in peaks.items():
         parts = ", ".join(f"{what} {size / GIB:.1f}" for what, size in sizes.items() if size >= 0.05 * GIB)
         lines.append(f"  {phase:9s} {sum(sizes.values()) / GIB:5.1f} GiB: {parts}")

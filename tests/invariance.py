@@ -3,11 +3,11 @@
     python tests/invariance.py                  1,000 rollouts of the tiny model, CPU
     python tests/invariance.py --n 64 --device cuda
 
-The rollouts are sampled once, in float32. Then each is scored alone, in one batch, in runs of so many positions
+The rollouts are sampled once, in float32. Then each is scored alone, in batches, in runs of so many positions
 (scoring.pack), in another order, and with the activations of layers computed again. A cell is the largest
 difference of a sampled token's log-prob from the rollout scored alone in the same type (of a gradient: of the
-largest entry, relative to it). Two rows are no invariance but belong beside it: what sampling itself wrote down,
-and the distance to float64.
+largest entry, relative to it). Two rows are no invariance but belong beside it: what sampling itself wrote
+down, and the distance to float64.
 """
 import argparse
 import itertools
@@ -61,7 +61,8 @@ def differences(model, rollouts, ways, sampled, exact):
     few = rollouts[:32]  # gradients: of these, or it takes an hour
     one_batch = [list(range(len(few)))]
     apart = gradient(model, few, alone[:32])
-    found["gradient: one batch"] = worst([gradient(model, few, one_batch)], [apart]) / float(apart.abs().max())
+    together = gradient(model, few, one_batch)
+    found["gradient: one batch"] = float((together - apart).abs().max() / apart.abs().max())
     checkpoint_layers(model)  # only a pass with gradients computes layers again
     found["layer checkpointing, batches of 32"] = worst(score(model, few, one_batch), reference)
     found["(as sampled, in float32)"] = worst(sampled, reference)
@@ -79,9 +80,11 @@ def main():
     # Prompts of several lengths (within one task they are equal), with the offer of the tag and without.
     examples = {task: task.examples("train") for task in (tiny, next_chapter)}
     kinds = itertools.cycle([(task, latent) for task in examples for latent in (True, False)])
-    prompts = [task.prompt(examples[task][i], latent) for i, (task, latent) in zip(range(-(-args.n // 8)), kinds)]
-    rollouts = generate(model, tokenizer, prompts, 8, 200, generator=torch.Generator().manual_seed(0))[: args.n]
-    mixed = torch.randperm(len(rollouts), generator=torch.Generator().manual_seed(0)).tolist()
+    numbered = zip(range(-(-args.n // 8)), kinds)
+    prompts = [task.prompt(examples[task][i], latent) for i, (task, latent) in numbered]
+    seed = lambda: torch.Generator().manual_seed(0)
+    rollouts = generate(model, tokenizer, prompts, 8, 200, generator=seed())[: args.n]
+    mixed = torch.randperm(len(rollouts), generator=seed()).tolist()
     numbers = list(range(len(rollouts)))
     ways = {"batches of 256": [numbers[i : i + 256] for i in range(0, len(numbers), 256)],
             **{f"packed, {budget} positions": pack(rollouts, budget) for budget in (1024, 4096, 16384)},

@@ -2,6 +2,7 @@
 given, and the page of answers shows every latent and lets no story's HTML through."""
 import html.parser
 import json
+import pathlib
 import sys
 import types
 
@@ -40,7 +41,8 @@ def test_flops_are_those_that_torch_counts(model, tok, monkeypatch):
 
 def test_a_latent_costs_the_projector_unless_its_function_says_something_else(rollouts, model):
     one = sum(2 * p.numel() for p in model.reasoning_projector.parameters())
-    latents, tokens = (sum(getattr(r, n) for r in rollouts) / len(rollouts) for n in ("n_latents", "n_tokens"))
+    latents, tokens = (sum(numbers) / len(rollouts)
+                       for numbers in zip(*((r.n_latents, r.n_tokens) for r in rollouts)))
     own, feed = lambda h, u, k: h, lambda h, token: h
     own.flops, feed.flops = 1000, 10
     base = flops(model, rollouts, 2, "zeros")
@@ -156,13 +158,13 @@ def test_lengths_have_a_line_for_each_method_in_two_panels(tmp_path, monkeypatch
 
 
 def test_training_curves_are_faint_single_steps_and_strong_means_of_five(tmp_path, monkeypatch):
-    folders = {"LiteReason": tmp_path / "a", "RL without latents": tmp_path / "b"}
-    for first, folder in enumerate(folders.values(), start=1):
+    folders = {"LiteReason": str(tmp_path / "a"), "RL without latents": str(tmp_path / "b")}
+    for first, folder in enumerate(map(pathlib.Path, folders.values()), start=1):
         folder.mkdir()
-        steps = [{"step": i + 1, "reward": first + i, "text_tokens": 25.0, "latent_steps": 5.0, "tag_share": 0.5}
-                 for i in range(4)]
+        steps = [{"step": i + 1, "reward": first + i, "text_tokens": 25.0, "latent_steps": 5.0,
+                  "tag_share": 0.5} for i in range(4)]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
-    picture = drawn(monkeypatch, plots.training, {name: str(at) for name, at in folders.items()}, tmp_path / "t.svg")
+    picture = drawn(monkeypatch, plots.training, folders, tmp_path / "t.svg")
     assert names_in(picture) == list(folders)
     curves = [[list(line.get_ydata()) for line in panel.lines] for panel in picture.axes]
     assert curves[0] == [[1, 2, 3, 4], [2, 2.5, 2.5, 3], [2, 3, 4, 5], [3, 3.5, 3.5, 4]]

@@ -1,6 +1,6 @@
 """Every model family of the README decodes and scores as the definition says, from the right prompt ids.
 
-Tiny random configs in float64; then what a chat model, a base model, a template and a story do to a prompt."""
+Tiny random configs in float64; then what a model, a template and a story do to a prompt."""
 import copy
 import types
 
@@ -169,7 +169,7 @@ def test_a_chat_models_prompt_is_what_its_template_makes_of_the_whole_text(real_
     whole = real_tok.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
                                          add_generation_prompt=True)
     assert ids == real_tok.encode(whole)
-    assert checkpoint.chat_parts(chat([151645, 151643]), real_tok)[2] == 151645  # and its traces end in <|im_end|>
+    assert checkpoint.chat_parts(chat([151645, 151643]), real_tok)[2] == 151645  # its traces end in <|im_end|>
     opened = encode_prompt(chat([151645, 151643]), real_tok, text, "In summary:")
     assert opened == ids + real_tok.encode("In summary:")  # after the header of the answer
 
@@ -200,7 +200,7 @@ def test_added_tokens_that_are_not_special_are_text_too_but_in_the_template(real
     for text, ids in plain.items():
         assert checkpoint.encode_text(tools, text) == checkpoint.encode_text(tools, text, begins=True) == ids
     assert tools.encode("<tool_call>") == [call] and len(tools) == blank + 1  # the tokenizer is as it was
-    assert checkpoint.encode_text(tools, "a\n\n\n\nb") == tools.encode("a\n\n\n\nb") and blank in tools.encode("\n\n\n\n")
+    assert blank in checkpoint.encode_text(tools, "\n\n\n\n") == tools.encode("\n\n\n\n")
     tools.chat_template = real_tok.chat_template.replace("assistant\n' }}{% endif %}",
                                                          "assistant\n<think>' }}{% endif %}")
     ids = encode_prompt(chat(151645), tools, "x<think>y<tool_call>")
@@ -216,8 +216,8 @@ def test_added_tokens_that_are_not_special_are_text_too_but_in_the_template(real
 def test_a_template_may_take_enable_thinking_or_fail(real_tok):
     words = copy.deepcopy(real_tok)
     words.chat_template = real_tok.chat_template.replace(
-        "assistant\n' }}{% endif %}", "assistant\n' }}{% if enable_thinking is false %}{{ '<think>\n\n</think>\n\n' "
-                                      "}}{% endif %}{% endif %}")
+        "assistant\n' }}{% endif %}", "assistant\n' }}{% if enable_thinking is false %}"
+                                      "{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}")
     text = words.decode(encode_prompt(chat(151645), words, "x"))
     assert text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
     words.chat_template = "{{ raise_exception('no\nway') }}"
@@ -237,4 +237,4 @@ def test_a_prompt_has_one_bos_and_the_end_of_turn_may_be_the_checkpoints_alone(t
     assert encode_prompt(chat(0), words, "ab<end>c") == [bos] + tok.encode("ab<end>c")
     assert (encode_prompt(chat([0, end]), words, "ab<end>c")
             == [bos, turn] + tok.encode("ab<end>c") + [end] + tok.encode("\n") + [turn])
-    assert checkpoint.chat_parts(chat([0, end]), words)[2] == end and checkpoint.chat_parts(chat(0), words)[2] == 0
+    assert [checkpoint.chat_parts(chat(eos), words)[2] for eos in ([0, end], 0)] == [end, 0]

@@ -36,7 +36,8 @@ def real():
     from transformers import Qwen2Config, Qwen2ForCausalLM
     with torch.device("meta"):
         model = Qwen2ForCausalLM(Qwen2Config(**QWEN))
-    model.reasoning_projector = torch.nn.ModuleList(copy.deepcopy(model.model.layers[0].mlp) for _ in range(3))
+    mlps = (copy.deepcopy(model.model.layers[0].mlp) for _ in range(3))
+    model.reasoning_projector = torch.nn.ModuleList(mlps)
     names = ("config", "model", "reasoning_projector", "parameters", "named_parameters")
     return types.SimpleNamespace(**{name: getattr(model, name) for name in names}, bf16=True,
                                  device=torch.device("cuda"))

@@ -177,8 +177,8 @@ def test_a_micro_batch_waits_as_often_however_many_rollouts_it_has():
 
 
 # ---------------------------------------------------------------- the scripts
-TINY_RUN = ("--prompts", 2, "--num-generations", 4, "--train-prompts", 2, "--minibatches", 2, "--steps", 2, "--val", 1,
-            "--n", 0, "--max-new-tokens", 26, "--save-every", 1, "--show-every", 0)
+TINY_RUN = ("--prompts", 2, "--num-generations", 4, "--train-prompts", 2, "--minibatches", 2, "--steps", 2,
+            "--val", 1, "--n", 0, "--max-new-tokens", 26, "--save-every", 1, "--show-every", 0)
 
 
 @pytest.fixture(scope="module")

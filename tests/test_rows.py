@@ -201,8 +201,8 @@ def test_where_nothing_can_be_recorded_it_runs_without_and_says_so_once(model, t
     model.graphs = True
     equal(run(model, tok, 6), plain)
     assert not model.graphs
-    assert capsys.readouterr().err == ("warning: the decoding step cannot be recorded as a CUDA graph (this is "
-                                       "no CUDA device); it runs without\n")
+    assert capsys.readouterr().err == ("warning: the decoding step cannot be recorded as a CUDA graph "
+                                       "(this is no CUDA device); it runs without\n")
 
 
 # ---------------------------------------------------------------- devices on which choosing rows would wait
@@ -224,8 +224,8 @@ def test_where_rows_cannot_be_chosen_the_projector_runs_on_those_that_may_be_in_
                         lambda self, h, m: seen.append(len(h)) or forward(self, h, m))
     monkeypatch.setattr(litereason, "sample", sample)
     prompts, stats = [r.prompt_ids for r in plain[::2]], {}
-    equal(generate(model, tok, prompts, 2, LIMIT, generator=torch.Generator().manual_seed(0), gen_batch_size=10,
-                   stats=stats), plain)
+    equal(generate(model, tok, prompts, 2, LIMIT, generator=torch.Generator().manual_seed(0),
+                   gen_batch_size=10, stats=stats), plain)
     assert sum(r.n_latents for r in plain) <= sum(seen) < 0.7 * (stats["positions"] - sum(map(len, prompts)))
 
 
