@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qw
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 import litereason
+from lib import kv_cache
 from litereason import CLOSE, OPEN, naive_score as naive
 
 torch.set_num_threads(1)
@@ -171,6 +172,15 @@ TAGS = [2, 1, 3, 0, 1, 0, 1, 1]
 @pytest.fixture
 def rollouts(model, tok):
     return write(model, tok, PROMPTS, TEXTS, LIMIT, samples=2)
+
+
+@pytest.fixture
+def forwards(monkeypatch):
+    """A list that fills with (rows, columns) of each forward pass."""
+    shapes, forward = [], kv_cache.forward
+    monkeypatch.setattr(kv_cache, "forward",
+                        lambda m, x, *rest: shapes.append(tuple(x.shape[:2])) or forward(m, x, *rest))
+    return shapes
 
 
 # ---------------------------------------------------------------- the projector, spelt out

@@ -95,7 +95,7 @@ def test_the_help_of_rl_has_a_line_for_each_flag():
 
 
 # ---------------------------------------------------------------- runs
-@pytest.mark.parametrize("row", ["f", "g", "i"])
+@pytest.mark.parametrize("row", ["f", "h24"])
 def test_the_gpu_measurements_run_on_a_toy_shape_and_a_cpu(tmp_path, row):
     words = ("--device", "cpu", "--small", "--rows", row, "--json", tmp_path / "g.json")
     done = script("tests/bench_gpu.py", *words)
