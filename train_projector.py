@@ -8,7 +8,7 @@ latent steps of all tags.
 A small model does otherwise by default (--targets words, the last part of this file): stage 1 has no tags,
 and each latent learns a target of its own. --targets none is the paper's.
 
-What differs from the released code is in results/differences.md.
+Every difference from the released code: results/differences.md.
 
     python train_projector.py                               # the tiny model: a minute and a half on 2 cores
     python train_projector.py --model Qwen2.5-1.5B          # the paper's plot holes, on one GPU
@@ -36,7 +36,7 @@ from lib import UserError, checkpoint, kv_cache, memory, run, scoring
 from lib.run import BySize
 from litereason import (CAP, CLOSE, LATENT, OPEN, PROJECTORS, Rollout, generate, insert_latents, latent_step,
                         load, logprobs, parse_tags, projector_loss, start_projector, states, text_loss,
-                        without_latents, word_embeddings, z_size)
+                        unroll, without_latents, word_embeddings, z_size)
 
 # ============================================================ settings
 # {title: {name: (default, the least or the choices, what it is)}}. BySize: of a model of under 50 M weights,
@@ -46,17 +46,8 @@ SHARED = {  # by train_rl.py
                   "start: mlp (paper), normed (ours, real models); controls: random, pause"),
     "targets": (BySize("words", "none"), ["words", "none"], "of latents: the last words of what they skip")}
 SETTINGS = {
-    "what is run": {
-        "model": ("tiny", str, "tiny, a directory, or a hub name such as Qwen2.5-1.5B"),
-        "task": (None, str, "a folder under data/, or tiny.next_chapter [by the model]"),
-        "reward": (None, ["contrastive", "vrcli", "thresholded"], "of next_chapter [contrastive]"),
-        "scorer": (None, str, "the frozen model that reads chapters [a copy of the base]"),
-        "seed": (0, 0, "of all random draws"),
+    "what is run": run.COMMON | {
         "n": (200, 1, "val stories for the accuracy before and after"),
-        "out": (None, str, "the run's directory [out/MODEL-TASK-projector]"),
-        "overwrite": (False, bool, "replace the run that --out holds"),
-        "resume": (None, str, "continue the run in this directory, by its own settings"),
-        "device": (None, str, "cpu or cuda [cuda if there is one]"),
         "save_every": (50, 1, "steps of stage 2 between two states on the disk; the last two are kept")},
     "stage 1 [small model | any other, as released]": {
         "prompts": (BySize(1500, None), 1, "train prompts to sample traces for; None: all"),
@@ -75,6 +66,7 @@ SETTINGS = {
 
 RATIOS, VERSIONS = (0.10, 0.25), 5  # share of the sentences that become tags; versions of a trace for each
 AT_ONCE = 160  # samples of stage 1 between two writes to the disk
+LARGE = 100  # embeddings: a longer latent drowns the words around it
 
 
 def settings_of(model, **given):
@@ -119,8 +111,10 @@ def collect_traces(model, tokenizer, task, examples, path, samples, max_new_toke
             line = []
             for i, r, reward in zip(asked, rollouts, rewards):
                 sample = {"example": i, "prompt": prompts[i], "text": r.text}
-                if reward <= 0 or not r.finished:
-                    sample["left out"] = "wrong" if r.finished else "cut"
+                if not r.finished:
+                    sample["left out"] = "cut"
+                elif reward <= 0:
+                    sample["left out"] = "wrong" if data.has_verdict(task, r.text) else "no verdict"
                 line.append(sample)
             lines.append(line)
             file.write(json.dumps(line) + "\n")
@@ -129,8 +123,9 @@ def collect_traces(model, tokenizer, task, examples, path, samples, max_new_toke
                 break
     everything = list(itertools.chain(*lines))
     n = collections.Counter(sample.get("left out") for sample in everything)
-    print(f"stage 1: kept {n[None]} of {len(everything)} traces (reward > 0), in {path}; {n['cut']} were cut "
-          f"by --max-new-tokens, {n['wrong']} earned nothing", flush=True)
+    print(f"stage 1: kept {n[None]} of {len(everything)} traces (reward > 0), in {path}; {n['cut']} were cut by "
+          f"--max-new-tokens, {n['no verdict']} gave no answer as the prompt asks for, {n['wrong']} earned "
+          f"nothing", flush=True)
     return everything
 
 
@@ -406,6 +401,11 @@ def run_stage_2(model, tokenizer, train, held, out, settings):
     print(f"stage 2: {len(train)} masked traces, {len(held)} more held out", flush=True)
     losses = {"no latents": mean_loss(model, held, "none"), "zeros": mean_loss(model, held, "zeros"),
               "start": mean_loss(model, held, "projector")}
+    with torch.no_grad():
+        size = z_size(model, torch.cat(unroll(model, held[:8])[1]))
+    if settings.targets == "none" and not size < LARGE:  # nan is not, too
+        print(f"warning: a latent is {size:.3g} times as long as an embedding at the start: it drowns the words "
+              "around it; --projector normed begins with latents as long as an embedding", flush=True)
     loop["states"] = os.path.join(out, "stage-2")
     if settings.targets == "words":
         fit_to_targets(model, train, settings.lr, settings.batch, settings.steps, noise=settings.noise,
@@ -444,7 +444,7 @@ def main():
     run.check_bounds(args, SETTINGS)
     run.check_arguments(args)
     lock_file = run.take_directory(args.out, args.model, args.resume, args.overwrite)  # noqa: F841
-    task.examples("train")  # what is missing is said before a model is fetched
+    args.examples = run.digest([task.examples("train"), task.examples("val")])
     model, tokenizer = load(args.model, args.device)
     run.fill(args, SETTINGS, checkpoint.is_small(model))
     run.use_graphs(model, True)
@@ -598,8 +598,7 @@ def target_losses(model, budget, noise, seed, base_learns, rows, step):
     n_latents = sum(r.n_latents for r in rows)
     fed = with_noise(rows, noise, torch.Generator().manual_seed(seed * 1_000_003 + step))
     for part in scoring.pack(rows, budget, unrolled=True):
-        yield target_loss(model, [rows[i] for i in part], [fed[i] for i in part], n_tokens, n_latents,
-                          base_learns)
+        yield target_loss(model, [rows[i] for i in part], [fed[i] for i in part], n_tokens, n_latents, base_learns)
 
 
 def with_noise(rows, noise, generator):
@@ -617,22 +616,17 @@ def with_noise(rows, noise, generator):
 
 @kv_cache.with_autocast
 def target_loss(model, rows, fed, n_tokens, n_latents, base_learns=False):
-    """The squared error of latents to their targets and, if the base learns, the paper's loss: a
-    micro-batch's share of the means over the batch. fed: the rows with what is fed in the place of the
-    targets."""
+    """The squared error of latents to their targets, in units of the embeddings' variance, and, if the base
+    learns, the paper's loss: a micro-batch's share of the batch's. fed: the rows as they are fed."""
     h, slots, valid = states(model, fed)
     z = latent_step(model, h[valid & (slots == LATENT)])  # (n, D)
-    loss = squared_error(model, z, torch.cat([row.latents for row in rows])) / n_latents
+    variance = word_embeddings(model, 10_000).var()  # in a large vocabulary these will do
+    targets = torch.cat([row.latents for row in rows]).to(z)
+    loss = (z - targets).square().mean(-1).sum() / variance / n_latents
     if base_learns:
         text, _ = text_loss(model, h, rows, [row.slots.index(LATENT) for row in rows])
         loss = loss + text / n_tokens
     return loss
-
-
-def squared_error(model, z, targets):
-    """Summed over latents, in units of the embeddings' variance."""
-    variance = word_embeddings(model, 10_000).var()  # in a large vocabulary these will do
-    return (z - targets.to(z)).square().mean(-1).sum() / variance
 
 
 # ------------------------------------------------------------ the base imitates, before stage 2

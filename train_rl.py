@@ -43,17 +43,9 @@ MEMORY = "memory, speed and disk (no result changes but by rounding)"
 # {title: {name: (default, least value or choices or kind, what it is)}}. BySize: of a model of under 50 M
 # parameters, and of any other, which is as released: 2880 steps are 30 passes over 290 stories.
 SETTINGS = {
-    "what is run": {
-        "model": ("tiny", str, "tiny, a directory (a run's too), or a hub name such as Qwen2.5-1.5B"),
+    "what is run": run.COMMON | {
         "method": ("litereason", list(NAMES), "litereason; grpo: no tags, no latents; tag: a tag is text"),
-        "task": (None, str, "a folder under data/, or tiny.next_chapter [by the model]"),
-        "reward": (None, ["contrastive", "vrcli", "thresholded"], "of next_chapter [contrastive]"),
-        "scorer": (None, str, "the frozen model that reads chapters [a copy of the base]"),
-        "seed": (0, 0, "of all random draws"),
-        "smoke": (False, bool, "see whether all works: few prompts, few steps, ten minutes"),
-        "out": (None, str, "the run's directory [out/MODEL-TASK-METHOD]"),
-        "overwrite": (False, bool, "replace the run that --out holds"),
-        "resume": (None, str, "continue the run in this directory, by its own settings")},
+        "smoke": (False, bool, "see whether all works: few prompts, few steps, ten minutes")},
     "how much [small model | any other, as released]": {
         "steps": (BySize(24, 2880), 0, "optimiser steps"),
         "prompts": (BySize(16, 48), 1, "prompts per rollout batch"),
@@ -82,7 +74,6 @@ SETTINGS = {
         "micro_batch_tokens": (BySize(12_000, None), 1, "positions per forward pass of the update"),
         "checkpoint_layers": (BySize(False, None), bool, "keep no activations in layers: a third more time"),
         "offload": (BySize(False, None), bool, "fp32 weights and AdamW's moments on the host"),
-        "device": (None, str, "cpu or cuda [cuda if there is one]"),
         "graphs": (True, bool, "on CUDA, record the decoding step and replay it"),
         "save_every": (BySize(4, 16), 1, "steps between two states on the disk; the last two are kept"),
         "show_every": (20, 0, "steps between two rollouts on the screen; 0 for never")}}
@@ -443,6 +434,7 @@ def main():
     lock_file = run.take_directory(args.out, args.model, args.resume, args.overwrite)  # noqa: F841
     saved = run.read_state(args.out) if args.resume else None
     examples, vals, tests = (task.examples(split) for split in data.SPLITS)
+    args.examples = run.digest([examples, vals, tests])
     examples, vals, tests = examples[: args.train_prompts], vals[: args.val], tests[: args.n]
 
     # The model, and the settings that it decides.
@@ -563,6 +555,8 @@ def say_what_runs(args, model, prompts, plan):
     n_rollouts = args.prompts * args.num_generations
     print(f"{args.steps} steps, {args.minibatches} on each batch of {n_rollouts} rollouts of up to "
           f"{args.max_new_tokens} tokens, {args.num_generations} for each of {args.prompts} prompts")
+    if model.device.type == "cpu" and not checkpoint.is_small(model) and not args.smoke:
+        print("on a CPU this takes days: --smoke shows in minutes whether all works")
     idle = [*SETTINGS[MEMORY], *(SETTINGS["projector"] if args.method != "litereason" else [])]
     print(run.beside_released(vars(args), SETTINGS, idle), *filter(None, [plan]), sep="\n", flush=True)
 
