@@ -102,7 +102,7 @@ def train(args, model, base, masters, tokenizer, task, examples, prompts, vals, 
     else:
         save_state(args, state, model, masters, optimizer)
     for name in ("imitation", "stage-2"):  # states of stage 2: what was in them is in RL's now
-        run.remove(os.path.join(args.out, name))
+        shutil.rmtree(os.path.join(args.out, name), ignore_errors=True)
     log = run.open_log(os.path.join(args.out, "metrics.jsonl"), state.metrics)
     latent = "projector" if args.method == "litereason" else "none"  # what a tag of the policy runs
     refreshes = args.method == "litereason" and args.refresh_every >= 0
@@ -462,7 +462,10 @@ def main():
 
     # The table's rows before RL, stages 1 and 2 among them. A file keeps them for a resumed run.
     kept = os.path.join(args.out, "before-rl.json")
-    rows = run.read_json(kept, [])
+    rows = []
+    if os.path.exists(kept):
+        with open(kept) as f:
+            rows = json.load(f)
 
     def add_row(name, has_tags, latent):
         if tests and name not in [row["model"] for row in rows]:

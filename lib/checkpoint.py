@@ -38,13 +38,12 @@ def read_checkpoint(name_or_path, dtype):
     its files do not fit together."""
     path = checkpoint_path(name_or_path)
     is_local = os.path.isdir(path)
-    only = {"local_files_only": is_local, "trust_remote_code": False}  # no code of the checkpoint's own
     # The projector's keys are "unexpected" to transformers; we read them below.
     transformers.logging.set_verbosity_error()
     if is_local:  # else gigabytes may come
         transformers.logging.disable_progress_bar()
     try:
-        return _read_files(path, dtype, only)
+        return _read_files(path, dtype, local_files_only=is_local, trust_remote_code=False)
     except Exception as e:  # a damaged file comes out of transformers as nearly any of them
         why = textwrap.shorten(str(e), 300, placeholder=" ..") or type(e).__name__
         if not is_local:
@@ -60,16 +59,13 @@ def checkpoint_path(name_or_path):
     path = TINY if name_or_path == "tiny" else str(name_or_path)
     if os.path.exists(os.path.join(path, "model", "config.json")):
         path = os.path.join(path, "model")  # a run's output directory
-    if os.path.isdir(path):
-        if not os.path.exists(os.path.join(path, "config.json")):
-            raise UserError(f"{path!r} has no config.json: it is not a saved model")
-        return path
-    if os.path.exists(path) or path.startswith((".", "/", "~")) or path.count("/") > 1:
+    is_hub_name = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path) and not os.path.exists(path)
+    if not is_hub_name and not os.path.exists(os.path.join(path, "config.json")):
         raise UserError(f"no model directory at {path!r} (a directory with config.json and *.safetensors)")
-    return f"Qwen/{path}" if "/" not in path and path.startswith("Qwen") else path
+    return f"Qwen/{path}" if is_hub_name and re.match("Qwen[^/]*$", path) else path
 
 
-def _read_files(path, dtype, only):
+def _read_files(path, dtype, **only):
     tokenizer = _read_tokenizer(path, only)
     weights = _read_projector(path, only["local_files_only"])
     config = transformers.AutoConfig.from_pretrained(path, **only)
@@ -81,7 +77,8 @@ def _read_files(path, dtype, only):
     odd = sorted(keys["missing_keys"]) + sorted(unexpected)
     if odd:  # transformers would continue, with random weights for what is missing
         raise ValueError(f"its weights and its config.json do not fit: {odd[0]}")
-    if len(tokenizer) > model.config.vocab_size:
+    # Where its files are missing, transformers makes a tokenizer of special tokens alone.
+    if not 20 <= len(tokenizer) <= model.config.vocab_size:
         raise ValueError(f"the tokenizer has {len(tokenizer)} entries, the model {model.config.vocab_size}")
     return model, tokenizer, weights
 
@@ -89,17 +86,14 @@ def _read_files(path, dtype, only):
 def _read_tokenizer(path, only):
     """AutoTokenizer, but a checkpoint that says it brings its own tokenizer.json gets that one: of a Qwen2
     transformers 5 would replace it by Qwen's own class, whatever the checkpoint says."""
-    own, config = (os.path.join(path, name) for name in ("tokenizer.json", "tokenizer_config.json"))
-    named = None
+    named = "TokenizersBackend"
+    config = os.path.join(path, "tokenizer_config.json")
     if os.path.exists(config):
         with open(config) as f:
             named = json.load(f).get("tokenizer_class")
-    is_its_own = os.path.exists(own) and (named in OWN_TOKENIZER or not os.path.exists(config))
+    is_its_own = named in OWN_TOKENIZER and os.path.exists(os.path.join(path, "tokenizer.json"))
     reader = transformers.PreTrainedTokenizerFast if is_its_own else AutoTokenizer
-    tokenizer = reader.from_pretrained(path, **only)
-    if len(tokenizer) < 20:  # transformers makes one of special tokens alone where the files are missing
-        raise ValueError(f"its tokenizer has {len(tokenizer)} entries: is tokenizer.json missing?")
-    return tokenizer
+    return reader.from_pretrained(path, **only)
 
 
 def _read_projector(path, is_local):
@@ -126,25 +120,21 @@ def check_model(model, cap, layers):
     """UserError unless LiteReason works with this causal LM -> (cap on N, projector layers): what its
     config.json says, else these defaults."""
     config = model.config
-    name = type(model).__name__
+    if config.model_type not in FAMILIES:
+        raise UserError(f"config.json: {type(model).__name__} is none of the families that are known to "
+                        f"decode here as in transformers: {', '.join(FAMILIES)}")
     rope = f"{getattr(config, 'rope_parameters', None)} {getattr(config, 'rope_scaling', None)}"
-    refused = [
-        (config.model_type not in FAMILIES, f"{name} is none of the families that are known to decode "
-         f"here as in transformers: {', '.join(FAMILIES)} (tests/test_families.py tries one)"),
-        ("longrope" in rope or "'dynamic'" in rope, "rope_type longrope or dynamic makes a row depend on the "
-         "longest beside it: that is not supported here"),
-        (getattr(config, "use_bidirectional_attention", False), "use_bidirectional_attention is set"),
-        (getattr(config, "final_logit_softcapping", None) or getattr(config, "attn_logit_softcapping", None),
-         f"{name} caps its logits by a tanh (as Gemma 2 does), which is not supported")]
-    for is_so, why in refused:
-        if is_so:
-            raise UserError(f"config.json: {why}")
+    if "longrope" in rope or "'dynamic'" in rope:
+        raise UserError("config.json: rope_type longrope or dynamic makes a row depend on the longest beside "
+                        "it: that is not supported here")
+    for name in ("use_bidirectional_attention", "final_logit_softcapping", "attn_logit_softcapping"):
+        if getattr(config, name, None):
+            raise UserError(f"config.json: {name} is set, which is not supported")
     cap = getattr(config, "litereason_max_reasoning_steps", cap)
     layers = getattr(config, "litereason_num_reasoning_layers", layers)
-    for key, value in (("max_reasoning_steps", cap), ("num_reasoning_layers", layers)):
+    for name, value in (("max_reasoning_steps", cap), ("num_reasoning_layers", layers)):
         if type(value) is not int or not 1 <= value <= 64:
-            raise UserError(f"config.json: litereason_{key} is {value!r}, expected a whole number from 1 to "
-                            "64")
+            raise UserError(f"config.json: litereason_{name} is {value!r}, expected a whole number from 1 to 64")
     return cap, layers
 
 
@@ -159,26 +149,26 @@ def fingerprint(model):
 
 
 def save(model, tokenizer, path):
-    """An ordinary checkpoint directory (safetensors); complete or absent: it is renamed into place."""
+    """An ordinary checkpoint directory (safetensors), written beside and then renamed: killed at any moment,
+    this leaves a complete one at `path` or at PATH.replaced."""
     if not getattr(model, "projector_trained", True):
         model.config.litereason_projector_trained = False  # else its weights would say that it is
     elif hasattr(model.config, "litereason_projector_trained"):
         del model.config.litereason_projector_trained
     model.generation_config.eos_token_id = stop_tokens(model, tokenizer)  # so others stop where we do
     path = os.path.abspath(path)
-    new = f"{path}.writing-{os.getpid()}"
-    old = f"{path}.replaced-{os.getpid()}"
+    new, old = f"{path}.writing", f"{path}.replaced"
+    shutil.rmtree(new, ignore_errors=True)
     try:
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
-        if os.path.exists(path):
-            os.rename(path, old)
-        os.rename(new, path)
     except Exception as e:  # of a full disk an OSError, a SafetensorError or a plain Exception
         shutil.rmtree(new, ignore_errors=True)
-        if os.path.exists(old):
-            os.rename(old, path)
-        raise UserError(f"cannot write {path}: {getattr(e, 'strerror', None) or e}") from e
+        raise UserError(f"cannot write {path}: {e}") from e
+    if os.path.exists(path):
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(path, old)
+    os.rename(new, path)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -213,7 +203,7 @@ def token_texts(tokenizer):
 
 def end_of_answer(model, tokenizer):
     """The id that ends an answer."""
-    _, _, end = chat_parts(model, tokenizer)
+    end = chat_parts(model, tokenizer)[2]
     if end is None:
         raise UserError("neither the checkpoint nor its tokenizer names a token that ends an answer: set "
                         "eos_token_id in its config.json")
@@ -273,11 +263,11 @@ def encode_prompt(model, tokenizer, text, opening=""):
         return encode_text(tokenizer, f"{text} {opening}" if opening else text, begins=True)
     # BPE may merge neighbours, but not across a special token: the text is cut there, and only there.
     special = "|".join(re.escape(token.content) for token in tokenizer.added_tokens_decoder.values())
-    start = max([match.end() for match in re.finditer(special, before)], default=0)
-    end = min([match.start() for match in re.finditer(special, after)], default=len(after))
+    head = re.match(f"(.*({special}))?", before, re.DOTALL)[0]  # to the last one
+    tail = re.search(f"({special}).*|$", after, re.DOTALL)[0]  # from the first one
     encode = functools.partial(tokenizer.encode, add_special_tokens=False, split_special_tokens=False)
-    return (encode(before[:start]) + encode_text(tokenizer, before[start:] + text + after[:end])
-            + encode(after[end:] + opening))
+    middle = before.removeprefix(head) + text + after.removesuffix(tail)
+    return encode(head) + encode_text(tokenizer, middle) + encode(tail + opening)
 
 
 def check_lengths(model, prompts, max_new_tokens):

@@ -3,11 +3,13 @@ reading can skip it."""
 import argparse
 import contextlib
 import fcntl
+import functools
+import glob
 import hashlib
+import itertools
 import json
 import math
 import os
-import pickle
 import re
 import resource
 import shutil
@@ -19,94 +21,73 @@ import zipfile
 
 import torch
 
-from lib import UserError, checkpoint
+from lib import UserError
 
 
 def run_script(main):
-    """Runs a script's main. What the user can put right ends in one line and exit code 2, never in a
-    traceback; Ctrl-C and SIGTERM end in one line and the shell's 130 and 143. A script may raise
-    KeyboardInterrupt(signal, what to say)."""
+    """Runs a script's main. What the user can put right ends in one line and exit code 2, Ctrl-C and SIGTERM
+    in one line and the shell's 130 and 143. A script may raise KeyboardInterrupt(signal, what to say)."""
 
     def stop(number, _):
-        raise KeyboardInterrupt(number)
+        raise KeyboardInterrupt(number, "what was written is kept; training goes on with --resume")
 
-    former = signal.signal(signal.SIGTERM, stop)
     try:
-        main()
+        with _on_signals(stop):
+            return main()
     except UserError as e:
-        _end(2, f"error: {e}")
+        code, said = 2, f"error: {e}"
     except KeyboardInterrupt as e:
-        number = e.args[0] if e.args else signal.SIGINT
-        said = e.args[1] if len(e.args) > 1 else "what was written is kept; training goes on with --resume"
-        by = "the keyboard" if number == signal.SIGINT else signal.Signals(number).name
-        _end(128 + number, f"stopped by {by}; {said}")
+        number, why = e.args
+        code, said = 128 + number, f"stopped by {signal.Signals(number).name}; {why}"
     except (RuntimeError, OSError) as e:
-        if isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e):  # the second: a CPU's
-            why = str(e).partition("\n")[0][:200]
-            _end(2, f"error: out of memory ({why}): see --help's flags of memory, or take a smaller model")
         # The context: torch, when it closes a file that could not be written.
         of_disk = e if isinstance(e, OSError) else e.__context__
-        if isinstance(of_disk, OSError):
-            _end(2, f"error: {of_disk}; what was written before is kept")
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, former)
-
-
-def _end(code, said):
+        if isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e):  # the second: a CPU's
+            why = str(e).partition("\n")[0][:200]
+            said = f"error: out of memory ({why}): see --help's flags of memory, or take a smaller model"
+        elif isinstance(of_disk, OSError):
+            said = f"error: {of_disk}; what was written before is kept"
+        else:
+            raise
+        code = 2
     print(f"{os.path.basename(sys.argv[0])}: {said}", file=sys.stderr)
     sys.exit(code)
 
 
-# ============================================================ Ctrl-C and SIGTERM
 @contextlib.contextmanager
-def stops_noted(said):
-    """Inside this block Ctrl-C and SIGTERM are only noted: the list that it gives is no longer empty, and the
-    block should save its state and come to its end. There the run stops, with the words `said`. A second
-    signal ends the process at once."""
-    noted = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
-
-    def note(number, _):
-        noted.append(number)
-        for each in numbers:
-            signal.signal(each, signal.SIG_DFL)
-        print("\nstopping at the end of this step; a second signal stops at once", file=sys.stderr)
-
-    former = {number: signal.signal(number, note) for number in numbers}
+def _on_signals(handler):
+    """Ctrl-C and SIGTERM go to the handler."""
+    former = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield noted
+        yield former
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def stops_noted(said):
+    """Inside this block Ctrl-C and SIGTERM are only noted: the list that it gives is no longer empty, and the
+    block should save its state and end. Then the run stops, with the words `said`. A second signal ends the
+    process at once."""
+    noted = []
+
+    def note(number, _):
+        noted.append(number)
+        for each in former:
+            signal.signal(each, signal.SIG_DFL)
+        print("\nstopping at the end of this step; a second signal stops at once", file=sys.stderr)
+
+    with _on_signals(note) as former:
+        yield noted
     if noted:
         raise KeyboardInterrupt(noted[0], said)
 
 
 # ============================================================ states: a run can be resumed
-def lock(out):
-    """Makes this process the only one that writes into the directory `out`; keep the file that comes back.
-    What a killed run left half written is removed. UserError if another process has the lock."""
-    file = open(os.path.join(out, "lock"), "a")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-        raise UserError(f"another process is writing to {out}; wait for it, or choose another --out") from e
-    model = os.path.join(out, "model")
-    for name in os.listdir(out):
-        path = os.path.join(out, name)
-        if name.startswith("model.replaced-") and not os.path.exists(model):
-            os.rename(path, model)  # killed between the two renames of checkpoint.save
-        elif re.match(r"model\.(writing|replaced)-|state-\d+\.pt\.tmp", name):
-            remove(path)
-    return file
-
-
 def saved_states(out):
     """The steps of which `out` holds a state, in order."""
-    names = os.listdir(out) if os.path.isdir(out) else []
-    matches = map(re.compile(r"state-(\d+)\.pt").fullmatch, names)
-    return sorted(int(match[1]) for match in matches if match)
+    return sorted(int(name[len("state-") : -len(".pt")]) for name in glob.glob("state-*.pt", root_dir=out))
 
 
 def state_path(out, step):
@@ -114,19 +95,17 @@ def state_path(out, step):
 
 
 def write_state(out, step, value):
-    """Saves `value`, a dict of tensors and plain data (lists, dicts, numbers, texts), as out/state-STEP.pt.
-
-    The file is complete or absent: it is written beside, brought to the disk and then renamed. After that all
-    but the last two states are deleted."""
-    path = state_path(out, step)
+    """Saves `value`, a dict of tensors and plain data, as out/state-STEP.pt; the last two states are kept.
+    The file is complete or absent: it is written beside, brought to the disk and then renamed."""
     os.makedirs(out, exist_ok=True)
-    with open(path + ".tmp", "wb") as file:
+    new = os.path.join(out, "state.tmp")
+    with open(new, "wb") as file:
         torch.save(value, file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(path + ".tmp", path)
+    os.replace(new, state_path(out, step))
     for former in saved_states(out)[:-2]:
-        remove(state_path(out, former))
+        os.remove(state_path(out, former))
 
 
 def read_state(out):
@@ -137,12 +116,12 @@ def read_state(out):
         return None
     path = state_path(out, steps[-1])
     try:
-        with zipfile.ZipFile(path) as file:
-            if file.testzip():  # torch.load does not look at the checksums
-                raise zipfile.BadZipFile("a checksum is wrong")
-        return steps[-1], torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, zipfile.BadZipFile, pickle.UnpicklingError) as e:
-        raise UserError(f"{path} is damaged ({e}): delete it, and the run goes on from the one before") from e
+        is_damaged = zipfile.ZipFile(path).testzip()  # torch.load does not look at the checksums
+    except zipfile.BadZipFile:
+        is_damaged = True
+    if is_damaged:
+        raise UserError(f"{path} is damaged: delete it, and the run goes on from the one before")
+    return steps[-1], torch.load(path, map_location="cpu", weights_only=True)
 
 
 def if_finite(number):
@@ -162,7 +141,6 @@ def open_log(path, lines):
 # ============================================================ a settings table makes the flags
 class BySize(typing.NamedTuple):
     """A default that the model's size decides."""
-
     small: object  # of a model with less than 50 M parameters
     released: object  # of any other: as in the released code
 
@@ -175,13 +153,14 @@ def add_flags(ap, table):
     for title, settings in table.items():
         group = ap.add_argument_group(title)
         for name, (default, bound, what) in settings.items():
-            kind = {"default": default, "help": what}
+            shown = default
+            kind = {"default": default}
             if isinstance(default, BySize):
-                kind = {"default": None, "help": f"{what} [{' | '.join(dict.fromkeys(map(str, default)))}]"}
+                shown = " | ".join(dict.fromkeys(map(str, default)))
+                kind["default"] = None
             elif isinstance(default, list):
-                kind.update(nargs="+", help=f"{what} [{' '.join(default)}]")
-            elif default is not None and bound is not bool:
-                kind["help"] = f"{what} [{default}]"
+                shown = " ".join(default)
+                kind["nargs"] = "+"
             if bound is bool:
                 kind["action"] = "store_true" if default is False else argparse.BooleanOptionalAction
             elif isinstance(bound, list):
@@ -189,7 +168,8 @@ def add_flags(ap, table):
             else:
                 of = bound if bound is str else type(bound)
                 kind.update(type=of, metavar={int: "N", float: "X", str: "NAME"}[of])
-            group.add_argument(flag(name), **kind)
+            help = what if shown is None or isinstance(shown, bool) else f"{what} [{shown}]"
+            group.add_argument(flag(name), help=help, **kind)
 
 
 def flag(name):
@@ -207,8 +187,8 @@ COMMON = {
     "overwrite": (False, bool, "replace the run that --out holds"),
     "resume": (None, str, "continue the run in this directory, by its own settings"),
     "device": (None, str, "cpu or cuda [cuda if there is one]")}
-OLD_FLAGS = {"--rows": "--gen-batch-size", "--group": "--num-generations", "--no-refresh": "--refresh-every -1",
-             "--tokens-per-forward": "--micro-batch-tokens"}
+OLD_FLAGS = {"--rows": "--gen-batch-size", "--group": "--num-generations",
+             "--no-refresh": "--refresh-every -1", "--tokens-per-forward": "--micro-batch-tokens"}
 
 
 def fill(args, table, small):
@@ -230,18 +210,15 @@ def check_bounds(args, table):
 
 def beside_released(settings, table, idle=()):
     """What is not as released among the settings of a table, as text. idle: names that change nothing."""
-    released = {name: default.released for part in table.values() for name, (default, _, _) in part.items()
-                if isinstance(default, BySize) and name not in idle}
-    others = [f"{name} {settings[name]} (released: {value})" for name, value in released.items()
-              if settings[name] != value]
+    others = []
+    for name, (default, _, _) in [row for part in table.values() for row in part.items()]:
+        if isinstance(default, BySize) and name not in idle and settings[name] != default.released:
+            others.append(f"{name} {settings[name]} (released: {default.released})")
     return f"not as released: {', '.join(others)}" if others else "all settings as released"
 
 
 # ============================================================ the command line
 class OneLinePerFlag(argparse.RawDescriptionHelpFormatter):
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=29, width=110)
-
     def format_help(self):
         return re.sub(r"\n\n(?=[^\n]+:\n  -)", "\n", super().format_help())  # no empty line before a title
 
@@ -253,13 +230,14 @@ class OneLinePerFlag(argparse.RawDescriptionHelpFormatter):
 def parser(doc):
     """An argparse parser for a script with the docstring `doc`. --help shows its first paragraph and its
     indented ones, the usual commands; what else stands there is for readers of the script."""
-    for word in sys.argv[1:]:
-        if word.partition("=")[0] in OLD_FLAGS:
-            raise UserError(f"{word.partition('=')[0]} is now {OLD_FLAGS[word.partition('=')[0]]}")
+    for word in [word.partition("=")[0] for word in sys.argv[1:]]:
+        if word in OLD_FLAGS:
+            raise UserError(f"{word} is now {OLD_FLAGS[word]}")
     first, *others = doc.split("\n\n")
     shown = [first] + [paragraph for paragraph in others if paragraph.startswith("    ")]
+    style = functools.partial(OneLinePerFlag, max_help_position=29, width=110)
     ap = argparse.ArgumentParser(description="\n\n".join(shown), usage="%(prog)s [flags]", allow_abbrev=False,
-                                 add_help=False, formatter_class=OneLinePerFlag)
+                                 add_help=False, formatter_class=style)
     ap.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
     return ap
 
@@ -289,13 +267,10 @@ def parse_resumable(parser, script, free=("device",)):
                 setattr(args, name, os.path.abspath(path))  # --resume may be said from elsewhere
         return args
     out = directory_of_run(args.resume)
-    made = settings_in(out)
-    if made.get("script") != script:
-        raise UserError(f"nothing to resume in {out!r}: it has no config.json of {script}")
-    missing = vars(args).keys() - made.keys() - {"resume", "overwrite"}
-    if missing:
-        raise UserError(f"{out} is a run of another version, without {flag(min(missing))}: begin a new run")
-    settings = {name: made[name] for name in vars(args) if name in made} | {"out": out, "resume": out}
+    made = settings_in(out) | {"out": out, "resume": out, "overwrite": False}
+    if made.get("script") != script or vars(args).keys() - made.keys():
+        raise UserError(f"nothing to resume in {out!r}: it has no config.json of this version's {script}")
+    settings = {name: made[name] for name in vars(args)}
     # What is in the namespace already takes no default.
     args = parser.parse_args(namespace=argparse.Namespace(**settings))
     changed = [name for name, value in settings.items() if getattr(args, name) != value and name not in free]
@@ -306,18 +281,27 @@ def parse_resumable(parser, script, free=("device",)):
 
 
 # ============================================================ the directory of a run
+# What a run writes there, but for its traces: they say themselves what they were made with.
+WRITTEN = ("state-*.pt", "state.tmp", "model", "metrics.jsonl", "results.json", "before-rl.json",
+           "bad-rollouts.json", "seconds.json", "imitation*", "stage-2*")
+
+
 def take_directory(out, model, resumes=False, overwrite=False):
-    """Locks the directory of a run -> the lock, see there. UserError if a new run would replace another one,
-    its own --model, or what no run has written."""
-    file = lock(out)
+    """Makes this process the only one that writes into the directory of a run; keep the file that comes back.
+    UserError if another process has it, or if a new run would replace another one, its own --model, or what
+    no run has written."""
+    file = open(os.path.join(out, "lock"), "a")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        raise UserError(f"another process is writing to {out}; wait for it, or choose another --out") from e
     if resumes:
         return file
     made = settings_in(out)
-    source = os.path.abspath(checkpoint.checkpoint_path(model))
-    if os.path.join(source, "").startswith(os.path.join(os.path.abspath(out), "")):
-        raise UserError(f"--model {model} is in --out {out}, which is to be replaced: choose another --out")
-    if "script" not in made and os.path.exists(os.path.join(out, "config.json")):
-        raise UserError(f"{out} has a config.json that no run wrote: choose another --out")
+    top, source = os.path.abspath(out), os.path.abspath(model)
+    is_foreign = "script" not in made and os.path.exists(os.path.join(out, "config.json"))
+    if is_foreign or os.path.commonpath([top, source]) == top:
+        raise UserError(f"--out {out} holds --model {model}, or what no run wrote: choose another --out")
     has_states = any(saved_states(os.path.join(out, name)) for name in ("", "imitation", "stage-2"))
     if (has_states or os.path.exists(os.path.join(out, "results.json"))) and not overwrite:
         raise UserError(f"{out} holds a run of {made.get('script')} on {made.get('task')}: go on with "
@@ -327,16 +311,15 @@ def take_directory(out, model, resumes=False, overwrite=False):
 
 def begin(out, script, settings):
     """Writes config.json, which --resume and the other scripts read. settings: vars(args). A new run deletes
-    all that an earlier one left in `out` but the traces, which say themselves what they were made with."""
+    what an earlier one has WRITTEN."""
     made = settings_in(out)
     if settings.get("resume") and made["examples"] != settings["examples"]:
-        raise UserError(f"the examples of {settings['task']} are not those that the run in {out} began with: set "
-                        "LITEREASON_DATA as then, prepare those again, or begin a new run in another --out")
+        raise UserError(f"the examples of {settings['task']} are not those that the run in {out} began with: "
+                        "set LITEREASON_DATA as then, or begin a new run in another --out")
     if not settings.get("resume") and "script" in made:
-        states = [os.path.basename(state_path(out, step)) for step in saved_states(out)]
-        for name in [*states, "metrics.jsonl", "results.json", "before-rl.json", "bad-rollouts.json",
-                     "seconds.json", "model", "imitation", "stage-2", "imitation.jsonl", "stage-2.jsonl"]:
-            remove(os.path.join(out, name))
+        for name in itertools.chain(*(glob.glob(pattern, root_dir=out) for pattern in WRITTEN)):
+            path = os.path.join(out, name)
+            shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
     settings = {name: value for name, value in settings.items() if name not in ("resume", "overwrite")}
     settings = {"script": script, "base": base_of(settings["model"]), **settings}
     write_json(os.path.join(out, "config.json"), settings)
@@ -350,16 +333,16 @@ def digest(examples):
 
 def directory_of_run(path):
     """Of a run directory, or of the model/ in it."""
-    path = os.path.normpath(path)
-    is_in_run = os.path.basename(path) == "model" and "script" not in settings_in(path)
-    return os.path.dirname(path) if is_in_run else path
+    parent, name = os.path.split(os.path.normpath(path))
+    return parent if name == "model" and "script" in settings_in(parent) else os.path.normpath(path)
 
 
 def settings_in(directory):
     """What its config.json says; {} without one that can be read."""
     try:
-        return dict(read_json(os.path.join(directory, "config.json"), {}))
-    except (OSError, ValueError, TypeError):
+        with open(os.path.join(directory, "config.json")) as f:
+            return json.load(f)
+    except (OSError, ValueError):
         return {}
 
 
@@ -375,26 +358,10 @@ def base_of(name):
 
 
 def default_out(model, task, method):
-    """out/MODEL-TASK-METHOD, so that no run lands in the directory of another kind of run by default."""
-    base = os.path.basename(os.path.normpath(str(base_of(model))))
+    """out/MODEL-TASK-METHOD: each kind of run has a directory of its own."""
+    base = os.path.basename(os.path.normpath(base_of(model)))
     parts = [task, method] if task.split(".")[0] == base else [base, task, method]
     return os.path.join("out", "-".join(parts))
-
-
-def remove(path):
-    """A file, or a directory with all that is in it; nothing if there is none."""
-    if os.path.isdir(path):
-        shutil.rmtree(path, ignore_errors=True)
-    elif os.path.exists(path):
-        os.remove(path)
-
-
-def read_json(path, default):
-    """What the file holds; the default if there is none."""
-    if not os.path.exists(path):
-        return default
-    with open(path) as f:
-        return json.load(f)
 
 
 def write_json(path, value):
@@ -403,21 +370,19 @@ def write_json(path, value):
 
 def write_text(path, text):
     """The whole file or, if that fails, the one that was there before."""
-    try:
-        with open(path + ".tmp", "w", encoding="utf-8") as f:
-            f.write(text)
-        os.replace(path + ".tmp", path)
-    except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror}") from e
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        f.write(text)
+    os.replace(path + ".tmp", path)
 
 
 # ============================================================ seconds and memory
 class Phases:
-    """Seconds and peak memory in GiB of each phase of a step: `end(name)` closes the phase that began at the
-    last end. On CUDA the allocator's peak within the phase, on a CPU the process's so far."""
+    """Seconds and peak GiB of each phase of a step; `end` closes the one since the last end. On CUDA the
+    allocator's peak within the phase, on a CPU the process's so far."""
 
     def __init__(self, device):
-        self.device, self.began = device, time.time()
+        self.device = device
+        self.began = time.time()
         self.seconds, self.memory = {}, {}
 
     def end(self, name):

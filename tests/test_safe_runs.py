@@ -74,7 +74,7 @@ def test_overwrite_leaves_no_file_of_the_earlier_run(copy):
 
 def test_a_run_is_neither_continued_in_its_own_directory_nor_replaced_by_an_evaluation(copy):
     for source in (copy, copy / "model"):
-        with pytest.raises(UserError, match="--model .* is in --out .*, which is to be replaced"):
+        with pytest.raises(UserError, match="--out .* holds --model .*: choose another --out"):
             run(train_rl, *SIZES, "--model", source, "--out", copy, "--overwrite")
     with pytest.raises(UserError, match="is a run: the results of eval.py would replace its own"):
         run(evaluation, "--model", copy, "--device", "cpu", "--n", 1, "--out", copy)
@@ -83,7 +83,7 @@ def test_a_run_is_neither_continued_in_its_own_directory_nor_replaced_by_an_eval
 def test_a_directory_that_is_no_run_is_left_alone_even_with_overwrite(copy):
     before = (copy / "model" / "config.json").read_bytes()
     for words in ((), ("--overwrite",)):
-        with pytest.raises(UserError, match="has a config.json that no run wrote: choose another --out"):
+        with pytest.raises(UserError, match="or what no run wrote: choose another --out"):
             run(train_rl, *SIZES, "--model", "tiny", "--out", copy / "model", *words)
     assert (copy / "model" / "config.json").read_bytes() == before
 
@@ -131,14 +131,12 @@ def test_a_checkpoint_that_cannot_be_replaced_is_kept(tmp_path, monkeypatch):
     model, tokenizer = load("tiny", "cpu")
     path = str(tmp_path / "m")
     save(model, tokenizer, path)
-    rename = os.rename
 
-    def fail(old, new):
-        if ".writing-" in old:
-            raise OSError("no more")
-        rename(old, new)
+    def fail(path):
+        os.mkdir(path)
+        raise OSError("no more")
 
-    monkeypatch.setattr(os, "rename", fail)
+    monkeypatch.setattr(model, "save_pretrained", fail)
     with pytest.raises(UserError, match="cannot write"):
         save(model, tokenizer, path)
     assert os.listdir(tmp_path) == ["m"] and load(path, "cpu")
