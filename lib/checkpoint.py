@@ -134,7 +134,8 @@ def check_model(model, cap, layers):
     layers = getattr(config, "litereason_num_reasoning_layers", layers)
     for name, value in (("max_reasoning_steps", cap), ("num_reasoning_layers", layers)):
         if type(value) is not int or not 1 <= value <= 64:
-            raise UserError(f"config.json: litereason_{name} is {value!r}, expected a whole number from 1 to 64")
+            raise UserError(f"config.json: litereason_{name} is {value!r}, expected a whole number from 1 to "
+                            "64")
     return cap, layers
 
 

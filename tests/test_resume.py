@@ -171,7 +171,7 @@ def test_what_may_stand_beside_resume_and_what_can_not_be_resumed(half, tmp_path
         (train_rl, (*SIZES, "--steps", 4, "--out", half), "holds a run of .*: go on with --resume"),
         (train_rl, ("--resume", half, "--lr", 1), "--lr: a resumed run keeps .*, save --steps and"),
         (train_rl, ("--resume", old), "nothing to resume in .* no config.json of this version's train_rl.py"),
-        (train_rl, ("--resume", tmp_path), "nothing to resume in .* no config.json of this version's train_rl.py"),
+        (train_rl, ("--resume", tmp_path), "nothing to resume in .* no config.json of this version's"),
         (train_projector, ("--resume", half), "nothing to resume in .* no config.json of this version's"),
     ):
         with pytest.raises(UserError, match=says):
