@@ -159,7 +159,7 @@ def test_latents_begin_as_long_as_an_embedding_and_the_papers_start_does_not(rea
 
 
 # ---------------------------------------------------------------- tags across a real tokenizer's cuts
-BEFORE = ["", "So", "So. ", "So:\n", "So.\n\n", "(", "\"", "a<", "So <"]
+BEFORE = ["", "So", "So.", "So. ", "So:\n", "So.\n\n", "(", "\"", "a<", "So <"]
 INSIDE = ["3", " 2 ", "12", "\n4\n", "05", "0", "two", ""]
 AFTER = ["", "\n", "\n\n", ".", " so", ",", ">", ".\n", "</i>", "<", tag(2)]
 
