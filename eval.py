@@ -5,17 +5,13 @@ tokens + latent steps, both counted while decoding, never read off the text.
 
 Answers are sampled as the paper evaluates (temperature 0.7, top-p 0.8, top-k 20): a gain that exists only at
 temperature 1 is a gain over slips that nobody would sample. `--sampling trained` samples as RL does while it
-trains (temperature 1, nothing cut), `--sampling paper trained` gives both, and --temperature, --top-p and
---top-k override either.
-
-The accuracy is the task's reward alone, without a length penalty.
+trains (temperature 1, nothing cut). The accuracy is the task's reward alone, without a length penalty.
 
     python eval.py --model tiny                       # the base, tag prompt, its tags as text: 5 seconds
     python eval.py --model tiny:plain tiny RUN        # one table: plain prompt, tags, a run's directory
     python eval.py --model RUN --sampling paper trained   # .. at both samplings
     python eval.py --model RUN --controls             # what its latents do: zeros, noise, none, ..
-    python eval.py --model RUN --show 3               # three answers, latents as nearest words
-    python eval.py --model RUN --show 20 --html answers.html   # as a page, wrong answers first
+    python eval.py --model RUN --show 20 --html answers.html   # as a page; without --html as text
 """
 import os
 import time
