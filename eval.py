@@ -313,7 +313,9 @@ def main():
             rows.append(row)
             answers = rollouts[:: args.samples]  # each example's first
             if args.html:
-                sections.append(page.section(said, row, model, tokenizer, task, examples, answers, args.show))
+                rewards = data.score(task, examples, [answer.text for answer in answers])
+                sections.append(page.section(said, row, measure, model, tokenizer, task, examples, answers,
+                                             rewards, args.show))
             else:
                 print_answers(row["name"], model, tokenizer, task, examples[: args.show], answers)
 
@@ -344,6 +346,8 @@ def check_flags(args):
             raise UserError(f"--model {name}: behind a colon may stand plain, for the prompt without tags")
         if run.run_settings(name.partition(":")[0]).get("script") == "results/baselines.py":
             raise UserError(f"{name} is a run of results/baselines.py: read the table in its results.json")
+    if args.top_p is not None and not 0 < args.top_p <= 1:
+        raise UserError(f"--top-p is {args.top_p}; it must be above 0 and at most 1")
     if args.html and not args.show:
         raise UserError("--html needs --show N: that many answers go onto the page")
 

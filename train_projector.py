@@ -268,7 +268,7 @@ def _scored_tokens(row):  # after the first tag
 
 def optimise(model, traces, learners, batch, steps, losses_of, clip=0.2, seed=0, together=1,
              schedule=True, states=None, every=50):
-    """The loop of stage 2, whatever learns and from what loss -> the mean loss of the last 20 steps.
+    """The loop of stage 2, whatever learns from whatever loss -> the mean loss of the last 20 steps.
 
     learners   [(parameters, peak learning rate, the share of the steps after which they begin to learn)]
     steps      None is one pass over the traces
