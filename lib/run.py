@@ -3,6 +3,7 @@ reading can skip it."""
 import argparse
 import contextlib
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -195,6 +196,21 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
+# Settings that the training scripts share.
+COMMON = {
+    "model": ("tiny", str, "tiny, a directory (a run's too), or a hub name such as Qwen2.5-1.5B"),
+    "task": (None, str, "a folder under data/, or tiny.next_chapter [by the model]"),
+    "reward": (None, ["contrastive", "vrcli", "thresholded"], "of next_chapter [contrastive]"),
+    "scorer": (None, str, "the frozen model that reads chapters [a copy of the base]"),
+    "seed": (0, 0, "of all random draws"),
+    "out": (None, str, "the run's directory [out/MODEL-TASK-METHOD]"),
+    "overwrite": (False, bool, "replace the run that --out holds"),
+    "resume": (None, str, "continue the run in this directory, by its own settings"),
+    "device": (None, str, "cpu or cuda [cuda if there is one]")}
+OLD_FLAGS = {"--rows": "--gen-batch-size", "--group": "--num-generations",
+             "--tokens-per-forward": "--micro-batch-tokens", "--no-refresh": "--refresh-every -1"}
+
+
 def fill(args, table, small):
     """Gives every setting that no flag gave its default. small: whether the model is small."""
     for settings in table.values():
@@ -237,6 +253,9 @@ class OneLinePerFlag(argparse.RawDescriptionHelpFormatter):
 def parser(doc):
     """An argparse parser for a script with the docstring `doc`. --help shows its first paragraph and its
     indented ones, the usual commands; what else stands there is for readers of the script."""
+    for word in sys.argv[1:]:
+        if word.partition("=")[0] in OLD_FLAGS:
+            raise UserError(f"{word.partition('=')[0]} is now {OLD_FLAGS[word.partition('=')[0]]}")
     first, *others = doc.split("\n\n")
     shown = [first] + [paragraph for paragraph in others if paragraph.startswith("    ")]
     ap = argparse.ArgumentParser(description="\n\n".join(shown), usage="%(prog)s [flags]", allow_abbrev=False,
@@ -309,7 +328,11 @@ def take_directory(out, model, resumes=False, overwrite=False):
 def begin(out, script, settings):
     """Writes config.json, which --resume and the other scripts read. settings: vars(args). A new run deletes
     all that an earlier one left in `out` but the traces, which say themselves what they were made with."""
-    if not settings.get("resume") and "script" in settings_in(out):
+    made = settings_in(out)
+    if settings.get("resume") and made["examples"] != settings["examples"]:
+        raise UserError(f"the examples of {settings['task']} are not those that the run in {out} began with: "
+                        "set LITEREASON_DATA as then, prepare those again, or choose another --out")
+    if not settings.get("resume") and "script" in made:
         states = [os.path.basename(state_path(out, step)) for step in saved_states(out)]
         for name in [*states, "metrics.jsonl", "results.json", "before-rl.json", "bad-rollouts.json",
                      "seconds.json", "model", "imitation", "stage-2", "imitation.jsonl", "stage-2.jsonl"]:
@@ -317,6 +340,12 @@ def begin(out, script, settings):
     settings = {name: value for name, value in settings.items() if name not in ("resume", "overwrite")}
     settings = {"script": script, "base": base_of(settings["model"]), **settings}
     write_json(os.path.join(out, "config.json"), settings)
+
+
+def digest(examples):
+    """16 digits that change with the examples of a task."""
+    text = json.dumps(examples, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
 
 
 def directory_of_run(path):

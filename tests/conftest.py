@@ -138,7 +138,8 @@ def scripted(tok, texts, limit, seed=0):
     that say who a row is."""
     draws = torch.rand(len(texts), limit, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     row_of = {u: row for row, line in enumerate(draws.tolist()) for u in line}
-    scripts, after = [iter(tok.encode(t)) for t in texts], tok.encode("x")[0]
+    scripts = [iter(tok.encode(t) if isinstance(t, str) else t) for t in texts]  # texts, or token ids
+    after = tok.encode("x")[-1]
 
     def sample(logits, u, temperature, top_k, top_p):
         token = torch.tensor([next(scripts[row_of[x]], after) for x in u.tolist()])

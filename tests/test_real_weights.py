@@ -4,7 +4,6 @@ Each model is a folder with a file `done` in it, in LITEREASON_REAL_WEIGHTS or e
 ../shared/real_weights/get.py writes them; without it its tests skip. Numbers are float32, so "equal" means
 1e-4 of the largest entry; log-probs of tokens that a test makes a model write are as low as -25.
 """
-import contextlib
 import copy
 import dataclasses
 import itertools
@@ -18,7 +17,7 @@ import zlib
 
 import pytest
 import torch
-from conftest import ROOT, close, naive, tag
+from conftest import ROOT, close, naive, scripted, tag, write
 from test_families import STORY
 from test_real_tasks import run
 from test_resume import metrics, same_weights, stopped
@@ -30,7 +29,7 @@ import train_projector
 import train_rl
 from lib import checkpoint
 from lib.run import saved_states
-from litereason import (LATENT, NormedProjector, Rollout, generate, insert_latents, load, logprobs,
+from litereason import (LATENT, NormedProjector, Rollout, insert_latents, load, logprobs,
                         naive_generate, parse_tags, unroll, watcher, z_size)
 
 FOLDER = os.path.abspath(os.environ.get("LITEREASON_REAL_WEIGHTS") or os.path.join(ROOT, "out", "real"))
@@ -50,36 +49,13 @@ def real(request):
     return load(weights(request.param), "cpu")
 
 
-@contextlib.contextmanager
-def forced(scripts, limit):
-    """While this lasts row i writes the token ids of scripts[i], then what it samples; -> the random numbers
-    (rows, limit), all different, that say whose turn it is."""
-    draws = torch.rand(len(scripts), limit, generator=seeded(), dtype=torch.float64)
-    row_of = {u: row for row, line in enumerate(draws.tolist()) for u in line}
-    left = [iter(ids) for ids in scripts]
-
-    def sample(logits, u, *settings):
-        token, _ = original(logits, u, *settings)
-        token = torch.tensor([next(left[row_of[x]], t) for x, t in zip(u.tolist(), token.tolist())])
-        return token, logits.float().log_softmax(-1).gather(-1, token[:, None])[:, 0]
-
-    original = litereason.sample
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(litereason, "sample", sample)
-        yield draws
-
-
-def seeded():
-    return torch.Generator().manual_seed(0)
-
-
 # ---------------------------------------------------------------- decoding = scoring = the definition
 LIMIT = 32
 TEXTS = [
     f" His sons went.{tag(3)}\nAnd they came.<end>",  # for a short prompt; ends merged with their neighbours
     f"{tag(2)}{tag(1)} and the king gave them bread",  # two in a row; cut by the limit
     f"{tag(9)} <end>",                                # for a chat prompt; above the cap
-    " one had a horse, and the other",                # no tag; then what the model samples
+    " one had a horse, and the other",                # no tag
 ]
 
 
@@ -90,9 +66,7 @@ def written(model, tok, texts):
     for text in texts:
         ids = checkpoint.encode_text(tok, text.removesuffix("<end>"))
         scripts.append(ids + [checkpoint.end_of_answer(model, tok)] * text.endswith("<end>"))
-    with forced(scripts, LIMIT):
-        rollouts = generate(model, tok, prompts, 2, LIMIT, generator=seeded())
-    return rollouts, prompts, scripts
+    return write(model, tok, prompts, scripts, LIMIT, samples=2), prompts, scripts
 
 
 @torch.no_grad()
@@ -110,7 +84,7 @@ def test_sampler_scorer_and_definition_agree_on_real_weights(real):
         _, made, expected = naive(model, r.prompt_ids, r.slots)
         close(r.logprobs, expected, 1e-4)
         close(r.latents, made, 1e-4)
-    with forced(scripts, LIMIT) as draws:
+    with scripted(tok, scripts, LIMIT) as draws:
         slow = naive_generate(model, tok, prompts[0], draws[1])
     assert (slow.slots, slow.text, slow.finished) == (rollouts[1].slots, rollouts[1].text, False)
     close(slow.logprobs, rollouts[1].logprobs, 1e-4)
@@ -159,26 +133,23 @@ def test_latents_begin_as_long_as_an_embedding_and_the_papers_start_does_not(rea
 
 
 # ---------------------------------------------------------------- tags across a real tokenizer's cuts
-BEFORE = ["", "So", "So. ", "So:\n", "So.\n\n", "(", "\"", "a<", "So <"]
+BEFORE = ["", "So", "So.", "So. ", "So:\n", "So.\n\n", "(", "\"", "a<", "So <"]
 INSIDE = ["3", " 2 ", "12", "\n4\n", "05", "0", "two", ""]
 AFTER = ["", "\n", "\n\n", ".", " so", ",", ">", ".\n", "</i>", "<", tag(2)]
 
 
 def test_tags_fire_across_the_cuts_of_a_real_tokenizer(real):
     model, tok = real
-    watch = watcher(model, tok)
     texts = [a + tag(n) + b for a, n, b in itertools.product(BEFORE, INSIDE, AFTER)]
     sequences = [checkpoint.encode_text(tok, text) for text in texts]
     cuts = {tok.decode([i]) for ids in sequences for i in ids}
     assert {".<", " <", ">.", "><"} <= cuts and (">\n" in cuts) == (model.config.model_type == "qwen2")
-    for text, ids, found in zip(texts, sequences, fired(watch, sequences), strict=True):
+    for text, ids, found in zip(texts, sequences, fired(watcher(model, tok), sequences), strict=True):
         assert tok.decode(ids, clean_up_tokenization_spaces=False) == text
         assert found == by_decoding(tok, ids, 5)
         assert [n for _, n in found] == [n for _, _, n in parse_tags(text)]
-        slots = list(ids)
-        for position, n in reversed(found):
-            slots[position + 1 : position + 1] = [LATENT] * n
-        assert insert_latents(model, tok, ids) == slots
+        slots = insert_latents(model, tok, ids)
+        assert slots.count(LATENT) == sum(n for _, n in found) and [s for s in slots if s != LATENT] == ids
 
 
 def test_tags_fire_wherever_a_policy_cuts_them(real):

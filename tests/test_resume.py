@@ -178,6 +178,18 @@ def test_what_may_stand_beside_resume_and_what_can_not_be_resumed(half, tmp_path
             run(script, *words)
 
 
+def test_a_resumed_run_with_other_examples_is_refused(half, monkeypatch):
+    monkeypatch.setattr(runs, "digest", lambda examples: "another")
+    with pytest.raises(UserError, match="the examples of tiny are not those that the run in .*half.* began with"):
+        run(train_rl, "--resume", half)
+
+
+@pytest.mark.parametrize("old, new", runs.OLD_FLAGS.items())
+def test_an_old_flag_is_answered_by_the_new_one(old, new):
+    with pytest.raises(UserError, match=f"^{old} is now {new}$"):
+        run(train_rl, old, 4)
+
+
 def test_a_second_process_on_the_same_directory_is_refused(tmp_path):
     held = runs.lock(str(tmp_path))
     child = os.fork()

@@ -14,9 +14,9 @@ import torch
 from conftest import ROOT
 
 import litereason
-from lib import run as runs
 import train_rl
 from data import next_chapter
+from lib import checkpoint
 
 SCRIPTS = ["train_projector.py", "train_rl.py", "eval.py", "results/baselines.py", "data/tiny/prepare.py",
            "results/reproduce.py", "results/check_tiny.py", "tests/bench.py"]
@@ -40,8 +40,8 @@ def script(*words):
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))
         stack.enter_context(torch.random.fork_rng(devices=[]))
-        # The benchmarks put functions of their own into litereason and runs.
-        for names in (os.environ, next_chapter.settings, vars(litereason), vars(runs)):
+        # The benchmarks put functions of their own into litereason and checkpoint.
+        for names in (os.environ, next_chapter.settings, vars(litereason), vars(checkpoint)):
             stack.enter_context(mock.patch.dict(names))
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setattr(sys, "argv", [str(word) for word in words])

@@ -51,7 +51,7 @@ def test_rewarded_whole_samples_are_kept_and_one_line_counts_the_others(collect,
         (i, f"q{i}", "He left. box right") for i in range(3)]
     assert f"kept 3 of 21 traces (reward > 0), in {collect.path}; 9 were cut by --max-new-tokens, 9 earned " \
         "nothing" in capsys.readouterr().out
-    assert train_projector.read_traces(collect.path) == traces
+    assert train_projector.kept(train_projector.lines_of(collect.path)[1:]) == traces
 
 
 def test_a_stopped_stage_1_goes_on_behind_its_last_whole_line(collect, capsys):
@@ -111,7 +111,7 @@ def test_a_smoke_run_of_a_model_that_counts_as_real_ends_in_the_table(tmp_path, 
     train_rl.main()
     said = capsys.readouterr().out
     order = ["M parameters, cpu", "4 steps, 2 on each batch of 8 rollouts", "not as released: steps 4",
-             "GiB can be used; with --gen-batch-size 8", "| base, tag prompt", "stage 1: kept",
+             "GiB can be used; with --", "| base, tag prompt", "stage 1: kept",
              "stage 2: validation loss", "step    4/4", "| LiteReason "]
     if not earns:
         order[6:6] = ["warning: too few traces were kept; --smoke goes on with all samples"]
