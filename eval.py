@@ -54,7 +54,7 @@ SETTINGS = {  # {title: {name: (default, the least or the choices, what it is)}}
     "how answers are sampled": {
         "sampling": (["paper"], list(SAMPLINGS), "paper: 0.7, 0.8, 20 below; trained: 1, 1, 0; or both"),
         "temperature": (None, 0.0, "0 is greedy [that of --sampling]"),
-        "top_p": (None, 1e-6, "above 0, up to 1 [that of --sampling]"),
+        "top_p": (None, 0.0, "above 0, up to 1 [that of --sampling]"),
         "top_k": (None, 0, "0 is off [that of --sampling]"),
         "max_new_tokens": (None, 1, "slots per answer, latents included [the run's, else by size]")},
     "what to look at": {

@@ -179,7 +179,7 @@ def test_a_card_that_is_too_small_is_said_with_what_to_change(real):
     settings, text = plan(real, 5)
     assert settings == {"gen_batch_size": 16, "micro_batch_tokens": 3748, "checkpoint_layers": True,
                         "offload": True}
-    assert "this may not fit: leave the memory flags away, shorten --max-new-tokens" in text
+    assert "this may not fit: leave the memory flags away, or shorten --max-new-tokens" in text
     assert "may not fit" in plan(real, 24, gen_batch_size=768, offload=False)[1]
 
 
