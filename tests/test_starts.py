@@ -1,4 +1,4 @@
-"""What stage 2 begins with: a projector whose latents are as long as embeddings, and a base that writes tags."""
+"""What stage 2 begins with: latents as long as embeddings, and a base that writes tags."""
 import json
 import math
 import os
@@ -91,7 +91,7 @@ def traces(model, tok):
     return [Rollout(tok.encode("the story"), slots, torch.zeros(0, 32))]
 
 
-def test_each_step_of_stage_2_says_how_large_latents_are_and_skipped_ones_are_said(model, tok, tmp_path, capsys):
+def test_each_step_of_stage_2_says_how_large_latents_are_and_which_it_skips(model, tok, tmp_path, capsys):
     start_projector(model, "normed")
     fit_projector(model, traces(model, tok), 1e-3, 1, 3, states=str(tmp_path / "stage-2"))
     lines = [json.loads(line) for line in open(tmp_path / "stage-2.jsonl")]
@@ -162,7 +162,7 @@ def test_given_traces_are_taken_and_none_is_sampled(tmp_path, capsys):
 @pytest.mark.parametrize("line", ['{"example": 99999, "text": "x"}', '{"text": "x"}', "[1]", "no json"])
 def test_traces_that_cannot_be_read_are_refused_in_one_line(tmp_path, line):
     (tmp_path / "traces.jsonl").write_text(line + "\n")
-    with pytest.raises(UserError, match="^--traces .*; each line is to be like .* with one of 40 train examples$"):
+    with pytest.raises(UserError, match="^--traces .*; each line .* with one of 40 train examples$"):
         run(train_projector, *IMITATION, "--traces", tmp_path / "traces.jsonl", "--out", tmp_path / "run")
 
 
