@@ -548,7 +548,7 @@ def stages_1_and_2(model, tokenizer, task, out, settings, smoke=False):
 
 def say_size_of_start(sizes, are_fed):
     """sizes (n,): of the untrained projector's latents. are_fed: with targets the targets are fed instead."""
-    longest = sizes.nan_to_num(math.inf).max()
+    longest = sizes.nan_to_num(math.inf, posinf=math.inf).max()
     print(f"stage 2: at the start a latent is {sizes.median():.3g} times as long as an embedding, the "
           f"longest {longest:.3g} times", flush=True)
     if are_fed and longest > LARGE:

@@ -171,7 +171,7 @@ def test_a_row_alone_is_the_same_row_in_a_batch(model, tok, rule):
 def test_a_pause_token_is_one_vector_everywhere_and_is_saved_like_a_projector(tmp_path):
     model, tok = load("tiny")
     start_projector(model, "pause")
-    z, _ = model.reasoning_projector(torch.randn(3, 2, 128))
+    z = model.reasoning_projector(torch.randn(3, 2, 128))
     assert torch.equal(z[0, 0], z[2, 1])
     save(model, tok, tmp_path / "model")
     again, _ = load(tmp_path)
@@ -244,7 +244,7 @@ def test_a_step_in_which_all_groups_had_zero_variance_says_so(model, tok, tmp_pa
                      **colar(model, head_of(model), 5))
     with open(tmp_path / "log", "w") as log:
         assert baselines.tell_step(log, 0, 9, rolls, torch.tensor([[1.0, 1.0], [0.0, 0.0]]), 0.0) == 1
-        assert "warning: step 1: in all 2 groups every rollout earned the same" in capsys.readouterr().out
+        assert "warning: step 1: in each group all earned the same" in capsys.readouterr().out
         assert baselines.tell_step(log, 1, 9, rolls, torch.tensor([[1.0, 0.0], [0.0, 0.0]]), 0.0) == 0.5
         assert "earned the same" not in capsys.readouterr().out
     lines = [json.loads(line) for line in open(tmp_path / "log")]
