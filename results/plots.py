@@ -2,14 +2,10 @@
 
     curve        scores against tokens
     by_length    scores and tokens against the length of the chain
-    training     reward, tokens, latent steps and tags against steps
     chains       how large latents are along a chain, for each start of the projector (starts-real.json)
 
 Each is 900 px wide, as a README is shown, and white, so that it can be read on a dark page too.
 """
-import json
-import os
-
 import numpy as np
 
 from lib import UserError
@@ -26,8 +22,7 @@ TOKENS = "tokens per answer (text + latents)"
 
 
 def curve(rows, path, score="accuracy"):
-    """rows: {method: means with accuracy, tokens and the 95 % interval of each}, as reproduce.summary makes
-    them. score: what the scores are called."""
+    """rows: {method: means as of reproduce.mean_of}. score: what the scores are called."""
     picture, (panel,) = figure([420])
     for (method, row), colour in zip(rows.items(), colours_of(rows)):
         bars_at(panel, row["tokens"], row, colour, label=method)
@@ -57,25 +52,6 @@ def by_length(rows, path, score="accuracy"):
     name_axes(panels[0], "", score)
     name_axes(panels[1], "hand-overs in each chain", TOKENS)
     save(picture, path, "bars: 95 % interval over seeds and stories")
-
-
-def training(folders, path):
-    """folders: {method: directory of a run of train_rl.py}."""
-    curves = {"reward": "reward", "tokens": "tokens per rollout (text + latents)",
-              "latent_steps": "latent steps per rollout", "tag_share": "share of rollouts with a tag"}
-    picture, panels = figure([190] * len(curves))
-    for (method, folder), colour in zip(folders.items(), colours_of(folders)):
-        with open(os.path.join(folder, "metrics.jsonl")) as file:
-            metrics = [json.loads(line) for line in file]
-        for panel, (key, name) in zip(panels, curves.items()):
-            values = [m["text_tokens"] + m["latent_steps"] if key == "tokens" else m[key] for m in metrics]
-            steps = [m["step"] for m in metrics]
-            smooth = [np.mean(values[max(0, i - 2) : i + 3]) for i in range(len(values))]
-            panel.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
-            panel.plot(steps, smooth, color=colour, label=method)
-            name_axes(panel, "", name)
-    panels[-1].set_xlabel("step")
-    save(picture, path, "faint: single steps; strong: means of the five steps around each")
 
 
 def chains(rows, path):

@@ -346,7 +346,7 @@ REASONING = ("from Mara Otto and from Karl Lena , so Rosa has none of the halves
 
 
 def on_the_card_baseline(method, out):
-    """results/baselines.py with sizes that have no flags, and with traces that it need not sample."""
+    """results/baselines.py, small, and with traces that it need not sample."""
     import sys
 
     from lib import run
@@ -357,11 +357,9 @@ def on_the_card_baseline(method, out):
         return [(prompt, REASONING, r"\boxed{ No }") for prompt in prompts], 0
 
     baselines.own_traces = traces
-    baselines.SMALL.update(stories=4, batch=4, stages=1, per_stage=1, colar_epochs=1, rl_prompts=1)
-    baselines.GROUP = 4
     baselines.CHECKED = 1
-    sys.argv = ["results/baselines.py", "--method", method, "--n", "1", "--steps", "1",
-                "--max-new-tokens", "12", "--out", out]
+    sys.argv = ["results/baselines.py", *f"--method {method} --n 1 --steps 1 --stories 4 --batch 4 --stages 1 "
+                f"--epochs 1 --last-stage 1 --prompts 1 --num-generations 4 --max-new-tokens 12 --out {out}".split()]
     run.run_script(baselines.main)
 
 
@@ -369,4 +367,4 @@ def on_the_card_baseline(method, out):
 def test_a_baseline(method, tmp_path):
     pretend.run(on_the_card_baseline, method, str(tmp_path / "run"))
     on_test = [row["model"] for row in results(tmp_path / "run") if row["split"] == "test"]
-    assert on_test[-2] == method  # the last is at temperature 1
+    assert on_test[-2:] == [method, f"  {method}, temperature 1"]
