@@ -375,7 +375,7 @@ def test_an_index_may_name_safetensors_files_only(damaged):
     os.rename(path / "model.safetensors", path / "model.bin")
     (path / "model.safetensors.index.json").write_text(json.dumps(
         {"metadata": {}, "weight_map": {"model.norm.weight": "model.bin"}}))
-    refused("not only safetensors files", load64, path)
+    refused("its weights are not in safetensors files", load64, path)
 
 
 def test_no_code_of_a_checkpoint_runs_and_nobody_is_asked(damaged, tmp_path, monkeypatch):

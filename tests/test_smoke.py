@@ -107,7 +107,7 @@ def test_smoke_changes_defaults_flags_win_and_a_resumed_run_needs_nothing(monkey
 def settled(**changes):
     """The settings of a run of train_rl.py as released."""
     args = types.SimpleNamespace(**{name: None for part in train_rl.SETTINGS.values() for name in part})
-    vars(args).update(method="litereason", task="t", model="m", offload=False, **changes)
+    vars(args).update({"method": "litereason", "task": "t", "model": "m", "offload": False, **changes})
     run.fill(args, train_rl.SETTINGS, small=False)
     return args
 
@@ -137,10 +137,11 @@ def test_a_smoke_run_of_a_model_that_counts_as_real_ends_in_the_table(tmp_path, 
     train_rl.main()
     said = capsys.readouterr().out
     order = ["M parameters, cpu", "4 steps, 2 on each batch of 8 rollouts", "not as released: steps 4",
-             "GiB can be used; with --gen-batch-size 8", "stage 1: kept", "stage 2: validation loss", "step    4/4",
+             "GiB can be used; with --", "stage 1: kept", "stage 2: validation loss", "step    4/4",
              "| base, tag prompt", "| LiteReason "]
     if not earns:
         order[5:5] = ["warning: stage 1 kept 0 of 40 traces, too few", "goes on with all samples"]
+    assert [words for words in order if words not in said] == []
     places = [said.index(words) for words in order]
     assert places == sorted(places) and "time at most" not in said
     config = json.load(open(tmp_path / "config.json"))
