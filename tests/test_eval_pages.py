@@ -131,15 +131,6 @@ def means(name):
             "tokens_ci95": [tokens - 4, tokens + 8]}
 
 
-def made_run(path, reward):
-    """What is read of a run of train_rl.py, in a directory -> its path."""
-    path.mkdir()
-    lines = [{"step": i + 1, "reward": reward + i, "text_tokens": 25.0, "latent_steps": 5.0, "tag_share": 0.5}
-             for i in range(4)]
-    (path / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in lines))
-    return str(path)
-
-
 def drawn(monkeypatch, draw, rows, path):
     """-> the figure that a function of plots saves"""
     pytest.importorskip("matplotlib", reason="only pictures need matplotlib: requirements.txt leaves it out")
@@ -178,15 +169,6 @@ def test_lengths_have_a_line_for_each_method_in_two_panels(tmp_path, monkeypatch
         assert lines == [(numbers[which],) * 3 for numbers in METHODS.values()]
         assert list(panel.get_xticks()) == [2, 3, 5]
     assert names_in(picture) == list(METHODS)
-
-
-def test_training_curves_are_faint_single_steps_and_strong_means_of_five(tmp_path, monkeypatch):
-    folders = {"LiteReason": made_run(tmp_path / "a", 1), "RL without latents": made_run(tmp_path / "b", 2)}
-    picture = drawn(monkeypatch, plots.training, folders, tmp_path / "t.svg")
-    assert names_in(picture) == list(folders)
-    curves = [[list(line.get_ydata()) for line in panel.lines] for panel in picture.axes]
-    assert curves[0] == [[1, 2, 3, 4], [2, 2.5, 2.5, 3], [2, 3, 4, 5], [3, 3.5, 3.5, 4]]
-    assert [panel[0] for panel in curves[1:]] == [[30] * 4, [5] * 4, [0.5] * 4]
 
 
 def test_chains_are_drawn_from_the_kept_starts_each_start_named_once(tmp_path, monkeypatch):

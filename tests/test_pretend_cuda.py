@@ -358,8 +358,9 @@ def on_the_card_baseline(method, out):
 
     baselines.own_traces = traces
     baselines.CHECKED = 1
-    sys.argv = ["results/baselines.py", *f"--method {method} --n 1 --steps 1 --stories 4 --batch 4 --stages 1 "
-                f"--epochs 1 --last-stage 1 --prompts 1 --num-generations 4 --max-new-tokens 12 --out {out}".split()]
+    words = (f"--method {method} --n 1 --steps 1 --stories 4 --batch 4 --stages 1 --epochs 1 --last-stage 1 "
+             f"--prompts 1 --num-generations 4 --max-new-tokens 12 --out {out}")
+    sys.argv = ["results/baselines.py", *words.split()]
     run.run_script(baselines.main)
 
 
