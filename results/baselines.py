@@ -33,7 +33,6 @@ import math
 import os
 import random
 import sys
-import time
 import types
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -220,7 +219,6 @@ def epochs(rows, batch, seed):
 
 
 def steps_in(epochs, rows, args):
-    """SFT steps in a number of epochs."""
     return max(1, int(epochs * len(rows) / args.batch))
 
 
@@ -254,9 +252,8 @@ def train_coconut(model, tokenizer, traces, args):
     for stage in range(args.stages + 2):
         rows = coconut_rows(model, tokenizer, traces, stage, args.stages)
         steps = steps_in(args.last_stage if stage > args.stages else args.epochs, rows, args)
-        for _ in sft(memory.base_parameters(model), rows, args, steps, f"{args.seed} {stage}",
-                     lambda batch: add_text_gradients(model, batch)):
-            taken += 1
+        taken += len(list(sft(memory.base_parameters(model), rows, args, steps, f"{args.seed} {stage}",
+                              lambda batch: add_text_gradients(model, batch))))
     return taken
 
 
@@ -280,8 +277,7 @@ def row_of(model, tokenizer, prompt, text, begins="", n_latents=0):
 
 
 def add_text_gradients(model, batch):
-    """Cross-entropy on the text of the rows, mean over the batch's tokens; all begin with equally many of
-    Coconut's latents."""
+    """Cross-entropy on the text of the rows, mean over the batch's tokens. All begin with as many latents."""
     tokens = sum(row.n_tokens for row in batch)
     for part in scoring.pack(batch, POSITIONS, unrolled=batch[0].n_latents > 0):
         some = [batch[i] for i in part]
@@ -457,7 +453,6 @@ def rl_colar(model, tokenizer, task, head, examples, args, decoding, log):
     without_gradient = 0
     per_epoch = max(1, len(examples) // args.prompts)
     for step in range(args.steps):
-        start = time.time()
         chosen = prompts_of_batch(args.seed, len(examples), args.prompts, *divmod(step, per_epoch))
         some = [examples[i] for i in chosen]
 
@@ -475,8 +470,7 @@ def rl_colar(model, tokenizer, task, head, examples, args, decoding, log):
         # One update per batch.
         add_policy_gradients(model, head, rollouts, advantages)
         descend(optimizer, args.rl_lr)
-        share = tell_step(log, step, args.steps, rollouts, groups, time.time() - start)
-        without_gradient += share == 1
+        without_gradient += tell_step(log, step, args.steps, rollouts, groups) == 1
     return spent, without_gradient
 
 
@@ -506,17 +500,15 @@ def add_policy_gradients(model, head, rollouts, advantages):
         loss.backward()
 
 
-def tell_step(log, step, n_steps, rollouts, groups, seconds):
-    """The step's figures, to the log and in one line, both as train_rl.py has them, with its warnings.
-
-    groups: the rewards (P, G). -> the share of groups with nothing to learn from."""
+def tell_step(log, step, n_steps, rollouts, groups):
+    """The step's figures, to the log and in one line, as train_rl.py has them, with its warnings. groups: the
+    rewards (P, G). -> the share of groups with nothing to learn from."""
     metrics = {
         "step": step + 1,
         "reward": float(groups.mean()),
         "text_tokens": sum(rollout.n_tokens for rollout in rollouts) / len(rollouts),
         "latent_steps": sum(rollout.n_latents for rollout in rollouts) / len(rollouts),
-        "zero_variance": float((groups.amax(1) == groups.amin(1)).float().mean()),
-        "seconds": {"all": round(seconds, 3)}}
+        "zero_variance": float((groups.amax(1) == groups.amin(1)).float().mean())}
     log.write(json.dumps(metrics) + "\n")
     log.flush()
     print(f"step {step + 1:4d}/{n_steps} | reward {metrics['reward']:6.3f} | "
@@ -573,7 +565,6 @@ def run_coconut(args, model, tokenizer, task, examples, on_val, took):
     took["traces"] = len(traces)
     took["optimiser_steps"] = train_coconut(model, tokenizer, traces, args)
     decoding = {"latent": feed_back, "start": args.stages}
-    print(f"coconut: {on_val(task, decoding):.3f} on val", flush=True)
     yield "coconut", task, decoding
 
 

@@ -220,9 +220,9 @@ def test_a_step_in_which_all_groups_had_zero_variance_says_so(model, tok, tmp_pa
     rolls = generate(model, tok, PROMPTS, 2, max_new_tokens=6, start=3, tag=0, generator=seeded(),
                      **colar(model, head_of(model), 5))
     with open(tmp_path / "log", "w") as log:
-        assert baselines.tell_step(log, 0, 9, rolls, torch.tensor([[1.0, 1.0], [0.0, 0.0]]), 0.0) == 1
+        assert baselines.tell_step(log, 0, 9, rolls, torch.tensor([[1.0, 1.0], [0.0, 0.0]])) == 1
         assert "warning: step 1: in each group all earned the same" in capsys.readouterr().out
-        assert baselines.tell_step(log, 1, 9, rolls, torch.tensor([[1.0, 0.0], [0.0, 0.0]]), 0.0) == 0.5
+        assert baselines.tell_step(log, 1, 9, rolls, torch.tensor([[1.0, 0.0], [0.0, 0.0]])) == 0.5
         assert "earned the same" not in capsys.readouterr().out
     lines = [json.loads(line) for line in open(tmp_path / "log")]
     assert [line["zero_variance"] for line in lines] == [1, 0.5]
