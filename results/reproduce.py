@@ -488,7 +488,7 @@ def controls_table(table, controls, kind):
     rows = {}
     for name, gained in stats.against_plain(controls).items():
         own = [controls[name][seed] for seed in sorted(controls[name])]
-        cells = rows[PLAINLY[name]] = {}
+        cells = rows[PLAINLY.get(name, name)] = {}
         for what, digits in (("accuracy", TABLES[table].digits), ("tokens", 1)):
             cells[f"{what} by seed"] = in_cell([row[what] for row in own], digits)
             if gained:
