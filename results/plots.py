@@ -71,7 +71,8 @@ def chains(rows, path):
         panel.locator_params(axis="x", integer=True)
         name_axes(panel, "", f"{model}: size of a latent, in embeddings")
     panels[-1].set_xlabel("latent of the chain")
-    save(picture, path, "faint: before stage 2; strong: after it")
+    save(picture, path, "faint: before stage 2; strong: after it; no dot: 0 or not finite; the starts with a norm "
+         "and pause lie near 1, behind each other")
 
 
 # ============================================================ what they share
@@ -122,7 +123,8 @@ def colours_of(methods):
 
 def save(picture, path, said):
     """Adds the legend, and what bars or faint lines are. The same numbers make the same file."""
-    handles = dict(reversed(pair) for pair in zip(*picture.axes[0].get_legend_handles_labels()))
+    handles = {name: handle for panel in picture.axes
+               for handle, name in zip(*panel.get_legend_handles_labels())}
     picture.legend(handles.values(), handles, loc="outside upper left", ncols=2, frameon=False, fontsize=9)
     picture.supxlabel(said, x=0.02, ha="left", fontsize=9, color="#555555")
     picture.savefig(path, metadata={"Date": None} if path.endswith(".svg") else None, dpi=2 * DOTS)
