@@ -169,10 +169,8 @@ def own_traces(model, tokenizer, task, examples, args):
     """Stage 1 of LiteReason with the plain prompt: of args.traces samples per prompt those with a reward.
 
     -> ([(prompt as text, reasoning, answer)], tokens sampled). UserError if no sample earned a reward."""
-    marker = data.opening_of(task)
     generator = torch.Generator().manual_seed(args.seed)
-    traces = []
-    spent = 0
+    traces, spent = [], 0
     for i in tqdm(range(0, len(examples), 32), desc="traces", leave=False):
         some = examples[i : i + 32]
         prompts = [task.prompt(example, False) for example in some]
@@ -180,7 +178,7 @@ def own_traces(model, tokenizer, task, examples, args):
                             generator=generator, **PAPER)
         spent += sum(len(rollout.slots) for rollout in rollouts)
         for rollout, reward in zip(rollouts, rewards_of(task, some, rollouts)):
-            reasoning, answer = split_answer(rollout.text, marker)
+            reasoning, answer = split_answer(rollout.text, data.opening_of(task))
             if reward > 0 and rollout.finished and reasoning.strip():
                 traces.append((prompts[rollout.prompt], reasoning, answer))
     if not traces:
@@ -293,17 +291,14 @@ def add_text_gradients(model, batch):
 def train_answer(model, rows, args, accuracy):
     """SFT on rows of answer_rows. Ten times on the way accuracy() is asked, of val stories; the weights that
     did best are kept."""
-    every = max(1, args.steps // 10)
-    best = -math.inf
+    every, best = max(1, args.steps // 10), -math.inf
     kept = model.state_dict()  # with no steps these
     for step in sft(memory.base_parameters(model), rows, args, args.steps, args.seed,
                     lambda batch: add_text_gradients(model, batch)):
         if step % every == 0:
             val = accuracy()
-            print(f"answer: after {step} steps {val:.3f} on val", flush=True)
             if val > best:
-                best = val
-                kept = {name: weights.clone() for name, weights in model.state_dict().items()}
+                best, kept = val, {name: weights.clone() for name, weights in model.state_dict().items()}
     model.load_state_dict(kept)
 
 
@@ -449,8 +444,7 @@ def rl_colar(model, tokenizer, task, head, examples, args, decoding, log):
     steps in which every group earned the same)."""
     parameters = memory.base_parameters(model) + list(head.parameters())
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.0)
-    spent = 0
-    without_gradient = 0
+    spent, without_gradient = 0, 0
     per_epoch = max(1, len(examples) // args.prompts)
     for step in range(args.steps):
         chosen = prompts_of_batch(args.seed, len(examples), args.prompts, *divmod(step, per_epoch))

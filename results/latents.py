@@ -29,8 +29,7 @@ def rounds_of_latents(example, text, cap):
     if not ONLY_TAGS.match(text):
         return None
     rounds = [set(pair) for pair in zip(*example["chains"])]
-    found = []
-    now = 0  # the round where the thought stands
+    found, now = [], 0  # now: the round where the thought stands
     for _, _, n_latents in parse_tags(text, cap):
         if now + n_latents > len(rounds):
             return None

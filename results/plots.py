@@ -71,8 +71,8 @@ def chains(rows, path):
         panel.locator_params(axis="x", integer=True)
         name_axes(panel, "", f"{model}: size of a latent, in embeddings")
     panels[-1].set_xlabel("latent of the chain")
-    save(picture, path, "faint: before stage 2; strong: after it; no dot: 0 or not finite; the starts with a norm "
-         "and pause lie near 1, behind each other")
+    save(picture, path, "faint: before stage 2; strong: after it; no dot: 0 or not finite; the starts with a "
+         "norm and pause lie near 1, behind each other")
 
 
 # ============================================================ what they share

@@ -4,14 +4,13 @@ For each model and start: how large latents are along a chain of five, the loss 
 after 30 steps of stage 2, with the row's own latents and with another row's, and the gradient's norms.
 
     mlp       the paper's: three copies of the last block's MLP, one after the other
-    scaled    each copy's output scaled once, on one text, to the size of what it reads, the last one's to
-              an embedding's: folded into down_proj, so that the released code runs it
     normed    a norm behind each copy (litereason.NormedProjector)
     pause     one learned vector, whatever h is (a control: what a constant can do)
 
-The other starts in starts-real.json were measured at commit 8e3502b. Traces: a sentence of a tale as the
-prompt, three more of which one becomes a tag, and a fifth. They are not the model's own (stage 1 of a small
-model keeps too few), so this measures the start and not the method.
+The other starts in starts-real.json were measured at commit 8e3502b, where this script has them; "scaled" is
+mlp with each copy's output scaled once, on one text, to the size of what it reads, the last one's to an
+embedding's. Traces: a sentence of a tale as the prompt, three more of which one becomes a tag, and a fifth.
+They are not the model's own (a small model earns too few), so this measures the start and not the method.
 
     python results/starts.py --text TALES.jsonl --models DIR DIR DIR          # 2 hours on a core
     python results/starts.py --text TALES.jsonl --models DIR --starts mlp normed --seeds 0 1 2
@@ -32,31 +31,14 @@ import torch
 
 import data
 from lib import checkpoint, run
-from litereason import (LATENT, Rollout, embedding_size, insert_latents, load, logprobs, projector_loss,
-                        start_projector, unroll, z_size)
+from litereason import (LATENT, Rollout, insert_latents, load, logprobs, projector_loss, start_projector,
+                        unroll, z_size)
 from train_projector import mask_sentences, sentences_of, warm_up_and_cosine
 
 PATH = os.path.join(HERE, "starts-real.json")
 HELD, BATCH, PROMPT, LENGTH = 24, 4, 24, 72  # rows held out, rows a step, most tokens of prompt and of trace
 STEPS, CHAIN = 30, 5
-STARTS = ("mlp", "scaled", "normed", "pause")
-
-
-# ============================================================ the starts
-@torch.no_grad()
-def begin(model, name, h, x):
-    """Puts the start of that name into the model. h (n, D), x (n, D): states of a text and its embeddings."""
-    if name != "scaled":
-        return start_projector(model, name)
-    start_projector(model, "mlp")
-    z = h
-    for mlp, size in zip(model.reasoning_projector, (size_of(h), size_of(h), size_of(x))):
-        mlp.down_proj.weight.mul_(size / size_of(mlp(z)))
-        z = mlp(z)
-
-
-def size_of(vectors):
-    return vectors.norm(dim=-1).median()
+STARTS = ("mlp", "normed", "pause")
 
 
 # ============================================================ the traces
@@ -121,15 +103,10 @@ def measure(path, tales, start, seed, steps, lr):
     """A start of a model, before and after `steps` steps of stage 2 -> the figures of its row."""
     torch.manual_seed(seed)
     model, tokenizer = load(path)
-    ids = torch.tensor([checkpoint.encode_text(tokenizer, " ".join(tales[0]["sections"]))[:600]])
-    with torch.no_grad():
-        h = model.model(input_ids=ids, use_cache=False).last_hidden_state[0, 20:]
-        x = model.get_input_embeddings()(ids)[0, 20:]
-    begin(model, start, h, x)
+    start_projector(model, start)
     rows = traces_of(model, tokenizer, tales, seed)
     held, train = rows[:HELD], rows[HELD:]
     before = {
-        "embedding": embedding_size(model), "h": float(size_of(h)),
         "no latents": loss_of(model, held, "none"), "zeros": loss_of(model, held, "zeros"),
         "chain before": chain_of(model, held), "loss before": loss_of(model, held)}
 

@@ -1,5 +1,4 @@
-"""The tables of the README and of results/ are made by a script from results/runs-*.jsonl: nobody has typed a
-number there, and nothing is dropped in silence."""
+"""The tables of the README and of results/ are made from results/runs-*.jsonl; none is dropped in silence."""
 import functools
 import importlib
 import json
