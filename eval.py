@@ -81,19 +81,17 @@ def flops(model, rollouts, samples=1, latent="projector", feed=None):
     """Forward FLOPs per answer, a multiplication and an addition being two. n(M): weights in the linear maps
     of M.
 
-        one position    2 * n(layers) + 4 * H * d * layers * context
-                        its maps; q k^T and w v over its context, itself included
+        one position    2 * n(layers) + 4 * H * d * layers * context: q k^T and w v, itself included
         one answer      its prompt's positions / samples (a group reads it once)
                         + those of its own slots but the last, which is never fed
                         + tokens * 2 * n(LM head) + latents * 2 * n(projector)
 
-    Left out: norms, softmax, embedding, sampling (no matrix products), and what a batch wastes (padding; rows
-    that have ended and not yet left). A `latent` or `feed` function that costs something else than the
-    projector (or nothing) says so: latent.flops = per latent."""
+    Left out: what is no matrix product, and what a batch wastes (padding; rows that have ended and not yet
+    left). A `latent` or `feed` function that costs something else than the projector says so in its .flops.
+    """
     layers = matrix_flops(model.model.layers)
     head = matrix_flops(model.lm_head)
-    widths = [layer.self_attn.q_proj.out_features for layer in model.model.layers]  # H * d, for each layer
-    attention = 4 * sum(widths)
+    attention = 4 * sum(layer.self_attn.q_proj.out_features for layer in model.model.layers)  # 4 * H * d each
     projector = latent if isinstance(latent, torch.nn.Module) else model.reasoning_projector
     per_latent = 0 if latent in ("zeros", "none") else getattr(latent, "flops", matrix_flops(projector))
     per_token = head + getattr(feed, "flops", 0)
@@ -132,9 +130,8 @@ def evaluate(model, tokenizer, task, examples, latent_prompt=True, samples=1, se
 
     latent_prompt: the prompt that offers the tag. batch: examples per call of generate, to which `sampling`
     goes. progress: the name of a progress bar, None for none. at_once: the answer's opening (task.ANSWER,
-    default \\boxed{) is put into the model's mouth, so that nothing can be reasoned.
-
-    Of the result, beside what display.table explains:
+    default \\boxed{) is put into the model's mouth, so that nothing can be reasoned. Of the result, beside
+    what display.table explains:
 
     accuracy_ci95    over examples (the mean of an example's samples is one observation), see interval
     per_example      the same observations one by one, for paired tests
@@ -151,16 +148,15 @@ def evaluate(model, tokenizer, task, examples, latent_prompt=True, samples=1, se
     rollouts, asked, scores, stats = [], [], [], {}
     bar = tqdm(total=len(examples) * samples, desc=progress, leave=False, disable=progress is None)
     for i in range(0, len(examples), batch):
-        some = examples[i : i + batch]
         answers = generate(model, tokenizer, prompts[i : i + batch], samples, generator=generator,
                            stats=stats, bar=bar, **sampling)
         for r in answers:
             r.text = opening + r.text  # as the reward reads it
-        examples_of_answers = [some[r.prompt] for r in answers]
-        rewards = data.score(task, examples_of_answers, [r.text for r in answers])
-        scores += torch.tensor(rewards).view(len(some), samples).mean(1).tolist()
+        some = [examples[i + r.prompt] for r in answers]
+        rewards = data.score(task, some, [r.text for r in answers])
+        scores += torch.tensor(rewards).view(-1, samples).mean(1).tolist()
         rollouts += answers
-        asked += examples_of_answers
+        asked += some
     bar.close()
     seconds = time.time() - start
 
@@ -212,23 +208,17 @@ def run_controls(model, tokenizer, task, examples, elsewhere, seed=0, progress=N
 
     The same seed is the same random numbers: where nothing differs nothing changes, and a difference is the
     control's."""
-
-    def bar(what):
-        return progress and f"{progress}, {what}"
-
-    others = latents_of_others(model, tokenizer, task, elsewhere,
-                               seed=seed, progress=bar("other stories"), **settings)
+    others = latents_of_others(model, tokenizer, task, elsewhere, seed=seed, progress=progress, **settings)
     rows = []
     for name, changed in CONTROLS:
         latent = changed.get("latent", "projector")
         if latent in OF_OTHERS and not others:
             continue  # no story read first has run a latent
         changed = {**changed, "latent": latent_of(latent, model, others, seed)}
-        result, _ = evaluate(model, tokenizer, task, examples,
-                             seed=seed, progress=bar(name), **changed, **settings)
+        result, _ = evaluate(model, tokenizer, task, examples, seed=seed,
+                             progress=progress and f"{progress}, {name}", **changed, **settings)
         rows.append((name, result))
-        plain = rows[0][1]
-        result["against_plain"] = against(result, plain, seed)
+        result["against_plain"] = against(result, rows[0][1], seed)
     judge([result["against_plain"] for _, result in rows[1:]])  # the plain run against itself is no test
     return rows
 
@@ -254,8 +244,7 @@ def latent_of(name, model, others=(), seed=0):
     if name == "noise":
         return _noise(model, seed)
     if not others:
-        raise UserError(f"--latent {name} takes the latents of other stories, "
-                        f"and on those read first the model ran none: choose another --latent")
+        raise UserError(f"--latent {name} takes latents of other stories, and on those the model ran none")
     if name == "mean":
         others = [torch.cat(list(others)).double().mean(0, keepdim=True)]  # one story of one latent
     return _shuffled(model, others, seed)
@@ -323,24 +312,17 @@ def sign_flips(differences, seed=0, resamples=10000):
     if n <= 12:
         signs = 1 - 2 * (np.arange(2**n)[:, None] >> np.arange(n) & 1)  # (2**n, n)
         return float(np.mean(np.abs(signs @ differences) >= threshold))
-    generator = np.random.default_rng(seed)
-    as_far = 1
-    for _ in range(resamples // 100):  # in blocks, which fit any memory
-        signs = 1 - 2 * generator.integers(0, 2, (100, n))
-        as_far += int(np.sum(np.abs(signs @ differences) >= threshold))
-    return as_far / (resamples + 1)
+    signs = 1 - 2 * np.random.default_rng(seed).integers(0, 2, (resamples, n))
+    as_far = np.sum(np.abs(signs @ differences) >= threshold)
+    return float((1 + as_far) / (resamples + 1))
 
 
 def bootstrap(differences, seed=0, resamples=10000):
     """95 % interval of the mean of paired differences: examples are drawn again with replacement."""
     differences = np.asarray(differences, dtype=np.float64)
     n = len(differences)
-    generator = np.random.default_rng(seed)
-    means = []
-    for _ in range(resamples // 100):  # in blocks, which fit any memory
-        drawn = generator.integers(0, n, (100, n))
-        means.append(differences[drawn].mean(1))
-    return np.quantile(np.concatenate(means), [0.025, 0.975]).tolist()
+    drawn = np.random.default_rng(seed).integers(0, n, (resamples, n))
+    return np.quantile(differences[drawn].mean(1), [0.025, 0.975]).tolist()
 
 
 def holm(p):
@@ -388,13 +370,16 @@ def judge(comparisons):
 
 # ============================================================ the script
 def main():
-    args = parse_arguments()
+    parser = run.parser(__doc__)
+    run.add_flags(parser, SETTINGS)
+    args = parser.parse_args()
     run.check_arguments(args)
     check_flags(args)
     take_settings_of_runs(args)
     task, examples, elsewhere = task_and_examples(args)
     measure = data.measure_of(task)
-    samplings = samplings_of(args)
+    said = {key: value for key, value in vars(args).items() if key in PAPER and value is not None}
+    samplings = {name: {**SAMPLINGS[name], **said} for name in args.sampling}
 
     rows, sections = [], []  # of the table, and of the page
     for name in args.model:
@@ -406,9 +391,8 @@ def main():
             settings = {**settings_of(args, name, model), **numbers}
             if args.controls:
                 if not runs_latents(name, model):
-                    raise UserError(f"--controls asks what latents do, and {name} runs none: its projector was "
-                                    "never trained, or its method leaves tags as text; give it a run of "
-                                    "--method litereason")
+                    raise UserError(f"--controls asks what latents do, and {name} runs none: "
+                                    "give it a run of --method litereason")
                 results = run_controls(model, tokenizer, task, examples, elsewhere, samples=args.samples,
                                        **settings)
                 rows += [{**heading(args, title, name, sampling, settings), "control": title, **result}
@@ -441,27 +425,18 @@ def main():
 
 
 # ---------------------------------------------------------------------------- before the models
-def parse_arguments():
-    parser = run.parser(__doc__)
-    run.add_flags(parser, SETTINGS)
-    return parser.parse_args()
-
-
 def check_flags(args):
     """UserError for wrong numbers, and for flags that exclude each other or need another one."""
     run.check_bounds(args, SETTINGS)
     if args.controls and (args.latent != "projector" or args.show or args.alone):
-        raise UserError("--controls runs every --latent by itself, and shows and times no answers: leave "
-                        "--latent, --show and --alone out")
+        raise UserError("--controls runs every --latent by itself: leave --latent, --show and --alone out")
     if args.out and run.run_settings(args.out).get("script"):
-        raise UserError(f"--out {args.out} is a run: the results of eval.py would replace its own; choose "
-                        "another --out")
+        raise UserError(f"--out {args.out} is a run: the results of eval.py would replace its own")
     for name in args.model:
         if name.partition(":")[2] not in ("", "plain"):
             raise UserError(f"--model {name}: behind a colon may stand plain, for the prompt without tags")
         if run.run_settings(name.partition(":")[0]).get("script") == "results/baselines.py":
-            raise UserError(f"{name} is a run of results/baselines.py, whose methods decode in their own "
-                            f"ways: read the table in its results.json")
+            raise UserError(f"{name} is a run of results/baselines.py: read the table in its results.json")
     if args.html and not args.show:
         raise UserError("--html needs --show N: that many answers go onto the page")
 
@@ -473,8 +448,7 @@ def take_settings_of_runs(args):
         if getattr(args, flag) is not None:
             continue
         found = {}  # value -> the run that says so
-        for name in args.model:
-            path = name.partition(":")[0]
+        for path in (name.partition(":")[0] for name in args.model):
             made = run.run_settings(path)
             if flag != "task" and made.get("task") != args.task:
                 continue  # its reward is another task's
@@ -505,19 +479,11 @@ def task_and_examples(args):
     return task, examples, elsewhere
 
 
-def samplings_of(args):
-    """{each of --sampling: its arguments for generate}, with what the other flags override"""
-    said = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
-    said = {key: value for key, value in said.items() if value is not None}
-    return {sampling: {**SAMPLINGS[sampling], **said} for sampling in args.sampling}
-
-
 def what_was_asked(args, n, samplings):
     """The line above a table: task, split, number of examples and how answers were sampled."""
     each = f", {args.samples} answers each" if args.samples > 1 else ""
-    words = [display.sampling_in_words(numbers) for numbers in samplings.values()]
-    if len(words) > 1:
-        words = [f"{name}: {text}" for name, text in zip(samplings, words)]
+    words = [f"{name}: " * (len(samplings) > 1) + display.sampling_in_words(numbers)
+             for name, numbers in samplings.items()]
     return f"{args.task}, {args.split} split, {n} examples{each}, {'; '.join(words)}, seed {args.seed}"
 
 
@@ -571,17 +537,16 @@ def print_answers(name, model, tokenizer, task, examples, rollouts):
         reward = data.score(task, [example], [rollout.text])[0]
         print(f"\n--- {name}, reward {reward:.2f}\n{tokenizer.decode(rollout.prompt_ids)}\n"
               f">>> {display.readable(tokenizer, rollout)}")
-        for i, (near, length, head) in enumerate(display.nearest_words(model, tokenizer, rollout.latents)):
-            print(f"    latent {i + 1}: nearest {near}; the head says {head}; "
-                  f"length {length:.2f} of an embedding's")
+        for i, (near, length, head) in enumerate(display.read_out(model, tokenizer, rollout.latents)):
+            print(f"    latent {i + 1}: nearest {display.listed(near)}; "
+                  f"the head says {display.listed(head)}; length {length:.2f} of an embedding's")
 
 
 def print_table(rows, measure):
-    named = [(row["name"], row) for row in rows]
-    print(display.table(named, measure) + "\n")
-    for name, row in named:
+    print(display.table([(row["name"], row) for row in rows], measure) + "\n")
+    for row in rows:
         alone = f", {row['seconds_alone']:.2g} s alone" if "seconds_alone" in row else ""
-        print(f"{name}: {row['flops']:.3g} FLOPs and {row['seconds_each']:.2g} s an answer{alone}")
+        print(f"{row['name']}: {row['flops']:.3g} FLOPs and {row['seconds_each']:.2g} s an answer{alone}")
 
 
 if __name__ == "__main__":

@@ -48,7 +48,6 @@ from lib.run import BySize
 from litereason import (LATENT, Rollout, generate, group_advantages, load, logprobs, policy_loss,
                         projector_loss, states, word_embeddings)
 from train_projector import SENTENCE, split_answer
-from train_rl import check_answers, prompts_of_batch, warn
 
 RATES = (1, 2, 5)  # reasoning tokens per latent with which CoLaR is tested after its SFT
 POSITIONS = 12_000  # in a forward pass of training; changes no result
@@ -447,8 +446,9 @@ def rl_colar(model, tokenizer, task, head, examples, args, decoding, log):
     spent, without_gradient = 0, 0
     per_epoch = max(1, len(examples) // args.prompts)
     for step in range(args.steps):
-        chosen = prompts_of_batch(args.seed, len(examples), args.prompts, *divmod(step, per_epoch))
-        some = [examples[i] for i in chosen]
+        epoch, batch = divmod(step, per_epoch)
+        order = random.Random(f"{args.seed} {epoch}").sample(examples, len(examples))
+        some = order[batch * args.prompts :][: args.prompts]
 
         # Sample a group of rollouts for each prompt.
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
@@ -495,8 +495,8 @@ def add_policy_gradients(model, head, rollouts, advantages):
 
 
 def tell_step(log, step, n_steps, rollouts, groups):
-    """The step's figures, to the log and in one line, as train_rl.py has them, with its warnings. groups: the
-    rewards (P, G). -> the share of groups with nothing to learn from."""
+    """The step's figures, to the log and in one line, as train_rl.py has them. groups: the rewards
+    (P, G). -> the share of groups with nothing to learn from."""
     metrics = {
         "step": step + 1,
         "reward": float(groups.mean()),
@@ -507,7 +507,6 @@ def tell_step(log, step, n_steps, rollouts, groups):
     log.flush()
     print(f"step {step + 1:4d}/{n_steps} | reward {metrics['reward']:6.3f} | "
           f"text {metrics['text_tokens']:6.1f} | latent {metrics['latent_steps']:5.1f}", flush=True)
-    warn(metrics, False, [rollout.text for rollout in rollouts])
     return metrics["zero_variance"]
 
 
@@ -546,7 +545,6 @@ def run_moi(args, model, tokenizer, task, examples, on_val, took):
 def run_answer(args, model, tokenizer, task, examples, on_val, took):
     if not hasattr(task, "answer"):
         raise UserError(f"--method answer trains on gold answers, and {args.task} has none")
-    check_answers(task, examples[:8])
     decoding = {"at_once": True, "latent": "none"}
     rows = answer_rows(model, tokenizer, task, examples)
     train_answer(model, rows, args, lambda: on_val(task, decoding))
@@ -598,8 +596,7 @@ def main():
     args.out = args.out or run.default_out(args.model, args.task, args.method)
     run.check_bounds(args, SETTINGS)
     run.check_arguments(args)
-    held = run.lock(args.out)  # noqa: F841, until the process ends
-    run.check_what_is_there(args.out, args.model, overwrite=args.overwrite)
+    held = run.take_directory(args.out, args.model, overwrite=args.overwrite)  # noqa: F841
     examples = task.examples("train")
     if (args.stories or 1) > len(examples):
         raise UserError(f"--stories is {args.stories}; {args.task} has only {len(examples)} train stories")
@@ -610,8 +607,7 @@ def main():
     run.use_graphs(model, True)
     fill(args, checkpoint.is_small(model))
     data.start_task(task, args.model, None, None, args.seed, args.device)
-    run.delete_earlier_run(args.out)
-    run.write_settings(args.out, "results/baselines.py", vars(args))
+    run.begin(args.out, "results/baselines.py", vars(args))
     is_trained = args.method in SFT
     took = {"stories": len(examples) * is_trained, "traces": 0, "sampled_tokens": 0, "optimiser_steps": 0}
     rows = []
