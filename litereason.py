@@ -22,8 +22,7 @@ Letters in the shape comments (there P is a number):
     D hidden size   V vocabulary   M scored positions   n any other count, named where it stands
 
 The definition comes first, as slowly as possible; then the tag, the projector, decoding, scoring, the latent
-roll-out and its loss, GRPO. What comes from lib/ serves speed, memory and files: a first reading can skip it.
-"As released" means the authors' code.
+roll-out and its loss, GRPO. lib/ serves speed, memory and files. "As released" means the authors' code.
 """
 import copy
 import dataclasses
@@ -359,8 +358,7 @@ def attach(model, weights=None, tokenizer=None):
     unnamed = "mlp" if weights or checkpoint.is_small(model) else "normed"
     kind = getattr(model.config, "litereason_projector", unnamed)
     if kind not in list(PROJECTORS):
-        known = ", ".join(PROJECTORS)
-        raise UserError(f"config.json: litereason_projector is {kind!r}, expected one of {known}")
+        raise UserError(f"config.json: litereason_projector is {kind!r}, expected one of {', '.join(PROJECTORS)}")
     config = model.config
     config.is_litereason_model = True  # the released code reads and writes these three entries
     config.litereason_num_reasoning_layers = layers
@@ -670,8 +668,8 @@ def recompute_latents(model, rollouts):
 
 def without_latents(rollout):
     """The same text, its tags as text."""
-    return dataclasses.replace(rollout, slots=[s for s in rollout.slots if s != LATENT],
-                               latents=rollout.latents[:0])
+    slots = [slot for slot in rollout.slots if slot != LATENT]
+    return dataclasses.replace(rollout, slots=slots, latents=rollout.latents[:0])
 
 
 def projector_loss(model, traces, latent="projector"):

@@ -5,14 +5,11 @@ each, random sentences are replaced by tags (10 % and 25 % of them, five version
 Stage 2: the base is frozen. Cross-entropy on the text after the first tag trains the projector, through all
 latent steps of all tags.
 
-A small model does otherwise by default (--targets words, the last part of this file): stage 1 has no tags,
-and each latent learns a target of its own. --targets none is the paper's.
-
-Every difference from the released code: results/differences.md.
+A small model does otherwise by default: see the last part of this file. --targets none is the paper's. Every
+difference from the released code: results/differences.md.
 
     python train_projector.py                               # the tiny model: a minute and a half on 2 cores
     python train_projector.py --model Qwen2.5-1.5B          # the paper's plot holes, on one GPU
-    python train_projector.py --steps 2 --prompts 8 --n 8   # a smoke run
     python train_projector.py --resume out/tiny-projector   # continue a stopped run: on a CPU bit for bit
 """
 import collections
@@ -123,9 +120,9 @@ def collect_traces(model, tokenizer, task, examples, path, samples, max_new_toke
                 break
     everything = list(itertools.chain(*lines))
     n = collections.Counter(sample.get("left out") for sample in everything)
-    print(f"stage 1: kept {n[None]} of {len(everything)} traces (reward > 0), in {path}; {n['cut']} were cut by "
-          f"--max-new-tokens, {n['no verdict']} gave no answer as the prompt asks for, {n['wrong']} earned "
-          f"nothing", flush=True)
+    print(f"stage 1: kept {n[None]} of {len(everything)} traces (reward > 0), in {path}; {n['cut']} were cut "
+          f"by --max-new-tokens, {n['no verdict']} without an answer as the prompt asks for, {n['wrong']} wrong",
+          flush=True)
     return everything
 
 
@@ -404,8 +401,8 @@ def run_stage_2(model, tokenizer, train, held, out, settings):
     with torch.no_grad():
         size = z_size(model, torch.cat(unroll(model, held[:8])[1]))
     if settings.targets == "none" and not size < LARGE:  # nan is not, too
-        print(f"warning: a latent is {size:.3g} times as long as an embedding at the start: it drowns the words "
-              "around it; --projector normed begins with latents as long as an embedding", flush=True)
+        print(f"warning: at the start a latent is {size:.3g} times as long as an embedding and drowns the words "
+              "around it; --projector normed does not", flush=True)
     loop["states"] = os.path.join(out, "stage-2")
     if settings.targets == "words":
         fit_to_targets(model, train, settings.lr, settings.batch, settings.steps, noise=settings.noise,
@@ -509,18 +506,16 @@ def common_words(tokenizer, sentences):
     times = collections.Counter(sentences)
     repeated = {sentence for sentence, n in times.items() if n > max(1, REPEATED * times.total())}
     others = times.keys() - repeated
-    counts = collections.Counter(token for sentence in others for token in set(_encode(tokenizer, sentence)))
+    counts = collections.Counter()
+    for sentence in others:
+        counts.update(set(checkpoint.encode_text(tokenizer, sentence.strip())))
     common = {token for token, n in counts.items() if n > COMMON * len(others)}
-    return common.union(*(_encode(tokenizer, sentence) for sentence in repeated))
-
-
-def _encode(tokenizer, text):
-    return checkpoint.encode_text(tokenizer, text.strip())
+    return common.union(*(checkpoint.encode_text(tokenizer, sentence.strip()) for sentence in repeated))
 
 
 def last_words(model, tokenizer, text, common, words=WORDS):
     """A latent's target (D,); None if the text has too few informative words."""
-    ids = [token for token in _encode(tokenizer, text) if token not in common]
+    ids = [token for token in checkpoint.encode_text(tokenizer, text.strip()) if token not in common]
     informative = [token for token in ids if any(char.isalnum() for char in tokenizer.decode([token]))]
     if len(informative) < words:
         return None
@@ -571,11 +566,10 @@ def mask_runs(model, tokenizer, rng, prompt_ids, sentences, answer, known, share
     if not targets:
         return None
     text = " ".join(pieces)
-    ids = _encode(tokenizer, text) + [checkpoint.end_of_answer(model, tokenizer)]
+    ids = checkpoint.encode_text(tokenizer, text.strip()) + [checkpoint.end_of_answer(model, tokenizer)]
     return Rollout(prompt_ids, insert_latents(model, tokenizer, ids), torch.stack(targets).cpu(), text=text)
 
 
-# ------------------------------------------------------------ stage 2 with targets
 def fit_to_targets(model, rows, lr, batch, steps=None, budget=None, noise=0.0, base_lr=0.0, seed=0, **loop):
     """As fit_projector, on rows whose `latents` are targets. base_lr > 0: the base learns too, from the
     second fifth of the steps on."""
@@ -598,7 +592,8 @@ def target_losses(model, budget, noise, seed, base_learns, rows, step):
     n_latents = sum(r.n_latents for r in rows)
     fed = with_noise(rows, noise, torch.Generator().manual_seed(seed * 1_000_003 + step))
     for part in scoring.pack(rows, budget, unrolled=True):
-        yield target_loss(model, [rows[i] for i in part], [fed[i] for i in part], n_tokens, n_latents, base_learns)
+        some, some_fed = [rows[i] for i in part], [fed[i] for i in part]
+        yield target_loss(model, some, some_fed, n_tokens, n_latents, base_learns)
 
 
 def with_noise(rows, noise, generator):
@@ -629,7 +624,6 @@ def target_loss(model, rows, fed, n_tokens, n_latents, base_learns=False):
     return loss
 
 
-# ------------------------------------------------------------ the base imitates, before stage 2
 def imitate(model, traces, batch, steps, lr=5e-5, **loop):
     """The base learns to write the masked traces, tags as text: RL cannot keep a tag that is never
     written."""
@@ -645,7 +639,6 @@ def imitate(model, traces, batch, steps, lr=5e-5, **loop):
     return optimise(model, traces, learners, batch, steps, losses_of, clip=1.0, **loop)
 
 
-# ------------------------------------------------------------ stage 3 with targets
 def masked_again(model, tokenizer, pieces, n, rng):
     """n traces of stage 1, masked anew -> Rollouts whose `latents` are the targets."""
     numbers = rng.sample(range(len(pieces[0])), min(n, len(pieces[0])))

@@ -4,10 +4,7 @@ The policy is the LM; its actions are the tokens it samples, the tags among them
 policy-gradient pass. The projector learns only by imitation: in stage 2, and after each epoch from that
 epoch's own rewarded rollouts. Ours, with targets: `add_anchor` in the update, and `rehearse` as the refresh.
 
-Other than released: (1) old log-probs are the sampler's own, without a second pass. (2) A small model gets
-one optimiser step per rollout batch, so that its ratio is 1. (3) Latents are replayed as they were sampled,
-without --recompute-latents. (4) The learning rate is constant, without --lr-schedule cosine. (5) The refresh
-steps on 16 traces at a time, with a clipped gradient. As released there is no KL term.
+Every difference from the released code: results/differences.md.
 
     python train_rl.py                               # the tiny model, all stages, a table: 3 minutes, 2 cores
     python train_rl.py --method grpo                 # RL without latents, by default without a length penalty
@@ -29,7 +26,7 @@ import time
 import torch
 
 import data
-from eval import PAPER, against, evaluate, latent_of, latents_of_others
+from eval import PAPER, evaluate, latent_of, latents_of_others
 from lib import UserError, checkpoint, display, memory, run, scoring
 from lib.run import BySize
 from litereason import RULES, Rollout, generate, load, logprobs, policy_loss, recompute_latents, z_size
@@ -84,7 +81,7 @@ SMOKE = {"steps": 4, "prompts": 2, "num_generations": 4, "minibatches": 2, "max_
          "train_prompts": 4, "trace_prompts": 8, "projector_steps": 2, "n": 2, "val": 2}
 # Most that sampler and scorer may differ in a log-prob, by whether the model computes in bf16.
 DLOGP = {False: 1e-2, True: 2.0}
-TAKEN_AWAY, ANOTHERS = "  its latents taken away", "  shuffled latents"
+TAKEN_AWAY = "  its latents taken away"
 
 
 # ============================================================ stage 3
@@ -355,12 +352,6 @@ def rehearse(args, model, tokenizer, state, stage_1, batch):
                           clip=REFRESH_CLIP, budget=state.micro_batch_tokens, noise=args.noise)
 
 
-def traces_of_stage_1(args, tokenizer, task):
-    """For the anchor and `rehearse`: (traces, [(sentences, answer)], words that tell nothing)."""
-    traces = read_traces(os.path.join(args.out, "traces.jsonl"))
-    return pieces_of(tokenizer, traces, data.opening_of(task))
-
-
 # ============================================================ the step's line, and what is put aside
 def metrics(model, task, state, epoch, groups, gap, norm, anchor_loss, refresh_loss, val, phases):
     """One line of metrics.jsonl. The loss is not among them: under grpo, at ratio 1, it is 0 by
@@ -437,7 +428,7 @@ def main():
     args.examples = run.digest([examples, vals, tests])
     examples, vals, tests = examples[: args.train_prompts], vals[: args.val], tests[: args.n]
 
-    # The model, and the settings that it decides.
+    # (1) The model, and the settings that it decides.
     model, tokenizer = load(args.model, args.device)
     run.use_graphs(model, args.graphs)
     data.start_task(task, args.model, args.reward, args.scorer, args.seed, args.device)
@@ -460,7 +451,7 @@ def main():
     prompts = prompts[: len(examples)]
     say_what_runs(args, model, prompts, plan)
 
-    # The table's rows before RL, stages 1 and 2 among them. A file keeps them for a resumed run.
+    # (2) The table's rows before RL, stages 1 and 2 among them. A file keeps them for a resumed run.
     kept = os.path.join(args.out, "before-rl.json")
     rows = run.read_json(kept, [])
 
@@ -476,7 +467,7 @@ def main():
         if has_tags:
             add_row(f"{start}, tag prompt", True, "none")  # a plain LM: its tags are text
         run.write_json(kept, rows)
-        show_table(rows, task)
+        display.show_table(rows, data.measure_of(task))
         if args.method == "litereason" and not model.projector_trained:
             of_stages = settings_of(model, prompts=args.trace_prompts, steps=args.projector_steps,
                                     targets=args.targets, max_new_tokens=args.max_new_tokens, seed=args.seed,
@@ -488,23 +479,26 @@ def main():
             add_row("LiteReason before RL", True, "projector")
             run.write_json(kept, rows)
 
-    # RL.
+    # (3) Stage 3.
     model.projector_trained = args.method == "litereason" or model.projector_trained
-    stage_1 = traces_of_stage_1(args, tokenizer, task) if learns_from_traces else None
+    stage_1 = None
+    if learns_from_traces:
+        traces = read_traces(os.path.join(args.out, "traces.jsonl"))
+        stage_1 = pieces_of(tokenizer, traces, data.opening_of(task))
     with run.stops_noted(f"go on with: python train_rl.py --resume {args.out}") as stopped:
         train(args, model, base, masters, tokenizer, task, examples, prompts, vals, stage_1, saved, stopped)
 
-    # The rows after it.
+    # (4) The table's rows after it.
     add_row(NAMES[args.method], has_tags, "projector" if args.method == "litereason" else "none")
     if tests and args.method == "litereason":
         add_row(TAKEN_AWAY, True, "none")
         others = latents_of_others(model, tokenizer, task, task.examples("val")[: args.val or 100],
                                    seed=args.seed, max_new_tokens=args.max_new_tokens, **PAPER)
         if others:  # else the policy runs no latents
-            add_row(ANOTHERS, True, latent_of("shuffled", model, others, args.seed))
+            add_row(display.SHUFFLED, True, latent_of("shuffled", model, others, args.seed))
     if rows:
         run.write_json(os.path.join(args.out, "results.json"), rows)
-        show_table(rows, task)
+        display.show_table(rows, data.measure_of(task))
         print(f"\n{len(tests)} test stories, the paper's sampling, seed {args.seed}; numbers in "
               f"{args.out}/results.json")
 
@@ -559,18 +553,6 @@ def say_what_runs(args, model, prompts, plan):
         print("on a CPU this takes days: --smoke shows in minutes whether all works")
     idle = [*SETTINGS[MEMORY], *(SETTINGS["projector"] if args.method != "litereason" else [])]
     print(run.beside_released(vars(args), SETTINGS, idle), *filter(None, [plan]), sep="\n", flush=True)
-
-
-def show_table(rows, task):
-    """The table as text, and what the latents did: its own against shuffled ones, on the same draws."""
-    if not rows:
-        return
-    print(f"\n{display.table([(row['model'], row) for row in rows], data.measure_of(task))}", flush=True)
-    if rows[-1]["model"] == ANOTHERS:
-        gain = against(rows[-1], rows[-3])
-        low, high = gain["accuracy_ci95"]
-        print(f"\nwhat the latents did: {gain['accuracy']:+.3f} with its own against shuffled ones (95 % "
-              f"interval {low:+.3f} to {high:+.3f}, p {gain['accuracy_p']:.1g})")
 
 
 if __name__ == "__main__":

@@ -207,8 +207,8 @@ COMMON = {
     "overwrite": (False, bool, "replace the run that --out holds"),
     "resume": (None, str, "continue the run in this directory, by its own settings"),
     "device": (None, str, "cpu or cuda [cuda if there is one]")}
-OLD_FLAGS = {"--rows": "--gen-batch-size", "--group": "--num-generations", "--no-refresh": "--refresh-every -1",
-             "--tokens-per-forward": "--micro-batch-tokens"}
+OLD_FLAGS = {"--rows": "--gen-batch-size", "--group": "--num-generations",
+             "--tokens-per-forward": "--micro-batch-tokens", "--no-refresh": "--refresh-every -1"}
 
 
 def fill(args, table, small):
@@ -330,8 +330,8 @@ def begin(out, script, settings):
     all that an earlier one left in `out` but the traces, which say themselves what they were made with."""
     made = settings_in(out)
     if settings.get("resume") and made["examples"] != settings["examples"]:
-        raise UserError(f"the examples of {settings['task']} are not those that the run in {out} began with: set "
-                        "LITEREASON_DATA as then, prepare those again, or begin a new run in another --out")
+        raise UserError(f"the examples of {settings['task']} are not those that the run in {out} began with: "
+                        "set LITEREASON_DATA as then, prepare those again, or choose another --out")
     if not settings.get("resume") and "script" in made:
         states = [os.path.basename(state_path(out, step)) for step in saved_states(out)]
         for name in [*states, "metrics.jsonl", "results.json", "before-rl.json", "bad-rollouts.json",

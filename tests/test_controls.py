@@ -11,7 +11,8 @@ from conftest import LIMIT, PROMPTS, TEXTS, close, project, same, tag, write
 
 import eval as evaluation
 import litereason
-from eval import against, bootstrap, holm, latent_of, run_controls
+from eval import latent_of, run_controls
+from lib.stats import against, bootstrap, holm
 from litereason import LATENT, UserError, generate, insert_latents, load, logprobs, save, tag_table
 from lib.display import listed, read_out, table
 
