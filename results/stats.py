@@ -5,8 +5,8 @@ import functools
 
 import numpy as np
 
-from lib.stats import judge, sign_flips, wilson
 from lib.display import what_differs
+from lib.stats import judge, sign_flips, wilson
 
 BASE, RL, FREE = "base, explicit reasoning", "RL without latents", "LiteReason"
 OURS, AFTER_RL = "LiteReason + length penalty", "LiteReason after RL + length penalty"
