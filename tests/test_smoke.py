@@ -51,7 +51,7 @@ def test_rewarded_whole_samples_are_kept_and_one_line_counts_the_others(collect,
         (i, f"q{i}", "He left. box right") for i in range(3)]
     assert f"kept 3 of 21 traces (reward > 0), in {collect.path}; 9 were cut by --max-new-tokens, 9 earned " \
         "nothing" in capsys.readouterr().out
-    assert train_projector.read_traces(collect.path) == traces
+    assert train_projector.kept(train_projector.lines_of(collect.path)[1:]) == traces
 
 
 def test_a_stopped_stage_1_goes_on_behind_its_last_whole_line(collect, capsys):
