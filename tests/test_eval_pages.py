@@ -2,7 +2,6 @@
 given, and the page of answers shows every latent and lets no story's HTML through."""
 import html.parser
 import json
-import pathlib
 import sys
 import types
 
@@ -155,20 +154,6 @@ def test_lengths_have_a_line_for_each_method_in_two_panels(tmp_path, monkeypatch
         assert lines == [(numbers[which],) * 3 for numbers in METHODS.values()]
         assert list(panel.get_xticks()) == [2, 3, 5]
     assert names_in(picture) == list(METHODS)
-
-
-def test_training_curves_are_faint_single_steps_and_strong_means_of_five(tmp_path, monkeypatch):
-    folders = {"LiteReason": str(tmp_path / "a"), "RL without latents": str(tmp_path / "b")}
-    for first, folder in enumerate(map(pathlib.Path, folders.values()), start=1):
-        folder.mkdir()
-        steps = [{"step": i + 1, "reward": first + i, "text_tokens": 25.0, "latent_steps": 5.0,
-                  "tag_share": 0.5} for i in range(4)]
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
-    picture = drawn(monkeypatch, plots.training, folders, tmp_path / "t.svg")
-    assert names_in(picture) == list(folders)
-    curves = [[list(line.get_ydata()) for line in panel.lines] for panel in picture.axes]
-    assert curves[0] == [[1, 2, 3, 4], [2, 2.5, 2.5, 3], [2, 3, 4, 5], [3, 3.5, 3.5, 4]]
-    assert [panel[0] for panel in curves[1:]] == [[30] * 4, [5] * 4, [0.5] * 4]
 
 
 def test_chains_are_drawn_from_the_kept_starts_each_start_named_once(tmp_path, monkeypatch):

@@ -201,11 +201,10 @@ def test_each_latent_of_an_answer_of_tags_has_a_round_and_a_reader_says_its_word
             == [*rounds[:2], *rounds[1:]])
     assert latents.rounds_of_latents(example, tag.format(4) + box, 5) is None
     assert latents.rounds_of_latents(example, "so " + tag.format(3) + box, 5) is None
-    read = latents.Reader(model, tokenizer)
     words = [["Mara", "Karl"], ["Ida", "Ida"], ["nobody", "Tom"]]
     ids = torch.tensor([tokenizer.convert_tokens_to_ids(pair) for pair in words])
     sums = model.get_input_embeddings()(ids).detach().sum(1) / 2**0.5
-    assert read(sums + 0.01) == [set(pair) for pair in words]
+    assert latents.nearest_words(model, tokenizer, sums + 0.01) == [set(pair) for pair in words]
 
 
 def test_words_that_all_sentences_have_tell_nothing(base):
