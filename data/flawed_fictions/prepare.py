@@ -65,9 +65,8 @@ def as_lines(value):
     return [line for line in (clean(str(line)) for line in lines) if line]
 
 
-def load_stories(paths, keep_endings=False):
-    """Rows of the files, cleaned: [{story, label, ..}]. UserError for a row that is malformed, naming file
-    and line."""
+def load_stories(paths):
+    """Rows of the files, cleaned: [{story, label, ..}]; UserError naming file and line for a malformed one."""
     stories = []
     empty = []  # where they are
     endings = Counter()  # label -> stories that have an ending which gives it away
@@ -83,7 +82,7 @@ def load_stories(paths, keep_endings=False):
         if not stripped:
             empty.append(where)
             continue
-        example = {"story": whole if keep_endings else stripped, "label": LABELS[spelled]}
+        example = {"story": stripped, "label": LABELS[spelled]}
         endings[example["label"]] += stripped != whole
         if row.get("example_id") not in (None, ""):
             example["example_id"] = row["example_id"]
@@ -97,8 +96,8 @@ def load_stories(paths, keep_endings=False):
         print(f"skipped {len(empty)} empty stories: {some(empty)}")
     if not stories:
         raise UserError(f"no stories in {', '.join(paths)}; expected rows with story and cont_error")
-    print(f"endings that give the label away (a row of dashes), in {endings[True]} stories with an error and "
-          f"{endings[False]} without: {'kept' if keep_endings else 'removed'}")
+    print(f"removed endings that give the label away (a row of dashes), in {endings[True]} stories with an "
+          f"error and {endings[False]} without")
     return stories
 
 
@@ -178,15 +177,12 @@ def main():
                         help="local jsonl, json, csv or parquet files (default: download the benchmark)")
     parser.add_argument("--out", default=os.path.dirname(os.path.abspath(__file__)), metavar="DIR",
                         help="where the three files go (default: beside this script)")
-    parser.add_argument("--split", default="cluster", choices=["cluster", "paper"],
-                        help="cluster: near-duplicates stay together; paper: the released rows (default "
-                        "cluster)")
-    parser.add_argument("--keep-endings", action="store_true",
-                        help="leave the rows of dashes that give the label away (default: remove them)")
+    parser.add_argument("--split", default="cluster", choices=["cluster", "paper"], help="cluster: "
+                        "near-duplicates stay together; paper: the released rows (default cluster)")
     parser.add_argument("--seed", type=int, default=0,
                         help="of the cluster split; the paper's is fixed at 42 (default 0)")
     args = parser.parse_args()
-    stories = load_stories(args.files or download(), args.keep_endings)
+    stories = load_stories(args.files or download())
     labels = [story["label"] for story in stories]
     clusters = find_clusters([story["story"] for story in stories])
     sizes = [n for n in Counter(clusters).values() if n > 1]
