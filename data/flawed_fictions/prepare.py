@@ -66,7 +66,7 @@ def as_lines(value):
 
 
 def load_stories(paths):
-    """Rows of the files, cleaned: [{story, label, ..}]; UserError naming file and line for a malformed one."""
+    """Rows of the files, cleaned: [{story, label, ..}]; UserError with file and line for a malformed one."""
     stories = []
     empty = []  # where they are
     endings = Counter()  # label -> stories that have an ending which gives it away
@@ -95,7 +95,7 @@ def load_stories(paths):
     if empty:
         print(f"skipped {len(empty)} empty stories: {some(empty)}")
     if not stories:
-        raise UserError(f"no stories in {', '.join(paths)}; expected rows with story and cont_error")
+        raise UserError(f"no stories in {', '.join(paths)}")
     print(f"removed endings that give the label away (a row of dashes), in {endings[True]} stories with an "
           f"error and {endings[False]} without")
     return stories
@@ -105,16 +105,15 @@ def download():
     """The benchmark's main file from the hub -> [path]; one UserError line says what to do without it."""
     from huggingface_hub import HfApi, hf_hub_download
 
-    by_hand = (f"get the file of the flawed_fictions split from https://huggingface.co/datasets/{REPO} on a "
-               "machine that can, and pass it with --from FILE (jsonl, json, csv or parquet)")
+    by_hand = f"get the file from https://huggingface.co/datasets/{REPO} and pass it with --from FILE"
     try:
         every = sorted(HfApi().list_repo_files(REPO, repo_type="dataset"))
         by_kind = [[file for file in every if re.fullmatch(WANTED + kind, file)] for kind in KINDS]
         files = next(filter(None, by_kind), [])
         paths = [hf_hub_download(REPO, file, repo_type="dataset") for file in files]
     except Exception as e:  # no network, a gate, a wrong token, a full disk: the hub has many exceptions
-        raise UserError(f"cannot download {REPO} ({shorten(str(e), 300)}); for a token, `hf auth login`; or "
-                        f"{by_hand}") from e
+        why = shorten(str(e), 300)
+        raise UserError(f"cannot download {REPO} ({why}); `hf auth login`, or {by_hand}") from e
     if not paths:
         raise UserError(f"the repository {REPO} has no flawed_fictions file of a known kind; {by_hand}")
     return paths

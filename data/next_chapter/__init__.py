@@ -210,29 +210,24 @@ def reward(example, completion):
 
 
 # ============================================================ what eval.py prints beside the reward
-def identity(example):
-    """What tells the examples of a prompt from those of another."""
-    return example["book"], example.get("number"), example["chapter"]
-
-
-def plans_of_others(examples, plans):
-    """For each example the plan of the next one in the list that has another prompt; "" if there is none."""
+def plans_of_others(prompts, plans):
+    """For each plan that of the next one in the list that has another prompt; "" if there is none."""
     others = []
-    for i, example in enumerate(examples):
-        following = zip(examples[i + 1 :] + examples[:i], plans[i + 1 :] + plans[:i])
-        others.append(next((plan for e, plan in following if identity(e) != identity(example)), ""))
+    for i, own in enumerate(prompts):
+        following = zip(prompts[i + 1 :] + prompts[:i], plans[i + 1 :] + plans[:i])
+        others.append(next((plan for prompt, plan in following if prompt != own), ""))
     return others
 
 
 def report(examples, completions):
-    """Mean improvement in percent with its 95 % interval (over examples), share of prompts improved, words
-    per plan, share without a plan, and the control: the mean improvement with the plan of another example
-    (an empty plan's is 0)."""
+    """Mean improvement in percent with its 95 % interval (over prompts), share of prompts improved, words
+    per plan, share without a plan, and the control: the mean improvement with the plan of another prompt."""
     plans = [plan_of(completion) for completion in completions]
     chapters = [example["chapter"] for example in examples]
+    prompts = [chapter_prompt(example) + example["chapter"] for example in examples]
     by_prompt = {}  # an example's gains, one per sample
-    for example, gain in zip(examples, gains(examples, plans, chapters)):
-        by_prompt.setdefault(identity(example), []).append(gain)
+    for own, gain in zip(prompts, gains(examples, plans, chapters)):
+        by_prompt.setdefault(own, []).append(gain)
     means = [mean(own) for own in by_prompt.values()]
     center = mean(means)
     variance = sum((m - center) ** 2 for m in means) / max(1, len(means) - 1)
@@ -243,4 +238,4 @@ def report(examples, completions):
         "improved": mean([m > 0 for m in means]),
         "plan_words": mean([len(plan.split()) for plan in plans]),
         "no_plan": mean([not plan for plan in plans]),
-        "improvement_other_plan": mean(gains(examples, plans_of_others(examples, plans), chapters))}
+        "improvement_other_plan": mean(gains(examples, plans_of_others(prompts, plans), chapters))}

@@ -109,12 +109,11 @@ def rising(found):
 
 def span(headings):
     """The length of the longest stretch of text over which the numbers rise by one."""
-    best = total = 0
+    lengths = [0]
     for before, one in zip(headings, headings[1:]):
         rises = 0 < one["number"] - before["number"] <= 1
-        total = total + one["start"] - before["start"] if rises else 0
-        best = max(best, total)
-    return best
+        lengths.append(lengths[-1] + one["start"] - before["start"] if rises else 0)
+    return max(lengths)
 
 
 def cut(text, headings):

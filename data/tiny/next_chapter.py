@@ -5,9 +5,9 @@ chapter is then a matter of course: those who have the two halves in the end put
 
     from Mara Otto has it . ..       next chapter: Lena brings a half and Finn brings a half .
 
-The policy writes a plan after "In summary :"; a frozen copy of the base model reads the TRUE next chapter
-with and without it, and the reward is how much easier the plan made the reading. Both people do the same, so
-the chapter is read both ways round and the easier one counts: who of them is named first says nothing."""
+The policy writes a plan after "In summary :"; the frozen base reads the TRUE next chapter with and without
+it, and the reward is how much easier the plan made it. Both people do the same, so the chapter is read both
+ways round and the easier one counts: who of them is named first says nothing."""
 import functools
 import random
 
