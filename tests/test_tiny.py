@@ -11,7 +11,7 @@ from conftest import ROOT, close
 
 import train_projector
 from data import tiny
-from litereason import LATENT, OPEN, latent_step, load, states
+from litereason import LATENT, latent_step, load, states
 from results import latents
 from train_projector import fit_to_targets, sentences_of, split_answer
 

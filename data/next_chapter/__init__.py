@@ -13,7 +13,6 @@ latents, no tags, no special tokens, no headings."""
 import bisect
 import functools
 import math
-import os
 import random
 import re
 from statistics import fmean as mean
@@ -21,7 +20,7 @@ from statistics import fmean as mean
 import torch
 
 from data import OFFER, folder, improvement, last_opening, read_split
-from lib import UserError, checkpoint, decoder, kv_cache, memory, scoring
+from lib import UserError, checkpoint, decoder, memory, scoring
 from litereason import Rollout, logprobs
 
 settings = {

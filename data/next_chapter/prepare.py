@@ -419,8 +419,8 @@ def main():
           f"in {counts['chapters cut']} the chapter's end to fit {args.chapter_tokens}; left out "
           f"{counts['unfit']}, whose other fields leave less than a quarter of the tokens to the story")
     if not all(splits.values()):
-        raise UserError(f"{len(editions)} works are too few for three splits: give four books or more, as the "
-                        "contrastive reward needs two in train")
+        raise UserError(f"{len(editions)} works are too few for three splits: give four books or more; "
+                        "the contrastive reward needs two in train")
     for split, examples in splits.items():
         print(f"{split:5} books {len({row['book'] for row in examples}):3}, examples {len(examples):4}")
     write_splits(args.out, splits)

@@ -18,7 +18,7 @@ from litereason import load, parse_tags
 SIZES = {"train": 6000, "val": 100, "test": 200}
 MEASURE = "reward"  # what a score of this task is called
 PENALTY = 400.0  # the most that the length penalty takes; a right plan earns about 200, a wrong one -190
-LEAST_GAIN = -500.0  # a muddled plan can make a chapter a thousand times harder; what is above six counts as six
+LEAST_GAIN = -500.0  # a muddled plan can make a chapter a thousand times harder; six times is enough
 ANSWER = "In summary :"  # what follows is the plan, the only part that the scorer reads
 
 

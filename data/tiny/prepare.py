@@ -180,7 +180,7 @@ def make_tokenizer():
 
 
 def make_model(vocab_size, pad):
-    """A Qwen3 with random weights. (A Qwen2, without norms on queries and keys, took four times the steps.)"""
+    """A Qwen3 with random weights. (A Qwen2, without norms on queries and keys, takes four times as long.)"""
     return Qwen3ForCausalLM(Qwen3Config(
         vocab_size=vocab_size, hidden_size=128, intermediate_size=256, num_hidden_layers=2, head_dim=32,
         num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512, rope_theta=10000.0,
