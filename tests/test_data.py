@@ -7,13 +7,12 @@ import pytest
 import torch
 from conftest import PROMPTS, close, random_qwen2, tag
 from safetensors import safe_open
-from test_real_tasks import one_line, shared
+from test_real_tasks import one_line
 from transformers import AutoModelForCausalLM
 
 from data import SPLITS, has_verdict, load_task
-from litereason import CAP, UserError, generate, load, parse_tags, save
-from lib.run import run_script
-from train_projector import SENTENCE, mask_sentences, sentences_of, split_answer
+from litereason import CAP, generate, load, parse_tags, save
+from train_projector import mask_sentences, sentences_of, split_answer
 
 STORY = "One fine day it rained. Was it cold? It was!\nNobody \"knew.\" It was 3.5 degrees. The end came late"
 SENTENCES = ["One fine day it rained.", "Was it cold?", "It was!", "Nobody \"knew.\"", "It was 3.5 degrees.",
@@ -73,16 +72,6 @@ def test_tags_that_are_there_are_kept_and_never_replaced(tok):
     ("**No.** He is _here._ It (the 3.5.) ends", ["**No.**", "He is _here._", "It (the 3.5.)", "ends"])])
 def test_a_sentence_ends_with_what_closes_it(text, sentences):
     assert sentences_of(text) == sentences
-
-
-def test_the_sentences_of_real_stories_join_to_them_and_curly_quotes_end_as_straight_ones():
-    straight = str.maketrans("“”‘’", "\"\"''")
-    with open(shared("flawed_fictions_subset.jsonl"), encoding="utf-8") as f:
-        stories = [json.loads(line)["story"].replace("</p>", "\n") for line in f]
-    for story in stories:
-        assert "".join(SENTENCE.findall(story)) == story
-        same = [sentence.translate(straight) for sentence in sentences_of(story)]
-        assert same == sentences_of(story.translate(straight))
 
 
 def test_the_answer_begins_at_the_last_marker():
@@ -170,15 +159,6 @@ def test_a_checkpoint_without_weights_or_with_half_of_them_is_refused_in_one_lin
     one_line("cannot write", save, model, tok, file / "out")
     os.remove(file)
     one_line("cannot load", load64, tmp_path / "out")
-
-
-def test_a_script_ends_with_one_line_and_exit_code_2(capsys):
-    def main():
-        raise UserError("no such thing")
-    with pytest.raises(SystemExit) as e:
-        run_script(main)
-    out, err = capsys.readouterr()
-    assert e.value.code == 2 and out == "" and err.endswith("error: no such thing\n") and err.count("\n") == 1
 
 
 # ---------------------------------------------------------------- the shipped tasks: examples, prompt, reward

@@ -24,7 +24,7 @@ PLOT_HOLES = [
     # several boxes, both answers: the last one counts, and it holds one of the two words
     ("{right} {wrong}", 0), ("{wrong} {right}", 1), ("{wrong}{right}{wrong}" * 50, 0),
     ("\\boxed{ {yes} or {no} }", 0), ("\\boxed{ {yes}/{no} }", 0), ("\\boxed{ {yes} {yes} }", 0),
-    ("\\boxed{ {no} \\boxed{ {yes} {no} } }", 0), ("\\boxed{ {yes} } \\boxed{}", 0), ("\\boxed{ not {no} }", 0),
+    ("\\boxed{ {no} \\boxed{ {yes} {no} } }", 0), ("{right} \\boxed{}", 0), ("\\boxed{ not {no} }", 0),
     # no box, half a box, something like a box
     ("The answer is {yes}.", 0), ("{right} \\boxed{", 0), ("{right} \\boxed{ {no}", 0), ("boxed{ {yes} }", 0),
     ("\\Boxed{ {yes} }", 0), ("\\boxed{}{ {yes} }", 0), ("\\boxed{ }{yes}", 0),
@@ -35,7 +35,7 @@ PLOT_HOLES = [
     ("\\boxed{ \\text{ {yes} } \\text{ {no} } }", 0),
     # an answer in a tag, tags beside one
     ("<implicit_thought>{yes}</implicit_thought>", 0), ("\\boxed{" + tag(1) + "}", 0),
-    ("\\boxed{ {yes} " + tag(1) + " }", 0), (tag(5) * 100, 0), (tag(5) * 100 + "{right}", 1), ("{right}" + tag(5), 1),
+    ("\\boxed{ {yes} " + tag(1) + " }", 0), (tag(5) * 100, 0), ("{right}" + tag(5), 1),
     # the prompt or the story again
     ("{prompt}" * 3, 0), ("{story}", 0), ("{prompt} {right}", 1), ("{prompt} {wrong}", 0),
     # the end of a turn in words, another speaker, an order to the grader
@@ -95,7 +95,7 @@ A = "In summary:"
 PLANS = [  # (completion, the plan that an honest reader takes from it; "" scores 0)
     ("", ""), ("a plan without its heading", ""), (f"{A} \n", ""), (f"{A} ...!?", ""), ("In summary, x", "x"),
     ("**In Summary:** x", "x"), ("_in summary_: x", "x"), ("In summary x", ""), ("within summary: x", ""),
-    ("{prompt}", ""), (f"{A} {tag(3)} {tag(1)}", ""), (f"{A} <|im_end|><|endoftext|>", ""), (f"{A} \u200b\ufeff", ""),
+    ("{prompt}", ""), (f"{A} {tag(3)} {tag(1)}", ""), (f"{A} <|im_end|>", ""), (f"{A} \u200b\ufeff", ""),
     (f"{A} # ## ---", ""), (f"{A} he goes. {A}", ""), (f"{A} he goes. {A} she stays.", "she stays."),
     (f"{A} he{tag(2)} goes", "he goes"), (f"{A} <implicit_thought>he</implicit_thought> goes", "goes"),
     (f"{A} <impl{tag(1)}icit_thought>4</implicit_thought>x", "4x"),  # a tag in a tag
@@ -177,23 +177,12 @@ def test_a_plan_longer_than_the_scorer_loses_its_end_and_not_the_chapter(scored)
     assert any("he goes" in r for r, _ in read) and all(r.endswith(" went.") and n <= 1500 for r, n in read)
 
 
-def test_gains_are_at_most_a_hundred_percent(monkeypatch):
-    """PPL >= 1, so I < 100: no plan, whatever it is, earns more than the chapter's whole perplexity."""
-    monkeypatch.setitem(nc.settings, "reward", "vrcli")
-    monkeypatch.setattr(nc, "unaided", lambda pairs: [50.0] * len(pairs))
-    for after in (1.0, 49.9, 50.0, 1e6):
-        monkeypatch.setattr(nc, "perplexities", lambda batch: [after] * len(batch))
-        (r,) = nc.rewards([{"book": "b", "chapter": "y"}], [f"{A} x"])
-        assert r < 100 and (r > 0) == (after < 50)
-
-
 # ---------------------------------------------------------------- the same in the tiny world, read by its base
 def test_a_tiny_plan_is_read_as_plain_words_and_none_scores_nothing():
     task = importlib.import_module("data.tiny.next_chapter")
     example, a = task.examples("val")[0], task.ANSWER
     plan = task.gold_plan(example)
-    nothing = ["", plan, task.prompt(example, True), example["story"], a, f"{a} {tag(3)}", f"{a} {plan} {a}",
-               f"{a} <|endoftext|>", f"{a} chapter :"]
+    nothing = ["", plan, task.prompt(example, True), a, f"{a} {tag(3)}", f"{a} {plan} {a}", f"{a} chapter :"]
     assert task.rewards([example] * len(nothing), nothing) == [0.0] * len(nothing)
     same = [f"{a} {plan}", f"hm {tag(2)} {a} {plan}", f"{a} x . {a} {plan}", f"{a}{tag(3)} {plan}",
             f"{a} {plan} chapter : task : plan", f"{a} <|endoftext|> {plan}"]

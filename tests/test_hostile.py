@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from test_real_tasks import one_line
 
 from data import boxed, perplexity
-from data.flawed_fictions import reward, verdict
+from data.flawed_fictions import verdict
 from data.next_chapter import plan_of
 from litereason import CLOSE, DIGITS, LATENT, OPEN, SPACE, insert_latents, load, parse_tags, save, watcher
 from train_projector import mask_sentences
@@ -195,29 +195,12 @@ def test_a_stop_token_ends_a_turn_only_where_the_policy_samples_it(model, tok):
     assert not rollouts[0].finished and len(rollouts[0].slots) == 40
 
 
-def test_a_limit_anywhere_in_a_tag_or_its_block_only_cuts_it(model, tok):
-    text = f"a.{tag(3)}\nb{tag(2)}c"
-    ids = insert_latents(model, tok, tok.encode(text))
-    for limit in range(1, len(ids) + 1):
-        (r,) = write(model, tok, ["x"], [text], limit=limit)
-        assert r.slots == ids[:limit] and len(r.latents) == r.n_latents and not r.finished
-
-
 def test_a_perplexity_reads_tags_as_text(model, tok):
     context, text = f"a {tag(3)}", f"b{tag(2)} c"
     _, latents, logp = naive(model, tok.encode(context), tok.encode(text))
     assert not len(latents)
     close(torch.tensor(perplexity(model, tok, [context], [text]), dtype=torch.float64)[0],
           (-logp.mean()).exp())
-
-
-def test_what_stands_in_a_story_never_scores():
-    for text in HOSTILE:
-        for label in (True, False):
-            story = {"story": text, "label": label}
-            assert (reward(story, "") == reward(story, "I see no error.")
-                    == reward(story, "<contradicted_lines>\n" + text + "\n</contradicted_lines>") == 0)
-            assert reward(story, f"It says {text!r}. So \\boxed{{Yes}}") == float(label)
 
 
 # ---------------------------------------------------------------- text that is made to be slow
@@ -317,8 +300,8 @@ class Bomb:
         return os.system, (f"touch {self.path}",)
 
 
-@pytest.mark.parametrize("names", [["model.safetensors"], ["model.safetensors.index.json", "pytorch_model.bin"],
-                                   ["pytorch_model.bin", "reasoning_projector.pt", "adapter_model.bin"]])
+@pytest.mark.parametrize("names", [["model.safetensors"], ["pytorch_model.bin", "adapter_model.bin"],
+                                   ["model.safetensors.index.json", "pytorch_model.bin"]])
 def test_nothing_is_unpickled(damaged, tmp_path, names):
     path, mark = damaged(), tmp_path / "mark"
     os.remove(path / "model.safetensors")

@@ -102,7 +102,7 @@ def test_what_the_makers_left_at_the_end_does_not_give_the_label_away(tmp_path, 
 # ---------------------------------------------------------------- plot holes: files
 @pytest.mark.parametrize("row, message", [
     ("{\"story\": ", "a.jsonl:2: not JSON"), ("[1]", "a.jsonl:2: expected a JSON object"),
-    ({"text": "x"}, "a.jsonl:2: expected the fields story"), ({"story": 3, "cont_error": 1}, "a.jsonl:2: expected"),
+    ({"text": "x"}, "a.jsonl:2: expected the fields"), ({"story": 3, "cont_error": 1}, "a.jsonl:2: expected"),
     ({"story": "x", "cont_error": "maybe"}, "a.jsonl:2: cont_error is 'maybe'; expected 0 or 1")])
 def test_a_malformed_row_names_file_and_line_and_leaves_the_old_files(tmp_path, row, message):
     run(ff_prepare, "--from", jsonl(tmp_path / "good.jsonl", stories(40)), "--out", tmp_path / "out")
@@ -187,8 +187,9 @@ def test_no_two_splits_share_a_cluster_and_labels_stay_balanced(tmp_path, capsys
     assert made["two"] == parts and made["three"] != parts
     assert {s: len(r) for s, r in parts.items()} == {"train": 290, "val": 62, "test": 62}
     assert all(2 * sum(r["label"] for r in rows) == len(rows) for rows in parts.values())
-    grams = {s: {tuple(text[i : i + 8]) for text in (words_of(r["story"]) for r in rows) for i in range(len(text) - 7)}
-             for s, rows in parts.items()}
+    texts = {s: [words_of(r["story"]) for r in rows] for s, rows in parts.items()}
+    grams = {s: {tuple(text[i : i + 8]) for text in own for i in range(len(text) - 7)}
+             for s, own in texts.items()}
     for a, b in itertools.combinations(SPLITS, 2):
         assert not grams[a] & grams[b]
 
@@ -252,13 +253,13 @@ def chapter(i, j, **more):
 def test_every_form_of_book_becomes_chapters(tmp_path, capsys):
     box = tmp_path / "in"
     box.mkdir()
-    jsonl(box / "one.jsonl", [chapter(1, 2), chapter(1, 1), {"text": "no book name"}, {"text": "so the file's"},
-                              {"text": "so the file's"}])
+    jsonl(box / "one.jsonl", [chapter(1, 2), chapter(1, 1), {"text": "no book name"}]
+          + [{"text": "so the file's"}] * 2)
     jsonl(box / "tales.jsonl", [{"story": "fox", "sections": ["a fox", "", "two foxes"]},
                                 {"story": "lone", "sections": ["only one"]}])
     jsonl(box / "nameless.jsonl", [{"sections": ["a", "b"]}, {"book": 7, "sections": ["c", "d"]}])
-    (box / "novel.txt").write_text("Title\n\nCHAPTER I. Home\nCHAPTER II\n\nCHAPTER I. Home\r\n\nAt home.\n\n"
-                                   "Chapter of accidents\n\nI.\n\nChapter Twenty-One: Away\nGone.\n")
+    (box / "novel.txt").write_text("Title\n\nCHAPTER I. Home\nCHAPTER II\n\n"
+                                   "CHAPTER I. Home\r\n\nAt home.\n\nChapter of accidents\n\nI.\n\nChapter Twenty-One: Away\nGone.\n")
     (box / "roman.md").write_text("I.\n\nfirst\n\nII\n\nsecond")
     (box / "bare.txt").write_text("one text without headings")
     books = nc_prepare.read_books([str(box)])
@@ -283,9 +284,6 @@ def test_rows_that_are_no_books_end_in_one_line(tmp_path, message, rows):
     a = str(jsonl(tmp_path / "a.jsonl", rows))
     one_line(message, nc_prepare.read_books, [a])
     one_line("cannot read", nc_prepare.read_books, [a + ".json"])
-    if rows[0].get("book"):
-        b = jsonl(tmp_path / "b.jsonl", [chapter(1, 2)])
-        one_line("'book 1' is in .*a.jsonl and in .*b.jsonl|expected", nc_prepare.read_books, [a, str(b)])
 
 
 def test_splits_are_by_book_and_the_same_every_time(tmp_path, capsys):

@@ -9,11 +9,11 @@ import pytest
 import torch
 from conftest import ROOT, close
 
-import train_projector
 from data import tiny
 from litereason import LATENT, latent_step, load, states
 from results import latents
-from train_projector import fit_to_targets, sentences_of, split_answer
+from train_projector import (common_words, fit_to_targets, last_words, mask_runs, sentences_of, split_answer,
+                             target_loss, with_noise)
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +66,8 @@ def masked(model, tokenizer, rng, example, share, common=()):
     reasoning, answer = split_answer(trace_of(example)[0])
     prompt = tiny.prompt(example, True)
     sentences = sentences_of(reasoning)
-    known = [train_projector.last_words(model, tokenizer, text, common, 2) for text in [prompt, *sentences]]
-    return train_projector.mask_runs(model, tokenizer, rng, tokenizer.encode(prompt), sentences, answer, known,
-                                     share)
+    known = [last_words(model, tokenizer, text, common, 2) for text in [prompt, *sentences]]
+    return mask_runs(model, tokenizer, rng, tokenizer.encode(prompt), sentences, answer, known, share)
 
 
 EXAMPLES = tiny.examples("train", n=20)
@@ -79,7 +78,7 @@ def test_a_skipped_run_has_the_words_of_each_round_as_targets_in_tags_of_up_to_t
     model, tokenizer = base
     monkeypatch.setattr(model.config, "litereason_max_reasoning_steps", cap)
     sentences = [s for e in EXAMPLES for s in sentences_of(split_answer(trace_of(e)[0])[0])]
-    common = train_projector.common_words(tokenizer, sentences)
+    common = common_words(tokenizer, sentences)
     row = masked(model, tokenizer, random.Random(0), EXAMPLES[0], 1.0, common)
     _, rounds = trace_of(EXAMPLES[0])
     rounds = rounds if cap > 1 else rounds[1:]  # a longer tag begins with where the reader stands
@@ -101,12 +100,12 @@ def loss_of(model, rows, fed, base_learns):
     n_tokens = sum(len(r.slots) - r.slots.index(LATENT) - r.n_latents
                    + r.slots[: r.slots.index(LATENT)].count(LATENT) for r in rows)
     n_latents = sum(r.n_latents for r in rows)
-    return train_projector.target_loss(model, rows, fed, n_tokens, n_latents, base_learns)
+    return target_loss(model, rows, fed, n_tokens, n_latents, base_learns)
 
 
 def test_the_loss_of_targets_is_that_of_the_definition_and_what_is_fed_is_not_what_is_wanted(base, rows):
     model, tokenizer = base
-    fed = train_projector.with_noise(rows, 0.5, torch.Generator().manual_seed(0))
+    fed = with_noise(rows, 0.5, torch.Generator().manual_seed(0))
     with torch.no_grad():
         loss = loss_of(model, rows, fed, base_learns=False)
         both = loss_of(model, rows, fed, base_learns=True)
@@ -169,10 +168,10 @@ def test_each_latent_of_an_answer_of_tags_has_a_round_and_a_reader_says_its_word
 def test_words_that_all_sentences_have_tell_nothing(base):
     model, tokenizer = base
     told = [f"go on with {name} ." for name in ("Karl", "Mara", "Otto", "Lena")]
-    common = train_projector.common_words(tokenizer, told)
+    common = common_words(tokenizer, told)
     assert {tokenizer.decode([i]) for i in common} == {"go", "on", "with", "."}
-    assert train_projector.last_words(model, tokenizer, told[0], common, 2) is None  # one word that tells something
-    assert train_projector.last_words(model, tokenizer, told[0], common, 1) is not None
+    assert last_words(model, tokenizer, told[0], common, 2) is None  # one word that tells something
+    assert last_words(model, tokenizer, told[0], common, 1) is not None
 
 
 def test_its_base_is_made_by_a_command(tmp_path):
