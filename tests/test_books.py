@@ -74,7 +74,7 @@ def test_numbers_are_read_in_every_form():
 ])
 def test_headings_as_books_have_them(headings):
     chapters = chapters_of_text("The Novel\n\nby me\n\n" + book(headings))
-    assert [chapter["title"] for chapter in chapters] == [heading.strip("\ufeff") for heading in headings]
+    assert [chapter["title"] for chapter in chapters] == [heading.strip(" \ufeff") for heading in headings]
     assert all(chapter["text"].strip() == body(i) for i, chapter in enumerate(chapters))
 
 
