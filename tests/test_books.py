@@ -68,7 +68,7 @@ def test_numbers_are_read_in_every_form():
     ["CHAPTER I", "CHAPTER II", "CHAPTER THE LAST", "EPILOGUE"],
     ["Chapter 11", "Chapter 12", "Chapter 12.5", "Chapter 13"],
     ["Letter 1", "Letter 2", "Chapter 1", "Chapter 2"],
-    ["CHAPTER I", "II.", "III.", "IV."], ["\ufeffChapter One", "2", "3"],  # styles that meet in one book
+    ["CHAPTER I", "II.", "III.", "IV."], ["\ufeffChapter One", "2", "3"],  # styles that meet
     ["CHAPTER I", "CHAPTER II", "Chapter 3", "Chapter Four", "CHAPTER V"],
     ["CHAPTER I", "CHAPTER II", "CHAPTER IX", "CHAPTER IV"],  # a number is misprinted
 ])
@@ -189,7 +189,7 @@ def test_frames_of_all_ages_are_cut_from_texts_and_rows(tmp_path):
 
 # ---------------------------------------------------------------- order
 @pytest.mark.parametrize("numbers, order", [
-    ([3, 1, 2], [1, 2, 0]), (["3", "1", "2"], [1, 2, 0]), (["Chapter II", "Chapter I", "Prologue"], [2, 1, 0]),
+    ([3, 1, 2], [1, 2, 0]), (["3", "1", "2"], [1, 2, 0]), (["Chapter II", "Chapter I"], [1, 0]),
     ([None, None], [0, 1]), (["The Fox", "The Owl"], [0, 1]), (["10", "9"], [1, 0]), ([1, 4, 2], [0, 2, 1]),
     # where numbers repeat or lack: the order of the file, and it says so
     (["1.8", "1.9", "1.10"], None), ([1, 2, 3, 1, 2], None), ([1, 3, 2, None], None)])
@@ -209,7 +209,7 @@ def test_editions_of_one_work_stay_in_one_split_and_are_no_other_book(tmp_path, 
     phrase = "once upon a time there was a king who had three sons"
     rows = [{"book": f"book {i}", "chapter": j, "text": f"{phrase} {words(100 * i + j, 400)}"}
             for i in range(5) for j in (1, 2)]
-    rows += [{**row, "book": "annotated", "text": row["text"].replace(" ", ",\n").replace("x200,", "x200 (a),")}
+    rows += [{**row, "book": "annotated", "text": row["text"].replace(" ", ",\n").replace("x200,", "x200 (a)")}
              for row in rows[:2]]
     path = jsonl(tmp_path / "a.jsonl", rows)
     for seed in range(3):

@@ -32,7 +32,7 @@ def test_a_share_of_the_sentences_is_replaced_but_at_least_one(tok):
     for ratio, expected in ((0.0, 1), (0.25, 1), (0.34, 2), (0.5, 3), (0.99, 5), (1.0, 6)):
         masked = mask(tok, STORY, ratio)
         assert len(numbers(masked)) == expected
-        assert sum(s in masked for s in SENTENCES) == len(SENTENCES) - expected  # whole sentences, and no others
+        assert sum(s in masked for s in SENTENCES) == len(SENTENCES) - expected  # only whole sentences
     for nothing in ("", "\n\n", tag(3), f" {tag(3)}\n{tag(1)} "):
         assert mask(tok, nothing, 0.5) is None
 
@@ -54,7 +54,7 @@ def test_the_seed_decides_which_sentences_and_one_space_stands_on_each_side_of_a
             assert b == len(text) or text[b] == " " and text[b + 1] not in " \n"
     assert mask(tok, "It was. It is.", 1.0) == f"{tag(1)} {tag(1)}"
     results = {mask(tok, "He ran. It ended. He ran.", 0.34, seed) for seed in range(30)}
-    assert {f"{tag(1)} It ended. He ran.", f"He ran. It ended. {tag(1)}"} < results  # one of two equal sentences
+    assert {f"{tag(1)} It ended. He ran.", f"He ran. It ended. {tag(1)}"} < results  # of two equal ones
 
 
 def test_tags_that_are_there_are_kept_and_never_replaced(tok):
@@ -64,8 +64,7 @@ def test_tags_that_are_there_are_kept_and_never_replaced(tok):
 
 
 @pytest.mark.parametrize("text, sentences", [
-    ("“Wait.” She left. “Why?” he asked. ‘No!’ Then", ["“Wait.”", "She left.", "“Why?”", "he asked.", "‘No!’",
-                                                     "Then"]),
+    ("“Wait.” She left. ‘No!’ Then", ["“Wait.”", "She left.", "‘No!’", "Then"]),
     ('"Wait." She left. "Why?" he asked.', ['"Wait."', "She left.", '"Why?"', "he asked."]),
     ("Then… he ran... away. «Oui.» Fin", ["Then…", "he ran...", "away.", "«Oui.»", "Fin"]),
     ("我去。「好！」她说。他来？", ["我去。", "「好！」", "她说。", "他来？"]),
@@ -187,7 +186,7 @@ def test_prompts_offer_the_tag_only_where_latents_are_wanted_and_it_is_not_a_val
     ("tiny", ["so \\boxed{ Yes }"], ["Yes"]),
     ("tiny.next_chapter", ["In summary : Mara ."], ["In summary :", "Mara .", "In summary : plan :"]),
     ("flawed_fictions", ["\\boxed{yes}", "\\boxed{No.}"],
-     ["No", "\\boxed{}", "\\boxed{maybe}", "\\boxed{Yes", "<contradicted_lines>\\boxed{Yes}</contradicted_lines>"]),
+     ["No", "\\boxed{}", "\\boxed{maybe}", "<contradicted_lines>\\boxed{Yes}</contradicted_lines>"]),
     ("next_chapter", ["In summary: she leaves."], ["In summary:", "She leaves.", "In summary: ---"])])
 def test_a_verdict_is_what_the_reward_can_read(name, read, unread):
     task = load_task(name)

@@ -349,7 +349,8 @@ print('loaded')"""
 
 
 def test_a_directory_is_loaded_without_a_network(damaged):
-    path = damaged({"_name_or_path": "nobody/nothing", "_attn_implementation": "kernels-community/flash-attn"})
+    path = damaged({"_name_or_path": "nobody/nothing",
+                    "_attn_implementation": "kernels-community/flash-attn"})
     environment = {name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")}
     done = subprocess.run([sys.executable, "-c", OFFLINE, path], env={**environment, "PYTHONPATH": ROOT},
                           capture_output=True, text=True, timeout=300)

@@ -252,7 +252,7 @@ def test_every_form_of_book_becomes_chapters(tmp_path, capsys):
     jsonl(box / "tales.jsonl", [{"story": "fox", "sections": ["a fox", "", "two foxes"]},
                                 {"story": "lone", "sections": ["only one"]}])
     jsonl(box / "nameless.jsonl", [{"sections": ["a", "b"]}, {"book": 7, "sections": ["c", "d"]}])
-    (box / "novel.txt").write_text("Title\n\nCHAPTER I. Home\nCHAPTER II\n\nCHAPTER I. Home\r\n\nAt home.\n\n"
+    (box / "novel.txt").write_text("CHAPTER I. Home\nCHAPTER II\n\nCHAPTER I. Home\r\n\nAt home.\n\n"
                                    "Chapter of accidents\n\nI.\n\nChapter Twenty-One: Away\nGone.\n")
     (box / "roman.md").write_text("I.\n\nfirst\n\nII\n\nsecond")
     (box / "bare.txt").write_text("one text without headings")

@@ -74,7 +74,7 @@ EXAMPLES = tiny.examples("train", n=20)
 
 
 @pytest.mark.parametrize("cap", [5, 1])
-def test_a_skipped_run_has_the_words_of_each_round_as_targets_in_tags_of_up_to_the_cap(base, monkeypatch, cap):
+def test_a_skipped_run_has_the_words_of_each_round_as_targets_and_tags_up_to_the_cap(base, monkeypatch, cap):
     model, tokenizer = base
     monkeypatch.setattr(model.config, "litereason_max_reasoning_steps", cap)
     sentences = [s for e in EXAMPLES for s in sentences_of(split_answer(trace_of(e)[0])[0])]
@@ -130,7 +130,8 @@ def test_the_base_learns_only_if_asked_to_and_micro_batches_change_nothing(rows)
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         fit_to_targets(model, rows, 1e-3, batch=4, steps=3, budget=budget, noise=0.5, base_lr=base_lr)
         for name, p in model.named_parameters():
-            assert torch.equal(p, before[name]) != (base_lr > 0 or name.startswith("reasoning_projector")), name
+            learns = base_lr > 0 or name.startswith("reasoning_projector")
+            assert torch.equal(p, before[name]) != learns, name
         ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     close(ends[1], ends[2], 1e-6)
 
@@ -170,12 +171,13 @@ def test_words_that_all_sentences_have_tell_nothing(base):
     told = [f"go on with {name} ." for name in ("Karl", "Mara", "Otto", "Lena")]
     common = common_words(tokenizer, told)
     assert {tokenizer.decode([i]) for i in common} == {"go", "on", "with", "."}
-    assert last_words(model, tokenizer, told[0], common, 2) is None  # one word that tells something
+    assert last_words(model, tokenizer, told[0], common, 2) is None  # one word tells something
     assert last_words(model, tokenizer, told[0], common, 1) is not None
 
 
 def test_its_base_is_made_by_a_command(tmp_path):
     words = ["--steps", "3", "--most", "6", "--out", str(tmp_path / "b")]
-    subprocess.run([sys.executable, "data/tiny/prepare.py", *words], cwd=ROOT, check=True, capture_output=True)
+    command = [sys.executable, "data/tiny/prepare.py", *words]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     model, tokenizer = load(str(tmp_path / "b"), "cpu")
     assert tokenizer.unk_token_id not in tokenizer.encode(tiny.prompt(tiny.examples("val")[0], True))
