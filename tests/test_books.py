@@ -209,8 +209,8 @@ def test_editions_of_one_work_stay_in_one_split_and_are_no_other_book(tmp_path, 
     phrase = "once upon a time there was a king who had three sons"
     rows = [{"book": f"book {i}", "chapter": j, "text": f"{phrase} {words(100 * i + j, 400)}"}
             for i in range(5) for j in (1, 2)]
-    rows += [{**row, "book": "annotated", "text": row["text"].replace(" ", ",\n").replace("x200,", "x200 (a)")}
-             for row in rows[:2]]
+    changed = [row["text"].replace(" ", ",\n").replace("x200,", "x200 (a),") for row in rows[:2]]
+    rows += [{**row, "book": "annotated", "text": text} for row, text in zip(rows, changed)]
     path = jsonl(tmp_path / "a.jsonl", rows)
     for seed in range(3):
         run(prepare, "--from", path, "--out", data / "next_chapter", "--seed", seed)

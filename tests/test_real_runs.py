@@ -153,7 +153,7 @@ def test_reward_scorer_and_step_go_to_tasks_with_a_scorer_only(small, data_folde
     data.start_task(nc, str(small), None, "tiny", 3, "cpu")
     assert nc.settings["scorer"][0].config.vocab_size != model.config.vocab_size
     monkeypatch.setattr(nc, "rewards", lambda e, c: [nc.settings["step"]])
-    assert data.score(nc, [{}], ["x"], 7) == [7.0] and data.score(nc, [{}], ["x"]) == [0.0]  # evaluation: step 0
+    assert data.score(nc, [{}], ["x"], 7) == [7.0] and data.score(nc, [{}], ["x"]) == [0.0]  # 0 in evaluation
 
 
 # ---------------------------------------------------------------- bad input
