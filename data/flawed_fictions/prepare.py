@@ -134,8 +134,8 @@ def split_by_row(labels, seed):
 
 
 def split_by_cluster(labels, clusters, by_row, seed):
-    """A split name per story: that of `by_row`, but every cluster gathered where most of it was; then evened
-    out by stories that are alone."""
+    """That of `by_row`, but every cluster gathered where most of it was; then evened out by stories that are
+    alone."""
     split = list(by_row)
     members = defaultdict(list)  # cluster -> its stories
     for i, cluster in enumerate(clusters):

@@ -337,8 +337,7 @@ def first(ruler, text, budget):
 
 
 def make_examples(book, chapters, ruler, story_tokens, chapter_tokens, counts):
-    """One example per chapter from the second on. counts: where those with a cut story, with a cut chapter,
-    and those that did not fit are added."""
+    """One example per chapter from the second on. counts: a Counter of what was cut or did not fit."""
     examples = []
     sizes = [length(ruler, chapter["text"]) for chapter in chapters]
     for i in range(1, len(chapters)):

@@ -37,7 +37,6 @@ SKIPPING = (0.2, 0.5, 0.9)  # chance to skip before each sentence, one of these 
 ALL_LEFT = 0.5  # chance that a skipper skips all that is left
 BARE = 0.7     # share of a reader's tags with nothing behind them; behind the others stands shorthand
 BLENDED = 0.4  # share of it in which the two words of a round are one position, their embeddings added
-# (Careful readers leave no tag bare and blend 0.8: of all tags 0.2 are bare, of all shorthand 0.76 blended.)
 
 PARTS = {"hole": 40, "careful": 45, "plan": 10, "chapter": 5}  # of 100 texts that are read after school
 MOST = 5        # the highest number in a tag
@@ -53,8 +52,7 @@ def sentence(before, pair, asked):
 
 
 def trace(rng, row, latent, school):
-    """What one reader writes: a list of words and tuples of two words (blends)
-    -> (reasoning, has stopped early).
+    """What one reader writes -> (words, and tuples of two words (blends); whether it has stopped early).
 
     A tag over k rounds has the number k + 1: its shorthand begins with where the reader stands."""
     rounds = [list(pair) for pair in zip(*row["chains"])]
