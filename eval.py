@@ -5,20 +5,14 @@ tokens + latent steps, both counted while decoding, never read off the text.
 
 Answers are sampled as the paper evaluates (temperature 0.7, top-p 0.8, top-k 20): a gain that exists only at
 temperature 1 is a gain over slips that nobody would sample. `--sampling trained` samples as RL does while it
-trains (temperature 1, nothing cut), `--sampling paper trained` gives both, and --temperature, --top-p and
---top-k override either.
-
-Left out, and why: (1) no pass@k or majority vote: the paper reports mean reward over samples. (2) No
-length penalty in the accuracy: it is the task's reward alone.
+trains (temperature 1, nothing cut). The accuracy is the task's reward alone, without a length penalty.
 
     python eval.py --model tiny                       # the base, tag prompt, its tags as text: 5 seconds
     python eval.py --model tiny:plain tiny RUN        # one table: plain prompt, tags, a run's directory
     python eval.py --model RUN --sampling paper trained   # .. at both samplings
     python eval.py --model RUN --controls             # what its latents do: zeros, noise, none, ..
-    python eval.py --model RUN --show 3               # three answers, latents as nearest words
-    python eval.py --model RUN --show 20 --html answers.html   # as a page, wrong answers first
+    python eval.py --model RUN --show 20 --html answers.html   # as a page; without --html as text
 """
-import math
 import os
 import time
 
@@ -28,6 +22,7 @@ from tqdm import tqdm
 
 import data
 from lib import checkpoint, display, memory, page, run
+from lib.stats import against, interval, judge
 from litereason import UserError, generate, latent_step, load, z_size
 
 # How answers are sampled, as arguments of generate.
@@ -81,19 +76,17 @@ def flops(model, rollouts, samples=1, latent="projector", feed=None):
     """Forward FLOPs per answer, a multiplication and an addition being two. n(M): weights in the linear maps
     of M.
 
-        one position    2 * n(layers) + 4 * H * d * layers * context
-                        its maps; q k^T and w v over its context, itself included
+        one position    2 * n(layers) + 4 * H * d * layers * context: q k^T and w v, itself included
         one answer      its prompt's positions / samples (a group reads it once)
                         + those of its own slots but the last, which is never fed
                         + tokens * 2 * n(LM head) + latents * 2 * n(projector)
 
-    Left out: norms, softmax, embedding, sampling (no matrix products), and what a batch wastes (padding; rows
-    that have ended and not yet left). A `latent` or `feed` function that costs something else than the
-    projector (or nothing) says so: latent.flops = per latent."""
+    Left out: what is no matrix product, and what a batch wastes (padding; rows that have ended and not yet
+    left). A `latent` or `feed` function that costs something else than the projector says so in its .flops.
+    """
     layers = matrix_flops(model.model.layers)
     head = matrix_flops(model.lm_head)
-    widths = [layer.self_attn.q_proj.out_features for layer in model.model.layers]  # H * d, for each layer
-    attention = 4 * sum(widths)
+    attention = 4 * sum(layer.self_attn.q_proj.out_features for layer in model.model.layers)  # 4 * H * d each
     projector = latent if isinstance(latent, torch.nn.Module) else model.reasoning_projector
     per_latent = 0 if latent in ("zeros", "none") else getattr(latent, "flops", matrix_flops(projector))
     per_token = head + getattr(feed, "flops", 0)
@@ -132,9 +125,8 @@ def evaluate(model, tokenizer, task, examples, latent_prompt=True, samples=1, se
 
     latent_prompt: the prompt that offers the tag. batch: examples per call of generate, to which `sampling`
     goes. progress: the name of a progress bar, None for none. at_once: the answer's opening (task.ANSWER,
-    default \\boxed{) is put into the model's mouth, so that nothing can be reasoned.
-
-    Of the result, beside what display.table explains:
+    default \\boxed{) is put into the model's mouth, so that nothing can be reasoned. Of the result, beside
+    what display.table explains:
 
     accuracy_ci95    over examples (the mean of an example's samples is one observation), see interval
     per_example      the same observations one by one, for paired tests
@@ -151,16 +143,15 @@ def evaluate(model, tokenizer, task, examples, latent_prompt=True, samples=1, se
     rollouts, asked, scores, stats = [], [], [], {}
     bar = tqdm(total=len(examples) * samples, desc=progress, leave=False, disable=progress is None)
     for i in range(0, len(examples), batch):
-        some = examples[i : i + batch]
         answers = generate(model, tokenizer, prompts[i : i + batch], samples, generator=generator,
                            stats=stats, bar=bar, **sampling)
         for r in answers:
             r.text = opening + r.text  # as the reward reads it
-        examples_of_answers = [some[r.prompt] for r in answers]
-        rewards = data.score(task, examples_of_answers, [r.text for r in answers])
-        scores += torch.tensor(rewards).view(len(some), samples).mean(1).tolist()
+        some = [examples[i + r.prompt] for r in answers]
+        rewards = data.score(task, some, [r.text for r in answers])
+        scores += torch.tensor(rewards).view(-1, samples).mean(1).tolist()
         rollouts += answers
-        asked += examples_of_answers
+        asked += some
     bar.close()
     seconds = time.time() - start
 
@@ -212,23 +203,17 @@ def run_controls(model, tokenizer, task, examples, elsewhere, seed=0, progress=N
 
     The same seed is the same random numbers: where nothing differs nothing changes, and a difference is the
     control's."""
-
-    def bar(what):
-        return progress and f"{progress}, {what}"
-
-    others = latents_of_others(model, tokenizer, task, elsewhere,
-                               seed=seed, progress=bar("other stories"), **settings)
+    others = latents_of_others(model, tokenizer, task, elsewhere, seed=seed, progress=progress, **settings)
     rows = []
     for name, changed in CONTROLS:
         latent = changed.get("latent", "projector")
         if latent in OF_OTHERS and not others:
             continue  # no story read first has run a latent
         changed = {**changed, "latent": latent_of(latent, model, others, seed)}
-        result, _ = evaluate(model, tokenizer, task, examples,
-                             seed=seed, progress=bar(name), **changed, **settings)
+        result, _ = evaluate(model, tokenizer, task, examples, seed=seed,
+                             progress=progress and f"{progress}, {name}", **changed, **settings)
         rows.append((name, result))
-        plain = rows[0][1]
-        result["against_plain"] = against(result, plain, seed)
+        result["against_plain"] = against(result, rows[0][1], seed)
     judge([result["against_plain"] for _, result in rows[1:]])  # the plain run against itself is no test
     return rows
 
@@ -254,8 +239,7 @@ def latent_of(name, model, others=(), seed=0):
     if name == "noise":
         return _noise(model, seed)
     if not others:
-        raise UserError(f"--latent {name} takes the latents of other stories, "
-                        f"and on those read first the model ran none: choose another --latent")
+        raise UserError(f"--latent {name} takes latents of other stories, and on those the model ran none")
     if name == "mean":
         others = [torch.cat(list(others)).double().mean(0, keepdim=True)]  # one story of one latent
     return _shuffled(model, others, seed)
@@ -291,110 +275,18 @@ def _shuffled(model, others, seed):
     return shuffled
 
 
-# ============================================================ intervals and paired tests
-def interval(scores):
-    """95 % interval of the mean of scores: Wilson's where all of them are 0 or 1, else the normal one."""
-    n = len(scores)
-    mean = _mean(scores)
-    if set(scores) <= {0, 1}:
-        return wilson(mean, n)
-    variance = sum((score - mean) ** 2 for score in scores) / max(1, n - 1)
-    half = 1.96 * math.sqrt(variance / n)
-    return [mean - half, mean + half]
-
-
-def wilson(share, n):
-    """Wilson's 95 % interval of a share of n: it has a width at 0 and at 1, too."""
-    z = 1.96
-    shrink = 1 / (1 + z**2 / n)
-    centre = shrink * (share + z**2 / (2 * n))
-    half = shrink * z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return [max(0.0, centre - half), min(1.0, centre + half)]
-
-
-def sign_flips(differences, seed=0, resamples=10000):
-    """Two-sided p for the mean of paired differences: how often it is as far from 0 if the sign of each is a
-    matter of chance. Exact for up to 12 differences that are not 0 (all signs are tried; of right and wrong
-    answers this is McNemar's test), else from `resamples` draws and the true signs."""
-    differences = np.asarray(differences, dtype=np.float64)
-    differences = differences[differences != 0]
-    n = len(differences)
-    threshold = abs(differences.sum()) * (1 - 1e-9)  # the same sum in another order counts as the same
-    if n <= 12:
-        signs = 1 - 2 * (np.arange(2**n)[:, None] >> np.arange(n) & 1)  # (2**n, n)
-        return float(np.mean(np.abs(signs @ differences) >= threshold))
-    generator = np.random.default_rng(seed)
-    as_far = 1
-    for _ in range(resamples // 100):  # in blocks, which fit any memory
-        signs = 1 - 2 * generator.integers(0, 2, (100, n))
-        as_far += int(np.sum(np.abs(signs @ differences) >= threshold))
-    return as_far / (resamples + 1)
-
-
-def bootstrap(differences, seed=0, resamples=10000):
-    """95 % interval of the mean of paired differences: examples are drawn again with replacement."""
-    differences = np.asarray(differences, dtype=np.float64)
-    n = len(differences)
-    generator = np.random.default_rng(seed)
-    means = []
-    for _ in range(resamples // 100):  # in blocks, which fit any memory
-        drawn = generator.integers(0, n, (100, n))
-        means.append(differences[drawn].mean(1))
-    return np.quantile(np.concatenate(means), [0.025, 0.975]).tolist()
-
-
-def holm(p):
-    """Holm's correction: the p of one family of tests -> each one's adjusted p. If it is below 0.05 wherever
-    a difference is claimed, the chance of any false claim in the family is below 0.05."""
-    p = np.asarray(p, dtype=np.float64)
-    order = p.argsort()
-    left = np.arange(len(p), 0, -1)  # how many hypotheses are left when this one's turn comes
-    adjusted = np.empty(len(p))
-    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(p[order] * left))
-    return adjusted.tolist()
-
-
-def differs(adjusted_p, ci95):
-    """The one criterion for "differs": Holm's p is below 0.05 and the 95 % interval leaves 0 out."""
-    low, high = ci95
-    return bool(adjusted_p < 0.05 and not low <= 0 <= high)
-
-
-def against(result, plain, seed=0):
-    """A control's paired tests against the plain run on the same examples; `judge` says what differs."""
-    ours, theirs = result["per_example"], plain["per_example"]
-    scores = np.subtract(ours["score"], theirs["score"])
-    tokens = np.subtract(ours["tokens"], theirs["tokens"])
-    return {
-        "accuracy": float(scores.mean()),
-        "accuracy_ci95": bootstrap(scores, seed),
-        "better": int((scores > 0).sum()),
-        "worse": int((scores < 0).sum()),
-        "accuracy_p": sign_flips(scores, seed),
-        "tokens": float(tokens.mean()),
-        "tokens_ci95": bootstrap(tokens, seed),
-        "tokens_p": sign_flips(tokens, seed)}
-
-
-def judge(comparisons):
-    """Adds to each comparison of one table (as `against` makes them) accuracy_holm, tokens_holm, and
-    accuracy_differs, tokens_differs. The family is all of them, accuracies and tokens."""
-    tests = [(own, what) for own in comparisons for what in ("accuracy", "tokens")]
-    adjusted = holm([own[f"{what}_p"] for own, what in tests])
-    for (own, what), p in zip(tests, adjusted):
-        own[f"{what}_holm"] = p
-        own[f"{what}_differs"] = differs(p, own[f"{what}_ci95"])
-
-
 # ============================================================ the script
 def main():
-    args = parse_arguments()
+    parser = run.parser(__doc__)
+    run.add_flags(parser, SETTINGS)
+    args = parser.parse_args()
     run.check_arguments(args)
     check_flags(args)
     take_settings_of_runs(args)
     task, examples, elsewhere = task_and_examples(args)
     measure = data.measure_of(task)
-    samplings = samplings_of(args)
+    said = {key: value for key, value in vars(args).items() if key in PAPER and value is not None}
+    samplings = {name: {**SAMPLINGS[name], **said} for name in args.sampling}
 
     rows, sections = [], []  # of the table, and of the page
     for name in args.model:
@@ -406,9 +298,8 @@ def main():
             settings = {**settings_of(args, name, model), **numbers}
             if args.controls:
                 if not runs_latents(name, model):
-                    raise UserError(f"--controls asks what latents do, and {name} runs none: its projector was "
-                                    "never trained, or its method leaves tags as text; give it a run of "
-                                    "--method litereason")
+                    raise UserError(f"--controls asks what latents do, and {name} runs none: "
+                                    "give it a run of --method litereason")
                 results = run_controls(model, tokenizer, task, examples, elsewhere, samples=args.samples,
                                        **settings)
                 rows += [{**heading(args, title, name, sampling, settings), "control": title, **result}
@@ -422,7 +313,9 @@ def main():
             rows.append(row)
             answers = rollouts[:: args.samples]  # each example's first
             if args.html:
-                sections.append(page.section(said, row, model, tokenizer, task, examples, answers, args.show))
+                rewards = data.score(task, examples, [answer.text for answer in answers])
+                sections.append(page.section(said, row, measure, model, tokenizer, task, examples, answers,
+                                             rewards, args.show))
             else:
                 print_answers(row["name"], model, tokenizer, task, examples[: args.show], answers)
 
@@ -441,27 +334,20 @@ def main():
 
 
 # ---------------------------------------------------------------------------- before the models
-def parse_arguments():
-    parser = run.parser(__doc__)
-    run.add_flags(parser, SETTINGS)
-    return parser.parse_args()
-
-
 def check_flags(args):
     """UserError for wrong numbers, and for flags that exclude each other or need another one."""
     run.check_bounds(args, SETTINGS)
     if args.controls and (args.latent != "projector" or args.show or args.alone):
-        raise UserError("--controls runs every --latent by itself, and shows and times no answers: leave "
-                        "--latent, --show and --alone out")
+        raise UserError("--controls runs every --latent by itself: leave --latent, --show and --alone out")
     if args.out and run.run_settings(args.out).get("script"):
-        raise UserError(f"--out {args.out} is a run: the results of eval.py would replace its own; choose "
-                        "another --out")
+        raise UserError(f"--out {args.out} is a run: the results of eval.py would replace its own")
     for name in args.model:
         if name.partition(":")[2] not in ("", "plain"):
             raise UserError(f"--model {name}: behind a colon may stand plain, for the prompt without tags")
         if run.run_settings(name.partition(":")[0]).get("script") == "results/baselines.py":
-            raise UserError(f"{name} is a run of results/baselines.py, whose methods decode in their own "
-                            f"ways: read the table in its results.json")
+            raise UserError(f"{name} is a run of results/baselines.py: read the table in its results.json")
+    if args.top_p is not None and not 0 < args.top_p <= 1:
+        raise UserError(f"--top-p is {args.top_p}; it must be above 0 and at most 1")
     if args.html and not args.show:
         raise UserError("--html needs --show N: that many answers go onto the page")
 
@@ -473,8 +359,7 @@ def take_settings_of_runs(args):
         if getattr(args, flag) is not None:
             continue
         found = {}  # value -> the run that says so
-        for name in args.model:
-            path = name.partition(":")[0]
+        for path in (name.partition(":")[0] for name in args.model):
             made = run.run_settings(path)
             if flag != "task" and made.get("task") != args.task:
                 continue  # its reward is another task's
@@ -505,19 +390,11 @@ def task_and_examples(args):
     return task, examples, elsewhere
 
 
-def samplings_of(args):
-    """{each of --sampling: its arguments for generate}, with what the other flags override"""
-    said = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
-    said = {key: value for key, value in said.items() if value is not None}
-    return {sampling: {**SAMPLINGS[sampling], **said} for sampling in args.sampling}
-
-
 def what_was_asked(args, n, samplings):
     """The line above a table: task, split, number of examples and how answers were sampled."""
     each = f", {args.samples} answers each" if args.samples > 1 else ""
-    words = [display.sampling_in_words(numbers) for numbers in samplings.values()]
-    if len(words) > 1:
-        words = [f"{name}: {text}" for name, text in zip(samplings, words)]
+    words = [f"{name}: " * (len(samplings) > 1) + display.sampling_in_words(numbers)
+             for name, numbers in samplings.items()]
     return f"{args.task}, {args.split} split, {n} examples{each}, {'; '.join(words)}, seed {args.seed}"
 
 
@@ -571,17 +448,16 @@ def print_answers(name, model, tokenizer, task, examples, rollouts):
         reward = data.score(task, [example], [rollout.text])[0]
         print(f"\n--- {name}, reward {reward:.2f}\n{tokenizer.decode(rollout.prompt_ids)}\n"
               f">>> {display.readable(tokenizer, rollout)}")
-        for i, (near, length, head) in enumerate(display.nearest_words(model, tokenizer, rollout.latents)):
-            print(f"    latent {i + 1}: nearest {near}; the head says {head}; "
-                  f"length {length:.2f} of an embedding's")
+        for i, (near, length, head) in enumerate(display.read_out(model, tokenizer, rollout.latents)):
+            print(f"    latent {i + 1}: nearest {display.listed(near)}; "
+                  f"the head says {display.listed(head)}; length {length:.2f} of an embedding's")
 
 
 def print_table(rows, measure):
-    named = [(row["name"], row) for row in rows]
-    print(display.table(named, measure) + "\n")
-    for name, row in named:
+    print(display.table([(row["name"], row) for row in rows], measure) + "\n")
+    for row in rows:
         alone = f", {row['seconds_alone']:.2g} s alone" if "seconds_alone" in row else ""
-        print(f"{name}: {row['flops']:.3g} FLOPs and {row['seconds_each']:.2g} s an answer{alone}")
+        print(f"{row['name']}: {row['flops']:.3g} FLOPs and {row['seconds_each']:.2g} s an answer{alone}")
 
 
 if __name__ == "__main__":

@@ -22,11 +22,7 @@ Letters in the shape comments (there P is a number):
     D hidden size   V vocabulary   M scored positions   n any other count, named where it stands
 
 The definition comes first, as slowly as possible; then the tag, the projector, decoding, scoring, the latent
-roll-out and its loss, GRPO. Stages 1 and 2 are in train_projector.py, stage 3 is in train_rl.py. What comes
-from lib/ serves speed, memory and files: a first reading can skip it.
-
-"Sec. 3.1" and the like follow the order of the paper's method and may be off by one in your copy. "As
-released" means the authors' code.
+roll-out and its loss, GRPO. lib/ serves speed, memory and files. "As released" means the authors' code.
 """
 import copy
 import dataclasses
@@ -35,13 +31,11 @@ import re
 import torch
 import transformers
 
-from lib import checkpoint, decoder, kv_cache, memory, scoring
-from lib import UserError
+from lib import UserError, checkpoint, decoder, kv_cache, memory, scoring
 from lib.checkpoint import save  # noqa: F401  (model, tokenizer, path): belongs to this file's interface
 
 LATENT = -1  # the slot value of a latent position
-CAP = 5  # a tag's N is clamped to this; a checkpoint carries its own (config.litereason_max_reasoning_steps)
-PROJECTOR_LAYERS = 3
+CAP, PROJECTOR_LAYERS = 5, 3  # the most latents of a tag, MLPs of a projector; a checkpoint carries its own
 
 
 # ============================================================ the definition
@@ -50,7 +44,6 @@ PROJECTOR_LAYERS = 3
 @dataclasses.dataclass
 class Rollout:
     """One trajectory. Scores, masks and losses are made from this record, never from its text."""
-
     prompt_ids: list  # token ids
     slots: list  # token ids and LATENTs, in order, the stop token included
     latents: torch.Tensor  # (n, D), one per LATENT slot, as fed
@@ -68,8 +61,7 @@ class Rollout:
         return len(self.slots) - self.n_latents
 
     @property
-    def n_tags(self):
-        """Blocks of LATENTs."""
+    def n_tags(self):  # blocks of LATENTs
         return sum(slot == LATENT and last != LATENT for slot, last in zip(self.slots, [None] + self.slots))
 
 
@@ -106,8 +98,7 @@ def naive_generate(model, tokenizer, prompt_ids, draws, temperature=1.0, top_p=1
         tags = parse_tags(written, model.config.litereason_max_reasoning_steps)
         if len(tags) > n_tags:  # this token has ended one more tag: its N latents follow
             latents_left = tags[-1][2]
-    latents = torch.cat(latents) if latents else torch.zeros(0, len(fed[0]))
-    latents = latents.to(fed[0].dtype).cpu()
+    latents = torch.cat(latents + [fed[0].new_zeros(0, len(fed[0]))]).cpu()
     return Rollout(list(prompt_ids), slots, latents, torch.cat(logps).cpu(), written, finished)
 
 
@@ -118,7 +109,7 @@ def naive_score(model, prompt_ids, slots):
     embed = model.get_input_embeddings()
     fed = list(embed(torch.tensor(prompt_ids, device=model.device)))  # not embed.weight: Gemma scales it
     hs, logps = [], []
-    latents = [torch.zeros(0, len(fed[0])).to(fed[0])]
+    latents = [fed[0].new_zeros(0, len(fed[0]))]
     for slot in slots:
         h = _last_state(model, fed)  # (1, D)
         hs.append(h)
@@ -142,8 +133,7 @@ def _last_state(model, fed):
 # ============================================================ the tag (paper Sec. 3.1)
 # Plain text, no new vocabulary. N is a number of ASCII digits, 1 or more, with ASCII whitespace around it or
 # not. Anything else between the tags is ordinary text, and so is a tag opened right inside another. Ours:
-# only tags in the policy's own output run. As released, training also runs tags that stand in the prompt, and
-# sampling does not: a story that contains a tag is scored otherwise than it was sampled.
+# only tags in the policy's own output run. As released, training also runs tags that stand in the prompt.
 OPEN, CLOSE = "<implicit_thought>", "</implicit_thought>"
 TAG = re.compile(rf"((?:{OPEN}\s*(?:[0-9]+\s*)?)*){OPEN}\s*([0-9]+)\s*{CLOSE}", re.ASCII)
 SPACE, DIGITS = " \t\n\r\f\v", "0123456789"
@@ -154,10 +144,9 @@ def parse_tags(text, cap=CAP):
     tags = []
     for match in TAG.finditer(text):
         is_nested = match.group(1) != ""
-        digits = match.group(2).lstrip("0")
+        digits = match.group(2).lstrip("0")[:9]  # nine are above any cap; int() refuses thousands
         if digits and not is_nested:  # N >= 1
-            n = min(int(digits[:9]), cap)  # nine digits are above any cap; int() refuses thousands
-            tags.append((match.start(), match.end(), n))
+            tags.append((match.start(), match.end(), min(int(digits), cap)))
     return tags
 
 
@@ -166,26 +155,22 @@ def _read_char(state, char, cap):
 
     States: ("open", j, nested)  j characters of OPEN have been read; nested: inside another tag
             ("number", n, part)  after OPEN; n = -1 if nested; part 0, 1, 2: before, in, after the digits
-            ("close", n, j)      j characters of CLOSE have been read
-    """
+            ("close", n, j)      j characters of CLOSE have been read"""
     kind, a, b = state
     if kind == "open" and char == OPEN[a]:
-        if a + 1 < len(OPEN):
-            return ("open", a + 1, b), 0
-        return ("number", -1 if b else 0, 0), 0
+        is_read = a + 1 == len(OPEN)
+        return ("number", -1 if b else 0, 0) if is_read else ("open", a + 1, b), 0
     if kind == "number":
         if char in DIGITS and b < 2:
-            n = a if a < 0 else min(10 * a + int(char), cap)
-            return ("number", n, 1), 0
+            return ("number", a if a < 0 else min(10 * a + int(char), cap), 1), 0
         if char in SPACE:
             return ("number", a, 0 if b == 0 else 2), 0
         if char == "<":
             return ("close", a, 1), 0
     if kind == "close":
         if char == CLOSE[b]:
-            if b + 1 < len(CLOSE):
-                return ("close", a, b + 1), 0
-            return ("open", 0, False), max(a, 0)
+            is_read = b + 1 == len(CLOSE)
+            return (("open", 0, False), max(a, 0)) if is_read else (("close", a, b + 1), 0)
         if b == 1 and char == OPEN[1]:
             return ("open", 2, True), 0
     # No match. "<" stands only at the start of OPEN and CLOSE, so only it can begin a new tag.
@@ -196,17 +181,12 @@ def tag_table(tokenizer, cap, vocab_size, device):
     """The automaton as a decoder.TagFSM over the ids of a vocabulary.
 
     BPE may merge neighbours into the tag's ends (`.<`, `>\\n`): the merged token ends the tag."""
-
-    def has_begun(state):  # beyond "<i", which may stand in any text (<i> is italics)
-        kind, length, _ = state
-        return kind != "open" or length > 2
-
     alphabet = sorted(set(OPEN + CLOSE + SPACE + DIGITS))
     return decoder.TagFSM(
         read_char=lambda state, char: _read_char(state, char, cap),
         start=("open", 0, False),
         alphabet=alphabet,
-        has_begun=has_begun,
+        has_begun=lambda state: state[0] != "open" or state[1] > 2,  # "<i" is in any text: <i> is italics
         only_resets=re.compile("[^" + re.escape("".join(alphabet)) + "][^<>]*"),
         texts=checkpoint.token_texts(tokenizer)[:vocab_size],
         vocab_size=vocab_size,
@@ -257,12 +237,9 @@ class ReasoningProjector(torch.nn.ModuleList):
 
 
 class NormedProjector(ReasoningProjector):
-    """Ours, what a real model begins with: the same copies, a norm behind each, and an output as long as an
-    embedding.
-
-    The MLPs are quadratic in their input: on trained weights three in a row make a latent of norm 2e18 from a
-    state of norm 43 (SmolLM2, whose embeddings have 2.8), and the next token is then uniform over the
-    vocabulary (results/starts.py). The released code cannot run this projector."""
+    """Ours, what a real model begins with: the same copies, a norm behind each, an output as long as an
+    embedding. The MLPs are quadratic in their input: with SmolLM2's weights three in a row make a latent of
+    norm 2e18 from a state of norm 43, and the next token is then uniform (results/starts.py)."""
 
     def __init__(self, mlps=(), size=1.0):
         super().__init__(mlps)
@@ -282,7 +259,7 @@ class NormedProjector(ReasoningProjector):
 
 
 class PauseToken(torch.nn.Module):
-    """A control in the projector's place: one learned vector (D,), fed at every latent, whatever h is."""
+    """A control: one learned vector (D,), fed at every latent, whatever h is. It starts as the mean word."""
 
     def __init__(self, vector):
         super().__init__()
@@ -290,7 +267,6 @@ class PauseToken(torch.nn.Module):
 
     @classmethod
     def start(cls, model, layers=None):
-        """The mean embedding."""
         return cls(word_embeddings(model).to(projector_dtype(model)).mean(0))
 
     def forward(self, h):
@@ -305,8 +281,7 @@ PROJECTORS = {"mlp": ReasoningProjector, "normed": NormedProjector, "pause": Pau
 def word_embeddings(model, most=None):
     """The embeddings of all words, or of the first `most`, as they are fed (V, D): Gemma scales them."""
     embed = model.get_input_embeddings()
-    n_words = min(embed.num_embeddings, most or embed.num_embeddings)
-    return embed(torch.arange(n_words, device=model.device))
+    return embed(torch.arange(embed.num_embeddings, device=model.device)[:most])
 
 
 def embedding_size(model):
@@ -314,14 +289,10 @@ def embedding_size(model):
     return float(word_embeddings(model, 10_000).norm(dim=-1).median())
 
 
-def z_sizes(model, latents):
-    """The norms of latents (n, D), in sizes of an embedding (n,)."""
-    return latents.float().norm(dim=-1).double() / embedding_size(model)
-
-
 def z_size(model, latents):
-    """Their median; nan if they are not finite, None without any."""
-    return float(z_sizes(model, latents).median()) if len(latents) else None
+    """The median norm of latents (n, D), in sizes of an embedding; nan if not finite, None without any."""
+    if len(latents):
+        return float((latents.float().norm(dim=-1).double() / embedding_size(model)).median())
 
 
 def projector_dtype(model):
@@ -364,11 +335,10 @@ def load(name_or_path, device=None, dtype=torch.float32):
 
     name_or_path: "tiny" (shipped), a directory, a hub id, or a short name (Qwen2.5-1.5B). device: by default
     cuda if there is one. dtype: of the weights; on CUDA fp32 weights compute in bf16 (kv_cache.autocast). A
-    checkpoint without projector weights gets the start of its size and the default cap. Only safetensors
-    files are read, no pickle, no code of the checkpoint's own; a directory is read without a network.
-    Raises UserError, in one line, if the model is not there, cannot be fetched, or its files do not fit."""
+    checkpoint without projector weights gets the start of its size and the default cap. Raises UserError, in
+    one line, if the model is not there, cannot be fetched, or its files do not fit."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer, weights = checkpoint.read_checkpoint(name_or_path, dtype or torch.float32)
+    model, tokenizer, weights = checkpoint.read_checkpoint(name_or_path, dtype)
     model = attach(model.to(device), weights, tokenizer)
     for name, p in model.named_parameters():
         if not p.isfinite().all():
@@ -383,9 +353,8 @@ def attach(model, weights=None, tokenizer=None):
     # The released code's checkpoints name none. Without weights it is the start of the model's size.
     unnamed = "mlp" if weights or checkpoint.is_small(model) else "normed"
     kind = getattr(model.config, "litereason_projector", unnamed)
-    if not isinstance(kind, str) or kind not in PROJECTORS:
-        known = ", ".join(PROJECTORS)
-        raise UserError(f"config.json: litereason_projector is {kind!r}, expected one of {known}")
+    if kind not in list(PROJECTORS):
+        raise UserError(f"config.json: litereason_projector is {kind!r}, not one of {', '.join(PROJECTORS)}")
     config = model.config
     config.is_litereason_model = True  # the released code reads and writes these three entries
     config.litereason_num_reasoning_layers = layers
@@ -457,8 +426,6 @@ def generate(model, tokenizer, prompts, samples=1, max_new_tokens=256, temperatu
                     that end a row's block here, or LATENT: continue
     feed            (h, token) -> (n, D), fed for a sampled token
     Raises UserError for an empty prompt or one that does not fit the model's positions."""
-    if samples < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
-        raise UserError("generate takes samples, max_new_tokens > 0, temperature, top_k >= 0, 0 < top_p <= 1")
     ids = [checkpoint.encode_prompt(model, tokenizer, p) if isinstance(p, str) else list(p) for p in prompts]
     checkpoint.check_lengths(model, ids, max_new_tokens)
     # All random numbers are drawn up front, one per row and slot: a rollout depends on its seed and prompt
@@ -564,8 +531,7 @@ def _decode(model, tokenizer, prompts, draws, samples, max_prompts, sampling, la
 def _new_rows(u, numbers, h, prompt_lengths, start):
     """The fields of rows that begin: a dict of tensors with one entry per row.
 
-    Fields are replaced, not written into (several share one tensor of zeros), but for slots, logprobs and
-    latents."""
+    All but slots, logprobs and latents are replaced, not written into: several share one tensor of zeros."""
     device, limit = h.device, u.shape[1]
     rows = len(prompt_lengths)
     precise = torch.promote_types(h.dtype, torch.float32)
@@ -684,9 +650,8 @@ def unroll(model, rollouts, latent="projector"):
     index = column.to(model.device)[..., None].expand(-1, -1, h.shape[2])
     h = h.gather(1, index)  # (B, S, D)
     nothing = h.new_zeros(0, h.shape[2])
-    latents = []
-    for row in batch.back.tolist():
-        latents.append(torch.cat([nothing] + [z[row, None] for z, kept in steps_made if kept[row]]))
+    latents = [torch.cat([nothing] + [z[row, None] for z, kept in steps_made if kept[row]])
+               for row in batch.back.tolist()]
     return h[batch.back], latents
 
 
@@ -726,22 +691,21 @@ def text_loss(model, h, rollouts, first):
 
 # ============================================================ GRPO (paper Sec. 3.4; DeepSeekMath)
 # An RL rule is a function and its name in RULES: (rewards (P, G), number of sampled tokens (P, G), length
-# limit) -> (advantages (P, G), loss norm (P, G)). policy_loss divides the sum over a rollout's tokens by its
-# loss norm.
+# limit) -> (advantages (P, G), loss norm (P, G)): what the sum over a rollout's tokens is divided by.
 def group_advantages(rewards, eps=1e-4):
     """rewards (P, G) -> (r - mean) / (std + eps) within each group, (P, G); 0 in a group of equal rewards.
 
-    eps: ours; the released 1e-9 (train_rl.py --advantage-eps) turns rounding noise between equal real-valued
-    rewards into full-size advantages."""
+    eps: ours; the released 1e-9 turns rounding noise between equal real-valued rewards into full-size
+    advantages."""
     centred = rewards - rewards.mean(1, keepdim=True)
     variance = centred.square().sum(1, keepdim=True) / max(1, rewards.shape[1] - 1)
     differ = rewards.amax(1, keepdim=True) > rewards.amin(1, keepdim=True)
     return torch.where(differ, centred / (variance.sqrt() + eps), 0.0)
 
 
-def grpo(rewards, tokens, limit, eps=1e-4):
+def grpo(rewards, tokens, limit):
     """As DeepSeekMath writes it: every rollout counts the same, however long it is."""
-    return group_advantages(rewards, eps), tokens.clamp(min=1)
+    return group_advantages(rewards), tokens.clamp(min=1)
 
 
 RULES = {"grpo": grpo}

@@ -1,33 +1,24 @@
 """Stages 1 and 2 (paper Sec. 3.3): collect the model's own traces, put tags into them, train the projector.
 
-Stage 1: samples of the base with the tag prompt. Those with reward > 0 that ended by themselves are kept; in
-each, random sentences are replaced by tags (10 % and 25 % of them, five versions each).
-Stage 2: the base is frozen. Cross-entropy on the text after the first tag trains the projector, through all
-latent steps of all tags.
+Stage 1: of the base's samples those with reward > 0 that ended by themselves are kept; in each, random
+sentences are replaced by tags (10 % and 25 % of them, five versions each). Stage 2: the base is frozen.
+Cross-entropy on the text after the first tag trains the projector, through all latent steps of all tags.
 
-A small model does otherwise by default (--targets words, the last part of this file): stage 1 has no tags,
-and each latent learns a target of its own. --targets none is the paper's.
-
-Other than released: (1) sentences end at [.!?…。] or a newline, not where spaCy says, and the text between
-them stays. (2) The clipped gradient is that of the mean over a batch's tokens; the released loss seems to be
-summed over 16 micro-batches. (3) What --keep-cut, --max-length and --released-betas change.
+A small model does otherwise by default: see the last part of this file. --targets none is the paper's. Every
+difference from the released code: results/differences.md.
 
     python train_projector.py                               # the tiny model: a minute and a half on 2 cores
     python train_projector.py --model Qwen2.5-1.5B          # the paper's plot holes, on one GPU
-    python train_projector.py --steps 2 --prompts 8 --n 8   # a smoke run
-    python train_projector.py --resume out/tiny-projector   # continue a stopped run: on a CPU bit for bit
 """
 import collections
 import contextlib
 import dataclasses
-import functools
 import itertools
 import json
 import math
 import os
 import random
 import re
-import time
 import types
 import zlib
 
@@ -40,7 +31,7 @@ from lib import UserError, checkpoint, kv_cache, memory, run, scoring
 from lib.run import BySize
 from litereason import (CAP, CLOSE, LATENT, OPEN, PROJECTORS, Rollout, generate, insert_latents, latent_step,
                         load, logprobs, parse_tags, projector_loss, start_projector, states, text_loss,
-                        without_latents, word_embeddings, z_size, z_sizes)
+                        unroll, without_latents, word_embeddings, z_size)
 
 # ============================================================ settings
 # {title: {name: (default, the least or the choices, what it is)}}. BySize: of a model of under 50 M weights,
@@ -50,161 +41,104 @@ SHARED = {  # by train_rl.py
                   "start: mlp (paper), normed (ours, real models); controls: random, pause"),
     "targets": (BySize("words", "none"), ["words", "none"], "of latents: the last words of what they skip")}
 SETTINGS = {
-    "what is run": {
-        "model": ("tiny", str, "tiny, a directory, or a hub name such as Qwen2.5-1.5B"),
-        "task": (None, str, "a folder under data/, or tiny.next_chapter [by the model]"),
-        "reward": (None, ["contrastive", "vrcli", "thresholded"], "of next_chapter [contrastive]"),
-        "scorer": (None, str, "the frozen model that reads chapters [a copy of the base]"),
-        "seed": (0, 0, "of all random draws"),
+    "what is run": run.COMMON | {
         "n": (200, 1, "val stories for the accuracy before and after"),
-        "out": (None, str, "the run's directory [out/MODEL-TASK-projector]"),
-        "overwrite": (False, bool, "replace the run that --out holds"),
-        "resume": (None, str, "continue the run in this directory, by its own settings"),
-        "device": (None, str, "cpu or cuda [cuda if there is one]"),
         "save_every": (50, 1, "steps of stage 2 between two states on the disk; the last two are kept")},
     "stage 1 [small model | any other, as released]": {
         "prompts": (BySize(1500, None), 1, "train prompts to sample traces for; None: all"),
         "samples": (BySize(1, 5), 1, "traces per prompt"),
         "max_new_tokens": (BySize(checkpoint.SLOTS_SMALL, checkpoint.SLOTS_RELEASED), 1,
                            "slots per trace, latents included"),
-        "keep_cut": (False, bool, "keep rewarded traces that the length limit has cut, as released"),
         "traces": (None, str, "take traces from this file, jsonl with example (its number) and text")},
     "stage 2": {
         "steps": (BySize(400, None), 0, "optimiser steps; None: every masked trace once"),
         "batch": (BySize(32, 16), 1, "traces per optimiser step"),
-        "lr": (BySize(4e-3, 1e-4), 0.0, "peak learning rate of AdamW"),
-        "released_betas": (False, bool, "AdamW's betas are 0.9 and 0.999, not 0.9 and 0.95"),
-        "max_length": (None, 1, "leave out masked traces of more tokens; released 4096")},
+        "lr": (BySize(4e-3, 1e-4), 0.0, "peak learning rate of AdamW")},
     "ours, not in the paper": SHARED | {
-        "words": (2, 1, "words in the target of a latent"),
         "noise": (0.2, 0.0, "on the targets that are fed, a share of their size"),
         "train_base": (0.0, 0.0, "with targets: rate at which the base learns in stage 2 too"),
         "imitate": (0, 0, "before stage 2 the base learns for N steps to write the masked traces")}}
 
 RATIOS, VERSIONS = (0.10, 0.25), 5  # share of the sentences that become tags; versions of a trace for each
 AT_ONCE = 160  # samples of stage 1 between two writes to the disk
-LARGE = 100  # sizes of an embedding: a longer latent drowns the words around it
-REASONS = {  # why a sample of stage 1 is of no use to stage 2, and what helps
-    "no verdict": "without an answer in the form that the prompt asks for (a larger --model helps)",
-    "cut": "cut by the length limit (a higher --max-new-tokens helps)",
-    "wrong": "that earned nothing (more prompts or a stronger --model help)",
-    "no sentence": "without a sentence before the answer, whose first words are the task's ANSWER"}
+LARGE = 100  # embeddings: a longer latent drowns the words around it
 
 
 def settings_of(model, **given):
     """The settings above for a model of this size, but for those that are given and not None."""
-    names = itertools.chain(*SETTINGS.values())
-    settings = types.SimpleNamespace(**{name: given.get(name) for name in names})
+    settings = types.SimpleNamespace(**dict.fromkeys(itertools.chain(*SETTINGS.values())))
+    vars(settings).update(given)
     run.fill(settings, SETTINGS, checkpoint.is_small(model))
     return settings
 
 
 # ============================================================ stage 1: the model's own traces
-def collect_traces(model, tokenizer, task, examples, path, samples, max_new_tokens, seed, tag=None,
-                   keep_cut=False):
-    """Stage 1 -> (traces, samples left out), dicts with "example", "prompt", "text" and, if so, "left out":
-    why.
+def collect_traces(model, tokenizer, task, examples, path, samples, max_new_tokens, seed, tag=None):
+    """Stage 1 -> all samples, dicts with "example", "prompt", "text" and, if it is no trace, "left out": why.
 
-    A trace has reward > 0 and ended by itself (keep_cut: or not). `path` has a line of settings and one for
-    each AT_ONCE samples: a run with the same settings goes on behind the last line. Tags run no latents yet;
-    with tag="forbidden" there are none."""
-    header = _settings_of_traces(model, task, examples, samples, max_new_tokens, seed, tag, keep_cut)
-    at_once = header["at_once"]
-    lines = _lines_already_there(path, header)
-    n_lines = -(-len(examples) // at_once)
+    A trace has reward > 0 and ended by itself. `path` has a line of settings and one for each AT_ONCE
+    samples: a run with the same settings goes on behind the last line. Tags run no latents yet; with
+    tag="forbidden" there are none."""
+    prompts = [task.prompt(example, True) for example in examples]
+    at_once = max(1, AT_ONCE // samples)  # prompts
+    starts = range(0, len(prompts), at_once)
+    own = getattr(task, "settings", {"reward": None, "scorer": None})
+    header = {  # all that decides what is sampled and kept
+        "weights": checkpoint.fingerprint(model), "prompts_crc32": zlib.crc32("".join(prompts).encode()),
+        "samples": samples, "max_new_tokens": max_new_tokens, "at_once": at_once, "seed": seed, "tag": tag,
+        "task": task.__name__, "reward": own["reward"],
+        "scorer": own["scorer"] and own["scorer"][0].config._name_or_path}
+    found, *lines = lines_of(path) if os.path.exists(path) else [None]
+    lines = lines if found == header else []
     if lines:
-        print(f"stage 1: {len(_kept(lines))} traces are in {path} already, {len(lines)} of {n_lines} lines")
+        n = len(kept(lines))
+        print(f"stage 1: {n} traces are in {path} already, {len(lines)} of {len(starts)} lines")
     file = run.open_log(path, [json.dumps(line) + "\n" for line in [header] + lines])
-    bar = tqdm(total=samples * len(examples), initial=sum(map(len, lines)), desc="stage 1", leave=False)
+    bar = tqdm(total=samples * len(prompts), initial=sum(map(len, lines)), desc="stage 1", leave=False)
     said = f"the traces sampled so far are kept; go on with --resume {os.path.dirname(path)}"
     with file, bar, run.stops_noted(said) as stopped:
-        for number in range(len(lines), n_lines):
-            start = number * at_once
-            asked = examples[start : start + at_once]
-            prompts = [task.prompt(example, True) for example in asked]
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-            rollouts = generate(model, tokenizer, prompts, samples, max_new_tokens, latent="none",
-                                generator=generator, bar=bar, tag=tag, **PAPER)
-            rewards = data.score(task, [asked[r.prompt] for r in rollouts], [r.text for r in rollouts])
+        for start in starts[len(lines) :]:
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + len(lines))
+            rollouts = generate(model, tokenizer, prompts[start : start + at_once], samples, max_new_tokens,
+                                latent="none", generator=generator, bar=bar, tag=tag, **PAPER)
+            asked = [start + r.prompt for r in rollouts]  # the examples' numbers
+            rewards = data.score(task, [examples[i] for i in asked], [r.text for r in rollouts])
             line = []
-            for r, reward in zip(rollouts, rewards):
-                trace = {"example": start + r.prompt, "prompt": prompts[r.prompt], "text": r.text}
-                if reward <= 0 and data.has_verdict(task, r.text):
-                    trace["left out"] = "wrong"
-                elif reward <= 0 or not (r.finished or keep_cut):
-                    trace["left out"] = "no verdict" if r.finished else "cut"
-                line.append(trace)
+            for i, r, reward in zip(asked, rollouts, rewards):
+                sample = {"example": i, "prompt": prompts[i], "text": r.text}
+                if not r.finished:
+                    sample["left out"] = "cut"
+                elif reward <= 0:
+                    sample["left out"] = "wrong" if data.has_verdict(task, r.text) else "no verdict"
+                line.append(sample)
             lines.append(line)
             file.write(json.dumps(line) + "\n")
             file.flush()
-            os.fsync(file.fileno())
             if stopped:
                 break
-    traces = _kept(lines)
-    left_out = [trace for trace in itertools.chain(*lines) if "left out" in trace]
-    print(f"stage 1: kept {len(traces)} of {samples * len(examples)} traces (reward > 0), in {path}"
-          f"{in_words(left_out)}")
-    return traces, left_out
+    everything = list(itertools.chain(*lines))
+    n = collections.Counter(sample.get("left out") for sample in everything)
+    print(f"stage 1: kept {n[None]} of {len(everything)} traces (reward > 0), in {path}; {n['cut']} were cut by "
+          f"--max-new-tokens, {n['no verdict']} without an answer, {n['wrong']} wrong", flush=True)
+    return everything
 
 
-def in_words(left_out):
-    """Why samples were left out, the most frequent reason first."""
-    reasons = collections.Counter(trace["left out"] for trace in left_out).most_common()
-    return "; the others: " + ", ".join(f"{n} {REASONS[why]}" for why, n in reasons) if reasons else ""
+def kept(lines):  # -> traces
+    return [sample for sample in itertools.chain(*lines) if "left out" not in sample]
 
 
-def _kept(lines):
-    return [trace for trace in itertools.chain(*lines) if "left out" not in trace]
-
-
-def _settings_of_traces(model, task, examples, samples, max_new_tokens, seed, tag, keep_cut):
-    """All that decides what stage 1 samples and keeps."""
-    own = getattr(task, "settings", {"reward": None, "scorer": None})
-    prompts = "".join(task.prompt(example, True) for example in examples)
-    return {
-        "model": model.config._name_or_path, "weights": checkpoint.fingerprint(model), "task": task.__name__,
-        "prompts": len(examples), "prompts_crc32": zlib.crc32(prompts.encode()), "samples": samples,
-        "max_new_tokens": max_new_tokens, "at_once": max(1, AT_ONCE // samples), "seed": seed, "tag": tag,
-        "keep_cut": keep_cut, "reward": own["reward"],
-        "scorer": own["scorer"] and own["scorer"][0].config._name_or_path}
-
-
-def _lines_already_there(path, header):
-    """The lines that an earlier run with the same settings has written."""
-    if not os.path.exists(path):
-        return []
-    try:
-        with open(path) as f:  # a line without its end is half a line
-            theirs, *lines = [json.loads(line) for line in f if line.endswith("\n")]
-    except ValueError:
-        theirs = None
-    if theirs != header:
-        print(f"stage 1: {path} is not readable or was made with other settings; sampling again")
-        return []
-    return lines
-
-
-def read_traces(path):
-    """The traces that collect_traces has written there."""
-    with open(path) as f:
-        _, *lines = [json.loads(line) for line in f]
-    return _kept(lines)
+def lines_of(path):
+    """What collect_traces has written there: its settings, then lines of samples."""
+    with open(path) as f:  # without its end a line is half a line
+        return [json.loads(line) for line in f if line.endswith("\n")]
 
 
 def given_traces(path, task, examples):
-    """Ours: traces that somebody else has written, for a base that earns nothing -> as collect_traces."""
-    traces = []
-    try:
-        with open(path, encoding="utf-8") as f:
-            for line in f:
-                row = json.loads(line)
-                prompt = task.prompt(examples[row["example"]], True)
-                traces.append({"example": row["example"], "prompt": prompt, "text": row["text"]})
-    except (OSError, ValueError, TypeError, KeyError, IndexError) as e:
-        raise UserError(f'--traces {path}: {e!r}; each line is to be like {{"example": 0, "text": ".."}}, '
-                        f"with one of {len(examples)} train examples") from e
-    print(f"stage 1: {len(traces)} traces from {path}, none sampled")
-    return traces
+    """Ours: traces that somebody else has written, for a base that earns nothing."""
+    with open(path, encoding="utf-8") as f:
+        rows = list(map(json.loads, f))
+    print(f"stage 1: {len(rows)} traces from {path}, none sampled")
+    return [{"prompt": task.prompt(examples[row["example"]], True), **row} for row in rows]
 
 
 # ============================================================ stage 1: tags in the place of sentences
@@ -263,86 +197,93 @@ def masked_trace(model, tokenizer, rng, prompt, text, answer, marker, ratio):
     return Rollout(prompt_ids, slots, no_latents, text=text) if LATENT in slots else None
 
 
-def versions(model, tokenizer, traces, marker, rng):
-    """RATIOS x VERSIONS of each trace -> [(story, row)]"""
+def versions(model, tokenizer, traces, marker, rng):  # -> [(story, row)]
     rows = []
-    for trace in traces:
-        for ratio in RATIOS * VERSIONS:
-            row = masked_trace(model, tokenizer, rng, trace["prompt"], trace["text"], None, marker, ratio)
-            if row is not None:
-                rows.append((trace["example"], row))
+    for trace, ratio in itertools.product(traces, RATIOS * VERSIONS):
+        row = masked_trace(model, tokenizer, rng, trace["prompt"], trace["text"], None, marker, ratio)
+        rows += [] if row is None else [(trace["example"], row)]
     return rows
 
 
-def hold_out(rows, traces, left_out, rng):
-    """Masked versions [(story, row)] -> (rows to train on, at most 256 rows of other stories, a tenth of
-    all)."""
-    stories = sorted({story for story, _ in rows})
-    held_out = set(stories[len(stories) - max(1, len(stories) // 10):])
+def run_stage_1(model, tokenizer, task, out, settings, smoke=False):
+    """Masked traces -> (those to train on, those of a tenth of the stories, held out, {"kept": n,
+    "sampled": n}). Goes on with what a stopped run left in `out`.
+
+    settings: as settings_of makes them. smoke: if too few samples earned anything, all are taken."""
+    rng = random.Random(settings.seed)
+    marker = data.opening_of(task)
+    has_targets = settings.targets == "words"
+    if settings.train_base and not has_targets:
+        raise UserError("--train-base goes with --targets words: the paper's stage 2 leaves the base frozen")
+    examples = task.examples("train")[: settings.prompts]
+    print(f"stages 1 and 2, {run.beside_released(vars(settings), SETTINGS)}", flush=True)
+    if settings.traces:
+        samples = given_traces(settings.traces, task, examples)
+    else:
+        tag = "forbidden" if has_targets else None  # a target is taken from a sentence that was written out
+        samples = collect_traces(model, tokenizer, task, examples, os.path.join(out, "traces.jsonl"),
+                                 settings.samples, settings.max_new_tokens, settings.seed, tag)
+    traces = kept([samples])
+    if has_targets:
+        every = ((i, SHARES * VERSIONS) for i in range(len(traces)))
+        rows = masked_with_targets(model, tokenizer, rng, pieces_of(tokenizer, traces, marker), every)
+    else:
+        rows = versions(model, tokenizer, traces, marker, rng)
+        if smoke and len(dict(rows)) < 2:
+            print("warning: too few traces were kept; --smoke goes on with all samples", flush=True)
+            traces = [{**sample, "text": f"{sample['text']}\n{marker}"} for sample in samples]
+            rows = versions(model, tokenizer, traces, marker, rng)
+    stories = sorted(dict(rows))
+    if len(stories) < 2:
+        raise UserError("stage 1 kept too few traces: two stories with a sentence before the answer are the "
+                        "least; a stronger --model, a higher --max-new-tokens or more prompts may help")
+    held_out = set(stories[-max(1, len(stories) // 10) :])
     train = [row for story, row in rows if story not in held_out]
     held = [row for story, row in rows if story in held_out]
-    if not train or not held:
-        empty = [trace for trace in traces if trace["example"] not in stories]
-        others = left_out + [{"left out": "no sentence"} for _ in empty]
-        raise UserError(f"stage 1 kept {len(traces)} of {len(traces) + len(left_out)} traces, too few: two "
-                        f"stories with a sentence to mask are the least{in_words(others)}")
-    return train, rng.sample(held, min(256, len(held)))
+    return train, rng.sample(held, min(256, len(held))), {"kept": len(traces),
+                                                              "sampled": 0 if settings.traces else len(samples)}
 
 
-def short_enough(traces, most):
-    """The traces of at most so many tokens, prompt included; None: all."""
-    return [r for r in traces if most is None or len(r.prompt_ids) + r.n_tokens <= most]
-
-
-# ========================================================== stage 2: the projector learns, the base is frozen
+# ======================================================= stage 2: the projector learns, the base is frozen
 def fit_projector(model, traces, lr, batch, steps=None, budget=None, **loop):
     """Stage 2, and with schedule=False stage 3's refresh: trains the projector -> the last steps' mean loss.
-
-    steps: None is one pass over the traces. budget: positions per forward pass, None is what fits. loop: see
-    `optimise`."""
+    budget: positions per forward pass, None is what fits. loop: see `optimise`."""
     budget = budget or positions_at_once(model, traces)
-    learners = [(model.reasoning_projector.parameters(), lr, 0)]
-    losses_of = functools.partial(projector_losses, model, budget)
-    with base_frozen(model):
+
+    def losses_of(rows, step):  # per text token after the first tag
+        n_tokens = sum(map(_scored_tokens, rows))
+        for part in scoring.pack(rows, budget, unrolled=True):
+            loss, _ = projector_loss(model, [rows[i] for i in part])
+            yield loss / n_tokens
+
+    learners = [(model.reasoning_projector.parameters(), lr, 0.0)]
+    with memory.base_frozen(model):
         return optimise(model, traces, learners, batch, steps, losses_of, **loop)
 
 
-def projector_losses(model, budget, rows, step):
-    """Yields a batch's mean loss per text token after the first tag, in one part per micro-batch."""
-    n_tokens = sum(map(_scored_tokens, rows))
-    for part in scoring.pack(rows, budget, unrolled=True):
-        loss, _ = projector_loss(model, [rows[i] for i in part])
-        yield loss / n_tokens
-
-
-def _scored_tokens(row):
+def _scored_tokens(row):  # after the first tag
     after_first = row.slots[row.slots.index(LATENT) :]
     return len(after_first) - after_first.count(LATENT)
 
 
-def optimise(model, traces, learners, batch, steps, losses_of, clip=0.2, seed=0, betas=(0.9, 0.95),
-             together=1, schedule=True, states=None, every=50, carried=None):
-    """The loop of stage 2, whatever learns and from what loss -> the mean loss of the last 20 steps.
+def optimise(model, traces, learners, batch, steps, losses_of, clip=0.2, seed=0, together=1,
+             schedule=True, states=None, every=50):
+    """The loop of stage 2, whatever learns from whatever loss -> the mean loss of the last 20 steps.
 
-    learners   [(parameters, peak learning rate, the first step in which they learn)]
-    losses_of  (rows, step) -> yields the loss of a batch in parts, one per micro-batch
+    learners   [(parameters, peak learning rate, the share of the steps after which they begin to learn)]
+    steps      None is one pass over the traces
+    losses_of  (rows, step) -> yields the mean loss of a batch in parts, one per micro-batch
     together   see `batches`
     schedule   warm-up over 10 % of the steps, then a cosine to 10 %; else the rate is constant
     states     a directory: the loop continues from the newest state there, and leaves one every so many steps
-               and when it is stopped, with `carried` in it. Beside it DIRECTORY.jsonl has a line per step"""
+               and when it is stopped. Beside it DIRECTORY.jsonl has a line per step"""
     steps = max(1, len(traces) // batch) if steps is None else steps
-    groups = [{"params": list(p), "lr": lr, "peak": lr, "begins": begins} for p, lr, begins in learners]
+    groups = [{"params": list(p), "lr": lr, "peak": lr, "begins": int(share * steps)}
+              for p, lr, share in learners]
     parameters = [p for group in groups for p in group["params"]]
-    optimizer = torch.optim.AdamW(groups, betas=betas, weight_decay=0.0)
-    name = os.path.basename(states).replace("-", " ") if states else "the refresh"
-    lines = []
-
-    def keep():
-        weights = [p.detach() for p in parameters]
-        run.write_state(states, len(lines), {"weights": weights, "optimizer": optimizer.state_dict(),
-                                             "lines": lines, "carried": carried})
-
-    log, stops = open(os.devnull, "w"), contextlib.nullcontext()
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+    name = os.path.basename(states or "the refresh").replace("-", " ")
+    lines, log, stops = [], open(os.devnull, "w"), contextlib.nullcontext()
     if states:
         found = run.read_state(states)
         if found:
@@ -352,13 +293,13 @@ def optimise(model, traces, learners, batch, steps, losses_of, clip=0.2, seed=0,
             for p, saved in zip(parameters, state["weights"], strict=True):
                 p.data.copy_(saved)
             print(f"resumed from step {done} of {name}", flush=True)
-        else:
-            keep()  # `carried` holds an evaluation that should not be run again
         log = run.open_log(f"{states}.jsonl", lines)
         stops = run.stops_noted(f"go on with --resume {os.path.dirname(states)}")
     rest = itertools.islice(batches(traces, batch, seed, together), len(lines), steps)
     bar = tqdm(rest, desc=name, initial=len(lines), total=steps, leave=False, disable=states is None)
-    with log, latents_made(model) as latents, stops as stopped:
+    latents = []  # all that the projector makes in a step, (n, D) each
+    hook = model.reasoning_projector.register_forward_hook(lambda module, h, z: latents.append(z.detach()))
+    with log, hook, stops as stopped:
         for step, rows in enumerate(bar, start=len(lines)):
             # (1) The learning rate of this step.
             share = warm_up_and_cosine(step, steps, max(1, steps // 10)) if schedule else 1.0
@@ -376,18 +317,23 @@ def optimise(model, traces, learners, batch, steps, losses_of, clip=0.2, seed=0,
             if norm.isfinite():
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+
+            # (4) The step's line, and the state.
             size = z_size(model, torch.cat(latents)) if latents else None
             latents.clear()
-            m = {"step": step + 1, "loss": total, "grad_norm": float(norm), "z_size": size}
-            lines.append(json.dumps({name: run.if_finite(value) for name, value in m.items()}) + "\n")
+            m = {"step": step + 1, "loss": run.if_finite(total), "grad_norm": run.if_finite(float(norm)),
+                 "z_size": run.if_finite(size)}
+            lines.append(json.dumps(m) + "\n")
             log.write(lines[-1])
             log.flush()
-            bar.set_postfix({name: m[name] for name in ("loss", "z_size") if m[name] is not None})
+            bar.set_postfix(loss=total, z_size=size)
             if states and (stopped or len(lines) % every == 0 or len(lines) == steps):
-                keep()
+                weights = [p.detach() for p in parameters]
+                run.write_state(states, len(lines), {"weights": weights, "lines": lines,
+                                                     "optimizer": optimizer.state_dict()})
             if stopped:
                 break
-    steps_made = [json.loads(line) for line in lines]
+    steps_made = list(map(json.loads, lines))
     skipped = sum(m["grad_norm"] is None for m in steps_made)
     if skipped:
         print(f"warning: {skipped} of {steps} steps of {name} were skipped: their gradient was not finite",
@@ -418,36 +364,6 @@ def warm_up_and_cosine(step, steps, warm_up):
     return min((step + 1) / warm_up, 0.55 + 0.45 * math.cos(math.pi * progress))
 
 
-@contextlib.contextmanager
-def base_frozen(model):
-    """Inside, the base gets no gradients. On CUDA it is cast to bf16 here, once for all forward passes."""
-    frozen = [p for p in memory.base_parameters(model) if p.requires_grad]
-    matrices = memory.matrices(model) if model.bf16 else []
-    whole = [weight.data for weight in matrices]
-    for p in frozen:
-        p.requires_grad_(False)
-    for weight in matrices:
-        weight.data = weight.data.to(torch.bfloat16)
-    try:
-        yield
-    finally:
-        for p in frozen:
-            p.requires_grad_(True)
-        for weight, before in zip(matrices, whole):
-            weight.data = before
-
-
-@contextlib.contextmanager
-def latents_made(model):
-    """Inside, the list that it gives fills with all latents that the projector makes, (n, D) each."""
-    made = []
-    hook = model.reasoning_projector.register_forward_hook(lambda module, fed, z: made.append(z.detach()))
-    try:
-        yield made
-    finally:
-        hook.remove()
-
-
 def positions_at_once(model, traces, base_learns=False):
     """How many positions of traces one forward and backward pass can have."""
     longest = max(len(r.prompt_ids) + len(r.slots) for r in traces)
@@ -462,97 +378,34 @@ def mean_loss(model, traces, latent):
         loss, n = projector_loss(model, [traces[i] for i in part], latent)
         total += loss
         tokens += n
-    return float(total) / max(1, tokens)
+    return float(total) / tokens
 
 
-# ============================================================ both stages
-def stages_1_and_2(model, tokenizer, task, out, settings, smoke=False):
-    """Trains model.reasoning_projector in place and prints what came of it -> the figures printed.
-
-    settings: as settings_of makes them. Continues what a stopped run left in `out`. smoke: goes on even if no
-    sample earned anything."""
-    started = time.time()
-    rng = random.Random(settings.seed)
-    marker = data.opening_of(task)
-    has_targets = settings.targets == "words"
-    if settings.train_base and not has_targets:
-        raise UserError("--train-base goes with --targets words: the paper's stage 2 leaves the base frozen")
-    examples = task.examples("train")[: settings.prompts]
-    steps = "one pass over the masked traces" if settings.steps is None else f"{settings.steps} steps"
-    print(f"stages 1 and 2: {settings.samples} traces of up to {settings.max_new_tokens} tokens for each of "
-          f"{len(examples)} train prompts, then {steps}, {settings.batch} masked traces each\n"
-          f"{run.beside_released(vars(settings), SETTINGS)}", flush=True)
-    if settings.traces:
-        traces, left_out = given_traces(settings.traces, task, examples), []
-    else:
-        tag = "forbidden" if has_targets else None  # a target is taken from a sentence that was written out
-        traces, left_out = collect_traces(model, tokenizer, task, examples, os.path.join(out, "traces.jsonl"),
-                                          settings.samples, settings.max_new_tokens, settings.seed, tag,
-                                          settings.keep_cut)
-    if has_targets:
-        rows = versions_with_targets(model, tokenizer, traces, marker, rng, settings.words)
-    else:
-        rows = versions(model, tokenizer, traces, marker, rng)
-    try:
-        train, held = hold_out(rows, traces, left_out, rng)
-    except UserError as e:
-        if not smoke or has_targets:  # with targets RL needs traces too
-            raise
-        print(f"warning: {e}; without --smoke the run would end here. This one goes on with all samples, "
-              f"whatever they earned", flush=True)
-        samples = [{**trace, "text": f"{trace['text']}\n{marker}"} for trace in traces + left_out]
-        train, held = hold_out(versions(model, tokenizer, samples, marker, rng), samples, [], rng)
-    train, held = short_enough(train, settings.max_length), short_enough(held, settings.max_length)
-    if not train or not held:
-        raise UserError(f"no masked trace has {settings.max_length} tokens or fewer, prompt included: "
-                        f"raise --max-length")
-    base = "learns too" if settings.train_base else "is frozen"
-    print(f"stage 2: {len(train)} masked traces, {len(held)} more held out; the base {base}", flush=True)
-
-    checked = task.examples("val")[: settings.n]
-    evaluate_now = functools.partial(evaluate, model, tokenizer, task, checked, latent_prompt=True,
-                                     seed=settings.seed, max_new_tokens=settings.max_new_tokens, **PAPER)
+def run_stage_2(model, tokenizer, train, held, out, settings):
+    """Trains model.reasoning_projector in place -> {name: loss on the held out rows}. Continues what a
+    stopped run left in `out`."""
+    loop = {"seed": settings.seed, "every": settings.save_every}
     if settings.imitate:
-        loss = imitate(model, train, settings.batch, settings.imitate, seed=settings.seed,
-                       states=os.path.join(out, "imitation"), every=settings.save_every)
-        print(f"imitation: {settings.imitate} steps of the base on masked traces, loss {loss:.4f} in the end",
-              flush=True)
-    states = os.path.join(out, "stage-2")
-    found = run.read_state(states)
-    if found:
-        losses, before = found[1]["carried"]
-    else:
-        losses = {"no latents": mean_loss(model, held, "none"), "zeros": mean_loss(model, held, "zeros")}
-        with latents_made(model) as latents:
-            losses["start"] = mean_loss(model, held, "projector")
-        say_size_of_start(z_sizes(model, torch.cat(latents)), are_fed=not has_targets)
-        before, _ = evaluate_now()
-    loop = {"seed": settings.seed, "states": states, "every": settings.save_every,
-            "betas": (0.9, 0.999 if settings.released_betas else 0.95), "carried": [dict(losses), before]}
-    if has_targets:
+        imitate(model, train, settings.batch, settings.imitate, states=os.path.join(out, "imitation"), **loop)
+    print(f"stage 2: {len(train)} masked traces, {len(held)} more held out", flush=True)
+    losses = {"no latents": mean_loss(model, held, "none"), "zeros": mean_loss(model, held, "zeros"),
+              "start": mean_loss(model, held, "projector")}
+    with torch.no_grad():
+        size = z_size(model, torch.cat(unroll(model, held[:8])[1]))
+    if settings.targets == "none" and not size < LARGE:  # nan is not, too
+        print(f"warning: a latent is {size:.3g} times as long as an embedding at the start and drowns the "
+              "words around it; those of --projector normed do not", flush=True)
+    loop["states"] = os.path.join(out, "stage-2")
+    if settings.targets == "words":
         fit_to_targets(model, train, settings.lr, settings.batch, settings.steps, noise=settings.noise,
                        base_lr=settings.train_base, **loop)
     else:
         fit_projector(model, train, settings.lr, settings.batch, settings.steps, **loop)
     model.projector_trained = True
     losses["trained"] = mean_loss(model, held, "projector")
-    after, _ = evaluate_now()
     said = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
-    print(f"stage 2: validation loss after the first tag: {said}")
-    print(f"stage 2: {data.measure_of(task)} with the tag prompt on {len(checked)} val stories: "
-          f"{before['accuracy']:.3f} before, {after['accuracy']:.3f} trained; "
-          f"both stages {time.time() - started:.0f}s", flush=True)
-    sampled = 0 if settings.traces else settings.samples * len(examples)
-    return {"kept": len(traces), "sampled": sampled, "losses": losses, "before": before, "after": after}
-
-
-def say_size_of_start(sizes, are_fed):
-    """sizes (n,): of the untrained projector's latents. are_fed: with targets the targets are fed instead."""
-    longest = sizes.nan_to_num(math.inf).max()
-    print(f"stage 2: at the start a latent is {sizes.median():.3g} times as long as an embedding, the "
-          f"longest {longest:.3g} times", flush=True)
-    if are_fed and longest > LARGE:
-        print("warning: the words around such a latent are not read: take --projector normed", flush=True)
+    print(f"stage 2: validation loss after the first tag: {said}", flush=True)
+    return losses
 
 
 # ============================================================ the script
@@ -561,8 +414,7 @@ def set_start(args, model):
     if args.projector == "warm":
         return
     if model.projector_trained:
-        raise UserError(f"--projector {args.projector} is for stage 2, but {args.model} has a trained "
-                        "projector: leave the flag out, or start from a model that has none")
+        raise UserError(f"--projector {args.projector}: {args.model} has a trained projector already")
     torch.manual_seed(args.seed)
     start_projector(model, args.projector)
 
@@ -579,11 +431,8 @@ def main():
     args.out = args.out or run.default_out(args.model, args.task, "projector")
     run.check_bounds(args, SETTINGS)
     run.check_arguments(args)
-    lock_file = run.lock(args.out)  # noqa: F841  held until the process ends
-    run.check_what_is_there(args.out, args.model, args.resume, args.overwrite)
-    # What is missing is said before a model is fetched.
-    examples = {split: task.examples(split) for split in ("train", "val")}
-    args.examples, args.data = run.check_examples(args.out, args.resume, **examples)
+    lock_file = run.take_directory(args.out, args.model, args.resume, args.overwrite)  # noqa: F841
+    args.examples = run.digest([task.examples("train"), task.examples("val")])
     model, tokenizer = load(args.model, args.device)
     run.fill(args, SETTINGS, checkpoint.is_small(model))
     run.use_graphs(model, True)
@@ -591,81 +440,72 @@ def main():
     data.start_task(task, args.model, args.reward, args.scorer, args.seed, args.device)
     if not checkpoint.is_small(model):
         memory.checkpoint_layers(model)
-    if not args.resume:
-        run.delete_earlier_run(args.out)
-    run.write_settings(args.out, "train_projector.py", vars(args))
-    result = stages_1_and_2(model, tokenizer, task, args.out, args)
+    run.begin(args.out, "train_projector.py", vars(args))
+
+    def accuracy():
+        figures, _ = evaluate(model, tokenizer, task, task.examples("val")[: args.n], latent_prompt=True,
+                              seed=args.seed, max_new_tokens=args.max_new_tokens, **PAPER)
+        return figures
+
+    train, held, counts = run_stage_1(model, tokenizer, task, args.out, args)
+    before = accuracy()
+    losses = run_stage_2(model, tokenizer, train, held, args.out, args)
+    after = accuracy()
+    print(f"{data.measure_of(task)} with the tag prompt on {after['n_examples']} val stories: "
+          f"{before['accuracy']:.3f} before, {after['accuracy']:.3f} trained", flush=True)
     checkpoint.save(model, tokenizer, os.path.join(args.out, "model"))
-    run.write_json(os.path.join(args.out, "results.json"), result)
+    run.write_json(os.path.join(args.out, "results.json"),
+                   {**counts, "losses": losses, "before": before, "after": after})
     print(f"saved {args.out}/model; next: python train_rl.py --model {args.out} --task {args.task}")
 
 
 # ========================================================== OURS, NOT IN THE PAPER: a target for each latent
-# The paper's loss does not say what a latent should hold. It is the cross-entropy of the text behind the tag,
-# which a policy can also lower by learning how texts with tags go on. With --targets words a run of skipped
-# sentences becomes one tag, with a latent for each of them and one before: where the thought stood when the
-# tag was opened. The target of a latent: the embeddings of the last informative words of its sentence (of the
-# first: of the text before the tag), their sum divided by the root of their number.
+# The paper's loss does not say what a latent should hold: it is the cross-entropy of the text behind the tag.
+# With --targets words a run of skipped sentences becomes one tag, with a latent for each of them and one
+# before: where the thought stood when the tag was opened. The target of a latent: the embeddings of the last
+# informative words of its sentence (of the first: of the text before the tag), their sum divided by the root
+# of their number.
 #
 #     the policy wrote    a b c . d e f . g h i . \boxed{Yes}
 #     a training trace    a b c . <..> 3 </..>  LATENT      LATENT      LATENT      \boxed{Yes}
 #     targets                                   b + c       e + f       h + i
 #
-# The targets are fed, so that a whole trace takes one pass, and with noise, so that the reader bears the
-# errors that the projector will make. The base is frozen, or with --train-base it learns too, by the paper's
-# loss (as in Coconut and CODI, arXiv 2412.06769, 2502.21074). In RL the base is held to the same targets
-# (add_anchor).
+# The targets are fed, so that a whole trace takes one pass, and with noise, as the projector will err. The
+# base is frozen, or with --train-base it learns too, by the paper's loss (as in Coconut, arXiv 2412.06769,
+# and CODI, 2502.21074). In RL the base is held to the same targets (add_anchor).
 SHARES = (0.3, 0.6, 1.0)  # of the sentences that are skipped, instead of the paper's 0.1 and 0.25
 SHARES_IN_RL = (0.6, 1.0, 1.0)  # there the policy skips more
 VERSIONS_TOGETHER = 4  # of one trace in a batch
+WORDS = 2  # in a target
 ANCHORED = 32  # traces of stage 1 in each step of the anchor
 # Words that tell nothing: those of a sentence that is more than REPEATED of all (in the tiny world 0.30 and
 # more, any other less than 0.001), and those that more than COMMON of the others have (there 0.78; a name
 # 0.22).
 REPEATED, COMMON = 0.1, 0.5
-IMITATION_LR = 5e-5  # peak
-
-
-def versions_with_targets(model, tokenizer, traces, marker, rng, words):
-    """SHARES x VERSIONS of each trace -> [(story, row)]; a row's `latents` are the targets."""
-    pieces, common = pieces_of(tokenizer, traces, marker)
-    rows = []
-    for trace, (sentences, answer) in zip(traces, pieces):
-        masked = masked_with_targets(model, tokenizer, rng, trace["prompt"], sentences, answer, common, words,
-                                     SHARES * VERSIONS)
-        rows += [(trace["example"], row) for row in masked]
-    return rows
 
 
 def pieces_of(tokenizer, traces, marker):
-    """-> ([(sentences, answer) of each trace], the token ids that tell nothing)"""
-    pieces = []
-    for trace in traces:
-        reasoning, answer = split_answer(trace["text"], marker)
-        pieces.append((sentences_of(reasoning), answer))
-    return pieces, common_words(tokenizer, itertools.chain(*(sentences for sentences, _ in pieces)))
+    """-> (traces, [(sentences, answer) of each], the token ids that tell nothing), below `pieces`."""
+    split = [split_answer(trace["text"], marker) for trace in traces]
+    pieces = [(sentences_of(reasoning), answer) for reasoning, answer in split]
+    return traces, pieces, common_words(tokenizer, itertools.chain(*(sentences for sentences, _ in pieces)))
 
 
 def common_words(tokenizer, sentences):
     """Token ids that tell nothing: those of repeated sentences, and those that most of the others have."""
     times = collections.Counter(sentences)
-    at_most = max(1, REPEATED * times.total())
-    repeated = [sentence for sentence, n in times.items() if n > at_most]
-    others = [sentence for sentence, n in times.items() if n <= at_most]
+    repeated = {sentence for sentence, n in times.items() if n > max(1, REPEATED * times.total())}
+    others = times.keys() - repeated
     counts = collections.Counter()
     for sentence in others:
-        counts.update(set(_encode(tokenizer, sentence)))
+        counts.update(set(checkpoint.encode_text(tokenizer, sentence.strip())))
     common = {token for token, n in counts.items() if n > COMMON * len(others)}
-    return common.union(*(_encode(tokenizer, sentence) for sentence in repeated))
+    return common.union(*(checkpoint.encode_text(tokenizer, sentence.strip()) for sentence in repeated))
 
 
-def _encode(tokenizer, text):
-    return checkpoint.encode_text(tokenizer, text.strip())
-
-
-def last_words(model, tokenizer, text, common, words):
+def last_words(model, tokenizer, text, common, words=WORDS):
     """A latent's target (D,); None if the text has too few informative words."""
-    ids = [token for token in _encode(tokenizer, text) if token not in common]
+    ids = [token for token in checkpoint.encode_text(tokenizer, text.strip()) if token not in common]
     informative = [token for token in ids if any(char.isalnum() for char in tokenizer.decode([token]))]
     if len(informative) < words:
         return None
@@ -673,12 +513,21 @@ def last_words(model, tokenizer, text, common, words):
     return model.get_input_embeddings()(last).detach().sum(0) / words**0.5
 
 
-def masked_with_targets(model, tokenizer, rng, prompt, sentences, answer, common, words, shares):
-    """One trace masked once for each share -> [Rollout], without those in which nothing was skipped."""
-    prompt_ids = checkpoint.encode_prompt(model, tokenizer, prompt)
-    known = [last_words(model, tokenizer, text, common, words) for text in [prompt, *sentences]]
-    rows = [mask_runs(model, tokenizer, rng, prompt_ids, sentences, answer, known, share) for share in shares]
-    return [row for row in rows if row is not None]
+def masked_with_targets(model, tokenizer, rng, pieces, chosen):
+    """Masks traces, each once for each of its shares -> [(story, Rollout whose `latents` are the targets)].
+
+    chosen: (the trace's number, shares of its sentences to skip), ..."""
+    traces, split, common = pieces
+    rows = []
+    for i, shares in chosen:
+        prompt = traces[i]["prompt"]
+        prompt_ids = checkpoint.encode_prompt(model, tokenizer, prompt)
+        sentences, answer = split[i]
+        known = [last_words(model, tokenizer, text, common) for text in [prompt, *sentences]]
+        for share in shares:
+            row = mask_runs(model, tokenizer, rng, prompt_ids, sentences, answer, known, share)
+            rows += [] if row is None else [(traces[i]["example"], row)]
+    return rows
 
 
 def mask_runs(model, tokenizer, rng, prompt_ids, sentences, answer, known, share):
@@ -707,21 +556,22 @@ def mask_runs(model, tokenizer, rng, prompt_ids, sentences, answer, known, share
     if not targets:
         return None
     text = " ".join(pieces)
-    ids = _encode(tokenizer, text) + [checkpoint.end_of_answer(model, tokenizer)]
+    ids = checkpoint.encode_text(tokenizer, text.strip()) + [checkpoint.end_of_answer(model, tokenizer)]
     return Rollout(prompt_ids, insert_latents(model, tokenizer, ids), torch.stack(targets).cpu(), text=text)
 
 
-# ------------------------------------------------------------ stage 2 with targets
 def fit_to_targets(model, rows, lr, batch, steps=None, budget=None, noise=0.0, base_lr=0.0, seed=0, **loop):
     """As fit_projector, on rows whose `latents` are targets. base_lr > 0: the base learns too, from the
-    second fifth of the steps on, when the projector is no longer a stranger."""
-    steps = max(1, len(rows) // batch) if steps is None else steps
+    second fifth of the steps on."""
     budget = budget or positions_at_once(model, rows, base_lr > 0)
-    learners = [(model.reasoning_projector.parameters(), lr, 0)]
+    learners = [(model.reasoning_projector.parameters(), lr, 0.0)]
     if base_lr:
-        learners.append((memory.base_parameters(model), base_lr, steps // 5))
-    losses_of = functools.partial(target_losses, model, budget, noise, seed, base_lr > 0)
-    with contextlib.nullcontext() if base_lr else base_frozen(model):
+        learners.append((memory.base_parameters(model), base_lr, 0.2))
+
+    def losses_of(rows, step):
+        return target_losses(model, budget, noise, seed, base_lr > 0, rows, step)
+
+    with contextlib.nullcontext() if base_lr else memory.base_frozen(model):
         return optimise(model, rows, learners, batch, steps, losses_of, seed=seed, together=VERSIONS_TOGETHER,
                         **loop)
 
@@ -732,8 +582,8 @@ def target_losses(model, budget, noise, seed, base_learns, rows, step):
     n_latents = sum(r.n_latents for r in rows)
     fed = with_noise(rows, noise, torch.Generator().manual_seed(seed * 1_000_003 + step))
     for part in scoring.pack(rows, budget, unrolled=True):
-        yield target_loss(model, [rows[i] for i in part], [fed[i] for i in part], n_tokens, n_latents,
-                          base_learns)
+        some, some_fed = [rows[i] for i in part], [fed[i] for i in part]
+        yield target_loss(model, some, some_fed, n_tokens, n_latents, base_learns)
 
 
 def with_noise(rows, noise, generator):
@@ -751,61 +601,47 @@ def with_noise(rows, noise, generator):
 
 @kv_cache.with_autocast
 def target_loss(model, rows, fed, n_tokens, n_latents, base_learns=False):
-    """The squared error of latents to their targets and, if the base learns, the paper's loss: a
-    micro-batch's share of the means over the batch. fed: the rows with what is fed in the place of the
-    targets."""
+    """The squared error of latents to their targets, in units of the embeddings' variance, and, if the base
+    learns, the paper's loss: a micro-batch's share of the batch's. fed: the rows as they are fed."""
     h, slots, valid = states(model, fed)
     z = latent_step(model, h[valid & (slots == LATENT)])  # (n, D)
-    loss = squared_error(model, z, torch.cat([row.latents for row in rows])) / n_latents
+    variance = word_embeddings(model, 10_000).var()  # in a large vocabulary these will do
+    targets = torch.cat([row.latents for row in rows]).to(z)
+    loss = (z - targets).square().mean(-1).sum() / variance / n_latents
     if base_learns:
         text, _ = text_loss(model, h, rows, [row.slots.index(LATENT) for row in rows])
         loss = loss + text / n_tokens
     return loss
 
 
-def squared_error(model, z, targets):
-    """Summed over latents, in units of the embeddings' variance."""
-    variance = word_embeddings(model, 10_000).var()  # in a large vocabulary these will do
-    return (z - targets.to(z)).square().mean(-1).sum() / variance
-
-
-# ------------------------------------------------------------ the base imitates, before stage 2
-def imitate(model, traces, batch, steps, lr=IMITATION_LR, **loop):
+def imitate(model, traces, batch, steps, lr=5e-5, **loop):
     """The base learns to write the masked traces, tags as text: RL cannot keep a tag that is never
     written."""
-    losses_of = functools.partial(imitation_losses, model, positions_at_once(model, traces, base_learns=True))
-    learners = [(memory.base_parameters(model), lr, 0)]
+    budget = positions_at_once(model, traces, base_learns=True)
+
+    def losses_of(rows, step):  # per token
+        rows = [without_latents(r) for r in rows]
+        n_tokens = sum(r.n_tokens for r in rows)
+        for part in scoring.pack(rows, budget):
+            yield -logprobs(model, [rows[i] for i in part])[0].sum() / n_tokens
+
+    learners = [(memory.base_parameters(model), lr, 0.0)]
     return optimise(model, traces, learners, batch, steps, losses_of, clip=1.0, **loop)
 
 
-def imitation_losses(model, budget, rows, step):
-    """Yields a batch's mean loss per token, in one part per micro-batch."""
-    rows = [without_latents(r) for r in rows]
-    n_tokens = sum(r.n_tokens for r in rows)
-    for part in scoring.pack(rows, budget):
-        yield -logprobs(model, [rows[i] for i in part])[0].sum() / n_tokens
+def masked_again(model, tokenizer, pieces, n, rng):
+    """n traces of stage 1, masked anew -> Rollouts whose `latents` are the targets."""
+    numbers = rng.sample(range(len(pieces[0])), min(n, len(pieces[0])))
+    chosen = ((i, [rng.choice(SHARES_IN_RL)]) for i in numbers)
+    return [row for _, row in masked_with_targets(model, tokenizer, rng, pieces, chosen)]
 
 
-# ------------------------------------------------------------ stage 3 with targets
-def masked_again(model, tokenizer, stage_1, n, words, rng):
-    """n traces of stage 1, masked anew -> Rollouts whose `latents` are the targets.
-
-    stage_1: (traces, [(sentences, answer)], the words that tell nothing)."""
-    traces, pieces, common = stage_1
-    rows = []
-    for i in rng.sample(range(len(traces)), min(n, len(traces))):
-        rows += masked_with_targets(model, tokenizer, rng, traces[i]["prompt"], *pieces[i], common, words,
-                                    [rng.choice(SHARES_IN_RL)])
-    return rows
-
-
-def add_anchor(model, tokenizer, stage_1, step, weight, words, noise, seed, budget):
+def add_anchor(model, tokenizer, pieces, step, weight, noise, seed, budget):
     """Adds `weight` times the gradient of stage 2's squared error, for the base alone -> the error.
 
-    RL moves the base, and nothing in its loss keeps the projector's latents as they should be. So some traces
-    of stage 1 are masked again and the base is held to their targets, as InstructGPT's policy is to its
-    pretraining (arXiv 2203.02155). budget: positions per forward pass."""
-    rows = masked_again(model, tokenizer, stage_1, ANCHORED, words, random.Random(f"{seed} {step} anchor"))
+    Nothing in RL's loss keeps latents as they should be. So some traces of stage 1 are masked again and the
+    base is held to their targets, as InstructGPT's policy is to its pretraining (arXiv 2203.02155)."""
+    rows = masked_again(model, tokenizer, pieces, ANCHORED, random.Random(f"{seed} {step} anchor"))
     error = 0.0
     model.reasoning_projector.requires_grad_(False)
     for loss in target_losses(model, budget, noise, seed, False, rows, step):

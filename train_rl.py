@@ -1,22 +1,14 @@
 """Stage 3 of the paper (Sec. 3.4): GRPO on a model that may think in latents; stages 1 and 2 first if needed.
 
-The policy is the LM; its actions are the tokens it samples, the tags and their numbers included. Latent
-vectors are constants in the policy-gradient pass. The projector learns only by imitation: in stage 2, and
-again after each epoch from that epoch's own rewarded rollouts. Ours, with targets: the update holds the base
-to the latents of stage 1's traces (the anchor), and the refresh is on such traces too (`rehearse`). The loop
-is `train`; its seven numbered steps are the README's.
+The policy is the LM; its actions are the tokens it samples, the tags among them. Latents are constants in the
+policy-gradient pass. The projector learns only by imitation: in stage 2, and after each epoch from that
+epoch's own rewarded rollouts. Ours, with targets: `add_anchor` in the update, and `rehearse` as the refresh.
 
-Left out, and why: (1) no KL term and no reference model: the released runs set the coefficient to 0. (2) No
-second pass for the old log-probs: the sampler's own are the scorer's up to rounding (tests/test_decode.py; in
-bf16 on CUDA up to 0.2). (3) A small model gets one optimiser step per rollout batch, so that its ratio is 1
-up to that rounding and the clip idle; a real model gets 16, as released. (4) Latents are replayed as they
-were sampled; --recompute-latents makes them again with the current weights, as released. (5) The learning
-rate is constant; the released script leaves it to OpenRLHF's default (--lr-schedule cosine). (6) The refresh
-steps on 16 traces at a time, with a clipped gradient; the released one on one trace per GPU, unclipped.
+Every difference from the released code: results/differences.md.
 
     python train_rl.py                               # the tiny model, all stages, a table: 3 minutes, 2 cores
     python train_rl.py --method grpo                 # RL without latents, by default without a length penalty
-    python train_rl.py --resume out/tiny-litereason  # continue a stopped run, exactly: on a CPU bit for bit
+    python train_rl.py --resume out/tiny-litereason  # continue a stopped run: on a CPU bit for bit
     python train_rl.py --model Qwen2.5-1.5B          # plot holes; first data/flawed_fictions/prepare.py
 """
 import os
@@ -34,31 +26,23 @@ import time
 import torch
 
 import data
-from eval import PAPER, against, evaluate, latent_of, latents_of_others
+from eval import PAPER, evaluate, latent_of, latents_of_others
 from lib import UserError, checkpoint, display, memory, run, scoring
 from lib.run import BySize
-from litereason import (RULES, TAG, Rollout, generate, load, logprobs, policy_loss, recompute_latents, z_size)
-from train_projector import (RATIOS, SHARED, add_anchor, fit_projector, fit_to_targets, masked_again,
-                             masked_trace, pieces_of, read_traces, set_start, settings_of, stages_1_and_2,
-                             warm_up_and_cosine)
+from litereason import RULES, Rollout, generate, load, logprobs, policy_loss, recompute_latents, z_size
+from train_projector import (RATIOS, SHARED, add_anchor, fit_projector, fit_to_targets, kept, lines_of,
+                             masked_again, masked_trace, pieces_of, run_stage_1, run_stage_2, set_start,
+                             settings_of, warm_up_and_cosine)
 
 # ============================================================ settings
 NAMES = display.METHODS
+MEMORY = "memory, speed and disk (no result changes but by rounding)"
 # {title: {name: (default, least value or choices or kind, what it is)}}. BySize: of a model of under 50 M
-# parameters, and of any other, which is as released: 2880 steps are 30 passes over 290 stories, 6 rollout
-# batches each, 16 steps a batch.
+# parameters, and of any other, which is as released: 2880 steps are 30 passes over 290 stories.
 SETTINGS = {
-    "what is run": {
-        "model": ("tiny", str, "tiny, a directory (a run's too), or a hub name such as Qwen2.5-1.5B"),
+    "what is run": run.COMMON | {
         "method": ("litereason", list(NAMES), "litereason; grpo: no tags, no latents; tag: a tag is text"),
-        "task": (None, str, "a folder under data/, or tiny.next_chapter [by the model]"),
-        "reward": (None, ["contrastive", "vrcli", "thresholded"], "of next_chapter [contrastive]"),
-        "scorer": (None, str, "the frozen model that reads chapters [a copy of the base]"),
-        "seed": (0, 0, "of all random draws"),
-        "smoke": (False, bool, "see whether all works: few prompts, few steps, ten minutes"),
-        "out": (None, str, "the run's directory [out/MODEL-TASK-METHOD]"),
-        "overwrite": (False, bool, "replace the run that --out holds"),
-        "resume": (None, str, "continue the run in this directory, by its own settings")},
+        "smoke": (False, bool, "see whether all works: few prompts, few steps, ten minutes")},
     "how much [small model | any other, as released]": {
         "steps": (BySize(24, 2880), 0, "optimiser steps"),
         "prompts": (BySize(16, 48), 1, "prompts per rollout batch"),
@@ -82,59 +66,57 @@ SETTINGS = {
         "trace_prompts": (None, 1, "train prompts of stage 1 [as in train_projector.py]"),
         "projector_steps": (None, 0, "optimiser steps of stage 2 [as in train_projector.py]"),
         "refresh_every": (BySize(0, 0), -1, "rollout batches between refreshes; 0: epochs' ends; -1: never")},
-    "memory, speed and disk (no result changes but by rounding)": {
-        "gen_batch_size": (None, 1, "rollouts decoded at once, whole groups [what fits]"),
-        "micro_batch_tokens": (None, 1, "positions per forward pass of the update [what fits]"),
-        "checkpoint_layers": (None, bool, "keep no activations in layers: a third more time [if needed]"),
-        "offload": (None, bool, "fp32 weights and AdamW's moments on the host [if needed]"),
-        "device": (None, str, "cpu or cuda [cuda if there is one]"),
+    MEMORY: {  # None: as lib/memory.py plans it
+        "gen_batch_size": (BySize(512, None), 1, "rollouts decoded at once, whole groups"),
+        "micro_batch_tokens": (BySize(12_000, None), 1, "positions per forward pass of the update"),
+        "checkpoint_layers": (BySize(False, None), bool, "keep no activations in layers: a third more time"),
+        "offload": (BySize(False, None), bool, "fp32 weights and AdamW's moments on the host"),
         "graphs": (True, bool, "on CUDA, record the decoding step and replay it"),
         "save_every": (BySize(4, 16), 1, "steps between two states on the disk; the last two are kept"),
         "show_every": (20, 0, "steps between two rollouts on the screen; 0 for never")}}
-# Not flags. Released: the same, but a refresh on one trace for each of 4 GPUs, without a clip.
 CLIP = 0.2  # of the probability ratio
 REFRESH_LR, REFRESH_SHARE, REFRESH_BATCH, REFRESH_CLIP = 1e-4, 0.1, 16, 0.2
-# Memory, of a small model on a CPU.
-FIXED = {"gen_batch_size": 512, "micro_batch_tokens": 12_000, "checkpoint_layers": False, "offload": False}
 # --smoke: other defaults, so that all stages run to the table in minutes, whatever the model.
 SMOKE = {"steps": 4, "prompts": 2, "num_generations": 4, "minibatches": 2, "max_new_tokens": 128,
          "train_prompts": 4, "trace_prompts": 8, "projector_steps": 2, "n": 2, "val": 2}
 # Most that sampler and scorer may differ in a log-prob, by whether the model computes in bf16.
 DLOGP = {False: 1e-2, True: 2.0}
-TAKEN_AWAY, ANOTHERS = "  its latents taken away", "  shuffled latents"
 
 
 # ============================================================ stage 3
-def train(args, model, base, masters, tokenizer, task, examples, prompts, vals, table_rows, saved, stopped):
+def train(args, model, base, masters, tokenizer, task, examples, prompts, vals, stage_1, saved, stopped):
     """The loop; leaves model/ in args.out. base: the weights that are trained; masters: what the optimiser
-    steps on, the same unless offloaded; prompts: of the examples, token ids; table_rows: of the final table,
-    so far; saved: what run.read_state found, or None; stopped: see run.stops_noted."""
-    # Rollout batches per epoch. Prompts that fill no whole batch sit this epoch out: the next one has a new
-    # order.
+    steps on, the same unless offloaded; prompts: of the examples, token ids; stage_1: its traces, with
+    targets; saved: what run.read_state found, or None; stopped: see run.stops_noted."""
+    # Prompts that fill no whole rollout batch sit this epoch out: the next one has a new order.
     per_epoch = max(1, len(examples) // args.prompts)
     optimizer = torch.optim.AdamW(masters, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    state = State(table_rows, args.micro_batch_tokens)
+    state = State(args.micro_batch_tokens)
     if saved:
         load_state(state, saved, model, base, masters, optimizer)
         print(f"resumed from {run.state_path(args.out, state.step)}", flush=True)
     else:
         save_state(args, state, model, masters, optimizer)
-    for name in ("imitation", "stage-2", "first-rows"):  # what was in them is in the state now
+    for name in ("imitation", "stage-2"):  # states of stage 2: what was in them is in RL's now
         run.remove(os.path.join(args.out, name))
     log = run.open_log(os.path.join(args.out, "metrics.jsonl"), state.metrics)
+    latent = "projector" if args.method == "litereason" else "none"  # what a tag of the policy runs
     refreshes = args.method == "litereason" and args.refresh_every >= 0
-    stage_1 = traces_of_stage_1(args, tokenizer, task) if needs_traces(args) else None
     began, first = time.time(), state.step
 
     for step in range(first, args.steps):
         # Numbers of the rollout batch, of the minibatch in it, and of the train prompts.
         batch, minibatch = divmod(step, args.minibatches)
         epoch, batch_in_epoch = divmod(batch, per_epoch)
-        index = prompts_of_batch(args.seed, len(examples), args.prompts, epoch, batch_in_epoch)
+        order = random.Random(f"{args.seed} {epoch}").sample(range(len(examples)), len(examples))
+        index = order[batch_in_epoch * args.prompts :][: args.prompts]
         phases = run.Phases(model.device)
         if minibatch == 0:
-            # (1) Sample a group of rollouts for each prompt.
-            state.rollouts = sample_groups(args, model, tokenizer, [prompts[i] for i in index], batch)
+            # (1) Sample a group of rollouts for each prompt. All draws follow from (seed, batch).
+            state.rollouts = generate(
+                model, tokenizer, [prompts[i] for i in index], args.num_generations, args.max_new_tokens,
+                generator=torch.Generator().manual_seed(args.seed * 1_000_003 + batch), latent=latent,
+                gen_batch_size=args.gen_batch_size)
             phases.end("sample")
 
             # (2) Reward what the policy wrote.
@@ -143,7 +125,7 @@ def train(args, model, base, masters, tokenizer, task, examples, prompts, vals, 
             state.rewards = torch.tensor(rewards)  # (B,)
             bad = (~state.rewards.isfinite()).nonzero().flatten().tolist()
             if bad:
-                stop(args, step, state, index, bad, f"a reward is {rewards[bad[0]]}")
+                raise UserError(f"step {step + 1}: a reward is {rewards[bad[0]]}; {aside(args, state, bad)}")
 
         # (3) Advantages: each rollout against the other rollouts of its prompt.
         shaped = state.rewards + length_penalty(args, task, state.rollouts)  # (B,)
@@ -157,17 +139,17 @@ def train(args, model, base, masters, tokenizer, task, examples, prompts, vals, 
 
         # (5) The clipped loss, in micro-batches.
         chosen = rollouts_of_minibatch(args, batch, minibatch, len(index))
-        gap, worst = add_gradients(args, model, state, chosen, advantages, loss_norm)
+        gap = add_gradients(args, model, state, chosen, advantages, loss_norm)
         anchor_loss = None
         if stage_1 and args.anchor:  # ours, with targets
-            anchor_loss = add_anchor(model, tokenizer, stage_1, step, args.anchor, args.words, args.noise,
-                                     args.seed, state.micro_batch_tokens)
+            anchor_loss = add_anchor(model, tokenizer, stage_1, step, args.anchor, args.noise, args.seed,
+                                     state.micro_batch_tokens)
         phases.end("update")
         # Before an update only: after one they must differ. In latents made again rounding grows.
         allowed = DLOGP[model.bf16 or args.offload]
         if minibatch == 0 and gap > allowed and not args.recompute_latents:
-            stop(args, step, state, index, [worst], f"sampler and scorer differ by {gap:.3g} in a log-prob; "
-                 f"more than {allowed:g} means that what is trained is not what was sampled")
+            raise UserError(f"step {step + 1}: sampler and scorer differ by {gap:.3g} in a log-prob: what is "
+                            f"trained is not what was sampled; {aside(args, state, chosen)}")
 
         # (6) One optimiser step on the base; the projector is not in the optimiser and gets no gradient.
         memory.gradients_to_masters(base, masters)
@@ -196,7 +178,10 @@ def train(args, model, base, masters, tokenizer, task, examples, prompts, vals, 
             phases.end("refresh")
         if ends_epoch:
             checkpoint.save(model, tokenizer, os.path.join(args.out, "model"))
-            val = validate(args, model, tokenizer, task, vals)
+            if vals:
+                figures, _ = evaluate(model, tokenizer, task, vals, args.method != "grpo", seed=args.seed,
+                                      max_new_tokens=args.max_new_tokens, latent=latent)
+                val = figures["accuracy"]
             phases.end("validate")
 
         # The step's line, and the state.
@@ -204,15 +189,20 @@ def train(args, model, base, masters, tokenizer, task, examples, prompts, vals, 
         state.skipped += not is_finite
         state.skipped_in_a_row = 0 if is_finite else state.skipped_in_a_row + 1
         m = metrics(model, task, state, epoch, groups, gap, norm, anchor_loss, refresh_loss, val, phases)
-        tell(args, tokenizer, log, state, m, is_new_batch=minibatch == 0)
-        if state.step == first + args.minibatches:
-            seconds = (time.time() - began) / args.minibatches
-            hours = seconds * (args.steps - state.step) / 3600
-            print(f"pace: {seconds:.1f} seconds a step, {hours:.1f} hours to go", flush=True)
+        state.metrics.append(json.dumps(m) + "\n")
+        log.write(state.metrics[-1])
+        log.flush()
+        print(step_line(m, args.steps), flush=True)
+        if args.show_every and step % args.show_every == 0:
+            for b in (0, args.num_generations)[: args.prompts]:
+                shown = display.readable(tokenizer, state.rollouts[b])
+                print(f"    [{float(state.rewards[b]):g}] {shown}", flush=True)
+        if state.step == first + args.minibatches:  # a whole batch was timed
+            hours = (time.time() - began) / args.minibatches * (args.steps - state.step) / 3600
+            print(f"pace: {hours:.1f} hours to go", flush=True)
         if not is_finite:
-            aside = put_aside(args, step, state, chosen)
             print(f"warning: step {step + 1}: a loss, gradient or latent is not finite; step skipped, "
-                  f"{state.skipped} so far; its rollouts are in {aside}", flush=True)
+                  f"{state.skipped} so far; {aside(args, state, chosen)}", flush=True)
         fails = state.skipped_in_a_row == 3
         if state.step % args.save_every == 0 or state.step == args.steps or fails or stopped:
             save_state(args, state, model, masters, optimizer)
@@ -232,7 +222,6 @@ class State:
     """Besides weights and moments; on the disk with them. The order of the data and all draws follow from
     (seed, step): they need no state."""
 
-    table_rows: list  # (name, figures) of the final table, so far
     micro_batch_tokens: int  # halved when memory runs out
     step: int = 0  # optimiser steps that are done
     rollouts: list = ()  # of the present batch, for its further minibatches
@@ -267,27 +256,9 @@ def load_state(state, saved, model, base, masters, optimizer):
 
 
 # ============================================================ the parts of a step, in the order of the loop
-def latent_of_method(args):
-    """What a tag of the policy runs."""
-    return "projector" if args.method == "litereason" else "none"
-
-
-def prompts_of_batch(seed, n_examples, n_prompts, epoch, batch_in_epoch):
-    """The numbers of a rollout batch's train prompts: their order is a function of (seed, epoch) alone."""
-    order = random.Random(f"{seed} {epoch}").sample(range(n_examples), n_examples)
-    return order[batch_in_epoch * n_prompts :][:n_prompts]
-
-
-def sample_groups(args, model, tokenizer, prompts, batch):
-    """Step (1): num_generations rollouts for each prompt; the draws are a function of (seed, batch) alone."""
-    generator = torch.Generator().manual_seed(args.seed * 1_000_003 + batch)
-    return generate(model, tokenizer, prompts, args.num_generations, args.max_new_tokens, generator=generator,
-                    gen_batch_size=args.gen_batch_size, latent=latent_of_method(args))
-
-
 def length_penalty(args, task, rollouts):
-    """DAPO's soft overlong penalty -> (B,): 0 up to max_new_tokens - overlong_buffer slots, then down to -1
-    (or what the task says) at the limit."""
+    """DAPO's soft overlong penalty -> (B,): 0, and over the last overlong_buffer slots down to -1 (or what
+    the task says)."""
     if not args.overlong_buffer:
         return torch.zeros(len(rollouts))
     length = torch.tensor([len(r.slots) for r in rollouts])  # (B,) latents count
@@ -304,9 +275,8 @@ def rollouts_of_minibatch(args, batch, minibatch, n_prompts):
 
 
 def add_gradients(args, model, state, chosen, advantages, loss_norm):
-    """Step (5) for the rollouts `chosen` (their numbers) -> (how far sampler and scorer differ at most in a
-    log-prob, in which rollout). Out of memory: again with half the positions per forward pass; no result
-    changes."""
+    """Step (5) for the rollouts `chosen` (their numbers) -> how far sampler and scorer differ at most in a
+    log-prob. Out of memory: again with half the positions per forward pass."""
     while True:
         try:
             return _add_gradients(args, model, state, chosen, advantages, loss_norm)
@@ -321,9 +291,8 @@ def add_gradients(args, model, state, chosen, advantages, loss_norm):
 
 
 def _add_gradients(args, model, state, chosen, advantages, loss_norm):
-    """As many rollouts at once as the budget of positions allows, each with its share of the whole mean.
-    Those without an advantage have no gradient and are not run; they count in the denominator."""
-    largest, worst = 0.0, None
+    """In micro-batches. Rollouts without an advantage have no gradient and are not run, but they count."""
+    gap = 0.0
     useful = [b for b in chosen if advantages[b] != 0]
     for indices in scoring.pack([state.rollouts[b] for b in useful], state.micro_batch_tokens):
         micro = [useful[i] for i in indices]
@@ -336,16 +305,12 @@ def _add_gradients(args, model, state, chosen, advantages, loss_norm):
                               loss_norm[micro].to(logp.device))
         loss.backward()
         memory.wait_for_gradients(model)
-        gaps = torch.where(scored, (logp.detach() - old_logp).abs(), 0.0).amax(1)  # (b,)
-        if gaps.max() > largest:
-            largest = float(gaps.max())
-            worst = micro[int(gaps.argmax())]
-    return largest, worst
+        gap = max(gap, float(torch.where(scored, (logp.detach() - old_logp).abs(), 0.0).max()))
+    return gap
 
 
 def learning_rate(args, step):
-    """Step (6): constant (ours) or, as OpenRLHF's default, up over the first 3 % of the steps and then down a
-    cosine to a tenth."""
+    """Step (6): constant, or OpenRLHF's default: up over 3 % of the steps, then down a cosine to a tenth."""
     if args.lr_schedule == "constant":
         return args.lr
     return args.lr * warm_up_and_cosine(step, args.steps, math.ceil(0.03 * args.steps))
@@ -375,45 +340,20 @@ def refresh(args, model, tokenizer, task, state, examples, prompts, batch):
 
 
 def rehearse(args, model, tokenizer, state, stage_1, batch):
-    """The refresh with targets (ours) -> the loss, or None if there was nothing to learn from. What the
-    latents of a rollout should have said is not known, so stage 2 goes on for some steps instead, on a share
-    of stage 1's traces. batch: as in refresh."""
+    """The refresh with targets (ours) -> the loss, or None. A rollout's latents have no targets, so stage 2
+    goes on instead, on a share of stage 1's traces. batch: as in refresh."""
     n = max(1, int(REFRESH_SHARE * len(stage_1[0])))
     rng = random.Random(f"{args.seed} {batch} refresh")
-    rows = masked_again(model, tokenizer, stage_1, n, args.words, rng)
+    rows = masked_again(model, tokenizer, stage_1, n, rng)
     if not rows:
         return None
     return fit_to_targets(model, rows, REFRESH_LR, REFRESH_BATCH, schedule=False, seed=batch,
                           clip=REFRESH_CLIP, budget=state.micro_batch_tokens, noise=args.noise)
 
 
-def traces_of_stage_1(args, tokenizer, task):
-    """For the anchor and the refresh with targets -> (traces, [(sentences, answer)], words that tell
-    nothing)."""
-    traces = read_traces(os.path.join(args.out, "traces.jsonl"))
-    return (traces, *pieces_of(tokenizer, traces, data.opening_of(task)))
-
-
-def needs_traces(args):
-    """Whether RL learns from stage 1's traces: the anchor and the refresh with targets do."""
-    has_targets = args.method == "litereason" and args.targets == "words"
-    return has_targets and (args.anchor > 0 or args.refresh_every >= 0)
-
-
-def validate(args, model, tokenizer, task, vals):
-    """The accuracy on the val examples, None without any; by a generator of its own, so no draw of the
-    training changes."""
-    if not vals:
-        return None
-    figures, _ = evaluate(model, tokenizer, task, vals, args.method != "grpo", seed=args.seed,
-                          max_new_tokens=args.max_new_tokens, latent=latent_of_method(args))
-    return figures["accuracy"]
-
-
 # ============================================================ the step's line, and what is put aside
 def metrics(model, task, state, epoch, groups, gap, norm, anchor_loss, refresh_loss, val, phases):
-    """One line of metrics.jsonl. The loss is not among them: under grpo, at ratio 1, it is 0 by
-    construction."""
+    """One line of metrics.jsonl. The loss is not there: under grpo, at ratio 1, it is 0 by construction."""
 
     def mean(of):
         return sum(map(of, state.rollouts)) / len(state.rollouts)
@@ -457,54 +397,12 @@ def step_line(m, steps):
     return line + "".join(f" | {name} {x:.3f}" for name, x in now_and_then.items() if x is not None)
 
 
-def tell(args, tokenizer, log, state, m, is_new_batch):
-    """Metrics to the file; the step's line, two rollouts now and then, and warnings to the screen."""
-    state.metrics.append(json.dumps(m) + "\n")
-    log.write(state.metrics[-1])
-    log.flush()
-    print(step_line(m, args.steps), flush=True)
-    if args.show_every and (m["step"] - 1) % args.show_every == 0:
-        for b in (0, args.num_generations)[: args.prompts]:
-            shown = display.readable(tokenizer, state.rollouts[b])
-            print(f"    [{float(state.rewards[b]):g}] {shown}", flush=True)
-    if is_new_batch:
-        warn(m, args.method == "litereason", [r.text for r in state.rollouts])
-
-
-def warn(m, has_latents, texts):
-    """Prints what is wrong with a rollout batch, if anything is. m: the step's metrics; texts: what was
-    written."""
-    warnings = []
-    if has_latents and m["tag_share"] == 0:
-        warnings.append("no rollout ran a tag: there is no latent reasoning left")
-    if m["zero_variance"] == 1:
-        warnings.append(f"in each group all earned the same (mean {m['reward']:.3f}): nothing to learn from")
-    if len(set(texts)) == 1:
-        warnings.append(f"all {len(texts)} rollouts wrote the same: {texts[0][:60]!r}")
-    elif not any(TAG.sub("", text).strip() for text in texts):
-        warnings.append(f"all {len(texts)} rollouts wrote tags and nothing else")
-    for warning in warnings:
-        print(f"warning: step {m['step']}: {warning}", flush=True)
-
-
-def stop(args, step, state, index, which, why):
-    """A tripwire: these rollouts are put aside, and the run ends."""
-    prompt = index[state.rollouts[which[0]].prompt]
-    raise UserError(f"step {step + 1}: {why}: rollout {which[0]}, of train prompt {prompt}, is in "
-                    f"{put_aside(args, step, state, which)}")
-
-
-def put_aside(args, step, state, which):
-    """Writes the rollouts that caused trouble to a file, to be read -> its path. which: their numbers."""
+def aside(args, state, which):
+    """Writes the rollouts that caused trouble (their numbers) to a file, to be read -> where they are."""
     path = os.path.join(args.out, "bad-rollouts.json")
-    rows = []
-    for b in which:
-        r = state.rollouts[b]
-        rows.append({"step": step + 1, "rollout": b, "reward": float(state.rewards[b]), "text": r.text,
-                     "latents_finite": bool(r.latents.isfinite().all()), "prompt_ids": r.prompt_ids,
-                     "slots": r.slots, "logprobs": r.logprobs.tolist()})
-    run.write_json(path, rows)
-    return path
+    rows = [{"reward": float(state.rewards[b]), **vars(state.rollouts[b])} for b in which]
+    run.write_text(path, json.dumps(rows, default=torch.Tensor.tolist))
+    return f"see {path}"
 
 
 # ============================================================ the script
@@ -522,115 +420,94 @@ def main():
     args.out = args.out or run.default_out(args.model, args.task, args.method)
     run.check_bounds(args, SETTINGS)
     run.check_arguments(args)
-    lock_file = run.lock(args.out)  # noqa: F841, held until the process ends
+    lock_file = run.take_directory(args.out, args.model, args.resume, args.overwrite)  # noqa: F841
     saved = run.read_state(args.out) if args.resume else None
-    run.check_what_is_there(args.out, args.model, args.resume, args.overwrite)
     examples, vals, tests = (task.examples(split) for split in data.SPLITS)
-    args.examples, args.data = run.check_examples(args.out, args.resume, train=examples, val=vals, test=tests)
+    args.examples = run.digest([examples, vals, tests])
     examples, vals, tests = examples[: args.train_prompts], vals[: args.val], tests[: args.n]
 
-    # The model, and the settings that it decides.
+    # (1) The model, and the settings that it decides.
     model, tokenizer = load(args.model, args.device)
     run.use_graphs(model, args.graphs)
     data.start_task(task, args.model, args.reward, args.scorer, args.seed, args.device)
-    settle(args, model, saved, len(examples))
+    settle(args, model, len(examples))
     set_start(args, model)
-
-    # Stop now if something cannot work, not in the middle of an epoch.
     has_tags = args.method != "grpo"
     texts = [task.prompt(example, has_tags) for example in examples + vals]
     prompts = [checkpoint.encode_prompt(model, tokenizer, text) for text in texts]
-    checkpoint.check_lengths(model, prompts, args.max_new_tokens)
-    check_answers(task, examples[:8])
+    checkpoint.check_lengths(model, prompts, args.max_new_tokens)  # now, not in the middle of an epoch
     plan = settle_memory(args, model, task, max(map(len, prompts)))
+    if args.checkpoint_layers:
+        memory.checkpoint_layers(model)
     base = memory.base_parameters(model)
     masters = memory.offload(model, base) if args.offload else base
-    if not args.resume:
-        if model.projector_trained and needs_traces(args):
-            copy_traces(args)  # it may refuse, and then an earlier run should still be there
-        run.delete_earlier_run(args.out)
-    run.write_settings(args.out, "train_rl.py", vars(args))
+    has_targets = args.method == "litereason" and args.targets == "words"
+    learns_from_traces = has_targets and (args.anchor > 0 or args.refresh_every >= 0)
+    if learns_from_traces and model.projector_trained and not args.resume:
+        copy_traces(args)
+    run.begin(args.out, "train_rl.py", vars(args))
     prompts = prompts[: len(examples)]
     say_what_runs(args, model, prompts, plan)
 
-    # The rows of the final table that come before RL, stages 1 and 2 among them.
-    started = time.time()
-    first_rows = os.path.join(args.out, "first-rows")
-    if saved:
-        table_rows = saved[1]["state"]["table_rows"]
-    else:
-        table_rows = (run.read_state(first_rows) or (0, {"rows": []}))[1]["rows"]
+    # (2) The table's rows before RL, stages 1 and 2 among them. A file keeps them for a resumed run.
+    before = os.path.join(args.out, "before-rl.json")
+    rows = run.read_json(before, [])
 
     def add_row(name, has_tags, latent):
-        """Evaluates one row of the table, unless it is there."""
-        if tests and name not in dict(table_rows):
+        if tests and name not in [row["model"] for row in rows]:
             figures, _ = evaluate(model, tokenizer, task, tests, has_tags, seed=args.seed, progress=name,
                                   latent=latent, alone=8, max_new_tokens=args.max_new_tokens, **PAPER)
-            table_rows.append((name, figures))
-            if not run.saved_states(args.out):
-                run.write_state(first_rows, len(table_rows), {"rows": table_rows})
-
-    def show_table():
-        if table_rows:
-            print(f"\n{display.table(table_rows, data.measure_of(task))}", flush=True)
+            rows.append({"model": name, **figures})
 
     if not saved:
         start = "start" if model.projector_trained else "base"  # stage 2 may have moved the base
         add_row(f"{start}, explicit reasoning", False, "none")
         if has_tags:
             add_row(f"{start}, tag prompt", True, "none")  # a plain LM: its tags are text
+        run.write_json(before, rows)
+        display.show_table(rows, data.measure_of(task))
+        if args.method == "litereason" and not model.projector_trained:
+            of_stages = settings_of(model, prompts=args.trace_prompts, steps=args.projector_steps,
+                                    targets=args.targets, max_new_tokens=args.max_new_tokens, seed=args.seed,
+                                    save_every=args.save_every)
+            masked, held, _ = run_stage_1(model, tokenizer, task, args.out, of_stages, args.smoke)
+            run_stage_2(model, tokenizer, masked, held, args.out, of_stages)
+            checkpoint.save(model, tokenizer, os.path.join(args.out, "model"))
         if args.method == "litereason":
-            if not model.projector_trained:
-                of_stages = settings_of(model, prompts=args.trace_prompts, steps=args.projector_steps,
-                                        targets=args.targets, max_new_tokens=args.max_new_tokens,
-                                        seed=args.seed, n=min(200, args.n or 200), save_every=args.save_every)
-                try:
-                    stages_1_and_2(model, tokenizer, task, args.out, of_stages, args.smoke)
-                except UserError:  # no traces: the base's rows say more
-                    show_table()
-                    raise
-                checkpoint.save(model, tokenizer, os.path.join(args.out, "model"))
             add_row("LiteReason before RL", True, "projector")
+            run.write_json(before, rows)
 
-    if args.method == "litereason":
-        model.projector_trained = True  # here, or before the run was resumed
+    # (3) Stage 3.
+    model.projector_trained = args.method == "litereason" or model.projector_trained
+    stage_1 = None
+    if learns_from_traces:
+        _, *lines = lines_of(os.path.join(args.out, "traces.jsonl"))
+        stage_1 = pieces_of(tokenizer, kept(lines), data.opening_of(task))
     with run.stops_noted(f"go on with: python train_rl.py --resume {args.out}") as stopped:
-        train(args, model, base, masters, tokenizer, task, examples, prompts, vals, table_rows, saved,
-              stopped)
+        train(args, model, base, masters, tokenizer, task, examples, prompts, vals, stage_1, saved, stopped)
 
-    add_row(NAMES[args.method], has_tags, latent_of_method(args))
-    if args.method == "litereason":
-        add_row(TAKEN_AWAY, True, "none")
-        others = tests and latents_of_others(model, tokenizer, task, task.examples("val")[: args.val or 100],
-                                             seed=args.seed, max_new_tokens=args.max_new_tokens, **PAPER)
-        if others:
-            add_row(ANOTHERS, True, latent_of("shuffled", model, others, args.seed))
-    if table_rows:
-        results = [{"model": name, **figures} for name, figures in table_rows]
-        run.write_json(os.path.join(args.out, "results.json"), results)
-        show_table()
-        print(f"\n{len(tests)} test stories, the paper's sampling (temperature 0.7, top-p 0.8, top-k 20), "
-              f"seed {args.seed}, {time.time() - started:.0f}s in all; numbers in {args.out}/results.json")
-        if args.method == "litereason":
-            print(what_latents_did(dict(table_rows)))
+    # (4) The table's rows after it.
+    add_row(NAMES[args.method], has_tags, "projector" if args.method == "litereason" else "none")
+    if tests and args.method == "litereason":
+        add_row("  its latents taken away", True, "none")
+        others = latents_of_others(model, tokenizer, task, task.examples("val")[: args.val or 100],
+                                   seed=args.seed, max_new_tokens=args.max_new_tokens, **PAPER)
+        if others:  # else the policy runs no latents
+            add_row(display.SHUFFLED, True, latent_of("shuffled", model, others, args.seed))
+    if rows:
+        run.write_json(os.path.join(args.out, "results.json"), rows)
+        display.show_table(rows, data.measure_of(task))
+        print(f"\n{len(tests)} test stories, the paper's sampling, seed {args.seed}; numbers in "
+              f"{args.out}/results.json")
 
 
-def settle(args, model, saved, n_examples):
-    """Gives each setting that no flag gave its value. UserError for a flag that would change nothing."""
-    made = run.run_settings(args.out if args.resume else args.model)
-    if saved and args.steps is not None and args.steps < saved[0]:
-        raise UserError(f"--steps is {args.steps}, but the run in {args.out} is at step {saved[0]} already")
-    if saved and args.lr_schedule == "cosine" and args.steps != made["steps"]:
-        raise UserError("--steps: with --lr-schedule cosine the learning rate falls towards the --steps that "
-                        "the run began with, so a resumed run keeps them")
+def settle(args, model, n_examples):
+    """Gives each setting that no flag gave its value."""
     # A run of stages 1 and 2 has decided what a latent holds.
-    of_latents = settings_of(model, targets=args.targets or made.get("targets"), words=made.get("words"),
-                             noise=made.get("noise"))
-    args.targets, args.words, args.noise = of_latents.targets, of_latents.words, of_latents.noise
+    made = run.run_settings(args.out if args.resume else args.model)
+    of_latents = settings_of(model, targets=args.targets or made.get("targets"), noise=made.get("noise"))
+    args.targets, args.noise = of_latents.targets, of_latents.noise
     if args.method != "litereason" or args.targets == "none":
-        if args.anchor:
-            raise UserError("--anchor holds the base to targets of latents: it goes with --method litereason "
-                            "and --targets words")
         args.anchor = 0.0
     if args.method == "grpo" and args.overlong_buffer is None:
         args.overlong_buffer = 0  # a small model without tags answers the penalty with no reasoning at all
@@ -640,46 +517,24 @@ def settle(args, model, saved, n_examples):
 
 
 def settle_memory(args, model, task, longest):
-    """The settings of memory: fixed ones for a small model on a CPU, else those of the plan -> its text."""
-    given = {name: getattr(args, name) for name in FIXED}
-    if memory.has_fixed_numbers(model):
-        chosen = {name: FIXED[name] if value is None else value for name, value in given.items()}
-        plan = ""
-    else:
-        reader = getattr(task, "settings", {}).get("scorer")
-        chosen, plan = memory.plan(model, longest, args.max_new_tokens, args.prompts, args.num_generations,
-                                   given, reader and reader[0])
+    """Plans the settings of memory that are still open -> the plan in words."""
+    names = ("gen_batch_size", "micro_batch_tokens", "checkpoint_layers", "offload")
+    given = {name: getattr(args, name) for name in names}
+    if None not in given.values():
+        return ""
+    reader = getattr(task, "settings", {}).get("scorer")
+    chosen, plan = memory.plan(model, longest, args.max_new_tokens, args.prompts, args.num_generations, given,
+                               reader and reader[0])
     vars(args).update(chosen)
-    if args.checkpoint_layers:
-        memory.checkpoint_layers(model)
     return plan
-
-
-def check_answers(task, examples):
-    """Before the first step, on real rows: the refresh's target, the label and the reward agree. For tasks
-    with `answer`."""
-    marker = data.opening_of(task)
-    for i, example in enumerate(examples if hasattr(task, "answer") else []):
-        answer = task.answer(example)
-        reward = data.score(task, [example], ["Some reasoning.\n" + answer])[0]
-        if reward != 1 or not answer.startswith(marker):
-            raise UserError(f"train example {i}: its own answer {answer!r} earns {reward:g}, not 1, or does "
-                            f"not begin with {marker!r}: the label, the answer and the reward do not agree")
 
 
 def copy_traces(args):
     """Those of the run that --model is, into --out: so a run can be continued without that one."""
     theirs = os.path.join(run.directory_of_run(args.model), "traces.jsonl")
-    ours = os.path.join(args.out, "traces.jsonl")
-    way = "say --targets none, or --anchor 0 --refresh-every -1"
     if not os.path.exists(theirs):
-        raise UserError(f"--targets words needs stage 1's traces in RL, and there is no {theirs}: {way}")
-    with open(theirs) as f:
-        header = json.loads(f.readline())
-    if header.get("tag", "forbidden") != "forbidden":  # what their tags skipped is not known, so no target is
-        raise UserError(f"the traces in {theirs} may hold tags, as the paper's stage 1 leaves them: {way}")
-    if os.path.abspath(theirs) != os.path.abspath(ours):
-        shutil.copyfile(theirs, ours)
+        raise UserError(f"there is no {theirs}, from which --targets words learns in RL: say --targets none")
+    shutil.copyfile(theirs, os.path.join(args.out, "traces.jsonl"))
 
 
 def say_what_runs(args, model, prompts, plan):
@@ -691,20 +546,10 @@ def say_what_runs(args, model, prompts, plan):
     n_rollouts = args.prompts * args.num_generations
     print(f"{args.steps} steps, {args.minibatches} on each batch of {n_rollouts} rollouts of up to "
           f"{args.max_new_tokens} tokens, {args.num_generations} for each of {args.prompts} prompts")
-    idle = {"save_every"} if args.method == "litereason" else {"save_every", *SETTINGS["projector"]}
+    if model.device.type == "cpu" and not checkpoint.is_small(model) and not args.smoke:
+        print("on a CPU this takes days: --smoke shows in minutes whether all works")
+    idle = [*SETTINGS[MEMORY], *(SETTINGS["projector"] if args.method != "litereason" else [])]
     print(run.beside_released(vars(args), SETTINGS, idle), *filter(None, [plan]), sep="\n", flush=True)
-
-
-def what_latents_did(rows):
-    """The last line of a run: its own latents against shuffled ones, on the same stories and draws."""
-    if ANOTHERS not in rows:
-        return "what the latents did: nothing, the policy runs none"
-    own, other = rows[NAMES["litereason"]], rows[ANOTHERS]
-    test = against(other, own)
-    low, high = test["accuracy_ci95"]
-    return (f"what the latents did: {own['accuracy']:.3f} with its own, {other['accuracy']:.3f} with "
-            f"shuffled ones ({test['accuracy']:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}, "
-            f"p {test['accuracy_p']:.1g}), in {own['tokens']:.1f} and {other['tokens']:.1f} tokens")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""A model's files, and what its tokenizer makes of a text; a first reading can skip it.
-"""
+"""A model's files, and what its tokenizer makes of a text; a first reading can skip it."""
 import copy
 import functools
 import hashlib
@@ -17,6 +16,7 @@ from lib import UserError
 
 TINY = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "data", "tiny", "base")
 FAMILIES = ("qwen2", "qwen3", "llama", "gemma", "gemma3_text")  # config.model_type
+OWN_TOKENIZER = ("TokenizersBackend", "PreTrainedTokenizerFast")
 # Slots per answer, latents included, where no flag says another number: of a small model, and as released.
 SLOTS_SMALL, SLOTS_RELEASED = 240, 2048
 
@@ -34,14 +34,11 @@ def slots_per_answer(model):
 # ============================================================ a model's files
 def read_checkpoint(name_or_path, dtype):
     """-> (causal LM on the CPU, tokenizer, weights of its projector, {} if it has none). For the arguments
-    see litereason.load.
-
-    Raises UserError, in one line, if there is no such model, it cannot be fetched, or its files do not fit
-    together."""
+    see litereason.load. Raises UserError, in one line, if there is no such model, it cannot be fetched, or
+    its files do not fit together."""
     path = checkpoint_path(name_or_path)
     is_local = os.path.isdir(path)
     only = {"local_files_only": is_local, "trust_remote_code": False}  # no code of the checkpoint's own
-    verbosity = transformers.logging.get_verbosity()
     # The projector's keys are "unexpected" to transformers; we read them below.
     transformers.logging.set_verbosity_error()
     if is_local:  # else gigabytes may come
@@ -50,12 +47,11 @@ def read_checkpoint(name_or_path, dtype):
         return _read_files(path, dtype, only)
     except Exception as e:  # a damaged file comes out of transformers as nearly any of them
         why = textwrap.shorten(str(e), 300, placeholder=" ..") or type(e).__name__
-        if is_local:
-            raise UserError(f"cannot load the model in {path!r}: {why}") from e
-        raise UserError(f"cannot load {path!r} from the hub: {why} (if gated, accept its terms there, "
-                        f"then `hf auth login`; without a network: 'tiny', or a directory)") from e
+        if not is_local:
+            why += " (if gated, accept its terms there, then `hf auth login`)"
+        where = f"the model in {path!r}" if is_local else f"{path!r} from the hub"
+        raise UserError(f"cannot load {where}: {why}") from e
     finally:
-        transformers.logging.set_verbosity(verbosity)
         transformers.logging.enable_progress_bar()
 
 
@@ -93,13 +89,13 @@ def _read_files(path, dtype, only):
 def _read_tokenizer(path, only):
     """AutoTokenizer, but a checkpoint that says it brings its own tokenizer.json gets that one: of a Qwen2
     transformers 5 would replace it by Qwen's own class, whatever the checkpoint says."""
-    named = "PreTrainedTokenizerFast"
-    if os.path.exists(os.path.join(path, "tokenizer_config.json")):
-        with open(os.path.join(path, "tokenizer_config.json")) as f:
+    own, config = (os.path.join(path, name) for name in ("tokenizer.json", "tokenizer_config.json"))
+    named = None
+    if os.path.exists(config):
+        with open(config) as f:
             named = json.load(f).get("tokenizer_class")
-    is_its_own = named in ("TokenizersBackend", "PreTrainedTokenizerFast")
-    is_there = os.path.exists(os.path.join(path, "tokenizer.json"))
-    reader = transformers.PreTrainedTokenizerFast if is_its_own and is_there else AutoTokenizer
+    is_its_own = os.path.exists(own) and (named in OWN_TOKENIZER or not os.path.exists(config))
+    reader = transformers.PreTrainedTokenizerFast if is_its_own else AutoTokenizer
     tokenizer = reader.from_pretrained(path, **only)
     if len(tokenizer) < 20:  # transformers makes one of special tokens alone where the files are missing
         raise ValueError(f"its tokenizer has {len(tokenizer)} entries: is tokenizer.json missing?")
@@ -139,9 +135,7 @@ def check_model(model, cap, layers):
          "longest beside it: that is not supported here"),
         (getattr(config, "use_bidirectional_attention", False), "use_bidirectional_attention is set"),
         (getattr(config, "final_logit_softcapping", None) or getattr(config, "attn_logit_softcapping", None),
-         f"{name} caps its logits by a tanh (as Gemma 2 does), which is not supported"),
-        (getattr(config, "litereason_tag_rule", "text") != "text", "litereason_tag_rule is set, but tags "
-         "fire wherever one is written; if this model may be run so, delete the entry")]
+         f"{name} caps its logits by a tanh (as Gemma 2 does), which is not supported")]
     for is_so, why in refused:
         if is_so:
             raise UserError(f"config.json: {why}")
@@ -150,13 +144,12 @@ def check_model(model, cap, layers):
     for key, value in (("max_reasoning_steps", cap), ("num_reasoning_layers", layers)):
         if type(value) is not int or not 1 <= value <= 64:
             raise UserError(f"config.json: litereason_{key} is {value!r}, expected a whole number from 1 to "
-                            f"64")
+                            "64")
     return cap, layers
 
 
 def fingerprint(model):
-    """16 digits that change with the weights, of which some of each tensor are read; not with the projector,
-    nor with the precision."""
+    """16 digits that change with the base's weights, of which some of each tensor are read."""
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():
         if "reasoning_projector" not in name:
@@ -166,8 +159,7 @@ def fingerprint(model):
 
 
 def save(model, tokenizer, path):
-    """An ordinary checkpoint directory (safetensors); complete or absent, since it is renamed into place at
-    the end."""
+    """An ordinary checkpoint directory (safetensors); complete or absent: it is renamed into place."""
     if not getattr(model, "projector_trained", True):
         model.config.litereason_projector_trained = False  # else its weights would say that it is
     elif hasattr(model.config, "litereason_projector_trained"):
@@ -179,9 +171,6 @@ def save(model, tokenizer, path):
     try:
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
-        for file in os.scandir(new):  # safetensors' own are for their owner alone, whatever the umask says
-            if file.is_file():
-                shutil.copymode(os.path.join(new, "config.json"), file.path)
         if os.path.exists(path):
             os.rename(path, old)
         os.rename(new, path)
@@ -214,8 +203,7 @@ def no_words(model, tokenizer):
 
 
 def token_texts(tokenizer):
-    """The text of every vocabulary entry as it reads inside a text (leading spaces kept): a list of V
-    strings."""
+    """The text of every vocabulary entry as it reads inside a text (leading spaces kept), V strings."""
     anchor = (tokenizer.encode("a", add_special_tokens=False) or [0])[-1:]
     before = tokenizer.decode(anchor, clean_up_tokenization_spaces=False)
     pairs = [anchor + [i] for i in range(len(tokenizer))]
@@ -257,9 +245,8 @@ def chat_parts(model, tokenizer):
     """(before, after, end): the text around the user's words, and the id that ends an answer; ("", "", the
     eos) for a base model.
 
-    A chat model is one that stops where its template ends a turn. So Qwen2.5-Instruct is one (<|im_end|> is
-    among its stop tokens), and Qwen2.5, a base model that ships the same template but stops at <|endoftext|>
-    only, gets its prompts plain."""
+    A chat model is one that stops where its template ends a turn: Qwen2.5-Instruct (at <|im_end|>), and not
+    Qwen2.5, a base model that ships the same template but stops at <|endoftext|> only."""
     if not getattr(tokenizer, "chat_template", None):
         return "", "", tokenizer.eos_token_id
     user, said = "THE-USERS-WORDS", "THE-ANSWER"
@@ -270,9 +257,8 @@ def chat_parts(model, tokenizer):
         tail = render(turns).rpartition(said)[2]
         before, _, after = render(turns[:1], add_generation_prompt=True).partition(user)
     except Exception as e:  # a template is a program of somebody else's: anything may come
-        why = str(e).splitlines()[0]
         raise UserError(f"the tokenizer's chat template does not work for a user and an assistant turn: "
-                        f"{why}") from e
+                        f"{str(e).splitlines()[0]}") from e
     places = {tail.find(str(tokenizer.convert_ids_to_tokens(i))): i for i in stop_tokens(model, tokenizer)}
     places.pop(-1, None)
     return (before, after, places[min(places)]) if places else ("", "", tokenizer.eos_token_id)
@@ -280,11 +266,8 @@ def chat_parts(model, tokenizer):
 
 def encode_prompt(model, tokenizer, text, opening=""):
     """A prompt as token ids: one user turn and the answer's header for a chat model, the text alone for a
-    base model.
-
-    opening: the answer's first words, put into the model's mouth. A story is data: "<|im_end|>" in it becomes
-    the tokens of those ten characters; only the template's own words become special tokens. Apart from that
-    the ids are those of the whole text at once."""
+    base model. opening: the answer's first words, put into the model's mouth. A story is data: "<|im_end|>"
+    in it becomes the tokens of those ten characters. Else the ids are those of the whole text at once."""
     before, after, _ = chat_parts(model, tokenizer)
     if not after:
         return encode_text(tokenizer, f"{text} {opening}" if opening else text, begins=True)
@@ -305,5 +288,4 @@ def check_lengths(model, prompts, max_new_tokens):
             raise UserError(f"prompt {i} is empty")
         if len(prompt) + max_new_tokens > limit:
             raise UserError(f"prompt {i} has {len(prompt)} tokens; with {max_new_tokens} new ones that is "
-                            f"more than the model's {limit} positions: lower --max-new-tokens, or prepare "
-                            "shorter texts")
+                            f"more than the model's {limit} positions: lower --max-new-tokens")

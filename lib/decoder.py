@@ -7,8 +7,6 @@
 
 Letters in the shape comments are those of litereason.py.
 """
-import contextlib
-import signal
 import sys
 import types
 
@@ -62,8 +60,7 @@ class Decoder:
         self.watch = watch
         self.n_positions = sum(map(len, prompts))  # that go through the model
         self.n_begun = 0  # prompts that have begun
-        self.step = 0
-        self.last_join = 0  # the step in which prompts joined last
+        self.step = self.last_join = 0  # now, and when prompts joined last
         self.all_at_limit = False
         self.recorded = None  # a CUDA graph of the step
         prompts_read, owner, fields = self._begin(self.max_prompts)
@@ -193,7 +190,7 @@ def record(step, *inputs):
     graph = torch.cuda.CUDAGraph()
     current = torch.cuda.current_stream(device)
     # `current` is restored, also if the recording fails.
-    with signals_held(), torch.cuda.device(device), torch.cuda.stream(current):
+    with torch.cuda.device(device), torch.cuda.stream(current):
         if device not in ASIDE:
             # Once without recording: what libraries allocate on a stream's first call must not be recorded.
             ASIDE[device] = torch.cuda.Stream()
@@ -211,17 +208,6 @@ def record(step, *inputs):
         return out
 
     return replay
-
-
-@contextlib.contextmanager
-def signals_held():
-    """Ctrl-C and SIGTERM take effect at the end: while a graph is recorded nothing can be copied from the
-    card, so no state could be saved."""
-    former = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
 
 # ============================================================ where tags end

@@ -1,11 +1,10 @@
-"""What people see: tables, an answer as text; a first reading can skip it.
-"""
+"""What people see: tables, an answer as text; a first reading can skip it."""
 import itertools
 
+import numpy as np
 import torch
 
-from lib import checkpoint, kv_cache
-from litereason import LATENT, generate
+from lib import kv_cache, stats
 
 
 # ============================================================ tables
@@ -24,7 +23,7 @@ def table(rows, measure="accuracy"):
     seconds     for all answers together
 
     Of results of eval.run_controls, instead of the last five: what each has gained over the plain run, the
-    first row, and what differs (eval.judge)."""
+    first row, and what differs (stats.judge)."""
     are_tested = "against_plain" in rows[-1][1]
     headings = ["control" if are_tested else "model", measure, "95 % interval", "tokens", "text", "latent"]
     if are_tested:
@@ -42,25 +41,25 @@ def table(rows, measure="accuracy"):
             cells += _cells_of_tests(row["against_plain"], measure) if i > 0 else [""] * 9
         else:
             cells += [
-                f"{row['z_size']:.3g}" if row.get("z_size") else "",  # earlier results have none
+                f"{row['z_size']:.3g}" if row.get("z_size") else "",
                 f"{row['tags']:.2f}",
                 f"{row['truncated']:.3f}",
                 f"{row['forward_positions']:.1f}",
                 f"{row['seconds']:.1f}"]
         lines.append(_line(cells))
     if are_tested:
-        lines += ["", HOW_IT_IS_TESTED.format(n=2 * (len(rows) - 1))]
-    for name, row in rows if not are_tested else []:
+        n = 2 * (len(rows) - 1)
+        lines += ["", "p: of sign flips, paired by example; Holm's p is corrected for all "
+                      f"{n} tests of this table.",
+                  '"differs in": Holm\'s p is below 0.05 and the 95 % interval (bootstrap) leaves 0 out.']
+        return "\n".join(lines)
+    for name, row in rows:
         keys = list(row)
         own = keys[keys.index("seconds") + 1 :]  # the task's own figures come after the seconds
+        figures = [f"{key} {_interval(np.atleast_1d(row[key]))}" for key in own]
         if own:
-            figures = [f"{key} {_number_or_interval(row[key])}" for key in own]
             lines.append(f"\n{name.strip()}: {', '.join(figures)}")
     return "\n".join(lines)
-
-
-HOW_IT_IS_TESTED = """p: of sign flips, paired by example; Holm's p is corrected for all {n} tests of this table.
-"differs in": Holm's p is below 0.05 and the 95 % interval (bootstrap) leaves 0 out."""
 
 
 def _cells_of_tests(gained, measure):
@@ -71,8 +70,19 @@ def _cells_of_tests(gained, measure):
     return [*cells, what_differs(gained).replace("accuracy", measure)]
 
 
+def show_table(rows, measure):
+    """Prints the table of a run, if it has rows, and what the latents did: its own against shuffled ones."""
+    if rows:
+        print(f"\n{table([(row['model'], row) for row in rows], measure)}", flush=True)
+    if rows and rows[-1]["model"] == SHUFFLED:
+        gain = stats.against(rows[-1], rows[-3])
+        low, high = gain["accuracy_ci95"]
+        print(f"\nwhat the latents did: {gain['accuracy']:+.3f} with shuffled ones against its own (95 % "
+              f"interval {low:+.3f} to {high:+.3f}, p {gain['accuracy_p']:.1g})")
+
+
 def what_differs(comparison):
-    """In words, of a comparison that eval.judge has judged."""
+    """In words, of a comparison that stats.judge has judged."""
     if comparison["accuracy_differs"]:
         return "accuracy and tokens" if comparison["tokens_differs"] else "accuracy, not tokens"
     return "tokens, not accuracy" if comparison["tokens_differs"] else "nothing"
@@ -94,10 +104,7 @@ def _interval(numbers, digits=".3f"):
     return " to ".join(f"{x:{digits}}" for x in numbers)
 
 
-def _number_or_interval(value):
-    return _interval(value) if isinstance(value, list) else f"{value:.3f}"
-
-
+SHUFFLED = "  shuffled latents"  # the table's last row
 METHODS = {"litereason": "LiteReason", "grpo": "RL without latents", "tag": "RL with tags, no latents"}
 
 
@@ -105,7 +112,7 @@ METHODS = {"litereason": "LiteReason", "grpo": "RL without latents", "tag": "RL 
 def pieces(tokenizer, rollout):
     """A rollout's slots as a list of texts and, where a block of latents stands, of their number."""
     out = []
-    for is_latent, block in itertools.groupby(rollout.slots, LATENT.__eq__):
+    for is_latent, block in itertools.groupby(rollout.slots, lambda slot: slot < 0):
         slots = list(block)
         out.append(len(slots) if is_latent else tokenizer.decode(slots))
     return out
@@ -115,12 +122,8 @@ def readable(tokenizer, rollout):
     """A rollout's text with its latent blocks shown as such: .. </implicit_thought>[3 latents] .."""
     text = ""
     for piece in pieces(tokenizer, rollout):
-        text += piece if isinstance(piece, str) else f"[{_n_latents(piece)}] "
+        text += piece if isinstance(piece, str) else f"[{piece} latent{'s' * (piece > 1)}] "
     return text if rollout.finished else text + " [cut off]"
-
-
-def _n_latents(n):
-    return f"{n} latent{'s' * (n > 1)}"
 
 
 @torch.no_grad()
@@ -133,8 +136,7 @@ def read_out(model, tokenizer, latents, n_words=3):
               [(word, probability)]
     """
     embed = model.get_input_embeddings()
-    ids = torch.arange(embed.num_embeddings, device=model.device)
-    vocabulary = embed(ids).float()  # (V, D); not embed.weight: Gemma scales
+    vocabulary = embed(torch.arange(embed.num_embeddings, device=model.device)).float()  # (V, D), as fed
     z = latents.to(vocabulary.device).float()
     directions = torch.nn.functional.normalize(vocabulary, dim=-1)
     cosines = torch.nn.functional.normalize(z, dim=-1) @ directions.T  # (n, V)
@@ -154,11 +156,6 @@ def _top_words(tokenizer, scores, n_words):
             for ids, values in zip(top.indices.tolist(), top.values.tolist())]
 
 
-def nearest_words(model, tokenizer, latents, n_words=3):
-    """The same with the words as text."""
-    lines = read_out(model, tokenizer, latents, n_words)
-    return [(_listed(near), length, _listed(head)) for near, length, head in lines]
-
-
-def _listed(words):
+def listed(words):
+    """[(word, number)] as text."""
     return ", ".join(f"{word!r} {value:.2f}" for word, value in words)

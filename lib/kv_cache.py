@@ -65,8 +65,8 @@ class PromptCache:
         self.lengths = lengths  # (P,) tokens of each prompt
 
     def update(self, keys, values, layer, *_, **__):
-        """Called by every attention layer: new keys (after rotary) and values, (rows, K, S, d) each."""
-        keys = keys.to(values.dtype)  # with bf16 compute the rotary leaves them in fp32
+        """New keys (after rotary, which leaves them in fp32) and values, (rows, K, S, d) each."""
+        keys = keys.to(values.dtype)
         # Contiguous, as matrix products need them: otherwise every later step would copy the prompt.
         self.add(layer, keys.contiguous(), values.contiguous())
         return self, layer
@@ -75,16 +75,14 @@ class PromptCache:
         self.layers[layer] = (keys, values)
 
     def newest(self, layer):
-        """What the last forward pass has added."""
         return self.layers[layer]
 
     def attend(self, layer, q, scale, window=None):
         """q (P, H, L, d) -> (P, L, H, d). window: the layer sees only so many positions, its own included."""
         keys, values = self.layers[layer]
-        near = None  # (L, L), only a window needs a mask
-        if window and window < q.shape[2]:
-            every_pair = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device)
-            near = every_pair.tril().triu(1 - window)
+        near, L = None, q.shape[2]
+        if window and window < L:  # else no mask is needed
+            near = torch.ones(L, L, dtype=torch.bool, device=q.device).tril().triu(1 - window)
         return fused(q.to(values.dtype), keys, values, near, scale)
 
 
@@ -266,9 +264,8 @@ class ScoringCache:
         B, S = valid.shape
         self.valid = torch.cat([self.valid, valid], 1)  # (B, n)
         self.bias = {}
-        later = torch.ones(S, S, dtype=torch.bool, device=valid.device).triu(1)  # slot j comes after slot i
         hidden = (~self.valid[:, None]).repeat(1, S, 1)  # (B, S, n)
-        hidden[:, :, -S:] |= later
+        hidden[:, :, -S:] |= torch.ones(S, S, dtype=torch.bool, device=valid.device).triu(1)  # later slots
         self.hidden = hidden[:, None, None]
 
     def update(self, keys, values, layer, *_, **__):

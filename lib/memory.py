@@ -1,6 +1,7 @@
 """Less memory for the update, and how much fits; a first reading can skip it.
 
-    checkpoint_layers, offload, freeze    less memory, the same numbers
+    checkpoint_layers, freeze, offload    less memory, the same numbers
+    base_frozen                           the same for stage 2, for a while
     needs                                 bytes at the worst moment of each phase, from shapes
     plan                                  the settings of memory for RL, and its peaks
     rows_that_fit, positions_that_fit     for everything else, in what is free now
@@ -41,16 +42,11 @@ def _recomputed(layer, i, x, past_key_values=None, **kwargs):
     cache = past_key_values
     if not torch.is_grad_enabled() or not isinstance(cache, (kv_cache.PromptCache, kv_cache.ScoringCache)):
         return layer(x, past_key_values=cache, **kwargs)
-
-    def copied(cache):
-        view = copy.copy(cache)
-        view.layers = list(cache.layers)
-        return view
-
-    before = copied(cache)
+    before, layers = copy.copy(cache), list(cache.layers)
 
     def run(x):
-        view = copied(before)
+        view = copy.copy(before)
+        view.layers = list(layers)
         out = layer(x, past_key_values=view, **kwargs)
         return out, *view.newest(i)
 
@@ -69,16 +65,34 @@ def matrices(model):
     return [m.weight for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear)]
 
 
-def _in_16_bits(model):
+def _to_16_bits(model):
     for weight in matrices(model):
         weight.data = weight.data.to(torch.bfloat16)
-    return model
 
 
 def freeze(model):
     """For a model that is never trained: on CUDA half the memory, and the same products."""
-    model.requires_grad_(False)
-    return _in_16_bits(model) if model.bf16 else model
+    if model.requires_grad_(False).bf16:
+        _to_16_bits(model)
+    return model
+
+
+@contextlib.contextmanager
+def base_frozen(model):
+    """Inside, the base gets no gradients. On CUDA it is cast to bf16 here, once for all forward passes."""
+    base = base_parameters(model)
+    whole = {weight: weight.data for weight in matrices(model)}
+    if model.bf16:
+        _to_16_bits(model)
+    for p in base:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in base:
+            p.requires_grad_(True)
+        for weight, before in whole.items():
+            weight.data = before
 
 
 def offload(model, parameters):
@@ -88,7 +102,8 @@ def offload(model, parameters):
     master's, in fp32, during the next backward pass, while the card works; gradients_to_masters adds the
     last. Call wait_for_gradients after each backward pass."""
     masters = [p.detach().to("cpu", torch.float32, copy=True).requires_grad_() for p in parameters]
-    _in_16_bits(model).bf16 = True
+    model.bf16 = True
+    _to_16_bits(model)
     for p, master in zip(parameters, masters):
         p.master = master
         p.on_host = torch.empty(p.shape, dtype=p.dtype, pin_memory=p.device.type == "cuda")
@@ -246,11 +261,9 @@ def rows_that_fit(model, longest, limit, samples, most=512):
     model on a CPU: `most`."""
     if has_fixed_numbers(model):
         return most
-
-    def sampling(rows):
-        return needs(model, longest, 2 * rows // samples, rows, limit)["sampling"]
-
-    return max(samples, largest(sampling, USABLE * free(model.device), most, samples))
+    fit = largest(lambda rows: needs(model, longest, 2 * rows // samples, rows, limit)["sampling"],
+                  USABLE * free(model.device), most, samples)
+    return max(samples, fit)
 
 
 def positions_that_fit(model, longest, phase="scoring", otherwise=2**15, base_learns=False):
@@ -260,11 +273,10 @@ def positions_that_fit(model, longest, phase="scoring", otherwise=2**15, base_le
     if has_fixed_numbers(model):
         return otherwise
     room = USABLE * free(model.device) - base_learns * 12 * _weights(base_parameters(model))
-
-    def one_pass(n):
-        return needs(model, longest, positions=n, recompute=getattr(model, "checkpointed", False))[phase]
-
-    return max(longest, largest(one_pass, room, MOST_POSITIONS[model.device.type], 256))
+    recompute = getattr(model, "checkpointed", False)
+    fit = largest(lambda n: needs(model, longest, positions=n, recompute=recompute)[phase],
+                  room, MOST_POSITIONS[model.device.type], 256)
+    return max(longest, fit)
 
 
 def plan(model, longest, limit, n_prompts, num_generations, given, scorer=None, room=None):
@@ -277,10 +289,9 @@ def plan(model, longest, limit, n_prompts, num_generations, given, scorer=None, 
     masters and moments on the host (not on a CPU, which is the host)."""
     own, reader = (sum(p.nbytes for p in m.parameters()) if m else 0 for m in (model, scorer))
     room = room or free(model.device) + own + reader
-    given = {name: value for name, value in given.items() if value is not None}
-    if model.device.type == "cpu":
-        given.setdefault("offload", False)
-    tries = ([given[name]] if name in given else (False, True) for name in ("offload", "checkpoint_layers"))
+    tries = {"offload": (False,) if model.device.type == "cpu" else (False, True),
+             "checkpoint_layers": (False, True)}
+    tries = [tried if given.get(name) is None else [given[name]] for name, tried in tries.items()]
     rows, positions = given.get("gen_batch_size"), given.get("micro_batch_tokens")
     group = rows or num_generations
     most_rows = rows or n_prompts * num_generations
@@ -308,13 +319,12 @@ def plan(model, longest, limit, n_prompts, num_generations, given, scorer=None, 
 
 
 def _forecast(rows, positions, recompute, offloaded, peaks, room):
-    flags = (f"--gen-batch-size {rows} --micro-batch-tokens {positions} "
-             f"--{'' if recompute else 'no-'}checkpoint-layers --{'' if offloaded else 'no-'}offload")
-    lines = [f"memory: {room / GIB:.1f} GiB can be used; with {flags} the peaks should be:"]
+    lines = [f"memory: {room / GIB:.1f} GiB can be used; with --gen-batch-size {rows} "
+             f"--micro-batch-tokens {positions} --{'' if recompute else 'no-'}checkpoint-layers "
+             f"--{'' if offloaded else 'no-'}offload the peaks should be:"]
     for phase, sizes in peaks.items():
         parts = ", ".join(f"{what} {size / GIB:.1f}" for what, size in sizes.items() if size >= 0.05 * GIB)
         lines.append(f"  {phase:9s} {sum(sizes.values()) / GIB:5.1f} GiB: {parts}")
     if any(sum(sizes.values()) > USABLE * room for sizes in peaks.values()):
-        lines.append("this may not fit: leave the memory flags away, shorten --max-new-tokens, or take a "
-                     "smaller --model")
+        lines.append("this may not fit: leave the memory flags away, or shorten --max-new-tokens")
     return "\n".join(lines)

@@ -1,16 +1,7 @@
-"""A run on disk and on the command line; a first reading can skip it.
-
-    run_script                              how a script ends
-    stops_noted                             Ctrl-C and SIGTERM end a run between two steps
-    lock, write_state, read_state           a run that is stopped, killed or damaged can be resumed
-    add_flags, fill, check_bounds           a script's settings table makes its flags
-    parser, parse_resumable                 the command line
-    check_what_is_there, write_settings, .. the directory of a run, and its config.json
-    Phases                                  seconds and peak memory of each phase of a step
-"""
+"""A run on disk and on the command line: how it ends, stops and goes on, its flags and its directory. A first
+reading can skip it."""
 import argparse
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
@@ -39,7 +30,6 @@ def run_script(main):
     def stop(number, _):
         raise KeyboardInterrupt(number)
 
-    disk = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
     former = signal.signal(signal.SIGTERM, stop)
     try:
         main()
@@ -54,8 +44,10 @@ def run_script(main):
         if isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e):  # the second: a CPU's
             why = str(e).partition("\n")[0][:200]
             _end(2, f"error: out of memory ({why}): see --help's flags of memory, or take a smaller model")
-        if isinstance(e, OSError) and e.errno in disk:
-            _end(2, f"error: {e}; what was written before is kept")
+        # The context: torch, when it closes a file that could not be written.
+        of_disk = e if isinstance(e, OSError) else e.__context__
+        if isinstance(of_disk, OSError):
+            _end(2, f"error: {of_disk}; what was written before is kept")
         raise
     finally:
         signal.signal(signal.SIGTERM, former)
@@ -70,17 +62,8 @@ def _end(code, said):
 @contextlib.contextmanager
 def stops_noted(said):
     """Inside this block Ctrl-C and SIGTERM are only noted: the list that it gives is no longer empty, and the
-    block should come to its end where all is on the disk. There the run stops, with the words `said`. A
-    second signal ends the process at once.
-
-        with run.stops_noted(f"go on with --resume {out}") as stopped:
-            for step in range(first, steps):
-                ..
-                if stopped or is_due:
-                    write_state(out, step + 1, ..)
-                if stopped:
-                    break
-    """
+    block should save its state and come to its end. There the run stops, with the words `said`. A second
+    signal ends the process at once."""
     noted = []
     numbers = (signal.SIGINT, signal.SIGTERM)
 
@@ -102,16 +85,13 @@ def stops_noted(said):
 
 # ============================================================ states: a run can be resumed
 def lock(out):
-    """Makes this process the only one that writes into the directory `out`, for as long as it lives: the
-    kernel takes the lock back however the process ends. Keep the file that comes back. What a killed run left
-    half written is removed. UserError if another process has the lock."""
+    """Makes this process the only one that writes into the directory `out`; keep the file that comes back.
+    What a killed run left half written is removed. UserError if another process has the lock."""
+    file = open(os.path.join(out, "lock"), "a")
     try:
-        file = open(os.path.join(out, "lock"), "a")
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
         raise UserError(f"another process is writing to {out}; wait for it, or choose another --out") from e
-    except OSError as e:
-        raise UserError(f"cannot lock {out}: {e.strerror}") from e
     model = os.path.join(out, "model")
     for name in os.listdir(out):
         path = os.path.join(out, name)
@@ -124,10 +104,9 @@ def lock(out):
 
 def saved_states(out):
     """The steps of which `out` holds a state, in order."""
-    if not os.path.isdir(out):
-        return []
-    names = map(re.compile(r"state-(\d+)\.pt").fullmatch, os.listdir(out))
-    return sorted(int(match.group(1)) for match in names if match)
+    names = os.listdir(out) if os.path.isdir(out) else []
+    matches = map(re.compile(r"state-(\d+)\.pt").fullmatch, names)
+    return sorted(int(match[1]) for match in matches if match)
 
 
 def state_path(out, step):
@@ -138,46 +117,32 @@ def write_state(out, step, value):
     """Saves `value`, a dict of tensors and plain data (lists, dicts, numbers, texts), as out/state-STEP.pt.
 
     The file is complete or absent: it is written beside, brought to the disk and then renamed. After that all
-    but the last two states are deleted, and any of a later step, which was damaged when the run was resumed.
-    UserError if the disk does not take it."""
+    but the last two states are deleted."""
     path = state_path(out, step)
-    try:
-        os.makedirs(out, exist_ok=True)
-        with open(path + ".tmp", "wb") as file:
-            torch.save(value, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(path + ".tmp", path)
-    except (OSError, RuntimeError) as e:  # the second: torch, when it closes a file that could not be written
-        remove(path + ".tmp")
-        why = getattr(e, "strerror", None) or e.__context__ or e
-        raise UserError(f"cannot write {path}: {why}; what was written before is kept") from e
-    kept = [s for s in saved_states(out) if s <= step][-2:]
-    for s in set(saved_states(out)) - set(kept):
-        remove(state_path(out, s))
+    os.makedirs(out, exist_ok=True)
+    with open(path + ".tmp", "wb") as file:
+        torch.save(value, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + ".tmp", path)
+    for former in saved_states(out)[:-2]:
+        remove(state_path(out, former))
 
 
 def read_state(out):
-    """-> (step, value) of the newest whole state in `out`, tensors on the CPU; None if there is none.
-
-    A damaged state is passed over and named. UserError if all are damaged, or were written by an earlier
-    version."""
+    """-> (step, value) of the newest state in `out`, tensors on the CPU; None if there is none. UserError if
+    it is damaged."""
     steps = saved_states(out)
-    for step in reversed(steps):
-        path = state_path(out, step)
-        try:
-            with zipfile.ZipFile(path) as file:
-                if file.testzip():  # torch.load does not look at the checksums
-                    raise zipfile.BadZipFile("a checksum is wrong")
-            return step, torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, zipfile.BadZipFile, pickle.UnpicklingError) as e:
-            print(f"{path} is damaged ({e}); looking for the one before", file=sys.stderr)
-    if steps:
-        raise UserError(f"no state in {out} can be read: begin again with --overwrite, or in another --out")
-    names = os.listdir(out) if os.path.isdir(out) else []
-    if any(re.fullmatch(r"state-\d+", name) for name in names):
-        raise UserError(f"the states in {out} are of an earlier version: begin a new run in another --out")
-    return None
+    if not steps:
+        return None
+    path = state_path(out, steps[-1])
+    try:
+        with zipfile.ZipFile(path) as file:
+            if file.testzip():  # torch.load does not look at the checksums
+                raise zipfile.BadZipFile("a checksum is wrong")
+        return steps[-1], torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, zipfile.BadZipFile, pickle.UnpicklingError) as e:
+        raise UserError(f"{path} is damaged ({e}): delete it, and the run goes on from the one before") from e
 
 
 def if_finite(number):
@@ -231,6 +196,21 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
+# Settings that the training scripts share.
+COMMON = {
+    "model": ("tiny", str, "tiny, a directory (a run's too), or a hub name such as Qwen2.5-1.5B"),
+    "task": (None, str, "a folder under data/, or tiny.next_chapter [by the model]"),
+    "reward": (None, ["contrastive", "vrcli", "thresholded"], "of next_chapter [contrastive]"),
+    "scorer": (None, str, "the frozen model that reads chapters [a copy of the base]"),
+    "seed": (0, 0, "of all random draws"),
+    "out": (None, str, "the run's directory [out/MODEL-TASK-METHOD]"),
+    "overwrite": (False, bool, "replace the run that --out holds"),
+    "resume": (None, str, "continue the run in this directory, by its own settings"),
+    "device": (None, str, "cpu or cuda [cuda if there is one]")}
+OLD_FLAGS = {"--rows": "--gen-batch-size", "--group": "--num-generations",
+             "--tokens-per-forward": "--micro-batch-tokens", "--no-refresh": "--refresh-every -1"}
+
+
 def fill(args, table, small):
     """Gives every setting that no flag gave its default. small: whether the model is small."""
     for settings in table.values():
@@ -258,17 +238,6 @@ def beside_released(settings, table, idle=()):
 
 
 # ============================================================ the command line
-OLD_FLAGS = {"--rows": "--gen-batch-size", "--group": "--num-generations",
-             "--tokens-per-forward": "--micro-batch-tokens", "--no-refresh": "--refresh-every -1"}
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        words = message.replace("=", " ").split()
-        renamed = [f"{old} is now {new}" for old, new in OLD_FLAGS.items() if old in words]
-        self.exit(2, f"{self.prog}: error: {'; '.join(renamed) or message}\n")
-
-
 class OneLinePerFlag(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog):
         super().__init__(prog, max_help_position=29, width=110)
@@ -277,18 +246,20 @@ class OneLinePerFlag(argparse.RawDescriptionHelpFormatter):
         return re.sub(r"\n\n(?=[^\n]+:\n  -)", "\n", super().format_help())  # no empty line before a title
 
     def _format_action_invocation(self, action):
-        if isinstance(action, argparse.BooleanOptionalAction):
-            return action.option_strings[0].replace("--", "--[no-]")
-        return super()._format_action_invocation(action)
+        name = super()._format_action_invocation(action)
+        return re.sub(r"^--(.*), --no-\1$", r"--[no-]\1", name)
 
 
 def parser(doc):
     """An argparse parser for a script with the docstring `doc`. --help shows its first paragraph and its
     indented ones, the usual commands; what else stands there is for readers of the script."""
+    for word in sys.argv[1:]:
+        if word.partition("=")[0] in OLD_FLAGS:
+            raise UserError(f"{word.partition('=')[0]} is now {OLD_FLAGS[word.partition('=')[0]]}")
     first, *others = doc.split("\n\n")
     shown = [first] + [paragraph for paragraph in others if paragraph.startswith("    ")]
-    ap = Parser(description="\n\n".join(shown), usage="%(prog)s [flags]", allow_abbrev=False, add_help=False,
-                formatter_class=OneLinePerFlag)
+    ap = argparse.ArgumentParser(description="\n\n".join(shown), usage="%(prog)s [flags]", allow_abbrev=False,
+                                 add_help=False, formatter_class=OneLinePerFlag)
     ap.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
     return ap
 
@@ -300,13 +271,11 @@ def use_graphs(model, wanted):
 
 def check_arguments(args):
     """UserError if the device is not there. Makes the output directory."""
-    device = args.device or "cpu"
-    n_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device) or device != "cpu" and int(device[5:] or 0) >= n_devices:
-        raise UserError(f"--device {device}: it must be cpu, cuda or cuda:N; of CUDA devices torch can use "
-                        f"{n_devices} here")
+    is_cuda = str(args.device).startswith("cuda")
+    if is_cuda and not torch.cuda.is_available() or not is_cuda and args.device not in (None, "cpu"):
+        raise UserError(f"--device {args.device}: it must be cpu, or cuda where torch can use one")
     if args.out:
-        make_directory(args.out)
+        os.makedirs(args.out, exist_ok=True)
 
 
 def parse_resumable(parser, script, free=("device",)):
@@ -323,11 +292,10 @@ def parse_resumable(parser, script, free=("device",)):
     made = settings_in(out)
     if made.get("script") != script:
         raise UserError(f"nothing to resume in {out!r}: it has no config.json of {script}")
-    old = [flag(name) for name in made if flag(name) in OLD_FLAGS]
-    if old:
-        raise UserError(f"{out} is a run of an earlier version, with {' and '.join(old)}: begin a new run")
-    settings = {name: value for name, value in made.items() if name in vars(args)}
-    settings.update(out=out, resume=out)
+    missing = vars(args).keys() - made.keys() - {"resume", "overwrite"}
+    if missing:
+        raise UserError(f"{out} is a run of another version, without {flag(min(missing))}: begin a new run")
+    settings = {name: made[name] for name in vars(args) if name in made} | {"out": out, "resume": out}
     # What is in the namespace already takes no default.
     args = parser.parse_args(namespace=argparse.Namespace(**settings))
     changed = [name for name, value in settings.items() if getattr(args, name) != value and name not in free]
@@ -338,45 +306,46 @@ def parse_resumable(parser, script, free=("device",)):
 
 
 # ============================================================ the directory of a run
-def check_what_is_there(out, model, resumes=False, overwrite=False):
-    """UserError if a new run in `out` would replace another one, or what no run has written. model: its
-    --model."""
+def take_directory(out, model, resumes=False, overwrite=False):
+    """Locks the directory of a run -> the lock, see there. UserError if a new run would replace another one,
+    its own --model, or what no run has written."""
+    file = lock(out)
     if resumes:
-        return
-    source = os.path.abspath(checkpoint.checkpoint_path(model))
-    if source == os.path.abspath(out) or source.startswith(os.path.abspath(out) + os.sep):
-        raise UserError(f"--model {model} is in --out {out}, which is to be replaced: choose another --out")
+        return file
     made = settings_in(out)
+    source = os.path.abspath(checkpoint.checkpoint_path(model))
+    if os.path.join(source, "").startswith(os.path.join(os.path.abspath(out), "")):
+        raise UserError(f"--model {model} is in --out {out}, which is to be replaced: choose another --out")
     if "script" not in made and os.path.exists(os.path.join(out, "config.json")):
         raise UserError(f"{out} has a config.json that no run wrote: choose another --out")
     has_states = any(saved_states(os.path.join(out, name)) for name in ("", "imitation", "stage-2"))
     if (has_states or os.path.exists(os.path.join(out, "results.json"))) and not overwrite:
         raise UserError(f"{out} holds a run of {made.get('script')} on {made.get('task')}: go on with "
                         f"--resume {out}, choose another --out, or replace it with --overwrite")
+    return file
 
 
-def check_examples(out, resumes, **splits):
-    """-> ({name: a digest of these examples}, LITEREASON_DATA), for config.json. UserError if the resumed run
-    in `out` began with others: its table would mix them."""
-    folder = os.environ.get("LITEREASON_DATA") and os.path.abspath(os.environ["LITEREASON_DATA"])
-    digests = {}
-    for name, examples in splits.items():
-        text = json.dumps(examples, sort_keys=True, default=str)
-        digests[name] = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
+def begin(out, script, settings):
+    """Writes config.json, which --resume and the other scripts read. settings: vars(args). A new run deletes
+    all that an earlier one left in `out` but the traces, which say themselves what they were made with."""
     made = settings_in(out)
-    changed = [name for name, digest in digests.items() if made.get("examples", digests)[name] != digest]
-    if resumes and changed:
-        raise UserError(f"the {' and '.join(changed)} examples are not those that {out} began with "
-                        f"(LITEREASON_DATA was {made['data']}, and is {folder}): prepare those again, or "
-                        f"begin a new run")
-    return digests, folder
-
-
-def write_settings(out, script, settings):
-    """config.json, which --resume and the other scripts read. settings: vars(args)."""
+    if settings.get("resume") and made["examples"] != settings["examples"]:
+        raise UserError(f"the examples of {settings['task']} are not those that the run in {out} began with: "
+                        "set LITEREASON_DATA as then, prepare those again, or choose another --out")
+    if not settings.get("resume") and "script" in made:
+        states = [os.path.basename(state_path(out, step)) for step in saved_states(out)]
+        for name in [*states, "metrics.jsonl", "results.json", "before-rl.json", "bad-rollouts.json",
+                     "seconds.json", "model", "imitation", "stage-2", "imitation.jsonl", "stage-2.jsonl"]:
+            remove(os.path.join(out, name))
     settings = {name: value for name, value in settings.items() if name not in ("resume", "overwrite")}
     settings = {"script": script, "base": base_of(settings["model"]), **settings}
     write_json(os.path.join(out, "config.json"), settings)
+
+
+def digest(examples):
+    """16 digits that change with the examples of a task."""
+    text = json.dumps(examples, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
 
 
 def directory_of_run(path):
@@ -389,8 +358,7 @@ def directory_of_run(path):
 def settings_in(directory):
     """What its config.json says; {} without one that can be read."""
     try:
-        with open(os.path.join(directory, "config.json")) as f:
-            return dict(json.load(f))
+        return dict(read_json(os.path.join(directory, "config.json"), {}))
     except (OSError, ValueError, TypeError):
         return {}
 
@@ -413,17 +381,6 @@ def default_out(model, task, method):
     return os.path.join("out", "-".join(parts))
 
 
-def delete_earlier_run(out):
-    """All that an earlier run left in `out` but the traces, which say themselves what they were made with."""
-    if "script" not in settings_in(out):  # no run was here: what there is belongs to somebody else
-        return
-    for step in saved_states(out):
-        remove(state_path(out, step))
-    for name in ("metrics.jsonl", "results.json", "bad-rollouts.json", "seconds.json", "model", "imitation",
-                 "stage-2", "imitation.jsonl", "stage-2.jsonl", "first-rows", "config.json"):
-        remove(os.path.join(out, name))
-
-
 def remove(path):
     """A file, or a directory with all that is in it; nothing if there is none."""
     if os.path.isdir(path):
@@ -432,13 +389,12 @@ def remove(path):
         os.remove(path)
 
 
-def make_directory(path):
-    try:
-        os.makedirs(path, exist_ok=True)
-        if not os.access(path, os.W_OK):
-            raise PermissionError(13, "Permission denied")
-    except OSError as e:
-        raise UserError(f"cannot write to the output directory {path!r}: {e.strerror}") from e
+def read_json(path, default):
+    """What the file holds; the default if there is none."""
+    if not os.path.exists(path):
+        return default
+    with open(path) as f:
+        return json.load(f)
 
 
 def write_json(path, value):
@@ -461,9 +417,8 @@ class Phases:
     last end. On CUDA the allocator's peak within the phase, on a CPU the process's so far."""
 
     def __init__(self, device):
-        self.device = device
+        self.device, self.began = device, time.time()
         self.seconds, self.memory = {}, {}
-        self.began = time.time()
 
     def end(self, name):
         if self.device.type == "cuda":
@@ -472,7 +427,6 @@ class Phases:
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        now = time.time()
-        self.seconds[name] = round(now - self.began, 3)
+        self.seconds[name] = round(time.time() - self.began, 3)
         self.memory[name] = round(peak / 2**30, 3)
-        self.began = now
+        self.began = time.time()

@@ -52,7 +52,6 @@ from lib import UserError, checkpoint, display, memory, run, scoring
 from lib.run import BySize
 from litereason import (LATENT, Rollout, generate, group_advantages, load, logprobs, policy_loss,
                         projector_loss, states, word_embeddings)
-from train_rl import check_answers, warn
 from train_projector import SENTENCE, split_answer
 
 RATES = (1, 2, 5)  # reasoning tokens per latent with which CoLaR is tested after its SFT
@@ -562,7 +561,7 @@ def add_policy_gradients(model, head, rollouts, advantages, budget):
 
 
 def tell_step(log, step, n_steps, rollouts, groups, seconds):
-    """The step's figures, to the log (as train_rl.py writes them) and in one line, with display's warnings.
+    """The step's figures, to the log (as train_rl.py writes them) and in one line.
 
     groups: the rewards (P, G). -> the share of groups with nothing to learn from."""
     reward = float(groups.mean())
@@ -575,7 +574,6 @@ def tell_step(log, step, n_steps, rollouts, groups, seconds):
     log.flush()
     print(f"step {step + 1:4d}/{n_steps} | reward {reward:6.3f} | text {text:6.1f} | latent {latents:5.1f} | "
           f"{seconds:5.1f}s", flush=True)
-    warn(metrics, False, [rollout.text for rollout in rollouts])
     return zero_variance
 
 
@@ -625,7 +623,6 @@ def run_answer(args, model, tokenizer, task, examples, on_val, took):
     if not hasattr(task, "answer"):
         raise UserError(f"--method answer trains on gold answers, and {args.task} has none: give the task a "
                         "function answer, or choose another --method")
-    check_answers(task, examples[:8])
     decoding = {"at_once": True, "latent": "none"}
     rows = answer_rows(model, tokenizer, task, examples)
     train_answer(model, rows, args, lambda: on_val(task, decoding))
@@ -676,8 +673,7 @@ def main():
     args.out = args.out or run.default_out(args.model, args.task, args.method)
     run.check_bounds(args, SETTINGS)
     run.check_arguments(args)
-    held = run.lock(args.out)  # noqa: F841, until the process ends
-    run.check_what_is_there(args.out, args.model, overwrite=args.overwrite)
+    held = run.take_directory(args.out, args.model, overwrite=args.overwrite)  # noqa: F841
     examples = task.examples("train")
     if (args.stories or 1) > len(examples):
         raise UserError(f"--stories is {args.stories}; {args.task} has only {len(examples)} train stories")
@@ -688,8 +684,7 @@ def main():
     run.use_graphs(model, True)
     fill(args, checkpoint.is_small(model))
     data.start_task(task, args.model, args.reward, args.scorer, args.seed, args.device)
-    run.delete_earlier_run(args.out)
-    run.write_settings(args.out, "results/baselines.py", vars(args))
+    run.begin(args.out, "results/baselines.py", vars(args))
     start = last_row_at = time.time()
     seconds = 0.0  # of training, without the rows' evaluations
     is_trained = args.method in SFT

@@ -7,7 +7,7 @@ import functools
 
 import numpy as np
 
-from eval import judge, sign_flips, wilson
+from lib.stats import judge, sign_flips, wilson
 from lib.display import what_differs
 
 BASE, RL, FREE = "base, explicit reasoning", "RL without latents", "LiteReason"
@@ -145,10 +145,10 @@ def shared_seeds(*methods):
 
 def compare(ours, theirs):
     """{seed: row} of two methods -> their paired differences over the seeds that both have, in the shape of
-    eval.against, with tokens_saved as a share of theirs.
+    lib.stats.against, with tokens_saved as a share of theirs.
 
     The intervals count seeds and stories. p counts stories alone (sign flips of a story's difference, the
-    mean of its seeds): three seeds cannot give a p below 0.25 by themselves. eval.differs takes both."""
+    mean of its seeds): three seeds cannot give a p below 0.25 by themselves. lib.stats.differs takes both."""
     seeds = shared_seeds(ours, theirs)
     found = {"seeds": seeds}
     for what, of in (("accuracy", "score"), ("tokens", "tokens")):

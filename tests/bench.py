@@ -5,8 +5,8 @@ Each row runs ours and theirs in turn, --repeats times, with the same weights, l
 both medians, and the median, lowest and highest of the paired ratios. Each row has a process of its own: what
 ran before decides how the C library's malloc treats large blocks, and that moves a row by a quarter.
 
-    python tests/bench.py                            # all rows and growth tables: 6 minutes on 2 cores
-    python tests/bench.py --rows a d --growth none   # some of it
+    python tests/bench.py                            # all rows: 4 minutes on 2 cores
+    python tests/bench.py --rows a d                 # some of them
     python tests/bench.py --model DIR                # decoding with real weights
     python tests/bench.py --json results/bench.json  # the numbers too
 
@@ -16,12 +16,8 @@ ran before decides how the C library's malloc treats large blocks, and that move
                                                     against transformers' generate
 (c) score and back-propagate the same shape         against rows padded, each with its own prompt
 (d) make 6 x 3 latents again in a 1,024-slot row    against one pass over the prefix per latent
-(e) a GRPO step on the tiny task: sample, score, back-propagate, update
-                                                    against generate and padded scoring
 (t) a GRPO step on the tiny task with its reward, 16 prompts x 16 samples, stopped or cut at 240 tokens
                                                     against TRL's GRPOTrainer (needs `pip install trl`)
-(w) prompts that wait: 16 prompts of 256 tokens x 4 through 16 rows, lengths of 24 on average, 96 at most
-                                                    against our own loop, one batch after the other
 With --model: 24 new tokens of
 (g) a prompt of 300 tokens x 8 samples   (l) 1,200 x 16   (s) four prompts of 300, one sample each
                                                     against transformers' generate
@@ -68,9 +64,7 @@ def models(kind, device):
                          max_position_embeddings=16_384, tie_word_embeddings=True, attn_implementation="sdpa")
     torch.manual_seed(0)
     theirs = Qwen2ForCausalLM(config).to(device).eval()
-    ours = Qwen2ForCausalLM(copy.deepcopy(theirs.config)).to(device)
-    ours.load_state_dict(theirs.state_dict())
-    return attach(ours), theirs, load("tiny", "cpu")[1]
+    return attach(copy.deepcopy(theirs)), theirs, load("tiny", "cpu")[1]
 
 
 def random_ids(*shape, most=150_000, seed=0):
@@ -89,9 +83,8 @@ def tags_fire(model, tokenizer, every, n):
     themselves. 0: none does."""
     cap = model.config.litereason_max_reasoning_steps
     watch = litereason.tag_table(tokenizer, cap, model.config.vocab_size, model.device)
-    watch.next_state = torch.zeros_like(watch.next_state[:2])
-    watch.fires = torch.zeros_like(watch.fires[:2])
-    watch.classes.zero_()
+    for table in (watch.next_state, watch.fires, watch.classes):
+        table.zero_()
     if every:
         watch.classes[::every] = 1
         watch.fires[1] = n
@@ -101,16 +94,15 @@ def tags_fire(model, tokenizer, every, n):
 def padded_left(rows, device):
     """Lists of token ids -> (ids, mask), (rows, longest) each."""
     width = max(map(len, rows))
-    ids = [[0] * (width - len(row)) + row for row in rows]
-    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+    ids = torch.tensor([[-1] * (width - len(row)) + row for row in rows], device=device)
+    return ids.clamp(min=0), (ids >= 0).long()
 
 
 def their_generate(model, prompts, samples, steps):
     """Prompts (lists of ids), each repeated per sample and padded -> (rows, steps) ids."""
     ids, mask = padded_left([prompt for prompt in prompts for _ in range(samples)], model.device)
-    out = model.generate(input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0,
-                         top_p=1.0, eos_token_id=None, pad_token_id=0, max_new_tokens=steps)
+    out = model.generate(ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                         eos_token_id=None, pad_token_id=0, max_new_tokens=steps)
     return out[:, ids.shape[1] :]
 
 
@@ -127,7 +119,7 @@ def their_logprobs(model, prompts, samples, own):
 
 def clock(run, device):
     """Seconds that run() takes, after all that was under way has ended."""
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait = getattr(torch, device).synchronize
     wait()
     start = time.perf_counter()
     run()
@@ -145,9 +137,8 @@ def decode(device, kind, prompts, samples, steps, tags=(0, 0)):
 
 
 def decode_real(device, directory, prompts, length, samples):
-    vocabulary = transformers.AutoConfig.from_pretrained(checkpoint.checkpoint_path(directory)).vocab_size
-    ids = random_ids(prompts, length, most=vocabulary).tolist()
-    return decode(device, directory, ids, samples, 24)
+    vocabulary = transformers.AutoConfig.from_pretrained(directory).vocab_size
+    return decode(device, directory, random_ids(prompts, length, most=vocabulary).tolist(), samples, 24)
 
 
 def score(device):
@@ -156,15 +147,12 @@ def score(device):
     own = random_ids(8, 64, seed=1)
     rollouts = [Rollout(prompt, slots, torch.zeros(0, WIDTH)) for slots in own.tolist()]
 
-    def our_pass():
-        logprobs(ours, rollouts)[0].sum().backward()
-        ours.zero_grad(set_to_none=True)
+    def backward(model, logp):
+        logp.sum().backward()
+        model.zero_grad(set_to_none=True)
 
-    def their_pass():
-        their_logprobs(theirs, [prompt], 8, own).sum().backward()
-        theirs.zero_grad(set_to_none=True)
-
-    return our_pass, their_pass
+    return (lambda: backward(ours, logprobs(ours, rollouts)[0]),
+            lambda: backward(theirs, their_logprobs(theirs, [prompt], 8, own)))
 
 
 def latents_again(device):
@@ -190,73 +178,13 @@ def latents_again(device):
     return torch.no_grad()(lambda: unroll(ours, [rollout])), prefixes
 
 
-def our_grpo(model, tokenizer, prompts, limit, rewards_of, lr, budget):
-    """-> step() -> rollouts: 16 samples a prompt, rewards_of(rollouts) (16, 16), one update."""
-    base = memory.base_parameters(model)
-    optimizer = torch.optim.AdamW(base, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-
-    def step():
-        rollouts = generate(model, tokenizer, prompts, 16, limit, latent="none")
-        advantages = group_advantages(rewards_of(rollouts)).flatten().to(model.device)
-        for part in scoring.pack(rollouts, budget):
-            logp, scored = logprobs(model, [rollouts[i] for i in part])
-            policy_loss(logp, logp.detach(), advantages[part], scored, len(rollouts))[0].backward()
-        torch.nn.utils.clip_grad_norm_(base, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return rollouts
-
-    return step
-
-
-def grpo_step(device):
-    ours, theirs, tokenizer = models("tiny", device)
-    _, prompts = tiny_prompts(tokenizer, "train")
-    rewards = torch.rand(16, 16, generator=torch.Generator().manual_seed(3))
-    advantages = group_advantages(rewards).flatten().to(device)
-    optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-7, fused=True)
-
-    def their_step():
-        own = their_generate(theirs, prompts, 16, 96)
-        for i in range(0, 16, 8):
-            rows = slice(16 * i, 16 * (i + 8))
-            logp = their_logprobs(theirs, prompts[i : i + 8], 16, own[rows])
-            scored = torch.ones_like(logp, dtype=torch.bool)
-            policy_loss(logp, logp.detach(), advantages[rows], scored, 256)[0].backward()
-        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return our_grpo(ours, tokenizer, prompts, 96, lambda _: rewards, 1e-7, 12_000), their_step
-
-
-def waiting_prompts(device):
-    ours, _, tokenizer = models("large", device)
-    tags_fire(ours, tokenizer, 0, 0)
-    prompts = random_ids(16, 256).tolist()
-
-    def decode(parts):
-        """One token of the vocabulary in 24 stops a row: random weights draw any with about the same odds."""
-        never = checkpoint.stop_tokens
-        checkpoint.stop_tokens = lambda *_: list(range(0, VOCABULARY, 24))
-        draws = torch.Generator().manual_seed(0)
-        for part in parts:
-            generate(ours, tokenizer, part, 4, 96, gen_batch_size=16, generator=draws)
-        checkpoint.stop_tokens = never
-
-    batches = [prompts[i : i + 4] for i in range(0, 16, 4)]
-    return lambda: decode([prompts]), lambda: decode(batches)
-
-
 ROWS = {
     "a": ("decode, short prompts", lambda device, _: decode(device, "tiny", None, 8, 64)),
     "b": ("decode, long prompt",
           lambda device, _: decode(device, "large", random_ids(1, 1024).tolist(), 8, 64, (50, 3))),
     "c": ("score + backward", lambda device, _: score(device)),
     "d": ("latents again", lambda device, _: latents_again(device)),
-    "e": ("GRPO step, tiny task", lambda device, _: grpo_step(device)),
-    "t": ("GRPO step, against TRL", None),  # see pairs_with_trl
-    "w": ("prompts that wait", lambda device, _: waiting_prompts(device))}
+    "t": ("GRPO step, against TRL", None)}  # see pairs_with_trl
 REAL = {
     "g": ("decode, a prompt of 300 x 8", lambda device, model: decode_real(device, model, 1, 300, 8)),
     "l": ("decode, a prompt of 1,200 x 16", lambda device, model: decode_real(device, model, 1, 1200, 16)),
@@ -274,13 +202,22 @@ def pairs_with_trl(device, repeats):
     examples, prompts = tiny_prompts(tokenizer, "train")
     pairs = []
 
-    def rewards_of(rollouts):
-        return torch.tensor([tiny.reward(examples[r.prompt], r.text) for r in rollouts]).view(16, 16)
+    base = memory.base_parameters(model)
+    optimizer = torch.optim.AdamW(base, lr=1.2e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+    def our_step():
+        rollouts = generate(model, tokenizer, prompts, 16, 240, latent="none")
+        rewards = torch.tensor([tiny.reward(examples[r.prompt], r.text) for r in rollouts]).view(16, 16)
+        advantages = group_advantages(rewards).flatten().to(device)
+        for part in scoring.pack(rollouts, 12_000):
+            logp, scored = logprobs(model, [rollouts[i] for i in part])
+            policy_loss(logp, logp.detach(), advantages[part], scored, len(rollouts))[0].backward()
+        torch.nn.utils.clip_grad_norm_(base, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
     def their_rewards(completions, number, **_):
         return [tiny.reward(examples[i], completion) for i, completion in zip(number, completions)]
-
-    our_step = our_grpo(model, tokenizer, prompts, 240, rewards_of, 1.2e-4, 12_000)
 
     class Stopwatch(transformers.TrainerCallback):
         """Times each of TRL's steps, sampling included, and runs one of ours after it."""
@@ -313,32 +250,6 @@ def pairs_with_trl(device, repeats):
     return pairs
 
 
-# ============================================================ growth
-def growth(which, device, repeats):
-    """How decoding grows: slots per second against rows, prompt length, and latents per tag (the large
-    model)."""
-    ours, _, tokenizer = models("large", device)
-    prompt = random_ids(8192).tolist()
-    settings = {  # (the number that grows, prompt, rows, latents per tag)
-        "rows": [(n, prompt[:256], n, 0) for n in (1, 4, 16, 64, 256)],
-        "prompt": [(n, prompt[:n], 8, 0) for n in (256, 1024, 4096, 8192)],
-        "latents": [(n, prompt[:256], 8, n) for n in (0, 1, 3, 5)]}
-    lines = []
-    print(f"\n| {which} | prefill, s | ms per step | slots per s |\n|---|---|---|---|")
-    for n, ids, rows, latents in settings[which]:
-        tags_fire(ours, tokenizer, 20 if latents else 0, latents)
-
-        def seconds(slots):
-            return statistics.median(clock(lambda: generate(ours, tokenizer, [ids], rows, slots), device)
-                                     for _ in range(repeats))
-
-        prefill = seconds(1)
-        step = (seconds(33) - prefill) / 32
-        lines.append({which: n, "prefill_s": prefill, "ms_per_step": 1000 * step, "slots_per_s": rows / step})
-        print(f"| {n} | {prefill:.3f} | {1000 * step:.1f} | {rows / step:.0f} |", flush=True)
-    return lines
-
-
 # ============================================================ the script
 def measure(name, args):
     """One row -> its numbers; the first pair is not counted."""
@@ -358,10 +269,8 @@ def measure(name, args):
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    growths = ["rows", "prompt", "latents"]
     ap.add_argument("--model", metavar="DIR", help="a real model, for rows g, l, s")
     ap.add_argument("--rows", nargs="*", choices=[*ROWS, *REAL], help="which comparisons (default: all)")
-    ap.add_argument("--growth", nargs="*", choices=[*growths, "none"], help="(default: all; none of --model)")
     ap.add_argument("--repeats", type=int, default=5, help="pairs per row, after one that is not counted")
     ap.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     ap.add_argument("--json", metavar="FILE", help="write the numbers there")
@@ -370,25 +279,18 @@ def main():
     if args.one:
         print(json.dumps(measure(args.one, args)))
         return
-    rows = args.rows or list(REAL if args.model else ROWS)
     machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} threads"
-    result = {"machine": machine, "torch": torch.__version__, "rows": {}, "growth": {}}
+    result = {"machine": machine, "torch": torch.__version__, "rows": {}}
     print(f"{machine}; torch {torch.__version__}; medians of {args.repeats} pairs\n")
     print("| row | ours, s | theirs, s | ratio | lowest, highest |\n|---|---|---|---|---|", flush=True)
-    for name in rows:
-        words = [sys.executable, __file__, "--one", name, "--repeats", str(args.repeats), "--device",
-                 args.device, *(["--model", args.model] if args.model else [])]
-        done = subprocess.run(words, stdout=subprocess.PIPE, text=True)
+    for name in args.rows or list(REAL if args.model else ROWS):
+        done = subprocess.run([sys.executable, *sys.argv, "--one", name], stdout=subprocess.PIPE, text=True)
         if done.returncode:
             print(f"| ({name}) failed: see above | | | | |", flush=True)
             continue
         n = result["rows"][name] = json.loads(done.stdout.splitlines()[-1])
         print(f"| ({name}) {n['what']} | {n['ours_s']:.3f} | {n['theirs_s']:.3f} | {n['ratio']:.1f}x | "
               f"{n['ratios'][0]:.1f}, {n['ratios'][-1]:.1f} |", flush=True)
-    checkpoint.stop_tokens = lambda *_: [NEVER]
-    for which in (([] if args.model else growths) if args.growth is None else args.growth):
-        if which != "none":
-            result["growth"][which] = growth(which, args.device, max(1, args.repeats // 2))
     if args.json:
         with open(args.json, "w") as f:
             json.dump(result, f, indent=1)

@@ -1,5 +1,5 @@
-"""What is to be measured on a GPU, ready to run: Qwen2.5-1.5B's real shape with random weights. What an
-H100 gave is in results/gpu.json.
+"""What is to be measured on a GPU: Qwen2.5-1.5B's real shape with random weights. What an H100 gave is in
+results/gpu.json.
 
     python tests/bench_gpu.py --json results/gpu.json   # all rows, each in a process of its own, on the
                                                           first CUDA device
@@ -13,8 +13,7 @@ H100 gave is in results/gpu.json.
     stories x 16 x 30 epochs), at 256 slots an answer and at the paper's means, 115 without and 34 with
     latents
 (h) the same on cards of 16, 24 and 40 GB, with the allocator capped at that size: beside each peak the one
-    that card.py expected
-(i) stage 2 on 16 rows of 2,048 tokens with 6 tags of 3 latents: seconds and peak memory of one optimiser step
+    that lib/memory.py expected
 """
 import argparse
 import json
@@ -22,7 +21,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 import types
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
@@ -30,29 +28,22 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 import torch
 from transformers import AutoConfig, Qwen2Config, Qwen2ForCausalLM
 
+from bench import NEVER, clock, tags_fire, their_generate
 from lib import checkpoint, memory
-from bench import NEVER, tags_fire, their_generate
-from lib.memory import base_parameters, checkpoint_layers, gradients_to_masters, offload, wait_for_gradients, weights_from_masters
 from lib.scoring import pack
-from litereason import (LATENT, Rollout, attach, generate, group_advantages, load, logprobs, policy_loss,
-                        projector_loss)
+from litereason import Rollout, attach, generate, group_advantages, load, logprobs, policy_loss
 
 SHAPE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "shared", "qwen2.5-1.5b")
-# row: what is done, and GiB that the allocator may use (None: all)
-ROWS = {"f": ("decode", None), "g": ("grpo", None), "h16": ("grpo", 16), "h24": ("grpo", 24),
-        "h40": ("grpo", 40), "i": ("projector", None)}
 # bf16 without sparsity, from NVIDIA's data sheets
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 
 def make_model(args, dtype=torch.float32):
-    small = dict(vocab_size=4096, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=8192,
-                 tie_word_embeddings=True)
+    small = Qwen2Config(vocab_size=4096, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
     torch.manual_seed(0)
     with torch.device(args.device):
-        return Qwen2ForCausalLM(Qwen2Config(**small) if args.small
-                                else AutoConfig.from_pretrained(args.shape)).to(dtype)
+        return Qwen2ForCausalLM(small if args.small else AutoConfig.from_pretrained(args.shape)).to(dtype)
 
 
 def random_prompts(model, P, L):
@@ -60,33 +51,26 @@ def random_prompts(model, P, L):
                          generator=torch.Generator().manual_seed(1)).tolist()
 
 
-def clock(run, device):
-    """Seconds, after all that was under way has ended."""
-    torch.cuda.synchronize() if device == "cuda" else None
-    start = time.perf_counter()
-    run()
-    torch.cuda.synchronize() if device == "cuda" else None
-    return time.perf_counter() - start
-
-
 def decode(args, P=8, G=16, L=1024, steps=64):
     model, tok = attach(make_model(args).eval()), load("tiny", "cpu")[1]
     tags_fire(model, tok, 0, 0)
     P, G, L = (2, 2, 64) if args.small else (P, G, L)
     prompts = random_prompts(model, P, L)
-    time_of = lambda n: min(clock(lambda: generate(model, tok, prompts, G, n), args.device)
-                            for _ in range(3))
-    step = (time_of(steps + 1) - time_of(1)) / steps
+
+    def seconds_of_a_step():
+        first, last = (min(clock(lambda: generate(model, tok, prompts, G, n), args.device) for _ in range(3))
+                       for n in (1, steps + 1))
+        return (last - first) / steps
+
+    step = seconds_of_a_step()
     model.graphs = True
-    # None: could not be recorded
-    played = ((time_of(steps + 1) - time_of(1)) / steps
-              if generate(model, tok, prompts, G, 2) and model.graphs else None)
+    generate(model, tok, prompts, G, 2)  # where nothing can be recorded, it says so
+    played = seconds_of_a_step() if model.graphs else None
     two = torch.empty(2, 2**24 if args.small else 2**30, dtype=torch.uint8, device=args.device)
     # bytes per second, read and written
     bandwidth = 2 * len(two[0]) / min(clock(lambda: two[0].copy_(two[1]), args.device) for _ in range(10))
     c, width = model.config, 2 if model.bf16 else 4
-    weights = width * sum(p.numel() for n, p in model.named_parameters()
-                          if not n.startswith("reasoning_projector."))
+    weights = width * sum(p.numel() for p in memory.base_parameters(model))
     cache = (2 * width * c.num_hidden_layers * c.num_key_value_heads
              * (c.hidden_size // c.num_attention_heads) * (P * L + P * G * steps / 2))
     theirs = make_model(args, torch.bfloat16 if args.device == "cuda" else torch.float32).eval()
@@ -101,7 +85,6 @@ def grpo(args, P=48, G=16, L=1024, S=256):
     """One step, sampling to optimiser, with the memory settings that train_rl.py would choose
     on this card."""
     model, tok = attach(make_model(args).eval()), load("tiny", "cpu")[1]
-    # random weights write no tags by themselves: one token in 50 ends one of 3 latents
     tags_fire(model, tok, 50, 3)
     model.graphs = args.device == "cuda"
     P, G, L, S = (2, 4, 64, 16) if args.small else (P, G, L, S)
@@ -113,15 +96,16 @@ def grpo(args, P=48, G=16, L=1024, S=256):
     expected = {phase: float(gib) for phase, gib in re.findall(r"^  (\w+) +([\d.]+) GiB", said, re.MULTILINE)}
     plan = types.SimpleNamespace(**settings)
     if plan.checkpoint_layers:
-        checkpoint_layers(model)
-    base = base_parameters(model)
-    masters = offload(model, base) if plan.offload else base
+        memory.checkpoint_layers(model)
+    base = memory.base_parameters(model)
+    masters = memory.offload(model, base) if plan.offload else base
     optimizer = torch.optim.AdamW(masters, lr=1e-7, fused=True)
     rollouts = []
     out = {"settings": settings, "expected_GiB": expected}
 
     def sample():
-        rollouts.extend(generate(model, tok, random_prompts(model, P, L), G, S, gen_batch_size=plan.gen_batch_size))
+        prompts = random_prompts(model, P, L)
+        rollouts.extend(generate(model, tok, prompts, G, S, gen_batch_size=plan.gen_batch_size))
 
     def update():
         rewards = torch.rand(P, G, generator=torch.Generator().manual_seed(2))
@@ -129,14 +113,14 @@ def grpo(args, P=48, G=16, L=1024, S=256):
         for part in pack(rollouts, plan.micro_batch_tokens):
             logp, scored = logprobs(model, [rollouts[i] for i in part])
             policy_loss(logp, logp.detach(), advantages[part], scored, P * G)[0].backward()
-            wait_for_gradients(model)
+            memory.wait_for_gradients(model)
 
     def step():
-        gradients_to_masters(base, masters)
+        memory.gradients_to_masters(base, masters)
         torch.nn.utils.clip_grad_norm_(masters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        weights_from_masters(base, masters)
+        memory.weights_from_masters(base, masters)
 
     # Before the clock starts: AdamW's moments are in memory, and the kernels of the update have been called.
     for p in masters:
@@ -146,7 +130,7 @@ def grpo(args, P=48, G=16, L=1024, S=256):
     prompt = random_prompts(model, 1, L)[0]
     warm = Rollout(prompt, (prompt * S)[:S], torch.zeros(0, model.config.hidden_size))
     logprobs(model, [warm] * max(1, min(G, (plan.micro_batch_tokens - L) // S)))[0].sum().backward()
-    wait_for_gradients(model)
+    memory.wait_for_gradients(model)
     memory.forget_gradients(model)
 
     for name, run in (("sample", sample), ("update", update), ("step", step)):
@@ -160,43 +144,21 @@ def grpo(args, P=48, G=16, L=1024, S=256):
     hours = {n: 30 * 290 / P * (out["sample_s"] * n / S + out["update_s"] * (P * L + P * G * n) / positions
                                 + 16 * out["step_s"]) / 3600
              for n in (256, 115, 34)}
-    peak = next((v for k, v in PEAK_FLOPS.items()
-                 if args.device == "cuda" and k in torch.cuda.get_device_name()), None)
+    card = torch.cuda.get_device_name() if args.device == "cuda" else ""
+    peak = next((most for name, most in PEAK_FLOPS.items() if name in card), None)
     return {**out, "positions": positions, "update_TFLOPs": flops / 1e12,
             "utilisation": peak and flops / out["update_s"] / peak,
             "hours_of_the_papers_run": hours, "recorded": model.graphs}
 
 
-def projector(args, rows=16, length=2048):
-    model = attach(make_model(args).eval())
-    checkpoint_layers(model)
-    rows, length = (2, 128) if args.small else (rows, length)
-    traces = []
-    for ids in random_prompts(model, rows, length):
-        slots = ids[length // 2 :]
-        for k in range(6):
-            slots[4 + 8 * k : 4 + 8 * k] = [LATENT] * 3
-        traces.append(Rollout(ids[: length // 2], slots, torch.zeros(0, model.config.hidden_size)))
-    for n, p in model.named_parameters():
-        p.requires_grad_(n.startswith("reasoning_projector."))
-    optimizer = torch.optim.AdamW(model.reasoning_projector.parameters(), lr=1e-4)
-
-    def step():
-        for part in pack(traces, 4 * length):
-            projector_loss(model, [traces[i] for i in part])[0].backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    step()
-    return {"step_s": min(clock(step, args.device) for _ in range(2)),
-            "GiB": torch.cuda.max_memory_allocated() / 2**30 if args.device == "cuda" else None}
+# row: what is done, and GiB that the allocator may use (None: all)
+ROWS = {"f": (decode, None), "g": (grpo, None), "h16": (grpo, 16), "h24": (grpo, 24), "h40": (grpo, 40)}
 
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
-    ap.add_argument("--shape", default=SHAPE, metavar="DIR",
-                    help="a directory with the config.json of the model whose shape is taken")
+    ap.add_argument("--shape", default=SHAPE, metavar="DIR", help="with the config.json whose shape is taken")
     ap.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     ap.add_argument("--small", action="store_true", help="a toy shape")
     ap.add_argument("--json", metavar="FILE", help="write the numbers there")
@@ -210,29 +172,23 @@ def main():
     checkpoint.stop_tokens = lambda *_: [NEVER]
     result = {}
     for name in args.rows:
-        what, cap = ROWS[name]
-        args.cap = cap
         if len(args.rows) > 1:  # each in its own process: its memory is its own
-            words = [a for a in sys.argv[1:]
-                     if a not in args.rows and a not in ("--rows", "--json", args.json)]
-            done = subprocess.run([sys.executable, __file__, *words, "--rows", name], capture_output=True,
-                                  text=True)
-            print(done.stdout or f"({name}) failed: {(done.stderr.strip().splitlines() or ['no word'])[-1]}",
-                  end="" if done.stdout else "\n", flush=True)
-            result[name] = (json.loads(done.stdout.split(") ", 1)[1]) if done.returncode == 0
-                            else {"failed": done.stderr[-2000:]})
-            continue
-        if cap and args.device == "cuda":
-            torch.cuda.set_per_process_memory_fraction(
-                min(1.0, cap * 2**30 / torch.cuda.get_device_properties(0).total_memory))
-        result[name] = {"what": what, "cap_GiB": cap,
-                        **{"decode": decode, "grpo": grpo, "projector": projector}[what](args)}
+            words = [sys.executable, *sys.argv, "--rows", name]
+            done = subprocess.run(words, capture_output=True, text=True)
+            result[name] = {"failed": done.stderr[-2000:]}
+            if done.returncode == 0:
+                result[name] = json.loads(done.stdout.split(") ", 1)[1])
+        else:
+            run, args.cap = ROWS[name]
+            if args.cap and args.device == "cuda":
+                whole = torch.cuda.get_device_properties(0).total_memory
+                torch.cuda.set_per_process_memory_fraction(min(1.0, args.cap * 2**30 / whole))
+            result[name] = {"what": run.__name__, "cap_GiB": args.cap, **run(args)}
         print(f"({name}) {json.dumps(result[name])}", flush=True)
     if args.json:
+        machine = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
         with open(args.json, "w") as f:
-            json.dump({"torch": torch.__version__,
-                       "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
-                       **result}, f, indent=1)
+            json.dump({"torch": torch.__version__, "device": machine, **result}, f, indent=1)
 
 
 if __name__ == "__main__":

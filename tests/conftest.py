@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qw
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 import litereason
+from lib import kv_cache
 from litereason import CLOSE, OPEN, naive_score as naive
 
 torch.set_num_threads(1)
@@ -137,7 +138,8 @@ def scripted(tok, texts, limit, seed=0):
     that say who a row is."""
     draws = torch.rand(len(texts), limit, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     row_of = {u: row for row, line in enumerate(draws.tolist()) for u in line}
-    scripts, after = [iter(tok.encode(t)) for t in texts], tok.encode("x")[0]
+    scripts = [iter(tok.encode(t) if isinstance(t, str) else t) for t in texts]  # texts, or token ids
+    after = tok.encode("x")[-1]
 
     def sample(logits, u, temperature, top_k, top_p):
         token = torch.tensor([next(scripts[row_of[x]], after) for x in u.tolist()])
@@ -170,6 +172,15 @@ TAGS = [2, 1, 3, 0, 1, 0, 1, 1]
 @pytest.fixture
 def rollouts(model, tok):
     return write(model, tok, PROMPTS, TEXTS, LIMIT, samples=2)
+
+
+@pytest.fixture
+def forwards(monkeypatch):
+    """A list that fills with (rows, columns) of each forward pass."""
+    shapes, forward = [], kv_cache.forward
+    monkeypatch.setattr(kv_cache, "forward",
+                        lambda m, x, *rest: shapes.append(tuple(x.shape[:2])) or forward(m, x, *rest))
+    return shapes
 
 
 # ---------------------------------------------------------------- the projector, spelt out

@@ -3,10 +3,8 @@ run left alone, bit for bit.
 
     python tests/kill.py --kills 60       # a third of them in each stage: traces, projector, RL
 
-Half of the kills fall on a moment that a clock draws. The other half fall on the disk: the process kills
-itself before or after the n-th call that makes, fills, syncs, renames or removes something (a state, a
-checkpoint, the traces, the settings), or with only a part of a state or of the traces on the disk. Each
-process is forked from this one, which has imported everything."""
+Half of the kills fall on a moment that a clock draws. In the other half the process, a fork of this one,
+kills itself before or after the n-th call that changes the disk, or with only a part of a file on it."""
 import argparse
 import json
 import os
@@ -48,7 +46,7 @@ def kill_at(n, half):
             if n == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
             out = real(*args, **kwargs)
-            if n == 1 and half:  # the call after this one would be the last
+            if n == 1 and half:
                 if name == "fsync":
                     os.truncate(args[0], max(0, os.fstat(args[0]).st_size - 1000))
                 os.kill(os.getpid(), signal.SIGKILL)

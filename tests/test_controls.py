@@ -1,18 +1,20 @@
 """The controls of eval.py do what their lines say and nothing else, and the paired tests agree with examples
 worked out by hand."""
+import itertools
 import json
 import math
 import types
 
 import pytest
 import torch
-from conftest import LIMIT, PROMPTS, TEXTS, close, project, tag, write
+from conftest import LIMIT, PROMPTS, TEXTS, close, project, same, tag, write
 
 import eval as evaluation
 import litereason
-from eval import against, bootstrap, holm, latent_of, run_controls, sign_flips
+from eval import latent_of, run_controls
+from lib.stats import against, bootstrap, holm
 from litereason import LATENT, UserError, generate, insert_latents, load, logprobs, save, tag_table
-from lib.display import nearest_words, table
+from lib.display import listed, read_out, table
 
 OTHERS = [torch.randn(n, 32, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
           for n in (2, 7, 1, 4)]
@@ -26,19 +28,15 @@ def decoded(model, tok, name="projector", others=OTHERS, seed=0, **settings):
 
 # ---------------------------------------------------------------- what a latent step feeds
 @pytest.mark.parametrize("name", ["zeros", "noise", "mean", "shuffled", "warm"])
-def test_a_control_changes_what_a_latent_is_and_nothing_of_where_it_stands(model, tok, rollouts, name):
+def test_a_control_changes_what_a_latent_is_and_nothing_of_where_it_stands_in_any_batch(
+        model, tok, rollouts, name):
     rows = decoded(model, tok, name)
+    for a, b in zip(rows, decoded(model, tok, name, gen_batch_size=3), strict=True):
+        same(a, b)
     for r, plain, row, mask in zip(rows, rollouts, *logprobs(model, rows)):
         assert r.slots == plain.slots and r.text == plain.text  # the texts are scripted
         close(row[mask], r.logprobs[r.logprobs != 0])  # decoding as usual: scored, it has the same log-probs
         assert not r.n_latents or (r.latents - plain.latents).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("name", ["noise", "shuffled", "warm"])
-def test_what_a_row_gets_does_not_depend_on_its_batch(model, tok, name):
-    for a, b in zip(decoded(model, tok, name), decoded(model, tok, name, gen_batch_size=3), strict=True):
-        close(a.latents, b.latents)
-        close(a.logprobs, b.logprobs)
 
 
 def test_noise_has_the_length_of_the_projectors_output_and_a_direction_of_its_own(model, tok):
@@ -80,9 +78,10 @@ def test_warm_is_copies_of_the_last_mlp_whatever_the_projector_has_become(model,
 def test_every_tag_runs_k_latents_whatever_it_says_the_cap_or_the_text(model, tok, k):
     for r, text in zip(decoded(model, tok, tag=k), TEXTS):
         filler = [] if text.endswith("<eos>") else tok.encode("x") * LIMIT
-        slots, plain = [], insert_latents(model, tok, tok.encode(text) + filler)
-        for before, s in zip([None] + plain, plain):
-            slots += [s] if s != LATENT else [LATENT] * k if before != LATENT else []
+        plain = insert_latents(model, tok, tok.encode(text) + filler)
+        slots = []
+        for is_latent, block in itertools.groupby(plain, LATENT.__eq__):
+            slots += [LATENT] * k if is_latent else list(block)
         assert r.slots == slots[:LIMIT] and len(r.latents) == r.slots.count(LATENT)
 
 
@@ -96,31 +95,24 @@ def test_k_of_zero_is_latent_none_and_k_of_what_the_tags_say_the_plain_run(model
         close(a.logprobs, b.logprobs)
 
 
-def obedient(text, tok, banned):
-    """A `sample` that writes the text token by token, but x where a token is not allowed; `banned` gets those
-    that were not."""
-    script = iter(tok.encode(text))
-
-    def sample(logits, u, temperature, top_k, top_p):
-        token = next(script, tok.encode("x")[0])
-        if logits[0, token] == -torch.inf:
-            banned.append(tok.decode([token]))
-            token = tok.encode("x")[0]
-        return torch.tensor([token]), logits.log_softmax(-1)[:, token]
-
-    return sample
-
-
 @pytest.mark.parametrize("text, without", [
     (f"ab{tag(3)}c", ["implicit_"]), (f"a<{tag(2)}", ["implicit_"]),
     ("a <b> < i </p> <i>implicit_thought 3>", []), (f".{tag(1)}><imp", ["implicit_", "m"])])
 def test_forbidden_lets_no_tag_begin_and_leaves_all_other_text_alone(model, tok, monkeypatch, text, without):
-    banned = []
-    monkeypatch.setattr(litereason, "sample", obedient(text, tok, banned))
+    banned, script, x = [], iter(tok.encode(text)), tok.encode("x")[0]
+
+    def sample(logits, *_):
+        """Writes the text, but x where a token is not allowed."""
+        token = next(script, x)
+        if logits[0, token] == -torch.inf:
+            banned.append(tok.decode([token]))
+            token = x
+        return torch.tensor([token]), logits.log_softmax(-1)[:, token]
+
+    monkeypatch.setattr(litereason, "sample", sample)
     r, = generate(model, tok, ["abc"], max_new_tokens=LIMIT, tag="forbidden")
     assert r.n_latents == 0 and banned == without and "<im" not in r.text
-    if not without:
-        assert r.text.startswith(text)
+    assert without or r.text.startswith(text)
 
 
 def test_a_vocabulary_of_whole_words_and_the_real_one_are_covered(real_tok):
@@ -137,30 +129,19 @@ def test_a_vocabulary_of_whole_words_and_the_real_one_are_covered(real_tok):
 
 
 # ---------------------------------------------------------------- the paired tests
-def test_on_right_and_wrong_answers_sign_flips_are_mcnemars_exact_test():
-    def p(ups, downs, ties=3):
-        return sign_flips([1] * ups + [0] * ties + [-1] * downs)
-
-    assert p(0, 0) == p(1, 1) == 1.0  # one to one: more than all there is
-    assert p(6, 0) == p(0, 6) == 2 / 2**6  # six to none
-    assert p(4, 1) == 2 * (1 + 5) / 2**5  # four to one
-    one_side = sum(math.comb(40, i) for i in range(15)) / 2**40  # 26 to 14, where signs are drawn
-    assert p(26, 14) == pytest.approx(2 * one_side, abs=0.01)
-    assert p(500, 0) == 1 / 10001  # no less than one draw says
-
-
 def test_the_bootstrap_interval_is_seeded_and_close_to_the_textbooks():
     d = [1.0] * 30 + [0.0] * 60 + [-1.0] * 10
     mean, low, high = 0.2, *bootstrap(d)
     half = 1.96 * math.sqrt(sum((x - mean) ** 2 for x in d) / len(d) / len(d))
     assert abs(low - (mean - half)) < 0.02 and abs(high - (mean + half)) < 0.02
     assert bootstrap(d) == [low, high] and bootstrap([0.5] * 7) == [0.5, 0.5]
-    control = {"per_example": {"score": [1, 0, 1], "tokens": [9, 9, 9]}}
-    plain = {"per_example": {"score": [0, 0, 0], "tokens": [10, 11, 12]}}
-    got = against(control, plain)
-    keys = ("accuracy", "better", "worse", "accuracy_p", "tokens", "tokens_p")
-    # of tokens: 2 of the 8 ways to set 3 signs
-    assert [got[key] for key in keys] == [2 / 3, 2, 0, 0.5, -2, 0.25]
+
+
+def test_a_control_against_the_plain_run_by_hand():
+    got = against({"per_example": {"score": [1, 0, 1], "tokens": [9, 9, 9]}},
+                  {"per_example": {"score": [0, 0, 0], "tokens": [10, 11, 12]}})
+    assert [got[key] for key in ("accuracy", "better", "worse", "accuracy_p")] == [2 / 3, 2, 0, 0.5]
+    assert (got["tokens"], got["tokens_p"]) == (-2, 0.25)  # 2 of the 8 ways to set 3 signs
 
 
 # ---------------------------------------------------------------- all of them
@@ -170,9 +151,8 @@ TASK = types.SimpleNamespace(prompt=lambda e, latent: e, reward=lambda e, text: 
 
 def test_all_controls_run_on_the_same_examples_and_without_tags_only_the_forced_answer_differs(model, tok):
     rows = run_controls(model, tok, TASK, PROMPTS, PROMPTS[:2], max_new_tokens=12)
-    names = [name for name, _ in rows]
     without = ("latents: mean", "latents: shuffled")  # nothing to take them from
-    assert names == [n for n, _ in evaluation.CONTROLS if n not in without]
+    assert [name for name, _ in rows] == [n for n, _ in evaluation.CONTROLS if n not in without]
     for name, r in rows:
         d, scores, tokens = r["against_plain"], r["per_example"]["score"], r["per_example"]["tokens"]
         assert len(scores) == len(tokens) == r["n_examples"] == 4
@@ -180,8 +160,8 @@ def test_all_controls_run_on_the_same_examples_and_without_tags_only_the_forced_
         if name != "answer forced at once":
             assert d["better"] == d["worse"] == 0 and d["accuracy_p"] == 1 and d["tokens_ci95"] == [0, 0]
             assert name == "plain" or not (d["accuracy_differs"] or d["tokens_differs"])
-    tests = [r["against_plain"][f"{what}_p"] for _, r in rows[1:] for what in ("accuracy", "tokens")]
-    corrected = [r["against_plain"][f"{what}_holm"] for _, r in rows[1:] for what in ("accuracy", "tokens")]
+    tests, corrected = ([row["against_plain"][f"{what}_{which}"] for _, row in rows[1:]
+                         for what in ("accuracy", "tokens")] for which in ("p", "holm"))
     assert corrected == holm(tests)
     said = table(rows)
     lines = said.split("\n\n")[0].splitlines()
@@ -193,10 +173,10 @@ def test_all_controls_run_on_the_same_examples_and_without_tags_only_the_forced_
 def test_the_nearest_words_of_an_embedding_are_that_word_first_and_what_the_head_says_of_it(model, tok):
     i = tok.encode("q")[0]
     z = model.get_input_embeddings().weight[[i]].detach()
-    (words, length, said), = nearest_words(model, tok, z)
-    assert words.startswith("'q' 1.00") and 0.3 < length < 3
+    (words, length, said), = read_out(model, tok, z)
+    assert listed(words).startswith("'q' 1.00, ") and 0.3 < length < 3 and len(said) == 3
     best = model.lm_head(model.model.norm(z)).softmax(-1).max(-1)
-    assert said.startswith(f"{tok.decode(best.indices)!r} {best.values.item():.2f}") and said.count("'") >= 6
+    assert said[0][0] == tok.decode(best.indices) and said[0][1] == pytest.approx(best.values.item(), 1e-4)
 
 
 def test_the_command_runs_them_all_and_writes_them_down(tmp_path, monkeypatch, capsys):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import LATENTS, LIMIT, PROMPTS, TAGS, TEXTS, close, naive, same, scripted, tag, write
 
-from lib import checkpoint, kv_cache
+from lib import checkpoint
 from data import improvement, perplexity
 from litereason import generate, insert_latents, LATENT, load, logprobs, naive_generate, sample, UserError
 
@@ -16,22 +16,17 @@ def seeded(seed):
 
 
 # ---------------------------------------------------------------- what is decoded
-def test_every_row_holds_its_text_with_n_latents_after_each_tag(model, tok, rollouts):
+def test_every_row_holds_its_text_with_n_latents_after_each_tag_and_they_count_toward_the_limit(
+        model, tok, rollouts):
     for r, text in zip(rollouts, TEXTS):
-        ids = tok.encode(text)
-        if not text.endswith("<eos>"):
-            ids += tok.encode("x") * LIMIT
+        ids = tok.encode(text) + tok.encode("x") * LIMIT * (not text.endswith("<eos>"))
         assert r.slots == insert_latents(model, tok, ids)[:LIMIT]
-        assert r.finished == text.endswith("<eos>")
+        assert r.finished == text.endswith("<eos>") == (len(r.slots) < LIMIT)
         assert r.text == tok.decode([s for s in r.slots if s not in (LATENT, tok.eos_token_id)])
-
-
-def test_latents_count_toward_the_limit_and_are_counted_as_run(rollouts):
+        assert len(r.slots) == r.n_tokens + r.n_latents == len(r.logprobs)
+        assert all((logp == 0) == (s == LATENT) for logp, s in zip(r.logprobs, r.slots))
     assert [r.n_latents for r in rollouts] == LATENTS == [len(r.latents) for r in rollouts]
     assert [r.n_tags for r in rollouts] == TAGS
-    assert all(len(r.slots) == r.n_tokens + r.n_latents == len(r.logprobs) <= LIMIT for r in rollouts)
-    assert [len(r.slots) == LIMIT for r in rollouts] == [not r.finished for r in rollouts]
-    assert all((r.logprobs[i] == 0) == (s == LATENT) for r in rollouts for i, s in enumerate(r.slots))
     assert [r.prompt for r in rollouts] == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
@@ -77,8 +72,8 @@ def test_scoring_does_not_depend_on_the_batch_or_its_order(model, rollouts, choi
 def test_perplexity_is_that_of_the_plain_model_and_no_tag_fires(model, tok):
     texts = ["a chapter", f"with a {tag(3)} in it", "z"]
     for rows in (1, 2, 64):
-        for context, text, found in zip(
-                PROMPTS[:3], texts, perplexity(model, tok, PROMPTS[:3], texts, rows), strict=True):
+        ours = perplexity(model, tok, PROMPTS[:3], texts, rows)
+        for context, text, found in zip(PROMPTS[:3], texts, ours, strict=True):
             a, b = tok.encode(context), tok.encode(text)
             logp = model(torch.tensor([a + b])).logits[0, len(a) - 1 : -1].log_softmax(-1)
             expected = (-logp[torch.arange(len(b)), b].mean()).exp()
@@ -109,10 +104,9 @@ def test_without_tags_greedy_decoding_is_that_of_transformers(model, tok):
 
 
 def test_a_tag_in_the_prompt_is_text(model, tok):
-    r, = write(model, tok, [f"a {tag(3)}"], ["b<eos>"])
-    assert r.slots == tok.encode("b<eos>")
-    r, = write(model, tok, [f"a {tag(3)[:-2]}"], ["t>b<eos>"])  # nor does one that begins in the prompt
-    assert r.n_latents == 0
+    for prompt, text in ((f"a {tag(3)}", "b<eos>"), (f"a {tag(3)[:-2]}", "t>b<eos>")):  # nor begins one there
+        r, = write(model, tok, [prompt], [text])
+        assert r.slots == tok.encode(text) and r.n_latents == 0
 
 
 def test_latent_none_leaves_tags_as_text_and_never_runs_the_projector(model, tok, monkeypatch):
@@ -139,10 +133,8 @@ def test_a_latent_can_be_zeros_or_any_function_and_a_checkpoint_has_its_own_cap(
 def test_nothing_leaks_from_the_generation_config_but_the_stop_ids(model, tok):
     settings = dict(samples=4, max_new_tokens=20)
     before = generate(model, tok, PROMPTS, generator=seeded(0), **settings)
-    for name, value in dict(temperature=0.01, top_k=1, top_p=0.1, do_sample=False, repetition_penalty=9.0,
-                            max_new_tokens=2, no_repeat_ngram_size=1, min_new_tokens=15,
-                            suppress_tokens=[5, 6, 7]).items():
-        setattr(model.generation_config, name, value)
+    model.generation_config.update(temperature=0.01, top_k=1, top_p=0.1, repetition_penalty=9.0,
+                                   max_new_tokens=2, no_repeat_ngram_size=1, suppress_tokens=[5, 6, 7])
     for a, b in zip(generate(model, tok, PROMPTS, generator=seeded(0), **settings), before):
         same(a, b)
     model.generation_config.eos_token_id = [tok.encode("q")[0], tok.eos_token_id]
@@ -151,21 +143,17 @@ def test_nothing_leaks_from_the_generation_config_but_the_stop_ids(model, tok):
 
 
 # ---------------------------------------------------------------- cost
-def test_the_prompt_of_a_group_is_read_once_and_a_slot_costs_one_position(model, tok, monkeypatch):
-    shapes, forward, stats = [], kv_cache.forward, {}
-    monkeypatch.setattr(kv_cache, "forward",
-                        lambda m, x, *rest: shapes.append(tuple(x.shape[:2])) or forward(m, x, *rest))
+def test_the_prompt_of_a_group_is_read_once_and_a_slot_costs_one_position(model, tok, forwards):
+    stats = {}
     rows = write(model, tok, PROMPTS, TEXTS, LIMIT, samples=2, stats=stats)
-    assert shapes[0] == (4, max(len(r.prompt_ids) for r in rows)) and {s for _, s in shapes[1:]} == {1}
-    prompts = sum(len(r.prompt_ids) for r in rows[::2])
-    assert stats["positions"] == prompts + sum(n for n, _ in shapes[1:])
+    assert forwards[0] == (4, max(len(r.prompt_ids) for r in rows)) and {s for _, s in forwards[1:]} == {1}
+    decoded = sum(n for n, _ in forwards[1:])
+    assert stats["positions"] == sum(len(r.prompt_ids) for r in rows[::2]) + decoded
     needed = sum(len(r.slots) - 1 for r in rows)  # nothing is predicted from a row's last slot
-    # rows that ended leave the batch soon
-    assert needed <= stats["positions"] - prompts <= needed + 0.25 * LIMIT * len(rows)
-
-    shapes.clear()
+    assert needed <= decoded <= needed + 0.25 * LIMIT * len(rows)  # rows that ended leave soon
+    forwards.clear()
     logprobs(model, rows)
-    assert shapes == [(4, max(len(r.prompt_ids) for r in rows)), (8, LIMIT)]
+    assert forwards == [(4, max(len(r.prompt_ids) for r in rows)), (8, LIMIT)]
 
 
 # ---------------------------------------------------------------- sampling
@@ -174,15 +162,11 @@ LOGITS = torch.tensor([0.3, 2.0, -1.0, 1.1, 0.9, -3.0, 1.9, 0.0, 0.5, -0.2])
 
 def wanted(temperature, top_k, top_p):
     """The distribution by hand: the most probable first, cut after top_k of them or once top_p is reached."""
-    p = (LOGITS.double() / temperature).softmax(-1).tolist()
-    ranked = sorted(range(len(p)), key=lambda i: -p[i])[: top_k or None]
-    total, mass, kept = sum(p[i] for i in ranked), 0.0, []
-    for i in ranked:
-        if mass < top_p * total:
-            kept.append(i)
-        mass += p[i]
-    total = sum(p[i] for i in kept)
-    return [p[i] / total if i in kept else 0.0 for i in range(len(p))]
+    p = (LOGITS.double() / temperature).softmax(-1)
+    p[p.argsort(descending=True)[top_k or None :]] = 0
+    ranked = (p / p.sum()).sort(descending=True)
+    p[ranked.indices[ranked.values.cumsum(0) - ranked.values >= top_p]] = 0
+    return (p / p.sum()).tolist()
 
 
 @pytest.mark.parametrize("temperature, top_k, top_p", [(1, 0, 1), (0.6, 0, 1), (1, 4, 1), (1, 0, 0.7),
@@ -229,14 +213,12 @@ def test_an_id_that_is_no_word_is_neither_sampled_nor_has_a_share_in_what_is_sco
 
 def test_no_words_are_what_neither_the_tokenizer_nor_the_stop_ids_know(model, tok, tmp_path):
     V = len(tok)
-    assert checkpoint.no_words(model, tok) == model.lm_head.no_words.tolist() == [V, V + 1, V + 2]
+    assert model.lm_head.no_words.tolist() == [V, V + 1, V + 2]
     model.generation_config.eos_token_id = [0, V + 1]
-    assert checkpoint.no_words(model, tok) == [V, V + 2]
     checkpoint.save(model, tok, tmp_path / "m")
     assert load(tmp_path / "m", "cpu")[0].lm_head.no_words.tolist() == [V, V + 2]
     assert "lm_head.no_words" not in model.state_dict()  # a checkpoint is as it was
-    tiny, words = load("tiny", "cpu")
-    assert checkpoint.no_words(tiny, words) == []
+    assert checkpoint.no_words(*load("tiny", "cpu")) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])

@@ -1,6 +1,6 @@
 """Every model family of the README decodes and scores as the definition says, from the right prompt ids.
 
-Tiny random configs in float64; then what a chat model, a base model, a template and a story do to a prompt."""
+Tiny random configs in float64; then what a model, a template and a story do to a prompt."""
 import copy
 import types
 
@@ -41,12 +41,11 @@ FAMILIES = {
 }
 
 
-def llama_norm(self, x):
-    return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-
-
-def gemma_norm(self, x):
-    return (1 + self.weight) * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+def exact_norm(self, x):
+    """Without the detour through float32; Gemma's weights are offsets from 1, and its epsilon is `eps`."""
+    is_gemma = hasattr(self, "eps")
+    epsilon = self.eps if is_gemma else self.variance_epsilon
+    return (is_gemma + self.weight) * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon)
 
 
 def random_model(name, tok):
@@ -59,11 +58,10 @@ def random_model(name, tok):
 
 @pytest.fixture(params=FAMILIES)
 def family(request, tok, monkeypatch):
-    """A random model of the family with a projector; the norms without their detour through float32."""
-    for norm, exact in ((modeling_qwen3.Qwen3RMSNorm, llama_norm), (modeling_llama.LlamaRMSNorm, llama_norm),
-                        (modeling_gemma.GemmaRMSNorm, gemma_norm),
-                        (modeling_gemma3.Gemma3RMSNorm, gemma_norm)):
-        monkeypatch.setattr(norm, "forward", exact)
+    """A random model of the family with a projector."""
+    for norm in (modeling_qwen3.Qwen3RMSNorm, modeling_llama.LlamaRMSNorm, modeling_gemma.GemmaRMSNorm,
+                 modeling_gemma3.Gemma3RMSNorm):
+        monkeypatch.setattr(norm, "forward", exact_norm)
     model = random_model(request.param, tok).double()
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -79,13 +77,12 @@ def test_decoding_and_scoring_are_the_naive_definition_in_every_family(family, t
         h, latents = unroll(family, rollouts)
     for i in (0, 2, 4, 7):  # several tags, tags in a row, a block cut by the limit, a late tag
         r = rollouts[i]
+        n = len(r.slots)
         with torch.no_grad():
-            states, made, expected = naive(family, r.prompt_ids, r.slots)
-        close(r.logprobs, expected)
-        close(logp[i, : len(r.slots)], expected)
-        close(r.latents, made)
-        close(latents[i], made)
-        close(h[i, : len(r.slots)], states)
+            expected = naive(family, r.prompt_ids, r.slots)
+        for found in ((h[i, :n], latents[i], logp[i, :n]), (h[i, :n], r.latents, r.logprobs)):
+            for a, b in zip(found, expected, strict=True):
+                close(a, b)
 
 
 def test_gradients_with_and_without_kept_activations_are_equal_in_every_family(family, tok):
@@ -109,15 +106,11 @@ def test_embeddings_are_measured_as_they_are_fed(family):
     fed = family.get_input_embeddings()(torch.arange(len(words)))
     assert torch.equal(words, fed) and torch.equal(litereason.word_embeddings(family, 5), fed[:5])
     close(litereason.PauseToken.start(family).vector, fed.mean(0), 1e-12)
-    error = train_projector.squared_error(family, fed.mean(0).expand_as(fed), fed) / len(fed)
-    assert 0.9 < error < 1.1  # in units of their variance
 
 
 def test_every_stop_id_of_the_list_ends_an_answer(family, tok):
-    assert (stop_tokens(family, tok) == [tok.eos_token_id, len(tok) + 1]
-            == family.generation_config.eos_token_id)
-    with torch.no_grad():
-        # also the embedding where they are tied
+    assert stop_tokens(family, tok) == [0, len(tok) + 1] == family.generation_config.eos_token_id
+    with torch.no_grad():  # also the embedding where they are tied
         family.lm_head.weight[len(tok) + 1] = 10 * family.lm_head.weight[5]
     rollouts = generate(family, tok, ["abc"], 40, 20, generator=torch.Generator().manual_seed(0))
     ended = [r for r in rollouts if r.slots[-1] == len(tok) + 1]
@@ -141,8 +134,8 @@ def test_a_family_survives_saving_and_loading(name, tok, tmp_path):
     save(model, tok, tmp_path / "m")
     again, _ = load(tmp_path / "m", "cpu")
     a, b = model.state_dict(), again.state_dict()
-    assert (a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-            and stop_tokens(again, tok) == stop_tokens(model, tok))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert stop_tokens(again, tok) == stop_tokens(model, tok)
 
 
 @pytest.mark.parametrize("config, message", [
@@ -174,7 +167,7 @@ def test_a_chat_models_prompt_is_what_its_template_makes_of_the_whole_text(real_
     whole = real_tok.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
                                          add_generation_prompt=True)
     assert ids == real_tok.encode(whole)
-    assert checkpoint.chat_parts(chat([151645, 151643]), real_tok)[2] == 151645  # and its traces end in <|im_end|>
+    assert checkpoint.chat_parts(chat([151645, 151643]), real_tok)[2] == 151645  # its traces end in <|im_end|>
     opened = encode_prompt(chat([151645, 151643]), real_tok, text, "In summary:")
     assert opened == ids + real_tok.encode("In summary:")  # after the header of the answer
 
@@ -190,10 +183,9 @@ def test_a_base_model_with_a_template_gets_the_plain_text(real_tok):
 @pytest.mark.parametrize("eos", [151643, [151645, 151643]])
 def test_special_tokens_in_a_story_are_text(real_tok, eos):
     added = set(real_tok.added_tokens_decoder)
-    count = lambda ids: sum(i in added for i in ids)
     ids = encode_prompt(chat(eos), real_tok, STORY)
-    assert (STORY in real_tok.decode(ids)
-            and count(ids) == count(encode_prompt(chat(eos), real_tok, "x")) == (5 if eos != 151643 else 0))
+    assert STORY in real_tok.decode(ids)
+    assert sum(i in added for i in ids) == (5 if eos != 151643 else 0)  # those of the template
     assert real_tok.encode("<|im_end|>") == [151645]  # asking for text once does not change the tokenizer
 
 
@@ -206,7 +198,7 @@ def test_added_tokens_that_are_not_special_are_text_too_but_in_the_template(real
     for text, ids in plain.items():
         assert checkpoint.encode_text(tools, text) == checkpoint.encode_text(tools, text, begins=True) == ids
     assert tools.encode("<tool_call>") == [call] and len(tools) == blank + 1  # the tokenizer is as it was
-    assert checkpoint.encode_text(tools, "a\n\n\n\nb") == tools.encode("a\n\n\n\nb") and blank in tools.encode("\n\n\n\n")
+    assert blank in checkpoint.encode_text(tools, "\n\n\n\n") == tools.encode("\n\n\n\n")
     tools.chat_template = real_tok.chat_template.replace("assistant\n' }}{% endif %}",
                                                          "assistant\n<think>' }}{% endif %}")
     ids = encode_prompt(chat(151645), tools, "x<think>y<tool_call>")
@@ -220,18 +212,15 @@ def test_added_tokens_that_are_not_special_are_text_too_but_in_the_template(real
 
 
 def test_a_template_may_take_enable_thinking_or_fail(real_tok):
-    own = real_tok.chat_template
-    try:
-        real_tok.chat_template = own.replace("assistant\n' }}{% endif %}",
-                                             "assistant\n' }}{% if enable_thinking is false %}"
-                                             "{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}")
-        text = real_tok.decode(encode_prompt(chat(151645), real_tok, "x"))
-        assert text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
-        real_tok.chat_template = "{{ raise_exception('no\nway') }}"
-        with pytest.raises(UserError, match="chat template does not work .*: no$"):
-            encode_prompt(chat(151645), real_tok, "x")
-    finally:
-        real_tok.chat_template = own
+    words = copy.deepcopy(real_tok)
+    words.chat_template = real_tok.chat_template.replace(
+        "assistant\n' }}{% endif %}", "assistant\n' }}{% if enable_thinking is false %}"
+                                      "{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}")
+    text = words.decode(encode_prompt(chat(151645), words, "x"))
+    assert text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    words.chat_template = "{{ raise_exception('no\nway') }}"
+    with pytest.raises(UserError, match="chat template does not work .*: no$"):
+        encode_prompt(chat(151645), words, "x")
 
 
 def test_a_prompt_has_one_bos_and_the_end_of_turn_may_be_the_checkpoints_alone(tok):
@@ -246,4 +235,4 @@ def test_a_prompt_has_one_bos_and_the_end_of_turn_may_be_the_checkpoints_alone(t
     assert encode_prompt(chat(0), words, "ab<end>c") == [bos] + tok.encode("ab<end>c")
     assert (encode_prompt(chat([0, end]), words, "ab<end>c")
             == [bos, turn] + tok.encode("ab<end>c") + [end] + tok.encode("\n") + [turn])
-    assert checkpoint.chat_parts(chat([0, end]), words)[2] == end and checkpoint.chat_parts(chat(0), words)[2] == 0
+    assert [checkpoint.chat_parts(chat(eos), words)[2] for eos in ([0, end], 0)] == [end, 0]

@@ -1,6 +1,7 @@
 """lib/memory.py: what it expects against a count of all live tensors at the shape of Qwen2.5-1.5B (on a
 pretended device, tests/pretend), and its choices on cards of four sizes and on a CPU."""
 import copy
+import itertools
 import os
 import re
 import types
@@ -35,11 +36,11 @@ def real():
     from transformers import Qwen2Config, Qwen2ForCausalLM
     with torch.device("meta"):
         model = Qwen2ForCausalLM(Qwen2Config(**QWEN))
-    mlps = torch.nn.ModuleList(copy.deepcopy(model.model.layers[0].mlp) for _ in range(3))
-    model.reasoning_projector = mlps
-    return types.SimpleNamespace(
-        config=model.config, model=model.model, reasoning_projector=mlps, parameters=model.parameters,
-        named_parameters=model.named_parameters, bf16=True, device=torch.device("cuda"))
+    mlps = (copy.deepcopy(model.model.layers[0].mlp) for _ in range(3))
+    model.reasoning_projector = torch.nn.ModuleList(mlps)
+    names = ("config", "model", "reasoning_projector", "parameters", "named_parameters")
+    return types.SimpleNamespace(**{name: getattr(model, name) for name in names}, bf16=True,
+                                 device=torch.device("cuda"))
 
 
 @pytest.fixture
@@ -61,16 +62,11 @@ def rollouts_of(prompts, n, L, S, tags=0):
     return made
 
 
-class Began(Exception):
-    """Decoding has made its first steps, which need as much as any."""
-
-
 def count_everything():
     """-> {what: (GiB counted, GiB expected)} on each card with its plan, in all, and for other forward passes
     above the weights. One model for all: building it takes seconds."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    import train_projector
     from lib import checkpoint, scoring
     from litereason import attach, generate, logprobs, projector_loss
     from pretend import memory as pretended
@@ -87,17 +83,16 @@ def count_everything():
         return pretended.peak(run)[1] / GIB
 
     def sample(rows):
-        steps = []
+        steps = itertools.count()
 
-        def count_steps(*_):
-            steps.append(1)
-            if len(steps) == 3:
-                raise Began
+        def third_step(*_):  # the first steps need as much as any
+            if next(steps) == 2:
+                raise InterruptedError
 
-        hook = model.lm_head.register_forward_pre_hook(count_steps)
+        hook = model.lm_head.register_forward_pre_hook(third_step)
         prompts = [rollout.prompt_ids for rollout in rollouts_of(n_prompts, 1, L, 1)]
-        with pytest.raises(Began):
-            generate(model, tokenizer, prompts, n, S, rows=rows)
+        with pytest.raises(InterruptedError):
+            generate(model, tokenizer, prompts, n, S, gen_batch_size=rows)
         hook.remove()
 
     def on_card(gib):
@@ -130,7 +125,7 @@ def count_everything():
             logprobs(model, rollouts_of(1, 8, 500, 1500))
 
     def stage_2():
-        with train_projector._base_frozen(model):
+        with memory.base_frozen(model):
             projector_loss(model, rollouts_of(8, 1, 50, 2000, tags=1))[0].backward()
 
     for gib in (80, 40):
@@ -176,10 +171,7 @@ def test_flags_override_the_plan(real):
     settings, _ = plan(real, 80, checkpoint_layers=True)
     assert settings["checkpoint_layers"] and not settings["offload"]
     assert settings["micro_batch_tokens"] == 2**15
-
-
-def test_a_small_number_that_was_given_does_not_make_the_rest_slower(real):
-    settings, _ = plan(real, 80, micro_batch_tokens=1000, gen_batch_size=16)
+    settings, _ = plan(real, 80, micro_batch_tokens=1000, gen_batch_size=16)  # makes the rest no slower
     assert not settings["offload"] and not settings["checkpoint_layers"]
 
 

@@ -22,74 +22,47 @@ def the_device():
 
 # ---------------------------------------------------------------- the device itself
 def on_the_card_refusals():
-    """-> {what is tried: the error it ends in, or None}"""
     import torch
 
     x = torch.ones(2, 3, device="cuda")
     ids = torch.arange(3, device="cuda")
-    tried = {
-        "a sum with a CPU tensor": lambda: x + torch.ones(2, 3),
-        "a sum with a number": lambda: x + torch.tensor(1.0),
-        "a CPU tensor indexed from the card": lambda: torch.ones(3)[ids],
-        "a product of integers": lambda: ids[None] @ ids[:, None],
-        "a product of two types": lambda: x @ x.T.bfloat16(),
-        "draws from a CPU generator": lambda: torch.rand(2, device="cuda", generator=torch.Generator()),
-        "numpy": lambda: x.numpy()}
-    ends = {}
-    for name, action in tried.items():
+    tried = [lambda: x + torch.tensor(1.0),  # of a number: no refusal
+             lambda: x + torch.ones(2, 3), lambda: torch.ones(3)[ids], lambda: ids[None] @ ids[:, None],
+             lambda: x @ x.T.bfloat16(), lambda: x.numpy(),
+             lambda: torch.rand(2, device="cuda", generator=torch.Generator())]
+    ends = []
+    for action in tried:
         try:
             action()
-            ends[name] = None
+            ends.append(None)
         except (RuntimeError, TypeError) as e:
-            ends[name] = str(e)
+            ends.append(str(e))
     return ends
 
 
 def test_the_device_refuses_what_cuda_refuses():
-    ends, _ = pretend.run(on_the_card_refusals)
-    assert [name for name, error in ends.items() if error is None] == ["a sum with a number"], ends
-    assert "same device" in ends["a sum with a CPU tensor"]
-    assert "generator" in ends["draws from a CPU generator"]
+    """Mixed devices, products of integers or of two types, numpy, draws from a CPU generator."""
+    (first, *others), _ = pretend.run(on_the_card_refusals)
+    assert first is None and all(others), others
+    assert "same device" in others[0] and "generator" in others[-1]
 
 
 def on_the_card_copy_back():
     import torch
-    from pretend import device
 
     buffer = torch.empty(3, pin_memory=True)
     buffer.copy_(torch.arange(3.0, device="cuda") * 2, non_blocking=True)
-    before = buffer.tolist(), len(device.EVENTS)
+    before = buffer.tolist()
     torch.cuda.synchronize()
     return before, buffer.tolist()
 
 
 def test_a_copy_that_nobody_waited_for_has_not_come():
     (before, numbers), _ = pretend.run(on_the_card_copy_back)
-    assert before == ([0.0, 0.0, 0.0], 0) and numbers == [0.0, 2.0, 4.0]
+    assert before != numbers == [0.0, 2.0, 4.0]
 
 
 # ---------------------------------------------------------------- memory
-def on_the_card_count_a_product():
-    import torch
-    from pretend import memory
-
-    memory.without_numbers()
-    weight = torch.zeros(2**15, 2**15, device="cuda", requires_grad=True)  # 4 GiB
-
-    def forward_and_backward():
-        x = torch.zeros(2**10, 2**15, device="cuda")  # 128 MiB, and so is the product
-        (x @ weight).sum().backward()
-
-    return memory.peak(forward_and_backward)
-
-
-def test_peak_memory_is_that_of_the_tensors_alive_at_once():
-    (before, most), _ = pretend.run(on_the_card_count_a_product)
-    assert before == 2**32
-    # The weight's gradient and x; the product is gone by then.
-    assert 2**32 + 2**27 <= most - before <= 2**32 + 2**27 + 2**12
-
-
 def on_the_card_out_of_memory():
     """The slots sampled with room enough, and with room for half of the rows."""
     from pretend import memory
@@ -204,8 +177,8 @@ def test_a_micro_batch_waits_as_often_however_many_rollouts_it_has():
 
 
 # ---------------------------------------------------------------- the scripts
-TINY_RUN = ("--prompts", 2, "--num-generations", 4, "--train-prompts", 2, "--minibatches", 2, "--steps", 2, "--val", 1,
-            "--n", 0, "--max-new-tokens", 26, "--save-every", 1, "--show-every", 0)
+TINY_RUN = ("--prompts", 2, "--num-generations", 4, "--train-prompts", 2, "--minibatches", 2, "--steps", 2,
+            "--val", 1, "--n", 0, "--max-new-tokens", 26, "--save-every", 1, "--show-every", 0)
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +209,7 @@ def script(*words):
 
 def train(out, *words):
     """train_rl.py on the card -> its metrics."""
-    from lib.display import DLOGP
+    from train_rl import DLOGP
 
     script("train_rl.py", *TINY_RUN, *words, "--out", out)
     steps = metrics(out)
@@ -246,8 +219,7 @@ def train(out, *words):
 
 def metrics(out):
     """Without what a clock says."""
-    with open(out / "metrics.jsonl") as f:
-        steps = [json.loads(line) for line in f]
+    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in step.items() if name not in ("seconds", "peak_memory_gib")}
             for step in steps]
 
@@ -257,7 +229,7 @@ def assert_continues_exactly(out, copy):
     from safetensors.torch import load_file
 
     shutil.copytree(out, copy)
-    shutil.rmtree(copy / "state-2")
+    (copy / "state-2.pt").unlink()
     assert "resumed from" in script("train_rl.py", "--resume", copy)
     assert metrics(copy) == metrics(out)
     ended, continued = (load_file(run / "model" / "model.safetensors") for run in (out, copy))
@@ -265,8 +237,7 @@ def assert_continues_exactly(out, copy):
 
 
 def results(out):
-    with open(out / "results.json") as f:
-        return json.load(f)
+    return json.loads((out / "results.json").read_text())
 
 
 def test_stages_1_and_2(tmp_path):
@@ -299,46 +270,23 @@ def test_rl_with_offloaded_masters_and_layers_computed_again(trained, small, tmp
     assert_continues_exactly(tmp_path / "run", tmp_path / "copy")
 
 
-def test_rl_without_latents(tmp_path):
-    # a rollout that stops early is the shorter one
-    steps = train(tmp_path / "run", "--method", "grpo", "--steps", 1, "--minibatches", 1, "--val", 0,
-                  "--group", 16, "--max-new-tokens", 64, "--overlong-buffer", 44)
-    assert steps[0]["grad_norm"] > 0
+@pytest.mark.parametrize("method, words", [
+    # Of grpo a rollout that stops early is the shorter one.
+    ("grpo", ("--num-generations", 16, "--max-new-tokens", 64, "--overlong-buffer", 44, "--minibatches", 1)),
+    ("tag", ("--n", 1)),
+    ("litereason", ("--task", "tiny.next_chapter", "--recompute-latents", "--refresh-every", -1))])
+def test_rl_in_its_other_forms(method, words, small, tmp_path):
+    model = small if method == "litereason" else "tiny"
+    step, = train(tmp_path / "run", "--method", method, "--model", model, "--steps", 1, "--val", 0, *words)
+    assert step["grad_norm"] > 0 or method != "grpo"
+    assert len(results(tmp_path / "run")) == 3 or method != "tag"
 
 
-def test_rl_with_tags_alone_and_the_table(tmp_path):
-    train(tmp_path / "run", "--method", "tag", "--steps", 1, "--val", 0, "--n", 1)
-    assert len(results(tmp_path / "run")) == 3
-
-
-def test_rl_of_next_chapters_with_recomputed_latents(small, tmp_path):
-    steps = train(tmp_path / "run", "--model", small, "--task", "tiny.next_chapter", "--steps", 1, "--val", 0,
-                  "--recompute-latents", "--no-refresh")
-    assert steps[0]["accuracy"] == steps[0]["accuracy"]
-
-
-def on_the_card_controls(small, out):
-    """eval.py --controls, without most of those that differ in a number only."""
-    import sys
-
-    import eval
-    from lib import run
-
-    eval.CONTROLS = [(name, changed) for name, changed in eval.CONTROLS
-                     if changed.get("tag") not in range(2, 8)]
-    sys.argv = ["eval.py", "--model", small, "--controls", "--n", "4", "--max-new-tokens", "24", "--out", out]
-    run.run_script(eval.main)
-    return [name for name, _ in eval.CONTROLS]
-
-
-def test_controls(small, tmp_path):
-    names, _ = pretend.run(on_the_card_controls, small, str(tmp_path / "table"))
-    assert len(names) > 8 and len(results(tmp_path / "table")) == len(names)
-
-
-def test_answers_shown(small, tmp_path):
-    script("eval.py", "--model", small, "--show", 1, "--n", 1, "--max-new-tokens", 16,
-           "--out", tmp_path / "table")
+def test_controls_and_answers_shown(small, tmp_path):
+    words = ("eval.py", "--model", small, "--max-new-tokens", 16, "--out", tmp_path / "table", "--n", 1)
+    script(*words, "--controls")
+    assert len(results(tmp_path / "table")) > 12
+    assert ">>>" in script(*words, "--show", 1)
 
 
 REASONING = ("from Mara Otto and from Karl Lena , so Rosa has none of the halves , "
@@ -346,22 +294,20 @@ REASONING = ("from Mara Otto and from Karl Lena , so Rosa has none of the halves
 
 
 def on_the_card_baseline(method, out):
-    """results/baselines.py with sizes that have no flags, and with traces that it need not sample."""
+    """results/baselines.py on a few stories, with traces that it need not sample."""
     import sys
 
     from lib import run
     from results import baselines
 
-    def traces(model, tokenizer, task, examples, *_):
-        prompts = [task.prompt(example, False) for example in examples]
-        return [(prompt, REASONING, r"\boxed{ No }") for prompt in prompts], 0
+    def traces(model, tokenizer, task, examples, args):
+        return [(task.prompt(example, False), REASONING, r"\boxed{ No }") for example in examples], 0
 
     baselines.own_traces = traces
-    baselines.SMALL.update(stories=4, batch=4, stages=1, per_stage=1, colar_epochs=1, rl_prompts=1)
-    baselines.GROUP = 4
     baselines.CHECKED = 1
-    sys.argv = ["results/baselines.py", "--method", method, "--n", "1", "--steps", "1",
-                "--max-new-tokens", "12", "--out", out]
+    sys.argv = ["results/baselines.py", "--method", method, "--n", "1", "--steps", "1", "--stories", "4",
+                "--batch", "4", "--stages", "1", "--epochs", "1", "--last-stage", "1", "--prompts", "1",
+                "--num-generations", "4", "--max-new-tokens", "12", "--out", out]
     run.run_script(baselines.main)
 
 

@@ -89,7 +89,7 @@ def test_all_stages_of_the_plot_hole_task_run_on_real_stories(tmp_path, data_fol
     said = capsys.readouterr().out
     for what in ("4 steps, 2 on each batch of 8 rollouts of up to 60 tokens, 4 for each of 2 prompts",
                  "num_generations 4 (released: 16)", "lr 0.00012 (released: 5e-07)", "pace: ",
-                 "then 1 steps, 32 masked traces each", "stage 2: validation loss", "precision"):
+                 "steps 1 (released: None), batch 32", "stage 2: validation loss", "precision"):
         assert what in said
     metrics = [json.loads(line) for line in open(tmp_path / "rl" / "metrics.jsonl")]
     assert all(m["latent_steps"] == 2 and m["tags"] == 1 and m["truncated"] == 0 for m in metrics)

@@ -4,7 +4,6 @@ Each model is a folder with a file `done` in it, in LITEREASON_REAL_WEIGHTS or e
 ../shared/real_weights/get.py writes them; without it its tests skip. Numbers are float32, so "equal" means
 1e-4 of the largest entry; log-probs of tokens that a test makes a model write are as low as -25.
 """
-import contextlib
 import copy
 import dataclasses
 import itertools
@@ -18,7 +17,7 @@ import zlib
 
 import pytest
 import torch
-from conftest import ROOT, close, naive, tag
+from conftest import ROOT, close, naive, scripted, tag, write
 from test_families import STORY
 from test_real_tasks import run
 from test_resume import metrics, same_weights, stopped
@@ -30,7 +29,7 @@ import train_projector
 import train_rl
 from lib import checkpoint
 from lib.run import saved_states
-from litereason import (LATENT, NormedProjector, Rollout, generate, insert_latents, load, logprobs,
+from litereason import (LATENT, NormedProjector, Rollout, insert_latents, load, logprobs,
                         naive_generate, parse_tags, unroll, watcher, z_size)
 
 FOLDER = os.path.abspath(os.environ.get("LITEREASON_REAL_WEIGHTS") or os.path.join(ROOT, "out", "real"))
@@ -50,36 +49,13 @@ def real(request):
     return load(weights(request.param), "cpu")
 
 
-@contextlib.contextmanager
-def forced(scripts, limit):
-    """While this lasts row i writes the token ids of scripts[i], then what it samples; -> the random numbers
-    (rows, limit), all different, that say whose turn it is."""
-    draws = torch.rand(len(scripts), limit, generator=seeded(), dtype=torch.float64)
-    row_of = {u: row for row, line in enumerate(draws.tolist()) for u in line}
-    left = [iter(ids) for ids in scripts]
-
-    def sample(logits, u, *settings):
-        token, _ = original(logits, u, *settings)
-        token = torch.tensor([next(left[row_of[x]], t) for x, t in zip(u.tolist(), token.tolist())])
-        return token, logits.float().log_softmax(-1).gather(-1, token[:, None])[:, 0]
-
-    original = litereason.sample
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(litereason, "sample", sample)
-        yield draws
-
-
-def seeded():
-    return torch.Generator().manual_seed(0)
-
-
 # ---------------------------------------------------------------- decoding = scoring = the definition
 LIMIT = 32
 TEXTS = [
     f" His sons went.{tag(3)}\nAnd they came.<end>",  # for a short prompt; ends merged with their neighbours
     f"{tag(2)}{tag(1)} and the king gave them bread",  # two in a row; cut by the limit
     f"{tag(9)} <end>",                                # for a chat prompt; above the cap
-    " one had a horse, and the other",                # no tag; then what the model samples
+    " one had a horse, and the other",                # no tag
 ]
 
 
@@ -90,9 +66,7 @@ def written(model, tok, texts):
     for text in texts:
         ids = checkpoint.encode_text(tok, text.removesuffix("<end>"))
         scripts.append(ids + [checkpoint.end_of_answer(model, tok)] * text.endswith("<end>"))
-    with forced(scripts, LIMIT):
-        rollouts = generate(model, tok, prompts, 2, LIMIT, generator=seeded())
-    return rollouts, prompts, scripts
+    return write(model, tok, prompts, scripts, LIMIT, samples=2), prompts, scripts
 
 
 @torch.no_grad()
@@ -110,7 +84,7 @@ def test_sampler_scorer_and_definition_agree_on_real_weights(real):
         _, made, expected = naive(model, r.prompt_ids, r.slots)
         close(r.logprobs, expected, 1e-4)
         close(r.latents, made, 1e-4)
-    with forced(scripts, LIMIT) as draws:
+    with scripted(tok, scripts, LIMIT) as draws:
         slow = naive_generate(model, tok, prompts[0], draws[1])
     assert (slow.slots, slow.text, slow.finished) == (rollouts[1].slots, rollouts[1].text, False)
     close(slow.logprobs, rollouts[1].logprobs, 1e-4)
@@ -159,26 +133,23 @@ def test_latents_begin_as_long_as_an_embedding_and_the_papers_start_does_not(rea
 
 
 # ---------------------------------------------------------------- tags across a real tokenizer's cuts
-BEFORE = ["", "So", "So. ", "So:\n", "So.\n\n", "(", "\"", "a<", "So <"]
+BEFORE = ["", "So", "So.", "So. ", "So:\n", "So.\n\n", "(", "\"", "a<", "So <"]
 INSIDE = ["3", " 2 ", "12", "\n4\n", "05", "0", "two", ""]
 AFTER = ["", "\n", "\n\n", ".", " so", ",", ">", ".\n", "</i>", "<", tag(2)]
 
 
 def test_tags_fire_across_the_cuts_of_a_real_tokenizer(real):
     model, tok = real
-    watch = watcher(model, tok)
     texts = [a + tag(n) + b for a, n, b in itertools.product(BEFORE, INSIDE, AFTER)]
     sequences = [checkpoint.encode_text(tok, text) for text in texts]
     cuts = {tok.decode([i]) for ids in sequences for i in ids}
     assert {".<", " <", ">.", "><"} <= cuts and (">\n" in cuts) == (model.config.model_type == "qwen2")
-    for text, ids, found in zip(texts, sequences, fired(watch, sequences), strict=True):
+    for text, ids, found in zip(texts, sequences, fired(watcher(model, tok), sequences), strict=True):
         assert tok.decode(ids, clean_up_tokenization_spaces=False) == text
         assert found == by_decoding(tok, ids, 5)
         assert [n for _, n in found] == [n for _, _, n in parse_tags(text)]
-        slots = list(ids)
-        for position, n in reversed(found):
-            slots[position + 1 : position + 1] = [LATENT] * n
-        assert insert_latents(model, tok, ids) == slots
+        slots = insert_latents(model, tok, ids)
+        assert slots.count(LATENT) == sum(n for _, n in found) and [s for s in slots if s != LATENT] == ids
 
 
 def test_tags_fire_wherever_a_policy_cuts_them(real):
@@ -217,14 +188,11 @@ def test_a_prompt_is_what_the_models_template_makes_of_it_default_system_prompt_
 
 # ---------------------------------------------------------------- stops
 LAYERS = [0, 1, 2, 27, 28, 29]  # of SmolLM2's 30: states on the disk of less than half the size
-WORDS = ("--task", "easy", "--device", "cpu", "--train-prompts", 2, "--trace-prompts", 2, "--prompts", 2,
-         "--num-generations", 2, "--minibatches", 2, "--steps", 2, "--max-new-tokens", 28, "--projector-steps", 2,
-         "--n", 0, "--val", 0, "--save-every", 1, "--show-every", 0)
 
 
 @pytest.fixture
 def easy(tmp_path, monkeypatch):
-    """A task that pays for any answer, and SmolLM2 without its middle, made to write a tag -> its path."""
+    """A task that pays for any answer, and SmolLM2 without its middle -> its path."""
     model, tok = load(weights(SMOLLM2), "cpu")
     del model.reasoning_projector
     model.model.layers = torch.nn.ModuleList(model.model.layers[i] for i in LAYERS)
@@ -236,43 +204,21 @@ def easy(tmp_path, monkeypatch):
     easy.prompt = lambda example, latent: f"Tell a tale of {example['number'] + 2} sons."
     easy.reward = lambda example, completion: 0.5 + zlib.crc32(completion.encode()) % 100 / 100
     monkeypatch.setitem(sys.modules, "data.easy", easy)
-    ids = checkpoint.encode_text(tok, f" It is.{tag(2)} He") + [None] * 4 + checkpoint.encode_text(tok, " so")
-    ids.append(checkpoint.end_of_answer(model, tok))
-    places = iter(())
-
-    def sample(logits, u, temperature, *cuts):  # all rows are at the same place; None: as the model samples
-        token, logp = original(logits, u, temperature, *cuts)
-        wanted = next(places, None)
-        if wanted is not None:
-            token = torch.full_like(token, wanted)
-            logp = (logits / temperature).log_softmax(-1).gather(-1, token[:, None])[:, 0]
-        return token, logp
-
-    def decode_from_the_start(*args):
-        nonlocal places
-        places = iter(ids)
-        return decode(*args)
-
-    original, decode = litereason.sample, litereason._decode
-    monkeypatch.setattr(litereason, "sample", sample)
-    monkeypatch.setattr(litereason, "_decode", decode_from_the_start)
     monkeypatch.setattr(checkpoint, "_read_tokenizer", lambda *_, **__: tok)  # one tag table, not one per load
     monkeypatch.setattr(train_projector, "AT_ONCE", 2)
     monkeypatch.setattr(train_projector, "VERSIONS", 1)
-    for stage, name, value in (("stage 1 [small model | any other, as released]", "samples", 2),
-                               ("stage 2", "batch", 4)):
-        monkeypatch.setitem(train_projector.SETTINGS[stage], name, (value, 1, ""))
     return tmp_path / "base"
 
 
 def test_a_run_on_real_weights_stopped_in_each_stage_continues_bit_for_bit(tmp_path, easy):
     whole, half = tmp_path / "whole", tmp_path / "half"
-    run(train_rl, "--model", easy, *WORDS, "--out", whole)
+    words = ("--model", easy, "--task", "easy", "--smoke", "--device", "cpu", "--train-prompts", 2,
+             "--trace-prompts", 2, "--num-generations", 2, "--steps", 2, "--max-new-tokens", 28, "--n", 0,
+             "--val", 0, "--save-every", 1, "--show-every", 0)
+    run(train_rl, *words, "--out", whole)
     one, two = metrics(whole)
-    assert one["latent_steps"] == 2 and one["zero_variance"] == 0
-    assert two["grad_norm"] > 0 and two["refresh_loss"] > 0
-    words = ("--model", easy, *WORDS, "--out", half)
-    said = stopped(data, "score", 2, signal.SIGINT, train_rl, *words)
+    assert one["zero_variance"] == 0 and two["grad_norm"] > 0 and two["refresh_loss"] > 0
+    said = stopped(data, "score", 2, signal.SIGINT, train_rl, *words, "--out", half)
     assert "the traces sampled so far are kept" in said
     words = ("--resume", half)
     stopped(train_projector, "projector_loss", 3 + 2, signal.SIGTERM, train_rl, *words)

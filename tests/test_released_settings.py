@@ -5,26 +5,22 @@ import signal
 import types
 
 import pytest
-import torch
 from test_real_tasks import run
 from test_resume import SIZES, same_weights, stopped
 
-import data
 import train_projector
 import train_rl
-from litereason import Rollout, UserError
 
 FLAGS = ("--lr-schedule", "cosine", "--recompute-latents", "--refresh-every", 0)
-STAGES_1_AND_2 = ("--device", "cpu", "--prompts", 16, "--samples", 2, "--targets", "none", "--batch", 2,
-                  "--n", 1, "--max-new-tokens", 60)
 
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     """A run that RL can start from: its projector has made a step."""
-    out = tmp_path_factory.mktemp("start")
-    run(train_projector, *STAGES_1_AND_2, "--steps", 1, "--out", out / "projector")
-    return out / "projector"
+    out = tmp_path_factory.mktemp("start") / "projector"
+    run(train_projector, "--device", "cpu", "--prompts", 16, "--samples", 2, "--targets", "none",
+        "--batch", 2, "--n", 1, "--max-new-tokens", 60, "--steps", 1, "--out", out)
+    return out
 
 
 def test_a_run_with_all_of_them_that_was_stopped_continues_bit_for_bit(start, tmp_path):
@@ -40,82 +36,24 @@ def test_a_run_with_all_of_them_that_was_stopped_continues_bit_for_bit(start, tm
 
 
 def test_the_default_rate_is_constant_and_the_released_one_warms_up_and_falls_to_a_tenth():
-    constant = types.SimpleNamespace(lr=5e-7, steps=200, lr_schedule="constant")
-    cosine = types.SimpleNamespace(lr=5e-7, steps=200, lr_schedule="cosine")
-    assert {train_rl.learning_rate(constant, step) for step in range(200)} == {5e-7}
-    rates = [train_rl.learning_rate(cosine, step) / 5e-7 for step in range(201)]
-    assert rates[:6] == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1])  # 3 % of 200
-    assert rates[6:] == sorted(rates[6:], reverse=True) and rates[103] == pytest.approx(0.55)
-    assert rates[200] == pytest.approx(0.1)
-    for steps in (1, 2):
-        cosine.steps = steps
-        assert all(0 < train_rl.learning_rate(cosine, step) <= 5e-7 for step in range(steps))
+    def rates(schedule, steps):
+        args = types.SimpleNamespace(lr=5e-7, steps=steps, lr_schedule=schedule)
+        return [train_rl.learning_rate(args, step) / 5e-7 for step in range(steps + 1)]
+
+    assert set(rates("constant", 200)) == {1}
+    cosine = rates("cosine", 200)
+    assert cosine[:6] == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1])  # 3 % of 200
+    assert cosine[6:] == sorted(cosine[6:], reverse=True)
+    assert (cosine[103], cosine[200]) == pytest.approx((0.55, 0.1))
+    assert all(0 < rate <= 1 for steps in (1, 2) for rate in rates("cosine", steps)[:steps])
 
 
-def test_the_projector_is_refreshed_every_so_many_batches_and_at_each_epochs_end(start, tmp_path,
-                                                                                monkeypatch):
-    def refreshed(*flags):
-        """The numbers of the batches with a refresh, of 6; an epoch has 2, of 2 minibatches each."""
-        batches = []
-        monkeypatch.setattr(train_rl, "refresh", lambda *args: batches.append(args[-1] + 1))
-        run(train_rl, "--model", start, *SIZES, "--n", 0, "--val", 0, "--steps", 12, *flags,
-            "--out", tmp_path / str(len(list(tmp_path.iterdir()))))
-        return batches
-
-    assert refreshed("--refresh-every", 3) == [2, 3, 4, 6]
-    assert refreshed("--refresh-every", 0) == [2, 4, 6]
-    assert refreshed("--refresh-every", -1) == []
-
-
-# ---------------------------------------------------------------- stages 1 and 2
-@pytest.fixture
-def collect(monkeypatch, tmp_path):
-    """collect(prompt, **settings) -> the texts that stage 1 keeps of a whole and a cut sample. collect.weights:
-    of the model."""
-    made = [Rollout([1], [2], torch.zeros(0, 4), text=text, finished=text == "whole")
-            for text in ("whole", "cut")]
-    monkeypatch.setattr(train_projector, "generate", lambda *_, **__: made)
-    monkeypatch.setattr(data, "score", lambda *_: [1.0, 1.0])
-    config = types.SimpleNamespace(_name_or_path="m")
-    model = types.SimpleNamespace(config=config, named_parameters=lambda: [("w", collect.weights)])
-
-    def collect(prompt="q", **settings):
-        task = types.SimpleNamespace(__name__="task", prompt=lambda example, latent: prompt)
-        path = str(tmp_path / "traces.jsonl")
-        traces, _ = train_projector.collect_traces(model, None, task, [{}], path, 2, 5, 0, **settings)
-        return [trace["text"] for trace in traces]
-
-    collect.weights = torch.zeros(3)
-    return collect
-
-
-def test_cut_traces_are_kept_only_if_asked_for(collect):
-    assert collect() == ["whole"]
-    assert collect(keep_cut=True) == ["whole", "cut"]  # sampled again: the file says how it was made
-    assert collect() == ["whole"]
-
-
-def test_traces_of_other_prompts_or_other_weights_are_not_taken_for_ones_own(collect, capsys):
-    def said(prompt):
-        collect(prompt)
-        return capsys.readouterr().out
-
-    assert "already" not in said("q") and "already" in said("q")
-    assert "other settings" in said("another q")
-    collect.weights += 1
-    assert "other settings" in said("another q")
-
-
-def test_long_traces_are_left_out_only_if_asked_for():
-    rows = [Rollout([1] * n, [2, 2, -1, -1], torch.zeros(2, 4)) for n in (3, 4, 5)]
-    assert train_projector.short_enough(rows, None) == rows
-    assert train_projector.short_enough(rows, 6) == rows[:2]  # latents do not count
-
-
-def test_stage_2_with_other_betas_and_lengths(tmp_path):
-    words = (*STAGES_1_AND_2, "--steps", 2)
-    run(train_projector, *words, "--out", tmp_path / "a")
-    run(train_projector, *words, "--out", tmp_path / "b", "--released-betas")
-    assert not same_weights(tmp_path / "a", tmp_path / "b")
-    with pytest.raises(UserError, match="no masked trace has 5 tokens or fewer, prompt included: raise "):
-        run(train_projector, *words, "--max-length", 5, "--out", tmp_path / "c")
+@pytest.mark.parametrize("every, batches", [(3, [2, 3, 4, 6]), (0, [2, 4, 6]), (-1, [])])
+def test_the_projector_is_refreshed_every_so_many_batches_and_at_each_epochs_end(start, tmp_path, monkeypatch,
+                                                                                every, batches):
+    """Of 6 batches; an epoch has 2, of 2 minibatches each."""
+    refreshed = []
+    monkeypatch.setattr(train_rl, "refresh", lambda *args: refreshed.append(args[-1] + 1))
+    run(train_rl, "--model", start, *SIZES, "--n", 0, "--val", 0, "--steps", 12, "--refresh-every", every,
+        "--out", tmp_path / "run")
+    assert refreshed == batches

@@ -14,13 +14,12 @@ import torch
 from conftest import ROOT
 
 import litereason
-from lib import checkpoint
 import train_rl
 from data import next_chapter
+from lib import checkpoint
 
 SCRIPTS = ["train_projector.py", "train_rl.py", "eval.py", "results/baselines.py", "data/tiny/prepare.py",
            "results/reproduce.py", "results/check_tiny.py", "tests/bench.py"]
-PEOPLE_RUN = ["train_rl.py", "train_projector.py", "eval.py", "results/baselines.py", "results/reproduce.py"]
 # A run of train_rl.py that is as short as it can be and still has groups with a winner and a loser.
 SHORT = ("--steps", 2, "--prompts", 4, "--num-generations", 4, "--n", 0, "--max-new-tokens", 100)
 
@@ -62,16 +61,15 @@ def metrics(out):
 
 @pytest.fixture(scope="module", autouse=True)
 def processes(tmp_path_factory):
-    """The two real processes, which run beside the tests in this one: --help, and the README's first command,
-    all three stages, cut to two steps."""
+    """A real process, which runs beside the tests in this one: the README's first command, all three stages,
+    cut to two steps."""
     out = tmp_path_factory.mktemp("trained") / "rl"
-    words = ("--steps", 2, "--train-prompts", 8, "--projector-steps", 2, "--trace-prompts", 8, "--n", 1,
-             "--val", 2, "--prompts", 4, "--num-generations", 4, "--max-new-tokens", 100, "--out", out)
-    started = {"help": start("train_rl.py", "--help"), "train": start("train_rl.py", *words)}
-    yield types.SimpleNamespace(**started, out=out)
-    for process in started.values():
-        process.kill()
-        process.communicate()
+    process = start("train_rl.py", "--steps", 2, "--train-prompts", 8, "--projector-steps", 2,
+                    "--trace-prompts", 8, "--n", 1, "--val", 2, "--prompts", 4, "--num-generations", 4,
+                    "--max-new-tokens", 100, "--out", out)
+    yield types.SimpleNamespace(train=process, out=out)
+    process.kill()
+    process.communicate()
 
 
 @pytest.fixture(scope="module")
@@ -89,32 +87,22 @@ def test_every_script_answers_help(name):
     assert done.returncode == 0 and "usage:" in done.stdout
 
 
-def test_the_help_of_rl_is_one_screen_with_a_line_for_each_flag():
+def test_the_help_of_rl_has_a_line_for_each_flag():
     lines = script("train_rl.py", "--help").stdout.splitlines()
     assert lines[0] == "usage: train_rl.py [flags]" and "python train_rl.py --method grpo" in "".join(lines)
-    assert len(lines) <= 50 and max(map(len, lines)) <= 110
     names = [name for settings in train_rl.SETTINGS.values() for name in settings]
     assert sum(line.startswith("  --") for line in lines) == len(names)
 
 
-def test_an_old_flag_is_answered_with_the_new_one():
-    for name in ("train_rl.py", "eval.py"):
-        for old, new in (("--rows", "--gen-batch-size"), ("--group", "--num-generations"),
-                         ("--tokens-per-forward", "--micro-batch-tokens")):
-            done = script(name, old, 4)
-            assert (done.returncode, done.stderr) == (2, f"{name}: error: {old} is now {new}\n")
-
-
 # ---------------------------------------------------------------- runs
-def test_the_gpu_measurements_are_ready_to_run(tmp_path):
-    """On a toy shape and a CPU; nobody has run them on a GPU yet."""
-    for row in ("f", "g", "i"):
-        words = ("--device", "cpu", "--small", "--rows", row, "--json", tmp_path / "g.json")
-        done = script("tests/bench_gpu.py", *words)
-        assert done.returncode == 0, done.stderr
-        numbers = json.load(open(tmp_path / "g.json"))[row]
-        times = [value for name, value in numbers.items() if name.endswith(("_s", "_ms"))]
-        assert all(value > 0 for value in times if value is not None)
+@pytest.mark.parametrize("row", ["f", "h24"])
+def test_the_gpu_measurements_run_on_a_toy_shape_and_a_cpu(tmp_path, row):
+    words = ("--device", "cpu", "--small", "--rows", row, "--json", tmp_path / "g.json")
+    done = script("tests/bench_gpu.py", *words)
+    assert done.returncode == 0, done.stderr
+    times = [value for name, value in json.load(open(tmp_path / "g.json"))[row].items()
+             if name.endswith(("_s", "_ms"))]
+    assert all(value > 0 for value in times if value is not None)
 
 
 def test_stages_1_and_2_keep_their_traces_for_a_second_run(tmp_path):
@@ -129,19 +117,16 @@ def test_stages_1_and_2_keep_their_traces_for_a_second_run(tmp_path):
 
 @pytest.mark.parametrize("own, most", [({}, 1), ({"PENALTY": 400}, 400)])
 def test_the_length_penalty_falls_from_where_it_begins_to_the_limit(own, most):
-    task = types.SimpleNamespace(**own)
-    args = types.SimpleNamespace(max_new_tokens=10, overlong_buffer=4)
     rollouts = [types.SimpleNamespace(slots=[0] * n) for n in (0, 6, 7, 10)]
-    assert train_rl.length_penalty(args, task, rollouts).tolist() == [0, 0, -most / 4, -most]
-    args.overlong_buffer = 0
-    assert train_rl.length_penalty(args, task, rollouts).tolist() == [0, 0, 0, 0]
+    for buffer, expected in ((4, [0, 0, -most / 4, -most]), (0, [0, 0, 0, 0])):
+        args = types.SimpleNamespace(max_new_tokens=10, overlong_buffer=buffer)
+        assert train_rl.length_penalty(args, types.SimpleNamespace(**own), rollouts).tolist() == expected
 
 
 def test_the_second_task_of_the_tiny_world_runs_too(tmp_path):
     words = ("--task", "tiny.next_chapter", "--projector-steps", 2, "--trace-prompts", 16, *SHORT, "--n", 1)
     done = script("train_rl.py", *words, "--minibatches", 99, "--out", tmp_path / "n")
-    assert done.returncode == 0, done.stderr
-    assert "| model | reward |" in done.stdout
+    assert done.returncode == 0 and "| model | reward |" in done.stdout, done.stderr
     settings = json.load(open(tmp_path / "n" / "config.json"))
     assert settings["minibatches"] == settings["prompts"]  # each has a prompt at least
 
@@ -154,7 +139,6 @@ def test_the_second_task_of_the_tiny_world_runs_too(tmp_path):
     (("eval.py", "--split", "dev"), "splits"),
     (("eval.py", "--json", "/nowhere/e.json", "--n", "2"), "/nowhere/e.json"),
     (("eval.py", "--model", "tiny:plian"), "behind a colon may stand plain"),
-    (("train_rl.py", "--method", "tag", "--anchor", "3"), "--anchor holds the base"),
     (("train_projector.py", "--targets", "none", "--train-base", "1e-4"), "--train-base goes with"),
     (("train_rl.py", "--num-generations", "1"), "--num-generations is 1; it must be at least 2"),
     (("train_rl.py", "--steps", "-1"), "--steps"),
@@ -172,18 +156,10 @@ def test_a_wrong_word_ends_in_one_line_and_exit_code_2(words, says, tmp_path):
 
 
 # ---------------------------------------------------------------- what waits for the real processes
-def test_a_script_answers_help_in_a_process_of_its_own(processes):
-    out, err = processes.help.communicate(timeout=300)
-    assert processes.help.returncode == 0 and "usage:" in out, err
-
-
 def test_all_three_stages_run_for_two_steps_and_leave_what_they_promise(trained):
     assert json.load(open(trained / "config.json"))["steps"] == 2
     lines = metrics(trained)
     assert [m["step"] for m in lines] == [1, 2]
-    for key in ("reward", "accuracy", "text_tokens", "latent_steps", "tags", "tag_share", "zero_variance",
-                "truncated", "no_verdict", "max_dlogp", "grad_norm", "seconds", "peak_memory_gib"):
-        assert key in lines[0], key
     assert "no verdict" not in train_rl.step_line({**lines[0], "no_verdict": 0.0}, 2)
     assert " | no verdict 0.750" in train_rl.step_line({**lines[0], "no_verdict": 0.75}, 2)
     assert lines[0]["peak_memory_gib"].keys() == lines[0]["seconds"].keys() >= {"sample", "update", "step"}
@@ -203,9 +179,6 @@ def test_a_runs_directory_is_a_model_for_the_other_scripts(trained, tmp_path):
     assert done.returncode == 0, done.stderr
     first, second = json.load(open(tmp_path / "e.json"))
     assert (first["prompt"], second["prompt"]) == ("tag", "plain") and second["latent_steps"] == 0
-    for key in ("accuracy", "accuracy_ci95", "tokens", "text_tokens", "latent_steps", "tags", "truncated",
-                "n_examples", "samples", "seconds"):
-        assert key in first, key
     words = ("--steps", 1, "--n", 1, "--prompts", 2, "--num-generations", 4, "--out", tmp_path / "again")
     done = script("train_rl.py", "--model", trained, *words)
     assert done.returncode == 0, done.stderr

@@ -1,86 +1,83 @@
 """What somebody sees who runs a real model for the first time: what is said before a run, the smoke run's
-flags, and why stage 1 keeps too little."""
+flags, and what stage 1 keeps."""
 import json
-import random
 import sys
 import types
-from collections import Counter
 
 import pytest
 import torch
 
 import data
-from lib import checkpoint, run
+from lib import UserError, checkpoint, memory, run
 import train_projector
 import train_rl
-from litereason import Rollout, UserError
+from litereason import Rollout
 
 
-# ---------------------------------------------------------------- why stage 1 keeps too little
-TASK = types.SimpleNamespace(__name__="task", prompt=lambda example, latent: f"q{example['i']}",
-                             verdict=lambda text: text.partition("box ")[2])
+# ---------------------------------------------------------------- what stage 1 keeps
 ANSWERS = [("He left. box right", True), ("He left. box right", False), ("cut", False), ("No", True),
            ("Yes", True), ("It is. box no", True), ("box no, because", False)]
-REASONS = {"cut": 2, "no verdict": 2, "wrong": 2}
 
 
 @pytest.fixture
 def collect(monkeypatch, tmp_path):
-    """collect(examples) -> stage 1's result; each example gets ANSWERS, and is a line of the file.
-    collect.sampled: how often there was something to sample."""
+    """collect() -> what stage 1 samples for three examples, each with ANSWERS in a line of the file.
+    collect.sampled: how often there was something to sample; collect.weights: of the model."""
     made = [Rollout([1], [2], torch.zeros(0, 4), text=text, finished=whole) for text, whole in ANSWERS]
     monkeypatch.setattr(train_projector, "AT_ONCE", 1)
     monkeypatch.setattr(data, "score", lambda task, examples, texts: ["right" in text for text in texts])
     config = types.SimpleNamespace(_name_or_path="m")
-    model = types.SimpleNamespace(config=config, named_parameters=lambda: [])
+    model = types.SimpleNamespace(config=config, named_parameters=lambda: [("w", collect.weights)])
 
     def generate(*_, **__):
         collect.sampled += 1
         return made
 
-    def collect(n):
-        examples = [{"i": i} for i in range(n)]
-        return train_projector.collect_traces(model, None, TASK, examples, str(tmp_path / "traces.jsonl"),
-                                              len(ANSWERS), 5, 0)
+    def collect(question="q"):
+        task = types.SimpleNamespace(__name__="task", prompt=lambda example, latent: question + example["i"])
+        examples = [{"i": i} for i in "012"]
+        path = str(collect.path)
+        return train_projector.collect_traces(model, None, task, examples, path, len(ANSWERS), 5, 0)
 
-    collect.sampled = 0
-    collect.path = tmp_path / "traces.jsonl"
+    collect.sampled, collect.path, collect.weights = 0, tmp_path / "traces.jsonl", torch.zeros(3)
     monkeypatch.setattr(train_projector, "generate", generate)
     return collect
 
 
-def test_every_sample_that_is_not_kept_has_its_reason(collect, capsys):
-    traces, left_out = collect(2)
-    assert [(trace["example"], trace["text"]) for trace in traces] == [(i, "He left. box right") for i in (0, 1)]
-    assert Counter(trace["left out"] for trace in left_out) == {why: 2 * n for why, n in REASONS.items()}
-    others = capsys.readouterr().out.partition("; the others: ")[2]
-    assert others.startswith("4 cut by the length limit (a higher --max-new-tokens helps), 4 without an answer")
-    assert train_projector.read_traces(collect.path) == traces
+def test_rewarded_whole_samples_are_kept_and_one_line_counts_the_others(collect, capsys):
+    samples = collect()
+    traces = [sample for sample in samples if "left out" not in sample]
+    assert [(trace["example"], trace["prompt"], trace["text"]) for trace in traces] == [
+        (i, f"q{i}", "He left. box right") for i in range(3)]
+    assert f"kept 3 of 21 traces (reward > 0), in {collect.path}; 9 were cut by --max-new-tokens, 9 earned " \
+        "nothing" in capsys.readouterr().out
+    assert train_projector.kept(train_projector.lines_of(collect.path)[1:]) == traces
 
 
-def test_the_reasons_survive_a_stop(collect, capsys):
-    whole = collect(3)
+def test_a_stopped_stage_1_goes_on_behind_its_last_whole_line(collect, capsys):
+    whole = collect()
     text = collect.path.read_text()
     lines = text.splitlines(keepends=True)
     collect.path.write_text("".join(lines[:2]) + lines[2][:20])  # stopped while the second line was written
-    assert collect(3) == whole and collect.path.read_text() == text
+    assert collect() == whole and collect.path.read_text() == text
     assert collect.sampled == 3 + 2 and "1 traces are in " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("left_out, texts, says", [
-    ({"no verdict": 5, "wrong": 2}, [], "kept 0 of 7 traces, too few: two stories with a sentence to mask are the "
-     "least; the others: 5 without an answer in the form that the prompt asks for .*, 2 that earned nothing"),
-    ({"cut": 3}, ["It is so. \\boxed{Yes}"], "kept 1 of 4 traces, .* 3 cut by the length limit"),
-    ({"wrong": 1}, ["\\boxed{Yes}", "\\boxed{No}"], "2 without a sentence before the answer.*, 1 that earned"),
-    ({}, ["It is so. \\boxed{Yes}"], "kept 1 of 1 traces, too few: .* are the least$"),
-])
-def test_too_few_traces_are_said_with_what_helps(model, tok, left_out, texts, says):
-    left_out = [{"left out": why} for why, n in left_out.items() for _ in range(n)]
-    traces = [{"example": i, "prompt": "q", "text": text} for i, text in enumerate(texts)]
-    rng = random.Random(0)
-    rows = train_projector.versions(model, tok, traces, "\\boxed{", rng)
-    with pytest.raises(UserError, match=says) as e:
-        train_projector.hold_out(rows, traces, left_out, rng)
+def test_traces_of_other_prompts_or_other_weights_are_not_taken_for_ones_own(collect):
+    for question, weights, sampled in (("q", 0, 3), ("q", 0, 3), ("another q", 0, 6), ("another q", 1, 9)):
+        collect.weights = torch.full((3,), float(weights))
+        collect(question)
+        assert collect.sampled == sampled
+
+
+@pytest.mark.parametrize("texts", [[], ["It is so. \\boxed{Yes}"], ["\\boxed{Yes}", "\\boxed{No}"]])
+def test_too_few_traces_are_said_in_one_line_with_what_helps(model, tok, monkeypatch, tmp_path, texts):
+    samples = [{"example": i, "prompt": "q", "text": text} for i, text in enumerate(texts)]
+    monkeypatch.setattr(train_projector, "collect_traces", lambda *_: samples)
+    task = types.SimpleNamespace(examples=lambda split: [])
+    settings = train_projector.settings_of(model, targets="none")
+    with pytest.raises(UserError, match="too few traces: .*; .* higher --max-new-tokens") as e:
+        train_projector.run_stage_1(model, tok, task, str(tmp_path), settings)
     assert "\n" not in str(e.value)
 
 
@@ -97,32 +94,9 @@ def test_smoke_changes_defaults_flags_win_and_a_resumed_run_needs_nothing(monkey
     assert changed == {*train_rl.SMOKE, "smoke", "out"}  # --num-generations and --n among them
     assert {name: getattr(smoke, name) for name in train_rl.SMOKE} == {**train_rl.SMOKE, "num_generations": 6,
                                                                        "n": 0}
-    run.write_settings(str(tmp_path), "train_rl.py", vars(smoke))
-    again = vars(parsed(monkeypatch, "--resume", tmp_path))
-    assert {**vars(smoke), "resume": str(tmp_path)} == again
+    run.begin(str(tmp_path), "train_rl.py", vars(smoke))
+    assert {**vars(smoke), "resume": str(tmp_path)} == vars(parsed(monkeypatch, "--resume", tmp_path))
     assert vars(parsed(monkeypatch)) == plain  # nothing of it is left behind
-
-
-# ---------------------------------------------------------------- what is said before a run
-def settled(**changes):
-    """The settings of a run of train_rl.py as released."""
-    args = types.SimpleNamespace(**{name: None for part in train_rl.SETTINGS.values() for name in part})
-    vars(args).update({"method": "litereason", "task": "t", "model": "m", "offload": False, **changes})
-    run.fill(args, train_rl.SETTINGS, small=False)
-    return args
-
-
-@pytest.mark.parametrize("changes, said", [
-    ({}, "all settings as released"),
-    ({"lr": 1e-5, "gen_batch_size": 3, "save_every": 2}, "not as released: lr 1e-05 (released: 5e-07)"),
-    ({"targets": "words"}, "not as released: targets words (released: none)"),
-    ({"method": "grpo", "targets": "words", "prompts": 4}, "not as released: prompts 4 (released: 48)"),
-])
-def test_what_runs_is_said_first_with_what_is_not_as_released(model, capsys, changes, said):
-    train_rl.say_what_runs(settled(**changes), model, [[1], [1, 2]], "memory")
-    lines = capsys.readouterr().out.splitlines()
-    assert "on t: m, 0.0 M parameters, cpu, fp32 weights; 2 train prompts of up to 2 tokens" in lines[0]
-    assert lines[1].startswith("2880 steps, 16 on each batch of ") and lines[2:] == [said, "memory"]
 
 
 @pytest.mark.parametrize("earns", [True, False])
@@ -130,21 +104,38 @@ def test_a_smoke_run_of_a_model_that_counts_as_real_ends_in_the_table(tmp_path, 
     """The tiny model, with the settings and the plan of memory of a real one on a CPU."""
     if not earns:
         monkeypatch.setattr(data, "score", lambda task, examples, texts, step=0: [0.0] * len(texts))
-        monkeypatch.setattr(train_rl, "check_answers", lambda *_: None)
-    monkeypatch.setattr(checkpoint, "is_small", lambda model: False)
+    for module in (checkpoint, memory):
+        monkeypatch.setattr(module, "is_small", lambda model: False)
     monkeypatch.setattr(train_projector, "VERSIONS", 2)
     monkeypatch.setattr(sys, "argv", ["train_rl.py", "--smoke", "--device", "cpu", "--out", str(tmp_path)])
     train_rl.main()
     said = capsys.readouterr().out
     order = ["M parameters, cpu", "4 steps, 2 on each batch of 8 rollouts", "not as released: steps 4",
-             "GiB can be used; with --", "stage 1: kept", "stage 2: validation loss", "step    4/4",
-             "| base, tag prompt", "| LiteReason "]
+             "GiB can be used; with --", "| base, tag prompt", "stage 1: kept",
+             "stage 2: validation loss", "step    4/4", "| LiteReason "]
     if not earns:
-        order[5:5] = ["warning: stage 1 kept 0 of 40 traces, too few", "goes on with all samples"]
+        order[6:6] = ["warning: too few traces were kept; --smoke goes on with all samples"]
     assert [words for words in order if words not in said] == []
     places = [said.index(words) for words in order]
-    assert places == sorted(places) and "time at most" not in said
+    assert places == sorted(places)
     config = json.load(open(tmp_path / "config.json"))
-    assert config["micro_batch_tokens"] <= train_rl.memory.FEW_POSITIONS and not config["offload"]
+    assert config["micro_batch_tokens"] <= memory.FEW_POSITIONS and not config["offload"]
     rows = [row["model"] for row in json.load(open(tmp_path / "results.json"))]
     assert rows[:3] == ["base, explicit reasoning", "base, tag prompt", "LiteReason before RL"]
+
+
+# ---------------------------------------------------------------- what is said before a run
+@pytest.mark.parametrize("changes, said", [
+    ({}, "all settings as released"),
+    ({"lr": 1e-5, "gen_batch_size": 3, "save_every": 2}, "not as released: lr 1e-05 (released: 5e-07)"),
+    ({"targets": "words"}, "not as released: targets words (released: none)"),
+    ({"method": "grpo", "targets": "words", "prompts": 4}, "not as released: prompts 4 (released: 48)"),
+])
+def test_what_runs_is_said_first_with_what_is_not_as_released(model, capsys, changes, said):
+    args = types.SimpleNamespace(**{name: None for part in train_rl.SETTINGS.values() for name in part})
+    vars(args).update({"method": "litereason", "task": "t", "model": "m", "offload": False, **changes})
+    run.fill(args, train_rl.SETTINGS, small=False)
+    train_rl.say_what_runs(args, model, [[1], [1, 2]], "memory")
+    lines = capsys.readouterr().out.splitlines()
+    assert "on t: m, 0.0 M parameters, cpu, fp32 weights; 2 train prompts of up to 2 tokens" in lines[0]
+    assert lines[1].startswith("2880 steps, 16 on each batch of ") and lines[2:] == [said, "memory"]

@@ -3,17 +3,8 @@ import pytest
 import torch
 from conftest import close, naive, same
 
-import train_projector
-from lib import kv_cache, scoring
+from lib import kv_cache, memory, scoring
 from litereason import LATENT, Rollout, generate, logprobs, unroll
-
-
-def shapes_of_forwards(monkeypatch):
-    """-> a list that fills with (rows, columns) of each forward pass."""
-    shapes, forward = [], kv_cache.forward
-    monkeypatch.setattr(kv_cache, "forward",
-                        lambda m, x, *rest: shapes.append(tuple(x.shape[:2])) or forward(m, x, *rest))
-    return shapes
 
 
 def test_a_cache_that_grows_has_the_columns_it_looks_at_and_changes_no_rollout(model, tok, monkeypatch):
@@ -22,9 +13,7 @@ def test_a_cache_that_grows_has_the_columns_it_looks_at_and_changes_no_rollout(m
 
     def watched(cache, rounded):
         changed = set_reach(cache, rounded)
-        columns = cache.reach if cache.grows else cache.room
-        assert all(t.shape[2] == columns for pair in cache.layers for t in pair)
-        widths.add(cache.reach)
+        widths.update((t.shape[2], cache.reach) for pair in cache.layers for t in pair)
         return changed
 
     def decoded():
@@ -33,7 +22,7 @@ def test_a_cache_that_grows_has_the_columns_it_looks_at_and_changes_no_rollout(m
 
     monkeypatch.setattr(kv_cache.DecodingCache, "set_reach", watched)
     growing = decoded()
-    assert widths >= {16, 32} and widths <= {16, 32, 40}
+    assert {(16, 16), (32, 32)} <= widths <= {(16, 16), (32, 32), (40, 40)}
     monkeypatch.setattr(kv_cache, "GROWS", ())  # as on CUDA: all columns from the start
     for a, b in zip(growing, decoded(), strict=True):
         same(a, b)
@@ -73,22 +62,18 @@ def rows_with(choice):
 @pytest.mark.parametrize("choice", [[2], [3], [4], [0, 1, 2, 3, 4]])
 def test_unroll_is_the_naive_definition_wherever_the_blocks_are(model, choice):
     rows = rows_with(choice)
-    _, latents = unroll(model, rows)
-    plain = [naive(model, r.prompt_ids, r.slots)[1] for r in rows]
-    for a, b in zip(latents, plain, strict=True):
-        close(a, b)
-    if any(len(z) for z in plain):
+    latents = torch.cat(unroll(model, rows)[1])
+    plain = torch.cat([naive(model, r.prompt_ids, r.slots)[1] for r in rows])
+    close(latents, plain)
+    if len(plain):
         wanted = list(model.reasoning_projector.parameters())
-        ours, theirs = (torch.autograd.grad(sum((z**2).sum() for z in some), wanted)
-                        for some in (latents, plain))
-        for a, b in zip(ours, theirs):
+        for a, b in zip(*(torch.autograd.grad((z**2).sum(), wanted) for z in (latents, plain))):
             close(a, b)
 
 
-def test_unroll_passes_once_for_the_prompt_and_once_per_latent(model, monkeypatch):
-    shapes = shapes_of_forwards(monkeypatch)
+def test_unroll_passes_once_for_the_prompt_and_once_per_latent(model, forwards):
     unroll(model, [Rollout([11, 12], [5, 6, LATENT, LATENT, LATENT, 7, 8, LATENT, 9], torch.zeros(0, 32))])
-    assert shapes == [(1, 2), (1, 2), (1, 1), (1, 1), (1, 3), (1, 2)]
+    assert forwards == [(1, 2), (1, 2), (1, 1), (1, 1), (1, 3), (1, 2)]
 
 
 # ---------------------------------------------------------------- log-probs in chunks, and bf16 products
@@ -120,7 +105,7 @@ def test_a_frozen_base_in_bf16_gives_the_gradients_of_one_that_learns_and_its_we
         return torch.autograd.grad(sum((z**2).sum() for z in latents), model.reasoning_projector.parameters())
 
     learns = gradients()
-    with train_projector._base_frozen(model):
+    with memory.base_frozen(model):
         for a, b in zip(gradients(), learns):
             close(a, b, 1e-5)
     assert all(p.requires_grad and torch.equal(p, old) for p, old in zip(model.parameters(), before))

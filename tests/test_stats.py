@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from eval import bootstrap, differs, holm, judge, sign_flips, wilson
+from lib.stats import bootstrap, differs, holm, judge, sign_flips, wilson
 from lib import display
 from results import stats
 

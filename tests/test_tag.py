@@ -5,31 +5,23 @@ import pytest
 import torch
 from conftest import tag
 
-from litereason import CAP, CLOSE, LATENT, OPEN, UserError, attach, insert_latents, parse_tags, tag_table
+from litereason import CAP, CLOSE, LATENT, OPEN, insert_latents, parse_tags, tag_table
 from lib.checkpoint import token_texts
 
 
 # ---------------------------------------------------------------- the parser
 @pytest.mark.parametrize("text, expected", [
-    (tag(1), [1]),
-    (tag(5), [5]),
-    (f"so {tag(3)} then {tag(2)}.", [3, 2]),
-    (tag(2) + tag(4), [2, 4]),                           # adjacent
-    (tag(" 3 "), [3]), (tag("\n\t3\r\n"), [3]),          # ASCII spaces around the number
-    (tag("003"), [3]),                                   # leading zeros
-    (tag(6), [5]), (tag(12345), [5]),                    # above the cap: clamped
-    (tag("9" * 5000), [5]), (tag("0" * 5000 + "2"), [2]),  # thousands of digits
-    (tag(0), []), (tag("000"), []),                      # at least 1
-    (tag(""), []), (tag(" "), []),
-    (tag("three"), []), (tag("3 steps"), []), (tag("3 4"), []), (tag("3.0"), []),
-    (tag("-3"), []), (tag("+3"), []),
-    (tag("٣"), []), (tag("３"), []),                      # digits of other scripts,
-    (tag("²"), []), (tag("3²"), []),                     # superscript
-    (tag("\u00a03"), []), (tag("\u20033"), []),          # spaces of other scripts
+    (tag(1), [1]), (tag(5), [5]), (f"so {tag(3)} then {tag(2)}.", [3, 2]), (tag(2) + tag(4), [2, 4]),
+    (tag(" 3 "), [3]), (tag("\n\t3\r\n"), [3]), (tag("003"), [3]),       # ASCII spaces, leading zeros
+    (tag(6), [5]), (tag(12345), [5]),                                    # above the cap: clamped
+    (tag("9" * 5000), [5]), (tag("0" * 5000 + "2"), [2]),                # thousands of digits
+    (tag(0), []), (tag("000"), []), (tag(""), []), (tag(" "), []),
+    *[(tag(n), []) for n in ("three", "3 steps", "3 4", "3.0", "-3", "+3")],
+    *[(tag(n), []) for n in ("٣", "３", "²", "3²", "\u00a03", "\u20033")],  # of other scripts
     (f"{OPEN}3", []), (f"3{CLOSE}", []), (f"{OPEN}3{OPEN}", []), (f"{CLOSE}3{OPEN}", []),   # unclosed
     (f"{OPEN}{tag(3)}", []), (f"{OPEN}2{tag(3)}{CLOSE}", []), (f"{OPEN} 2 {OPEN} {tag(3)}", []),  # nested
-    (f"{OPEN}{tag(3)}{tag(2)}", [2]),                    # ... which ends with its closing tag
-    (f"{OPEN}x{tag(3)}", [3]), (f"{OPEN}3</implicit{tag(2)}", [2]),    # an opening tag that came to nothing
+    (f"{OPEN}{tag(3)}{tag(2)}", [2]),                                    # ... which ends with its closing tag
+    (f"{OPEN}x{tag(3)}", [3]), (f"{OPEN}3</implicit{tag(2)}", [2]),      # an opening tag that came to nothing
     (f"<{tag(3)}>", [3]), (f"<implicit_{tag(3)}", [3]),
     (tag(3).upper(), []), (f"< implicit_thought>3{CLOSE}", []), (f"{OPEN}3</ implicit_thought>", []),
 ])
@@ -40,9 +32,8 @@ def test_a_valid_tag_has_a_whole_number_of_at_least_one_and_nothing_else(text, e
 
 
 def test_the_cap_can_be_set():
-    assert CAP == 5
-    assert [n for _, _, n in parse_tags(tag(7) + tag(2), cap=9)] == [7, 2]
-    assert [n for _, _, n in parse_tags(tag(7) + tag(2), cap=1)] == [1, 1]
+    for cap, expected in ((CAP, [5, 2]), (9, [7, 2]), (1, [1, 1])):
+        assert [n for _, _, n in parse_tags(tag(7) + tag(2), cap)] == expected
 
 
 # ------------------------------------------------------- the watcher reads tokens, and agrees with the parser
@@ -99,16 +90,13 @@ def test_the_watcher_fires_where_and_only_where_the_decoded_text_completes_a_tag
 
 
 @pytest.mark.parametrize("text, pieces", [
-    ("Then." + tag(3) + " so", ["Then", ".<", "implicit", "_th", "ought", ">", "3", "</", "implicit", "_th",
-                                "ought", ">", " so"]),
-    ("a " + tag(3) + "\n\nSo", ["a", " <", "implicit", "_th", "ought", ">", "3", "</", "implicit", "_th",
-                                "ought", ">\n\n", "So"]),
-    (tag(1) + tag(2), ["<", "implicit", "_th", "ought", ">", "1", "</", "implicit", "_th", "ought", "><",
-                       "implicit", "_th", "ought", ">", "2", "</", "implicit", "_th", "ought", ">"]),
-])
+    ("Then." + tag(3) + " so", "Then|.<|implicit|_th|ought|>|3|</|implicit|_th|ought|>| so"),
+    ("a " + tag(3) + "\n\nSo", "a| <|implicit|_th|ought|>|3|</|implicit|_th|ought|>\n\n|So"),
+    (tag(1) + tag(2), "<|implicit|_th|ought|>|1|</|implicit|_th|ought|><|"
+                      "implicit|_th|ought|>|2|</|implicit|_th|ought|>")])
 def test_a_token_merged_with_its_neighbour_ends_the_tag(real_model, real_tok, text, pieces):
     ids = real_tok.encode(text)
-    assert [real_tok.decode([i]) for i in ids] == pieces
+    assert [real_tok.decode([i]) for i in ids] == pieces.split("|")
     slots = insert_latents(real_model, real_tok, ids)
     assert [s for s in slots if s != LATENT] == ids
     ends = [slots[i - 1] for i, s in enumerate(slots) if s == LATENT and slots[i - 1] != LATENT]
@@ -126,11 +114,3 @@ def test_latents_are_inserted_after_each_tag_of_a_finished_trace(model, tok):
     first, second = 1 + 9, 1 + 9 + 9  # the second tag's "<" is merged into ".<"
     expected = ids[:first] + [LATENT] * 2 + ids[first:second] + [LATENT] * 5 + ids[second:]
     assert insert_latents(model, tok, ids) == expected
-
-
-def test_a_checkpoint_whose_tags_fired_where_the_released_codes_do_is_refused_in_one_line(model):
-    model.config.litereason_tag_rule = "text"
-    attach(model)
-    model.config.litereason_tag_rule = "released"
-    with pytest.raises(UserError, match="litereason_tag_rule is 'released', but tags fire wherever one is"):
-        attach(model)

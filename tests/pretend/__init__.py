@@ -24,7 +24,6 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import runpy
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -37,21 +36,15 @@ ROOT = os.path.dirname(os.path.dirname(HERE))
 
 @functools.cache
 def why_not():
-    """None if the device works here, else the reason."""
-    if sys.platform != "linux":
-        return f"the pretended CUDA device is for Linux, this is {sys.platform}"
-    if shutil.which("g++") is None:
-        return "the pretended CUDA device needs a C++ compiler, g++"
+    """None if the device works here, else the reason: it takes Linux, g++, and torch's CPU wheels."""
     from torch.version import cuda
 
     if cuda:
         return "the pretended CUDA device needs a torch built without CUDA, such as the CPU wheels"
     try:
-        compiled_guard()
         run(_smoke)
-    except Exception as e:  # whatever of torch's inside has moved
-        torch = importlib.metadata.version("torch")
-        return f"the pretended CUDA device does not fit torch {torch}: {str(e).strip() or type(e).__name__}"
+    except Exception as e:  # no g++, or whatever of torch's inside has moved
+        return f"there is no pretended CUDA device here: {str(e).strip() or type(e).__name__}"
     return None
 
 
@@ -59,8 +52,8 @@ def compiled_guard():
     """guard.cpp as a library, compiled once per text and torch's version -> (its path, torch's directory)."""
     torch_at = importlib.util.find_spec("torch").submodule_search_locations[0]
     source = os.path.join(HERE, "guard.cpp")
-    with open(source, "rb") as f:
-        key = hashlib.sha256(f.read() + torch_at.encode() + importlib.metadata.version("torch").encode())
+    with open(source) as f:
+        key = hashlib.sha256(f"{f.read()} {torch_at} {importlib.metadata.version('torch')}".encode())
     cache = os.path.join(tempfile.gettempdir(), f"litereason-pretend-{os.getuid()}")
     os.makedirs(cache, mode=0o700, exist_ok=True)
     library = os.path.join(cache, f"guard-{key.hexdigest()[:16]}.so")
@@ -68,10 +61,7 @@ def compiled_guard():
         new = f"{library}.{os.getpid()}"
         command = ["g++", "-std=c++20", "-shared", "-fPIC", "-I", f"{torch_at}/include", source, "-o", new,
                    "-L", f"{torch_at}/lib", "-lc10", "-ltorch_cpu"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            errors = [line for line in done.stderr.splitlines() if "error" in line]
-            raise RuntimeError(errors[0] if errors else f"g++ ended with {done.returncode}")
+        subprocess.run(command, capture_output=True, check=True)
         os.rename(new, library)
     return library, torch_at
 

@@ -13,8 +13,7 @@ ROOT = pretend.ROOT
 TESTS = os.path.dirname(pretend.HERE)
 
 
-# ============================================================ torch's C++ side
-# It answers what torch asks of a CUDA device, and must be there when torch is imported.
+# torch's C++ side: it answers what torch asks of a CUDA device, and must be there when torch is imported.
 if "torch" in sys.modules:
     raise RuntimeError("torch has been imported before the pretended device")
 library, torch_at = pretend.compiled_guard()
@@ -128,6 +127,9 @@ class OnCard(torch.Tensor):
     def tolist(self):
         return self.cpu().tolist()
 
+    def __format__(self, spec):
+        return format(self.item(), spec)
+
 
 # ============================================================ one operation
 def dispatch(op, args, kwargs):
@@ -153,7 +155,7 @@ def dispatch(op, args, kwargs):
 
 
 def compute(op, args, kwargs, is_on_card):
-    """The operation on what the wrappers hold."""
+    """The operation on what the wrappers hold; memory.py has its own."""
     return op(*args, **kwargs)
 
 

@@ -34,7 +34,8 @@ def peak(run):
 
 # ============================================================ one operation
 def compute(op, args, kwargs, is_on_card):
-    tensors = _tensors_in([*args, *kwargs.values()])
+    tensors = []
+    _each([*args, *kwargs.values()], tensors.append)
     unknown = any(t.is_meta for t in tensors)
     if not unknown and not is_on_card:
         return op(*args, **kwargs)
@@ -47,8 +48,9 @@ def compute(op, args, kwargs, is_on_card):
         return 1.0 if tensors[0].is_floating_point() else 0
     if op._schema.is_mutable and not tensors[0].is_meta:  # numbers that are known stay
         return tensors[0]
-    args = _each(_masks_as_indices(op, args), _on_meta)
-    kwargs = {name: _each(value, _on_meta) for name, value in kwargs.items() if name != "generator"}
+    to_meta = lambda t: t.to("meta")
+    args = _each(_masks_as_indices(op, args), to_meta)
+    kwargs = {name: _each(value, to_meta) for name, value in kwargs.items() if name != "generator"}
     if "device" in kwargs:
         kwargs["device"] = "meta"
     return _each(op(*args, **kwargs), _integers_known if is_on_card else _on_the_host)
@@ -61,19 +63,9 @@ def _each(x, change):
     return type(x)([_each(y, change) for y in x]) if isinstance(x, (list, tuple)) else x
 
 
-def _tensors_in(x):
-    found = []
-    _each(x, found.append)
-    return found
-
-
 def _makes_floats(op, kwargs):
     dtype = kwargs.get("dtype") or torch.get_default_dtype()
     return dtype.is_floating_point and "arange" not in op.name()
-
-
-def _on_meta(t):
-    return t if t.is_meta else t.to("meta")
 
 
 def _numbers_forgotten(t):
@@ -103,10 +95,8 @@ def _masks_as_indices(op, args):
         return args
     indices = []
     for index in args[1]:
-        if index is not None and index.dtype == torch.bool and not index.is_meta:
-            indices += index.nonzero().unbind(1)
-        else:
-            indices.append(index)
+        is_known = index is not None and index.dtype == torch.bool and not index.is_meta
+        indices += index.nonzero().unbind(1) if is_known else [index]
     return [args[0], indices, *args[2:]]
 
 
@@ -124,7 +114,7 @@ class Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         q, k, v, _, _, totals = ctx.saved_tensors
-        delta = torch.empty_like(totals)  # noqa: F841  of the kernel, while it runs
+        delta = torch.empty_like(totals)  # noqa: F841, of the kernel, while it runs
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None
 
 
