@@ -367,7 +367,8 @@ def warm_up_and_cosine(step, steps, warm_up):
 def positions_at_once(model, traces, base_learns=False):
     """How many positions of traces one forward and backward pass can have."""
     longest = max(len(r.prompt_ids) + len(r.slots) for r in traces)
-    return memory.positions_that_fit(model, longest, "stage 2", otherwise=12_000, base_learns=base_learns)
+    trained = model if base_learns else model.reasoning_projector
+    return memory.positions_that_fit(model, longest, trained.parameters(), otherwise=12_000)
 
 
 @torch.no_grad()
