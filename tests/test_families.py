@@ -102,6 +102,7 @@ def test_embeddings_are_measured_as_they_are_fed(family):
     words = litereason.word_embeddings(family)
     fed = family.get_input_embeddings()(torch.arange(len(words)))
     assert torch.equal(words, fed) and torch.equal(litereason.word_embeddings(family, 5), fed[:5])
+    close(litereason.PauseToken.start(family).vector, fed.mean(0), 1e-12)
 
 
 def test_every_stop_id_of_the_list_ends_an_answer(family, tok):
