@@ -2,7 +2,6 @@
 given, and the page of answers shows every latent and lets no story's HTML through."""
 import html.parser
 import json
-import pathlib
 import sys
 import types
 
@@ -140,7 +139,7 @@ def test_a_curve_has_a_dot_with_both_intervals_for_each_method_and_is_the_same_f
     assert drawn(plots.curve, rows)[1] == written
 
 
-def test_lengths_have_a_line_for_each_method_in_two_panels(drawn):
+def test_lengths_have_a_line_for_each_method_in_two_panels_and_chains_name_each_start_once(drawn):
     rows = [{"method": name, "length": length, **means(name)} for name in METHODS for length in (3, 2, 5)]
     picture, _ = drawn(plots.by_length, rows)
     for which, panel in enumerate(picture.axes):
@@ -148,28 +147,25 @@ def test_lengths_have_a_line_for_each_method_in_two_panels(drawn):
         assert lines == [(numbers[which],) * 3 for numbers in METHODS.values()]
         assert list(panel.get_xticks()) == [2, 3, 5]
     assert names_in(picture) == list(METHODS)
-
-
-def test_training_curves_are_faint_single_steps_and_strong_means_of_five(tmp_path, drawn):
-    folders = {"LiteReason": str(tmp_path / "a"), "RL without latents": str(tmp_path / "b")}
-    for first, folder in enumerate(map(pathlib.Path, folders.values()), start=1):
-        folder.mkdir()
-        steps = [{"step": i + 1, "reward": first + i, "text_tokens": 25.0, "latent_steps": 5.0,
-                  "tag_share": 0.5} for i in range(4)]
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
-    picture, _ = drawn(plots.training, folders)
-    assert names_in(picture) == list(folders)
-    curves = [[list(line.get_ydata()) for line in panel.lines] for panel in picture.axes]
-    assert curves[0] == [[1, 2, 3, 4], [2, 2.5, 2.5, 3], [2, 3, 4, 5], [3, 3.5, 3.5, 4]]
-    assert [panel[0] for panel in curves[1:]] == [[30] * 4, [5] * 4, [0.5] * 4]
-
-
-def test_chains_are_drawn_from_the_kept_starts_each_start_named_once(drawn):
     rows = json.load(open(f"{ROOT}/results/starts-real.json"))
     picture, _ = drawn(plots.chains, rows)
     assert len(picture.axes) == len({row["model"] for row in rows})
     assert sorted(names_in(picture)) == sorted({row["start"] for row in rows if row["lr"] == rows[0]["lr"]})
     assert list(picture.axes[0].lines[2].get_ydata()) == rows[1]["chain before"]
+
+
+def test_training_curves_are_faint_single_steps_and_strong_means_of_five(tmp_path, drawn):
+    for first, name in ((1, "a"), (2, "b")):
+        steps = [{"step": i + 1, "reward": first + i, "text_tokens": 25.0, "latent_steps": 5.0,
+                  "tag_share": 0.5} for i in range(4)]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, steps)))
+    folders = {"LiteReason": str(tmp_path / "a"), "RL without latents": str(tmp_path / "b")}
+    picture, _ = drawn(plots.training, folders)
+    assert names_in(picture) == list(folders)
+    curves = [[list(line.get_ydata()) for line in panel.lines] for panel in picture.axes]
+    assert curves[0] == [[1, 2, 3, 4], [2, 2.5, 2.5, 3], [2, 3, 4, 5], [3, 3.5, 3.5, 4]]
+    assert [panel[0] for panel in curves[1:]] == [[30] * 4, [5] * 4, [0.5] * 4]
 
 
 def test_without_matplotlib_one_line_says_how_to_get_it(monkeypatch):
@@ -207,11 +203,6 @@ class Reader(html.parser.HTMLParser):
         self.words += words
 
 
-def test_a_readable_rollout_is_its_text_and_its_latents_in_order(rollouts, tok):
-    assert readable(tok, rollouts[0]) == f"ab{tag(3)}[3 latents] cd{tag(2)}[2 latents] .<eos>"
-    assert readable(tok, rollouts[1]).endswith(" [cut off]")
-
-
 def test_every_latent_has_its_line_and_every_word_is_read_off_the_model(model, tok, rollouts):
     for r, latents, tags in zip(rollouts, LATENTS, TAGS):
         got = Reader(answer(model, tok, GOLD, "", r, 1.0, 7))
@@ -225,6 +216,8 @@ def test_every_latent_has_its_line_and_every_word_is_read_off_the_model(model, t
 
 
 def test_an_answer_is_one_line_until_it_is_unfolded(model, tok, rollouts):
+    assert readable(tok, rollouts[0]) == f"ab{tag(3)}[3 latents] cd{tag(2)}[2 latents] .<eos>"
+    assert readable(tok, rollouts[1]).endswith(" [cut off]")
     text = answer(model, tok, GOLD, "", rollouts[0], 0.0, 1234)
     line, _, rest = text.partition("</summary>")
     assert (Reader(line.partition("<summary>")[2]).words == "1,234 ✗ wrong, gold: gold & co, "
