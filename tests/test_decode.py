@@ -226,10 +226,3 @@ def test_a_prompt_that_is_empty_or_too_long_is_refused_in_one_line(model, tok, p
     assert "\n" not in str(e.value)
     just_fits, = generate(model, tok, [tok.encode("z" * 508)], max_new_tokens=4, temperature=0)
     assert len(just_fits.slots) == 4
-
-
-@pytest.mark.parametrize("writes", ["Then." + tag(3) + "\n\nSo", f"{tag(2)}{tag(1)} is it.<|endoftext|>"])
-def test_the_real_vocabulary_decodes_tags_that_are_merged_with_their_neighbours(real_model, real_tok, writes):
-    r, = write(real_model, real_tok, ["A story."], [writes], limit=32)
-    assert r.n_latents == 3 and r.text.startswith(writes.removesuffix("<|endoftext|>"))
-    close(logprobs(real_model, [r])[0][0].detach(), r.logprobs)

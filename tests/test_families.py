@@ -182,12 +182,12 @@ def test_special_tokens_in_a_story_are_text(real_tok, eos):
 
 def test_added_tokens_that_are_not_special_are_text_too_but_in_the_template(real_tok):
     """Qwen2.5 has <tool_call>, Qwen3 <think>; Gemma's blank ones are how it reads ordinary text."""
-    plain = {text: real_tok.encode(text) for text in ("<tool_call>", "x<think>y", "a story")}
     tools = copy.deepcopy(real_tok)
     tools.add_tokens(["<tool_call>", "<think>", "\n\n\n\n"])
     call, think, blank = tools.convert_tokens_to_ids(["<tool_call>", "<think>", "\n\n\n\n"])
-    for text, ids in plain.items():
-        assert checkpoint.encode_text(tools, text) == checkpoint.encode_text(tools, text, begins=True) == ids
+    for text in ("<tool_call>", "x<think>y", "a story"):
+        for begins in (False, True):
+            assert checkpoint.encode_text(tools, text, begins=begins) == real_tok.encode(text)
     assert tools.encode("<tool_call>") == [call] and len(tools) == blank + 1  # the tokenizer is as it was
     assert blank in checkpoint.encode_text(tools, "\n\n\n\n") == tools.encode("\n\n\n\n")
     tools.chat_template = real_tok.chat_template.replace("assistant\n' }}{% endif %}",
@@ -195,11 +195,11 @@ def test_added_tokens_that_are_not_special_are_text_too_but_in_the_template(real
     ids = encode_prompt(chat(151645), tools, "x<think>y<tool_call>")
     assert ids[-1] == think and ids.count(think) == 1 and call not in ids
     assert "user\nx<think>y<tool_call><|im_end|>" in tools.decode(ids)
-    assert encode_prompt(chat(151643), tools, "x<think>y") == plain["x<think>y"]
+    assert encode_prompt(chat(151643), tools, "x<think>y") == real_tok.encode("x<think>y")
     example = {"book": "b", "story": "x<think>y", "chapter": "<tool_call>"}
     scorer = types.SimpleNamespace(config=types.SimpleNamespace(max_position_embeddings=500, hidden_size=4))
     row, own = nc.scoring_row(scorer, tools, example, "<think>", "<tool_call>")
-    assert own == len(plain["<tool_call>"]) and not {call, think} & {*row.prompt_ids, *row.slots}
+    assert own == len(real_tok.encode("<tool_call>")) and not {call, think} & {*row.prompt_ids, *row.slots}
 
 
 def test_a_template_may_take_enable_thinking_or_fail(real_tok):

@@ -59,27 +59,17 @@ def metrics(out):
         return [json.loads(line) for line in f]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def processes(tmp_path_factory):
-    """A real process, which runs beside the tests in this one: the README's first command, all three stages,
-    cut to two steps."""
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """What the README's first command leaves, all three stages, cut to two steps, in a process of its own."""
     out = tmp_path_factory.mktemp("trained") / "rl"
     words = ("train_rl.py", "--train-prompts", 8, "--projector-steps", 2, "--trace-prompts", 8, "--val", 2,
              *SHORT, "--n", 1, "--out", out)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, env=environment,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    yield types.SimpleNamespace(train=process, out=out)
-    process.kill()
-    process.communicate()
-
-
-@pytest.fixture(scope="module")
-def trained(processes):
-    """The directory that the README's first command leaves."""
-    _, err = processes.train.communicate(timeout=300)
-    assert processes.train.returncode == 0, err
-    return processes.out
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=environment, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr
+    return out
 
 
 # ---------------------------------------------------------------- help
@@ -142,7 +132,7 @@ def test_a_wrong_word_ends_in_one_line_and_exit_code_2(words, says, tmp_path):
     assert "Traceback" not in done.stderr and says in done.stderr.strip().splitlines()[-1]
 
 
-# ---------------------------------------------------------------- what waits for the real processes
+# ---------------------------------------------------------------- what a run leaves
 def test_all_three_stages_run_for_two_steps_and_leave_what_they_promise(trained):
     assert json.load(open(trained / "config.json"))["steps"] == 2
     lines = metrics(trained)
