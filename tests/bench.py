@@ -8,7 +8,7 @@
                                                     against transformers' generate
 (b) decode, long prompt: 1,024 tokens x 8 samples x 64 slots, latents in them
                                                     against transformers' generate
-(c) score and back-propagate the same shape         against rows padded, each with its own prompt
+(c) score and back-propagate the same shape         against rows that each have their own prompt
 (d) make 6 x 3 latents again in a 1,024-slot row    against one pass over the prefix per latent
 (t) a GRPO step on the tiny task with its reward, 16 prompts x 16 samples, stopped or cut at 240 tokens
                                                     against TRL's GRPOTrainer (needs `pip install trl`)
@@ -86,30 +86,20 @@ def tags_fire(model, tokenizer, every, n):
     litereason.watcher = lambda *_: watch
 
 
-def padded_left(rows, device):
-    """Lists of token ids -> (ids, mask), (rows, longest) each."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[-1] * (width - len(row)) + row for row in rows], device=device)
-    return ids.clamp(min=0), (ids >= 0).long()
-
-
 def their_generate(model, prompts, samples, steps):
-    """Prompts (lists of ids), each repeated per sample and padded -> (rows, steps) ids."""
-    ids, mask = padded_left([prompt for prompt in prompts for _ in range(samples)], model.device)
-    out = model.generate(ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                         eos_token_id=None, pad_token_id=0, max_new_tokens=steps)
+    """Prompts (lists of ids, of one length), each repeated per sample -> (rows, steps) ids."""
+    ids = torch.tensor(prompts, device=model.device).repeat_interleave(samples, 0)
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_k=0,
+                         top_p=1.0, eos_token_id=None, pad_token_id=0, max_new_tokens=steps)
     return out[:, ids.shape[1] :]
 
 
-def their_logprobs(model, prompts, samples, own):
-    """Every row with its own copy of the prompt, own parts aligned at the right end; own (rows, S) ids ->
-    log-probs (rows, S)."""
-    repeated = [prompt for prompt in prompts for _ in range(samples)]
-    ids, mask = padded_left([prompt + row for prompt, row in zip(repeated, own.tolist())], model.device)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    out = model(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=own.shape[1] + 1)
-    logps = out.logits[:, :-1].log_softmax(-1)
-    return logps.gather(-1, own.to(model.device)[..., None])[..., 0]
+def their_logprobs(model, prompt, own):
+    """Every row with its own copy of the prompt; own (rows, S) ids -> log-probs (rows, S)."""
+    own = own.to(model.device)
+    ids = torch.cat([torch.tensor(prompt, device=model.device).expand(len(own), -1), own], 1)
+    logits = model(input_ids=ids, logits_to_keep=own.shape[1] + 1).logits[:, :-1]
+    return logits.log_softmax(-1).gather(-1, own[..., None])[..., 0]
 
 
 def clock(run, device):
@@ -149,7 +139,7 @@ def score(device):
         model.zero_grad(set_to_none=True)
 
     return (lambda: backward(ours, logprobs(ours, rollouts)[0]),
-            lambda: backward(theirs, their_logprobs(theirs, [prompt], 8, own)))
+            lambda: backward(theirs, their_logprobs(theirs, prompt, own)))
 
 
 def latents_again(device):

@@ -80,9 +80,7 @@ def test_every_tag_runs_k_latents_whatever_it_says_the_cap_or_the_text(model, to
         for is_latent, block in itertools.groupby(plain, LATENT.__eq__):
             slots += [LATENT] * k if is_latent else list(block)
         assert r.slots == slots[:LIMIT] and len(r.latents) == r.slots.count(LATENT)
-
-
-def test_k_of_what_the_tags_say_is_the_plain_run(model, tok):
+    # k as the tags say it: the plain run
     same(*(write(model, tok, ["abc"], [f"a{tag(3)}b{tag(3)}c<eos>"], tag=k)[0] for k in (None, 3)))
 
 
@@ -173,11 +171,10 @@ def test_the_command_runs_them_all_and_writes_them_down(tmp_path, monkeypatch, c
     model, tokenizer = load("tiny", "cpu")
     model.projector_trained = True
     save(model, tokenizer, str(tmp_path / "m"))
-    words = ["--controls", "--model", str(tmp_path / "m"), "--n", "2", "--max-new-tokens", "24"]
-    monkeypatch.setattr("sys.argv", ["eval.py", *words, "--json", str(tmp_path / "c.json")])
+    words = f"eval.py --controls --model {tmp_path}/m --n 2 --max-new-tokens 24 --json {tmp_path}/c"
+    monkeypatch.setattr("sys.argv", words.split())
     evaluation.main()
-    printed = capsys.readouterr().out
-    by = {row["control"]: row for row in json.load(open(tmp_path / "c.json"))}
+    printed, by = capsys.readouterr().out, {row["control"]: row for row in json.load(open(tmp_path / "c"))}
     assert list(by) == [name for name, _ in evaluation.CONTROLS] and all(name in printed for name in by)
     assert by["plain"]["latent_steps"] > 0 == by["latents: none"]["latent_steps"]
     assert by["tag forbidden"]["latent_steps"] == by["tag forbidden"]["tags"] == 0

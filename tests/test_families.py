@@ -16,7 +16,6 @@ from transformers.models.qwen3 import modeling_qwen3
 
 import litereason
 from lib import checkpoint
-import train_projector
 from data import next_chapter as nc
 from lib.memory import checkpoint_layers
 from litereason import UserError, generate, load, logprobs, projector_loss, save, unroll

@@ -200,7 +200,8 @@ def test_a_recording_serves_many_columns_and_is_made_again_when_they_are_full(to
 def test_where_nothing_can_be_recorded_it_runs_without_and_says_so_once(model, tok, capsys):
     plain = run(model, tok, 6)
     model.graphs = True
-    equal(run(model, tok, 6), plain)
+    for _ in range(2):
+        equal(run(model, tok, 6), plain)
     assert not model.graphs
     assert capsys.readouterr().err == ("warning: the decoding step cannot be recorded as a CUDA graph "
                                        "(this is no CUDA device); it runs without\n")

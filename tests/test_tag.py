@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import tag
 
-from litereason import CAP, CLOSE, LATENT, OPEN, insert_latents, parse_tags, tag_table
+from litereason import CLOSE, LATENT, OPEN, insert_latents, parse_tags, tag_table
 from lib.checkpoint import token_texts
 
 
