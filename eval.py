@@ -5,20 +5,14 @@ tokens + latent steps, both counted while decoding, never read off the text.
 
 Answers are sampled as the paper evaluates (temperature 0.7, top-p 0.8, top-k 20): a gain that exists only at
 temperature 1 is a gain over slips that nobody would sample. `--sampling trained` samples as RL does while it
-trains (temperature 1, nothing cut), `--sampling paper trained` gives both, and --temperature, --top-p and
---top-k override either.
-
-Left out, and why: (1) no pass@k or majority vote: the paper reports mean reward over samples. (2) No
-length penalty in the accuracy: it is the task's reward alone.
+trains (temperature 1, nothing cut). The accuracy is the task's reward alone, without a length penalty.
 
     python eval.py --model tiny                       # the base, tag prompt, its tags as text: 5 seconds
     python eval.py --model tiny:plain tiny RUN        # one table: plain prompt, tags, a run's directory
     python eval.py --model RUN --sampling paper trained   # .. at both samplings
     python eval.py --model RUN --controls             # what its latents do: zeros, noise, none, ..
-    python eval.py --model RUN --show 3               # three answers, latents as nearest words
-    python eval.py --model RUN --show 20 --html answers.html   # as a page, wrong answers first
+    python eval.py --model RUN --show 20 --html answers.html   # as a page; without --html as text
 """
-import math
 import os
 import time
 
@@ -28,6 +22,7 @@ from tqdm import tqdm
 
 import data
 from lib import checkpoint, display, memory, page, run
+from lib.stats import against, interval, judge
 from litereason import UserError, generate, latent_step, load, z_size
 
 # How answers are sampled, as arguments of generate.
@@ -280,94 +275,6 @@ def _shuffled(model, others, seed):
     return shuffled
 
 
-# ============================================================ intervals and paired tests
-def interval(scores):
-    """95 % interval of the mean of scores: Wilson's where all of them are 0 or 1, else the normal one."""
-    n = len(scores)
-    mean = _mean(scores)
-    if set(scores) <= {0, 1}:
-        return wilson(mean, n)
-    variance = sum((score - mean) ** 2 for score in scores) / max(1, n - 1)
-    half = 1.96 * math.sqrt(variance / n)
-    return [mean - half, mean + half]
-
-
-def wilson(share, n):
-    """Wilson's 95 % interval of a share of n: it has a width at 0 and at 1, too."""
-    z = 1.96
-    shrink = 1 / (1 + z**2 / n)
-    centre = shrink * (share + z**2 / (2 * n))
-    half = shrink * z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return [max(0.0, centre - half), min(1.0, centre + half)]
-
-
-def sign_flips(differences, seed=0, resamples=10000):
-    """Two-sided p for the mean of paired differences: how often it is as far from 0 if the sign of each is a
-    matter of chance. Exact for up to 12 differences that are not 0 (all signs are tried; of right and wrong
-    answers this is McNemar's test), else from `resamples` draws and the true signs."""
-    differences = np.asarray(differences, dtype=np.float64)
-    differences = differences[differences != 0]
-    n = len(differences)
-    threshold = abs(differences.sum()) * (1 - 1e-9)  # the same sum in another order counts as the same
-    if n <= 12:
-        signs = 1 - 2 * (np.arange(2**n)[:, None] >> np.arange(n) & 1)  # (2**n, n)
-        return float(np.mean(np.abs(signs @ differences) >= threshold))
-    signs = 1 - 2 * np.random.default_rng(seed).integers(0, 2, (resamples, n))
-    as_far = np.sum(np.abs(signs @ differences) >= threshold)
-    return float((1 + as_far) / (resamples + 1))
-
-
-def bootstrap(differences, seed=0, resamples=10000):
-    """95 % interval of the mean of paired differences: examples are drawn again with replacement."""
-    differences = np.asarray(differences, dtype=np.float64)
-    n = len(differences)
-    drawn = np.random.default_rng(seed).integers(0, n, (resamples, n))
-    return np.quantile(differences[drawn].mean(1), [0.025, 0.975]).tolist()
-
-
-def holm(p):
-    """Holm's correction: the p of one family of tests -> each one's adjusted p. If it is below 0.05 wherever
-    a difference is claimed, the chance of any false claim in the family is below 0.05."""
-    p = np.asarray(p, dtype=np.float64)
-    order = p.argsort()
-    left = np.arange(len(p), 0, -1)  # how many hypotheses are left when this one's turn comes
-    adjusted = np.empty(len(p))
-    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(p[order] * left))
-    return adjusted.tolist()
-
-
-def differs(adjusted_p, ci95):
-    """The one criterion for "differs": Holm's p is below 0.05 and the 95 % interval leaves 0 out."""
-    low, high = ci95
-    return bool(adjusted_p < 0.05 and not low <= 0 <= high)
-
-
-def against(result, plain, seed=0):
-    """A control's paired tests against the plain run on the same examples; `judge` says what differs."""
-    ours, theirs = result["per_example"], plain["per_example"]
-    scores = np.subtract(ours["score"], theirs["score"])
-    tokens = np.subtract(ours["tokens"], theirs["tokens"])
-    return {
-        "accuracy": float(scores.mean()),
-        "accuracy_ci95": bootstrap(scores, seed),
-        "better": int((scores > 0).sum()),
-        "worse": int((scores < 0).sum()),
-        "accuracy_p": sign_flips(scores, seed),
-        "tokens": float(tokens.mean()),
-        "tokens_ci95": bootstrap(tokens, seed),
-        "tokens_p": sign_flips(tokens, seed)}
-
-
-def judge(comparisons):
-    """Adds to each comparison of one table (as `against` makes them) accuracy_holm, tokens_holm, and
-    accuracy_differs, tokens_differs. The family is all of them, accuracies and tokens."""
-    tests = [(own, what) for own in comparisons for what in ("accuracy", "tokens")]
-    adjusted = holm([own[f"{what}_p"] for own, what in tests])
-    for (own, what), p in zip(tests, adjusted):
-        own[f"{what}_holm"] = p
-        own[f"{what}_differs"] = differs(p, own[f"{what}_ci95"])
-
-
 # ============================================================ the script
 def main():
     parser = run.parser(__doc__)
@@ -406,7 +313,9 @@ def main():
             rows.append(row)
             answers = rollouts[:: args.samples]  # each example's first
             if args.html:
-                sections.append(page.section(said, row, model, tokenizer, task, examples, answers, args.show))
+                rewards = data.score(task, examples, [answer.text for answer in answers])
+                sections.append(page.section(said, row, measure, model, tokenizer, task, examples, answers,
+                                             rewards, args.show))
             else:
                 print_answers(row["name"], model, tokenizer, task, examples[: args.show], answers)
 
@@ -437,6 +346,8 @@ def check_flags(args):
             raise UserError(f"--model {name}: behind a colon may stand plain, for the prompt without tags")
         if run.run_settings(name.partition(":")[0]).get("script") == "results/baselines.py":
             raise UserError(f"{name} is a run of results/baselines.py: read the table in its results.json")
+    if args.top_p is not None and not 0 < args.top_p <= 1:
+        raise UserError(f"--top-p is {args.top_p}; it must be above 0 and at most 1")
     if args.html and not args.show:
         raise UserError("--html needs --show N: that many answers go onto the page")
 

@@ -1,19 +1,14 @@
 """Stages 1 and 2 (paper Sec. 3.3): collect the model's own traces, put tags into them, train the projector.
 
-Stage 1: samples of the base with the tag prompt. Those with reward > 0 that ended by themselves are kept; in
-each, random sentences are replaced by tags (10 % and 25 % of them, five versions each).
-Stage 2: the base is frozen. Cross-entropy on the text after the first tag trains the projector, through all
-latent steps of all tags.
+Stage 1: of the base's samples those with reward > 0 that ended by themselves are kept; in each, random
+sentences are replaced by tags (10 % and 25 % of them, five versions each). Stage 2: the base is frozen.
+Cross-entropy on the text after the first tag trains the projector, through all latent steps of all tags.
 
-A small model does otherwise by default (--targets words, the last part of this file): stage 1 has no tags,
-and each latent learns a target of its own. --targets none is the paper's.
-
-Every difference from the released code: results/differences.md.
+A small model does otherwise by default: see the last part of this file. --targets none is the paper's. Every
+difference from the released code: results/differences.md.
 
     python train_projector.py                               # the tiny model: a minute and a half on 2 cores
     python train_projector.py --model Qwen2.5-1.5B          # the paper's plot holes, on one GPU
-    python train_projector.py --steps 2 --prompts 8 --n 8   # a smoke run
-    python train_projector.py --resume out/tiny-projector   # continue a stopped run: on a CPU bit for bit
 """
 import collections
 import contextlib
@@ -93,7 +88,7 @@ def collect_traces(model, tokenizer, task, examples, path, samples, max_new_toke
         "samples": samples, "max_new_tokens": max_new_tokens, "at_once": at_once, "seed": seed, "tag": tag,
         "task": task.__name__, "reward": own["reward"],
         "scorer": own["scorer"] and own["scorer"][0].config._name_or_path}
-    found, *lines = _lines_of(path) if os.path.exists(path) else [None]
+    found, *lines = lines_of(path) if os.path.exists(path) else [None]
     lines = lines if found == header else []
     if lines:
         n = len(kept(lines))
@@ -124,23 +119,18 @@ def collect_traces(model, tokenizer, task, examples, path, samples, max_new_toke
     everything = list(itertools.chain(*lines))
     n = collections.Counter(sample.get("left out") for sample in everything)
     print(f"stage 1: kept {n[None]} of {len(everything)} traces (reward > 0), in {path}; {n['cut']} were cut by "
-          f"--max-new-tokens, {n['no verdict']} gave no answer as the prompt asks for, {n['wrong']} earned "
-          f"nothing", flush=True)
+          f"--max-new-tokens, {n['no verdict']} without an answer, {n['wrong']} wrong", flush=True)
     return everything
 
 
-def kept(lines):
+def kept(lines):  # -> traces
     return [sample for sample in itertools.chain(*lines) if "left out" not in sample]
 
 
-def _lines_of(path):
+def lines_of(path):
+    """What collect_traces has written there: its settings, then lines of samples."""
     with open(path) as f:  # without its end a line is half a line
         return [json.loads(line) for line in f if line.endswith("\n")]
-
-
-def read_traces(path):
-    """The traces that collect_traces has written there."""
-    return kept(_lines_of(path)[1:])
 
 
 def given_traces(path, task, examples):
@@ -207,8 +197,7 @@ def masked_trace(model, tokenizer, rng, prompt, text, answer, marker, ratio):
     return Rollout(prompt_ids, slots, no_latents, text=text) if LATENT in slots else None
 
 
-def versions(model, tokenizer, traces, marker, rng):
-    """RATIOS x VERSIONS of each trace -> [(story, row)]"""
+def versions(model, tokenizer, traces, marker, rng):  # -> [(story, row)]
     rows = []
     for trace, ratio in itertools.product(traces, RATIOS * VERSIONS):
         row = masked_trace(model, tokenizer, rng, trace["prompt"], trace["text"], None, marker, ratio)
@@ -251,8 +240,8 @@ def run_stage_1(model, tokenizer, task, out, settings, smoke=False):
     held_out = set(stories[-max(1, len(stories) // 10) :])
     train = [row for story, row in rows if story not in held_out]
     held = [row for story, row in rows if story in held_out]
-    n_sampled = 0 if settings.traces else len(samples)
-    return train, rng.sample(held, min(256, len(held))), {"kept": len(traces), "sampled": n_sampled}
+    return train, rng.sample(held, min(256, len(held))), {"kept": len(traces),
+                                                              "sampled": 0 if settings.traces else len(samples)}
 
 
 # ======================================================= stage 2: the projector learns, the base is frozen
@@ -272,14 +261,14 @@ def fit_projector(model, traces, lr, batch, steps=None, budget=None, **loop):
         return optimise(model, traces, learners, batch, steps, losses_of, **loop)
 
 
-def _scored_tokens(row):
+def _scored_tokens(row):  # after the first tag
     after_first = row.slots[row.slots.index(LATENT) :]
     return len(after_first) - after_first.count(LATENT)
 
 
 def optimise(model, traces, learners, batch, steps, losses_of, clip=0.2, seed=0, together=1,
              schedule=True, states=None, every=50):
-    """The loop of stage 2, whatever learns and from what loss -> the mean loss of the last 20 steps.
+    """The loop of stage 2, whatever learns from whatever loss -> the mean loss of the last 20 steps.
 
     learners   [(parameters, peak learning rate, the share of the steps after which they begin to learn)]
     steps      None is one pass over the traces
@@ -378,7 +367,8 @@ def warm_up_and_cosine(step, steps, warm_up):
 def positions_at_once(model, traces, base_learns=False):
     """How many positions of traces one forward and backward pass can have."""
     longest = max(len(r.prompt_ids) + len(r.slots) for r in traces)
-    return memory.positions_that_fit(model, longest, "stage 2", otherwise=12_000, base_learns=base_learns)
+    trained = model if base_learns else model.reasoning_projector
+    return memory.positions_that_fit(model, longest, trained.parameters(), otherwise=12_000)
 
 
 @torch.no_grad()
@@ -404,8 +394,8 @@ def run_stage_2(model, tokenizer, train, held, out, settings):
     with torch.no_grad():
         size = z_size(model, torch.cat(unroll(model, held[:8])[1]))
     if settings.targets == "none" and not size < LARGE:  # nan is not, too
-        print(f"warning: a latent is {size:.3g} times as long as an embedding at the start: it drowns the words "
-              "around it; --projector normed begins with latents as long as an embedding", flush=True)
+        print(f"warning: a latent is {size:.3g} times as long as an embedding at the start and drowns the "
+              "words around it; those of --projector normed do not", flush=True)
     loop["states"] = os.path.join(out, "stage-2")
     if settings.targets == "words":
         fit_to_targets(model, train, settings.lr, settings.batch, settings.steps, noise=settings.noise,
@@ -425,8 +415,7 @@ def set_start(args, model):
     if args.projector == "warm":
         return
     if model.projector_trained:
-        raise UserError(f"--projector {args.projector} is for stage 2, but {args.model} has a trained "
-                        "projector: leave the flag out, or start from a model that has none")
+        raise UserError(f"--projector {args.projector}: {args.model} has a trained projector already")
     torch.manual_seed(args.seed)
     start_projector(model, args.projector)
 
@@ -482,10 +471,9 @@ def main():
 #     a training trace    a b c . <..> 3 </..>  LATENT      LATENT      LATENT      \boxed{Yes}
 #     targets                                   b + c       e + f       h + i
 #
-# The targets are fed, so that a whole trace takes one pass, and with noise, so that the reader bears the
-# errors that the projector will make. The base is frozen, or with --train-base it learns too, by the paper's
-# loss (as in Coconut and CODI, arXiv 2412.06769, 2502.21074). In RL the base is held to the same targets
-# (add_anchor).
+# The targets are fed, so that a whole trace takes one pass, and with noise, as the projector will err. The
+# base is frozen, or with --train-base it learns too, by the paper's loss (as in Coconut, arXiv 2412.06769,
+# and CODI, 2502.21074). In RL the base is held to the same targets (add_anchor).
 SHARES = (0.3, 0.6, 1.0)  # of the sentences that are skipped, instead of the paper's 0.1 and 0.25
 SHARES_IN_RL = (0.6, 1.0, 1.0)  # there the policy skips more
 VERSIONS_TOGETHER = 4  # of one trace in a batch
@@ -509,18 +497,16 @@ def common_words(tokenizer, sentences):
     times = collections.Counter(sentences)
     repeated = {sentence for sentence, n in times.items() if n > max(1, REPEATED * times.total())}
     others = times.keys() - repeated
-    counts = collections.Counter(token for sentence in others for token in set(_encode(tokenizer, sentence)))
+    counts = collections.Counter()
+    for sentence in others:
+        counts.update(set(checkpoint.encode_text(tokenizer, sentence.strip())))
     common = {token for token, n in counts.items() if n > COMMON * len(others)}
-    return common.union(*(_encode(tokenizer, sentence) for sentence in repeated))
-
-
-def _encode(tokenizer, text):
-    return checkpoint.encode_text(tokenizer, text.strip())
+    return common.union(*(checkpoint.encode_text(tokenizer, sentence.strip()) for sentence in repeated))
 
 
 def last_words(model, tokenizer, text, common, words=WORDS):
     """A latent's target (D,); None if the text has too few informative words."""
-    ids = [token for token in _encode(tokenizer, text) if token not in common]
+    ids = [token for token in checkpoint.encode_text(tokenizer, text.strip()) if token not in common]
     informative = [token for token in ids if any(char.isalnum() for char in tokenizer.decode([token]))]
     if len(informative) < words:
         return None
@@ -571,11 +557,10 @@ def mask_runs(model, tokenizer, rng, prompt_ids, sentences, answer, known, share
     if not targets:
         return None
     text = " ".join(pieces)
-    ids = _encode(tokenizer, text) + [checkpoint.end_of_answer(model, tokenizer)]
+    ids = checkpoint.encode_text(tokenizer, text.strip()) + [checkpoint.end_of_answer(model, tokenizer)]
     return Rollout(prompt_ids, insert_latents(model, tokenizer, ids), torch.stack(targets).cpu(), text=text)
 
 
-# ------------------------------------------------------------ stage 2 with targets
 def fit_to_targets(model, rows, lr, batch, steps=None, budget=None, noise=0.0, base_lr=0.0, seed=0, **loop):
     """As fit_projector, on rows whose `latents` are targets. base_lr > 0: the base learns too, from the
     second fifth of the steps on."""
@@ -598,7 +583,8 @@ def target_losses(model, budget, noise, seed, base_learns, rows, step):
     n_latents = sum(r.n_latents for r in rows)
     fed = with_noise(rows, noise, torch.Generator().manual_seed(seed * 1_000_003 + step))
     for part in scoring.pack(rows, budget, unrolled=True):
-        yield target_loss(model, [rows[i] for i in part], [fed[i] for i in part], n_tokens, n_latents, base_learns)
+        some, some_fed = [rows[i] for i in part], [fed[i] for i in part]
+        yield target_loss(model, some, some_fed, n_tokens, n_latents, base_learns)
 
 
 def with_noise(rows, noise, generator):
@@ -629,7 +615,6 @@ def target_loss(model, rows, fed, n_tokens, n_latents, base_learns=False):
     return loss
 
 
-# ------------------------------------------------------------ the base imitates, before stage 2
 def imitate(model, traces, batch, steps, lr=5e-5, **loop):
     """The base learns to write the masked traces, tags as text: RL cannot keep a tag that is never
     written."""
@@ -645,7 +630,6 @@ def imitate(model, traces, batch, steps, lr=5e-5, **loop):
     return optimise(model, traces, learners, batch, steps, losses_of, clip=1.0, **loop)
 
 
-# ------------------------------------------------------------ stage 3 with targets
 def masked_again(model, tokenizer, pieces, n, rng):
     """n traces of stage 1, masked anew -> Rollouts whose `latents` are the targets."""
     numbers = rng.sample(range(len(pieces[0])), min(n, len(pieces[0])))
@@ -656,9 +640,8 @@ def masked_again(model, tokenizer, pieces, n, rng):
 def add_anchor(model, tokenizer, pieces, step, weight, noise, seed, budget):
     """Adds `weight` times the gradient of stage 2's squared error, for the base alone -> the error.
 
-    RL moves the base, and nothing in its loss keeps the projector's latents as they should be. So some traces
-    of stage 1 are masked again and the base is held to their targets, as InstructGPT's policy is to its
-    pretraining (arXiv 2203.02155). budget: positions per forward pass."""
+    Nothing in RL's loss keeps latents as they should be. So some traces of stage 1 are masked again and the
+    base is held to their targets, as InstructGPT's policy is to its pretraining (arXiv 2203.02155)."""
     rows = masked_again(model, tokenizer, pieces, ANCHORED, random.Random(f"{seed} {step} anchor"))
     error = 0.0
     model.reasoning_projector.requires_grad_(False)

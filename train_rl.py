@@ -4,14 +4,11 @@ The policy is the LM; its actions are the tokens it samples, the tags among them
 policy-gradient pass. The projector learns only by imitation: in stage 2, and after each epoch from that
 epoch's own rewarded rollouts. Ours, with targets: `add_anchor` in the update, and `rehearse` as the refresh.
 
-Other than released: (1) old log-probs are the sampler's own, without a second pass. (2) A small model gets
-one optimiser step per rollout batch, so that its ratio is 1. (3) Latents are replayed as they were sampled,
-without --recompute-latents. (4) The learning rate is constant, without --lr-schedule cosine. (5) The refresh
-steps on 16 traces at a time, with a clipped gradient. As released there is no KL term.
+Every difference from the released code: results/differences.md.
 
     python train_rl.py                               # the tiny model, all stages, a table: 3 minutes, 2 cores
     python train_rl.py --method grpo                 # RL without latents, by default without a length penalty
-    python train_rl.py --resume out/tiny-litereason  # continue a stopped run, exactly: on a CPU bit for bit
+    python train_rl.py --resume out/tiny-litereason  # continue a stopped run: on a CPU bit for bit
     python train_rl.py --model Qwen2.5-1.5B          # plot holes; first data/flawed_fictions/prepare.py
 """
 import os
@@ -29,12 +26,12 @@ import time
 import torch
 
 import data
-from eval import PAPER, against, evaluate, latent_of, latents_of_others
+from eval import PAPER, evaluate, latent_of, latents_of_others
 from lib import UserError, checkpoint, display, memory, run, scoring
 from lib.run import BySize
 from litereason import RULES, Rollout, generate, load, logprobs, policy_loss, recompute_latents, z_size
-from train_projector import (RATIOS, SHARED, add_anchor, fit_projector, fit_to_targets, masked_again,
-                             masked_trace, pieces_of, read_traces, run_stage_1, run_stage_2, set_start,
+from train_projector import (RATIOS, SHARED, add_anchor, fit_projector, fit_to_targets, kept, lines_of,
+                             masked_again, masked_trace, pieces_of, run_stage_1, run_stage_2, set_start,
                              settings_of, warm_up_and_cosine)
 
 # ============================================================ settings
@@ -84,7 +81,6 @@ SMOKE = {"steps": 4, "prompts": 2, "num_generations": 4, "minibatches": 2, "max_
          "train_prompts": 4, "trace_prompts": 8, "projector_steps": 2, "n": 2, "val": 2}
 # Most that sampler and scorer may differ in a log-prob, by whether the model computes in bf16.
 DLOGP = {False: 1e-2, True: 2.0}
-TAKEN_AWAY, ANOTHERS = "  its latents taken away", "  shuffled latents"
 
 
 # ============================================================ stage 3
@@ -344,8 +340,8 @@ def refresh(args, model, tokenizer, task, state, examples, prompts, batch):
 
 
 def rehearse(args, model, tokenizer, state, stage_1, batch):
-    """The refresh with targets (ours) -> the loss, or None. What the latents of a rollout should have said is
-    not known, so stage 2 goes on instead, on a share of stage 1's traces. batch: as in refresh."""
+    """The refresh with targets (ours) -> the loss, or None. A rollout's latents have no targets, so stage 2
+    goes on instead, on a share of stage 1's traces. batch: as in refresh."""
     n = max(1, int(REFRESH_SHARE * len(stage_1[0])))
     rng = random.Random(f"{args.seed} {batch} refresh")
     rows = masked_again(model, tokenizer, stage_1, n, rng)
@@ -355,16 +351,9 @@ def rehearse(args, model, tokenizer, state, stage_1, batch):
                           clip=REFRESH_CLIP, budget=state.micro_batch_tokens, noise=args.noise)
 
 
-def traces_of_stage_1(args, tokenizer, task):
-    """For the anchor and `rehearse`: (traces, [(sentences, answer)], words that tell nothing)."""
-    traces = read_traces(os.path.join(args.out, "traces.jsonl"))
-    return pieces_of(tokenizer, traces, data.opening_of(task))
-
-
 # ============================================================ the step's line, and what is put aside
 def metrics(model, task, state, epoch, groups, gap, norm, anchor_loss, refresh_loss, val, phases):
-    """One line of metrics.jsonl. The loss is not among them: under grpo, at ratio 1, it is 0 by
-    construction."""
+    """One line of metrics.jsonl. The loss is not there: under grpo, at ratio 1, it is 0 by construction."""
 
     def mean(of):
         return sum(map(of, state.rollouts)) / len(state.rollouts)
@@ -437,7 +426,7 @@ def main():
     args.examples = run.digest([examples, vals, tests])
     examples, vals, tests = examples[: args.train_prompts], vals[: args.val], tests[: args.n]
 
-    # The model, and the settings that it decides.
+    # (1) The model, and the settings that it decides.
     model, tokenizer = load(args.model, args.device)
     run.use_graphs(model, args.graphs)
     data.start_task(task, args.model, args.reward, args.scorer, args.seed, args.device)
@@ -460,12 +449,9 @@ def main():
     prompts = prompts[: len(examples)]
     say_what_runs(args, model, prompts, plan)
 
-    # The table's rows before RL, stages 1 and 2 among them. A file keeps them for a resumed run.
-    kept = os.path.join(args.out, "before-rl.json")
-    rows = []
-    if os.path.exists(kept):
-        with open(kept) as f:
-            rows = json.load(f)
+    # (2) The table's rows before RL, stages 1 and 2 among them. A file keeps them for a resumed run.
+    before = os.path.join(args.out, "before-rl.json")
+    rows = run.read_json(before, [])
 
     def add_row(name, has_tags, latent):
         if tests and name not in [row["model"] for row in rows]:
@@ -478,8 +464,8 @@ def main():
         add_row(f"{start}, explicit reasoning", False, "none")
         if has_tags:
             add_row(f"{start}, tag prompt", True, "none")  # a plain LM: its tags are text
-        run.write_json(kept, rows)
-        show_table(rows, task)
+        run.write_json(before, rows)
+        display.show_table(rows, data.measure_of(task))
         if args.method == "litereason" and not model.projector_trained:
             of_stages = settings_of(model, prompts=args.trace_prompts, steps=args.projector_steps,
                                     targets=args.targets, max_new_tokens=args.max_new_tokens, seed=args.seed,
@@ -489,25 +475,28 @@ def main():
             checkpoint.save(model, tokenizer, os.path.join(args.out, "model"))
         if args.method == "litereason":
             add_row("LiteReason before RL", True, "projector")
-            run.write_json(kept, rows)
+            run.write_json(before, rows)
 
-    # RL.
+    # (3) Stage 3.
     model.projector_trained = args.method == "litereason" or model.projector_trained
-    stage_1 = traces_of_stage_1(args, tokenizer, task) if learns_from_traces else None
+    stage_1 = None
+    if learns_from_traces:
+        _, *lines = lines_of(os.path.join(args.out, "traces.jsonl"))
+        stage_1 = pieces_of(tokenizer, kept(lines), data.opening_of(task))
     with run.stops_noted(f"go on with: python train_rl.py --resume {args.out}") as stopped:
         train(args, model, base, masters, tokenizer, task, examples, prompts, vals, stage_1, saved, stopped)
 
-    # The rows after it.
+    # (4) The table's rows after it.
     add_row(NAMES[args.method], has_tags, "projector" if args.method == "litereason" else "none")
     if tests and args.method == "litereason":
-        add_row(TAKEN_AWAY, True, "none")
+        add_row("  its latents taken away", True, "none")
         others = latents_of_others(model, tokenizer, task, task.examples("val")[: args.val or 100],
                                    seed=args.seed, max_new_tokens=args.max_new_tokens, **PAPER)
         if others:  # else the policy runs no latents
-            add_row(ANOTHERS, True, latent_of("shuffled", model, others, args.seed))
+            add_row(display.SHUFFLED, True, latent_of("shuffled", model, others, args.seed))
     if rows:
         run.write_json(os.path.join(args.out, "results.json"), rows)
-        show_table(rows, task)
+        display.show_table(rows, data.measure_of(task))
         print(f"\n{len(tests)} test stories, the paper's sampling, seed {args.seed}; numbers in "
               f"{args.out}/results.json")
 
@@ -544,8 +533,7 @@ def copy_traces(args):
     """Those of the run that --model is, into --out: so a run can be continued without that one."""
     theirs = os.path.join(run.directory_of_run(args.model), "traces.jsonl")
     if not os.path.exists(theirs):
-        raise UserError(f"--targets words needs stage 1's traces in RL, and there is no {theirs}: say "
-                        "--targets none, or --anchor 0 --refresh-every -1")
+        raise UserError(f"there is no {theirs}, from which --targets words learns in RL: say --targets none")
     shutil.copyfile(theirs, os.path.join(args.out, "traces.jsonl"))
 
 
@@ -562,18 +550,6 @@ def say_what_runs(args, model, prompts, plan):
         print("on a CPU this takes days: --smoke shows in minutes whether all works")
     idle = [*SETTINGS[MEMORY], *(SETTINGS["projector"] if args.method != "litereason" else [])]
     print(run.beside_released(vars(args), SETTINGS, idle), *filter(None, [plan]), sep="\n", flush=True)
-
-
-def show_table(rows, task):
-    """The table as text, and what the latents did: its own against shuffled ones, on the same draws."""
-    if not rows:
-        return
-    print(f"\n{display.table([(row['model'], row) for row in rows], data.measure_of(task))}", flush=True)
-    if rows[-1]["model"] == ANOTHERS:
-        gain = against(rows[-1], rows[-3])
-        low, high = gain["accuracy_ci95"]
-        print(f"\nwhat the latents did: {gain['accuracy']:+.3f} with its own against shuffled ones (95 % "
-              f"interval {low:+.3f} to {high:+.3f}, p {gain['accuracy_p']:.1g})")
 
 
 if __name__ == "__main__":

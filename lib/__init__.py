@@ -1,4 +1,4 @@
-"""What may be skipped: keys and values, memory, files, the command line, the screen. Nothing here is in the paper."""
+"""Keys and values, memory, files, the command line, the screen: nothing here is in the paper."""
 
 
 class UserError(Exception):

@@ -4,8 +4,7 @@ import itertools
 import numpy as np
 import torch
 
-from lib import kv_cache
-from litereason import LATENT, word_embeddings
+from lib import kv_cache, stats
 
 
 # ============================================================ tables
@@ -24,7 +23,7 @@ def table(rows, measure="accuracy"):
     seconds     for all answers together
 
     Of results of eval.run_controls, instead of the last five: what each has gained over the plain run, the
-    first row, and what differs (eval.judge)."""
+    first row, and what differs (stats.judge)."""
     are_tested = "against_plain" in rows[-1][1]
     headings = ["control" if are_tested else "model", measure, "95 % interval", "tokens", "text", "latent"]
     if are_tested:
@@ -71,8 +70,19 @@ def _cells_of_tests(gained, measure):
     return [*cells, what_differs(gained).replace("accuracy", measure)]
 
 
+def show_table(rows, measure):
+    """Prints the table of a run, if it has rows, and what the latents did: its own against shuffled ones."""
+    if rows:
+        print(f"\n{table([(row['model'], row) for row in rows], measure)}", flush=True)
+    if rows and rows[-1]["model"] == SHUFFLED:
+        gain = stats.against(rows[-1], rows[-3])
+        low, high = gain["accuracy_ci95"]
+        print(f"\nwhat the latents did: {gain['accuracy']:+.3f} with shuffled ones against its own (95 % "
+              f"interval {low:+.3f} to {high:+.3f}, p {gain['accuracy_p']:.1g})")
+
+
 def what_differs(comparison):
-    """In words, of a comparison that eval.judge has judged."""
+    """In words, of a comparison that stats.judge has judged."""
     if comparison["accuracy_differs"]:
         return "accuracy and tokens" if comparison["tokens_differs"] else "accuracy, not tokens"
     return "tokens, not accuracy" if comparison["tokens_differs"] else "nothing"
@@ -94,6 +104,7 @@ def _interval(numbers, digits=".3f"):
     return " to ".join(f"{x:{digits}}" for x in numbers)
 
 
+SHUFFLED = "  shuffled latents"  # the table's last row
 METHODS = {"litereason": "LiteReason", "grpo": "RL without latents", "tag": "RL with tags, no latents"}
 
 
@@ -101,7 +112,7 @@ METHODS = {"litereason": "LiteReason", "grpo": "RL without latents", "tag": "RL 
 def pieces(tokenizer, rollout):
     """A rollout's slots as a list of texts and, where a block of latents stands, of their number."""
     out = []
-    for is_latent, block in itertools.groupby(rollout.slots, LATENT.__eq__):
+    for is_latent, block in itertools.groupby(rollout.slots, lambda slot: slot < 0):
         slots = list(block)
         out.append(len(slots) if is_latent else tokenizer.decode(slots))
     return out
@@ -124,7 +135,8 @@ def read_out(model, tokenizer, latents, n_words=3):
     head      the n_words words that the LM head says if the latent goes through the final norm:
               [(word, probability)]
     """
-    vocabulary = word_embeddings(model).float()  # (V, D)
+    embed = model.get_input_embeddings()
+    vocabulary = embed(torch.arange(embed.num_embeddings, device=model.device)).float()  # (V, D), as fed
     z = latents.to(vocabulary.device).float()
     directions = torch.nn.functional.normalize(vocabulary, dim=-1)
     cosines = torch.nn.functional.normalize(z, dim=-1) @ directions.T  # (n, V)

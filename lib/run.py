@@ -188,7 +188,7 @@ COMMON = {
     "resume": (None, str, "continue the run in this directory, by its own settings"),
     "device": (None, str, "cpu or cuda [cuda if there is one]")}
 OLD_FLAGS = {"--rows": "--gen-batch-size", "--group": "--num-generations",
-             "--no-refresh": "--refresh-every -1", "--tokens-per-forward": "--micro-batch-tokens"}
+             "--tokens-per-forward": "--micro-batch-tokens", "--no-refresh": "--refresh-every -1"}
 
 
 def fill(args, table, small):
@@ -315,7 +315,7 @@ def begin(out, script, settings):
     made = settings_in(out)
     if settings.get("resume") and made["examples"] != settings["examples"]:
         raise UserError(f"the examples of {settings['task']} are not those that the run in {out} began with: "
-                        "set LITEREASON_DATA as then, or begin a new run in another --out")
+                        "set LITEREASON_DATA as then, prepare those again, or choose another --out")
     if not settings.get("resume") and "script" in made:
         for name in itertools.chain(*(glob.glob(pattern, root_dir=out) for pattern in WRITTEN)):
             path = os.path.join(out, name)
@@ -338,12 +338,8 @@ def directory_of_run(path):
 
 
 def settings_in(directory):
-    """What its config.json says; {} without one that can be read."""
-    try:
-        with open(os.path.join(directory, "config.json")) as f:
-            return json.load(f)
-    except (OSError, ValueError):
-        return {}
+    """What its config.json says; {} without one."""
+    return read_json(os.path.join(directory, "config.json"), {})
 
 
 def run_settings(path):
@@ -362,6 +358,15 @@ def default_out(model, task, method):
     base = os.path.basename(os.path.normpath(base_of(model)))
     parts = [task, method] if task.split(".")[0] == base else [base, task, method]
     return os.path.join("out", "-".join(parts))
+
+
+def read_json(path, default):
+    """What the file holds; the default without one that can be read."""
+    try:
+        with open(path) as f:
+            return json.load(f)
+    except (OSError, ValueError):
+        return default
 
 
 def write_json(path, value):

@@ -1,33 +1,28 @@
-"""Benchmarks: this repository's hot paths against the plain way of doing the same, paired in one run. Asserts
-nothing.
+"""Benchmarks: this repository's hot paths against the plain way of doing the same, in turn in one run.
 
-Each row runs ours and theirs in turn, --repeats times, with the same weights, lengths and sampling. It prints
-both medians, and the median, lowest and highest of the paired ratios. Each row has a process of its own: what
-ran before decides how the C library's malloc treats large blocks, and that moves a row by a quarter.
-
-    python tests/bench.py                            # all rows: 4 minutes on 2 cores
+    python tests/bench.py                            # all rows but t: 4 minutes on 2 cores
     python tests/bench.py --rows a d                 # some of them
-    python tests/bench.py --model DIR                # decoding with real weights
     python tests/bench.py --json results/bench.json  # the numbers too
 
 (a) decode, short prompts: tiny model, 16 prompts x 8 samples x 64 tokens
                                                     against transformers' generate
 (b) decode, long prompt: 1,024 tokens x 8 samples x 64 slots, latents in them
                                                     against transformers' generate
-(c) score and back-propagate the same shape         against rows padded, each with its own prompt
+(c) score and back-propagate the same shape         against rows that each have their own prompt
 (d) make 6 x 3 latents again in a 1,024-slot row    against one pass over the prefix per latent
 (t) a GRPO step on the tiny task with its reward, 16 prompts x 16 samples, stopped or cut at 240 tokens
                                                     against TRL's GRPOTrainer (needs `pip install trl`)
-With --model: 24 new tokens of
-(g) a prompt of 300 tokens x 8 samples   (l) 1,200 x 16   (s) four prompts of 300, one sample each
-                                                    against transformers' generate
+
+Both sides have the same weights, lengths and sampling. Each row has a process of its own: what ran before
+decides how the C library's malloc treats large blocks, and that moves a row by a quarter.
 """
 import argparse
+import concurrent.futures
 import copy
 import json
+import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -50,15 +45,16 @@ WIDTH, VOCABULARY = 512, 151_936
 
 
 # ============================================================ what rows share
-def models(kind, device):
-    """(ours, theirs, tokenizer): the same weights with our attention and with transformers' sdpa.
+def tiny_models(device):
+    """-> (ours, theirs, with transformers' sdpa, tokenizer)"""
+    ours, tokenizer = load("tiny", device)
+    theirs = AutoModelForCausalLM.from_pretrained(checkpoint.TINY, dtype=torch.float32,
+                                                  attn_implementation="sdpa")
+    return ours, theirs.to(device).eval(), tokenizer
 
-    kind: "tiny", a directory, or "large": 8 layers with random weights."""
-    if kind != "large":
-        ours, tokenizer = load(kind, device)
-        path = checkpoint.checkpoint_path(kind)
-        theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
-        return ours, theirs.to(device).eval(), tokenizer
+
+def large_models(device):
+    """The same of 8 layers with random weights."""
     config = Qwen2Config(vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=1408,
                          num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2,
                          max_position_embeddings=16_384, tie_word_embeddings=True, attn_implementation="sdpa")
@@ -67,9 +63,8 @@ def models(kind, device):
     return attach(copy.deepcopy(theirs)), theirs, load("tiny", "cpu")[1]
 
 
-def random_ids(*shape, most=150_000, seed=0):
-    """Token ids from 10 to `most`, a tensor."""
-    return torch.randint(10, most, shape, generator=torch.Generator().manual_seed(seed))
+def random_ids(*shape, seed=0):
+    return torch.randint(10, 150_000, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def tiny_prompts(tokenizer, split):
@@ -91,30 +86,20 @@ def tags_fire(model, tokenizer, every, n):
     litereason.watcher = lambda *_: watch
 
 
-def padded_left(rows, device):
-    """Lists of token ids -> (ids, mask), (rows, longest) each."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[-1] * (width - len(row)) + row for row in rows], device=device)
-    return ids.clamp(min=0), (ids >= 0).long()
-
-
 def their_generate(model, prompts, samples, steps):
-    """Prompts (lists of ids), each repeated per sample and padded -> (rows, steps) ids."""
-    ids, mask = padded_left([prompt for prompt in prompts for _ in range(samples)], model.device)
-    out = model.generate(ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                         eos_token_id=None, pad_token_id=0, max_new_tokens=steps)
+    """Prompts (lists of ids, of one length), each repeated per sample -> (rows, steps) ids."""
+    ids = torch.tensor(prompts, device=model.device).repeat_interleave(samples, 0)
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_k=0,
+                         top_p=1.0, eos_token_id=None, pad_token_id=0, max_new_tokens=steps)
     return out[:, ids.shape[1] :]
 
 
-def their_logprobs(model, prompts, samples, own):
-    """Every row with its own copy of the prompt, own parts aligned at the right end; own (rows, S) ids ->
-    log-probs (rows, S)."""
-    repeated = [prompt for prompt in prompts for _ in range(samples)]
-    ids, mask = padded_left([prompt + row for prompt, row in zip(repeated, own.tolist())], model.device)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    out = model(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=own.shape[1] + 1)
-    logps = out.logits[:, :-1].log_softmax(-1)
-    return logps.gather(-1, own.to(model.device)[..., None])[..., 0]
+def their_logprobs(model, prompt, own):
+    """Every row with its own copy of the prompt; own (rows, S) ids -> log-probs (rows, S)."""
+    own = own.to(model.device)
+    ids = torch.cat([torch.tensor(prompt, device=model.device).expand(len(own), -1), own], 1)
+    logits = model(input_ids=ids, logits_to_keep=own.shape[1] + 1).logits[:, :-1]
+    return logits.log_softmax(-1).gather(-1, own[..., None])[..., 0]
 
 
 def clock(run, device):
@@ -128,21 +113,23 @@ def clock(run, device):
 
 
 # ====================================================== the rows: device -> (ours, theirs), to be run in turn
-def decode(device, kind, prompts, samples, steps, tags=(0, 0)):
-    ours, theirs, tokenizer = models(kind, device)
-    prompts = tiny_prompts(tokenizer, "test")[1] if prompts is None else prompts
-    tags_fire(ours, tokenizer, *tags)
-    return (lambda: generate(ours, tokenizer, prompts, samples, steps),
-            lambda: their_generate(theirs, prompts, samples, steps))
+def decode_short(device):
+    ours, theirs, tokenizer = tiny_models(device)
+    return in_turn(ours, theirs, tokenizer, tiny_prompts(tokenizer, "test")[1], 0)
 
 
-def decode_real(device, directory, prompts, length, samples):
-    vocabulary = transformers.AutoConfig.from_pretrained(directory).vocab_size
-    return decode(device, directory, random_ids(prompts, length, most=vocabulary).tolist(), samples, 24)
+def decode_long(device):
+    return in_turn(*large_models(device), random_ids(1, 1024).tolist(), 50)
+
+
+def in_turn(ours, theirs, tokenizer, prompts, every):
+    tags_fire(ours, tokenizer, every, 3)
+    return (lambda: generate(ours, tokenizer, prompts, 8, 64),
+            lambda: their_generate(theirs, prompts, 8, 64))
 
 
 def score(device):
-    ours, theirs, _ = models("large", device)
+    ours, theirs, _ = large_models(device)
     prompt = random_ids(1024).tolist()
     own = random_ids(8, 64, seed=1)
     rollouts = [Rollout(prompt, slots, torch.zeros(0, WIDTH)) for slots in own.tolist()]
@@ -152,11 +139,11 @@ def score(device):
         model.zero_grad(set_to_none=True)
 
     return (lambda: backward(ours, logprobs(ours, rollouts)[0]),
-            lambda: backward(theirs, their_logprobs(theirs, [prompt], 8, own)))
+            lambda: backward(theirs, their_logprobs(theirs, prompt, own)))
 
 
 def latents_again(device):
-    ours, theirs, _ = models("large", device)
+    ours, theirs, _ = large_models(device)
     prompt = random_ids(768).tolist()
     slots = random_ids(1024 - 768 - 18, seed=2).tolist()
     for i in range(6):
@@ -172,23 +159,15 @@ def latents_again(device):
         for t, slot in enumerate(slots, len(prompt)):
             if slot == LATENT:
                 states = theirs.model(inputs_embeds=x[:, :t], use_cache=False).last_hidden_state
-                x[:, t] = ours.reasoning_projector(states[:, -1])[0]
+                x[:, t] = ours.reasoning_projector(states[:, -1])
         return theirs.model(inputs_embeds=x, use_cache=False).last_hidden_state
 
     return torch.no_grad()(lambda: unroll(ours, [rollout])), prefixes
 
 
-ROWS = {
-    "a": ("decode, short prompts", lambda device, _: decode(device, "tiny", None, 8, 64)),
-    "b": ("decode, long prompt",
-          lambda device, _: decode(device, "large", random_ids(1, 1024).tolist(), 8, 64, (50, 3))),
-    "c": ("score + backward", lambda device, _: score(device)),
-    "d": ("latents again", lambda device, _: latents_again(device)),
-    "t": ("GRPO step, against TRL", None)}  # see pairs_with_trl
-REAL = {
-    "g": ("decode, a prompt of 300 x 8", lambda device, model: decode_real(device, model, 1, 300, 8)),
-    "l": ("decode, a prompt of 1,200 x 16", lambda device, model: decode_real(device, model, 1, 1200, 16)),
-    "s": ("decode, 4 prompts of 300 x 1", lambda device, model: decode_real(device, model, 4, 300, 1))}
+ROWS = {"a": ("decode, short prompts", decode_short), "b": ("decode, long prompt", decode_long),
+        "c": ("score + backward", score), "d": ("latents again", latents_again),
+        "t": ("GRPO step, against TRL", None)}  # see pairs_with_trl
 
 
 # ============================================================ (t) TRL's trainer
@@ -198,7 +177,7 @@ def pairs_with_trl(device, repeats):
     import datasets
     import trl
 
-    model, tokenizer = load("tiny", device)
+    model, theirs, tokenizer = tiny_models(device)
     examples, prompts = tiny_prompts(tokenizer, "train")
     pairs = []
 
@@ -239,27 +218,25 @@ def pairs_with_trl(device, repeats):
             # Four micro-batches to one optimiser step: faster here than all 256 rollouts at once.
             per_device_train_batch_size=64, gradient_accumulation_steps=4,
             save_strategy="no", report_to="none", logging_steps=1, disable_tqdm=True)
+        words = transformers.PreTrainedTokenizerFast.from_pretrained(checkpoint.TINY, padding_side="left")
         trainer = trl.GRPOTrainer(
-            model=AutoModelForCausalLM.from_pretrained(checkpoint.TINY, dtype=torch.float32).to(device),
-            processing_class=transformers.PreTrainedTokenizerFast.from_pretrained(checkpoint.TINY,
-                                                                                  padding_side="left"),
-            args=config, reward_funcs=their_rewards, train_dataset=datasets.Dataset.from_list(rows))
-        trainer.add_callback(Stopwatch())
+            model=theirs, processing_class=words, args=config, reward_funcs=their_rewards,
+            train_dataset=datasets.Dataset.from_list(rows), callbacks=[Stopwatch()])
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
     return pairs
 
 
 # ============================================================ the script
-def measure(name, args):
+def measure(name, device, repeats):
     """One row -> its numbers; the first pair is not counted."""
-    title, row = {**ROWS, **REAL}[name]
+    title, row = ROWS[name]
     if name == "t":
-        pairs = pairs_with_trl(args.device, args.repeats)
+        pairs = pairs_with_trl(device, repeats)
     else:
         checkpoint.stop_tokens = lambda *_: [NEVER]
-        ours, theirs = row(args.device, args.model)
-        pairs = [(clock(ours, args.device), clock(theirs, args.device)) for _ in range(args.repeats + 1)]
+        sides = row(device)
+        pairs = [[clock(side, device) for side in sides] for _ in range(repeats + 1)]
     our_seconds, their_seconds = zip(*pairs[1:])
     ratios = sorted(theirs / ours for ours, theirs in pairs[1:])
     return {"what": title, "ours_s": statistics.median(our_seconds),
@@ -269,26 +246,19 @@ def measure(name, args):
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("--model", metavar="DIR", help="a real model, for rows g, l, s")
-    ap.add_argument("--rows", nargs="*", choices=[*ROWS, *REAL], help="which comparisons (default: all)")
+    ap.add_argument("--rows", nargs="*", default=["a", "b", "c", "d"], choices=list(ROWS))
     ap.add_argument("--repeats", type=int, default=5, help="pairs per row, after one that is not counted")
     ap.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     ap.add_argument("--json", metavar="FILE", help="write the numbers there")
-    ap.add_argument("--one", help=argparse.SUPPRESS)  # a row's own process
     args = ap.parse_args()
-    if args.one:
-        print(json.dumps(measure(args.one, args)))
-        return
     machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} threads"
     result = {"machine": machine, "torch": torch.__version__, "rows": {}}
     print(f"{machine}; torch {torch.__version__}; medians of {args.repeats} pairs\n")
     print("| row | ours, s | theirs, s | ratio | lowest, highest |\n|---|---|---|---|---|", flush=True)
-    for name in args.rows or list(REAL if args.model else ROWS):
-        done = subprocess.run([sys.executable, *sys.argv, "--one", name], stdout=subprocess.PIPE, text=True)
-        if done.returncode:
-            print(f"| ({name}) failed: see above | | | | |", flush=True)
-            continue
-        n = result["rows"][name] = json.loads(done.stdout.splitlines()[-1])
+    for name in args.rows:
+        with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            n = process.submit(measure, name, args.device, args.repeats).result()
+        result["rows"][name] = n
         print(f"| ({name}) {n['what']} | {n['ours_s']:.3f} | {n['theirs_s']:.3f} | {n['ratio']:.1f}x | "
               f"{n['ratios'][0]:.1f}, {n['ratios'][-1]:.1f} |", flush=True)
     if args.json:

@@ -3,11 +3,9 @@
     python tests/invariance.py                  1,000 rollouts of the tiny model, CPU
     python tests/invariance.py --n 64 --device cuda
 
-The rollouts are sampled once, in float32. Then each is scored alone, in batches, in runs of so many positions
-(scoring.pack), in another order, and with the activations of layers computed again. A cell is the largest
-difference of a sampled token's log-prob from the rollout scored alone in the same type (of a gradient: of the
-largest entry, relative to it). Two rows are no invariance but belong beside it: what sampling itself wrote
-down, and the distance to float64.
+The rollouts are sampled once, in float32. A cell is the largest difference of a sampled token's log-prob from
+the rollout scored alone in the same type (of a gradient: of the largest entry, relative to it). The last two
+rows are no invariance but belong beside it: what sampling itself wrote down, and the distance to float64.
 """
 import argparse
 import itertools
@@ -53,18 +51,16 @@ def worst(some, others):
 
 
 def differences(model, rollouts, ways, sampled, exact):
-    """-> {way: largest difference}, the rollouts scored alone. exact: those in float64, None: these are."""
+    """-> ({way: largest difference}, the rollouts scored alone). exact: those in float64, None: these are."""
     alone = [[i] for i in range(len(rollouts))]
     with torch.no_grad():
         reference = score(model, rollouts, alone)
         found = {way: worst(score(model, rollouts, parts), reference) for way, parts in ways.items()}
     few = rollouts[:32]  # gradients: of these, or it takes an hour
-    one_batch = [list(range(len(few)))]
-    apart = gradient(model, few, alone[:32])
-    together = gradient(model, few, one_batch)
+    apart, together = (gradient(model, few, parts) for parts in (alone[:32], [range(len(few))]))
     found["gradient: one batch"] = float((together - apart).abs().max() / apart.abs().max())
     checkpoint_layers(model)  # only a pass with gradients computes layers again
-    found["layer checkpointing, batches of 32"] = worst(score(model, few, one_batch), reference)
+    found["layer checkpointing, batches of 32"] = worst(score(model, few, [range(len(few))]), reference)
     found["(as sampled, in float32)"] = worst(sampled, reference)
     found["(float64 alone)"] = worst(exact or reference, reference)
     return found, reference
@@ -72,11 +68,10 @@ def differences(model, rollouts, ways, sampled, exact):
 
 def main():
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.add_argument("--model", default="tiny")
     cli.add_argument("--n", type=int, default=1000, help="rollouts of up to 200 slots, 8 per prompt")
     cli.add_argument("--device", default="cpu")
     args = cli.parse_args()
-    model, tokenizer = load(args.model, args.device)
+    model, tokenizer = load("tiny", args.device)
     # Prompts of several lengths (within one task they are equal), with the offer of the tag and without.
     examples = {task: task.examples("train") for task in (tiny, next_chapter)}
     kinds = itertools.cycle([(task, latent) for task in examples for latent in (True, False)])
@@ -93,7 +88,7 @@ def main():
     sampled = [r.logprobs[[s >= 0 for s in r.slots]].double() for r in rollouts]
     table, exact = {}, None
     for name, (dtype, bf16) in TYPES.items():
-        model = load(args.model, args.device, dtype)[0]
+        model = load("tiny", args.device, dtype)[0]
         model.bf16 = bf16
         table[name], reference = differences(model, rollouts, ways, sampled, exact)
         exact = exact or reference

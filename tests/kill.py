@@ -7,6 +7,7 @@ Half of the kills fall on a moment that a clock draws. In the other half the pro
 kills itself before or after the n-th call that changes the disk, or with only a part of a file on it."""
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -14,7 +15,6 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -57,27 +57,20 @@ def kill_at(n, half):
         setattr(module, name, watched(getattr(module, name), name))
 
 
+def train(words, log, n, half):
+    for stream in (1, 2):
+        os.dup2(log.fileno(), stream)
+    sys.argv = ["train_rl.py", *words]
+    if n:
+        kill_at(n, half)
+    runs.run_script(train_rl.main)
+
+
 def start(words, log, n=0, half=False):
-    """Forks a process that runs train_rl.py. -> its id"""
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-        sys.argv = ["train_rl.py", *words]
-        if n:
-            kill_at(n, half)
-        runs.run_script(train_rl.main)
-        code = 0
-    except SystemExit as e:
-        code = e.code
-    except Exception:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        os._exit(code)
+    """-> a fork of this process that runs train_rl.py"""
+    child = multiprocessing.get_context("fork").Process(target=train, args=(words, log, n, half))
+    child.start()
+    return child
 
 
 def stage(out):
@@ -90,9 +83,9 @@ def stage(out):
 def result(out):
     """All that a run leaves, but for what a clock or the operating system says."""
 
-    def read(name, of=json.loads):
+    def read(name):
         with open(os.path.join(out, name)) as file:
-            return of(file.read())
+            return file.read()
 
     def without_clocks(m):
         return {k: v for k, v in m.items() if not k.startswith("seconds") and k != "peak_memory_gib"}
@@ -100,9 +93,9 @@ def result(out):
     weights = load_file(os.path.join(out, "model", "model.safetensors"))
     return {
         "weights": {name: w.numpy().tobytes() for name, w in weights.items()},
-        "metrics": [without_clocks(json.loads(line)) for line in read("metrics.jsonl", str.splitlines)],
-        "table": [without_clocks(row) for row in read("results.json")],
-        "traces": read("traces.jsonl", str),
+        "metrics": [without_clocks(json.loads(line)) for line in read("metrics.jsonl").splitlines()],
+        "table": [without_clocks(row) for row in json.loads(read("results.json"))],
+        "traces": read("traces.jsonl"),
         "files": sorted(os.listdir(out))}
 
 
@@ -121,8 +114,9 @@ def main():
         return share - kills[s, "clock"] - kills[s, "disk"] > 0
 
     with open(os.path.join(at, "log"), "w+") as log:
-        code = os.waitstatus_to_exitcode(os.waitpid(start([*sizes, "--out", alone], log), 0)[1])
-        assert code == 0, log.name
+        child = start([*sizes, "--out", alone], log)
+        child.join()
+        assert child.exitcode == 0, log.name
         print(f"left alone: {time.time() - begin:.0f}s; log in {log.name}", flush=True)
         while True:
             # --resume wants a config.json: killed before that, a run is just started again
@@ -131,18 +125,15 @@ def main():
             disk = rng.random() < 0.5 and wanted(stage(killed))
             n = rng.randint(1, 12 if stage(killed) == "traces" else 50) if disk else 0
             child = start(words, log, n, half=rng.random() < 0.5)
-            until, gone = time.time() + rng.uniform(0.1, 2), 0
-            while not gone:
-                gone, status = os.waitpid(child, os.WNOHANG)
-                if not gone and not disk and time.time() > until and wanted(stage(killed)):
-                    os.kill(child, signal.SIGKILL)
-                    gone, status = os.waitpid(child, 0)
-                time.sleep(0.001)
-            code = os.waitstatus_to_exitcode(status)
-            if code == 0:
+            child.join(None if disk else rng.uniform(0.1, 2))
+            while child.is_alive():
+                if wanted(stage(killed)):
+                    child.kill()
+                child.join(0.001)
+            if child.exitcode == 0:
                 break
-            if code != -signal.SIGKILL:
-                sys.exit(f"ended with {code} after {sum(kills.values())} kills; see {log.name}")
+            if child.exitcode != -signal.SIGKILL:
+                sys.exit(f"ended with {child.exitcode} after {sum(kills.values())} kills; see {log.name}")
             kills[stage(killed), "disk" if disk else "clock"] += 1
     one, two = result(alone), result(killed)
     print(f"{sum(kills.values())} kills in {time.time() - begin:.0f}s: "

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import close
 from test_real_tasks import run
-from test_resume import same_weights, stopped
+from test_resume import metrics, same_weights, stopped
 
 import train_projector
 import train_rl
@@ -80,34 +80,24 @@ def test_the_refresh_with_targets_moves_the_projector_alone(loaded):
 
 
 def test_a_run_with_an_anchor_stands_alone_and_continues_bit_for_bit(start, tmp_path):
-    words = ("--model", start, *RL, "--steps", 4)
-    run(train_rl, *words, "--out", tmp_path / "whole")
-    stopped(train_rl, "learning_rate", 3, signal.SIGTERM, train_rl, *words, "--out", tmp_path / "half")
-    run(train_rl, "--resume", tmp_path / "half")
-    assert same_weights(tmp_path / "whole", tmp_path / "half")
-    one, two = ([json.loads(line) for line in open(tmp_path / name / "metrics.jsonl")]
-                for name in ("whole", "half"))
-    assert [m["anchor_loss"] for m in one] == [m["anchor_loss"] for m in two]
-    assert all(m["anchor_loss"] > 0 for m in one)
-    assert [m["refresh_loss"] is not None for m in one] == [False, True, False, True]  # an epoch is 2 batches
-    assert (tmp_path / "whole" / "traces.jsonl").read_text() == (start / "traces.jsonl").read_text()
+    whole, half, words = tmp_path / "whole", tmp_path / "half", ("--model", start, *RL, "--steps", 4)
+    run(train_rl, *words, "--out", whole)
+    stopped(train_rl, "learning_rate", 3, signal.SIGTERM, train_rl, *words, "--out", half)
+    run(train_rl, "--resume", half)
+    assert same_weights(whole, half) and metrics(whole) == metrics(half)
+    assert all(m["anchor_loss"] > 0 for m in metrics(whole))
+    refreshed = [m["refresh_loss"] is not None for m in metrics(whole)]
+    assert refreshed == [False, True, False, True]  # an epoch is 2 batches
+    assert (whole / "traces.jsonl").read_text() == (start / "traces.jsonl").read_text()
 
 
 def test_rl_takes_over_what_stage_2_has_taught_the_latents(start, tmp_path):
     """Another target than that which the projector has learned would pull the base away from it."""
     run(train_projector, *STAGES, "--targets", "none", "--out", tmp_path / "paper")
-    run(train_rl, "--model", tmp_path / "paper", *RL, "--steps", 1, "--out", tmp_path / "a")
-    run(train_rl, "--model", tmp_path / "paper" / "model", *RL, "--steps", 1, "--out", tmp_path / "b")
-
-    for name in ("a", "b"):
-        assert json.load(open(tmp_path / name / "config.json"))["targets"] == "none"
-        assert json.loads(open(tmp_path / name / "metrics.jsonl").readline())["anchor_loss"] is None
-
-
-def test_a_pause_token_has_nothing_that_an_anchor_could_hold(tmp_path):
-    run(train_rl, "--projector", "pause", *RL, "--steps", 1, "--projector-steps", 1, "--trace-prompts", 40,
-        "--out", tmp_path)
-    assert json.loads(open(tmp_path / "metrics.jsonl").readline())["anchor_loss"] > 0
+    for model, out in ((tmp_path / "paper", tmp_path / "a"), (tmp_path / "paper" / "model", tmp_path / "b")):
+        run(train_rl, "--model", model, *RL, "--steps", 1, "--out", out)
+        assert json.load(open(out / "config.json"))["targets"] == "none"
+        assert metrics(out)[0]["anchor_loss"] is None
 
 
 def test_without_traces_for_targets_the_run_says_what_to_do(tmp_path):

@@ -2,7 +2,6 @@
 given, and the page of answers shows every latent and lets no story's HTML through."""
 import html.parser
 import json
-import pathlib
 import sys
 import types
 
@@ -14,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import eval as evaluation
 from eval import evaluate, flops, generate as generate_of_eval
 from lib import kv_cache
-from lib.display import pieces, read_out, readable, table
+from lib.display import read_out, readable, table
 from lib.page import answer, number, section, whole
 from litereason import UserError
 from results import plots
@@ -41,8 +40,7 @@ def test_flops_are_those_that_torch_counts(model, tok, monkeypatch):
 
 def test_a_latent_costs_the_projector_unless_its_function_says_something_else(rollouts, model):
     one = sum(2 * p.numel() for p in model.reasoning_projector.parameters())
-    latents, tokens = (sum(numbers) / len(rollouts)
-                       for numbers in zip(*((r.n_latents, r.n_tokens) for r in rollouts)))
+    latents, tokens = (sum(getattr(r, name) for r in rollouts) / 8 for name in ("n_latents", "n_tokens"))
     own, feed = lambda h, u, k: h, lambda h, token: h
     own.flops, feed.flops = 1000, 10
     base = flops(model, rollouts, 2, "zeros")
@@ -71,30 +69,23 @@ def main(monkeypatch, *words):
     evaluation.main()
 
 
-def test_the_papers_sampling_is_the_default_and_both_stand_in_one_table_under_two_names(
-        tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("words, numbers, named", [
+    ((), [[0.7, 0.8, 20]], {"tiny": "paper"}),
+    (("--sampling", "paper", "trained"), [[0.7, 0.8, 20], [1.0, 1.0, 0]],
+     {"tiny (paper)": "paper", "tiny (trained)": "trained"}),
+    (("--temperature", 1, "--top-p", 1, "--top-k", 0), [[1.0, 1.0, 0]], {"tiny": "trained"}),
+    (("--temperature", 0), [[0.0, 0.8, 20]], {"tiny": "greedy"})])
+def test_the_papers_sampling_is_the_default_and_two_stand_in_one_table_under_two_names(
+        tmp_path, monkeypatch, capsys, words, numbers, named):
     seen = []
     monkeypatch.setattr(evaluation, "generate", lambda *a, **k: seen.append(k) or generate_of_eval(*a, **k))
-    words = ("--n", 2, "--max-new-tokens", 5, "--json", tmp_path / "r.json")
-
-    def sampled(*more):
-        del seen[:]
-        main(monkeypatch, *words, *more)
-        rows = json.load(open(tmp_path / "r.json"))
-        numbers = [[k[name] for name in ("temperature", "top_p", "top_k")] for k in seen]
-        return numbers, rows if isinstance(rows, list) else [rows]
-
-    numbers, (row,) = sampled()
-    assert numbers == [[0.7, 0.8, 20]] and (row["sampling"], row["name"]) == ("paper", "tiny")
-    numbers, rows = sampled("--sampling", "paper", "trained")
-    assert numbers == [[0.7, 0.8, 20], [1.0, 1.0, 0]]
-    assert [row["name"] for row in rows] == ["tiny (paper)", "tiny (trained)"]
-    assert ("tiny, test split, 2 examples, paper: temperature 0.7, top-p 0.8, top-k 20; "
-            "trained: temperature 1, top-p 1, top-k off, seed 0") in capsys.readouterr().out
-    for more, expected, said in ((("--temperature", 1, "--top-p", 1, "--top-k", 0), [1.0, 1.0, 0], "trained"),
-                                 (("--temperature", 0), [0.0, 0.8, 20], "greedy")):
-        numbers, (row,) = sampled(*more)
-        assert numbers == [expected] and row["sampling"] == said
+    main(monkeypatch, "--n", 2, "--max-new-tokens", 5, "--json", tmp_path / "r.json", *words)
+    assert [[k[name] for name in ("temperature", "top_p", "top_k")] for k in seen] == numbers
+    rows = json.load(open(tmp_path / "r.json"))
+    assert {row["name"]: row["sampling"] for row in (rows if len(named) > 1 else [rows])} == named
+    assert len(named) == 1 or (
+        "tiny, test split, 2 examples, paper: temperature 0.7, top-p 0.8, top-k 20; "
+        "trained: temperature 1, top-p 1, top-k off, seed 0") in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words, says", [
@@ -118,65 +109,51 @@ def means(name):
             "tokens_ci95": [tokens - 4, tokens + 8]}
 
 
-def drawn(monkeypatch, draw, rows, path):
-    """-> the figure that a function of plots saves"""
+@pytest.fixture
+def drawn(monkeypatch, tmp_path):
+    """drawn(draw, rows) -> the figure that a function of plots saves, and the file's bytes"""
     pytest.importorskip("matplotlib", reason="only pictures need matplotlib: requirements.txt leaves it out")
     kept, save = [], plots.save
     monkeypatch.setattr(plots, "save", lambda picture, *said: kept.append(picture) or save(picture, *said))
-    draw(rows, str(path))
-    assert kept[0].get_size_inches()[0] * 96 == 900 and kept[0].get_facecolor() == (1, 1, 1, 1)
-    return kept[0]
+
+    def drawn(draw, rows):
+        draw(rows, str(tmp_path / "picture.svg"))
+        assert kept[-1].get_size_inches()[0] * 96 == 900 and kept[-1].get_facecolor() == (1, 1, 1, 1)
+        return kept[-1], (tmp_path / "picture.svg").read_bytes()
+    return drawn
 
 
 def names_in(picture):
     return [text.get_text() for text in picture.legends[0].get_texts()]
 
 
-def test_a_curve_has_a_dot_with_both_intervals_for_each_method_and_is_the_same_file_again(
-        tmp_path, monkeypatch):
-    rows, path = {name: means(name) for name in METHODS}, tmp_path / "c.svg"
-    picture = drawn(monkeypatch, plots.curve, rows, path)
-    written = path.read_bytes()
+def test_a_curve_has_a_dot_with_both_intervals_for_each_method_and_is_the_same_file_again(drawn):
+    rows = {name: means(name) for name in METHODS}
+    picture, written = drawn(plots.curve, rows)
     assert written.startswith(b"<?xml") and names_in(picture) == list(METHODS)
     lines = [(tuple(line.get_xdata()), tuple(line.get_ydata())) for line in picture.axes[0].lines]
     for i, row in enumerate(rows.values()):
         up, dot, along = lines[3 * i : 3 * i + 3]
         assert dot == ((row["tokens"],), (row["accuracy"],))
         assert up[1] == tuple(row["accuracy_ci95"]) and along[0] == tuple(row["tokens_ci95"])
-    drawn(monkeypatch, plots.curve, rows, path)
-    assert path.read_bytes() == written
+    assert drawn(plots.curve, rows)[1] == written
 
 
-def test_lengths_have_a_line_for_each_method_in_two_panels(tmp_path, monkeypatch):
+def test_lengths_have_a_line_for_each_method_in_two_panels_and_chains_name_each_start_once(drawn):
     rows = [{"method": name, "length": length, **means(name)} for name in METHODS for length in (3, 2, 5)]
-    picture = drawn(monkeypatch, plots.by_length, rows, tmp_path / "l.svg")
-    for panel, which in zip(picture.axes, (0, 1)):
+    picture, _ = drawn(plots.by_length, rows)
+    for which, panel in enumerate(picture.axes):
         lines = [tuple(line.get_ydata()) for line in panel.lines if len(line.get_xdata()) == 3]
         assert lines == [(numbers[which],) * 3 for numbers in METHODS.values()]
         assert list(panel.get_xticks()) == [2, 3, 5]
     assert names_in(picture) == list(METHODS)
-
-
-def test_training_curves_are_faint_single_steps_and_strong_means_of_five(tmp_path, monkeypatch):
-    folders = {"LiteReason": str(tmp_path / "a"), "RL without latents": str(tmp_path / "b")}
-    for first, folder in enumerate(map(pathlib.Path, folders.values()), start=1):
-        folder.mkdir()
-        steps = [{"step": i + 1, "reward": first + i, "text_tokens": 25.0, "latent_steps": 5.0,
-                  "tag_share": 0.5} for i in range(4)]
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
-    picture = drawn(monkeypatch, plots.training, folders, tmp_path / "t.svg")
-    assert names_in(picture) == list(folders)
-    curves = [[list(line.get_ydata()) for line in panel.lines] for panel in picture.axes]
-    assert curves[0] == [[1, 2, 3, 4], [2, 2.5, 2.5, 3], [2, 3, 4, 5], [3, 3.5, 3.5, 4]]
-    assert [panel[0] for panel in curves[1:]] == [[30] * 4, [5] * 4, [0.5] * 4]
-
-
-def test_chains_are_drawn_from_the_kept_starts_each_start_named_once(tmp_path, monkeypatch):
     rows = json.load(open(f"{ROOT}/results/starts-real.json"))
-    picture = drawn(monkeypatch, plots.chains, rows, tmp_path / "s.svg")
+    picture, _ = drawn(plots.chains, rows)
     assert len(picture.axes) == len({row["model"] for row in rows})
     assert sorted(names_in(picture)) == sorted({row["start"] for row in rows if row["lr"] == rows[0]["lr"]})
     assert list(picture.axes[0].lines[2].get_ydata()) == rows[1]["chain before"]
+
+
 
 
 def test_without_matplotlib_one_line_says_how_to_get_it(monkeypatch):
@@ -214,14 +191,6 @@ class Reader(html.parser.HTMLParser):
         self.words += words
 
 
-def test_a_rollout_in_pieces_is_its_text_and_its_latents_in_order(rollouts, tok):
-    for r, latents, tags in zip(rollouts, LATENTS, TAGS):
-        numbers = [p for p in pieces(tok, r) if isinstance(p, int)]
-        assert sum(numbers) == latents and len(numbers) == tags
-    assert readable(tok, rollouts[0]) == f"ab{tag(3)}[3 latents] cd{tag(2)}[2 latents] .<eos>"
-    assert readable(tok, rollouts[1]).endswith(" [cut off]")
-
-
 def test_every_latent_has_its_line_and_every_word_is_read_off_the_model(model, tok, rollouts):
     for r, latents, tags in zip(rollouts, LATENTS, TAGS):
         got = Reader(answer(model, tok, GOLD, "", r, 1.0, 7))
@@ -235,10 +204,12 @@ def test_every_latent_has_its_line_and_every_word_is_read_off_the_model(model, t
 
 
 def test_an_answer_is_one_line_until_it_is_unfolded(model, tok, rollouts):
+    assert readable(tok, rollouts[0]) == f"ab{tag(3)}[3 latents] cd{tag(2)}[2 latents] .<eos>"
+    assert readable(tok, rollouts[1]).endswith(" [cut off]")
     text = answer(model, tok, GOLD, "", rollouts[0], 0.0, 1234)
     line, _, rest = text.partition("</summary>")
     assert (Reader(line.partition("<summary>")[2]).words == "1,234 ✗ wrong, gold: gold & co, "
-            f"{len(rollouts[0].slots)} tokens, 2 tags, 5 latents ab cd .")
+            f"{len(rollouts[0].slots)} tokens, 2 tags, 5 latents ab{tag(3)} cd{tag(2)} .")
     assert " open" not in text and rest.index("Asked") < rest.index("Answered")
     assert ", cut off <" in answer(model, tok, GOLD, "", rollouts[1], 1.0, 1)
     graded = answer(model, tok, TASK, "", rollouts[0], 12.5, 1)
@@ -277,6 +248,7 @@ def test_a_story_with_a_script_in_it_is_words_on_the_page_and_nothing_else(model
 
 def test_the_command_writes_the_page_and_prints_the_table(tmp_path, monkeypatch, capsys):
     main(monkeypatch, "--n", 4, "--show", 3, "--max-new-tokens", 60, "--html", tmp_path / "a.html")
-    said, got = capsys.readouterr().out, Reader((tmp_path / "a.html").read_text(encoding="utf-8"))
+    got = Reader((tmp_path / "a.html").read_text(encoding="utf-8"))
     assert got.elements.count("article") == 3 and "tiny, test split, 4 examples, temperature 0.7" in got.words
+    said = capsys.readouterr().out
     assert ">>>" not in said and "| tiny |" in said

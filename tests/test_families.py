@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 import transformers
-from conftest import LIMIT, PROMPTS, TEXTS, close, naive, random_qwen2, with_projector, write
+from conftest import LIMIT, PROMPTS, TEXTS, close, naive, with_projector, write
 from tokenizers.processors import TemplateProcessing
 from transformers.models.gemma import modeling_gemma
 from transformers.models.gemma3 import modeling_gemma3
@@ -16,7 +16,6 @@ from transformers.models.qwen3 import modeling_qwen3
 
 import litereason
 from lib import checkpoint
-import train_projector
 from data import next_chapter as nc
 from lib.memory import checkpoint_layers
 from litereason import UserError, generate, load, logprobs, projector_loss, save, unroll
@@ -48,12 +47,11 @@ def exact_norm(self, x):
     return (is_gemma + self.weight) * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon)
 
 
-def random_model(name, tok):
+def random_model(name, tok, eos):
     config, more = FAMILIES[name]
     torch.manual_seed(0)
     return transformers.AutoModelForCausalLM.from_config(config(
-        vocab_size=len(tok) + 3, eos_token_id=[tok.eos_token_id, len(tok) + 1], pad_token_id=tok.eos_token_id,
-        **{**SMALL, **more}))
+        vocab_size=len(tok) + 3, eos_token_id=eos, pad_token_id=tok.eos_token_id, **{**SMALL, **more}))
 
 
 @pytest.fixture(params=FAMILIES)
@@ -62,24 +60,22 @@ def family(request, tok, monkeypatch):
     for norm in (modeling_qwen3.Qwen3RMSNorm, modeling_llama.LlamaRMSNorm, modeling_gemma.GemmaRMSNorm,
                  modeling_gemma3.Gemma3RMSNorm):
         monkeypatch.setattr(norm, "forward", exact_norm)
-    model = random_model(request.param, tok).double()
+    model = random_model(request.param, tok, [tok.eos_token_id, len(tok) + 1]).double()
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.normal_(1.0 if "norm" in name and "gemma" not in request.param else 0.0, 0.15)
     return with_projector(model, tok)
 
 
+@torch.no_grad()
 def test_decoding_and_scoring_are_the_naive_definition_in_every_family(family, tok):
     rollouts = write(family, tok, PROMPTS, TEXTS, LIMIT, samples=2)
-    assert any(r.n_tags > 1 for r in rollouts)
-    with torch.no_grad():
-        logp, _ = logprobs(family, rollouts)
-        h, latents = unroll(family, rollouts)
+    logp, _ = logprobs(family, rollouts)
+    h, latents = unroll(family, rollouts)
     for i in (0, 2, 4, 7):  # several tags, tags in a row, a block cut by the limit, a late tag
         r = rollouts[i]
         n = len(r.slots)
-        with torch.no_grad():
-            expected = naive(family, r.prompt_ids, r.slots)
+        expected = naive(family, r.prompt_ids, r.slots)
         for found in ((h[i, :n], latents[i], logp[i, :n]), (h[i, :n], r.latents, r.logprobs)):
             for a, b in zip(found, expected, strict=True):
                 close(a, b)
@@ -117,25 +113,21 @@ def test_every_stop_id_of_the_list_ends_an_answer(family, tok):
     assert ended and all(r.finished and len(tok) + 1 not in r.slots[:-1] for r in ended)
 
 
-def test_a_stop_id_that_only_the_tokenizer_knows_stops_plain_transformers_too(tok, tmp_path):
-    model = with_projector(random_qwen2(len(tok) + 3, 5), tok)
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_family_survives_saving_and_a_stop_id_of_the_tokenizer_stops_plain_transformers_too(
+        name, tok, tmp_path):
+    model = with_projector(random_model(name, tok, eos=5), tok)
     assert checkpoint.stop_ids(model) == [5] and stop_tokens(model, tok) == [0, 5]
     save(model, tok, tmp_path / "m")
+    again, _ = load(tmp_path / "m", "cpu")
+    a, b = model.state_dict(), again.state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert stop_tokens(again, tok) == [0, 5]
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     with torch.no_grad():  # now it says nothing but the tokenizer's
         plain.lm_head.weight.zero_()
     out = plain.generate(torch.tensor([[7, 8]]), max_new_tokens=9, do_sample=False)
     assert out.tolist() == [[7, 8, 0]]
-
-
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
-def test_a_family_survives_saving_and_loading(name, tok, tmp_path):
-    model = with_projector(random_model(name, tok))
-    save(model, tok, tmp_path / "m")
-    again, _ = load(tmp_path / "m", "cpu")
-    a, b = model.state_dict(), again.state_dict()
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    assert stop_tokens(again, tok) == stop_tokens(model, tok)
 
 
 @pytest.mark.parametrize("config, message", [
@@ -162,22 +154,20 @@ def chat(eos):
 
 
 @pytest.mark.parametrize("text", ["A story.", "\n\n  a story\n", "Grüße, ٣ — 日本"])
-def test_a_chat_models_prompt_is_what_its_template_makes_of_the_whole_text(real_tok, text):
-    ids = encode_prompt(chat([151645, 151643]), real_tok, text)
+def test_a_chat_models_prompt_is_what_its_template_makes_of_the_whole_text_and_a_base_models_the_plain_one(
+        real_tok, text):
+    """Qwen2.5's base checkpoints ship the chat template, but end at <|endoftext|> only."""
+    instruct, base = chat([151645, 151643]), chat(151643)
+    ids = encode_prompt(instruct, real_tok, text)
     whole = real_tok.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
                                          add_generation_prompt=True)
     assert ids == real_tok.encode(whole)
-    assert checkpoint.chat_parts(chat([151645, 151643]), real_tok)[2] == 151645  # its traces end in <|im_end|>
-    opened = encode_prompt(chat([151645, 151643]), real_tok, text, "In summary:")
+    opened = encode_prompt(instruct, real_tok, text, "In summary:")
     assert opened == ids + real_tok.encode("In summary:")  # after the header of the answer
-
-
-def test_a_base_model_with_a_template_gets_the_plain_text(real_tok):
-    """Qwen2.5's base checkpoints ship the chat template, but end at <|endoftext|> only."""
-    base = chat(151643)
-    assert real_tok.chat_template and encode_prompt(base, real_tok, "A story.") == real_tok.encode("A story.")
+    assert encode_prompt(base, real_tok, text) == real_tok.encode(text)
     assert encode_prompt(base, real_tok, "A story.", "So") == real_tok.encode("A story. So")
-    assert checkpoint.chat_parts(base, real_tok)[2] == 151643
+    # what their traces end in
+    assert [checkpoint.chat_parts(model, real_tok)[2] for model in (instruct, base)] == [151645, 151643]
 
 
 @pytest.mark.parametrize("eos", [151643, [151645, 151643]])
@@ -191,12 +181,12 @@ def test_special_tokens_in_a_story_are_text(real_tok, eos):
 
 def test_added_tokens_that_are_not_special_are_text_too_but_in_the_template(real_tok):
     """Qwen2.5 has <tool_call>, Qwen3 <think>; Gemma's blank ones are how it reads ordinary text."""
-    plain = {text: real_tok.encode(text) for text in ("<tool_call>", "x<think>y", "a story")}
     tools = copy.deepcopy(real_tok)
     tools.add_tokens(["<tool_call>", "<think>", "\n\n\n\n"])
     call, think, blank = tools.convert_tokens_to_ids(["<tool_call>", "<think>", "\n\n\n\n"])
-    for text, ids in plain.items():
-        assert checkpoint.encode_text(tools, text) == checkpoint.encode_text(tools, text, begins=True) == ids
+    for text in ("<tool_call>", "x<think>y", "a story"):
+        for begins in (False, True):
+            assert checkpoint.encode_text(tools, text, begins=begins) == real_tok.encode(text)
     assert tools.encode("<tool_call>") == [call] and len(tools) == blank + 1  # the tokenizer is as it was
     assert blank in checkpoint.encode_text(tools, "\n\n\n\n") == tools.encode("\n\n\n\n")
     tools.chat_template = real_tok.chat_template.replace("assistant\n' }}{% endif %}",
@@ -204,11 +194,11 @@ def test_added_tokens_that_are_not_special_are_text_too_but_in_the_template(real
     ids = encode_prompt(chat(151645), tools, "x<think>y<tool_call>")
     assert ids[-1] == think and ids.count(think) == 1 and call not in ids
     assert "user\nx<think>y<tool_call><|im_end|>" in tools.decode(ids)
-    assert encode_prompt(chat(151643), tools, "x<think>y") == plain["x<think>y"]
+    assert encode_prompt(chat(151643), tools, "x<think>y") == real_tok.encode("x<think>y")
     example = {"book": "b", "story": "x<think>y", "chapter": "<tool_call>"}
     scorer = types.SimpleNamespace(config=types.SimpleNamespace(max_position_embeddings=500, hidden_size=4))
     row, own = nc.scoring_row(scorer, tools, example, "<think>", "<tool_call>")
-    assert own == len(plain["<tool_call>"]) and not {call, think} & {*row.prompt_ids, *row.slots}
+    assert own == len(real_tok.encode("<tool_call>")) and not {call, think} & {*row.prompt_ids, *row.slots}
 
 
 def test_a_template_may_take_enable_thinking_or_fail(real_tok):

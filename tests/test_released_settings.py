@@ -1,12 +1,11 @@
 """Settings of the released code that a flag asks for: each does what its help says, the defaults stay ours,
 and a run with all of them resumes exactly."""
-import json
 import signal
 import types
 
 import pytest
 from test_real_tasks import run
-from test_resume import SIZES, same_weights, stopped
+from test_resume import SIZES, metrics, same_weights, stopped
 
 import train_projector
 import train_rl
@@ -24,15 +23,14 @@ def start(tmp_path_factory):
 
 
 def test_a_run_with_all_of_them_that_was_stopped_continues_bit_for_bit(start, tmp_path):
+    whole, half = tmp_path / "whole", tmp_path / "half"
     words = ("--model", start, *SIZES, "--num-generations", 8, "--max-new-tokens", 120, "--n", 0, *FLAGS,
              "--steps", 4)
-    run(train_rl, *words, "--out", tmp_path / "whole")
-    stopped(train_rl, "learning_rate", 3, signal.SIGTERM, train_rl, *words, "--out", tmp_path / "half")
-    run(train_rl, "--resume", tmp_path / "half")
-    assert same_weights(tmp_path / "whole", tmp_path / "half")
-    one, two = ([json.loads(line) for line in open(tmp_path / name / "metrics.jsonl")]
-                for name in ("whole", "half"))
-    assert [m["refresh_loss"] for m in one] == [m["refresh_loss"] for m in two] and one[-1]["refresh_loss"]
+    run(train_rl, *words, "--out", whole)
+    stopped(train_rl, "learning_rate", 3, signal.SIGTERM, train_rl, *words, "--out", half)
+    run(train_rl, "--resume", half)
+    assert same_weights(whole, half)
+    assert metrics(whole) == metrics(half) and metrics(whole)[-1]["refresh_loss"]
 
 
 def test_the_default_rate_is_constant_and_the_released_one_warms_up_and_falls_to_a_tenth():
