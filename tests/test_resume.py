@@ -180,7 +180,7 @@ def test_what_may_stand_beside_resume_and_what_can_not_be_resumed(half, tmp_path
 
 def test_a_resumed_run_with_other_examples_is_refused(half, monkeypatch):
     monkeypatch.setattr(runs, "digest", lambda examples: "another")
-    with pytest.raises(UserError, match="the examples of tiny are not those that the run in .*half.* began with"):
+    with pytest.raises(UserError, match="the examples of tiny are not those that the run in .*copy began"):
         run(train_rl, "--resume", half)
 
 
