@@ -9,8 +9,7 @@ trains (temperature 1, nothing cut). The accuracy is the task's reward alone, wi
 
     python eval.py --model tiny                       # the base, tag prompt, its tags as text: 5 seconds
     python eval.py --model tiny:plain tiny RUN        # one table: plain prompt, tags, a run's directory
-    python eval.py --model RUN --sampling paper trained   # .. at both samplings
-    python eval.py --model RUN --controls             # what its latents do: zeros, noise, none, ..
+    python eval.py --model RUN --controls             # what its latents do: paired with zeros, noise, ..
     python eval.py --model RUN --show 20 --html answers.html   # as a page; without --html as text
 """
 import os

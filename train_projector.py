@@ -7,7 +7,7 @@ Cross-entropy on the text after the first tag trains the projector, through all 
 A small model does otherwise by default: see the last part of this file. --targets none is the paper's. Every
 difference from the released code: results/differences.md.
 
-    python train_projector.py                               # the tiny model: a minute and a half on 2 cores
+    python train_projector.py                               # the tiny model: a minute and a half
     python train_projector.py --model Qwen2.5-1.5B          # the paper's plot holes, on one GPU
 """
 import collections
@@ -34,8 +34,7 @@ from litereason import (CAP, CLOSE, LATENT, OPEN, PROJECTORS, Rollout, generate,
                         unroll, without_latents, word_embeddings, z_size)
 
 # ============================================================ settings
-# {title: {name: (default, the least or the choices, what it is)}}. BySize: of a model of under 50 M weights,
-# and of any other, which is as released.
+# {title: {name: (default, the least or the choices, what it is)}}; BySize: see lib/run.py
 SHARED = {  # by train_rl.py
     "projector": ("warm", ["warm", "random", *PROJECTORS],
                   "start: mlp (paper), normed (ours, real models); controls: random, pause"),
@@ -137,7 +136,6 @@ def given_traces(path, task, examples):
     """Ours: traces that somebody else has written, for a base that earns nothing."""
     with open(path, encoding="utf-8") as f:
         rows = list(map(json.loads, f))
-    print(f"stage 1: {len(rows)} traces from {path}, none sampled")
     return [{"prompt": task.prompt(examples[row["example"]], True), **row} for row in rows]
 
 

@@ -7,7 +7,6 @@ epoch's own rewarded rollouts. Ours, with targets: `add_anchor` in the update, a
 Every difference from the released code: results/differences.md.
 
     python train_rl.py                               # the tiny model, all stages, a table: 3 minutes, 2 cores
-    python train_rl.py --method grpo                 # RL without latents, by default without a length penalty
     python train_rl.py --resume out/tiny-litereason  # continue a stopped run: on a CPU bit for bit
     python train_rl.py --model Qwen2.5-1.5B          # plot holes; first data/flawed_fictions/prepare.py
 """
@@ -37,8 +36,7 @@ from train_projector import (RATIOS, SHARED, add_anchor, fit_projector, fit_to_t
 # ============================================================ settings
 NAMES = display.METHODS
 MEMORY = "memory, speed and disk (no result changes but by rounding)"
-# {title: {name: (default, least value or choices or kind, what it is)}}. BySize: of a model of under 50 M
-# parameters, and of any other, which is as released: 2880 steps are 30 passes over 290 stories.
+# As in train_projector.py; 2880 steps are 30 passes over 290 stories.
 SETTINGS = {
     "what is run": run.COMMON | {
         "method": ("litereason", list(NAMES), "litereason; grpo: no tags, no latents; tag: a tag is text"),

@@ -208,8 +208,8 @@ def test_an_answer_is_one_line_until_it_is_unfolded(model, tok, rollouts):
     assert readable(tok, rollouts[1]).endswith(" [cut off]")
     text = answer(model, tok, GOLD, "", rollouts[0], 0.0, 1234)
     line, _, rest = text.partition("</summary>")
-    assert (Reader(line.partition("<summary>")[2]).words == "1,234 ✗ wrong, gold: gold & co, "
-            f"{len(rollouts[0].slots)} tokens, 2 tags, 5 latents ab{tag(3)} cd{tag(2)} .")
+    assert (Reader(line.partition("<summary>")[2]).words == "1,234 ✗ wrong, gold: \\boxed{ gold & co }, "
+            f"{len(rollouts[0].slots)} tokens, 2 tags, 5 latents ab{tag(3)}cd{tag(2)}.")
     assert " open" not in text and rest.index("Asked") < rest.index("Answered")
     assert ", cut off <" in answer(model, tok, GOLD, "", rollouts[1], 1.0, 1)
     graded = answer(model, tok, TASK, "", rollouts[0], 12.5, 1)
@@ -221,7 +221,7 @@ def test_wrong_answers_come_first_and_are_counted_among_all(model, tok, rollouts
     four = [rollouts[0]] * 4
 
     def said(n, task=GOLD, rewards=(1.0, 0.0, 1.0, 0.0)):
-        return Reader(section("said <above>", ROW, model, tok, task, rewards, four, n)).words
+        return Reader(section("said <above>", ROW, "accuracy", model, tok, task, rewards, four, rewards, n)).words
 
     words = said(3)
     order = [words.index(f"\n{place} ✗" if place in (2, 4) else f"\n{place} ✓") for place in (4, 1)]
@@ -236,7 +236,7 @@ def test_wrong_answers_come_first_and_are_counted_among_all(model, tok, rollouts
 def test_a_story_with_a_script_in_it_is_words_on_the_page_and_nothing_else(model, tok):
     r, = write(model, tok, [HOSTILE], [f"{HOSTILE}{tag(2)} {HOSTILE}<eos>"], limit=400)
     task = types.SimpleNamespace(answer=lambda e: HOSTILE, reward=lambda e, text: 0.0)
-    text = whole([section(HOSTILE, {**ROW, "name": HOSTILE}, model, tok, task, [HOSTILE], [r], 1)])
+    text = whole([section(HOSTILE, {**ROW, "name": HOSTILE}, "accuracy", model, tok, task, [HOSTILE], [r], [0.0], 1)])
     got = Reader(text)
     # Name, line above, gold answer, the answer's first words, what was asked, twice in the answer.
     assert got.words.count(HOSTILE) == 7

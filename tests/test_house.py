@@ -13,8 +13,8 @@ TOP = {"litereason.py", "train_projector.py", "train_rl.py", "eval.py", "data", 
 BESIDE = {"findings", "requirements.txt", "CHANGELOG.md", "CITATION.cff", "LICENSE", ".ci", ".gitignore"}
 
 BUDGETS = {  # lines of one file, or of all Python files in a folder
-    "litereason.py": 700, "train_projector.py": 600, "train_rl.py": 500, "eval.py": 560,
-    "lib": 1850, "results": 1900, "data": 1750, "tests": 6500, "README.md": 150}
+    "litereason.py": 720, "train_projector.py": 650, "train_rl.py": 550, "eval.py": 470,
+    "lib": 2200, "results": 2050, "data": 1820, "tests": 7800, "README.md": 150}
 FRONT = ["litereason.py", "train_projector.py", "train_rl.py", "eval.py"]
 
 
@@ -43,7 +43,7 @@ def test_no_file_outgrows_its_budget_by_a_twentieth(name):
 
 def test_the_front_and_all_code_outside_the_tests_are_within_theirs():
     assert sum(map(lines_of, FRONT)) <= 2400
-    assert sum(map(lines_of, [*FRONT, "lib", "results", "data"])) <= 8000
+    assert sum(map(lines_of, [*FRONT, "lib", "results", "data"])) <= 8500
 
 
 @pytest.mark.parametrize("script", FRONT[1:])
