@@ -224,7 +224,7 @@ def test_where_rows_cannot_be_chosen_the_projector_runs_on_those_that_may_be_in_
     monkeypatch.setattr(decoder, "WAITS", ("cpu",))
     seen, forward = [], litereason.ReasoningProjector.forward
     monkeypatch.setattr(litereason.ReasoningProjector, "forward",
-                        lambda self, h, m: seen.append(len(h)) or forward(self, h, m))
+                        lambda self, h: seen.append(len(h)) or forward(self, h))
     monkeypatch.setattr(litereason, "sample", sample)
     prompts, stats = [r.prompt_ids for r in plain[::2]], {}
     equal(generate(model, tok, prompts, 2, LIMIT, generator=torch.Generator().manual_seed(0),
