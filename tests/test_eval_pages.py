@@ -98,6 +98,12 @@ def test_wrong_flags_end_in_one_line(words, says, monkeypatch):
     assert "\n" not in str(e.value)
 
 
+def test_without_matplotlib_one_line_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    with pytest.raises(UserError, match="pip install matplotlib"):
+        plots.curve({}, "x.svg")
+
+
 # ---------------------------------------------------------------- pictures
 METHODS = {"base, explicit reasoning": (0.763, 135), "RL without latents": (0.988, 148),
            "LiteReason + length penalty": (0.991, 36), "LiteReason": (0.992, 31)}
@@ -166,12 +172,6 @@ def test_training_curves_are_faint_single_steps_and_strong_means_of_five(tmp_pat
     curves = [[list(line.get_ydata()) for line in panel.lines] for panel in picture.axes]
     assert curves[0] == [[1, 2, 3, 4], [2, 2.5, 2.5, 3], [2, 3, 4, 5], [3, 3.5, 3.5, 4]]
     assert [panel[0] for panel in curves[1:]] == [[30] * 4, [5] * 4, [0.5] * 4]
-
-
-def test_without_matplotlib_one_line_says_how_to_get_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
-    with pytest.raises(UserError, match="pip install matplotlib"):
-        plots.curve({name: means(name) for name in METHODS}, "x.svg")
 
 
 # ---------------------------------------------------------------- the page
