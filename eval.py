@@ -5,17 +5,13 @@ tokens + latent steps, both counted while decoding, never read off the text.
 
 Answers are sampled as the paper evaluates (temperature 0.7, top-p 0.8, top-k 20): a gain that exists only at
 temperature 1 is a gain over slips that nobody would sample. `--sampling trained` samples as RL does while it
-trains (temperature 1, nothing cut), `--sampling paper trained` gives both, and --temperature, --top-p and
---top-k override either.
-
-The accuracy is the task's reward alone, without a length penalty.
+trains (temperature 1, nothing cut). The accuracy is the task's reward alone, without a length penalty.
 
     python eval.py --model tiny                       # the base, tag prompt, its tags as text: 5 seconds
     python eval.py --model tiny:plain tiny RUN        # one table: plain prompt, tags, a run's directory
     python eval.py --model RUN --sampling paper trained   # .. at both samplings
     python eval.py --model RUN --controls             # what its latents do: zeros, noise, none, ..
-    python eval.py --model RUN --show 3               # three answers, latents as nearest words
-    python eval.py --model RUN --show 20 --html answers.html   # as a page, wrong answers first
+    python eval.py --model RUN --show 20 --html answers.html   # as a page; without --html as text
 """
 import os
 import time
@@ -317,7 +313,9 @@ def main():
             rows.append(row)
             answers = rollouts[:: args.samples]  # each example's first
             if args.html:
-                sections.append(page.section(said, row, model, tokenizer, task, examples, answers, args.show))
+                rewards = data.score(task, examples, [answer.text for answer in answers])
+                sections.append(page.section(said, row, measure, model, tokenizer, task, examples, answers,
+                                             rewards, args.show))
             else:
                 print_answers(row["name"], model, tokenizer, task, examples[: args.show], answers)
 
@@ -348,6 +346,8 @@ def check_flags(args):
             raise UserError(f"--model {name}: behind a colon may stand plain, for the prompt without tags")
         if run.run_settings(name.partition(":")[0]).get("script") == "results/baselines.py":
             raise UserError(f"{name} is a run of results/baselines.py: read the table in its results.json")
+    if args.top_p is not None and not 0 < args.top_p <= 1:
+        raise UserError(f"--top-p is {args.top_p}; it must be above 0 and at most 1")
     if args.html and not args.show:
         raise UserError("--html needs --show N: that many answers go onto the page")
 

@@ -31,13 +31,11 @@ import re
 import torch
 import transformers
 
-from lib import checkpoint, decoder, kv_cache, memory, scoring
-from lib import UserError
+from lib import UserError, checkpoint, decoder, kv_cache, memory, scoring
 from lib.checkpoint import save  # noqa: F401  (model, tokenizer, path): belongs to this file's interface
 
 LATENT = -1  # the slot value of a latent position
-CAP = 5  # a tag's N is clamped to this; a checkpoint carries its own (config.litereason_max_reasoning_steps)
-PROJECTOR_LAYERS = 3
+CAP, PROJECTOR_LAYERS = 5, 3  # the most latents of a tag, MLPs of a projector; a checkpoint carries its own
 
 
 # ============================================================ the definition
@@ -239,10 +237,9 @@ class ReasoningProjector(torch.nn.ModuleList):
 
 
 class NormedProjector(ReasoningProjector):
-    """Ours, what a real model begins with: the same copies, a norm behind each, and an output as long as an
-    embedding. The MLPs are quadratic in their input: on trained weights three in a row make a latent of norm
-    2e18 from a state of norm 43 (SmolLM2, whose embeddings have 2.8), and the next token is then uniform over
-    the vocabulary (results/starts.py)."""
+    """Ours, what a real model begins with: the same copies, a norm behind each, an output as long as an
+    embedding. The MLPs are quadratic in their input: with SmolLM2's weights three in a row make a latent of
+    norm 2e18 from a state of norm 43, and the next token is then uniform (results/starts.py)."""
 
     def __init__(self, mlps=(), size=1.0):
         super().__init__(mlps)
@@ -262,7 +259,7 @@ class NormedProjector(ReasoningProjector):
 
 
 class PauseToken(torch.nn.Module):
-    """A control in the projector's place: one learned vector (D,), fed at every latent, whatever h is."""
+    """A control: one learned vector (D,), fed at every latent, whatever h is. It starts as the mean word."""
 
     def __init__(self, vector):
         super().__init__()
@@ -270,7 +267,6 @@ class PauseToken(torch.nn.Module):
 
     @classmethod
     def start(cls, model, layers=None):
-        """The mean embedding."""
         return cls(word_embeddings(model).to(projector_dtype(model)).mean(0))
 
     def forward(self, h):
@@ -358,7 +354,7 @@ def attach(model, weights=None, tokenizer=None):
     unnamed = "mlp" if weights or checkpoint.is_small(model) else "normed"
     kind = getattr(model.config, "litereason_projector", unnamed)
     if kind not in list(PROJECTORS):
-        raise UserError(f"config.json: litereason_projector is {kind!r}, expected one of {', '.join(PROJECTORS)}")
+        raise UserError(f"config.json: litereason_projector is {kind!r}, not one of {', '.join(PROJECTORS)}")
     config = model.config
     config.is_litereason_model = True  # the released code reads and writes these three entries
     config.litereason_num_reasoning_layers = layers

@@ -1,16 +1,14 @@
 """Stages 1 and 2 (paper Sec. 3.3): collect the model's own traces, put tags into them, train the projector.
 
-Stage 1: samples of the base with the tag prompt. Those with reward > 0 that ended by themselves are kept; in
-each, random sentences are replaced by tags (10 % and 25 % of them, five versions each).
-Stage 2: the base is frozen. Cross-entropy on the text after the first tag trains the projector, through all
-latent steps of all tags.
+Stage 1: of the base's samples those with reward > 0 that ended by themselves are kept; in each, random
+sentences are replaced by tags (10 % and 25 % of them, five versions each). Stage 2: the base is frozen.
+Cross-entropy on the text after the first tag trains the projector, through all latent steps of all tags.
 
 A small model does otherwise by default: see the last part of this file. --targets none is the paper's. Every
 difference from the released code: results/differences.md.
 
     python train_projector.py                               # the tiny model: a minute and a half on 2 cores
     python train_projector.py --model Qwen2.5-1.5B          # the paper's plot holes, on one GPU
-    python train_projector.py --resume out/tiny-projector   # continue a stopped run: on a CPU bit for bit
 """
 import collections
 import contextlib
@@ -90,7 +88,7 @@ def collect_traces(model, tokenizer, task, examples, path, samples, max_new_toke
         "samples": samples, "max_new_tokens": max_new_tokens, "at_once": at_once, "seed": seed, "tag": tag,
         "task": task.__name__, "reward": own["reward"],
         "scorer": own["scorer"] and own["scorer"][0].config._name_or_path}
-    found, *lines = _lines_of(path) if os.path.exists(path) else [None]
+    found, *lines = lines_of(path) if os.path.exists(path) else [None]
     lines = lines if found == header else []
     if lines:
         n = len(kept(lines))
@@ -120,24 +118,19 @@ def collect_traces(model, tokenizer, task, examples, path, samples, max_new_toke
                 break
     everything = list(itertools.chain(*lines))
     n = collections.Counter(sample.get("left out") for sample in everything)
-    print(f"stage 1: kept {n[None]} of {len(everything)} traces (reward > 0), in {path}; {n['cut']} were cut "
-          f"by --max-new-tokens, {n['no verdict']} without an answer as the prompt asks for, {n['wrong']} wrong",
-          flush=True)
+    print(f"stage 1: kept {n[None]} of {len(everything)} traces (reward > 0), in {path}; {n['cut']} were cut by "
+          f"--max-new-tokens, {n['no verdict']} without an answer, {n['wrong']} wrong", flush=True)
     return everything
 
 
-def kept(lines):
+def kept(lines):  # -> traces
     return [sample for sample in itertools.chain(*lines) if "left out" not in sample]
 
 
-def _lines_of(path):
+def lines_of(path):
+    """What collect_traces has written there: its settings, then lines of samples."""
     with open(path) as f:  # without its end a line is half a line
         return [json.loads(line) for line in f if line.endswith("\n")]
-
-
-def read_traces(path):
-    """The traces that collect_traces has written there."""
-    return kept(_lines_of(path)[1:])
 
 
 def given_traces(path, task, examples):
@@ -204,8 +197,7 @@ def masked_trace(model, tokenizer, rng, prompt, text, answer, marker, ratio):
     return Rollout(prompt_ids, slots, no_latents, text=text) if LATENT in slots else None
 
 
-def versions(model, tokenizer, traces, marker, rng):
-    """RATIOS x VERSIONS of each trace -> [(story, row)]"""
+def versions(model, tokenizer, traces, marker, rng):  # -> [(story, row)]
     rows = []
     for trace, ratio in itertools.product(traces, RATIOS * VERSIONS):
         row = masked_trace(model, tokenizer, rng, trace["prompt"], trace["text"], None, marker, ratio)
@@ -248,8 +240,8 @@ def run_stage_1(model, tokenizer, task, out, settings, smoke=False):
     held_out = set(stories[-max(1, len(stories) // 10) :])
     train = [row for story, row in rows if story not in held_out]
     held = [row for story, row in rows if story in held_out]
-    n_sampled = 0 if settings.traces else len(samples)
-    return train, rng.sample(held, min(256, len(held))), {"kept": len(traces), "sampled": n_sampled}
+    return train, rng.sample(held, min(256, len(held))), {"kept": len(traces),
+                                                              "sampled": 0 if settings.traces else len(samples)}
 
 
 # ======================================================= stage 2: the projector learns, the base is frozen
@@ -269,14 +261,14 @@ def fit_projector(model, traces, lr, batch, steps=None, budget=None, **loop):
         return optimise(model, traces, learners, batch, steps, losses_of, **loop)
 
 
-def _scored_tokens(row):
+def _scored_tokens(row):  # after the first tag
     after_first = row.slots[row.slots.index(LATENT) :]
     return len(after_first) - after_first.count(LATENT)
 
 
 def optimise(model, traces, learners, batch, steps, losses_of, clip=0.2, seed=0, together=1,
              schedule=True, states=None, every=50):
-    """The loop of stage 2, whatever learns and from what loss -> the mean loss of the last 20 steps.
+    """The loop of stage 2, whatever learns from whatever loss -> the mean loss of the last 20 steps.
 
     learners   [(parameters, peak learning rate, the share of the steps after which they begin to learn)]
     steps      None is one pass over the traces
@@ -375,7 +367,8 @@ def warm_up_and_cosine(step, steps, warm_up):
 def positions_at_once(model, traces, base_learns=False):
     """How many positions of traces one forward and backward pass can have."""
     longest = max(len(r.prompt_ids) + len(r.slots) for r in traces)
-    return memory.positions_that_fit(model, longest, "stage 2", otherwise=12_000, base_learns=base_learns)
+    trained = model if base_learns else model.reasoning_projector
+    return memory.positions_that_fit(model, longest, trained.parameters(), otherwise=12_000)
 
 
 @torch.no_grad()
@@ -401,8 +394,8 @@ def run_stage_2(model, tokenizer, train, held, out, settings):
     with torch.no_grad():
         size = z_size(model, torch.cat(unroll(model, held[:8])[1]))
     if settings.targets == "none" and not size < LARGE:  # nan is not, too
-        print(f"warning: at the start a latent is {size:.3g} times as long as an embedding and drowns the words "
-              "around it; --projector normed does not", flush=True)
+        print(f"warning: a latent is {size:.3g} times as long as an embedding at the start and drowns the "
+              "words around it; those of --projector normed do not", flush=True)
     loop["states"] = os.path.join(out, "stage-2")
     if settings.targets == "words":
         fit_to_targets(model, train, settings.lr, settings.batch, settings.steps, noise=settings.noise,
@@ -422,8 +415,7 @@ def set_start(args, model):
     if args.projector == "warm":
         return
     if model.projector_trained:
-        raise UserError(f"--projector {args.projector} is for stage 2, but {args.model} has a trained "
-                        "projector: leave the flag out, or start from a model that has none")
+        raise UserError(f"--projector {args.projector}: {args.model} has a trained projector already")
     torch.manual_seed(args.seed)
     start_projector(model, args.projector)
 
@@ -479,10 +471,9 @@ def main():
 #     a training trace    a b c . <..> 3 </..>  LATENT      LATENT      LATENT      \boxed{Yes}
 #     targets                                   b + c       e + f       h + i
 #
-# The targets are fed, so that a whole trace takes one pass, and with noise, so that the reader bears the
-# errors that the projector will make. The base is frozen, or with --train-base it learns too, by the paper's
-# loss (as in Coconut and CODI, arXiv 2412.06769, 2502.21074). In RL the base is held to the same targets
-# (add_anchor).
+# The targets are fed, so that a whole trace takes one pass, and with noise, as the projector will err. The
+# base is frozen, or with --train-base it learns too, by the paper's loss (as in Coconut, arXiv 2412.06769,
+# and CODI, 2502.21074). In RL the base is held to the same targets (add_anchor).
 SHARES = (0.3, 0.6, 1.0)  # of the sentences that are skipped, instead of the paper's 0.1 and 0.25
 SHARES_IN_RL = (0.6, 1.0, 1.0)  # there the policy skips more
 VERSIONS_TOGETHER = 4  # of one trace in a batch
@@ -649,9 +640,8 @@ def masked_again(model, tokenizer, pieces, n, rng):
 def add_anchor(model, tokenizer, pieces, step, weight, noise, seed, budget):
     """Adds `weight` times the gradient of stage 2's squared error, for the base alone -> the error.
 
-    RL moves the base, and nothing in its loss keeps the projector's latents as they should be. So some traces
-    of stage 1 are masked again and the base is held to their targets, as InstructGPT's policy is to its
-    pretraining (arXiv 2203.02155). budget: positions per forward pass."""
+    Nothing in RL's loss keeps latents as they should be. So some traces of stage 1 are masked again and the
+    base is held to their targets, as InstructGPT's policy is to its pretraining (arXiv 2203.02155)."""
     rows = masked_again(model, tokenizer, pieces, ANCHORED, random.Random(f"{seed} {step} anchor"))
     error = 0.0
     model.reasoning_projector.requires_grad_(False)

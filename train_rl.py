@@ -8,7 +8,7 @@ Every difference from the released code: results/differences.md.
 
     python train_rl.py                               # the tiny model, all stages, a table: 3 minutes, 2 cores
     python train_rl.py --method grpo                 # RL without latents, by default without a length penalty
-    python train_rl.py --resume out/tiny-litereason  # continue a stopped run, exactly: on a CPU bit for bit
+    python train_rl.py --resume out/tiny-litereason  # continue a stopped run: on a CPU bit for bit
     python train_rl.py --model Qwen2.5-1.5B          # plot holes; first data/flawed_fictions/prepare.py
 """
 import os
@@ -30,8 +30,8 @@ from eval import PAPER, evaluate, latent_of, latents_of_others
 from lib import UserError, checkpoint, display, memory, run, scoring
 from lib.run import BySize
 from litereason import RULES, Rollout, generate, load, logprobs, policy_loss, recompute_latents, z_size
-from train_projector import (RATIOS, SHARED, add_anchor, fit_projector, fit_to_targets, masked_again,
-                             masked_trace, pieces_of, read_traces, run_stage_1, run_stage_2, set_start,
+from train_projector import (RATIOS, SHARED, add_anchor, fit_projector, fit_to_targets, kept, lines_of,
+                             masked_again, masked_trace, pieces_of, run_stage_1, run_stage_2, set_start,
                              settings_of, warm_up_and_cosine)
 
 # ============================================================ settings
@@ -81,7 +81,6 @@ SMOKE = {"steps": 4, "prompts": 2, "num_generations": 4, "minibatches": 2, "max_
          "train_prompts": 4, "trace_prompts": 8, "projector_steps": 2, "n": 2, "val": 2}
 # Most that sampler and scorer may differ in a log-prob, by whether the model computes in bf16.
 DLOGP = {False: 1e-2, True: 2.0}
-TAKEN_AWAY = "  its latents taken away"
 
 
 # ============================================================ stage 3
@@ -341,8 +340,8 @@ def refresh(args, model, tokenizer, task, state, examples, prompts, batch):
 
 
 def rehearse(args, model, tokenizer, state, stage_1, batch):
-    """The refresh with targets (ours) -> the loss, or None. What the latents of a rollout should have said is
-    not known, so stage 2 goes on instead, on a share of stage 1's traces. batch: as in refresh."""
+    """The refresh with targets (ours) -> the loss, or None. A rollout's latents have no targets, so stage 2
+    goes on instead, on a share of stage 1's traces. batch: as in refresh."""
     n = max(1, int(REFRESH_SHARE * len(stage_1[0])))
     rng = random.Random(f"{args.seed} {batch} refresh")
     rows = masked_again(model, tokenizer, stage_1, n, rng)
@@ -354,8 +353,7 @@ def rehearse(args, model, tokenizer, state, stage_1, batch):
 
 # ============================================================ the step's line, and what is put aside
 def metrics(model, task, state, epoch, groups, gap, norm, anchor_loss, refresh_loss, val, phases):
-    """One line of metrics.jsonl. The loss is not among them: under grpo, at ratio 1, it is 0 by
-    construction."""
+    """One line of metrics.jsonl. The loss is not there: under grpo, at ratio 1, it is 0 by construction."""
 
     def mean(of):
         return sum(map(of, state.rollouts)) / len(state.rollouts)
@@ -452,8 +450,8 @@ def main():
     say_what_runs(args, model, prompts, plan)
 
     # (2) The table's rows before RL, stages 1 and 2 among them. A file keeps them for a resumed run.
-    kept = os.path.join(args.out, "before-rl.json")
-    rows = run.read_json(kept, [])
+    before = os.path.join(args.out, "before-rl.json")
+    rows = run.read_json(before, [])
 
     def add_row(name, has_tags, latent):
         if tests and name not in [row["model"] for row in rows]:
@@ -466,7 +464,7 @@ def main():
         add_row(f"{start}, explicit reasoning", False, "none")
         if has_tags:
             add_row(f"{start}, tag prompt", True, "none")  # a plain LM: its tags are text
-        run.write_json(kept, rows)
+        run.write_json(before, rows)
         display.show_table(rows, data.measure_of(task))
         if args.method == "litereason" and not model.projector_trained:
             of_stages = settings_of(model, prompts=args.trace_prompts, steps=args.projector_steps,
@@ -477,21 +475,21 @@ def main():
             checkpoint.save(model, tokenizer, os.path.join(args.out, "model"))
         if args.method == "litereason":
             add_row("LiteReason before RL", True, "projector")
-            run.write_json(kept, rows)
+            run.write_json(before, rows)
 
     # (3) Stage 3.
     model.projector_trained = args.method == "litereason" or model.projector_trained
     stage_1 = None
     if learns_from_traces:
-        traces = read_traces(os.path.join(args.out, "traces.jsonl"))
-        stage_1 = pieces_of(tokenizer, traces, data.opening_of(task))
+        _, *lines = lines_of(os.path.join(args.out, "traces.jsonl"))
+        stage_1 = pieces_of(tokenizer, kept(lines), data.opening_of(task))
     with run.stops_noted(f"go on with: python train_rl.py --resume {args.out}") as stopped:
         train(args, model, base, masters, tokenizer, task, examples, prompts, vals, stage_1, saved, stopped)
 
     # (4) The table's rows after it.
     add_row(NAMES[args.method], has_tags, "projector" if args.method == "litereason" else "none")
     if tests and args.method == "litereason":
-        add_row(TAKEN_AWAY, True, "none")
+        add_row("  its latents taken away", True, "none")
         others = latents_of_others(model, tokenizer, task, task.examples("val")[: args.val or 100],
                                    seed=args.seed, max_new_tokens=args.max_new_tokens, **PAPER)
         if others:  # else the policy runs no latents
@@ -535,8 +533,7 @@ def copy_traces(args):
     """Those of the run that --model is, into --out: so a run can be continued without that one."""
     theirs = os.path.join(run.directory_of_run(args.model), "traces.jsonl")
     if not os.path.exists(theirs):
-        raise UserError(f"--targets words needs stage 1's traces in RL, and there is no {theirs}: say "
-                        "--targets none, or --anchor 0 --refresh-every -1")
+        raise UserError(f"there is no {theirs}, from which --targets words learns in RL: say --targets none")
     shutil.copyfile(theirs, os.path.join(args.out, "traces.jsonl"))
 
 

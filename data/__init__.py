@@ -177,7 +177,7 @@ def has_verdict(task, completion):
 
 # ============================================================ prepared examples, a .jsonl per split
 def folder(task):
-    """Where a task's prepared files are: LITEREASON_DATA/TASK if that is set, else beside the task's code."""
+    """Where a task's prepared files are: LITEREASON_DATA/TASK if that is set, else beside its code."""
     return os.path.join(os.environ.get("LITEREASON_DATA") or HERE, task)
 
 

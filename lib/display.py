@@ -5,7 +5,6 @@ import numpy as np
 import torch
 
 from lib import kv_cache, stats
-from litereason import LATENT, word_embeddings
 
 
 # ============================================================ tables
@@ -113,7 +112,7 @@ METHODS = {"litereason": "LiteReason", "grpo": "RL without latents", "tag": "RL 
 def pieces(tokenizer, rollout):
     """A rollout's slots as a list of texts and, where a block of latents stands, of their number."""
     out = []
-    for is_latent, block in itertools.groupby(rollout.slots, LATENT.__eq__):
+    for is_latent, block in itertools.groupby(rollout.slots, lambda slot: slot < 0):
         slots = list(block)
         out.append(len(slots) if is_latent else tokenizer.decode(slots))
     return out
@@ -136,7 +135,8 @@ def read_out(model, tokenizer, latents, n_words=3):
     head      the n_words words that the LM head says if the latent goes through the final norm:
               [(word, probability)]
     """
-    vocabulary = word_embeddings(model).float()  # (V, D)
+    embed = model.get_input_embeddings()
+    vocabulary = embed(torch.arange(embed.num_embeddings, device=model.device)).float()  # (V, D), as fed
     z = latents.to(vocabulary.device).float()
     directions = torch.nn.functional.normalize(vocabulary, dim=-1)
     cosines = torch.nn.functional.normalize(z, dim=-1) @ directions.T  # (n, V)

@@ -4,10 +4,9 @@ The page needs nothing else: no network and no script. Its Content-Security-Poli
 story cannot bring a script even if an escape were forgotten. Every text of a story or a model goes through
 html.escape."""
 import html
+import re
 
-import data
 from lib import display
-from litereason import CLOSE, OPEN, TAG, parse_tags
 
 HEAD = """<!doctype html><html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -52,12 +51,12 @@ def whole(sections):
     return HEAD + "\n".join(sections) + "</body></html>\n"
 
 
-def section(said, row, model, tokenizer, task, examples, rollouts, n):
+def section(said, row, measure, model, tokenizer, task, examples, rollouts, rewards, n):
     """The n answers that earned least, the lowest reward first and else in the order of the split, under what
     is to be said of all of them.
 
-    said: eval.what_was_asked; row: of the table; rollouts: one for each example."""
-    rewards = data.score(task, examples, [rollout.text for rollout in rollouts])
+    said: eval.what_was_asked; row: of the table; measure: what its accuracy is; rollouts and rewards: one for
+    each example."""
     shown = sorted(range(len(rewards)), key=rewards.__getitem__)[:n]
     answers = [answer(model, tokenizer, task, examples[i], rollouts[i], rewards[i], i + 1) for i in shown]
     low, high = row["accuracy_ci95"]
@@ -69,7 +68,7 @@ def section(said, row, model, tokenizer, task, examples, rollouts, n):
     below = "all of them" if len(shown) == len(rewards) else f"{len(shown):,}, which are no fair sample"
     return (f"<section><h2>{html.escape(row['name'])}</h2>\n"
             f"<p>{count}. Below are {below}: the lowest rewards first.</p>\n"
-            f'<p class="soft">{html.escape(said)}: {data.measure_of(task)} {number(row["accuracy"])} '
+            f'<p class="soft">{html.escape(said)}: {measure} {number(row["accuracy"])} '
             f"(95 % interval {number(low)} to {number(high)}); {number(row['tokens'])} tokens per answer, "
             f"{number(row['text_tokens'])} of text and {number(row['latent_steps'])} latents.</p>\n"
             f"{''.join(answers)}</section>")
@@ -84,14 +83,13 @@ def answer(model, tokenizer, task, example, rollout, reward, place):
     """One answer: a line which unfolds to the question and what the model wrote."""
     verdict = f"reward {number(reward)}"
     if hasattr(task, "answer"):
-        right_answer = task.answer(example)
-        gold = html.escape(data.boxed(right_answer) or right_answer)
+        gold = html.escape(task.answer(example))
         said = '<span class="right">✓ right' if is_right(reward) else '<span class="wrong">✗ wrong'
         verdict = f"{said}</span>, gold: {gold}"
     cut_off = "" if rollout.finished else ", cut off"
-    first = html.escape(" ".join(TAG.sub(" ", rollout.text).split())[:150])
+    first = html.escape(" ".join(rollout.text.split())[:150])
     asked = html.escape(tokenizer.decode(rollout.prompt_ids))
-    costs = ", ".join([counted(len(rollout.slots), "token"), counted(len(parse_tags(rollout.text)), "tag"),
+    costs = ", ".join([counted(len(rollout.slots), "token"), counted(rollout.n_tags, "tag"),
                        counted(rollout.n_latents, "latent")])
     return (f"<article><details><summary>{place:,} {verdict}, {costs}{cut_off} "
             f'<span class="soft">{first}</span></summary>\n'
@@ -108,10 +106,7 @@ def body(model, tokenizer, rollout):
     n_shown = 0
     for piece in display.pieces(tokenizer, rollout):
         if isinstance(piece, str):
-            text = html.escape(piece)
-            for end in map(html.escape, (OPEN, CLOSE)):
-                text = text.replace(end, f'<span class="tag">{end}</span>')
-            written += text
+            written += re.sub("(&lt;/?implicit_thought&gt;)", r'<span class="tag">\1</span>', html.escape(piece))
             continue
         written += (f'<details class="latents"><summary>{counted(piece, "latent")}</summary><table>'
                     "<tr><th>#</th><th>Read by the LM head</th><th>Nearest words</th><th>Length</th></tr>"

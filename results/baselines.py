@@ -9,22 +9,18 @@ counting of tokens.
     answer         (the answer is forced at once)      (nothing is reasoned)                 SFT, gold answers
 
 All of them are `generate` of litereason.py with another latent step and other rules for where a block begins
-and ends (its arguments latent, start, leave, feed); a block begins in the first slot that the model fills.
-They get the plain prompt, no tags. `answer` is the floor: what the task gives without reasoning. The rest of
-the table is train_rl.py: --method grpo and tag, --overlong-buffer, --projector pause and random.
+and ends (its arguments latent, start, leave, feed), on the plain prompt, without tags. `answer` is the floor:
+what the task gives without reasoning. The rest of the table is train_rl.py: --method grpo and tag,
+--overlong-buffer, --projector pause and random.
 
-Every row of results.json says what it took (stories, traces, sampled_tokens, optimiser_steps) and how the
-same model does on train_stories it has learned from (train_accuracy): memorising shows as a gap. The main row
-is sampled as the paper samples, the indented one below it at temperature 1.
+Every row of results.json says what it took (stories, traces, sampled_tokens, optimiser_steps). The main row
+is sampled as the paper samples; indented below it are temperature 1, and the stories that were learned from:
+memorising shows as a gap.
 
-Coconut's state is fed as it is, as in its paper: 7 times an embedding in the tiny world, 4 times in
-gemma-3-270m, 15 times in SmolLM2-135M, 360 times in Qwen2.5-Coder-0.5B, where the words around it are hardly
-read before it is trained. What Soft Thinking, MoI and CoLaR feed is about as long as an embedding by
-construction.
-
-Left out, and why: (1) special tokens around a block: the tiny world has no room for new words, and the
-answer's first word (of task.ANSWER) ends a block as well. (2) Each method's own sampling: all are compared
-under the same two. (3) LoRA: the base is trained whole, as the paper's author did.
+Left out: special tokens around a block (the tiny world has no room for new words; the answer's first word
+ends a block as well), each method's own sampling, and LoRA (the base is trained whole, as the paper's author
+did). Coconut's state is fed as it is, as in its paper: 7 times an embedding in the tiny world, 15 times in
+SmolLM2-135M, 360 times in Qwen2.5-Coder-0.5B, where the words around it are hardly read before training.
 
     python results/baselines.py --method soft-thinking    # training-free: half a minute on a core
     python results/baselines.py --method coconut          # SFT on own traces
@@ -37,7 +33,6 @@ import math
 import os
 import random
 import sys
-import time
 import types
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -55,9 +50,9 @@ from litereason import (LATENT, Rollout, generate, group_advantages, load, logpr
 from train_projector import SENTENCE, split_answer
 
 RATES = (1, 2, 5)  # reasoning tokens per latent with which CoLaR is tested after its SFT
+POSITIONS = 12_000  # in a forward pass of training; changes no result
 CHECKED = 200  # val stories by which something is chosen, and train stories evaluated beside the test
-# What a row's name ends in: how its answers are sampled.
-SAMPLINGS = {"": PAPER, ", temperature 1": TRAINED}
+SAMPLINGS = {"paper": PAPER, "trained": TRAINED}
 
 # {title: {flag: (default, the least, what it is)}}. The papers' settings (Coconut and CoLaR as LiteReason's
 # author ran them on plot holes; the answer's are ours), and what a small model trained from scratch needs.
@@ -66,11 +61,11 @@ SETTINGS = {
         "method": (None, ["soft-thinking", "moi", "coconut", "colar", "answer"], "see above"),
         "model": ("tiny", str, "the base: tiny, a directory, or a hub name such as Qwen2.5-1.5B"),
         "task": (None, str, "a folder under data/, or tiny.next_chapter [by the model]"),
-        "reward": (None, ["contrastive", "vrcli", "thresholded"], "of next_chapter [contrastive]"),
-        "scorer": (None, str, "the frozen model that reads chapters [a copy of the base]"),
         "out": (None, str, "the run's directory [out/MODEL-TASK-METHOD]"),
         "overwrite": (False, bool, "replace the run that --out holds"),
         "n": (500, 1, "test examples"),
+        "max_new_tokens": (BySize(checkpoint.SLOTS_SMALL, checkpoint.SLOTS_RELEASED), 1,
+                           "slots per answer, latents included"),
         "seed": (0, 0, "of all random draws"),
         "r": (None, 1, "colar: tokens per latent, 1, 2 or 5 [all in the SFT's test, then the best on val]"),
         "device": (None, str, "cpu or cuda [cuda if there is one]"),
@@ -89,25 +84,10 @@ SETTINGS = {
         "prompts": (BySize(16, 48), 1, "colar: stories per GRPO step"),
         "num_generations": (16, 2, "colar: rollouts per story in GRPO"),
     },
-    "decoding": {
-        "max_new_tokens": (BySize(checkpoint.SLOTS_SMALL, checkpoint.SLOTS_RELEASED), 1,
-                           "slots per answer, latents included"),
-        "top": (10, 1, "soft-thinking: words in a mixture"),
-        "patience": (256, 1, "soft-thinking: certain steps in a row that stop it"),
-        "beta": (1.0, 0.0, "moi: weight of the sampled word; its paper: 0.5 to 2"),
-    },
-    "memory and speed": {
-        "micro_batch_tokens": (12_000, 1, "positions per forward pass; changes no result"),
-    },
 }
-# Chosen on 200 val stories of plot holes in the tiny world before this one (commit 7a68d78), seed 0, one run
-# each, sampled as the paper samples, on all 480 train stories. Val accuracy:
-#
-#   answer     1e-3 at a constant rate 0.575, with warm-up 0.970; 3e-4 with warm-up 1.000 from step 72 on
-#   coconut    25 steps a stage: 3e-4 at a constant rate 0.540, 1e-3 with warm-up 0.560; 3e-4 with warm-up and
-#              200 steps in the last stage 0.995
-#   colar      0.48 to 0.53 with r = 1, 2, 5 at all of these rates: a coin everywhere. 3e-4 is taken, since
-#              answers differ there, which GRPO needs
+# Chosen on 200 val stories of the tiny world before this one (commit 7a68d78), of 1e-3 and 3e-4, constant or
+# with warm-up: the best for answer (1.000) and coconut (0.995, with 200 steps in its last stage). For colar
+# all are a coin (0.48 to 0.53); at 3e-4 answers differ, which GRPO needs.
 SFT = {
     "answer": {"lr": BySize(3e-4, 5e-5), "steps": BySize(240, 200)},
     "coconut": {"lr": BySize(3e-4, 5e-5), "epochs": BySize(1 / 3, 2)},
@@ -128,9 +108,8 @@ def soft_thinking(model, end, top_k=10, certain=0.01, patience=256, temperature=
     """Thinking in mixtures of words, without training -> arguments for `generate`.
 
     The paper: while the model thinks, the next input is sum_i p_i E[i] over the top_k likeliest words. It
-    stops thinking when the likeliest word is </think>, or when the entropy (nats) has been below `certain`
-    for `patience` steps in a row ("cold stop"). Ours: the word `end` stands for </think>, which the models
-    here never write; in either case `end` is the word that follows the block."""
+    stops when the likeliest word is </think>, or when the entropy (nats) has been below `certain` for
+    `patience` steps in a row. Ours: the word `end`, which follows the block, stands for </think>."""
     embed = model.get_input_embeddings()
     certain_steps = torch.zeros(0, dtype=torch.long, device=model.device)  # in a row, of each rollout so far
 
@@ -148,13 +127,10 @@ def soft_thinking(model, end, top_k=10, certain=0.01, patience=256, temperature=
         # Rollouts may begin late, so the list of counts grows.
         lacking = max(0, int(row.max()) + 1 - len(certain_steps))
         certain_steps = torch.cat([certain_steps, certain_steps.new_zeros(lacking)])
-        before = certain_steps[row]  # (n,)
-        before = torch.where(taken > 0, before, 0)  # taken = 0: a rollout begins, maybe of another call
+        before = certain_steps[row] * (taken > 0)  # (n,); taken = 0: a rollout begins, maybe of another call
         certain_steps[row] = torch.where(entropy < certain, before + 1, 0)
-
-        is_likeliest = logp.argmax(-1) == end  # (n,)
-        is_certain = certain_steps[row] >= patience  # (n,)
-        return torch.where(is_likeliest | is_certain, end, LATENT)
+        stops = (logp.argmax(-1) == end) | (certain_steps[row] >= patience)  # (n,)
+        return torch.where(stops, end, LATENT)
 
     step.flops = 2 * model.lm_head.weight.numel()  # for eval.flops
     return {"latent": step, "leave": leave}
@@ -164,9 +140,9 @@ def soft_thinking(model, end, top_k=10, certain=0.01, patience=256, temperature=
 def mixture_of_inputs(model, beta=1.0):
     """Every sampled word is fed mixed with its rivals, without training -> arguments for `generate`.
 
-    The paper: a word is sampled as usual from p, but what is fed is the mean embedding under the posterior
-    of a Dirichlet prior that follows p: w_i = (H p_i + (beta + 1 - H) [i is the word]) / (beta + 1), with H
-    the entropy of p, 0 to 1. Ours is the same."""
+    As in the paper: a word is sampled as usual from p, but what is fed is the mean embedding under the
+    posterior of a Dirichlet prior that follows p: w_i = (H p_i + (beta + 1 - H) [i is the word]) /
+    (beta + 1), with H the entropy of p, 0 to 1. Its beta: 0.5 to 2."""
     embed = model.get_input_embeddings()
     V = embed.num_embeddings
     n_words = V - len(model.lm_head.no_words)
@@ -178,8 +154,7 @@ def mixture_of_inputs(model, beta=1.0):
     def feed(h, token):
         logp = predicted(model, h)  # (n, V)
         p = logp.exp()
-        entropy = -(p * logp).sum(-1, keepdim=True)  # (n, 1)
-        H = entropy / math.log(n_words)  # 1 if all words are equally likely
+        H = -(p * logp).sum(-1, keepdim=True) / math.log(n_words)  # (n, 1), 1 if all are equally likely
         expected = p.to(all_words.dtype) @ all_words  # (n, D)
         mixed = H.to(h.dtype) * expected.to(h.dtype) + (beta + 1 - H).to(h.dtype) * embed(token)
         return mixed / (beta + 1)
@@ -193,10 +168,8 @@ def own_traces(model, tokenizer, task, examples, args):
     """Stage 1 of LiteReason with the plain prompt: of args.traces samples per prompt those with a reward.
 
     -> ([(prompt as text, reasoning, answer)], tokens sampled). UserError if no sample earned a reward."""
-    marker = data.opening_of(task)
     generator = torch.Generator().manual_seed(args.seed)
-    traces = []
-    spent = 0
+    traces, spent = [], 0
     for i in tqdm(range(0, len(examples), 32), desc="traces", leave=False):
         some = examples[i : i + 32]
         prompts = [task.prompt(example, False) for example in some]
@@ -204,22 +177,19 @@ def own_traces(model, tokenizer, task, examples, args):
                             generator=generator, **PAPER)
         spent += sum(len(rollout.slots) for rollout in rollouts)
         for rollout, reward in zip(rollouts, rewards_of(task, some, rollouts)):
-            reasoning, answer = split_answer(rollout.text, marker)
+            reasoning, answer = split_answer(rollout.text, data.opening_of(task))
             if reward > 0 and rollout.finished and reasoning.strip():
                 traces.append((prompts[rollout.prompt], reasoning, answer))
     if not traces:
-        raise UserError("no sampled answer earned a reward: there is nothing to train on (give more "
-                        "--stories, or a stronger --model)")
-    print(f"kept {len(traces)} of {args.traces * len(examples)} traces (reward > 0), {spent:,} tokens "
-          "sampled", flush=True)
+        raise UserError("no sampled answer earned a reward: there is nothing to train on")
+    print(f"kept {len(traces)} of {args.traces * len(examples)} traces (reward > 0)", flush=True)
     return traces, spent
 
 
 def rewards_of(task, examples, rollouts, step=0):
     """The rewards of rollouts of these examples' prompts -> list of floats. step: of the training."""
     asked = [examples[rollout.prompt] for rollout in rollouts]
-    texts = [rollout.text for rollout in rollouts]
-    return data.score(task, asked, texts, step)
+    return data.score(task, asked, [rollout.text for rollout in rollouts], step)
 
 
 def sft(parameters, rows, args, steps, seed, add_gradients):
@@ -246,7 +216,6 @@ def epochs(rows, batch, seed):
 
 
 def steps_in(epochs, rows, args):
-    """SFT steps in a number of epochs."""
     return max(1, int(epochs * len(rows) / args.batch))
 
 
@@ -274,17 +243,14 @@ def train_coconut(model, tokenizer, traces, args):
 
     The paper: in stage s the first s reasoning sentences of each trace are deleted and latents put at the
     answer's beginning; after the last stage all reasoning is deleted. Cross-entropy on the text that is
-    left, back-propagated through the latents; a new optimiser per stage.
-    Ours: one latent per sentence (the paper's maths has two, the author's plot-hole runs one), and the last
-    stage, which has most epochs in the paper, has 2 of 14 as in the author's runs (a small model's: under
-    half)."""
+    left, back-propagated through the latents; a new optimiser per stage. Ours: one latent per sentence (the
+    paper's maths has two, the author's plot-hole runs one), and fewer epochs in the last stage."""
     taken = 0
     for stage in range(args.stages + 2):
         rows = coconut_rows(model, tokenizer, traces, stage, args.stages)
         steps = steps_in(args.last_stage if stage > args.stages else args.epochs, rows, args)
-        for _ in sft(memory.base_parameters(model), rows, args, steps, f"{args.seed} {stage}",
-                     lambda batch: add_text_gradients(model, batch, args.micro_batch_tokens)):
-            taken += 1
+        taken += len(list(sft(memory.base_parameters(model), rows, args, steps, f"{args.seed} {stage}",
+                              lambda batch: add_text_gradients(model, batch))))
     return taken
 
 
@@ -307,11 +273,10 @@ def row_of(model, tokenizer, prompt, text, begins="", n_latents=0):
     return Rollout(prompt, [LATENT] * n_latents + words, torch.zeros(0, model.config.hidden_size))
 
 
-def add_text_gradients(model, batch, budget):
-    """Cross-entropy on the text of the rows, mean over the batch's tokens; all begin with equally many of
-    Coconut's latents."""
+def add_text_gradients(model, batch):
+    """Cross-entropy on the text of the rows, mean over the batch's tokens. All begin with as many latents."""
     tokens = sum(row.n_tokens for row in batch)
-    for part in scoring.pack(batch, budget, unrolled=batch[0].n_latents > 0):
+    for part in scoring.pack(batch, POSITIONS, unrolled=batch[0].n_latents > 0):
         some = [batch[i] for i in part]
         if some[0].n_latents:
             loss, _ = projector_loss(model, some, feed_back)
@@ -323,20 +288,16 @@ def add_text_gradients(model, batch, budget):
 
 # ============================================================ the answer at once
 def train_answer(model, rows, args, accuracy):
-    """SFT on rows of answer_rows.
-
-    Ten times on the way accuracy() is asked, on val stories; the best weights of these are kept."""
-    every = max(1, args.steps // 10)
-    best = -math.inf
+    """SFT on rows of answer_rows. Ten times on the way accuracy() is asked, of val stories; the weights that
+    did best are kept."""
+    every, best = max(1, args.steps // 10), -math.inf
     kept = model.state_dict()  # with no steps these
     for step in sft(memory.base_parameters(model), rows, args, args.steps, args.seed,
-                    lambda batch: add_text_gradients(model, batch, args.micro_batch_tokens)):
+                    lambda batch: add_text_gradients(model, batch)):
         if step % every == 0:
             val = accuracy()
-            print(f"answer: after {step} steps {val:.3f} on val", flush=True)
             if val > best:
-                best = val
-                kept = {name: weights.clone() for name, weights in model.state_dict().items()}
+                best, kept = val, {name: weights.clone() for name, weights in model.state_dict().items()}
     model.load_state_dict(kept)
 
 
@@ -372,10 +333,8 @@ class LatentHead(torch.nn.Module):
 
 
 def normal_numbers(u, k, D):
-    """(n, D) standard normal numbers that depend on a row's u and k (n,) only, hence not on its batch.
-
-    u: 0 to 1, k: whole numbers. A hash (splitmix64) of (u, k, place) gives two uniform numbers each,
-    Box-Muller a normal one."""
+    """(n, D) standard normal numbers that depend on a row's u (0 to 1) and k (a whole number) only, hence not
+    on its batch: a hash (splitmix64) of (u, k, place) gives two uniform numbers, Box-Muller a normal one."""
     seed = (u * 2**40).long() * 65_537 + k  # (n,)
     place = torch.arange(2 * D, device=u.device)
     x = seed[:, None] * 1_000_003 + place  # (n, 2 D)
@@ -391,9 +350,7 @@ def normal_numbers(u, k, D):
 
 
 def colar(model, head, end):
-    """How CoLaR decodes: latents until the LM head draws `end`, the answer's first word.
-
-    -> arguments for `generate`."""
+    """Latents until the LM head draws `end`, the answer's first word -> arguments for `generate`."""
 
     def step(h, u, k):
         with torch.autocast(h.device.type, enabled=False):  # in the head's own precision, as in training
@@ -410,14 +367,10 @@ def colar(model, head, end):
 
 
 # ============================================================ CoLaR: supervised
-def say_rate(prompt, r):
-    """The prompt that says r. The released one says "(Thinking speed: r)"; the tiny world has digits only."""
-    return f"{prompt} {r}"
-
-
 def told(task, r):
-    """The task with r said in its prompts."""
-    prompt = lambda example, latent: say_rate(task.prompt(example, latent), r)
+    """The task with r said in its prompts. The released prompt says "(Thinking speed: r)"; the tiny world has
+    digits only."""
+    prompt = lambda example, latent: f"{task.prompt(example, latent)} {r}"
     return types.SimpleNamespace(**{**vars(task), "prompt": prompt})
 
 
@@ -432,7 +385,6 @@ def sft_colar(model, tokenizer, head, traces, args):
     rows = [(prompt, encode(tokenizer, reasoning.strip()), encode(tokenizer, answer.strip()) + [end])
             for prompt, reasoning, answer in traces]
     rng = random.Random(args.seed)
-    costs = []  # nats of the latest words of answers
 
     def add_gradients(rows):
         batch = []
@@ -441,19 +393,13 @@ def sft_colar(model, tokenizer, head, traces, args):
             r = rng.randint(1, max(RATES))
             thought = [reasoning[at : at + r] for at in range(0, len(reasoning), r)]
             slots = [LATENT] * len(thought) + answer
-            ids = checkpoint.encode_prompt(model, tokenizer, say_rate(prompt, r))
+            ids = checkpoint.encode_prompt(model, tokenizer, f"{prompt} {r}")
             batch.append(Rollout(ids, slots, compress(model, thought)))
             targets.append([rng.choice(tokens) for tokens in thought] + answer)
-        costs.extend(add_sft_gradients(model, head, batch, targets, args.micro_batch_tokens))
-        del costs[:-2000]
+        add_sft_gradients(model, head, batch, targets)
 
-    steps = steps_in(args.epochs, rows, args)
     parameters = memory.base_parameters(model) + list(head.parameters())
-    for _ in sft(parameters, rows, args, steps, args.seed, add_gradients):
-        pass
-    print(f"colar, SFT: after the latents of its own trace a word of the answer costs "
-          f"{sum(costs) / len(costs):.4f} nats at the end", flush=True)
-    return steps
+    return len(list(sft(parameters, rows, args, steps_in(args.epochs, rows, args), args.seed, add_gradients)))
 
 
 @torch.no_grad()
@@ -467,15 +413,12 @@ def compress(model, thought):
     return sums / sizes.sqrt()[:, None]
 
 
-def add_sft_gradients(model, head, batch, targets, budget):
+def add_sft_gradients(model, head, batch, targets):
     """Cross-entropy of the LM head at all slots, mean over the batch, and the latent head's squared error,
-    mean over its latents -> nats of each word of the answers.
-
-    The squared error is that of a draw: E (mu + sigma e - z)^2 = (mu - z)^2 + sigma^2."""
+    mean over its latents: that of a draw, E (mu + sigma e - z)^2 = (mu - z)^2 + sigma^2."""
     n_slots = sum(map(len, targets))
     n_latents = sum(row.n_latents for row in batch)
-    costs = []
-    for part in scoring.pack(batch, budget):
+    for part in scoring.pack(batch, POSITIONS):
         some = [batch[i] for i in part]
         h, slots, valid = states(model, some)  # (b, S, D), (b, S), (b, S)
 
@@ -487,12 +430,9 @@ def add_sft_gradients(model, head, batch, targets, budget):
 
         # The LM head, at all slots, row by row.
         words = list(itertools.chain(*[targets[i] for i in part]))
-        words = torch.tensor(words, device=model.device)  # (slots,)
-        logp = scoring.token_logprobs(model, h[valid], words)
+        logp = scoring.token_logprobs(model, h[valid], torch.tensor(words, device=model.device))  # (slots,)
         loss = -logp.sum() / n_slots + squared_error.sum() / n_latents
         loss.backward()
-        costs += (-logp[slots[valid] != LATENT]).tolist()
-    return costs
 
 
 # ============================================================ CoLaR: GRPO
@@ -503,14 +443,12 @@ def rl_colar(model, tokenizer, task, head, examples, args, decoding, log):
     steps in which every group earned the same)."""
     parameters = memory.base_parameters(model) + list(head.parameters())
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.0)
-    spent = 0
-    without_gradient = 0
+    spent, without_gradient = 0, 0
     per_epoch = max(1, len(examples) // args.prompts)
     for step in range(args.steps):
-        start = time.time()
         epoch, batch = divmod(step, per_epoch)
-        order = random.Random(f"{args.seed} {epoch}").sample(range(len(examples)), len(examples))
-        some = [examples[i] for i in order[batch * args.prompts :][: args.prompts]]
+        order = random.Random(f"{args.seed} {epoch}").sample(examples, len(examples))
+        some = order[batch * args.prompts :][: args.prompts]
 
         # Sample a group of rollouts for each prompt.
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
@@ -524,21 +462,17 @@ def rl_colar(model, tokenizer, task, head, examples, args, decoding, log):
         advantages = group_advantages(groups).flatten()  # (B,)
 
         # One update per batch.
-        add_policy_gradients(model, head, rollouts, advantages, args.micro_batch_tokens)
+        add_policy_gradients(model, head, rollouts, advantages)
         descend(optimizer, args.rl_lr)
-        share = tell_step(log, step, args.steps, rollouts, groups, time.time() - start)
-        without_gradient += share == 1
-    print(f"colar, GRPO: in {without_gradient} of {args.steps} steps all groups had zero variance and "
-          f"no gradient", flush=True)
+        without_gradient += tell_step(log, step, args.steps, rollouts, groups) == 1
     return spent, without_gradient
 
 
-def add_policy_gradients(model, head, rollouts, advantages, budget):
+def add_policy_gradients(model, head, rollouts, advantages):
     """CoLaR adds two policy losses, over the latents and over the words of a rollout, each a mean of its own.
-
-    Rollouts without an advantage (B,) have no gradient and are not run; they count in the means."""
+    Rollouts whose advantage (B,) is 0 have no gradient and are not run; they count in the means."""
     batch = [b for b in range(len(rollouts)) if advantages[b] != 0]
-    for part in scoring.pack([rollouts[b] for b in batch], budget):
+    for part in scoring.pack([rollouts[b] for b in batch], POSITIONS):
         micro = [batch[i] for i in part]
         some = [rollouts[b] for b in micro]
         h, slots, valid = states(model, some)  # (b, S, D), (b, S), (b, S)
@@ -560,21 +494,20 @@ def add_policy_gradients(model, head, rollouts, advantages, budget):
         loss.backward()
 
 
-def tell_step(log, step, n_steps, rollouts, groups, seconds):
-    """The step's figures, to the log (as train_rl.py writes them) and in one line.
-
-    groups: the rewards (P, G). -> the share of groups with nothing to learn from."""
-    reward = float(groups.mean())
-    text = sum(rollout.n_tokens for rollout in rollouts) / len(rollouts)
-    latents = sum(rollout.n_latents for rollout in rollouts) / len(rollouts)
-    zero_variance = float((groups.amax(1) == groups.amin(1)).float().mean())
-    metrics = {"step": step + 1, "reward": reward, "text_tokens": text, "latent_steps": latents,
-               "zero_variance": zero_variance, "seconds": {"all": round(seconds, 3)}}
+def tell_step(log, step, n_steps, rollouts, groups):
+    """The step's figures, to the log and in one line, as train_rl.py has them. groups: the rewards
+    (P, G). -> the share of groups with nothing to learn from."""
+    metrics = {
+        "step": step + 1,
+        "reward": float(groups.mean()),
+        "text_tokens": sum(rollout.n_tokens for rollout in rollouts) / len(rollouts),
+        "latent_steps": sum(rollout.n_latents for rollout in rollouts) / len(rollouts),
+        "zero_variance": float((groups.amax(1) == groups.amin(1)).float().mean())}
     log.write(json.dumps(metrics) + "\n")
     log.flush()
-    print(f"step {step + 1:4d}/{n_steps} | reward {reward:6.3f} | text {text:6.1f} | latent {latents:5.1f} | "
-          f"{seconds:5.1f}s", flush=True)
-    return zero_variance
+    print(f"step {step + 1:4d}/{n_steps} | reward {metrics['reward']:6.3f} | "
+          f"text {metrics['text_tokens']:6.1f} | latent {metrics['latent_steps']:5.1f}", flush=True)
+    return metrics["zero_variance"]
 
 
 # ============================================================ the script
@@ -593,15 +526,6 @@ def fill(args, small):
     run.fill(args, {**SETTINGS, args.method: own}, small)
 
 
-def best_rate(rates, accuracy):
-    """The r with the best accuracy(r), on val; of equals the largest, which has the fewest latents."""
-    found = {}
-    for r in rates:
-        found[r] = accuracy(r)
-        print(f"colar, SFT: r = {r}: {found[r]:.3f} on val", flush=True)
-    return max(rates, key=lambda r: (found[r], r))
-
-
 # What each method does before its rows of the table, each of which it yields as (name, task, decoding).
 # decoding: arguments of evaluate, or a function of the temperature that makes them. on_val(task, decoding):
 # accuracy. took: what it has learned from so far, filled in here.
@@ -609,20 +533,18 @@ def run_soft_thinking(args, model, tokenizer, task, examples, on_val, took):
     end = checkpoint.encode_text(tokenizer, data.opening_of(task))[0]
 
     def decoding(temperature):
-        method = soft_thinking(model, end, args.top, patience=args.patience, temperature=temperature)
-        return {**method, "start": args.max_new_tokens}
+        return {**soft_thinking(model, end, temperature=temperature), "start": args.max_new_tokens}
 
     yield "soft-thinking", task, decoding
 
 
 def run_moi(args, model, tokenizer, task, examples, on_val, took):
-    yield "moi", task, mixture_of_inputs(model, args.beta)
+    yield "moi", task, mixture_of_inputs(model)
 
 
 def run_answer(args, model, tokenizer, task, examples, on_val, took):
     if not hasattr(task, "answer"):
-        raise UserError(f"--method answer trains on gold answers, and {args.task} has none: give the task a "
-                        "function answer, or choose another --method")
+        raise UserError(f"--method answer trains on gold answers, and {args.task} has none")
     decoding = {"at_once": True, "latent": "none"}
     rows = answer_rows(model, tokenizer, task, examples)
     train_answer(model, rows, args, lambda: on_val(task, decoding))
@@ -635,7 +557,6 @@ def run_coconut(args, model, tokenizer, task, examples, on_val, took):
     took["traces"] = len(traces)
     took["optimiser_steps"] = train_coconut(model, tokenizer, traces, args)
     decoding = {"latent": feed_back, "start": args.stages}
-    print(f"coconut: {on_val(task, decoding):.3f} on val", flush=True)
     yield "coconut", task, decoding
 
 
@@ -649,7 +570,9 @@ def run_colar(args, model, tokenizer, task, examples, on_val, took):
     end = checkpoint.encode_text(tokenizer, data.opening_of(task))[0]
     decoding = {**colar(model, head, end), "start": args.most_latents}
     rates = [args.r] if args.r else RATES
-    took["r"] = best_rate(rates, lambda r: on_val(told(task, r), decoding))
+    vals = {r: on_val(told(task, r), decoding) for r in rates}
+    print(f"colar, SFT: accuracy on val for each r: {vals}", flush=True)
+    took["r"] = max(vals, key=lambda r: (vals[r], r))  # of equals the largest, which has the fewest latents
     for r in rates:
         yield f"colar, r = {r}, SFT", told(task, r), decoding
     if args.steps:
@@ -669,7 +592,7 @@ METHODS = {"soft-thinking": run_soft_thinking, "moi": run_moi, "coconut": run_co
 
 def main():
     args = parse_arguments()
-    args.task, task = data.choose_task(args.task, args.model, args.reward, args.scorer)
+    args.task, task = data.choose_task(args.task, args.model)
     args.out = args.out or run.default_out(args.model, args.task, args.method)
     run.check_bounds(args, SETTINGS)
     run.check_arguments(args)
@@ -683,13 +606,11 @@ def main():
     model, tokenizer = load(args.model, args.device)
     run.use_graphs(model, True)
     fill(args, checkpoint.is_small(model))
-    data.start_task(task, args.model, args.reward, args.scorer, args.seed, args.device)
+    data.start_task(task, args.model, None, None, args.seed, args.device)
     run.begin(args.out, "results/baselines.py", vars(args))
-    start = last_row_at = time.time()
-    seconds = 0.0  # of training, without the rows' evaluations
     is_trained = args.method in SFT
     took = {"stories": len(examples) * is_trained, "traces": 0, "sampled_tokens": 0, "optimiser_steps": 0}
-    rows, on_train_stories = [], []
+    rows = []
 
     def figures(asked, some, decoding, sampling, **more):
         """evaluate's result on some examples of the task `asked`."""
@@ -703,40 +624,21 @@ def main():
     def on_val(asked, decoding):
         return figures(asked, vals, decoding, PAPER)["accuracy"]
 
-    method = METHODS[args.method](args, model, tokenizer, task, examples, on_val, took)
-    for name, asked, decoding in method:
-        seconds += time.time() - last_row_at
-        for suffix, sampling in SAMPLINGS.items():
-            label = f"  {name}{suffix}" if suffix else name
-            on_train = figures(asked, examples[:CHECKED], decoding, sampling, progress=f"{label}, train")
-            result = figures(asked, tests, decoding, sampling, progress=label, alone=8)
-            # As in eval.py's results.
-            of_row = {"model": label, "sampling": "trained" if suffix else "paper"}
-            rows.append((label, {
-                **of_row,
-                "split": "test",
-                **took,
-                "training_seconds": seconds,
-                "train_accuracy": on_train["accuracy"],
-                "train_stories": on_train["n_examples"],
-                **result}))
-            if not suffix:
-                on_train_stories.append({**of_row, "split": "train", **took, **on_train})
-        last_row_at = time.time()
+    for name, asked, decoding in METHODS[args.method](args, model, tokenizer, task, examples, on_val, took):
+        for label, sampling, split, some, more in (
+                (name, "paper", "test", tests, {"alone": 8}),
+                (f"  {name}, temperature 1", "trained", "test", tests, {"alone": 8}),
+                (f"  {name}, train stories", "paper", "train", examples[:CHECKED], {})):
+            result = figures(asked, some, decoding, SAMPLINGS[sampling], progress=label, **more)
+            of_row = {"model": label, "sampling": sampling, "split": split}  # as in eval.py's results
+            rows.append((label, {**of_row, **took, **result}))
 
     if is_trained:
         checkpoint.save(model, tokenizer, os.path.join(args.out, "model"))
-    results = [result for _, result in rows] + on_train_stories
-    run.write_json(os.path.join(args.out, "results.json"), results)
-
-    # The table, and under it how each row does on train stories and what the method got.
-    print(display.table(rows, data.measure_of(task)) + "\n")
-    for name, row in rows:
-        print(f"{name}: {row['train_accuracy']:.3f} on {row['train_stories']} train stories")
-    print(f"{args.method}: {took['stories']} stories, {took['traces']:,} traces, "
-          f"{took['sampled_tokens']:,} tokens sampled, {took['optimiser_steps']:,} optimiser steps\n\n"
-          f"{len(tests)} test examples, seed {args.seed}, {time.time() - start:.0f}s; numbers in "
-          f"{args.out}/results.json")
+    run.write_json(os.path.join(args.out, "results.json"), [result for _, result in rows])
+    print(display.table(rows, data.measure_of(task)))
+    print(f"\n{len(tests)} test examples, seed {args.seed}; numbers in {args.out}/results.json, and what was "
+          f"learned from: {took}")
 
 
 if __name__ == "__main__":

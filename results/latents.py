@@ -29,8 +29,7 @@ def rounds_of_latents(example, text, cap):
     if not ONLY_TAGS.match(text):
         return None
     rounds = [set(pair) for pair in zip(*example["chains"])]
-    found = []
-    now = 0  # the round where the thought stands
+    found, now = [], 0  # now: the round where the thought stands
     for _, _, n_latents in parse_tags(text, cap):
         if now + n_latents > len(rounds):
             return None
@@ -39,29 +38,23 @@ def rounds_of_latents(example, text, cap):
     return found
 
 
-class Reader:
-    """Says which two words of the tiny world a latent is nearest to, added up as in a target."""
-
-    def __init__(self, model, tokenizer):
-        words = [*tiny.PEOPLE, tiny.NOBODY]
-        ids = torch.tensor(tokenizer.convert_tokens_to_ids(words))
-        embeddings = model.get_input_embeddings().weight.detach()[ids]  # (W, D)
-        first, second = torch.triu_indices(len(words), len(words))
-        self.sums = (embeddings[first] + embeddings[second]) / 2**0.5  # (pairs, D)
-        self.pairs = [{words[a], words[b]} for a, b in zip(first.tolist(), second.tolist())]
-
-    def __call__(self, latents):
-        """latents (n, D) -> n sets of one or two words"""
-        nearest = torch.cdist(latents.to(self.sums), self.sums).argmin(1)
-        return [self.pairs[i] for i in nearest.tolist()]
+def nearest_words(model, tokenizer, latents):
+    """Which two words of the tiny world each latent is nearest to, added up as in a target: latents (n, D) ->
+    n sets of one or two words."""
+    words = [*tiny.PEOPLE, tiny.NOBODY]
+    ids = torch.tensor(tokenizer.convert_tokens_to_ids(words))
+    embeddings = model.get_input_embeddings().weight.detach()[ids]  # (W, D)
+    first, second = torch.triu_indices(len(words), len(words))
+    sums = (embeddings[first] + embeddings[second]) / 2**0.5  # (pairs, D)
+    nearest = torch.cdist(latents.to(sums), sums).argmin(1)
+    return [{words[first[i]], words[second[i]]} for i in nearest.tolist()]
 
 
 def read(model, tokenizer, examples, seed):
-    """-> {"answers", "read", and of the latents that were read "all", "last_whole", "last_lost": [how many,
-    how many name their round]}; the last latents are those of the last round, of stories in which both halves
-    arrive ("whole") and of those with a hole ("lost"); "wrong" are those of the answers that are wrong."""
+    """-> {"answers", "read", and of latents that were read "all", "last_whole", "last_lost", "wrong": [how
+    many, how many name their round]}. The last latents are those of the last round, in stories where both
+    halves arrive ("whole") or one is lost; "wrong": those of wrong answers."""
     cap = model.config.litereason_max_reasoning_steps
-    reader = Reader(model, tokenizer)
     prompts = [tiny.prompt(example, True) for example in examples]
     rollouts = generate(model, tokenizer, prompts, 1, checkpoint.slots_per_answer(model),
                         generator=torch.Generator().manual_seed(seed), **PAPER)
@@ -73,7 +66,8 @@ def read(model, tokenizer, examples, seed):
         if not rounds:  # more than tags, or no tag that runs
             continue
         n_read += 1
-        is_right = [said == true for said, true in zip(reader(rollout.latents), rounds)]
+        said = nearest_words(model, tokenizer, rollout.latents)
+        is_right = [names == true for names, true in zip(said, rounds)]
         kinds = {"all": is_right}
         if rounds[-1] == set(pair[-1] for pair in example["chains"]):
             kinds["last_lost" if example["label"] else "last_whole"] = is_right[-1:]
@@ -91,20 +85,18 @@ def table(found):
              "| the last, one is lost | wrong answers | the last, of these |", f"|{'---|' * 8}"]
     for name, rows in found.items():
         answers = sum(row["read"] for row in rows) / sum(row["answers"] for row in rows)
-        n, shares = {}, {}
+        cells = [name, f"{answers:.3f}"]
         for kind in ("all", "last_whole", "last_lost", "wrong"):
-            n[kind], n_right = (sum(row[kind][i] for row in rows) for i in (0, 1))
-            shares[kind] = f"{n_right / n[kind]:.3f}" if n[kind] else ""
-        cells = [name, f"{answers:.3f}", f"{n['all']:,}", shares["all"], shares["last_whole"],
-                 shares["last_lost"], str(n["wrong"]), shares["wrong"]]
+            n, n_right = (sum(row[kind][i] for row in rows) for i in (0, 1))
+            cells += [f"{n:,}"] if kind in ("all", "wrong") else []
+            cells += [f"{n_right / n:.3f}" if n else ""]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def main():
     parser = run.parser(__doc__)
-    parser.add_argument("--model", required=True, metavar="DIR", help="a run in the tiny world whose latents "
-                        "have targets of two words (required)")
+    parser.add_argument("--model", required=True, metavar="DIR", help="a run on plot holes (required)")
     parser.add_argument("--task", default="tiny", choices=["tiny"], help="plot holes (default tiny)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
     parser.add_argument("--out", metavar="DIR", help="results.json goes there (default: it is only printed)")

@@ -2,14 +2,10 @@
 
     curve        scores against tokens
     by_length    scores and tokens against the length of the chain
-    training     reward, tokens, latent steps and tags against steps
     chains       how large latents are along a chain, for each start of the projector (starts-real.json)
 
 Each is 900 px wide, as a README is shown, and white, so that it can be read on a dark page too.
 """
-import json
-import os
-
 import numpy as np
 
 from lib import UserError
@@ -26,8 +22,7 @@ TOKENS = "tokens per answer (text + latents)"
 
 
 def curve(rows, path, score="accuracy"):
-    """rows: {method: means with accuracy, tokens and the 95 % interval of each}, as reproduce.summary makes
-    them. score: what the scores are called."""
+    """rows: {method: means as of reproduce.mean_of}. score: what the scores are called."""
     picture, (panel,) = figure([420])
     for (method, row), colour in zip(rows.items(), colours_of(rows)):
         bars_at(panel, row["tokens"], row, colour, label=method)
@@ -59,25 +54,6 @@ def by_length(rows, path, score="accuracy"):
     save(picture, path, "bars: 95 % interval over seeds and stories")
 
 
-def training(folders, path):
-    """folders: {method: directory of a run of train_rl.py}."""
-    curves = {"reward": "reward", "tokens": "tokens per rollout (text + latents)",
-              "latent_steps": "latent steps per rollout", "tag_share": "share of rollouts with a tag"}
-    picture, panels = figure([190] * len(curves))
-    for (method, folder), colour in zip(folders.items(), colours_of(folders)):
-        with open(os.path.join(folder, "metrics.jsonl")) as file:
-            metrics = [json.loads(line) for line in file]
-        for panel, (key, name) in zip(panels, curves.items()):
-            values = [m["text_tokens"] + m["latent_steps"] if key == "tokens" else m[key] for m in metrics]
-            steps = [m["step"] for m in metrics]
-            smooth = [np.mean(values[max(0, i - 2) : i + 3]) for i in range(len(values))]
-            panel.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
-            panel.plot(steps, smooth, color=colour, label=method)
-            name_axes(panel, "", name)
-    panels[-1].set_xlabel("step")
-    save(picture, path, "faint: single steps; strong: means of the five steps around each")
-
-
 def chains(rows, path):
     """rows: of starts.py, those of the first seed at the first learning rate are drawn, a panel for each
     model. A latent that is 0 or not finite has no dot."""
@@ -95,7 +71,8 @@ def chains(rows, path):
         panel.locator_params(axis="x", integer=True)
         name_axes(panel, "", f"{model}: size of a latent, in embeddings")
     panels[-1].set_xlabel("latent of the chain")
-    save(picture, path, "faint: before stage 2; strong: after it")
+    save(picture, path, "faint: before stage 2; strong: after it; no dot: 0 or not finite; the starts with a "
+         "norm and pause lie near 1, behind each other")
 
 
 # ============================================================ what they share
@@ -146,7 +123,8 @@ def colours_of(methods):
 
 def save(picture, path, said):
     """Adds the legend, and what bars or faint lines are. The same numbers make the same file."""
-    handles = dict(reversed(pair) for pair in zip(*picture.axes[0].get_legend_handles_labels()))
+    handles = {name: handle for panel in picture.axes
+               for handle, name in zip(*panel.get_legend_handles_labels())}
     picture.legend(handles.values(), handles, loc="outside upper left", ncols=2, frameon=False, fontsize=9)
     picture.supxlabel(said, x=0.02, ha="left", fontsize=9, color="#555555")
     picture.savefig(path, metadata={"Date": None} if path.endswith(".svg") else None, dpi=2 * DOTS)

@@ -1,17 +1,16 @@
 """Makes the tables and pictures of the README and of results/: runs what is missing, then writes them.
 
 A run is one command with one seed, in a process of its own, with its output in
-out/results/TABLE/METHOD-SEED. Each run in the tiny world is evaluated on test stories at the paper's sampling
-and at temperature 1, and on stories that it was trained on, so that what was only memorised shows. What the
-tables need of a run is kept in results/runs-TABLE.jsonl, so that they can be made again, and get new rows,
-where the runs are gone. Stop it when you like; started again, it continues. For a table of your own, list its
-commands as in SMOLLM2.
+out/results/TABLE/METHOD-SEED. Runs in the tiny world are evaluated at two samplings, and on stories that they
+were trained on, so that what was only memorised shows. What the tables need of a run is kept in
+results/runs-TABLE.jsonl, so that they can be made again where the runs are gone. Stop it when you like;
+started again, it continues. For a table of your own, list its commands as in SMOLLM2.
 
     python results/reproduce.py                         # the tiny world: hours on 2 cores, two runs at once
     python results/reproduce.py --only tiny --seeds 0   # some of it
     python results/reproduce.py --tables                # only the tables, of the runs that are there or kept
 """
-import argparse
+import glob
 import itertools
 import json
 import os
@@ -19,7 +18,6 @@ import re
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 import typing
 
@@ -28,7 +26,7 @@ ROOT = os.path.dirname(HERE)
 sys.path.insert(0, ROOT)
 
 from lib import UserError, display, run
-from results import latents as read_latents, plots, stats
+from results import latents as read_latents, plots, starts, stats
 
 # ============================================================ what is run
 # (name in the tables, directory, command), in the order of the tables and of the runs. {NAME} is the
@@ -121,7 +119,7 @@ class Table(typing.NamedTuple):
     flags: str = ""  # of every command
     score: str = "accuracy"
     digits: int = 3  # of scores
-    points: float = 1  # how many points of a claim a score of 1 is; None: claims in points mean nothing
+    points: float = 1  # how many points of a claim a score of 1 is; 0: no claims are tested
 
 
 TABLES = {
@@ -131,7 +129,7 @@ TABLES = {
                                score="reward, %", digits=1, points=0.01),
     "SmolLM2-135M-Instruct.next_chapter.short": Table(
         "next_chapter.short", SMOLLM2, [0], [("test", "--alone 0")], "--max-new-tokens 72", "reward",
-        points=None),
+        points=0),
 }
 CONTROLLED = "litereason-lp"  # the run of each seed whose latents are replaced when it has been trained
 # In the table "tiny" alone: runs at each length of the chain, and those whose latents latents.py reads.
@@ -197,30 +195,26 @@ def read_json(path, default=None):
         return json.load(file)
 
 
-def check_same(words, others, what, way):
-    """UserError at the first word, or command, in which two lists differ."""
-    for theirs, ours in itertools.zip_longest(others, words, fillvalue="nothing"):
-        if theirs != ours:
-            raise UserError(f"{what} was made with {theirs!r}, not with {ours!r}: {way}")
-
-
-def words_now(job):
-    """The command line that begins or continues a job: train_rl.py goes on from its last state,
-    train_projector.py from its last trace or step, any other begins again."""
-    script = job.words[0]
-    has_state = script == "train_rl.py" and run.saved_states(job.out)
-    is_begun = script == "train_projector.py" and run.run_settings(job.out).get("script") == script
-    return [script, "--resume", job.out] if has_state or is_begun else [*job.words, "--out", job.out]
+def check_same(ours, theirs, what, way):
+    """UserError that names the first word, or command, in which two lists differ."""
+    for now, then in itertools.zip_longest(ours, theirs, fillvalue="nothing"):
+        if now != then:
+            raise UserError(f"{what} was made with {then!r}, not with {now!r}: {way}")
 
 
 def start(job):
-    """-> the process, in the background, on one thread, its output in log.txt."""
+    """-> the process, in the background, on one thread, its output in log.txt. train_rl.py goes on from its
+    last state, train_projector.py from its last trace or step, any other script begins again."""
+    script = job.words[0]
+    is_begun = script == "train_projector.py" and run.run_settings(job.out).get("script") == script
+    has_state = script == "train_rl.py" and run.saved_states(job.out)
+    words = [script, "--resume", job.out] if is_begun or has_state else [*job.words, "--out", job.out]
     os.makedirs(job.out, exist_ok=True)
-    words = words_now(job)
     run.write_json(os.path.join(job.out, "command.json"), job.words)
     with open(os.path.join(job.out, "log.txt"), "a") as log:
+        # In a session of its own, Ctrl-C does not reach it twice: a second signal would lose its state.
         return subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=log, stderr=log,
-                                env={"OMP_NUM_THREADS": "1", **os.environ})
+                                start_new_session=True, env={"OMP_NUM_THREADS": "1", **os.environ})
 
 
 def run_jobs(todo, at_once):
@@ -242,17 +236,17 @@ def run_jobs(todo, at_once):
             time.sleep(1)
             for process in [process for process in running if process.poll() is not None]:
                 job, began = running.pop(process)
-                seconds = add_seconds(job, began)
-                said = f"{without_root(job.out)}: {seconds:.0f}s"
+                add_seconds(job, began)
+                said = f"{without_root(job.out)}: {time.time() - began:.0f}s"
                 if process.returncode:
                     failed.append(f"{job.out}/log.txt")
-                    said += f", failed: {last_line(failed[-1])}"
+                    said += ", failed"
                 elif not is_done(job.out):
                     run.write_json(os.path.join(job.out, "finished.json"), job.words)
                 print(f"{total - len(waiting) - len(running):3d}/{total} {said}", flush=True)
     except KeyboardInterrupt as e:  # with the signal, if it was another than Ctrl-C
         raise KeyboardInterrupt(*e.args[:1] or [signal.SIGINT], "the same command continues") from e
-    finally:  # train_rl.py saves its state
+    finally:
         for process in running:
             process.terminate()
         for process, (job, began) in running.items():
@@ -263,19 +257,10 @@ def run_jobs(todo, at_once):
         raise UserError(f"{len(failed)} failed, see {', '.join(failed)}{left}; run this again for the rest")
 
 
-def last_line(path):
-    """Of a log, shortened."""
-    with open(path, encoding="utf-8", errors="replace") as file:
-        lines = [line.strip() for line in file if line.strip()]
-    return textwrap.shorten(lines[-1], 300, placeholder=" ..") if lines else "its log is empty"
-
-
 def add_seconds(job, began):
-    """Into seconds.json, a sum over all starts of a job -> the seconds of this one."""
-    seconds = time.time() - began
+    """Into seconds.json, the sum over all starts of a job."""
     path = os.path.join(job.out, "seconds.json")
-    run.write_json(path, seconds + read_json(path, 0))
-    return seconds
+    run.write_json(path, time.time() - began + read_json(path, 0))
 
 
 # ============================================================ what is kept of runs
@@ -295,8 +280,7 @@ def kept_records(table):
     if not os.path.exists(path):
         return {}
     with open(path, encoding="utf-8") as file:
-        text = file.read()
-    records = [json.loads(line) for line in text.splitlines()]
+        records = [json.loads(line) for line in file]
     for record in records:
         for pattern, now in RENAMED:
             record["commands"] = [re.sub(pattern, now, command) for command in record["commands"]]
@@ -327,8 +311,8 @@ def records_of(table, seeds):
 def keep(table, records):
     """Writes them into results/runs-TABLE.jsonl, beside those of other seeds."""
     own = {record["run"]: record for record in records.values()}
-    others = {name: record for name, record in kept_records(table).items() if name not in own}
-    lines = [json.dumps(record, separators=(",", ":")) for record in [*own.values(), *others.values()]]
+    records = own | kept_records(table) | own  # a run that is here replaces its kept record
+    lines = [json.dumps(record, separators=(",", ":")) for record in records.values()]
     run.write_text(os.path.join(HERE, f"runs-{table}.jsonl"), "\n".join([*lines, ""]))
 
 
@@ -341,19 +325,14 @@ def measured(out):
     rows = read_json(os.path.join(out, "results.json"), [])
     rows = rows if isinstance(rows, list) else [rows]
     for row in rows:
-        if "per_example" in row:
-            row["per_example"] = {what: list(map(whole, own)) for what, own in row["per_example"].items()}
+        for numbers in row.get("per_example", {}).values():  # 1 takes less room in the file than 1.0
+            numbers[:] = [int(x) if isinstance(x, float) and x == int(x) else x for x in numbers]
         row.update({key: without_root(row[key]) for key in ("name", "model") if key in row})
     return {
         "made": time.strftime("%Y-%m-%d", time.gmtime(os.path.getmtime(out))),
         "sampled": tokens_sampled(out),
         "run_seconds": read_json(os.path.join(out, "seconds.json")),
         "rows": rows}
-
-
-def whole(number):
-    """A float as an int if it is one: it takes less room in the file."""
-    return int(number) if isinstance(number, float) and number == int(number) else number
 
 
 def tokens_sampled(out):
@@ -372,9 +351,10 @@ def tokens_sampled(out):
 SAMPLED = {"paper": "the paper's sampling", "trained": "temperature 1"}
 
 
-def rows_in(records, table, method, seed):
-    """Those of one run; [] if it is not there."""
-    return records.get(directory(table, method, seed), {"rows": []})["rows"]
+def rows_in(records, table, source, seeds):
+    """[(seed, row)] of the runs of that name that are there."""
+    found = [(seed, records.get(directory(table, source, seed))) for seed in seeds]
+    return [(seed, row) for seed, record in found if record for row in record["rows"]]
 
 
 def rows_of(records, table, seeds):
@@ -383,62 +363,46 @@ def rows_of(records, table, seeds):
     found = {}
     methods = TABLES[table].methods
     places = {method: f"out/results/{table}/{method}-SEED" for _, method, _ in methods}
-    for (name, method, command), seed in itertools.product(methods, seeds):
-        is_trained = not command.startswith("eval.py")
-        training = records.get(directory(table, method, seed), {}) if is_trained else {}
-        cost = {"sampled": training.get("sampled"), "run_seconds": training.get("run_seconds"),
-                "command": f"python {command.format(**places)}" if training else ""}
+    for name, method, command in methods:
         sources = [f"{method}-{kind}" for kind, _ in TABLES[table].evaluations]
         if command.startswith("results/baselines.py"):
             sources = [method]
-        for source in sources:
-            for row in rows_in(records, table, source, seed):  # the last of CoLaR's is its own
-                kind = row["sampling"] if row["split"] == "test" else "train"
-                found.setdefault(name, {}).setdefault(kind, {})[seed] = {**row, **cost}
+        for seed, row in (own for source in sources for own in rows_in(records, table, source, seeds)):
+            is_trained = not command.startswith("eval.py")
+            training = records.get(directory(table, method, seed), {}) if is_trained else {}
+            cost = {"sampled": training.get("sampled"), "run_seconds": training.get("run_seconds"),
+                    "command": f"python {command.format(**places)}" if training else ""}
+            kind = row["sampling"] if row["split"] == "test" else "train"
+            # Of CoLaR's rows the last stays: the others are those before its RL.
+            found.setdefault(name, {}).setdefault(kind, {})[seed] = {**row, **cost}
     return found
 
 
-def summary(kinds):
-    """{kind: {seed: row}} -> means over seeds at the paper's sampling, others under their kind."""
-    others = {kind: mean_of(kinds[kind]) for kind in ("trained", "train") if kind in kinds}
-    return {"sampling": "paper", **mean_of(kinds["paper"]), **others}
+MEANS = ("accuracy", "tokens", "text_tokens", "latent_steps", "z_size", "flops", "seconds_alone", "sampled",
+         "run_seconds")
 
 
 def mean_of(rows):
     """{seed: row} -> means over seeds, with intervals that count seeds and stories."""
     seeds = sorted(rows)
-
-    def mean(key):
-        values = [rows[seed].get(key) for seed in seeds]
-        return None if None in values else sum(values) / len(values)
-
-    by_seed = [rows[seed]["accuracy"] for seed in seeds]
-    means = ("accuracy", "tokens", "text_tokens", "latent_steps", "tags", "truncated", "forward_positions",
-             "flops", "seconds_each", "seconds_alone", "sampled", "run_seconds", "n_examples", "samples")
-    newer = {"z_size": mean("z_size")} if "z_size" in rows[seeds[0]] else {}  # earlier records have none
-    if books := rows[seeds[0]]["per_example"].get("book"):
-        scores = stats.observed(rows, "score", seeds).mean(0)
-        newer |= {"books_ci95": stats.interval_by_book(scores, books), "books": len(set(books))}
+    by_seed = {key: [rows[seed].get(key) for seed in seeds] for key in MEANS}
+    scores = stats.observed(rows, "score", seeds)
+    books = rows[seeds[0]]["per_example"].get("book")
     return {
-        **newer,
-        "seeds": seeds,
-        "runs": len(seeds),
-        "accuracy_ci95": stats.interval(stats.observed(rows, "score", seeds)),
-        "by_seed": by_seed,
-        "spread": [min(by_seed), max(by_seed)],
+        **{key: None if None in values else sum(values) / len(values) for key, values in by_seed.items()},
+        "accuracy_ci95": stats.interval(scores),
         "tokens_ci95": stats.interval(stats.observed(rows, "tokens", seeds)),
-        "tokens_by_seed": [rows[seed]["tokens"] for seed in seeds],
-        "command": rows[seeds[0]].get("command", ""),
-        **{key: mean(key) for key in means},
-    }
+        "books_ci95": stats.interval_by_book(scores.mean(0), books) if books else None,
+        "accuracy_by_seed": by_seed["accuracy"],
+        "tokens_by_seed": by_seed["tokens"],
+        "command": rows[seeds[0]].get("command")}
 
 
 def controls_of(records, table, seeds):
     """-> {sampling: {control: {seed: row}}}"""
     found = {}
-    for seed in seeds:
-        for row in rows_in(records, table, "controls", seed):
-            found.setdefault(row["sampling"], {}).setdefault(row["control"], {})[seed] = row
+    for seed, row in rows_in(records, table, "controls", seeds):
+        found.setdefault(row["sampling"], {}).setdefault(row["control"], {})[seed] = row
     return found
 
 
@@ -446,163 +410,115 @@ def lengths_of(records, seeds):
     """-> [row for the picture]: methods at each length of the chain, at the paper's sampling."""
     found = []
     for (name, method, _), length in itertools.product(METHODS, LENGTHS):
-        source = f"{method}-length-{length}"
-        rows = {seed: row for seed in seeds for row in rows_in(records, "tiny", source, seed)}
-        if rows:
-            found.append({"method": name, "length": length, **mean_of(rows)})
+        if rows := rows_in(records, "tiny", f"{method}-length-{length}", seeds):
+            found.append({"method": name, "length": length, **mean_of(dict(rows))})
     return found
 
 
 def latents_of(records, seeds):
     """{name in the table: [what latents.py found in each seed's run]}"""
-    rows = {name: [row for seed in seeds for row in rows_in(records, "tiny", f"{method}-read", seed)]
-            for name, method, _ in METHODS}
-    return {name: own for name, own in rows.items() if own}
+    found = {name: rows_in(records, "tiny", f"{method}-read", seeds) for name, method, _ in METHODS}
+    return {name: [row for _, row in rows] for name, rows in found.items() if rows}
 
 
 # ============================================================ from means to Markdown
-def in_cell(value, digits, unit=1):
+def in_cell(value, digits, unit=1, between=", "):
     """A number, or a list of them, for a cell of the table, in units of `unit`; "" for None."""
     if isinstance(value, list):
-        return ", ".join(in_cell(own, digits, unit) for own in value)
+        return between.join(in_cell(own, digits, unit) for own in value)
     return "" if value is None else f"{value / unit:.{digits}f}"
 
 
-def markdown(columns, found):
-    """columns: {heading: function of a row -> its cell}, the first of them of the names alone -> Markdown.
-    Columns in which no row has anything are left out."""
-    names, *headings = columns
-    cells = {heading: [columns[heading](row) for row in found.values()] for heading in headings}
-    headings = [heading for heading in headings if any(cells[heading])]
-    lines = [f"| {' | '.join([names, *headings])} |", "|" + "---|" * (1 + len(headings))]
-    for i, name in enumerate(found):
-        lines.append(f"| {' | '.join([name, *(cells[heading][i] for heading in headings)])} |")
-    return "\n".join(lines)
+def markdown(title, rows):
+    """rows: {name: {heading: cell}} -> Markdown, with the columns in which any row has something."""
+    headings = [heading for heading in max(rows.values(), key=len, default={})
+                if any(cells.get(heading) for cells in rows.values())]
+    lines = [[title, *headings], *([name, *(cells.get(heading, "") for heading in headings)]
+                                   for name, cells in rows.items())]
+    top, *others = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([top, "|" + "---|" * (1 + len(headings)), *others])
 
 
 def methods_table(table, found):
-    """Scores and tokens -> Markdown."""
-    task, score, digits = TABLES[table].task, TABLES[table].score, TABLES[table].digits
-
-    def column(key, digits, kind="paper"):
-        return lambda row: in_cell((row if kind == "paper" else row.get(kind, {})).get(key), digits)
-
-    def interval(key, digits, kind="paper"):
-        two_ends = column(key, digits, kind)
-        return lambda row: two_ends(row).replace(", ", " to ")
-
-    return markdown({
-        f"{task}, test split, {SAMPLED['paper']}": None,
-        score: column("accuracy", digits),
-        "95 % interval": interval("accuracy_ci95", digits),
-        "95 % interval by book": interval("books_ci95", digits),
-        "by seed": column("by_seed", digits),
-        "tokens": column("tokens", 1),
-        "95 % interval of tokens": interval("tokens_ci95", 1),
-        "text": column("text_tokens", 1),
-        "latent": column("latent_steps", 1),
-        "z size": column("z_size", 2),
-        f"{score}, train stories": column("accuracy", digits, "train"),
-        f"{score}, temperature 1": column("accuracy", digits, "trained"),
-        "95 % interval, temperature 1": interval("accuracy_ci95", digits, "trained"),
-        "tokens, temperature 1": column("tokens", 1, "trained")}, found)
+    score, digits = TABLES[table].score, TABLES[table].digits
+    rows = {}
+    for name, kinds in found.items():
+        paper, trained, train = (kinds.get(kind, {}) for kind in ("paper", "trained", "train"))
+        rows[name] = {
+            score: in_cell(paper["accuracy"], digits),
+            "95 % interval": in_cell(paper["accuracy_ci95"], digits, between=" to "),
+            "95 % interval by book": in_cell(paper["books_ci95"], digits, between=" to "),
+            "by seed": in_cell(paper["accuracy_by_seed"], digits),
+            "tokens": in_cell(paper["tokens"], 1),
+            "95 % interval of tokens": in_cell(paper["tokens_ci95"], 1, between=" to "),
+            "text": in_cell(paper["text_tokens"], 1),
+            "latent": in_cell(paper["latent_steps"], 1),
+            "z size": in_cell(paper["z_size"], 2),
+            f"{score}, train stories": in_cell(train.get("accuracy"), digits),
+            f"{score}, temperature 1": in_cell(trained.get("accuracy"), digits),
+            "95 % interval, temperature 1": in_cell(trained.get("accuracy_ci95"), digits, between=" to "),
+            "tokens, temperature 1": in_cell(trained.get("tokens"), 1)}
+    return markdown(f"{TABLES[table].task}, test split, {SAMPLED['paper']}", rows)
 
 
 def costs_table(table, found):
-    """What an answer and a training cost -> Markdown."""
-    return markdown({
-        f"{TABLES[table].task}, what it took": None,
-        "tokens by seed": lambda row: in_cell(row["tokens_by_seed"], 1),
-        "GFLOP an answer": lambda row: in_cell(row["flops"], 3, 1e9),
-        "s alone": lambda row: in_cell(row["seconds_alone"], 2),
-        "M tokens sampled in RL": lambda row: in_cell(row["sampled"], 2, 1e6),
-        "s in all": lambda row: in_cell(row["run_seconds"], 0),
-        "command": lambda row: row["command"] and f"`{row['command']}`"}, found)
+    def cells(row):
+        return {
+            "tokens by seed": in_cell(row["tokens_by_seed"], 1),
+            "GFLOP an answer": in_cell(row["flops"], 3, 1e9),
+            "s alone": in_cell(row["seconds_alone"], 2),
+            "M tokens sampled in RL": in_cell(row["sampled"], 2, 1e6),
+            "s in all": in_cell(row["run_seconds"], 0),
+            "command": row["command"] and f"`{row['command']}`"}
+
+    rows = {name: cells(kinds["paper"]) for name, kinds in found.items()}
+    return markdown(f"{TABLES[table].task}, what it took", rows)
 
 
 PLAINLY = {
-    "plain": "as trained",
-    "latents: zeros": "zeros for latents",
-    "latents: noise": "noise of the same length",
-    "latents: mean": "one vector, the mean latent",
-    "latents: shuffled": "shuffled latents",
-    "latents: warm": "the warm start's latents",
-    "latents: none": "no latents",
-}
+    "plain": "as trained", "latents: zeros": "zeros for latents",
+    "latents: noise": "noise of the same length", "latents: mean": "one vector, the mean latent",
+    "latents: shuffled": "shuffled latents", "latents: warm": "the warm start's latents",
+    "latents: none": "no latents"}
 
 
 def controls_table(table, controls, kind):
     """controls: {control: {seed: row}} -> Markdown, with each seed's figures in a cell. What is gained is
-    gained over the same models as trained."""
-    against = stats.against_plain(controls)
-    found = {}
-    for name, rows in controls.items():
-        by_seed = [rows[seed] for seed in sorted(rows)]
-        found[PLAINLY.get(name, name)] = {"rows": by_seed, "against": against[name]}
-
-    def tested(key, form):
-        """The function of a column of what is compared with the run as trained; "" where that was not."""
-        return lambda row: form(row["against"][key]) if row["against"] else ""
-
-    def gained(what, digits):
-        form = f"+.{digits}f"
-        return {
-            f"{what} by seed": lambda row: in_cell([own[what] for own in row["rows"]], digits),
-            f"{what} gained": tested(what, lambda value: format(value, form)),
-            f"95 % interval, {what}": tested(f"{what}_ci95", lambda ci95: stats.in_words(ci95, form)),
-            f"Holm's p, {what}": tested(f"{what}_holm", lambda p: f"{p:.2g}")}
-
-    columns = {
-        f"control, {SAMPLED[kind]}": None,
-        **gained("accuracy", TABLES[table].digits),
-        **gained("tokens", 1),
-        "differs in": lambda row: display.what_differs(row["against"]) if row["against"] else ""}
-    return markdown(columns, found).replace("accuracy", TABLES[table].score.removesuffix(", %"))
+    gained over the same models as trained, whose own row has no such cells."""
+    rows = {}
+    for name, gained in stats.against_plain(controls).items():
+        own = [controls[name][seed] for seed in sorted(controls[name])]
+        cells = rows[PLAINLY.get(name, name)] = {}
+        for what, digits in (("accuracy", TABLES[table].digits), ("tokens", 1)):
+            cells[f"{what} by seed"] = in_cell([row[what] for row in own], digits)
+            if gained:
+                form = f"+.{digits}f"
+                cells[f"{what} gained"] = f"{gained[what]:{form}}"
+                cells[f"95 % interval, {what}"] = stats.in_words(gained[f"{what}_ci95"], form)
+                cells[f"Holm's p, {what}"] = f"{gained[f'{what}_holm']:.2g}"
+        cells["differs in"] = display.what_differs(gained) if gained else ""
+    text = markdown(f"control, {SAMPLED[kind]}", rows)
+    return text.replace("accuracy", TABLES[table].score.removesuffix(", %"))
 
 
 def headline(found, controls):
     """The README's first table: the claim, and beside it the rows that it has to be read with."""
-    lines = [f"| plot holes, tiny world, {SAMPLED['paper']} | accuracy | tokens |", "|---|---|---|"]
+    rows = {}
     for name in HEADLINE:
-        if name in found:
-            lines.append(f"| {name} | {found[name]['accuracy']:.3f} | {found[name]['tokens']:.1f} |")
+        rows[name] = found[name]["paper"] if name in found else None
         if name == stats.OURS and "latents: shuffled" in controls:
-            rows = controls["latents: shuffled"].values()
-            accuracy, tokens = (sum(row[what] for row in rows) / len(rows) for what in ("accuracy", "tokens"))
-            lines.append(f"| .. with shuffled latents | {accuracy:.3f} | {tokens:.1f} |")
-    return "\n".join(lines)
-
-
-def gpu_table(measured):
-    """measured: gpu.json, which tests/bench_gpu.py writes -> Markdown."""
-    decoding, step = measured["f"], measured["g"]
-    hours = [f"{step['hours_of_the_papers_run'][slots]:.1f}" for slots in ("256", "115", "34")]
-    rows = [
-        ("a decoding step of 128 rows (8 prompts of 1,024 tokens), one kernel after the other",
-         f"{decoding['ms_per_step']:.1f} ms"),
-        ("the same, recorded as a CUDA graph", f"{decoding['ms_per_step_graphs']:.1f} ms"),
-        (f"weights and cache read once, at {decoding['bandwidth_GB_s']:,.0f} GB/s",
-         f"{decoding['floor_ms']:.1f} ms"),
-        ("tokens a second, recorded", f"{decoding['tokens_per_s']:,.0f}"),
-        ("tokens a second, transformers' `generate` in bf16",
-         f"{decoding['tokens_per_s_transformers']:,.0f}"),
-        ("a GRPO step of 48 prompts x 16 answers, 1,024 + 256 slots: sampling, recorded",
-         f"{step['sample_s']:.1f} s"),
-        ("its update (share of the card's peak)",
-         f"{step['update_s']:.1f} s ({100 * step['utilisation']:.0f} %)"),
-        ("its optimiser step", f"{step['step_s']:.1f} s"),
-        ("peak of sampling, without AdamW", f"{step['sample_GiB']:.1f} GiB"),
-        ("peak of the update, without AdamW", f"{step['update_GiB']:.1f} GiB"),
-        ("hours of the paper's plot-hole run at 256, 115 or 34 slots an answer", ", ".join(hours))]
-    lines = [f"| {what} | {value} |" for what, value in rows]
-    return "\n".join([f"| {measured['device']} | |", "|---|---|", *lines])
+            rows[".. with shuffled latents"] = mean_of(controls["latents: shuffled"])
+    return markdown(f"plot holes, tiny world, {SAMPLED['paper']}", {
+        name: {"accuracy": in_cell(row["accuracy"], 3), "tokens": in_cell(row["tokens"], 1)}
+        for name, row in rows.items() if row})
 
 
 # ============================================================ tables and pictures
 def tables_of(table, records, seeds):
-    """-> ({mark on a page: Markdown}, {method: its means})"""
+    """-> ({mark on a page: Markdown}, {method: {kind: its means}})"""
+    score, digits, points = TABLES[table].score, TABLES[table].digits, TABLES[table].points
     rows = rows_of(records, table, seeds)
-    found = {name: summary(kinds) for name, kinds in rows.items()}
+    found = {name: {kind: mean_of(own) for kind, own in kinds.items()} for name, kinds in rows.items()}
     controls = controls_of(records, table, seeds)
     texts = {f"methods-{table}": methods_table(table, found), f"costs-{table}": costs_table(table, found)}
     for kind, mark in (("paper", table), ("trained", f"{table}-trained")):
@@ -610,9 +526,9 @@ def tables_of(table, records, seeds):
         if kind in controls:
             texts[f"controls-{mark}"] = controls_table(table, controls[kind], kind)
             methods |= {f"control {control}": by_seed for control, by_seed in controls[kind].items()}
-        texts[f"differences-{mark}"] = stats.page(
-            stats.differences(methods), stats.claims(methods, TABLES[table].points), SAMPLED[kind],
-            TABLES[table].digits, TABLES[table].score.removesuffix(", %"))
+        claims = stats.claims(methods, points) if points else []
+        texts[f"differences-{mark}"] = stats.page(stats.differences(methods), claims, SAMPLED[kind], digits,
+                                                  score.removesuffix(", %"))
     if table == "tiny":
         texts["headline"] = headline(found, controls.get("paper", {}))
         if latents := latents_of(records, seeds):
@@ -622,17 +538,13 @@ def tables_of(table, records, seeds):
 
 def into_pages(name, text):
     """Puts text between the marks <!-- NAME --> and <!-- /NAME --> wherever they stand."""
-    for path in (os.path.join(ROOT, "README.md"), os.path.join(HERE, "README.md"),
-                 os.path.join(HERE, "real_models.md")):
-        if not os.path.exists(path):
-            continue
+    block = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- /{re.escape(name)} -->)", re.DOTALL)
+    for path in (os.path.join(ROOT, "README.md"), *glob.glob(os.path.join(HERE, "*.md"))):
         with open(path, encoding="utf-8") as file:
             page = file.read()
-        begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-        before, mark, rest = page.partition(begin)
-        _, end_mark, after = rest.partition(end)
-        if mark and end_mark:
-            run.write_text(path, f"{before}{begin}{text}\n{end}{after}")
+        changed = block.sub(lambda marks: f"{marks[1]}{text}\n{marks[2]}", page)
+        if changed != page:
+            run.write_text(path, changed)
 
 
 def write_tables(table, seeds):
@@ -645,20 +557,18 @@ def write_tables(table, seeds):
     for name, text in texts.items():
         into_pages(name, text)
         print(f"{text}\n")
-    run.write_json(os.path.join(HERE, f"methods-{table}.json"), found)
+    score = TABLES[table].score
     if table.startswith("tiny"):
-        score = TABLES[table].score
-        drawn = {name: found[name] for name in HEADLINE if name in found}
-        draw(plots.curve, drawn, os.path.join(HERE, f"curve-{table}.svg"), score)
+        drawn = {name: found[name]["paper"] for name in HEADLINE if name in found}
+        draw(plots.curve, drawn, f"curve-{table}", score)
     if table == "tiny" and (lengths := lengths_of(records, seeds)):
-        draw(plots.by_length, lengths, os.path.join(HERE, "lengths-tiny.svg"), score)
+        draw(plots.by_length, lengths, "lengths-tiny", score)
 
 
-def draw(function, rows, path, score):
-    """A line says so where matplotlib, which is not among the requirements, is missing."""
+def draw(function, rows, name, *more):
     try:
-        function(rows, path, score=score)
-    except UserError as e:
+        function(rows, os.path.join(HERE, f"{name}.svg"), *more)
+    except UserError as e:  # matplotlib is not among the requirements
         print(f"no picture: {e}")
 
 
@@ -668,12 +578,9 @@ def parse_arguments():
     ap.add_argument("--only", nargs="+", metavar="TABLE", choices=list(TABLES),
                     help=f"of {', '.join(TABLES)} (default: with --tables all, else the tiny world's)")
     ap.add_argument("--seeds", nargs="+", type=int, metavar="N", help="default 0 1 2, of real weights 0")
-    ap.add_argument("--jobs", type=int, default=2, metavar="N",
-                    help="runs at a time, a core each (default 2)")
-    ap.add_argument("--list", action="store_true",
-                    help="print the commands and run nothing (default: run what is missing)")
-    ap.add_argument("--tables", action="store_true",
-                    help="run nothing, write the tables of what is there (default: run what is missing)")
+    ap.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at a time (default 2)")
+    ap.add_argument("--list", action="store_true", help="print the commands and run nothing")
+    ap.add_argument("--tables", action="store_true", help="run nothing, write the tables of what is there")
     return ap.parse_args()
 
 
@@ -690,10 +597,11 @@ def main():
                    "delete that directory, or move it away")
     if not args.tables:
         run_jobs(todo, max(1, args.jobs))
-    if measured := read_json(os.path.join(HERE, "gpu.json")):
-        into_pages("gpu", gpu_table(measured))
     for name in names:
         write_tables(name, seeds[name])
+    if rows := read_json(os.path.join(HERE, "starts-real.json")):
+        into_pages("starts-real", starts.table(rows))
+        draw(plots.chains, rows, "starts-real")
 
 
 if __name__ == "__main__":

@@ -1,23 +1,22 @@
 """Measures which start of the projector holds on real weights; rows go to starts-real.json here.
 
 For each model and start: how large latents are along a chain of five, the loss after the first tag before and
-after a few steps of stage 2, with the row's own latents and with another row's, and the gradient's norms.
+after 30 steps of stage 2, with the row's own latents and with another row's, and the gradient's norms.
 
     mlp       the paper's: three copies of the last block's MLP, one after the other
-    scaled    each copy's output scaled once, on one text, to the size of what it reads, the last one's to
-              an embedding's: folded into down_proj, so that the released code runs it
     normed    a norm behind each copy (litereason.NormedProjector)
     pause     one learned vector, whatever h is (a control: what a constant can do)
 
-The other starts in starts-real.json were measured at commit 8e3502b, where this script has them.
-
-Traces: a sentence of a tale as the prompt, three more of which one becomes a tag, and a fifth. They are not
-the model's own (stage 1 of a small model keeps too few), so this measures the start and not the method.
+The other starts in starts-real.json were measured at commit 8e3502b, where this script has them; "scaled" is
+mlp with each copy's output scaled once, on one text, to the size of what it reads, the last one's to an
+embedding's. Traces: a sentence of a tale as the prompt, three more of which one becomes a tag, and a fifth.
+They are not the model's own (a small model earns too few), so this measures the start and not the method.
 
     python results/starts.py --text TALES.jsonl --models DIR DIR DIR          # 2 hours on a core
     python results/starts.py --text TALES.jsonl --models DIR --starts mlp normed --seeds 0 1 2
     python results/starts.py                                                  # the table of what is kept
 """
+import collections
 import dataclasses
 import itertools
 import json
@@ -30,32 +29,16 @@ sys.path.insert(0, os.path.dirname(HERE))
 
 import torch
 
-from lib import UserError, checkpoint, run
-from litereason import (LATENT, Rollout, embedding_size, insert_latents, load, logprobs, projector_loss,
-                        start_projector, unroll, z_size)
+import data
+from lib import checkpoint, run
+from litereason import (LATENT, Rollout, insert_latents, load, logprobs, projector_loss, start_projector,
+                        unroll, z_size)
 from train_projector import mask_sentences, sentences_of, warm_up_and_cosine
 
 PATH = os.path.join(HERE, "starts-real.json")
 HELD, BATCH, PROMPT, LENGTH = 24, 4, 24, 72  # rows held out, rows a step, most tokens of prompt and of trace
 STEPS, CHAIN = 30, 5
-STARTS = ("mlp", "scaled", "normed", "pause")
-
-
-# ============================================================ the starts
-@torch.no_grad()
-def begin(model, name, h, x):
-    """Puts the start of that name into the model. h (n, D), x (n, D): states of a text and its embeddings."""
-    if name != "scaled":
-        return start_projector(model, name)
-    start_projector(model, "mlp")
-    z = h
-    for mlp, size in zip(model.reasoning_projector, (size_of(h), size_of(h), size_of(x))):
-        mlp.down_proj.weight.mul_(size / size_of(mlp(z)))
-        z = mlp(z)
-
-
-def size_of(vectors):
-    return vectors.norm(dim=-1).median()
+STARTS = ("mlp", "normed", "pause")
 
 
 # ============================================================ the traces
@@ -90,23 +73,18 @@ def loss_of(model, rows, latent="projector"):
 def with_own_and_other(model, rows):
     """The loss with each row's own latents, and with those of the next row that has as many."""
     _, latents = unroll(model, rows)
-    groups = {}
+    groups = collections.defaultdict(list)
     for i, row in enumerate(rows):
-        groups.setdefault(row.n_latents, []).append(i)
+        groups[row.n_latents].append(i)
     losses = []
     for shift in (0, 1):
-        total, n = 0.0, 0
+        costs = []
         for group in groups.values():
-            if len(group) == 1:
-                continue
-            fed = [dataclasses.replace(rows[a], latents=latents[b])
-                   for a, b in zip(group, group[shift:] + group[:shift])]
-            for row in fed:
-                logp, scored = logprobs(model, [row])
-                after = slice(row.slots.index(LATENT), None)
-                total -= float(logp[0][after][scored[0][after]].sum())
-                n += int(scored[0][after].sum())
-        losses.append(total / n)
+            for a, b in zip(group, group[shift:] + group[:shift]) if len(group) > 1 else ():
+                logp, scored = logprobs(model, [dataclasses.replace(rows[a], latents=latents[b])])
+                first = rows[a].slots.index(LATENT)
+                costs.append(-logp[0, first:][scored[0, first:]])
+        losses.append(float(torch.cat(costs).mean()))
     return losses
 
 
@@ -121,23 +99,14 @@ def chain_of(model, rows):
     return [run.if_finite(z_size(model, z)) for z in torch.stack(latents).unbind(1)]
 
 
-def measure(path, text, start, seed, steps, lr):
-    """One row: a start of a model, before and after `steps` steps of stage 2."""
+def measure(path, tales, start, seed, steps, lr):
+    """A start of a model, before and after `steps` steps of stage 2 -> the figures of its row."""
     torch.manual_seed(seed)
     model, tokenizer = load(path)
-    with open(text, encoding="utf-8") as file:
-        tales = [json.loads(line) for line in file]
-    ids = torch.tensor([checkpoint.encode_text(tokenizer, " ".join(tales[0]["sections"]))[:600]])
-    with torch.no_grad():
-        h = model.model(input_ids=ids, use_cache=False).last_hidden_state[0, 20:]
-        x = model.get_input_embeddings()(ids)[0, 20:]
-    begin(model, start, h, x)
+    start_projector(model, start)
     rows = traces_of(model, tokenizer, tales, seed)
     held, train = rows[:HELD], rows[HELD:]
-    result = {
-        "model": os.path.basename(os.path.normpath(path)),
-        "start": start, "seed": seed, "lr": lr, "steps": steps,
-        "embedding": embedding_size(model), "h": float(size_of(h)),
+    before = {
         "no latents": loss_of(model, held, "none"), "zeros": loss_of(model, held, "zeros"),
         "chain before": chain_of(model, held), "loss before": loss_of(model, held)}
 
@@ -156,13 +125,12 @@ def measure(path, text, start, seed, steps, lr):
         optimizer.zero_grad(set_to_none=True)
     own, other = with_own_and_other(model, held)
     norms.sort()
-    return {**result, "loss after": loss_of(model, held), "own": own, "other": other,
+    return {**before, "loss after": loss_of(model, held), "own": own, "other": other,
             "chain after": chain_of(model, held), "gradient": [norms[0], norms[len(norms) // 2], norms[-1]]}
 
 
 # ============================================================ the table
 def table(rows):
-    """A line for each row."""
     lines = ["| model | start | lr | seed | z_1 .. z_5, in sizes of an embedding | after training "
              "| no latents, zeros | loss before | loss after | own, another's latents | gradient norms |",
              f"|{'---|' * 11}"]
@@ -181,23 +149,22 @@ def numbers(values):
 
 def main():
     parser = run.parser(__doc__)
-    parser.add_argument("--models", nargs="+", metavar="DIR", help="checkpoints (default: run nothing)")
+    parser.add_argument("--models", nargs="+", metavar="DIR", default=[], help="checkpoints (default none)")
     parser.add_argument("--text", metavar="FILE", help="tales as jsonl, each with sections")
     parser.add_argument("--starts", nargs="+", choices=STARTS, default=STARTS, help="default all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the traces (default 0)")
     parser.add_argument("--lr", type=float, default=1e-4, help="peak rate (default the paper's 1e-4)")
     args = parser.parse_args()
-    rows = []
-    if os.path.exists(PATH):
-        with open(PATH) as file:
-            rows = json.load(file)
+    with open(PATH) as file:
+        rows = json.load(file)
     if args.models and not args.text:
-        raise UserError("--models needs --text FILE: tales as jsonl, each with sections")
-    for path, seed, start in itertools.product(args.models or [], args.seeds, args.starts):
+        parser.error("--models needs --text")
+    tales = [tale for _, tale in data.read_rows(args.text)] if args.models else []
+    for path, seed, start in itertools.product(args.models, args.seeds, args.starts):
         name = os.path.basename(os.path.normpath(path))
-        asked = {"model": name, "start": start, "seed": seed, "lr": args.lr}
+        asked = {"model": name, "start": start, "seed": seed, "lr": args.lr, "steps": STEPS}
         if not any(asked.items() <= row.items() for row in rows):
-            rows.append(measure(path, args.text, start, seed, STEPS, args.lr))
+            rows.append({**asked, **measure(path, tales, start, seed, STEPS, args.lr)})
             run.write_json(PATH, rows)
     print(table(rows))
 

@@ -1,48 +1,31 @@
 """How sure the tables of reproduce.py are: intervals that count seeds, differences between methods, and
-claims, each beside the criterion that it had to meet.
-
-A method's results are {seed: row of eval.py} at one sampling; all methods and seeds answer the same stories.
-"""
+claims, each beside its criterion. A method's results are {seed: row of eval.py} at one sampling; all methods
+and seeds answer the same stories."""
 import functools
 
 import numpy as np
 
-from lib.stats import judge, sign_flips, wilson
 from lib.display import what_differs
+from lib.stats import judge, sign_flips, wilson
 
 BASE, RL, FREE = "base, explicit reasoning", "RL without latents", "LiteReason"
 OURS, AFTER_RL = "LiteReason + length penalty", "LiteReason after RL + length penalty"
+BEFORE = "LiteReason before RL"
 TEXT, SHUFFLED = "its latents taken away", "shuffled latents"
-# (a method, what it is compared with): the differences that the text may speak of. Names are those of the
-# tables; a pair of which a run is missing is left out.
-PAIRS = [
-    (RL, BASE),
-    (OURS, BASE),
-    (OURS, RL),
-    (FREE, BASE),
-    (FREE, RL),
-    (FREE, "RL with tags, no latents"),
-    (FREE, f"{FREE}, {TEXT}"),
-    (FREE, f"{FREE}, {SHUFFLED}"),
-    ("LiteReason before RL", f"LiteReason before RL, {SHUFFLED}"),
-    ("LiteReason before RL", f"LiteReason before RL, {TEXT}"),
-    (FREE, "RL with tags, no latents, after stage 2"),
-    (OURS, "RL + length penalty"),
-    (OURS, "RL with tags + length penalty"),
-    (OURS, "the paper's recipe + length penalty"),
-    (OURS, "base frozen + length penalty"),
-    (OURS, "no anchor + length penalty"),
-    (OURS, "stage 2 twice as long + length penalty"),
-    (OURS, "RL with tags + length penalty, after stage 2"),
-    (OURS, "no noise + length penalty"),
-    (OURS, "pause tokens + length penalty"),
-    (OURS, f"{OURS}, {TEXT}"),
-    (AFTER_RL, BASE),
-    (AFTER_RL, RL),
-    (AFTER_RL, OURS),
-    (AFTER_RL, "RL with tags after RL + length penalty"),
-    (AFTER_RL, f"{AFTER_RL}, {SHUFFLED}"),
-]
+# {a method: what it is compared with}: the differences that the text may speak of. Names are those of the
+# tables; where one of the two has not been run, the comparison is left out.
+COMPARED = [
+    (RL, [BASE]),
+    (OURS, [BASE, RL]),
+    (FREE, [BASE, RL, "RL with tags, no latents", f"{FREE}, {TEXT}", f"{FREE}, {SHUFFLED}"]),
+    (BEFORE, [f"{BEFORE}, {SHUFFLED}", f"{BEFORE}, {TEXT}"]),
+    (FREE, ["RL with tags, no latents, after stage 2"]),
+    (OURS, ["RL + length penalty", "RL with tags + length penalty", "the paper's recipe + length penalty",
+            "base frozen + length penalty", "no anchor + length penalty",
+            "stage 2 twice as long + length penalty", "RL with tags + length penalty, after stage 2",
+            "no noise + length penalty", "pause tokens + length penalty", f"{OURS}, {TEXT}"]),
+    (AFTER_RL, [BASE, RL, OURS, "RL with tags after RL + length penalty", f"{AFTER_RL}, {SHUFFLED}"])]
+PAIRS = [(ours, theirs) for ours, others in COMPARED for theirs in others]
 
 # (claim, whether "all" or "any" of its tests must be met, [(statistic, methods, more than)])
 EQUAL = -0.02  # accuracy gained where accuracy counts as equal: at most two points are lost
@@ -81,11 +64,11 @@ def drawn_means(arrays, seed=0, resamples=10000):
     """arrays: (S, N) each, of the same seeds and stories -> their means over seeds and stories that are drawn
     again with replacement, the same ones for all arrays, (len(arrays), resamples).
 
-    Seeds and stories are crossed: all seeds answer the same stories, so one draw of stories serves all seeds
-    of a resample (Owen's pigeonhole bootstrap). Of S seeds S - 1 are drawn, which makes the variance of a
-    mean of few seeds unbiased (Rao and Wu). Even so an interval from three seeds is about as wide as their
-    spread at most: where seeds differ by much more than chance it holds the truth in four of five cases, not
-    in 95 of 100 (tests/test_stats.py). With one seed it counts stories only."""
+    All seeds answer the same stories, so one draw of stories serves all seeds of a resample (Owen's
+    pigeonhole bootstrap). Of S seeds S - 1 are drawn, which makes the variance of a mean of few seeds
+    unbiased (Rao and Wu). Even so, where three seeds differ by much more than chance the interval holds the
+    truth in four of five cases, not in 95 of 100 (tests/test_stats.py); with one seed it counts stories only.
+    """
     means = [[((seeds @ array) * stories).sum(1) for array in arrays]
              for seeds, stories in _draws(*arrays[0].shape, seed, resamples)]
     return np.concatenate(means, axis=1)
@@ -94,14 +77,13 @@ def drawn_means(arrays, seed=0, resamples=10000):
 @functools.lru_cache(maxsize=4)
 def _draws(n_seeds, n_stories, seed, resamples):
     """Weights of seeds and stories, in blocks of 500 resamples. All tables ask for the same ones."""
-    n_drawn = max(1, n_seeds - 1)
     generator = np.random.default_rng(seed)
-    blocks = []
-    for _ in range(resamples // 500):
-        seeds = generator.multinomial(n_drawn, np.full(n_seeds, 1 / n_seeds), 500) / n_drawn
-        stories = generator.multinomial(n_stories, np.full(n_stories, 1 / n_stories), 500) / n_stories
-        blocks.append((seeds, stories))
-    return blocks
+
+    def weights(n, n_drawn):
+        return generator.multinomial(n_drawn, np.full(n, 1 / n), 500) / n_drawn
+
+    return [(weights(n_seeds, max(1, n_seeds - 1)), weights(n_stories, n_stories))
+            for _ in range(resamples // 500)]
 
 
 def middle(draws):
@@ -120,8 +102,7 @@ def interval(array):
 
 
 def interval_by_book(scores, books, resamples=10000):
-    """95 % interval of the mean of scores (N,) that counts books: whole books are drawn again. With a handful
-    of books it is too narrow."""
+    """95 % interval of the mean of scores (N,), for which whole books are drawn again; too narrow for few."""
     names = sorted(set(books))
     own = [np.asarray([score for score, book in zip(scores, books) if book == name]) for name in names]
     sums, counts = (np.array([f(x) for x in own], dtype=np.float64) for f in (np.sum, len))
@@ -130,8 +111,8 @@ def interval_by_book(scores, books, resamples=10000):
 
 
 def interval_of_gain(ours, theirs, ours_drawn, theirs_drawn):
-    """Of the difference of two means of (S, N). Where both are right on the same stories nothing can be drawn
-    that is not 0: then as far as Wilson's interval reaches from 0, for one seed's number of stories."""
+    """Of the difference of two means of (S, N). Where both are right on the same stories all that is drawn
+    is 0; then Wilson's interval of 0, for one seed's number of stories, on both sides."""
     if (ours == theirs).all() and np.isin(ours, (0, 1)).all():
         reach = wilson(0.0, ours.shape[1])[1]
         return [-reach, reach]
@@ -145,10 +126,8 @@ def shared_seeds(*methods):
 
 def compare(ours, theirs):
     """{seed: row} of two methods -> their paired differences over the seeds that both have, in the shape of
-    lib.stats.against, with tokens_saved as a share of theirs.
-
-    The intervals count seeds and stories. p counts stories alone (sign flips of a story's difference, the
-    mean of its seeds): three seeds cannot give a p below 0.25 by themselves. lib.stats.differs takes both."""
+    lib.stats.against, with tokens_saved as a share of theirs. The intervals count seeds and stories; p counts
+    stories alone (sign flips of a story's mean difference): three seeds cannot give a p below 0.25."""
     seeds = shared_seeds(ours, theirs)
     found = {"seeds": seeds}
     for what, of in (("accuracy", "score"), ("tokens", "tokens")):
@@ -168,28 +147,22 @@ def differences(methods):
     """methods: {name: {seed: row}} at one sampling -> [comparison], one for each of PAIRS that is there."""
     found = []
     for ours, theirs in PAIRS:
-        if ours in methods and theirs in methods and shared_seeds(methods[ours], methods[theirs]):
-            comparison = compare(methods[ours], methods[theirs])
-            found.append({"ours": ours, "theirs": theirs, **comparison})
+        if {ours, theirs} <= set(methods) and shared_seeds(methods[ours], methods[theirs]):
+            found.append({"ours": ours, "theirs": theirs, **compare(methods[ours], methods[theirs])})
     judge(found)
     return found
 
 
 def against_plain(controls):
-    """controls: {control: {seed: row}} of eval.py --controls -> {control: comparison with the run as
-    trained}, judged together; {} of "plain" itself."""
+    """{control: {seed: row}} -> {control: its comparison with "plain", {} for that}, judged together."""
     found = {name: compare(rows, controls["plain"]) for name, rows in controls.items() if name != "plain"}
     judge(list(found.values()))
-    return {**found, "plain": {}}
-
-
-def gain_kept(ours, rl, base):
-    """No number where RL gains nothing."""
-    return np.where(rl > base, (ours - base) / (rl - base), np.nan)
+    return {"plain": {}, **found}
 
 
 STATISTICS = {  # name: (function of the methods' means, of what, unit as printed)
-    "gain kept": (gain_kept, "score", "%"),
+    "gain kept": (lambda ours, rl, base: np.where(rl > base, (ours - base) / (rl - base), np.nan), "score",
+                  "%"),
     "tokens saved": (lambda ours, theirs: 1 - ours / theirs, "tokens", "%"),
     "accuracy gained": (lambda ours, theirs: ours - theirs, "score", "points"),
 }
@@ -197,32 +170,27 @@ STATISTICS = {  # name: (function of the methods' means, of what, unit as printe
 
 def claims(methods, scale=1):
     """methods: {name: {seed: row}}, the controls among them as "control NAME" -> [claim with its tests, each
-    with value, interval and whether it is met]. A claim of which a method is missing is left out.
-
-    scale: 0.01 if scores are in percent (next chapters); None leaves out claims on points."""
+    with value, interval and whether it is met]. A claim of which a method is missing is left out. scale: 0.01
+    if scores are in percent."""
+    order = ("met", "met by the mean only", "not met")
     found = []
     for words, needed, tests in CLAIMS:
         names = {name for _, of, _ in tests for name in of}
-        if not names <= set(methods) or not shared_seeds(*(methods[name] for name in names)):
-            continue
-        if scale is None and any(STATISTICS[statistic][2] == "points" for statistic, _, _ in tests):
-            continue
-        measured = [measure(methods, *test, scale) for test in tests]
-        order = ("met", "met by the mean only", "not met")
-        ranks = [order.index(test["met"]) for test in measured]
-        met = order[max(ranks) if needed == "all" else min(ranks)]
-        found.append({"claim": words, "needed": needed, "tests": measured, "met": met})
+        if names <= set(methods) and shared_seeds(*(methods[name] for name in names)):
+            measured = [measure(methods, *test, scale) for test in tests]
+            ranks = [order.index(test["met"]) for test in measured]
+            met = order[max(ranks) if needed == "all" else min(ranks)]
+            found.append({"claim": words, "needed": needed, "tests": measured, "met": met})
     return found
 
 
 def measure(methods, statistic, names, more_than, scale=1):
     """One test of a claim: met if the whole interval is beyond the criterion. Value and interval are None
-    where there is none: nothing is kept of a gain that is not there."""
+    where RL gains nothing of which a share could be kept."""
     function, of, unit = STATISTICS[statistic]
     seeds = shared_seeds(*(methods[name] for name in names))
-    arrays = [observed(methods[name], of, seeds) for name in names]
-    if unit == "points":
-        arrays = [scale * array for array in arrays]
+    factor = scale if unit == "points" else 1
+    arrays = [factor * observed(methods[name], of, seeds) for name in names]
     means = drawn_means(arrays)
     with np.errstate(divide="ignore", invalid="ignore"):
         value = float(function(*(array.mean() for array in arrays)))
@@ -270,16 +238,13 @@ def claims_table(found, sampled):
 def in_its_unit(test):
     if test["value"] is None:
         return f"{test['statistic']}: there is none"
-    interval = "no interval"
-    if test["ci95"]:
-        interval = in_words([100 * end for end in test["ci95"]], ".1f")
+    interval = in_words([100 * end for end in test["ci95"]], ".1f") if test["ci95"] else "no interval"
     one_seed = ", one seed" if len(test["seeds"]) == 1 else ""
     return f"{test['statistic']} {100 * test['value']:.1f} {test['unit']} ({interval}{one_seed})"
 
 
 def in_words(ci95, form):
-    low, high = ci95
-    return f"{low:{form}} to {high:{form}}"
+    return f"{ci95[0]:{form}} to {ci95[1]:{form}}"
 
 
 UNDER_THE_TABLE = """\
@@ -294,7 +259,7 @@ are ours. The claims on "after RL" have the same criteria, but were added when i
 
 
 def page(found, its_claims, sampled, digits=3, measure="accuracy"):
-    """From `differences` and `claims` -> Markdown of both; "" without either. measure: what a score is."""
+    """From `differences` and `claims` -> Markdown of both. measure: what a score is."""
     text = [differences_table(found, sampled, digits)] if found else []
     text += [claims_table(its_claims, sampled)] if its_claims else []
     return "\n\n".join([*text, UNDER_THE_TABLE]).replace("accuracy", measure) if text else ""

@@ -161,7 +161,7 @@ def latents_again(device):
         for t, slot in enumerate(slots, len(prompt)):
             if slot == LATENT:
                 states = theirs.model(inputs_embeds=x[:, :t], use_cache=False).last_hidden_state
-                x[:, t] = ours.reasoning_projector(states[:, -1])[0]
+                x[:, t] = ours.reasoning_projector(states[:, -1])
         return theirs.model(inputs_embeds=x, use_cache=False).last_hidden_state
 
     return torch.no_grad()(lambda: unroll(ours, [rollout])), prefixes

@@ -90,7 +90,7 @@ def grpo(args, P=48, G=16, L=1024, S=256):
     room = (args.cap or 80) * 2**30 if args.device == "cpu" else args.cap and args.cap * 2**30
     settings, said = memory.plan(model, L, S, P, G, {}, room=room)
     print(said, file=sys.stderr, flush=True)
-    expected = {phase: float(gib) for phase, gib in re.findall(r"^  (\w+) +([\d.]+) GiB", said, re.MULTILINE)}
+    expected = {phase: float(gib) for phase, gib in re.findall(r"(\w+) ([\d.]+) GiB", said)}
     plan = types.SimpleNamespace(**settings)
     if plan.checkpoint_layers:
         memory.checkpoint_layers(model)

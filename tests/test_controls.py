@@ -51,7 +51,7 @@ def test_noise_has_the_projectors_length_and_a_direction_of_its_own_and_warm_is_
     assert (block @ block.T - torch.eye(10)).max() < 0.9  # ten latents of one row
     for _ in range(3):
         z = model.model.layers[-1].mlp(z)
-    close(latent_of("warm", model)(h)[0], z)
+    close(latent_of("warm", model)(h), z)
 
 
 def test_mean_is_the_mean_of_all_latents_and_shuffled_those_of_one_story_in_their_order(model, tok):

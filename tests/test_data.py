@@ -2,19 +2,17 @@
 import json
 import os
 import random
-import shutil
 
 import pytest
 import torch
-from conftest import PROMPTS, close, random_qwen2, tag, with_projector
+from conftest import PROMPTS, close, random_qwen2, tag
 from safetensors import safe_open
-from test_real_tasks import one_line, shared
+from test_real_tasks import one_line
 from transformers import AutoModelForCausalLM
 
-from data import SPLITS, boxed, has_verdict, load_task
-from litereason import CAP, UserError, attach, generate, load, parse_tags, save
-from lib.run import run_script
-from train_projector import SENTENCE, mask_sentences, sentences_of, split_answer
+from data import SPLITS, has_verdict, load_task
+from litereason import CAP, generate, load, parse_tags, save
+from train_projector import mask_sentences, sentences_of, split_answer
 
 STORY = "One fine day it rained. Was it cold? It was!\nNobody \"knew.\" It was 3.5 degrees. The end came late"
 SENTENCES = ["One fine day it rained.", "Was it cold?", "It was!", "Nobody \"knew.\"", "It was 3.5 degrees.",
@@ -30,20 +28,20 @@ def numbers(text):
 
 
 # ---------------------------------------------------------------- sentences become tags
-@pytest.mark.parametrize("ratio, expected", [(0.0, 1), (0.1, 1), (0.25, 1), (0.34, 2), (0.5, 3), (0.99, 5),
-                                             (1.0, 6)])
-def test_a_share_of_the_sentences_is_replaced_but_at_least_one(tok, ratio, expected):
-    masked = mask(tok, STORY, ratio)
-    assert len(numbers(masked)) == expected
-    assert sum(s in masked for s in SENTENCES) == len(SENTENCES) - expected  # whole sentences, and no others
+def test_a_share_of_the_sentences_is_replaced_but_at_least_one(tok):
+    for ratio, expected in ((0.0, 1), (0.25, 1), (0.34, 2), (0.5, 3), (0.99, 5), (1.0, 6)):
+        masked = mask(tok, STORY, ratio)
+        assert len(numbers(masked)) == expected
+        assert sum(s in masked for s in SENTENCES) == len(SENTENCES) - expected  # only whole sentences
+    for nothing in ("", "\n\n", tag(3), f" {tag(3)}\n{tag(1)} "):
+        assert mask(tok, nothing, 0.5) is None
 
 
-@pytest.mark.parametrize("length, n", [(2, 1), (9, 1), (10, 2), (14, 2), (15, 3), (25, 5), (100, 5)])
-def test_n_is_a_fifth_of_the_sentences_tokens_within_1_and_the_cap(tok, length, n):
-    sentence = "a" * (length - 1) + "."
-    assert len(tok.encode(sentence)) == length
-    assert mask(tok, sentence, 1.0) == tag(n)
-    assert mask(tok, f"  {sentence}\n", 1.0) == tag(n)  # the space around a sentence is not counted
+def test_n_is_a_fifth_of_the_sentences_tokens_within_1_and_the_cap(tok):
+    for length, n in ((2, 1), (9, 1), (10, 2), (14, 2), (15, 3), (25, 5), (100, 5)):
+        sentence = "a" * (length - 1) + "."
+        assert len(tok.encode(sentence)) == length
+        assert mask(tok, sentence, 1.0) == mask(tok, f"  {sentence}\n", 1.0) == tag(n)
     assert mask(tok, "a" * 99 + ".", 1.0, cap=9) == tag(9)
 
 
@@ -55,51 +53,24 @@ def test_the_seed_decides_which_sentences_and_one_space_stands_on_each_side_of_a
             assert a == 0 or text[a - 1] == " " and text[a - 2] not in " \n"
             assert b == len(text) or text[b] == " " and text[b + 1] not in " \n"
     assert mask(tok, "It was. It is.", 1.0) == f"{tag(1)} {tag(1)}"
+    results = {mask(tok, "He ran. It ended. He ran.", 0.34, seed) for seed in range(30)}
+    assert {f"{tag(1)} It ended. He ran.", f"He ran. It ended. {tag(1)}"} < results  # of two equal ones
 
 
 def test_tags_that_are_there_are_kept_and_never_replaced(tok):
     text = f"First this one. {tag(4)} Then that one. {tag(5)}"  # sentences of 15 and 14 tokens
     assert {mask(tok, text, 0.5, seed) for seed in range(10)} == {
         f"{tag(3)} {tag(4)} Then that one. {tag(5)}", f"First this one. {tag(4)} {tag(2)} {tag(5)}"}
-    assert mask(tok, text, 1.0) == f"{tag(3)} {tag(4)} {tag(2)} {tag(5)}"
-
-
-def test_of_two_equal_sentences_one_can_be_replaced_alone(tok):
-    results = {mask(tok, "He ran. It ended. He ran.", 0.34, seed) for seed in range(30)}
-    assert f"{tag(1)} It ended. He ran." in results and f"He ran. It ended. {tag(1)}" in results
-    assert all(len(numbers(r)) == 1 for r in results)
 
 
 @pytest.mark.parametrize("text, sentences", [
-    ("“Wait.” She left. “Why?” he asked. ‘No!’ Then", ["“Wait.”", "She left.", "“Why?”", "he asked.", "‘No!’",
-                                                     "Then"]),
+    ("“Wait.” She left. ‘No!’ Then", ["“Wait.”", "She left.", "‘No!’", "Then"]),
     ('"Wait." She left. "Why?" he asked.', ['"Wait."', "She left.", '"Why?"', "he asked."]),
     ("Then… he ran... away. «Oui.» Fin", ["Then…", "he ran...", "away.", "«Oui.»", "Fin"]),
     ("我去。「好！」她说。他来？", ["我去。", "「好！」", "她说。", "他来？"]),
     ("**No.** He is _here._ It (the 3.5.) ends", ["**No.**", "He is _here._", "It (the 3.5.)", "ends"])])
 def test_a_sentence_ends_with_what_closes_it(text, sentences):
     assert sentences_of(text) == sentences
-
-
-def test_the_sentences_of_real_stories_join_to_them_and_curly_quotes_end_as_straight_ones():
-    straight = str.maketrans("“”‘’", "\"\"''")
-    with open(shared("flawed_fictions_subset.jsonl"), encoding="utf-8") as f:
-        stories = [json.loads(line)["story"].replace("</p>", "\n") for line in f]
-    for story in stories:
-        assert "".join(SENTENCE.findall(story)) == story
-        same = [sentence.translate(straight) for sentence in sentences_of(story)]
-        assert same == sentences_of(story.translate(straight))
-
-
-@pytest.mark.parametrize("text", ["." * 100_000, ".”" * 50_000, "." + "”" * 100_000 + "x", "。*" * 50_000,
-                                  " " * 100_000, "a" * 100_000])
-def test_sentences_of_a_hostile_text_take_a_moment(text):
-    assert "".join(SENTENCE.findall(text)) == text  # in quadratic time this would be minutes
-
-
-@pytest.mark.parametrize("text", ["", " ", "\n\n", tag(3), f" {tag(3)}\n{tag(1)} "])
-def test_without_a_sentence_there_is_nothing_to_mask(tok, text):
-    assert mask(tok, text, 0.5) is None
 
 
 def test_the_answer_begins_at_the_last_marker():
@@ -110,16 +81,6 @@ def test_the_answer_begins_at_the_last_marker():
     assert split_answer("In summary, no. Hm. in summary: go", "In summary:")[1] == "in summary: go"
     assert split_answer("no answer at all") == split_answer("\\Boxed{No}") == ("", "")
     assert split_answer("*" * 100_000 + "in summary" + "*" * 100_000, "In summary:") == ("", "")  # at once
-
-
-@pytest.mark.parametrize("text, content", [
-    ("so \\boxed{ No }.", "No"), ("\\boxed{\\textbf{No}}", "No"), ("\\boxed{a{b}{c{d}}e} }", "a{b}{c{d}}e"),
-    ("\\boxed{}", ""), ("\\boxed{Yes} then \\boxed{No}", "No"),  # the last one counts
-    ("\\boxed{Yes} then \\boxed{N", None),  # also when it is cut
-    ("\\boxed{a{b}", None), ("boxed{Yes}", None), ("", None),
-])
-def test_the_box(text, content):
-    assert boxed(text) == content
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -133,6 +94,8 @@ def test_save_and_load_give_the_same_model(model, tok, tmp_path):
     for _ in range(2):  # the second time over the first
         save(model, tok, tmp_path / "out")
     assert os.listdir(tmp_path) == ["out"]  # nothing temporary is left
+    half = load(str(tmp_path / "out"), device="cpu", dtype=torch.bfloat16)[0]
+    assert half.dtype == torch.bfloat16 and half.reasoning_projector[0].up_proj.weight.dtype == torch.float32
     again, again_tok = load64(tmp_path / "out")
     weights = model.state_dict()
     assert weights.keys() == again.state_dict().keys()
@@ -171,23 +134,7 @@ def test_a_model_without_a_projector_starts_from_three_copies_of_its_last_mlp(to
         assert all(torch.equal(last[k], v) for k, v in mlp.state_dict().items())
     h = torch.randn(4, 32).double()
     mlp = model.model.layers[-1].mlp
-    z, _ = model.reasoning_projector(h)
-    close(z, mlp(mlp(mlp(h))))  # no residual, no norm
-
-
-def test_the_projector_stays_in_float32_in_a_bfloat16_model(model, tok, tmp_path):
-    save(model, tok, tmp_path / "out")
-    half, half_tok = load(str(tmp_path / "out"), device="cpu", dtype=torch.bfloat16)
-    assert (half.dtype == torch.bfloat16
-            and {p.dtype for p in half.reasoning_projector.parameters()} == {torch.float32})
-    assert generate(half, half_tok, PROMPTS, max_new_tokens=5)[0].slots
-
-
-def test_the_number_of_projector_layers_comes_from_the_checkpoint(tok, tmp_path):
-    base = random_qwen2(len(tok), tok.eos_token_id)
-    base.config.litereason_num_reasoning_layers = 2
-    save(with_projector(base), tok, tmp_path / "out")
-    assert len(load64(tmp_path / "out")[0].reasoning_projector) == 2
+    close(model.reasoning_projector(h), mlp(mlp(mlp(h))))  # no residual, no norm
 
 
 def test_a_bad_path_is_refused_in_one_line(tmp_path):
@@ -197,43 +144,19 @@ def test_a_bad_path_is_refused_in_one_line(tmp_path):
     for name, message in ((tmp_path / "nothing", "no model directory"), ("./nothing", "no model directory"),
                           (tmp_path, "no config.json"), (tmp_path / "file", "no model directory"),
                           (tmp_path / "bad", "cannot load"),
-                          ("nobody/nothing", "cannot fetch 'nobody/nothing' from the hub"),
-                          ("Qwen9-1B", "cannot fetch 'Qwen/Qwen9-1B' from the hub")):
+                          ("nobody/nothing", "cannot load 'nobody/nothing' from the hub"),
+                          ("Qwen9-1B", "cannot load 'Qwen/Qwen9-1B' from the hub")):
         one_line(message, load, str(name))
 
 
-@pytest.mark.parametrize("cap", [0, 65, 2.5, None])
-def test_a_bad_cap_is_refused_in_one_line(tok, cap):
-    base = random_qwen2(len(tok), tok.eos_token_id)
-    base.config.litereason_max_reasoning_steps = cap
-    one_line("litereason_max_reasoning_steps", attach, base)
-
-
-def test_a_damaged_checkpoint_is_refused_in_one_line(model, tok, tmp_path):
-    save(model, tok, tmp_path / "good")
-
-    def damaged(name):
-        return shutil.copytree(tmp_path / "good", tmp_path / name)
-
-    os.remove(damaged("no_weights") / "model.safetensors")
-    one_line("cannot load", load64, tmp_path / "no_weights")
-    file = damaged("cut") / "model.safetensors"
+def test_a_checkpoint_without_weights_or_with_half_of_them_is_refused_in_one_line(model, tok, tmp_path):
+    save(model, tok, tmp_path / "out")
+    file = tmp_path / "out" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:5000])
-    one_line("cut", load64, tmp_path / "cut")
-    config = json.load(open(tmp_path / "good" / "config.json"))
-    config["litereason_num_reasoning_layers"] = 4
-    (damaged("layers") / "config.json").write_text(json.dumps(config))
-    one_line("does not fit", load64, tmp_path / "layers")
+    one_line("cannot load", load64, tmp_path / "out")
     one_line("cannot write", save, model, tok, file / "out")
-
-
-def test_a_script_ends_with_one_line_and_exit_code_2(capsys):
-    def main():
-        raise UserError("no such thing")
-    with pytest.raises(SystemExit) as e:
-        run_script(main)
-    out, err = capsys.readouterr()
-    assert e.value.code == 2 and out == "" and err.endswith("error: no such thing\n") and err.count("\n") == 1
+    os.remove(file)
+    one_line("cannot load", load64, tmp_path / "out")
 
 
 # ---------------------------------------------------------------- the shipped tasks: examples, prompt, reward
@@ -259,18 +182,11 @@ def test_prompts_offer_the_tag_only_where_latents_are_wanted_and_it_is_not_a_val
         assert not parse_tags(with_tag)
 
 
-def test_half_of_the_plot_hole_stories_have_a_hole_and_another_chapter_is_another():
-    for split in SPLITS:
-        labels = [row["label"] for row in load_task("tiny").examples(split)]
-        assert 2 * sum(labels) == len(labels)
-    assert all(row["other"] != row["chapter"] for row in load_task("tiny.next_chapter").examples("val"))
-
-
 @pytest.mark.parametrize("name, read, unread", [
     ("tiny", ["so \\boxed{ Yes }"], ["Yes"]),
     ("tiny.next_chapter", ["In summary : Mara ."], ["In summary :", "Mara .", "In summary : plan :"]),
     ("flawed_fictions", ["\\boxed{yes}", "\\boxed{No.}"],
-     ["No", "\\boxed{}", "\\boxed{maybe}", "\\boxed{Yes", "<contradicted_lines>\\boxed{Yes}</contradicted_lines>"]),
+     ["No", "\\boxed{}", "\\boxed{maybe}", "<contradicted_lines>\\boxed{Yes}</contradicted_lines>"]),
     ("next_chapter", ["In summary: she leaves."], ["In summary:", "She leaves.", "In summary: ---"])])
 def test_a_verdict_is_what_the_reward_can_read(name, read, unread):
     task = load_task(name)

@@ -153,7 +153,7 @@ LOGITS = torch.tensor([0.3, 2.0, -1.0, 1.1, 0.9, -3.0, 1.9, 0.0, 0.5, -0.2])
 def wanted(temperature, top_k, top_p):
     """The distribution by hand: the most probable first, cut after top_k of them or once top_p is reached."""
     p = (LOGITS.double() / temperature).softmax(-1)
-    p[p.argsort(descending=True)[top_k or None :]] = 0
+    p[p.argsort(descending=True)[top_k or len(p) :]] = 0
     ranked = (p / p.sum()).sort(descending=True)
     p[ranked.indices[ranked.values.cumsum(0) - ranked.values >= top_p]] = 0
     return (p / p.sum()).tolist()

@@ -160,18 +160,6 @@ def test_lengths_have_a_line_for_each_method_in_two_panels_and_chains_name_each_
     assert list(picture.axes[0].lines[2].get_ydata()) == rows[1]["chain before"]
 
 
-def test_training_curves_are_faint_single_steps_and_strong_means_of_five(tmp_path, drawn):
-    for first, name in ((1, "a"), (2, "b")):
-        steps = [{"step": i + 1, "reward": first + i, "text_tokens": 25.0, "latent_steps": 5.0,
-                  "tag_share": 0.5} for i in range(4)]
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, steps)))
-    folders = {"LiteReason": str(tmp_path / "a"), "RL without latents": str(tmp_path / "b")}
-    picture, _ = drawn(plots.training, folders)
-    assert names_in(picture) == list(folders)
-    curves = [[list(line.get_ydata()) for line in panel.lines] for panel in picture.axes]
-    assert curves[0] == [[1, 2, 3, 4], [2, 2.5, 2.5, 3], [2, 3, 4, 5], [3, 3.5, 3.5, 4]]
-    assert [panel[0] for panel in curves[1:]] == [[30] * 4, [5] * 4, [0.5] * 4]
 
 
 # ---------------------------------------------------------------- the page
@@ -221,7 +209,7 @@ def test_an_answer_is_one_line_until_it_is_unfolded(model, tok, rollouts):
     text = answer(model, tok, GOLD, "", rollouts[0], 0.0, 1234)
     line, _, rest = text.partition("</summary>")
     assert (Reader(line.partition("<summary>")[2]).words == "1,234 ✗ wrong, gold: gold & co, "
-            f"{len(rollouts[0].slots)} tokens, 2 tags, 5 latents ab cd .")
+            f"{len(rollouts[0].slots)} tokens, 2 tags, 5 latents ab{tag(3)} cd{tag(2)} .")
     assert " open" not in text and rest.index("Asked") < rest.index("Answered")
     assert ", cut off <" in answer(model, tok, GOLD, "", rollouts[1], 1.0, 1)
     graded = answer(model, tok, TASK, "", rollouts[0], 12.5, 1)

@@ -16,14 +16,14 @@ import types
 
 import pytest
 import torch
-from conftest import ROOT, close, naive, random_qwen2, tag, with_projector, write
+from conftest import ROOT, close, naive, tag, write
 from safetensors.torch import load_file, save_file
+from test_real_tasks import one_line
 
 from data import boxed, perplexity
-from data.flawed_fictions import reward, verdict
+from data.flawed_fictions import verdict
 from data.next_chapter import plan_of
-from litereason import (CLOSE, DIGITS, LATENT, OPEN, SPACE, UserError, attach, insert_latents, load,
-                        parse_tags, save, watcher)
+from litereason import CLOSE, DIGITS, LATENT, OPEN, SPACE, insert_latents, load, parse_tags, save, watcher
 from train_projector import mask_sentences
 
 
@@ -145,20 +145,7 @@ def test_the_watcher_agrees_with_the_slow_reading_of_100000_random_sequences(req
         assert [n for _, _, n in seen] == [n for t, n in e if t < len(s)]
 
 
-def test_every_merge_of_the_real_vocabulary_around_a_tag_ends_the_tag(real_tok):
-    pieces, head, tail = pieces_of(real_tok), OPEN.encode(), CLOSE.encode()
-    starts = [(i, k) for i, p in enumerate(pieces) for k in range(1, len(head)) if p.endswith(head[:k])]
-    ends = [(i, k) for i, p in enumerate(pieces) for k in range(1, len(tail)) if p.startswith(tail[-k:])]
-    assert len(starts) > 90 and len(ends) > 250  # "(<", " <", "\"><", ..; ">\n\n", "></", ">(", ..
-    encode = functools.cache(real_tok.encode)
-    sequences = [[i, *encode(OPEN[a:] + "3" + CLOSE[:-b]), j]
-                 for (i, a), (j, b) in itertools.product(starts, ends)]
-    assert fired(table_of(real_tok), sequences) == [[(len(s) - 1, 3)] for s in sequences]
-
-
-@pytest.mark.parametrize("which", ["tok", "real_tok"])
-def test_thousands_of_digits_spaces_or_open_tags_are_read_like_few(request, which):
-    tok = request.getfixturevalue(which)
+def test_thousands_of_digits_spaces_or_open_tags_are_read_like_few(tok):
     pieces, watch = pieces_of(tok), table_of(tok)
     many = [("9" * 5000, [5]), ("0" * 5000, []), ("0" * 5000 + "4", [4]), (" " * 5000 + "3", [3]),
             ("3" + "\n" * 5000, [3]), ("3" * 5000 + "٣", []), ("3" + " " * 5000 + "3", []),
@@ -201,20 +188,11 @@ def test_a_prompt_opens_no_block_not_even_together_with_what_the_policy_writes(m
 
 def test_a_stop_token_ends_a_turn_only_where_the_policy_samples_it(model, tok):
     prompts = [tok.encode("a<eos>b<eos>"), tok.encode("ab")]
-    # the end of the text inside a tag
     texts = ["abc", f"{OPEN}3<eos>{CLOSE}", f"{tag(4)}x<eos>y", f"{OPEN}3{CLOSE[:-1]}<eos>"]
     rollouts = write(model, tok, prompts, texts, limit=40, samples=2)
     assert ([(r.finished, r.n_latents, r.text) for r in rollouts[1:]]
             == [(True, 0, f"{OPEN}3"), (True, 4, f"{tag(4)}x"), (True, 0, f"{OPEN}3{CLOSE[:-1]}")])
     assert not rollouts[0].finished and len(rollouts[0].slots) == 40
-
-
-def test_a_limit_anywhere_in_a_tag_or_its_block_only_cuts_it(model, tok):
-    text = f"a.{tag(3)}\nb{tag(2)}c"
-    ids = insert_latents(model, tok, tok.encode(text))
-    for limit in range(1, len(ids) + 1):
-        (r,) = write(model, tok, ["x"], [text], limit=limit)
-        assert r.slots == ids[:limit] and len(r.latents) == r.n_latents and not r.finished
 
 
 def test_a_perplexity_reads_tags_as_text(model, tok):
@@ -223,15 +201,6 @@ def test_a_perplexity_reads_tags_as_text(model, tok):
     assert not len(latents)
     close(torch.tensor(perplexity(model, tok, [context], [text]), dtype=torch.float64)[0],
           (-logp.mean()).exp())
-
-
-def test_what_stands_in_a_story_never_scores():
-    for text in HOSTILE:
-        for label in (True, False):
-            story = {"story": text, "label": label}
-            assert (reward(story, "") == reward(story, "I see no error.")
-                    == reward(story, "<contradicted_lines>\n" + text + "\n</contradicted_lines>") == 0)
-            assert reward(story, f"It says {text!r}. So \\boxed{{Yes}}") == float(label)
 
 
 # ---------------------------------------------------------------- text that is made to be slow
@@ -271,12 +240,6 @@ def test_no_text_takes_long_to_read(read):
 
 
 # ---------------------------------------------------------------- checkpoints that someone else made
-def refused(message, action, *args):
-    with pytest.raises(UserError, match=message) as e:
-        action(*args)
-    assert "\n" not in str(e.value)
-
-
 @pytest.fixture
 def damaged(model, tok, tmp_path):
     """damaged({config entry: value}, {weight: tensor, or None to leave it out}) -> the path of a checkpoint
@@ -308,42 +271,24 @@ NAN = torch.full((32, 64), float("nan")).double()
 @pytest.mark.parametrize("config, weights, message", [
     ({"litereason_max_reasoning_steps": 0}, {},
      "litereason_max_reasoning_steps is 0, expected a whole number from 1 to 64"),
-    ({"litereason_max_reasoning_steps": 10**9}, {}, "litereason_max_reasoning_steps is 1000000000"),
-    ({"litereason_max_reasoning_steps": True}, {}, "litereason_max_reasoning_steps is True"),
-    ({"litereason_num_reasoning_layers": 10**9}, {}, "litereason_num_reasoning_layers is 1000000000"),
+    ({"litereason_max_reasoning_steps": 2.5}, {}, "litereason_max_reasoning_steps is 2.5"),
     ({"litereason_num_reasoning_layers": True}, {}, "litereason_num_reasoning_layers is True"),
     ({"litereason_num_reasoning_layers": 2}, {}, "reasoning_projector does not fit"),  # the file has 3
-    # a layer is missing
-    ({}, {f"{P}2.{part}_proj.weight": None for part in ("gate", "up", "down")}, "does not fit: Missing"),
     ({}, {f"{P}1.up_proj.weight": None}, "does not fit: Missing"),
     ({}, {f"{P}1.up_proj.weight": torch.zeros(32, 64)}, "does not fit"),  # transposed
-    ({}, {f"{P}{i}.{part}_proj.weight": torch.zeros((16, 64) if part == "down" else (64, 16))
-          for i in range(3) for part in ("gate", "up", "down")}, "does not fit"),  # of another hidden size
     ({}, {f"{P}0.down_proj.weight": NAN}, "reasoning_projector.0.down_proj.weight holds NaN or inf"),
     ({}, {f"{L}1.mlp.down_proj.weight": NAN}, "model.layers.1.mlp.down_proj.weight holds NaN or inf"),
-    ({}, {"model.norm.weight": torch.full((32,), float("inf"))}, "model.norm.weight holds NaN or inf"),
-    # transformers: a random one
+    # where transformers would say nothing: random weights, or a layer left out
     ({}, {f"{L}0.mlp.up_proj.weight": None}, "model.layers.0.mlp.up_proj.weight"),
-    ({"num_hidden_layers": 3, "layer_types": None}, {}, "model.layers.2."),  # transformers: a random layer
-    ({"num_hidden_layers": 1, "layer_types": None}, {}, "model.layers.1."),  # transformers: left out
-    ({}, {"model.norm.weight": torch.zeros(16)}, "model.norm.weight|size"),
-    ({"hidden_size": 64}, {}, "cannot load"), ({"hidden_size": 10**12}, {}, "cannot load"),
-    ({"hidden_size": "32"}, {}, "cannot load"),
-    ({"num_attention_heads": 0}, {}, "cannot load"), ({"num_attention_heads": 5}, {}, "cannot load"),
-    ({"vocab_size": -1}, {}, "cannot load"),
+    ({"num_hidden_layers": 3, "layer_types": None}, {}, "model.layers.2."),
+    ({"num_hidden_layers": 1, "layer_types": None}, {}, "model.layers.1."),
+    ({"hidden_size": 10**12}, {}, "cannot load"), ({"hidden_size": "32"}, {}, "cannot load"),
     ({"vocab_size": 20},
      {"model.embed_tokens.weight": torch.zeros(20, 32), "lm_head.weight": torch.zeros(20, 32)}, "tokenizer"),
-    ({"model_type": "nonsense"}, {}, "cannot load"), ({"model_type": ["qwen2"]}, {}, "cannot load"),
     ({"architectures": None, "model_type": None}, {}, "cannot load"),
-    ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, {}, "cannot load|Qwen2|missing"),
-])
+    ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, {}, "cannot load|Qwen2|missing")])
 def test_a_damaged_checkpoint_is_refused_in_one_line(damaged, config, weights, message):
-    refused(message, load64, damaged(config, weights))
-
-
-def test_a_model_of_another_shape_is_refused_in_one_line(tok):
-    from transformers import GPT2Config, GPT2LMHeadModel
-    refused("qwen2", attach, GPT2LMHeadModel(GPT2Config(vocab_size=len(tok), n_embd=8, n_layer=1, n_head=1)))
+    one_line(message, load64, damaged(config, weights))
 
 
 class Bomb:
@@ -355,9 +300,8 @@ class Bomb:
         return os.system, (f"touch {self.path}",)
 
 
-@pytest.mark.parametrize("names", [["pytorch_model.bin"], ["model.safetensors"],
-                                   ["model.safetensors.index.json", "pytorch_model.bin"],
-                                   ["pytorch_model.bin", "reasoning_projector.pt", "adapter_model.bin"]])
+@pytest.mark.parametrize("names", [["model.safetensors"], ["pytorch_model.bin", "adapter_model.bin"],
+                                   ["model.safetensors.index.json", "pytorch_model.bin"]])
 def test_nothing_is_unpickled(damaged, tmp_path, names):
     path, mark = damaged(), tmp_path / "mark"
     os.remove(path / "model.safetensors")
@@ -366,7 +310,7 @@ def test_nothing_is_unpickled(damaged, tmp_path, names):
         if name.endswith("index.json"):
             (path / name).write_text(json.dumps(
                 {"metadata": {}, "weight_map": {"model.norm.weight": names[-1]}}))
-    refused("cannot load", load64, path)
+    one_line("cannot load", load64, path)
     assert not mark.exists()
 
 
@@ -375,7 +319,7 @@ def test_an_index_may_name_safetensors_files_only(damaged):
     os.rename(path / "model.safetensors", path / "model.bin")
     (path / "model.safetensors.index.json").write_text(json.dumps(
         {"metadata": {}, "weight_map": {"model.norm.weight": "model.bin"}}))
-    refused("its weights are not in safetensors files", load64, path)
+    one_line("its weights are not in safetensors files", load64, path)
 
 
 def test_no_code_of_a_checkpoint_runs_and_nobody_is_asked(damaged, tmp_path, monkeypatch):
@@ -391,7 +335,7 @@ def test_no_code_of_a_checkpoint_runs_and_nobody_is_asked(damaged, tmp_path, mon
     assert load64(path)[0].config.model_type == "qwen2"
     config = json.load(open(path / "config.json"))
     (path / "config.json").write_text(json.dumps({**config, "model_type": "evil"}))
-    refused("cannot load", load64, path)
+    one_line("cannot load", load64, path)
     assert not mark.exists()
 
 
@@ -404,28 +348,10 @@ for path in ('tiny', *sys.argv[1:]):
 print('loaded')"""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def offline(tok, tmp_path_factory):
-    """A process of its own, beside these tests; this one's hub client stays offline (see conftest.py)."""
-    plain, named = (str(tmp_path_factory.mktemp("offline") / name) for name in ("plain", "named"))
-    for path in (plain, named):
-        save(with_projector(random_qwen2(len(tok) + 3, tok.eos_token_id)), tok, path)
-    with open(os.path.join(named, "config.json")) as f:
-        entries = json.load(f)
-    entries.update(_name_or_path="nobody/nothing", _attn_implementation="kernels-community/flash-attn")
-    with open(os.path.join(named, "config.json"), "w") as f:
-        json.dump(entries, f)
-    environment = {**os.environ, "PYTHONPATH": ROOT}
-    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
-        environment.pop(name, None)
-    pipe = subprocess.PIPE
-    command = [sys.executable, "-c", OFFLINE, plain, named]
-    process = subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
-    yield process
-    process.kill()
-    process.communicate()
-
-
-def test_a_directory_is_loaded_without_a_network(offline):
-    out, err = offline.communicate(timeout=120)
-    assert out == "loaded\n", out + err[-2000:]
+def test_a_directory_is_loaded_without_a_network(damaged):
+    path = damaged({"_name_or_path": "nobody/nothing",
+                    "_attn_implementation": "kernels-community/flash-attn"})
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")}
+    done = subprocess.run([sys.executable, "-c", OFFLINE, path], env={**environment, "PYTHONPATH": ROOT},
+                          capture_output=True, text=True, timeout=300)
+    assert done.stdout == "loaded\n", done.stdout + done.stderr[-2000:]

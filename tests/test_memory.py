@@ -27,7 +27,7 @@ def plan(model, gib, scorer=None, **given):
 
 
 def peaks_in(text):
-    return {phase: float(gib) for phase, gib in re.findall(r"^  (\w+) +([\d.]+) GiB", text, re.MULTILINE)}
+    return {phase: float(gib) for phase, gib in re.findall(r"(\w+) ([\d.]+) GiB", text)}
 
 
 @pytest.fixture(scope="module")
@@ -50,25 +50,13 @@ def on_a_cpu(real):
 
 
 # ============================================================ in a process that has the device
-def rollouts_of(prompts, n, L, S, tags=0):
-    """`n` rollouts for each of so many prompts of L tokens: S slots, the first of them `tags` times a word
-    and a latent."""
-    from litereason import LATENT, Rollout
-    made = []
-    for p in range(prompts):
-        ids = [10 + (7 * p + i) % 150_000 for i in range(L)]
-        slots = [11, 12, 13, LATENT] * tags + [10 + i % 150_000 for i in range(S - 4 * tags)]
-        made += [Rollout(ids, slots, torch.zeros(tags, QWEN["hidden_size"])) for _ in range(n)]
-    return made
-
-
 def count_everything():
-    """-> {what: (GiB counted, GiB expected)} on each card with its plan, in all, and for other forward passes
-    above the weights. One model for all: building it takes seconds."""
+    """-> {what: (GiB counted, GiB expected)} on each card with its plan, and of a frozen reader. One model for
+    all: building it takes seconds."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     from lib import checkpoint, scoring
-    from litereason import attach, generate, logprobs, projector_loss
+    from litereason import Rollout, attach, generate, logprobs
     from pretend import memory as pretended
     pretended.without_numbers()
     with torch.device("cuda"):
@@ -77,6 +65,9 @@ def count_everything():
     base = memory.base_parameters(model)
     L, S, n_prompts, n = RELEASED
     chosen = {gib: plan(model, gib) for gib in CARDS}
+    prompts = [[10 + (7 * p + i) % 150_000 for i in range(L)] for p in range(n_prompts)]
+    rollouts = [Rollout(ids, list(range(10, 10 + S)), torch.zeros(0, QWEN["hidden_size"]))
+                for ids in prompts[:2] for _ in range(n)]
     found = {}
 
     def counted(run):
@@ -90,52 +81,32 @@ def count_everything():
                 raise InterruptedError
 
         hook = model.lm_head.register_forward_pre_hook(third_step)
-        prompts = [rollout.prompt_ids for rollout in rollouts_of(n_prompts, 1, L, 1)]
         with pytest.raises(InterruptedError):
             generate(model, tokenizer, prompts, n, S, gen_batch_size=rows)
         hook.remove()
 
-    def on_card(gib):
-        settings, text = chosen[gib]
+    for gib, (settings, text) in chosen.items():
         if settings["checkpoint_layers"] and not getattr(model, "checkpointed", False):
             memory.checkpoint_layers(model)
         if settings["offload"] and not hasattr(base[0], "master"):
             memory.offload(model, base)
         adamw = 0 if settings["offload"] else 8 * sum(p.numel() for p in base) / GIB
-        expected = peaks_in(text)
-        seen = counted(lambda: sample(settings["gen_batch_size"]))
-        found[f"{gib} sampling"] = seen + adamw, expected["sampling"]
+        seen = counted(lambda: sample(settings["gen_batch_size"]))  # noqa: B023
+        found[f"{gib} sampling"] = seen + adamw, peaks_in(text)["sampling"]
         if not settings["offload"]:  # the gradients of earlier micro-batches
             for p in base:
                 p.grad = torch.zeros_like(p)
-        rollouts = rollouts_of(2, n, L, S)
         some = [rollouts[i] for i in scoring.pack(rollouts, settings["micro_batch_tokens"])[0]]
-        seen = counted(lambda: logprobs(model, some)[0].sum().backward())
-        found[f"{gib} update"] = seen + adamw, expected["update"]
+        seen = counted(lambda: logprobs(model, some)[0].sum().backward())  # noqa: B023
+        found[f"{gib} update"] = seen + adamw, peaks_in(text)["update"]
         model.zero_grad(set_to_none=True)
 
-    def above_weights(name, run, positions, longest, phase):
-        before = counted(lambda: None)
-        expected = memory.needs(model, longest, positions=positions, recompute=True)[phase]
-        expected.pop("AdamW and gradients", None)  # no optimiser here
-        found[name] = counted(run) - before, sum(expected.values()) / GIB
-
-    def read():
-        with torch.no_grad():
-            logprobs(model, rollouts_of(1, 8, 500, 1500))
-
-    def stage_2():
-        with memory.base_frozen(model):
-            projector_loss(model, rollouts_of(8, 1, 50, 2000, tags=1))[0].backward()
-
-    for gib in (80, 40):
-        on_card(gib)
-    above_weights("stage 2", stage_2, 8 * (2050 + 2 * 2050 // 16), 2050, "stage 2")
-    model.zero_grad(set_to_none=True)
-    for gib in (24, 16):
-        on_card(gib)
     memory.freeze(model)
-    above_weights("reader", read, 500 + 8 * 1500, 2000, "scoring")
+    before = counted(lambda: None)
+    positions = L + 8 * S
+    with torch.no_grad():
+        seen = counted(lambda: logprobs(model, rollouts[:8]))
+    found["reader"] = seen - before, memory.needs(model, L + S, positions=positions, recompute=True)[1] / GIB
     return found
 
 
@@ -143,10 +114,11 @@ def test_on_each_card_the_forecast_is_within_15_percent_of_a_count_of_all_tensor
     if pretend.why_not():
         pytest.skip(pretend.why_not())
     found, _ = pretend.run(count_everything)
-    assert len(found) == 2 * len(CARDS) + 2
+    counted, expected = found.pop("reader")
+    assert counted < expected
+    assert len(found) == 2 * len(CARDS)
     for what, (counted, expected) in found.items():
-        most = 1.15 if what[0].isdigit() else 1.3  # a frozen model keeps less, which is not counted on
-        assert counted / 1.15 < expected < counted * most, (what, counted, expected)
+        assert counted / 1.15 < expected < counted * 1.15, (what, counted, expected)
 
 
 # ============================================================ the plan
@@ -165,72 +137,51 @@ def test_on_each_card_the_plan_fits_and_is_the_fastest_that_does(real, gib):
     assert positions == 2**15 or peaks_in(said)["update"] > memory.USABLE * gib - 0.05
 
 
-def test_flags_override_the_plan(real):
+def test_flags_override_the_plan_and_a_reader_leaves_less_room(real):
     given = {"gen_batch_size": 32, "micro_batch_tokens": 5000, "offload": False, "checkpoint_layers": True}
     assert plan(real, 80, **given)[0] == given
-    settings, _ = plan(real, 80, checkpoint_layers=True)
-    assert settings["checkpoint_layers"] and not settings["offload"]
-    assert settings["micro_batch_tokens"] == 2**15
     settings, _ = plan(real, 80, micro_batch_tokens=1000, gen_batch_size=16)  # makes the rest no slower
     assert not settings["offload"] and not settings["checkpoint_layers"]
+    alone, beside = (plan(real, 40, scorer)[0]["micro_batch_tokens"] for scorer in (None, real))
+    assert beside < alone
 
 
 def test_a_card_that_is_too_small_is_said_with_what_to_change(real):
     settings, text = plan(real, 5)
     assert settings == {"gen_batch_size": 16, "micro_batch_tokens": 3748, "checkpoint_layers": True,
                         "offload": True}
-    assert "this may not fit: leave the memory flags away, shorten --max-new-tokens" in text
+    assert "this may not fit: leave the memory flags away, or shorten --max-new-tokens" in text
     assert "may not fit" in plan(real, 24, gen_batch_size=768, offload=False)[1]
 
 
-def test_a_reader_leaves_less_room(real):
-    (alone, _), (beside, text) = plan(real, 40), plan(real, 40, scorer=real)
-    assert not alone["offload"] and beside["micro_batch_tokens"] < alone["micro_batch_tokens"]
-    assert "reader 6.2" in text
-
-
 # ============================================================ a CPU
-def test_a_small_model_on_a_cpu_has_fixed_numbers(model, monkeypatch):
-    monkeypatch.setattr(memory, "free", lambda device: 0)
-    assert memory.rows_that_fit(model, 100, 100, 4) == 512
-    assert memory.positions_that_fit(model, 100) == 2**15
-    assert memory.positions_that_fit(model, 100, "stage 2", otherwise=12_000) == 12_000
+@pytest.mark.parametrize("gib, checkpoint, fits", [(24, True, False), (48, True, True), (200, False, True)])
+def test_a_real_model_on_a_cpu_gets_a_plan_too_without_offload(on_a_cpu, gib, checkpoint, fits):
+    settings, text = plan(on_a_cpu, gib)
+    assert ("may not fit" in text) != fits
+    assert (settings["offload"], settings["checkpoint_layers"]) == (False, checkpoint)
+    assert settings["gen_batch_size"] >= 16 and 3748 <= settings["micro_batch_tokens"] <= 2**13
 
 
-def test_a_real_model_on_a_cpu_gets_a_plan_too_without_offload(on_a_cpu):
-    for gib, checkpoint in ((48, True), (200, False)):
-        settings, text = plan(on_a_cpu, gib)
-        assert "may not fit" not in text
-        assert (settings["offload"], settings["checkpoint_layers"]) == (False, checkpoint)
-        assert settings["gen_batch_size"] >= 16 and 3748 <= settings["micro_batch_tokens"] <= 2**13
-    settings, text = plan(on_a_cpu, 24)
-    assert settings["gen_batch_size"] == 16 and "may not fit" in text and not settings["offload"]
-
-
-def test_rows_and_positions_follow_from_what_is_free(on_a_cpu, monkeypatch):
+def test_rows_and_positions_follow_from_what_is_free(on_a_cpu, model, monkeypatch):
     found = []
     for gib in (0.3, 8, 30, 1000):
         monkeypatch.setattr(memory, "free", lambda device: gib * GIB)  # noqa: B023
         found.append((memory.rows_that_fit(on_a_cpu, 1700, 2048, 4),
                       memory.positions_that_fit(on_a_cpu, 3748),
-                      memory.positions_that_fit(on_a_cpu, 3748, "stage 2", base_learns=True)))
+                      memory.positions_that_fit(on_a_cpu, 3748, on_a_cpu.parameters())))
+        # Of a small model they are fixed, so that its runs repeat to the last bit.
+        assert memory.rows_that_fit(model, 100, 100, 4) == 512
+        assert memory.positions_that_fit(model, 100, model.parameters(), otherwise=12_000) == 12_000
     assert found[0] == (4, 3748, 3748) and found[-1] == (512, 2**13, 2**13)
     assert 4 < found[1][0] < found[2][0] < 512
 
 
-def test_what_is_free_on_a_cpu_is_the_least_that_machine_and_control_groups_leave(tmp_path, monkeypatch):
+def test_what_is_free_on_a_cpu_is_the_least_that_machine_and_container_leave(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "CONTAINER", tmp_path)
     machine = memory.free(torch.device("cpu"))
     assert 0 < machine <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    own = tmp_path / "own"
-    own.write_text("4:memory:/there\n0::/here\n")
-    v1, v2 = ("memory.limit_in_bytes", "memory.usage_in_bytes"), ("memory.max", "memory.current")
-    for group, names, numbers in (("here", v2, ("1000", "700")), (".", v2, ("max", "900")),
-                                  ("memory/there", v1, ("5000", "2000"))):
-        (tmp_path / group).mkdir(parents=True, exist_ok=True)
-        for name, text in zip((*names, "memory.stat"), (*numbers, "anon 1\ninactive_file 50")):
-            (tmp_path / group / name).write_text(text + "\n")
-    left = memory._left_in_control_groups(str(tmp_path), str(own))
-    assert sorted(left) == [350, 3050]
-    assert memory._left_in_control_groups(str(tmp_path / "absent"), str(own)) == []
-    monkeypatch.setattr(memory, "_left_in_control_groups", lambda: left)
-    assert memory.free(torch.device("cpu")) == 350
+    for limit, left in (("1000", 300), ("max", machine)):
+        (tmp_path / "memory.max").write_text(limit + "\n")
+        (tmp_path / "memory.current").write_text("700\n")
+        assert memory.free(torch.device("cpu")) == pytest.approx(left, rel=0.5)

@@ -72,7 +72,7 @@ def force(monkeypatch, real_tok):
 
     monkeypatch.setattr(litereason, "_decode", decode_from_the_start)
     monkeypatch.setattr(litereason, "sample", sample)
-    monkeypatch.setattr(checkpoint, "_read_tokenizer", lambda *_, **__: real_tok)  # one tag table, not one per load
+    monkeypatch.setattr(checkpoint, "_read_tokenizer", lambda *_, **__: real_tok)  # one tag table for all
     monkeypatch.setattr(train_projector, "VERSIONS", 1)
     return write
 
@@ -106,15 +106,6 @@ def test_all_stages_of_the_plot_hole_task_run_on_real_stories(tmp_path, data_fol
                                         max_new_tokens=5, **evaluation.PAPER)
     assert tokenizer.decode(rollouts[0].prompt_ids).endswith("assistant\n\\boxed{")
     assert row["no_verdict"] == 0 and row["text_tokens"] == 3 and row["truncated"] == 0
-    # a model that writes no box: the run ends, with the rows of the base and what would help (in test_smoke.py
-    # the smoke run goes on)
-    force("He left at noon. I say {}.", (" Yes", " No"))
-    capsys.readouterr()
-    one_line("stage 1 kept too few traces: .* may help",
-             run, train_rl, "--model", base, *common, *smoke[1:], "--trace-prompts", 2, "--out",
-             tmp_path / "none")
-    said = capsys.readouterr().out
-    assert "| base, tag prompt" in said and "stage 1: kept 0 of 2 traces" in said
 
 
 def test_all_stages_of_the_next_chapter_task_run_on_a_real_book(
@@ -126,8 +117,8 @@ def test_all_stages_of_the_next_chapter_task_run_on_a_real_book(
     force(f"The king was old. {tag(1)} His son was not.\nIn summary: the{{}} comes.", (" king", " son"))
     common = ("--task", "next_chapter", "--device", "cpu", "--max-new-tokens", 60)
     run(train_rl, "--model", base, *common, "--train-prompts", 4, "--prompts", 2, "--num-generations", 3,
-        "--steps", 2, "--trace-prompts", 12, "--targets", "none", "--reward", "vrcli", "--projector-steps", 1, "--n", 1,
-        "--val", 2, "--out", tmp_path / "rl")
+        "--steps", 2, "--trace-prompts", 12, "--targets", "none", "--reward", "vrcli", "--projector-steps", 1,
+        "--n", 1, "--val", 2, "--out", tmp_path / "rl")
     metrics = [json.loads(line) for line in open(tmp_path / "rl" / "metrics.jsonl")]
     assert all(m["latent_steps"] == 1 for m in metrics) and metrics[0]["zero_variance"] < 1
     assert nc.settings["reward"] == "vrcli"
@@ -151,7 +142,7 @@ def test_the_default_task_is_the_tiny_world_for_a_model_that_reads_it_whatever_i
         assert data.choose_task(None, str(model)) == (task, data.load_task(task))
 
 
-def test_reward_and_scorer_go_to_tasks_with_a_scorer_only(small, data_folder):
+def test_reward_scorer_and_step_go_to_tasks_with_a_scorer_only(small, data_folder, monkeypatch):
     model = load(small, "cpu")[0]
     for flags in (("vrcli", None), (None, "tiny")):
         one_line("--reward and --scorer are for tasks with a scorer .*; flawed_fictions has none",
@@ -161,14 +152,8 @@ def test_reward_and_scorer_go_to_tasks_with_a_scorer_only(small, data_folder):
     assert not any(p.requires_grad for p in nc.settings["scorer"][0].parameters())
     data.start_task(nc, str(small), None, "tiny", 3, "cpu")
     assert nc.settings["scorer"][0].config.vocab_size != model.config.vocab_size
-
-
-def test_the_step_reaches_the_task_and_evaluation_is_step_0(data_folder, monkeypatch):
-    seen = []
-    monkeypatch.setattr(nc, "rewards", lambda e, c: seen.append(nc.settings["step"]) or [1])
-    assert isinstance(data.score(nc, [{}], ["x"], 7)[0], float)
-    data.score(nc, [{}], ["x"])
-    assert seen == [7, 0]
+    monkeypatch.setattr(nc, "rewards", lambda e, c: [nc.settings["step"]])
+    assert data.score(nc, [{}], ["x"], 7) == [7.0] and data.score(nc, [{}], ["x"]) == [0.0]  # 0 in evaluation
 
 
 # ---------------------------------------------------------------- bad input

@@ -88,45 +88,27 @@ def test_html_becomes_lines_and_paragraphs(source, text):
     assert ff_prepare.clean(source) == text
 
 
-@pytest.mark.parametrize("ending", [" -------", "\n\n" + "-" * 68,
-                                    "\n\n<No modifications needed> -------", ""])
-def test_what_the_makers_left_at_the_end_does_not_give_the_label_away(ending):
-    assert ff_prepare.strip_ending("He left -- at last." + ending) == "He left -- at last."
-    assert ff_prepare.strip_ending("a\n" + "-" * 3000 + "\nb") == "a\n" + "-" * 3000 + "\nb"  # and quickly
-
-
-def test_the_endings_are_counted_and_can_be_kept(tmp_path, capsys):
+def test_what_the_makers_left_at_the_end_does_not_give_the_label_away(tmp_path, capsys):
+    for ending in (" -------", "\n\n" + "-" * 68, "\n\n<No modifications needed> -------", ""):
+        assert ff_prepare.strip_ending("He left -- at last." + ending) == "He left -- at last."
+    inside = "a\n" + "-" * 3000 + "\nb"
+    assert ff_prepare.strip_ending(inside) == inside
     rows = [{"story": f"{words(i)} -------" if i < 3 else words(i), "cont_error": i < 4} for i in range(8)]
-    path = str(jsonl(tmp_path / "a.jsonl", rows))
-    assert not any("---" in s["story"] for s in ff_prepare.load_stories([path]))
-    assert "in 3 stories with an error and 0 without: removed" in capsys.readouterr().out
-    assert sum("---" in s["story"] for s in ff_prepare.load_stories([path], keep_endings=True)) == 3
+    found = ff_prepare.load_stories([str(jsonl(tmp_path / "a.jsonl", rows))])
+    assert not any("---" in story["story"] for story in found)
+    assert "in 3 stories with an error and 0 without" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- plot holes: files
-def test_labels_in_any_spelling(tmp_path):
-    labels = ["1", 0, True, "No", " YES ", "false", 1.0]
-    path = jsonl(tmp_path / "a.jsonl", [{"story": "x", "cont_error": label} for label in labels])
-    found = [story["label"] for story in ff_prepare.load_stories([str(path)])]
-    assert found == [True, False, True, False, True, False, True]
-
-
 @pytest.mark.parametrize("row, message", [
     ("{\"story\": ", "a.jsonl:2: not JSON"), ("[1]", "a.jsonl:2: expected a JSON object"),
-    ({"text": "x"}, "a.jsonl:2: expected the fields story"),
-    ({"story": 3, "cont_error": 1}, "a.jsonl:2: expected"), ({"story": "x"}, "a.jsonl:2: expected"),
-    ({"story": "x", "cont_error": "maybe"}, "a.jsonl:2: cont_error is 'maybe'; expected 0 or 1"),
-    ({"story": "x", "cont_error": None}, "a.jsonl:2"), ({"story": "x", "cont_error": math.nan}, "a.jsonl:2"),
-])
-def test_a_malformed_row_names_file_and_line_and_leaves_the_old_files(tmp_path, row, message):
-    run(ff_prepare, "--from", jsonl(tmp_path / "good.jsonl", stories(40)), "--out", tmp_path / "out")
-    before = contents(tmp_path / "out")
-    bad = jsonl(tmp_path / "a.jsonl", [stories(1)[0], row])
-    one_line(message, run, ff_prepare, "--from", bad, "--out", tmp_path / "out")
-    assert contents(tmp_path / "out") == before and not list((tmp_path / "out").glob("*.tmp"))
+    ({"text": "x"}, "a.jsonl:2: expected the fields"), ({"story": 3, "cont_error": 1}, "a.jsonl:2: expected"),
+    ({"story": "x", "cont_error": "maybe"}, "a.jsonl:2: cont_error is 'maybe'; expected 0 or 1")])
+def test_a_malformed_row_names_file_and_line(tmp_path, row, message):
+    one_line(message, ff_prepare.load_stories, [str(jsonl(tmp_path / "a.jsonl", [stories(1)[0], row]))])
 
 
-def test_json_lists_csv_and_odd_rows_are_read(tmp_path, capsys):
+def test_json_lists_csv_odd_rows_and_labels_in_any_spelling_are_read(tmp_path, capsys):
     rows = [{"story": "a\u2028b", "cont_error": "0"}, {"story": "<p> </p>", "cont_error": "1"}]
     (tmp_path / "a.json").write_text(json.dumps(rows))
     jsonl(tmp_path / "b.json", rows)
@@ -134,8 +116,10 @@ def test_json_lists_csv_and_odd_rows_are_read(tmp_path, capsys):
     read = ff_prepare.load_stories([str(tmp_path / n) for n in ("a.json", "b.json", "c.CSV")])
     assert [(s["story"], s["label"]) for s in read] == [("a\u2028b", False)] * 2 + [("two\nlines", True)]
     assert "skipped 2 empty stories" in capsys.readouterr().out
-    (tmp_path / "a.json").write_text("[1]")
-    one_line("a.json, row 1: expected a JSON object", ff_prepare.load_stories, [str(tmp_path / "a.json")])
+    labels = ["1", 0, True, "No", " YES ", "false", 1.0]
+    path = jsonl(tmp_path / "a.jsonl", [{"story": "x", "cont_error": label} for label in labels])
+    found = [story["label"] for story in ff_prepare.load_stories([str(path)])]
+    assert found == [True, False, True, False, True, False, True]
 
 
 def test_what_cannot_be_read_or_written_ends_in_one_line_and_leaves_the_old_files(tmp_path):
@@ -154,23 +138,19 @@ def test_what_cannot_be_read_or_written_ends_in_one_line_and_leaves_the_old_file
 
 
 @pytest.mark.parametrize("files, message", [
-    (None, "cannot download .*offline mode.*--from FILE"),  # conftest.py has set HF_HUB_OFFLINE
     (Exception("401 Client Error: gated repo\nmore"), "gated repo more.; .*hf auth login.*--from FILE"),
-    (OSError("No space left on device"), "No space left on device.*--from FILE"),
     (["README.md", "data/flawed_fictions_long.jsonl"], "has no flawed_fictions file"),
     (["data/flawed_fictions-00000-of-00001.parquet"], "pip install pyarrow"),
     (["flawed_fictions.parquet", "flawed_fictions.jsonl", "flawed_fictions_cf_negs.jsonl"],
-     "cannot read /cache/flawed_fictions.jsonl"),
-])
+     "cannot read /cache/flawed_fictions.jsonl")])
 def test_the_right_file_is_taken_from_the_hub_and_a_refusal_ends_in_one_line(monkeypatch, files, message):
     def list_files(self, *a, **k):
         if isinstance(files, Exception):
             raise files
         return files
 
-    if files:
-        monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", list_files)
-        monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, f, repo_type: f"/cache/{f}")
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", list_files)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, f, repo_type: f"/cache/{f}")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     one_line(message, lambda: ff_prepare.load_stories(ff_prepare.download()))
 
@@ -190,15 +170,17 @@ def test_near_duplicates_are_one_cluster_directly_or_through_others():
 
 
 def test_no_two_splits_share_a_cluster_and_labels_stay_balanced(tmp_path, capsys):
-    rows = []
-    for i in range(414):
-        shared_words = words(1000 + i // 3) if i < 90 else ""
-        rows.append({"story": f"{words(i)} {shared_words} {words(2000 + i)}", "cont_error": i % 2})
+    rows = [{"story": f"{words(i)} {words(1000 + i // 3) if i < 90 else ''}", "cont_error": i % 2}
+            for i in range(414)]
     path = jsonl(tmp_path / "a.jsonl", rows)
-    run(ff_prepare, "--from", path, "--out", tmp_path / "one")
+    made = {}
+    for name, seed in (("one", 0), ("two", 0), ("three", 1)):
+        run(ff_prepare, "--from", path, "--out", tmp_path / name, "--seed", seed)
+        made[name] = contents(tmp_path / name)
     out = capsys.readouterr().out
     assert "90 of them have near-duplicates (8 words in a row), in 30 clusters of up to 3" in out
-    parts = contents(tmp_path / "one")
+    parts = made["one"]
+    assert made["two"] == parts and made["three"] != parts
     assert {s: len(r) for s, r in parts.items()} == {"train": 290, "val": 62, "test": 62}
     assert all(2 * sum(r["label"] for r in rows) == len(rows) for rows in parts.values())
     texts = {s: [words_of(r["story"]) for r in rows] for s, rows in parts.items()}
@@ -206,10 +188,6 @@ def test_no_two_splits_share_a_cluster_and_labels_stay_balanced(tmp_path, capsys
              for s, own in texts.items()}
     for a, b in itertools.combinations(SPLITS, 2):
         assert not grams[a] & grams[b]
-    run(ff_prepare, "--from", path, "--out", tmp_path / "two")
-    assert contents(tmp_path / "two") == parts and capsys.readouterr().out.split()[-1] == out.split()[-1]
-    run(ff_prepare, "--from", path, "--out", tmp_path / "two", "--seed", 1)
-    assert contents(tmp_path / "two") != parts
 
 
 def test_the_papers_split_is_by_row(tmp_path):
@@ -222,35 +200,16 @@ def test_the_papers_split_is_by_row(tmp_path):
 
 
 # ---------------------------------------------------------------- plot holes: the task
-@pytest.mark.parametrize("completion, said", [
-    ("\\boxed{No}.", False), ("\\boxed{ yes }", True), ("\\boxed{\\textbf{ No. }}", False),
-    ("\\boxed{\\mathbf{{Yes}}}", True), ("\\boxed{Yes} no, \\boxed{No}", False),
-    *[(text, None) for text in ("", "Yes", "\\boxed{Yes", "\\boxed{Yes/No}", "\\boxed{Yes, it has}",
-                                "\\boxed{\\text{Yes}\\text{No}}", "\\boxed{\u0415s}")],
-])
-def test_the_reward_reads_the_last_box_of_the_policys_own_words(completion, said):
-    assert ff.verdict(completion) is said
-    for label in (True, False):
-        assert ff.reward({"story": STRANGE, "label": label}, completion) == float(said is label)
-        assert ff.reward({"label": label}, ff.answer({"label": label})) == 1
-
-
-@pytest.mark.parametrize("latent", [True, False])
-def test_the_prompt_holds_the_story_as_it_is_and_offers_the_tag_where_asked(latent):
-    plain, strange = ff.prompt({"story": "Once."}, latent), ff.prompt({"story": STRANGE}, latent)
-    assert strange == plain.replace("Once.", STRANGE) and not parse_tags(plain)
-    assert ("implicit_thought" in plain) == latent
-    for said in ("continuity error", "contradicts itself", "step by step", "<contradicted_lines>",
-                 "\\boxed{Yes}", "\\boxed{No}"):
-        assert said in plain
-
-
 def test_strange_stories_survive_preparation_and_never_decide_the_reward(tmp_path, data):
     rows = stories(40) + [{"story": f"<p>{STRANGE} {words(i)}</p>", "cont_error": False}
                           for i in range(100, 104)]
     run(ff_prepare, "--from", jsonl(tmp_path / "a.jsonl", rows), "--out", data / "flawed_fictions")
     found = [r for s in SPLITS for r in ff.examples(s) if STRANGE in r["story"]]
     assert len(found) == 4 and len({r["cluster"] for r in found}) == 1
+    for latent in (True, False):
+        plain = ff.prompt({"story": "Once."}, latent)
+        assert ff.prompt(found[0], latent) == plain.replace("Once.", found[0]["story"])
+        assert ("implicit_thought" in plain) == latent and not parse_tags(plain)
     assert ff.reward(found[0], "I see a box in the story.") == 0 and ff.reward(found[0], "\\boxed{No}") == 1
 
 
@@ -269,8 +228,6 @@ def test_the_report_counts():
     r = ff.report(rows, ["\\boxed{Yes}", "\\boxed{No}", "\\boxed{Yes}", "\\boxed{No}", "hm"])
     assert (r["precision"], r["recall"], r["majority_accuracy"], r["no_verdict"]) == (0.5, 0.5, 0.6, 0.2)
     assert abs(r["f1"] - 0.5) < 1e-9
-    none = ff.report([{"label": True}], ["no"])
-    assert none["f1"] == none["precision"] == 0
 
 
 def test_round_trip_of_real_stories(data):
@@ -289,27 +246,26 @@ def chapter(i, j, **more):
 
 def test_every_form_of_book_becomes_chapters(tmp_path, capsys):
     box = tmp_path / "in"
-    (box / "loose").mkdir(parents=True)
-    jsonl(box / "one.jsonl", [chapter(1, 2), chapter(1, 1), {"text": "no book name"},
-                              {"text": "so the file's"}])
+    box.mkdir()
+    jsonl(box / "one.jsonl", [chapter(1, 2), chapter(1, 1), {"text": "no book name"}]
+          + [{"text": "so the file's"}] * 2)
     jsonl(box / "tales.jsonl", [{"story": "fox", "sections": ["a fox", "", "two foxes"]},
                                 {"story": "lone", "sections": ["only one"]}])
-    (box / "novel.txt").write_text("Title\n\nCHAPTER I. Home\nCHAPTER II\n\nCHAPTER I. Home\r\n\nAt home.\n\n"
+    jsonl(box / "nameless.jsonl", [{"sections": ["a", "b"]}, {"book": 7, "sections": ["c", "d"]}])
+    (box / "novel.txt").write_text("CHAPTER I. Home\nCHAPTER II\n\nCHAPTER I. Home\r\n\nAt home.\n\n"
                                    "Chapter of accidents\n\nI.\n\nChapter Twenty-One: Away\nGone.\n")
     (box / "roman.md").write_text("I.\n\nfirst\n\nII\n\nsecond")
-    for i in (10, 2, 1):
-        (box / "loose" / f"{i}.txt").write_text(f"part {i}")
+    (box / "bare.txt").write_text("one text without headings")
     books = nc_prepare.read_books([str(box)])
     said = capsys.readouterr().out
-    assert ([c["text"].split()[-1] for c in books["book 1"]]
-            == [words(101).split()[-1], words(102).split()[-1]])
+    assert [c["text"].split()[-1] for c in books["book 1"]] == ["w101x11", "w102x11"]
     assert [c["text"] for c in books["fox"]] == ["a fox", "two foxes"]
     assert [c["text"] for c in books["one"]] == ["no book name", "so the file's"]
     assert [c["title"] for c in books["novel"]] == ["CHAPTER I. Home", "Chapter Twenty-One: Away"]
     assert "accidents\n\nI." in books["novel"][0]["text"]
     assert [c["text"].strip() for c in books["roman"]] == ["first", "second"]
-    assert [c["text"] for c in books["loose"]] == ["part 1", "part 2", "part 10"]
-    assert "left out 3 chapters, empty" in said and "1 books with fewer than two chapters: lone" in said
+    assert len(books) == 7 and "7" in books
+    assert "left out 4 chapters, empty" in said and "2 books with fewer than two chapters: bare, lone" in said
 
 
 @pytest.mark.parametrize("message, rows", [
@@ -317,25 +273,11 @@ def test_every_form_of_book_becomes_chapters(tmp_path, capsys):
     ("a.jsonl:1: expected .* a tale .sections, a list of texts", [{"sections": "abc"}]),
     ("the book 'x' is in .*a.jsonl:1 and in .*a.jsonl:2; give one of them another name",
      [{"story": "x", "sections": ["a", "b"]}] * 2),
-    ("no book with two or more chapters", [chapter(1, 1)]),
-])
+    ("no book .*txt, md, jsonl, json, csv or parquet", [chapter(1, 1)])])
 def test_rows_that_are_no_books_end_in_one_line(tmp_path, message, rows):
-    one_line(message, nc_prepare.read_books, [str(jsonl(tmp_path / "a.jsonl", rows))])
-
-
-def test_books_that_cannot_be_used_end_in_one_line(tmp_path, capsys):
-    text = jsonl(tmp_path / "a.txt", ["one text without headings"])
-    (tmp_path / "empty").mkdir()
-    for message, path in (("no book with two or more", text), ("cannot read", tmp_path / "none"),
-                          ("no book .*txt, md, jsonl, json, csv or parquet", tmp_path / "empty")):
-        one_line(message, nc_prepare.read_books, [str(path)])
-    a, b = jsonl(tmp_path / "x.jsonl", [chapter(1, 1)]), jsonl(tmp_path / "y.jsonl", [chapter(1, 2)])
-    one_line("'book 1' is in .*x.jsonl and in .*y.jsonl", nc_prepare.read_books, [str(a), str(b)])
-    nameless = jsonl(tmp_path / "n.jsonl", [{"sections": ["a", "b"]}, {"sections": ["c", "d"]}])
-    assert [len(c) for c in nc_prepare.read_books([str(nameless)]).values()] == [2, 2]
-    twice = [{"story": n, "sections": ["the same", "text"]} for n in ("one", "two")]
-    assert list(nc_prepare.read_books([str(jsonl(tmp_path / "t.jsonl", twice))])) == ["one"]
-    assert "same text as another: two (as one)" in capsys.readouterr().out
+    a = str(jsonl(tmp_path / "a.jsonl", rows))
+    one_line(message, nc_prepare.read_books, [a])
+    one_line("cannot read", nc_prepare.read_books, [a + ".json"])
 
 
 def test_splits_are_by_book_and_the_same_every_time(tmp_path, capsys):
@@ -379,23 +321,10 @@ def test_a_tokenizer_counts_to_within_the_first_words_own_pieces(real_tok):
             assert cut in text and set(cut.split()) <= set(text.split())
     assert nc_prepare.newest(ruler, text, 100) == nc_prepare.first(ruler, text, 100) == text
     one_line("no tokenizer at './nothing'", nc_prepare.make_ruler, "./nothing")
-
-
-def test_a_text_without_spaces_is_cut_too_and_not_to_nothing(real_tok):
-    text = "天地玄黄宇宙洪荒日月盈昃辰宿列张" * 100
-    for ruler in (nc_prepare.make_ruler(), nc_prepare.make_ruler(real_tok.name_or_path)):
+    text = "天地玄黄宇宙洪荒日月盈昃辰宿列张" * 100  # without spaces: cut too, and not to nothing
+    for ruler in (nc_prepare.make_ruler(), ruler):
         for cut in (nc_prepare.newest(ruler, text, 200), nc_prepare.first(ruler, text, 200)):
             assert 100 < nc_prepare.length(ruler, cut) <= 202
-
-
-def test_books_may_have_numbers_for_names_and_nothing_is_taken_twice(tmp_path, capsys):
-    rows = [{"book": book, "chapter": n, "text": words(10 * book + n, 50)}
-            for n in (1, 2) for book in range(4)]
-    path = jsonl(tmp_path / "a.jsonl", [*rows, rows[0]])
-    run(nc_prepare, "--from", path, path, "--out", tmp_path)
-    assert "left out 10 chapters, empty (as in a table of contents) or there twice" in capsys.readouterr().out
-    made = [row for part in contents(tmp_path).values() for row in part]
-    assert sorted((row["book"], row["number"]) for row in made) == [(str(book), 2) for book in range(4)]
 
 
 def test_round_trip_of_real_books(data, capsys):
@@ -406,8 +335,6 @@ def test_round_trip_of_real_books(data, capsys):
     home = {}
     for s, rows in parts.items():
         assert rows and all(home.setdefault(r["book"], s) == s for r in rows)
-        assert all(len(r["story"].split()) * 1.3 <= 2048 and len(r["chapter"].split()) * 1.3 <= 1024
-                   for r in rows)
 
 
 # ---------------------------------------------------------------- next chapter: prompts and plans
@@ -472,36 +399,19 @@ def test_the_other_chapter_is_another_books_and_fixed_within_a_step(books):
     assert {nc.draw(val, s) for s in range(30)} <= {r["chapter"] for r in books}
 
 
-def test_perplexities_without_a_plan_are_computed_once_and_kept_on_disk(books, data, model, monkeypatch):
+def test_a_perplexity_without_a_plan_is_read_once_for_all_rollouts_of_a_prompt(books, monkeypatch):
     pairs, calls, compute = [(e, e["chapter"]) for e in books], [], nc.perplexities
     monkeypatch.setattr(nc, "perplexities", lambda batch: calls.append(len(batch)) or compute(batch))
-    first = nc.unaided(pairs + pairs)
-    assert calls == [len(books)] and nc.unaided(pairs) == first[: len(books)] and calls == [len(books)]
-    path = data / "next_chapter" / "perplexities.jsonl"
-    path.write_text(path.read_text()[:-20])  # a stop in the middle of a line
-    for _ in range(2):
-        nc.read_known.cache_clear()
-        assert nc.unaided(pairs) == pytest.approx(first[: len(books)]) and calls == [len(books), 1]
-    with torch.no_grad():  # another scorer
-        model.lm_head.weight.mul_(1.5)
-    nc.fingerprint.cache_clear()
-    assert nc.unaided(pairs[:1])[0] != pytest.approx(first[0]) and calls[-1] == 1
+    once = compute([(e, "", chapter) for e, chapter in pairs])
+    assert nc.unaided(pairs + pairs) == once * 2 and calls == [len(books)]
 
 
-def test_a_cache_that_cannot_be_written_is_one_warning(books, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(nc, "folder", lambda task: str(tmp_path / "books.jsonl"))
-    nc.unaided([(books[0], "abc")])
-    assert capsys.readouterr().out.count("warning: perplexities are not kept") == 1
-
-
-def test_what_the_scorer_can_not_read_ends_in_one_line(books, model, monkeypatch):
+def test_what_the_scorer_can_not_read_ends_in_one_line(books, model):
     e = books[0]
     model.config.max_position_embeddings = 200
     one_line("b., chapter 2: .* do not fit the scorer's 200 positions; prepare with smaller", nc.perplexities,
              [(e, "", "x" * 300)])
     assert math.isfinite(nc.perplexities([(e, "p" * 500, "xy")])[0])  # a plan that is too long loses its end
-    monkeypatch.setitem(nc.settings, "scorer", None)
-    one_line("needs a frozen model", nc.rewards, [e], ["In summary: x"])
 
 
 def test_the_report_has_the_controls(books):

@@ -1,5 +1,4 @@
-"""The statistics of the tables: each against an example worked out by hand, a count of all cases, or a
-simulation in which the truth is known."""
+"""The statistics of the tables, against examples worked out by hand, all cases, or a known truth."""
 import itertools
 
 import numpy as np
@@ -81,8 +80,6 @@ def test_an_interval_does_not_collapse_where_all_is_right_or_wrong():
     assert stats.interval(right) == pytest.approx([wilson(1.0, 500)[0], 1.0])
     assert stats.interval(one_wrong)[0] < stats.interval(right)[0]  # a worse result has no narrower one
     assert stats.interval(np.zeros((3, 100))) == pytest.approx([0.0, 0.037], abs=1e-3)
-    low, high = stats.interval(np.array([[1.0] * 100, [1.0] * 100, [1.0] * 99 + [0.0]]))
-    assert low < 0.99 and high == 1
     perfect = method(1.0, 9, n=100, noise=0.0)
     got = stats.compare(perfect, perfect)
     assert got["accuracy_ci95"] == pytest.approx([-0.037, 0.037], abs=1e-3) and got["tokens_ci95"] == [0, 0]
@@ -118,7 +115,6 @@ def test_two_methods_are_compared_over_the_seeds_and_stories_that_both_have():
     assert got["tokens_saved"] == pytest.approx(0.75, abs=0.01)
     assert got["tokens_saved_ci95"][0] < got["tokens_saved"] < got["tokens_saved_ci95"][1]
     assert got["tokens_p"] < 1e-3 and got["accuracy_ci95"][0] < 0 < got["accuracy_ci95"][1]
-    assert np.mean(got["tokens_by_seed"]) == pytest.approx(got["tokens"])
 
 
 def test_a_pair_that_shares_its_mistakes_has_the_narrower_interval():
@@ -151,13 +147,12 @@ def test_each_claim_is_met_or_not_by_its_criterion_and_the_table_says_so():
     assert "tokens saved over 77 % | **met** |" in text and "accuracy gained over 10 points or" in text
 
 
-@pytest.mark.parametrize("rl, ours, says", [(0.97, 0.99, "met"), (0.97, 0.97, None), (0.97, 0.8, "not met")])
-def test_the_gain_kept_is_a_share_of_rls_gain(rl, ours, says):
-    arrays = {"base": method(0.5, 9, seed=1, n=800), "rl": method(rl, 9, seed=2, n=800),
+@pytest.mark.parametrize("ours, says", [(0.99, "met"), (0.8, "not met")])
+def test_the_gain_kept_is_a_share_of_rls_gain(ours, says):
+    arrays = {"base": method(0.5, 9, seed=1, n=800), "rl": method(0.97, 9, seed=2, n=800),
               "ours": method(ours, 9, seed=3, n=800)}
     test = stats.measure(arrays, "gain kept", ("ours", "rl", "base"), 0.95)
-    assert test["value"] == pytest.approx((ours - 0.5) / (rl - 0.5), abs=0.05)
-    assert says is None or test["met"] == says
+    assert test["value"] == pytest.approx((ours - 0.5) / 0.47, abs=0.05) and test["met"] == says
     none = stats.measure(arrays, "gain kept", ("ours", "base", "base"), 0.95)  # of no gain
     assert none["met"] == "not met" and stats.in_its_unit(none) == "gain kept: there is none"
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from conftest import ROOT, close
 
-import train_projector
 from data import tiny
-from litereason import LATENT, OPEN, latent_step, load, states
+from litereason import LATENT, latent_step, load, states
 from results import latents
-from train_projector import fit_to_targets, sentences_of, split_answer
+from train_projector import (common_words, fit_to_targets, last_words, mask_runs, sentences_of, split_answer,
+                             target_loss, with_noise)
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +40,8 @@ def test_the_label_follows_from_the_chains_and_from_nothing_else():
             # Counting tells nothing: every story has one lost piece, and two that come to who acts.
             takers = collections.Counter(e.split()[2] for e in example["story"].split(" .") if e.strip())
             assert takers[tiny.NOBODY] == 1 and takers[example["asked"]] == 2
+    stories = collections.Counter((e["story"].count("from") // 3, e["label"]) for e in tiny.examples("test"))
+    assert stories == {(hops, label): 50 for hops in tiny.LENGTHS for label in (False, True)}
 
 
 def test_every_word_is_one_token(base):
@@ -48,12 +50,6 @@ def test_every_word_is_one_token(base):
         for text in (tiny.prompt(example, False), tiny.prompt(example, True)):
             ids = tokenizer.encode(text, add_special_tokens=False)
             assert tokenizer.unk_token_id not in ids and len(ids) == len(text.split())
-
-
-def test_every_length_has_as_many_stories_with_a_hole_and_without():
-    stories = collections.Counter((e["story"].count("from") // 3, e["label"]) for e in tiny.examples("test"))
-    assert stories == {(hops, label): 50 for hops in tiny.LENGTHS for label in (False, True)}
-    assert tiny.examples("test", n=4, hops=6)[0]["story"].count("from") == 18
 
 
 # ============================================================ targets
@@ -65,53 +61,31 @@ def trace_of(example):
     return " ".join(sentences) + " " + tiny.answer(example), rounds
 
 
-def words_in(model, tokenizer, target):
-    """The two words whose embeddings add up to a target."""
-    embeddings = model.get_input_embeddings().weight.detach()
-    scores = embeddings @ target
-    best = scores.topk(4).indices.tolist()
-    for i in best:
-        for j in best:
-            if torch.allclose((embeddings[i] + embeddings[j]) / 2**0.5, target, atol=1e-5):
-                return {tokenizer.decode([i]), tokenizer.decode([j])}
-    return None
-
-
 def masked(model, tokenizer, rng, example, share, common=()):
     """A training trace of a careful reader's text."""
     reasoning, answer = split_answer(trace_of(example)[0])
     prompt = tiny.prompt(example, True)
     sentences = sentences_of(reasoning)
-    known = [train_projector.last_words(model, tokenizer, text, common, 2) for text in [prompt, *sentences]]
-    return train_projector.mask_runs(model, tokenizer, rng, tokenizer.encode(prompt), sentences, answer, known,
-                                     share)
+    known = [last_words(model, tokenizer, text, common, 2) for text in [prompt, *sentences]]
+    return mask_runs(model, tokenizer, rng, tokenizer.encode(prompt), sentences, answer, known, share)
 
 
 EXAMPLES = tiny.examples("train", n=20)
 
 
-def common_of(tokenizer):
+@pytest.mark.parametrize("cap", [5, 1])
+def test_a_skipped_run_has_the_words_of_each_round_as_targets_and_tags_up_to_the_cap(base, monkeypatch, cap):
+    model, tokenizer = base
+    monkeypatch.setattr(model.config, "litereason_max_reasoning_steps", cap)
     sentences = [s for e in EXAMPLES for s in sentences_of(split_answer(trace_of(e)[0])[0])]
-    return train_projector.common_words(tokenizer, sentences)
-
-
-def test_a_skipped_run_is_one_tag_whose_latents_have_the_words_of_each_round_as_targets(base):
-    model, tokenizer = base
-    row = masked(model, tokenizer, random.Random(0), EXAMPLES[0], 1.0, common_of(tokenizer))
+    common = common_words(tokenizer, sentences)
+    row = masked(model, tokenizer, random.Random(0), EXAMPLES[0], 1.0, common)
     _, rounds = trace_of(EXAMPLES[0])
-    text = tokenizer.decode([s for s in row.slots if s != LATENT])
-    assert text.count(OPEN) == 1 and row.n_latents == len(rounds) == len(row.latents)
-    assert [words_in(model, tokenizer, z) for z in row.latents] == [set(pair) for pair in rounds]
-    assert masked(model, tokenizer, random.Random(0), EXAMPLES[0], 0.0, common_of(tokenizer)) is None
-
-
-def test_a_cap_of_one_latent_a_tag_gives_each_round_a_tag_of_its_own(base, monkeypatch):
-    model, tokenizer = base
-    monkeypatch.setattr(model.config, "litereason_max_reasoning_steps", 1)
-    row = masked(model, tokenizer, random.Random(0), EXAMPLES[0], 1.0, common_of(tokenizer))
-    _, rounds = trace_of(EXAMPLES[0])
-    assert row.n_tags == row.n_latents == len(rounds) - 1
-    assert [words_in(model, tokenizer, z) for z in row.latents] == [set(pair) for pair in rounds[1:]]
+    rounds = rounds if cap > 1 else rounds[1:]  # a longer tag begins with where the reader stands
+    assert row.n_latents == len(rounds) == len(row.latents) and row.n_tags == (1 if cap > 1 else len(rounds))
+    ids = torch.tensor([tokenizer.convert_tokens_to_ids(pair) for pair in rounds])
+    close(row.latents, model.get_input_embeddings()(ids).sum(1) / 2**0.5, 1e-5)
+    assert masked(model, tokenizer, random.Random(0), EXAMPLES[0], 0.0, common) is None
 
 
 @pytest.fixture
@@ -126,12 +100,12 @@ def loss_of(model, rows, fed, base_learns):
     n_tokens = sum(len(r.slots) - r.slots.index(LATENT) - r.n_latents
                    + r.slots[: r.slots.index(LATENT)].count(LATENT) for r in rows)
     n_latents = sum(r.n_latents for r in rows)
-    return train_projector.target_loss(model, rows, fed, n_tokens, n_latents, base_learns)
+    return target_loss(model, rows, fed, n_tokens, n_latents, base_learns)
 
 
 def test_the_loss_of_targets_is_that_of_the_definition_and_what_is_fed_is_not_what_is_wanted(base, rows):
     model, tokenizer = base
-    fed = train_projector.with_noise(rows, 0.5, torch.Generator().manual_seed(0))
+    fed = with_noise(rows, 0.5, torch.Generator().manual_seed(0))
     with torch.no_grad():
         loss = loss_of(model, rows, fed, base_learns=False)
         both = loss_of(model, rows, fed, base_learns=True)
@@ -149,24 +123,17 @@ def test_the_loss_of_targets_is_that_of_the_definition_and_what_is_fed_is_not_wh
     close(both, error / n_latents + cost / n_tokens, 1e-4 * float(both))
 
 
-def test_noise_has_the_strength_that_is_asked_for_and_none_changes_nothing(rows):
-    generator = torch.Generator().manual_seed(0)
-    many = rows * 50
-    noisy = train_projector.with_noise(many, 0.5, generator)
-    share = [(a.latents - b.latents).norm(dim=1) / b.latents.norm(dim=1) for a, b in zip(noisy, many)]
-    share = torch.cat(share)
-    assert 0.22 < share.mean() < 0.28 and share.max() < 0.75
-    for a, b in zip(train_projector.with_noise(rows, 0.0, generator), rows):
-        assert torch.equal(a.latents, b.latents)
-
-
-@pytest.mark.parametrize("base_lr", [0.0, 1e-4])
-def test_the_base_learns_with_the_projector_only_if_asked_to(rows, base_lr):
-    model, _ = load("tiny", "cpu")
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    fit_to_targets(model, rows, 1e-3, batch=4, steps=6, noise=0.5, base_lr=base_lr)
-    for name, p in model.named_parameters():
-        assert torch.equal(p, before[name]) != (base_lr > 0 or name.startswith("reasoning_projector")), name
+def test_the_base_learns_only_if_asked_to_and_micro_batches_change_nothing(rows):
+    ends = []
+    for base_lr, budget in ((0.0, 10_000), (1e-4, 10_000), (1e-4, 200)):
+        model, _ = load("tiny", "cpu", torch.float64)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        fit_to_targets(model, rows, 1e-3, batch=4, steps=3, budget=budget, noise=0.5, base_lr=base_lr)
+        for name, p in model.named_parameters():
+            learns = base_lr > 0 or name.startswith("reasoning_projector")
+            assert torch.equal(p, before[name]) != learns, name
+        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    close(ends[1], ends[2], 1e-6)
 
 
 def test_in_bf16_too_a_base_that_learns_is_read_as_it_is_now(rows):
@@ -181,15 +148,6 @@ def test_in_bf16_too_a_base_that_learns_is_read_as_it_is_now(rows):
     assert abs(losses[1] - losses[0]) < 0.3 * losses[0]  # with weights of the first step it is 1,500 times it
 
 
-def test_a_batch_is_the_same_in_micro_batches_of_any_size(rows):
-    ends = []
-    for budget in (10_000, 200):
-        model, _ = load("tiny", "cpu", torch.float64)
-        fit_to_targets(model, rows, 1e-3, batch=4, steps=3, budget=budget, noise=0.5, base_lr=1e-4)
-        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-    close(ends[0], ends[1], 1e-6)
-
-
 def test_each_latent_of_an_answer_of_tags_has_a_round_and_a_reader_says_its_words(base):
     model, tokenizer = base
     example = {"chains": [["Mara", "Otto", "Ida"], ["Karl", "Lena", "nobody"]]}
@@ -201,34 +159,24 @@ def test_each_latent_of_an_answer_of_tags_has_a_round_and_a_reader_says_its_word
             == [*rounds[:2], *rounds[1:]])
     assert latents.rounds_of_latents(example, tag.format(4) + box, 5) is None
     assert latents.rounds_of_latents(example, "so " + tag.format(3) + box, 5) is None
-    read = latents.Reader(model, tokenizer)
     words = [["Mara", "Karl"], ["Ida", "Ida"], ["nobody", "Tom"]]
     ids = torch.tensor([tokenizer.convert_tokens_to_ids(pair) for pair in words])
     sums = model.get_input_embeddings()(ids).detach().sum(1) / 2**0.5
-    assert read(sums + 0.01) == [set(pair) for pair in words]
+    assert latents.nearest_words(model, tokenizer, sums + 0.01) == [set(pair) for pair in words]
 
 
 def test_words_that_all_sentences_have_tell_nothing(base):
     model, tokenizer = base
     told = [f"go on with {name} ." for name in ("Karl", "Mara", "Otto", "Lena")]
-    common = train_projector.common_words(tokenizer, told)
+    common = common_words(tokenizer, told)
     assert {tokenizer.decode([i]) for i in common} == {"go", "on", "with", "."}
-    assert train_projector.last_words(model, tokenizer, told[0], common, 2) is None  # one word that tells something
-    assert train_projector.last_words(model, tokenizer, told[0], common, 1) is not None
-
-
-@pytest.mark.parametrize("share", [0.15, 0.6])
-def test_a_sentence_that_comes_again_and_again_tells_nothing_whatever_its_share(base, share):
-    model, tokenizer = base
-    filler = "let me read it once again ."
-    told = [f"go on with {first} and {second} ." for first in tiny.PEOPLE for second in tiny.PEOPLE]
-    common = train_projector.common_words(tokenizer, told + [filler] * round(len(told) * share / (1 - share)))
-    assert {tokenizer.decode([i]) for i in common} == set(f"go on with and . {filler}".split())
-    assert train_projector.last_words(model, tokenizer, filler, common, 1) is None
+    assert last_words(model, tokenizer, told[0], common, 2) is None  # one word tells something
+    assert last_words(model, tokenizer, told[0], common, 1) is not None
 
 
 def test_its_base_is_made_by_a_command(tmp_path):
     words = ["--steps", "3", "--most", "6", "--out", str(tmp_path / "b")]
-    subprocess.run([sys.executable, "data/tiny/prepare.py", *words], cwd=ROOT, check=True, capture_output=True)
+    command = [sys.executable, "data/tiny/prepare.py", *words]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     model, tokenizer = load(str(tmp_path / "b"), "cpu")
     assert tokenizer.unk_token_id not in tokenizer.encode(tiny.prompt(tiny.examples("val")[0], True))

@@ -65,9 +65,8 @@ def as_lines(value):
     return [line for line in (clean(str(line)) for line in lines) if line]
 
 
-def load_stories(paths, keep_endings=False):
-    """Rows of the files, cleaned: [{story, label, ..}]. UserError for a row that is malformed, naming file
-    and line."""
+def load_stories(paths):
+    """Rows of the files, cleaned: [{story, label, ..}]; UserError with file and line for a malformed one."""
     stories = []
     empty = []  # where they are
     endings = Counter()  # label -> stories that have an ending which gives it away
@@ -83,7 +82,7 @@ def load_stories(paths, keep_endings=False):
         if not stripped:
             empty.append(where)
             continue
-        example = {"story": whole if keep_endings else stripped, "label": LABELS[spelled]}
+        example = {"story": stripped, "label": LABELS[spelled]}
         endings[example["label"]] += stripped != whole
         if row.get("example_id") not in (None, ""):
             example["example_id"] = row["example_id"]
@@ -96,9 +95,9 @@ def load_stories(paths, keep_endings=False):
     if empty:
         print(f"skipped {len(empty)} empty stories: {some(empty)}")
     if not stories:
-        raise UserError(f"no stories in {', '.join(paths)}; expected rows with story and cont_error")
-    print(f"endings that give the label away (a row of dashes), in {endings[True]} stories with an error and "
-          f"{endings[False]} without: {'kept' if keep_endings else 'removed'}")
+        raise UserError(f"no stories in {', '.join(paths)}")
+    print(f"removed endings that give the label away (a row of dashes), in {endings[True]} stories with an "
+          f"error and {endings[False]} without")
     return stories
 
 
@@ -106,16 +105,15 @@ def download():
     """The benchmark's main file from the hub -> [path]; one UserError line says what to do without it."""
     from huggingface_hub import HfApi, hf_hub_download
 
-    by_hand = (f"get the file of the flawed_fictions split from https://huggingface.co/datasets/{REPO} on a "
-               "machine that can, and pass it with --from FILE (jsonl, json, csv or parquet)")
+    by_hand = f"get the file from https://huggingface.co/datasets/{REPO} and pass it with --from FILE"
     try:
         every = sorted(HfApi().list_repo_files(REPO, repo_type="dataset"))
         by_kind = [[file for file in every if re.fullmatch(WANTED + kind, file)] for kind in KINDS]
         files = next(filter(None, by_kind), [])
         paths = [hf_hub_download(REPO, file, repo_type="dataset") for file in files]
     except Exception as e:  # no network, a gate, a wrong token, a full disk: the hub has many exceptions
-        raise UserError(f"cannot download {REPO} ({shorten(str(e), 300)}); for a token, `hf auth login`; or "
-                        f"{by_hand}") from e
+        why = shorten(str(e), 300)
+        raise UserError(f"cannot download {REPO} ({why}); `hf auth login`, or {by_hand}") from e
     if not paths:
         raise UserError(f"the repository {REPO} has no flawed_fictions file of a known kind; {by_hand}")
     return paths
@@ -136,8 +134,8 @@ def split_by_row(labels, seed):
 
 
 def split_by_cluster(labels, clusters, by_row, seed):
-    """A split name per story: that of `by_row`, but every cluster gathered where most of it was; then evened
-    out by stories that are alone."""
+    """That of `by_row`, but every cluster gathered where most of it was; then evened out by stories that are
+    alone."""
     split = list(by_row)
     members = defaultdict(list)  # cluster -> its stories
     for i, cluster in enumerate(clusters):
@@ -178,15 +176,12 @@ def main():
                         help="local jsonl, json, csv or parquet files (default: download the benchmark)")
     parser.add_argument("--out", default=os.path.dirname(os.path.abspath(__file__)), metavar="DIR",
                         help="where the three files go (default: beside this script)")
-    parser.add_argument("--split", default="cluster", choices=["cluster", "paper"],
-                        help="cluster: near-duplicates stay together; paper: the released rows (default "
-                        "cluster)")
-    parser.add_argument("--keep-endings", action="store_true",
-                        help="leave the rows of dashes that give the label away (default: remove them)")
+    parser.add_argument("--split", default="cluster", choices=["cluster", "paper"], help="cluster: "
+                        "near-duplicates stay together; paper: the released rows (default cluster)")
     parser.add_argument("--seed", type=int, default=0,
                         help="of the cluster split; the paper's is fixed at 42 (default 0)")
     args = parser.parse_args()
-    stories = load_stories(args.files or download(), args.keep_endings)
+    stories = load_stories(args.files or download())
     labels = [story["label"] for story in stories]
     clusters = find_clusters([story["story"] for story in stories])
     sizes = [n for n in Counter(clusters).values() if n > 1]

@@ -12,35 +12,28 @@ prepare.py makes the examples, a script sets `settings`. The scorer sees the pla
 latents, no tags, no special tokens, no headings."""
 import bisect
 import functools
-import hashlib
-import json
 import math
-import os
 import random
 import re
-from contextlib import suppress
 from statistics import fmean as mean
 
 import torch
 
 from data import OFFER, folder, improvement, last_opening, read_split
-from lib import UserError, checkpoint, decoder, kv_cache, memory, scoring
+from lib import UserError, checkpoint, decoder, memory, scoring
 from litereason import Rollout, logprobs
 
 settings = {
     "reward": "contrastive",  # or vrcli, thresholded
     "scorer": None,           # the frozen reader: (model, tokenizer)
-    "step": 0,                # of the draw of the other chapter
-    "seed": 0,
-}
+    "step": 0, "seed": 0}     # of the draw of the other chapter
 POSITIONS = 2**15  # that the scorer reads at once, at most; changes memory, not results
 MEASURE = "reward"  # what a score of this task is called
 ANSWER = "In summary:"  # what follows is the plan, the only part that the scorer reads
 FIELDS = {  # optional: field of an example -> its heading in the prompt, in this order
     "high_level_plan": "The plan of the whole book",
     "character_sheets": "The characters",
-    "prior_summary": "Summary of the earlier chapters",
-}
+    "prior_summary": "Summary of the earlier chapters"}
 PLAN_HEADING = "\n\n# Detailed plan of the next chapter\n\n"
 CHAPTER_HEADING = "\n\n# The next chapter\n\n"
 
@@ -108,13 +101,6 @@ def plan_of(completion):
 
 
 # ============================================================ the scorer
-def scorer():
-    """(model, tokenizer) that reads chapters; frozen."""
-    if settings["scorer"] is None:
-        raise UserError("the next_chapter reward needs a frozen model that reads the chapters: set its scorer")
-    return settings["scorer"]
-
-
 def scoring_row(model, tokenizer, example, plan, chapter):
     """What the scorer reads, as (Rollout, tokens of the chapter, its last slots).
 
@@ -137,17 +123,17 @@ def scoring_row(model, tokenizer, example, plan, chapter):
 
 def perplexities(batch):
     """Per-token perplexity of chapters under the scorer. batch: [(example, plan, chapter)] -> floats."""
-    model, tokenizer = scorer()
-    rows = [scoring_row(model, tokenizer, *one) for one in batch]
-    if not rows:
+    if not batch:
         return []
+    model, tokenizer = settings["scorer"]
+    rows = [scoring_row(model, tokenizer, *one) for one in batch]
     longest = max(len(rollout.prompt_ids) + len(rollout.slots) for rollout, _ in rows)
     positions = min(POSITIONS, memory.positions_that_fit(model, longest))
-    return decoder.once_more_in_halves(model, lambda n: _perplexities(rows, n), positions, "positions", longest)
+    return decoder.once_more_in_halves(model, lambda n: _perplexities(model, rows, n), positions, "positions",
+                                       longest)
 
 
-def _perplexities(rows, positions):
-    model, _ = scorer()
+def _perplexities(model, rows, positions):
     results = []
     with torch.no_grad():
         for part in scoring.pack([rollout for rollout, _ in rows], positions):
@@ -159,44 +145,12 @@ def _perplexities(rows, positions):
     return results
 
 
-@functools.lru_cache(maxsize=2)
-def fingerprint(model):
-    """A text that changes with a scorer's weights or their precision (bf16: products of fp32 weights), so
-    that no cached perplexity of another one is used."""
-    return f"{checkpoint.fingerprint(model)} {model.dtype} {getattr(model, 'bf16', False)}"
-
-
-@functools.lru_cache(maxsize=2)
-def read_known(path):
-    """The file of perplexities -> {key: perplexity}; a line that was cut by a stop is left out."""
-    known = {}
-    with suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            with suppress(ValueError, TypeError):
-                key, value = json.loads(line)
-                known[key] = float(value)
-    return known
-
-
 def unaided(pairs):
-    """Perplexities without a plan of [(example, chapter)] -> floats; computed once, kept in
-    perplexities.jsonl by a hash of the scorer's weights, what it reads and the chapter."""
-    path = os.path.join(folder("next_chapter"), "perplexities.jsonl")
-    mark = fingerprint(scorer()[0])
-    known = read_known(path)
-    read = ["\0".join([mark, chapter_prompt(example), chapter]) for example, chapter in pairs]
-    keys = [hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:32] for text in read]
-    missing = {key: (pair[0], "", pair[1]) for key, pair in zip(keys, pairs) if key not in known}
-    if missing:
-        new = dict(zip(missing, perplexities(list(missing.values()))))
-        known.update(new)
-        lines = [json.dumps([key, value]) + "\n" for key, value in new.items()]
-        try:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            with open(path, "a", encoding="utf-8") as file:
-                file.write("\n" + "".join(lines))  # a line end first: the last line may be cut
-        except OSError as e:
-            print(f"warning: perplexities are not kept in {path} ({e.strerror}), only in this process")
+    """Perplexities without a plan of [(example, chapter)] -> floats. A step's rollouts share their prompts:
+    each pair is read once."""
+    keys = [(chapter_prompt(example), chapter) for example, chapter in pairs]
+    different = {key: (example, "", chapter) for key, (example, chapter) in zip(keys, pairs)}
+    known = dict(zip(different, perplexities(list(different.values()))))
     return [known[key] for key in keys]
 
 
@@ -208,7 +162,7 @@ def _chapters(folder, split):
 
 
 def work_of(example):
-    """What an example's book shares with its other editions: the name of the first of them."""
+    """The book's name; of an edition, that of the first one."""
     return example.get("work", example["book"])
 
 
@@ -255,29 +209,24 @@ def reward(example, completion):
 
 
 # ============================================================ what eval.py prints beside the reward
-def identity(example):
-    """What tells the examples of a prompt from those of another."""
-    return example["book"], example.get("number"), example["chapter"]
-
-
-def plans_of_others(examples, plans):
-    """For each example the plan of the next one in the list that has another prompt; "" if there is none."""
+def plans_of_others(prompts, plans):
+    """For each plan that of the next one in the list that has another prompt; "" if there is none."""
     others = []
-    for i, example in enumerate(examples):
-        following = zip(examples[i + 1 :] + examples[:i], plans[i + 1 :] + plans[:i])
-        others.append(next((plan for e, plan in following if identity(e) != identity(example)), ""))
+    for i, own in enumerate(prompts):
+        following = zip(prompts[i + 1 :] + prompts[:i], plans[i + 1 :] + plans[:i])
+        others.append(next((plan for prompt, plan in following if prompt != own), ""))
     return others
 
 
 def report(examples, completions):
-    """Mean improvement in percent with its 95 % interval (over examples), share of prompts improved, words
-    per plan, share without a plan, and the control: the mean improvement with the plan of another example
-    (an empty plan's is 0)."""
+    """Mean improvement in percent with its 95 % interval (over prompts), share of prompts improved, words
+    per plan, share without a plan, and the control: the mean improvement with the plan of another prompt."""
     plans = [plan_of(completion) for completion in completions]
     chapters = [example["chapter"] for example in examples]
+    prompts = [chapter_prompt(example) + example["chapter"] for example in examples]
     by_prompt = {}  # an example's gains, one per sample
-    for example, gain in zip(examples, gains(examples, plans, chapters)):
-        by_prompt.setdefault(identity(example), []).append(gain)
+    for own, gain in zip(prompts, gains(examples, plans, chapters)):
+        by_prompt.setdefault(own, []).append(gain)
     means = [mean(own) for own in by_prompt.values()]
     center = mean(means)
     variance = sum((m - center) ** 2 for m in means) / max(1, len(means) - 1)
@@ -288,4 +237,4 @@ def report(examples, completions):
         "improved": mean([m > 0 for m in means]),
         "plan_words": mean([len(plan.split()) for plan in plans]),
         "no_plan": mean([not plan for plan in plans]),
-        "improvement_other_plan": mean(gains(examples, plans_of_others(examples, plans), chapters))}
+        "improvement_other_plan": mean(gains(examples, plans_of_others(prompts, plans), chapters))}

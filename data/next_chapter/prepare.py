@@ -7,7 +7,7 @@ divided between splits, nor are the editions of one work. What --from takes, fil
                 FIELDS, below), or a whole tale (sections, a list of texts, and a name in book or story)
     texts       txt, md: a book with headings ("Chapter 1", "STAVE I", "4. The Lamp", "# Home") on lines of
                 their own, whose numbers rise by one; it prints what it took for chapters
-    a folder    all of these in it; texts without headings whose names are numbered are together one book
+    a folder    all of these in it
 
     python data/next_chapter/prepare.py --from books/                                   # all that is in there
     python data/next_chapter/prepare.py --from a.txt b.jsonl --story-tokens 1000        # shorter prompts
@@ -109,12 +109,11 @@ def rising(found):
 
 def span(headings):
     """The length of the longest stretch of text over which the numbers rise by one."""
-    best = total = 0
+    lengths = [0]
     for before, one in zip(headings, headings[1:]):
         rises = 0 < one["number"] - before["number"] <= 1
-        total = total + one["start"] - before["start"] if rises else 0
-        best = max(best, total)
-    return best
+        lengths.append(lengths[-1] + one["start"] - before["start"] if rises else 0)
+    return max(lengths)
 
 
 def cut(text, headings):
@@ -198,24 +197,18 @@ def chapters_of_row(where, row):
     return None if name is None else str(name).strip(), chapters
 
 
-def number_key(name):
-    """Sorts names in the order in which people number them: 2 before 10."""
-    return [int(piece) if piece.isdigit() else piece.lower() for piece in re.split(r"(\d+)", name)]
-
-
 def files_of(path):
-    """A file, or a folder's text and row files in the order in which people number them: [(file, its folder
-    or None)]."""
+    """[path], or the text and row files of a folder."""
     if not os.path.isdir(path):
-        return [(path, None)]
+        return [path]
     files, others = [], []
     for base, folders, names in os.walk(path):
-        folders.sort(key=number_key)
-        for name in sorted(names, key=number_key):
+        folders.sort()
+        for name in sorted(names):
             is_ours = name.lower().endswith(TEXTS + ROWS) and not name.startswith(".")
-            (files if is_ours else others).append((os.path.join(base, name), base))
+            (files if is_ours else others).append(os.path.join(base, name))
     if others:
-        print(f"left out {len(others)} files of other kinds: {some([file for file, _ in others])}")
+        print(f"left out {len(others)} files of other kinds: {some(others)}")
     return files
 
 
@@ -223,7 +216,6 @@ def collect_books(paths):
     """{book: [chapter, ..]}, all that is in the files; UserError if a book is in two of them."""
     books = {}
     came_from = {}  # the file or folder of a book
-    loose = defaultdict(dict)  # folder -> {name: text}, without headings
 
     def add(name, chapters, source):
         if came_from.setdefault(name, source) != source:
@@ -231,7 +223,7 @@ def collect_books(paths):
                             f"another name")
         books.setdefault(name, []).extend(chapters)
 
-    for file, folder in [one for path in paths for one in files_of(path)]:
+    for file in [file for path in paths for file in files_of(path)]:
         stem, kind = os.path.splitext(os.path.basename(file))
         if kind.lower() in ROWS:
             for where, row in read_rows(file):
@@ -239,52 +231,20 @@ def collect_books(paths):
                 is_tale = "sections" in row
                 add(name or (where if is_tale else stem), chapters, where if is_tale else file)
             continue
-        whole = read_text(file)
-        texts = ebooks(whole)
+        texts = ebooks(read_text(file))
         for i, text in enumerate(texts, 1):
-            chapters = chapters_of_text(text)
-            if chapters or folder is None or text != whole:  # a frame is that of a book, not of a chapter
-                add(stem if len(texts) == 1 else f"{stem} {i}", chapters or [{"text": text}], file)
-            else:
-                loose[folder][stem] = text
-    for folder, texts in loose.items():
-        places = {stem: place for stem in texts if (place := place_of(stem))}
-        different = set(places.values())
-        if len(different) < max(2, len(places)) or min(min(different)) > 1:
-            places = {}  # other books, like 1984 and Catch-22
-        name = os.path.basename(os.path.abspath(folder))
-        numbered = sorted(places, key=places.get)
-        if numbered:
-            print(f"{name}: a book of {len(numbered)} files without headings, a chapter each, as numbered: "
-                  f"{some(numbered)}{jumps([places[stem][-1] for stem in numbered])}")
-        for stem in numbered + [stem for stem in texts if stem not in places]:
-            add(name if stem in places else stem, [{"text": texts[stem]}], folder)
+            name = stem if len(texts) == 1 else f"{stem} {i}"
+            add(name, chapters_of_text(text) or [{"text": text}], file)
     return books
-
-
-def place_of(name):
-    """The numbers in a file's name, or what it says in words, "chapter_one"; () if there are none."""
-    in_words = order_of(name.replace("_", " "))
-    return tuple(map(int, re.findall(r"\d+", name))) or (() if in_words is None else (in_words,))
-
-
-def jumps(numbers):
-    """A warning, for the end of a line, of numbers that neither rise by one nor begin again."""
-    known = [n for n in numbers if n is not None and n < LAST]
-    odd = [f"{a:g} to {b:g}" for a, b in zip(known, known[1:]) if b > 1 and not 0 < b - a <= 1]
-    return f"; warning: the numbers go from {some(odd)}" if odd else ""
 
 
 def in_order(name, chapters):
     """Chapters of rows by their numbers; where one repeats or is not there, in the order of the file."""
     known = {chapter.get("order") for chapter in chapters} - {None}
-    how = " in the order of the file, as numbers repeat or lack" if known else ""
     if len(known) == len(chapters):
-        chapters = sorted(chapters, key=lambda chapter: chapter["order"])
-        how = ""
-    odd = jumps([chapter.get("order") for chapter in chapters])
-    if how or odd:
-        print(f"{name}: {len(chapters)} chapters{how}{odd}")
+        return sorted(chapters, key=lambda chapter: chapter["order"])
+    if known:
+        print(f"{name}: {len(chapters)} chapters in the order of the file, as numbers repeat or lack")
     return chapters
 
 
@@ -293,15 +253,13 @@ def describe(name, chapters):
     words = [len(chapter["text"].split()) for chapter in chapters]
     ends = [f"{chapter['title']!r} ({' '.join(chapter['text'].split()[:6])} ..)" for chapter in chapters]
     print(f"{name}: {len(chapters)} chapters, from {ends[0]} to {ends[-1]}; the longest is "
-          f"{chapters[words.index(max(words))]['title']!r}, {max(words)} of {sum(words)} words"
-          f"{jumps([chapter['number'] for chapter in chapters])}")
+          f"{chapters[words.index(max(words))]['title']!r}, {max(words)} of {sum(words)} words")
 
 
 def read_books(paths):
-    """{book: [chapter, ..]} in their order, without empty chapters, one-chapter books and repeated ones; says
+    """{book: [chapter, ..]} in their order, without empty or repeated chapters and one-chapter books; says
     what it leaves out. UserError if nothing is left."""
     books = {}
-    seen = {}  # the texts of a book -> its name
     left_out = defaultdict(list)  # what -> where
     for name, chapters in collect_books(paths).items():
         unlike = {}  # text -> the first chapter that has it
@@ -310,11 +268,8 @@ def read_books(paths):
         unlike.pop("", None)
         left_out["chapters, empty (as in a table of contents) or there twice"] += (
             [name] * (len(chapters) - len(unlike)))
-        twin = seen.setdefault(tuple(unlike), name)
         if len(unlike) < 2:
             left_out["books with fewer than two chapters"].append(name)
-        elif twin != name:  # under two names it could be in two splits
-            left_out["books with the same text as another"].append(f"{name} (as {twin})")
         else:
             books[name] = in_order(name, list(unlike.values()))
             if "number" in books[name][0]:
@@ -324,8 +279,7 @@ def read_books(paths):
             print(f"left out {len(names)} {what}: {some(list(dict.fromkeys(names)))}")
     if not books:
         raise UserError(f"no book with two or more chapters in {', '.join(paths)} (txt, md, jsonl, json, csv "
-                        "or parquet; texts need headings such as \"Chapter 1\", or a folder with one file "
-                        "per chapter, numbered)")
+                        "or parquet; texts need headings such as \"Chapter 1\")")
     return books
 
 
@@ -383,8 +337,7 @@ def first(ruler, text, budget):
 
 
 def make_examples(book, chapters, ruler, story_tokens, chapter_tokens, counts):
-    """One example per chapter from the second on. counts: where those with a cut story, with a cut chapter,
-    and those that did not fit are added."""
+    """One example per chapter from the second on. counts: a Counter of what was cut or did not fit."""
     examples = []
     sizes = [length(ruler, chapter["text"]) for chapter in chapters]
     for i in range(1, len(chapters)):
@@ -465,8 +418,8 @@ def main():
           f"in {counts['chapters cut']} the chapter's end to fit {args.chapter_tokens}; left out "
           f"{counts['unfit']}, whose other fields leave less than a quarter of the tokens to the story")
     if not all(splits.values()):
-        raise UserError(f"{len(editions)} works are too few for three splits: give four books or more, as the "
-                        "contrastive reward needs two in train")
+        raise UserError(f"{len(editions)} works are too few for three splits: give four books or more; "
+                        "the contrastive reward needs two in train")
     for split, examples in splits.items():
         print(f"{split:5} books {len({row['book'] for row in examples}):3}, examples {len(examples):4}")
     write_splits(args.out, splits)

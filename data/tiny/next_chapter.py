@@ -5,9 +5,9 @@ chapter is then a matter of course: those who have the two halves in the end put
 
     from Mara Otto has it . ..       next chapter: Lena brings a half and Finn brings a half .
 
-The policy writes a plan after "In summary :"; a frozen copy of the base model reads the TRUE next chapter
-with and without it, and the reward is how much easier the plan made the reading. Both people do the same, so
-the chapter is read both ways round and the easier one counts: who of them is named first says nothing."""
+The policy writes a plan after "In summary :"; the frozen base reads the TRUE next chapter with and without
+it, and the reward is how much easier the plan made it. Both people do the same, so the chapter is read both
+ways round and the easier one counts: who of them is named first says nothing."""
 import functools
 import random
 
@@ -18,7 +18,7 @@ from litereason import load, parse_tags
 SIZES = {"train": 6000, "val": 100, "test": 200}
 MEASURE = "reward"  # what a score of this task is called
 PENALTY = 400.0  # the most that the length penalty takes; a right plan earns about 200, a wrong one -190
-LEAST_GAIN = -500.0  # a muddled plan can make a chapter a thousand times harder; what is above six counts as six
+LEAST_GAIN = -500.0  # a muddled plan can make a chapter a thousand times harder; six times is enough
 ANSWER = "In summary :"  # what follows is the plan, the only part that the scorer reads
 
 

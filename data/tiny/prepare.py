@@ -1,16 +1,12 @@
 """Makes the tiny world's base model: `python data/tiny/prepare.py` (needs no download, no GPU).
 
 The base stands for the pretrained LM that the paper starts from: a Qwen3 of 0.3 M parameters and two
-layers, trained from random weights on what readers of different care wrote after the two kinds of prompt.
-Two layers can follow a piece of the map by one hand, not by two: a second look-up needs a second position,
-written or latent.
+layers, trained from random weights on what readers wrote after the two kinds of prompt. Two layers can look
+up one person, not two: a second look-up needs a second position, written or latent.
 
 School comes first: stories told again, then careful readers of chains that grow when the last length is
-mastered. Then the readers get the habits that are listed below. Like a pretrained LM the base has then seen
-good and bad reasoning, and samples both; RL can select.
-
-    python data/tiny/prepare.py                     # the shipped base
-    python data/tiny/prepare.py --steps 20 --most 40 --out /tmp/base      # a smoke run
+mastered. Then come readers with the habits below. Like a pretrained LM the base has then seen good and bad
+reasoning, and samples both; RL can select.
 """
 import os
 import random
@@ -41,7 +37,6 @@ SKIPPING = (0.2, 0.5, 0.9)  # chance to skip before each sentence, one of these 
 ALL_LEFT = 0.5  # chance that a skipper skips all that is left
 BARE = 0.7     # share of a reader's tags with nothing behind them; behind the others stands shorthand
 BLENDED = 0.4  # share of it in which the two words of a round are one position, their embeddings added
-# (Careful readers leave no tag bare and blend 0.8: of all tags 0.2 are bare, of all shorthand 0.76 blended.)
 
 PARTS = {"hole": 40, "careful": 45, "plan": 10, "chapter": 5}  # of 100 texts that are read after school
 MOST = 5        # the highest number in a tag
@@ -57,8 +52,7 @@ def sentence(before, pair, asked):
 
 
 def trace(rng, row, latent, school):
-    """What one reader writes: a list of words and tuples of two words (blends)
-    -> (reasoning, has stopped early).
+    """What one reader writes -> (words, and tuples of two words (blends); whether it has stopped early).
 
     A tag over k rounds has the number k + 1: its shorthand begins with where the reader stands."""
     rounds = [list(pair) for pair in zip(*row["chains"])]
@@ -131,7 +125,7 @@ def train_row(rng, make):
 
 
 def three_hands(rng):
-    """The shortest story: three pieces change hands once; it is always a hole, and is told at school only."""
+    """The shortest story: three pieces change hands once. It is told at school only."""
     people = rng.sample(tiny.PEOPLE, 6)
     chains = [people[:2], people[2:4], people[4:]]
     return {"story": tiny.events_of(rng, chains), "label": True, "first": [people[0], people[2]],
@@ -140,11 +134,14 @@ def three_hands(rng):
 
 def school_text(rng, hops):
     """(prompt, continuation) of a careful reader; with hops = 0, and now and then later, the story again in
-    another order: that is how looking up is learned. Shorter chains are not forgotten."""
-    if hops > 1 and rng.random() < 0.4:
+    another order: that is how looking up is learned."""
+    if hops > 1 and rng.random() < 0.4:  # shorter chains are not forgotten
         hops = rng.randint(2, hops)
-    row = train_row(rng,
-                    lambda: tiny.make_story(rng, rng.random() < 0.5, hops) if hops > 1 else three_hands(rng))
+
+    def make():
+        return tiny.make_story(rng, rng.random() < 0.5, hops) if hops > 1 else three_hands(rng)
+
+    row = train_row(rng, make)
     if hops == 0 or rng.random() < 0.2:
         events = [event + " ." for event in row["story"].split(" .")[:-1]]
         return row["story"].split(), " ".join(rng.sample(events, len(events))).split()
@@ -166,8 +163,7 @@ def later_text(rng):
 
 # ============================================================ tokenizer and model: one word, one token
 def make_tokenizer():
-    """One that knows the tiny world's words and the end; words stand between spaces, tags and boxes are found
-    without spaces too."""
+    """One that knows the tiny world's words and the end; tags and boxes are found without spaces too."""
     words = set(tiny.PEOPLE + "1 2 3 4 5 Yes No".split())
     rng = random.Random(0)
     for _ in range(1000):
@@ -182,8 +178,7 @@ def make_tokenizer():
 
 
 def make_model(vocab_size, pad):
-    """A Qwen3 of 0.3 M parameters with random weights. (In a Qwen2, which has no norm on queries and keys,
-    looking up took four times the steps.)"""
+    """A Qwen3 with random weights. (A Qwen2, without norms on queries and keys, takes four times as long.)"""
     return Qwen3ForCausalLM(Qwen3Config(
         vocab_size=vocab_size, hidden_size=128, intermediate_size=256, num_hidden_layers=2, head_dim=32,
         num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512, rope_theta=10000.0,
@@ -244,7 +239,7 @@ def share(batches, name, last=15):
 
 
 # ============================================================ training
-LR = 1.5e-3  # of AdamW; it falls after school
+LR = 1.5e-3  # it falls after school
 
 
 def make_optimizer(model):
@@ -268,10 +263,9 @@ def main():
                         "ends when 95 %% of what is asked there is right (default 4000)")
     parser.add_argument("--steps", type=int, metavar="N", default=2000,
                         help="optimiser steps after school (default 2000)")
-    parser.add_argument("--seed", type=int, default=0, help="of all random draws (default 0)")
     args = parser.parse_args()
-    torch.manual_seed(args.seed)
-    rng = random.Random(args.seed)
+    torch.manual_seed(0)
+    rng = random.Random(0)
     tokenizer = make_tokenizer()
     vocab = tokenizer.get_vocab()
     pad = tokenizer.pad_token_id
@@ -315,7 +309,7 @@ def main():
             hops += school
             recent = []
             if not school:  # what follows is the same, however long that took
-                rng = random.Random(args.seed)
+                rng = random.Random(0)
                 optimizer = make_optimizer(model)
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)

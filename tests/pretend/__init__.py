@@ -42,7 +42,7 @@ def why_not():
     if cuda:
         return "the pretended CUDA device needs a torch built without CUDA, such as the CPU wheels"
     try:
-        run(_smoke)
+        run(bool)
     except Exception as e:  # no g++, or whatever of torch's inside has moved
         return f"there is no pretended CUDA device here: {str(e).strip() or type(e).__name__}"
     return None
@@ -109,14 +109,3 @@ def _captured(function, args):
         except SystemExit as e:  # a script's way to end in one line
             raise RuntimeError(f"{printed.getvalue()}\nexit status {e.code}") from None
     return result, printed.getvalue()
-
-
-def _smoke():
-    import torch
-
-    x = torch.ones(2, 2, device="cuda", requires_grad=True)
-    with torch.autocast("cuda", torch.bfloat16):
-        y = x @ x
-    y.float().sum().backward()
-    if y.dtype != torch.bfloat16 or x.grad.device.type != "cuda" or x.grad.sum().item() != 16:
-        raise RuntimeError("a matrix product and its gradient came out wrong")
