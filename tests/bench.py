@@ -87,11 +87,13 @@ def tags_fire(model, tokenizer, every, n):
 
 
 def their_generate(model, prompts, samples, steps):
-    """Prompts (lists of ids, of one length), each repeated per sample -> (rows, steps) ids."""
-    ids = torch.tensor(prompts, device=model.device).repeat_interleave(samples, 0)
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_k=0,
-                         top_p=1.0, eos_token_id=None, pad_token_id=0, max_new_tokens=steps)
-    return out[:, ids.shape[1] :]
+    """Prompts (lists of ids), each repeated per sample and padded on the left -> (rows, steps) ids."""
+    rows = [prompt for prompt in prompts for _ in range(samples)]
+    width = max(map(len, rows))
+    ids = torch.tensor([[-1] * (width - len(row)) + row for row in rows], device=model.device)
+    out = model.generate(ids.clamp(min=0), attention_mask=(ids >= 0).long(), do_sample=True, temperature=1.0,
+                         top_k=0, top_p=1.0, eos_token_id=None, pad_token_id=0, max_new_tokens=steps)
+    return out[:, width:]
 
 
 def their_logprobs(model, prompt, own):

@@ -72,7 +72,7 @@ def main():
     cli.add_argument("--device", default="cpu")
     args = cli.parse_args()
     model, tokenizer = load("tiny", args.device)
-    # Prompts of several lengths (within one task they are equal), with the offer of the tag and without.
+    # Prompts of several lengths, with the offer of the tag and without.
     examples = {task: task.examples("train") for task in (tiny, next_chapter)}
     kinds = itertools.cycle([(task, latent) for task in examples for latent in (True, False)])
     numbered = zip(range(-(-args.n // 8)), kinds)

@@ -1,5 +1,5 @@
 """With targets RL holds the base to the latents of stage 1's traces (train_projector.add_anchor), and the
-refresh learns from such traces (train_rl.rehearse)."""
+refresh learns from such traces (train_rl.rehearse). And the schedules of rates and refreshes."""
 import json
 import random
 import signal
@@ -80,15 +80,38 @@ def test_the_refresh_with_targets_moves_the_projector_alone(loaded):
 
 
 def test_a_run_with_an_anchor_stands_alone_and_continues_bit_for_bit(start, tmp_path):
-    whole, half, words = tmp_path / "whole", tmp_path / "half", ("--model", start, *RL, "--steps", 4)
+    """With the released settings that are no defaults."""
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    words = ("--model", start, *RL, "--steps", 4, "--lr-schedule", "cosine", "--recompute-latents")
     run(train_rl, *words, "--out", whole)
     stopped(train_rl, "learning_rate", 3, signal.SIGTERM, train_rl, *words, "--out", half)
     run(train_rl, "--resume", half)
     assert same_weights(whole, half) and metrics(whole) == metrics(half)
     assert all(m["anchor_loss"] > 0 for m in metrics(whole))
-    refreshed = [m["refresh_loss"] is not None for m in metrics(whole)]
-    assert refreshed == [False, True, False, True]  # an epoch is 2 batches
     assert (whole / "traces.jsonl").read_text() == (start / "traces.jsonl").read_text()
+
+
+@pytest.mark.parametrize("every, batches", [(3, [2, 3, 4, 6]), (0, [2, 4, 6]), (-1, [])])
+def test_the_projector_is_refreshed_every_so_many_batches_and_at_each_epochs_end(
+        start, tmp_path, monkeypatch, every, batches):
+    """Of 6 batches; an epoch has 2."""
+    refreshed = []
+    monkeypatch.setattr(train_rl, "rehearse", lambda *args: refreshed.append(args[-1] + 1))
+    run(train_rl, "--model", start, *RL, "--steps", 6, "--refresh-every", every, "--out", tmp_path)
+    assert refreshed == batches
+
+
+def test_the_default_rate_is_constant_and_the_released_one_warms_up_and_falls_to_a_tenth():
+    def rates(schedule, steps):
+        args = types.SimpleNamespace(lr=5e-7, steps=steps, lr_schedule=schedule)
+        return [train_rl.learning_rate(args, step) / 5e-7 for step in range(steps + 1)]
+
+    assert set(rates("constant", 200)) == {1}
+    cosine = rates("cosine", 200)
+    assert cosine[:6] == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1])  # 3 % of 200
+    assert cosine[6:] == sorted(cosine[6:], reverse=True)
+    assert (cosine[103], cosine[200]) == pytest.approx((0.55, 0.1))
+    assert all(0 < rate <= 1 for steps in (1, 2) for rate in rates("cosine", steps)[:steps])
 
 
 def test_rl_takes_over_what_stage_2_has_taught_the_latents(start, tmp_path):

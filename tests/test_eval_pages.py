@@ -98,6 +98,12 @@ def test_wrong_flags_end_in_one_line(words, says, monkeypatch):
     assert "\n" not in str(e.value)
 
 
+def test_without_matplotlib_one_line_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    with pytest.raises(UserError, match="pip install matplotlib"):
+        plots.curve({}, "x.svg")
+
+
 # ---------------------------------------------------------------- pictures
 METHODS = {"base, explicit reasoning": (0.763, 135), "RL without latents": (0.988, 148),
            "LiteReason + length penalty": (0.991, 36), "LiteReason": (0.992, 31)}
@@ -154,12 +160,6 @@ def test_lengths_have_a_line_for_each_method_in_two_panels_and_chains_name_each_
     assert list(picture.axes[0].lines[2].get_ydata()) == rows[1]["chain before"]
 
 
-
-
-def test_without_matplotlib_one_line_says_how_to_get_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
-    with pytest.raises(UserError, match="pip install matplotlib"):
-        plots.curve({name: means(name) for name in METHODS}, "x.svg")
 
 
 # ---------------------------------------------------------------- the page

@@ -98,7 +98,7 @@ def test_its_cost_its_controls_and_its_file_need_nothing_more(gated, tok, writte
     assert type(again.reasoning_projector) is Gated and again.projector_trained
     close(again.reasoning_projector.gate.weight, gated.reasoning_projector.gate.weight)
     monkeypatch.delitem(PROJECTORS, "gated")
-    with pytest.raises(UserError, match="litereason_projector is 'gated', expected one of mlp, normed"):
+    with pytest.raises(UserError, match="litereason_projector is 'gated', not one of mlp, normed"):
         load(str(tmp_path / "m"), "cpu")
 
 

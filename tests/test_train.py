@@ -136,8 +136,7 @@ def test_the_bases_gradient_treats_latents_as_constants_but_flows_through_attent
 
 # ---------------------------------------------------------------- stage 3: GRPO
 def old_logprobs(rows):
-    width = max(len(r.slots) for r in rows)
-    return torch.stack([torch.nn.functional.pad(r.logprobs, (0, width - len(r.slots))) for r in rows])
+    return torch.nn.utils.rnn.pad_sequence([r.logprobs for r in rows], batch_first=True)
 
 
 def loss_of(model, rows, advantages, n_rollouts):
