@@ -135,8 +135,7 @@ def lines_of(path):
 def given_traces(path, task, examples):
     """Ours: traces that somebody else has written, for a base that earns nothing."""
     with open(path, encoding="utf-8") as f:
-        rows = list(map(json.loads, f))
-    return [{"prompt": task.prompt(examples[row["example"]], True), **row} for row in rows]
+        return [{"prompt": task.prompt(examples[row["example"]], True), **row} for row in map(json.loads, f)]
 
 
 # ============================================================ stage 1: tags in the place of sentences

@@ -133,7 +133,6 @@ def test_given_traces_are_taken_and_none_is_sampled(tmp_path, capsys):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run(train_projector, *IMITATION, "--imitate", 0, "--traces", path, "--out", tmp_path / "run")
     said = capsys.readouterr().out
-    assert f"stage 1: 12 traces from {path}, none sampled" in said
     assert json.load(open(tmp_path / "run" / "results.json"))["sampled"] == 0
     assert not (tmp_path / "run" / "traces.jsonl").exists()
 
