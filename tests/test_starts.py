@@ -127,12 +127,11 @@ def test_an_imitation_that_is_stopped_continues_bit_for_bit(tmp_path):
 
 
 # ---------------------------------------------------------------- traces that somebody else has written
-def test_given_traces_are_taken_and_none_is_sampled(tmp_path, capsys):
+def test_given_traces_are_taken_and_none_is_sampled(tmp_path):
     path = tmp_path / "traces.jsonl"
     rows = [{"example": i, "text": "look at the map . go on . \\boxed{Yes}"} for i in range(12)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run(train_projector, *IMITATION, "--imitate", 0, "--traces", path, "--out", tmp_path / "run")
-    said = capsys.readouterr().out
     assert json.load(open(tmp_path / "run" / "results.json"))["sampled"] == 0
     assert not (tmp_path / "run" / "traces.jsonl").exists()
 
