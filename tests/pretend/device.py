@@ -117,6 +117,9 @@ class OnCard(torch.Tensor):
         torch.Tensor.data.__set__(self, new)
         self.inner = new.inner
 
+    def __reduce_ex__(self, protocol):  # in a file it is a plain tensor, as CUDA's are
+        return self.inner.__reduce_ex__(protocol)
+
     # What saving a checkpoint compares, to find tied weights.
     def data_ptr(self):
         return self.inner.data_ptr()
