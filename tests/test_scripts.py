@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT
 
 import litereason
-from lib import display, run as runs
+from lib import checkpoint, display, run as runs
 import train_rl
 from data import next_chapter
 
@@ -43,8 +43,8 @@ def script(*words):
         stack.enter_context(contextlib.redirect_stderr(err))
         stack.enter_context(runs.signals_restored())
         stack.enter_context(torch.random.fork_rng(devices=[]))
-        # The benchmarks put functions of their own into litereason and runs.
-        for names in (os.environ, next_chapter.settings, vars(litereason), vars(runs)):
+        # The benchmarks put functions of their own into litereason and checkpoint.
+        for names in (os.environ, next_chapter.settings, vars(litereason), vars(checkpoint)):
             stack.enter_context(mock.patch.dict(names))
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setattr(sys, "argv", [str(word) for word in words])
