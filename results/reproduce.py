@@ -203,12 +203,11 @@ def check_same(ours, theirs, what, way):
 
 
 def start(job):
-    """-> the process, in the background, on one thread, its output in log.txt. train_rl.py goes on from its
-    last state, train_projector.py from its last trace or step, any other script begins again."""
+    """-> the process, in the background, on one thread, its output in log.txt. A training goes on where it
+    was stopped, any other script begins again."""
     script = job.words[0]
-    is_begun = script == "train_projector.py" and run.run_settings(job.out).get("script") == script
-    has_state = script == "train_rl.py" and run.saved_states(job.out)
-    words = [script, "--resume", job.out] if is_begun or has_state else [*job.words, "--out", job.out]
+    is_begun = script.startswith("train_") and run.run_settings(job.out).get("script") == script
+    words = [script, "--resume", job.out] if is_begun else [*job.words, "--out", job.out]
     os.makedirs(job.out, exist_ok=True)
     run.write_json(os.path.join(job.out, "command.json"), job.words)
     with open(os.path.join(job.out, "log.txt"), "a") as log:

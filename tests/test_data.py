@@ -142,7 +142,7 @@ def test_a_bad_path_is_refused_in_one_line(tmp_path):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "config.json").write_text("{")
     for name, message in ((tmp_path / "nothing", "no model directory"), ("./nothing", "no model directory"),
-                          (tmp_path, "no config.json"), (tmp_path / "file", "no model directory"),
+                          (tmp_path, "no model directory"), (tmp_path / "file", "no model directory"),
                           (tmp_path / "bad", "cannot load"),
                           ("nobody/nothing", "cannot load 'nobody/nothing' from the hub"),
                           ("Qwen9-1B", "cannot load 'Qwen/Qwen9-1B' from the hub")):
