@@ -92,6 +92,15 @@ def test_the_page_says_what_a_right_and_a_half_right_plan_earn():
     assert "earns {:.0f} on average, one with one of them {:.0f}.".format(*earned) in said
 
 
+def test_the_readmes_table_of_real_weights_has_the_numbers_of_the_starts():
+    with open(os.path.join(reproduce.HERE, "starts-real.json")) as file:
+        rows = {(row["model"], row["start"]): row for row in json.load(file) if (row["seed"], row["lr"]) == (0, 1e-4)}
+    for model in {model for model, _ in rows}:
+        raw, normed = rows[model, "mlp"], rows[model, "normed"]
+        losses = [raw["no latents"], *(row[when] for row in (raw, normed) for when in ("loss before", "loss after"))]
+        assert f"| {model} | {' | '.join(f'{loss:.3f}' for loss in losses)} |" in README
+
+
 # ---------------------------------------------------------------- from runs to tables
 def leave(folder, *rows, **files):
     """A run's directory with its results.json, if there are rows, and other files."""
