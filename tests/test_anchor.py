@@ -11,6 +11,7 @@ from conftest import close
 from test_real_tasks import run
 from test_resume import metrics, same_weights, stopped
 
+import data
 import train_projector
 import train_rl
 from data import tiny
@@ -35,8 +36,8 @@ def start(tmp_path_factory):
 def loaded(start):
     """(model, tokenizer, the traces of stage 1 as RL reads them)"""
     model, tokenizer = load(str(start), "cpu")
-    stage_1 = train_rl.traces_of_stage_1(types.SimpleNamespace(out=str(start)), tokenizer, tiny)
-    return model, tokenizer, stage_1
+    _, *lines = train_rl.lines_of(str(start / "traces.jsonl"))
+    return model, tokenizer, train_rl.pieces_of(tokenizer, train_rl.kept(lines), data.opening_of(tiny))
 
 
 def gradients(model):
@@ -125,5 +126,5 @@ def test_rl_takes_over_what_stage_2_has_taught_the_latents(start, tmp_path):
 
 def test_without_traces_for_targets_the_run_says_what_to_do(tmp_path):
     args = types.SimpleNamespace(model=str(tmp_path), out=str(tmp_path / "out"))
-    with pytest.raises(UserError, match="there is no .*--targets none, or --anchor 0 --refresh-every -1"):
+    with pytest.raises(UserError, match="there is no .*traces.jsonl, .*: say --targets none"):
         train_rl.copy_traces(args)
