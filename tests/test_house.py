@@ -43,7 +43,7 @@ def test_no_file_outgrows_its_budget_by_a_twentieth(name):
 
 def test_the_front_and_all_code_outside_the_tests_are_within_theirs():
     assert sum(map(lines_of, FRONT)) <= 2400
-    assert sum(map(lines_of, [*FRONT, "lib", "results", "data"])) <= 8500
+    assert sum(map(lines_of, [*FRONT, "lib", "results", "data"])) <= 8550
 
 
 @pytest.mark.parametrize("script", FRONT[1:])
