@@ -1,13 +1,15 @@
 """Each of the three forks that the README shows touches one place: a latent step, an RL rule, a task.
 
 Each is run through decoding, the latent roll-out, scoring and training."""
+import inspect
 import json
+import os
 import sys
 import types
 
 import pytest
 import torch
-from conftest import LIMIT, PROMPTS, TEXTS, close, naive, random_qwen2, same, scripted, write
+from conftest import LIMIT, PROMPTS, ROOT, TEXTS, close, naive, random_qwen2, same, scripted, write
 from test_real_tasks import run
 from test_resume import metrics
 from test_train import close_gradients, gradients, some_number
@@ -160,6 +162,13 @@ def test_a_rule_of_ones_own_is_found_by_its_name(tmp_path, monkeypatch):
     run(train_rl, *SIZES, "--method", "tag", "--rule", "rloo", "--steps", 1, "--n", 0, "--val", 0,
         "--out", tmp_path)
     assert metrics(tmp_path)[0]["grad_norm"] is not None and seen == [((2, 4), 120)]
+
+
+def test_the_readme_shows_these_two():
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
+        readme = f.read()
+    assert inspect.getsource(Gated) in readme
+    assert inspect.getsource(rloo).partition("\n")[2] in readme
 
 
 # ---------------------------------------------------------------- a task: one folder, three functions
