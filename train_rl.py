@@ -34,7 +34,7 @@ from train_projector import (RATIOS, SHARED, add_anchor, fit_projector, fit_to_t
                              settings_of, warm_up_and_cosine)
 
 # ============================================================ settings
-NAMES = display.METHODS
+NAMES = {"litereason": "LiteReason", "grpo": "RL without latents", "tag": "RL with tags, no latents"}
 MEMORY = "memory, speed and disk (no result changes but by rounding)"
 # As in train_projector.py; 2880 steps are 30 passes over 290 stories.
 SETTINGS = {

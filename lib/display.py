@@ -105,7 +105,6 @@ def _interval(numbers, digits=".3f"):
 
 
 SHUFFLED = "  shuffled latents"  # the table's last row
-METHODS = {"litereason": "LiteReason", "grpo": "RL without latents", "tag": "RL with tags, no latents"}
 
 
 # ============================================================ an answer as text

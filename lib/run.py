@@ -360,7 +360,7 @@ def default_out(model, task, method):
     return os.path.join("out", "-".join(parts))
 
 
-def read_json(path, default):
+def read_json(path, default=None):
     """What the file holds; the default without one that can be read."""
     try:
         with open(path) as f:

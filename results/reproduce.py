@@ -187,14 +187,6 @@ def is_done(out):
     return any(os.path.exists(os.path.join(out, name)) for name in ("results.json", "finished.json"))
 
 
-def read_json(path, default=None):
-    """What is in the file; `default` if there is none."""
-    if not os.path.exists(path):
-        return default
-    with open(path) as file:
-        return json.load(file)
-
-
 def check_same(ours, theirs, what, way):
     """UserError that names the first word, or command, in which two lists differ."""
     for now, then in itertools.zip_longest(ours, theirs, fillvalue="nothing"):
@@ -259,7 +251,7 @@ def run_jobs(todo, at_once):
 def add_seconds(job, began):
     """Into seconds.json, the sum over all starts of a job."""
     path = os.path.join(job.out, "seconds.json")
-    run.write_json(path, time.time() - began + read_json(path, 0))
+    run.write_json(path, time.time() - began + run.read_json(path, 0))
 
 
 # ============================================================ what is kept of runs
@@ -321,7 +313,7 @@ def without_root(text):
 
 def measured(out):
     """Of the run in directory `out`: its rows with the score and the tokens of every story, what it took."""
-    rows = read_json(os.path.join(out, "results.json"), [])
+    rows = run.read_json(os.path.join(out, "results.json"), [])
     rows = rows if isinstance(rows, list) else [rows]
     for row in rows:
         for numbers in row.get("per_example", {}).values():  # 1 takes less room in the file than 1.0
@@ -330,7 +322,7 @@ def measured(out):
     return {
         "made": time.strftime("%Y-%m-%d", time.gmtime(os.path.getmtime(out))),
         "sampled": tokens_sampled(out),
-        "run_seconds": read_json(os.path.join(out, "seconds.json")),
+        "run_seconds": run.read_json(os.path.join(out, "seconds.json")),
         "rows": rows}
 
 
@@ -338,7 +330,7 @@ def tokens_sampled(out):
     """How many tokens, latents included, a run's RL sampled; None if it had none."""
     if not os.path.exists(os.path.join(out, "metrics.jsonl")):
         return None
-    config = read_json(os.path.join(out, "config.json"))
+    config = run.read_json(os.path.join(out, "config.json"))
     with open(os.path.join(out, "metrics.jsonl")) as file:
         steps = [json.loads(line) for line in file]
     batches = steps[:: config.get("minibatches", 1)]  # each step of a batch says the same of its rollouts
@@ -592,13 +584,13 @@ def main():
         print("\n".join(without_root(" ".join(["python", *job.words, "--out", job.out])) for job in todo))
         return
     for job in todo:
-        check_same(job.words, read_json(os.path.join(job.out, "command.json"), job.words), job.out,
+        check_same(job.words, run.read_json(os.path.join(job.out, "command.json"), job.words), job.out,
                    "delete that directory, or move it away")
     if not args.tables:
         run_jobs(todo, max(1, args.jobs))
     for name in names:
         write_tables(name, seeds[name])
-    if rows := read_json(os.path.join(HERE, "starts-real.json")):
+    if rows := run.read_json(os.path.join(HERE, "starts-real.json")):
         into_pages("starts-real", starts.table(rows))
         draw(plots.chains, rows, "starts-real")
 
