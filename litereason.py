@@ -372,6 +372,7 @@ def attach(model, weights=None, tokenizer=None):
                                                             pad_token_id=config.pad_token_id)
     model.bf16 = model.device.type == "cuda" and model.dtype == torch.float32  # see kv_cache.autocast
     model.graphs = False  # see decoder.Decoder
+    decoder.use_few_rows(model)
     kv_cache.mask_no_words(model, checkpoint.no_words(model, tokenizer) if tokenizer else [])
     model.set_attn_implementation("litereason")  # for our caches; all else goes through sdpa
     return model.eval()  # no dropout anywhere: sampling and scoring must see the same network
@@ -582,11 +583,10 @@ def states(model, rollouts):
     batch = scoring.Batch(rollouts, model.device, padding=LATENT)
     # Each prompt is read once, with its graph: the gradients of its rows meet there.
     prompts, h_prompt, x = kv_cache.prefill(model, batch.prompts, batch.slots.clamp(min=0))
-    cache = kv_cache.ScoringCache(prompts, batch.owner)
+    cache = kv_cache.WholeCache(prompts, batch.owner, batch.valid)
     latents = torch.cat([r.latents.detach() for r in batch.rows])  # (all latents, D), row by row
     is_latent = (batch.slots == LATENT) & batch.valid
     x = x.masked_scatter(is_latent[..., None], latents.to(model.device, x.dtype))  # (B, S, D)
-    cache.begin(batch.valid)
     positions = cache.start[:, None] + torch.arange(x.shape[1], device=model.device)
     h = kv_cache.forward(model, x, positions, cache)
     h = torch.cat([h_prompt[batch.owner, None], h[:, :-1]], 1)  # the output at slot s - 1 predicts slot s

@@ -48,9 +48,41 @@ def forward(model, x, positions, cache):
     LM head reads."""
     # transformers passes a 4-D mask through as it is. Nobody reads it: the cache knows who attends to whom.
     unread = x.new_empty(1, 1, 1, 1)
+    packing = cache.packing  # None while decoding: every row has one new slot
+    if packing:
+        x, positions = packing.pack(x), packing.pack(positions)
     out = model.model(inputs_embeds=x, position_ids=positions, attention_mask=unread, past_key_values=cache,
                       use_cache=True)
-    return out.last_hidden_state
+    return packing.unpack(out.last_hidden_state) if packing else out.last_hidden_state
+
+
+class Packing:
+    """Rows of unequal length: only real positions, (1, T, ..), go through the layers, one after the other;
+    attention alone sees rows with padding, (B, S, ..). Padding would be most of the work where lengths differ
+    as much as those of rollouts do."""
+
+    def __init__(self, valid, place=None):
+        """valid (B, S): the real positions. place (T,): their order in the padded grid; None: row by row."""
+        self.shape = valid.shape
+        self.place = place  # None: nothing is padded
+        if place is None and not valid.all():
+            self.place = valid.flatten().nonzero()[:, 0]
+
+    def pack(self, t):
+        """(B, S, ..) -> (1, T, ..)"""
+        t = t.flatten(0, 1)
+        return (t if self.place is None else t.index_select(0, self.place))[None]
+
+    def unpack(self, t):
+        """(1, T, ..) -> (B, S, ..), zeros at padding"""
+        t = t[0]
+        if self.place is not None:
+            t = t.new_zeros(self.shape.numel(), *t.shape[1:]).index_copy(0, self.place, t)
+        return t.unflatten(0, self.shape)
+
+    def heads(self, t):
+        """Queries, keys or values (1, H, T, d) -> (B, H, S, d)"""
+        return self.unpack(t.transpose(1, 2)).transpose(1, 2)
 
 
 # ============================================================ prompts: each is read once
@@ -60,13 +92,14 @@ def forward(model, x, positions, cache):
 class PromptCache:
     """P prompts while they are read: causal attention. Padding stands on the right: no token sees it."""
 
-    def __init__(self, n_layers, lengths):
+    def __init__(self, n_layers, lengths, longest):
         self.layers = [None] * n_layers  # (keys, values), (P, K, L, d) each
         self.lengths = lengths  # (P,) tokens of each prompt
+        self.packing = Packing(torch.arange(longest, device=lengths.device) < lengths[:, None])
 
     def update(self, keys, values, layer, *_, **__):
         """New keys (after rotary, which leaves them in fp32) and values, (rows, K, S, d) each."""
-        keys = keys.to(values.dtype)
+        keys, values = self.packing.heads(keys.to(values.dtype)), self.packing.heads(values)
         # Contiguous, as matrix products need them: otherwise every later step would copy the prompt.
         self.add(layer, keys.contiguous(), values.contiguous())
         return self, layer
@@ -78,12 +111,13 @@ class PromptCache:
         return self.layers[layer]
 
     def attend(self, layer, q, scale, window=None):
-        """q (P, H, L, d) -> (P, L, H, d). window: the layer sees only so many positions, its own included."""
+        """q (1, H, T, d) -> (1, T, H, d). window: the layer sees only so many positions, its own included."""
+        q = self.packing.heads(q)  # (P, H, L, d)
         keys, values = self.layers[layer]
         near, L = None, q.shape[2]
         if window and window < L:  # else no mask is needed
             near = torch.ones(L, L, dtype=torch.bool, device=q.device).tril().triu(1 - window)
-        return fused(q.to(values.dtype), keys, values, near, scale)
+        return self.packing.pack(fused(q.to(values.dtype), keys, values, near, scale))
 
 
 def fused(q, keys, values, bias, scale):
@@ -111,7 +145,7 @@ def prefill(model, prompts, slots=None):
     slots = ids[:0] if slots is None else slots
     both = model.get_input_embeddings()(torch.cat([ids.flatten(), slots.flatten()]))  # (P * L + B * S, D)
     x, x_slots = both.split([ids.numel(), slots.numel()])
-    cache = PromptCache(model.config.num_hidden_layers, lengths)
+    cache = PromptCache(model.config.num_hidden_layers, lengths, ids.shape[1])
     positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)  # (P, L)
     h = forward(model, x.view(*ids.shape, -1), positions, cache)  # (P, L, D)
     last = h[torch.arange(len(prompts), device=ids.device), lengths - 1]  # (P, D)
@@ -128,7 +162,7 @@ def prefill_in_chunks(model, prompts):
         cache, h, _ = prefill(model, prompts[start : start + at_once])
         caches.append(cache)
         last.append(h)
-    whole = PromptCache(len(caches[0].layers), torch.cat([cache.lengths for cache in caches]))
+    whole = PromptCache(len(caches[0].layers), torch.cat([cache.lengths for cache in caches]), longest)
     for i in range(len(whole.layers)):
         chunks = [cache.layers[i] for cache in caches]
         whole.layers[i] = tuple(torch.cat([_widened(t, longest) for t in same]) for same in zip(*chunks))
@@ -258,10 +292,12 @@ class ScoringCache:
         self.valid = owner.new_zeros(len(owner), 0, dtype=torch.bool)  # (B, n) slots that are not padding
         self.hidden = None  # (B, 1, 1, S, n) the slots that a new one does not see
         self.bias = {}  # window -> joint_bias, the same in all layers
+        self.packing = None  # of the new slots
 
     def begin(self, valid):
         """Before a forward pass of new slots: valid (B, S) says which are real."""
         B, S = valid.shape
+        self.packing = Packing(valid)
         self.valid = torch.cat([self.valid, valid], 1)  # (B, n)
         self.bias = {}
         hidden = (~self.valid[:, None]).repeat(1, S, 1)  # (B, S, n)
@@ -269,7 +305,7 @@ class ScoringCache:
         self.hidden = hidden[:, None, None]
 
     def update(self, keys, values, layer, *_, **__):
-        self.add(layer, keys.to(values.dtype), values)
+        self.add(layer, self.packing.heads(keys.to(values.dtype)), self.packing.heads(values))
         return self, layer
 
     def add(self, layer, keys, values):
@@ -280,11 +316,18 @@ class ScoringCache:
         return self.layers[layer][-1]
 
     def attend(self, layer, q, scale, window=None):
-        """q (B, H, S, d) -> (B, S, H, d)."""
+        """q (1, H, T, d), packed -> (1, T, H, d)."""
+        q = self.packing.heads(q)  # (B, H, S, d)
         prompt, pieces = self.prompts[layer], self.layers[layer]
-        if q.shape[2] <= self.FUSED:
+        if q.shape[2] > self.FUSED:
+            out = self.attend_fused(q, scale, prompt, pieces, window)
+        else:
             own = [torch.cat(same, 2) for same in zip(*pieces)]
-            return attend_shared(self, q, scale, prompt, own, window)
+            out = attend_shared(self, q, scale, prompt, own, window)
+        return self.packing.pack(out)
+
+    def attend_fused(self, q, scale, prompt, pieces, window):
+        """q (B, H, S, d) -> (B, S, H, d), for rows that have a copy of their prompt's keys each."""
         keys, values = (
             torch.cat([of_prompt.index_select(0, self.owner), *of_row], 2)
             for of_prompt, *of_row in zip(prompt, *pieces))  # (B, K, L + n, d)
@@ -312,6 +355,52 @@ class ScoringCache:
         return keys[:, -self.hidden.shape[3] :], keys
 
 
+class WholeCache:
+    """Own slots that are given all at once. Rows of like lengths (within a factor of two) attend together:
+    so little of that, too, is padding."""
+
+    def __init__(self, prompts, owner, valid):
+        """prompts: a PromptCache; owner (B,): which prompt each row belongs to; valid (B, S)."""
+        self.prompts = prompts.layers
+        self.layers = [None] * len(prompts.layers)  # (keys, values), (1, K, T, d) each, part by part
+        self.start = prompts.lengths[owner]  # (B,) position of a row's first slot
+        lengths = valid.sum(1).tolist()
+        of_length = {}  # bits of a length -> rows
+        for row, length in enumerate(lengths):
+            of_length.setdefault(length.bit_length(), []).append(row)
+        self.parts = []  # a ScoringCache each
+        places = []
+        grid = torch.arange(valid.numel(), device=valid.device).view(valid.shape)
+        for rows in of_length.values():
+            S = max(lengths[row] for row in rows)
+            part = ScoringCache(prompts, owner[rows])
+            part.begin(valid[rows, :S])
+            self.parts.append(part)
+            places.append(grid[rows, :S][valid[rows, :S]])
+        self.sizes = [len(place) for place in places]  # real positions of each part
+        self.packing = Packing(valid, torch.cat(places))
+
+    def update(self, keys, values, layer, *_, **__):
+        self.add(layer, keys.to(values.dtype), values)
+        return self, layer
+
+    def add(self, layer, keys, values):
+        self.layers[layer] = (keys, values)
+
+    def newest(self, layer):
+        return self.layers[layer]
+
+    def attend(self, layer, q, scale, window=None):
+        """q (1, H, T, d) -> (1, T, H, d)."""
+        outs = []
+        packed = (t.split(self.sizes, 2) for t in (q, *self.layers[layer]))
+        for part, *qkv in zip(self.parts, *packed):
+            q, keys, values = map(part.packing.heads, qkv)  # (b, H or K, S, d)
+            out = part.attend_fused(q, scale, self.prompts[layer], [(keys, values)], window)
+            outs.append(part.packing.pack(out))
+        return torch.cat(outs, 1)
+
+
 class DecodingCache:
     """Own slots while decoding: one new slot for every row in each step, written in place.
 
@@ -322,6 +411,8 @@ class DecodingCache:
         row 0          [ s0   s1   s2   s3   s4   s5 ]
         row 1 began 3  [  -    -    -   s0   s1   s2 ]
     """
+
+    packing = None
 
     def __init__(self, prompts, owner, room, grows=False):
         """prompts: a PromptCache; owner (B,): which prompt each row belongs to, in order; room: columns,
@@ -424,7 +515,7 @@ def _moved(memory, rows, columns, n_rows):
 # ============================================================ what transformers calls
 def attention(module, query, key, value, attention_mask, scaling, **kwargs):
     """In every layer; with any other cache (its own generate, say) this is plain sdpa."""
-    if isinstance(key, (PromptCache, ScoringCache, DecodingCache)):  # `update` returned (cache, layer)
+    if isinstance(key, (PromptCache, ScoringCache, WholeCache, DecodingCache)):  # `update` returned (cache, layer)
         return key.attend(value, query, scaling, kwargs.get("sliding_window")), None
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
     return sdpa(module, query, key, value, attention_mask, scaling=scaling, **kwargs)

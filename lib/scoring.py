@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from lib import kv_cache
 
 LOGITS = 2**26  # most logits that scoring computes at once: 256 MiB in fp32, 441 tokens of Qwen's vocabulary
-COPIED = 16  # a row's own copy of so many keys, for fused attention, takes about the memory of one position
+COPIED = 16  # so many copied keys, or padded queries, of attention take about the memory of one position
 
 
 class Batch:
@@ -122,23 +122,24 @@ def token_logprobs(model, h, targets, temperature=1.0, chunk=None):
 
 def pack(rollouts, budget, unrolled=False):
     """Splits rollouts into runs of neighbours -> lists of indices. One forward pass over a run computes at
-    most `budget` positions, each prompt once, padding and copied keys included (or it is a single rollout).
+    most `budget` positions, each prompt once, attention's padding and copied keys included (or it is a single
+    rollout).
 
     unrolled: they go through litereason.unroll, which reads a row's keys again after each block of latents.
     Budgets change memory and time, no result."""
     parts = [[]]
-    # Of the last part: its prompts, the longest, most slots and pieces.
-    prompts, L, S, pieces = set(), 0, 0, 1
     for i, rollout in enumerate(rollouts):
         prompt = tuple(rollout.prompt_ids)
         own = len(prompt), len(rollout.slots), 1 + (rollout.n_tags if unrolled else 0)
-        prompts = prompts | {prompt}
+        if not parts[-1]:
+            prompts, L, S, pieces, real = set(), 0, 0, 0, 0  # of the part; the longest, the most
         L, S, pieces = (max(pair) for pair in zip((L, S, pieces), own))
+        real += len(rollout.slots) + (0 if prompt in prompts else len(prompt))
+        prompts.add(prompt)
         rows = len(parts[-1]) + 1
-        positions = len(prompts) * L + rows * S + rows * pieces * (L + S) // COPIED
-        if parts[-1] and positions > budget:
+        if parts[-1] and real + rows * pieces * (L + 2 * S) // COPIED > budget:
             parts.append([])
-            prompts = {prompt}
+            prompts, real = {prompt}, len(prompt) + len(rollout.slots)
             L, S, pieces = own
         parts[-1].append(i)
     return [part for part in parts if part]
