@@ -119,9 +119,8 @@ def test_pictures_show_the_numbers_they_are_given(monkeypatch, tmp_path):
     def drawn(draw, rows):
         """-> [the (x, y) of each line] of each panel, the legend"""
         draw(rows, str(tmp_path / "picture.svg"))
-        panels = [[(list(line.get_xdata()), list(line.get_ydata())) for line in panel.lines]
-                  for panel in kept[-1].axes]
-        return panels, [text.get_text() for text in kept[-1].legends[0].get_texts()]
+        return ([[tuple(map(list, line.get_data())) for line in panel.lines] for panel in kept[-1].axes],
+                [text.get_text() for text in kept[-1].legends[0].get_texts()])
 
     (lines,), names = drawn(plots.curve, METHODS)
     assert names == list(METHODS)
