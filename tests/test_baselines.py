@@ -81,20 +81,15 @@ def test_a_mixture_with_an_infinite_weight_on_the_word_is_plain_sampling(model, 
 
 
 # ---------------------------------------------------------------- Coconut
-def test_coconuts_latents_are_the_last_hidden_states(model, tok):
-    r = generate(model, tok, PROMPTS[:1], max_new_tokens=12, start=4, tag=0, latent=feed_back)[0]
+def test_coconuts_latents_are_the_last_hidden_states_and_it_learns_through_them(model, tok):
+    model = attach(type(model)(model.config).double())
+    r, = generate(model, tok, PROMPTS[:1], max_new_tokens=12, start=4, tag=0, latent=feed_back)
     assert r.slots[:4] == [LATENT] * 4 and r.n_latents == 4
     close(r.latents, plain_states(model, r.prompt_ids, r.latents)[len(r.prompt_ids) - 1 : -1])
-    close(unroll(model, [r], feed_back)[1][0], r.latents)
-
-
-def test_coconut_learns_through_its_latents(model, tok):
-    model = attach(type(model)(model.config).double())
-    rolls = generate(model, tok, PROMPTS[:1], max_new_tokens=8, start=3, tag=0, latent=feed_back)
-    h, latents = unroll(model, rolls, feed_back)
+    h, latents = unroll(model, [r], feed_back)
+    close(latents[0], r.latents)
     h[0, -1].sum().backward()
-    by_latents = model.model.embed_tokens.weight.grad.clone()
-    assert latents[0].requires_grad and by_latents.abs().sum() > 0
+    assert latents[0].requires_grad and model.model.embed_tokens.weight.grad.abs().sum() > 0
     before = [p.detach().clone() for p in model.parameters()]
     args = types.SimpleNamespace(seed=0, method="coconut", stages=2, epochs=1, last_stage=2, lr=1e-3, batch=2)
     traces = [("a b", "One. Two. Three.", "\\boxed{1}"), ("b", "One.", "\\boxed{2}")]
@@ -172,17 +167,10 @@ def test_pause_tokens_run_and_a_trained_projector_is_not_begun_again(tmp_path):
     assert got.returncode == 2 and "has a trained projector" in got.stderr and "Traceback" not in got.stderr
 
 
-# ---------------------------------------------------------------- CoLaR's training
-def test_a_latent_of_colar_is_the_sum_of_its_words_over_the_root_of_their_number(model):
+def test_colars_sft_sums_r_words_over_the_root_of_r_draws_r_from_1_to_5_and_says_it(model, tok, monkeypatch):
+    e, learned = model.get_input_embeddings().weight.detach().float(), []
     z = baselines.compress(model, [[5], [7, 9, 7, 11]])
-    e = model.get_input_embeddings().weight.detach().float()
     close(z, torch.stack([e[5], (2 * e[7] + e[9] + e[11]) / 2]), 1e-6)
-
-
-def test_colars_sft_draws_r_from_1_to_5_and_says_it_in_the_prompt(model, tok, monkeypatch):
-    model = attach(type(model)(model.config).double())
-    learned = []
-
     monkeypatch.setattr(baselines, "add_sft_gradients", lambda model, head, batch, _: learned.extend(batch))
     args = types.SimpleNamespace(seed=0, method="colar", epochs=100, lr=0.0, batch=1)
     baselines.sft_colar(model, tok, head_of(model), [("a b", "x" * 10, "\\boxed{1}")], args)
@@ -193,7 +181,6 @@ def test_colars_sft_draws_r_from_1_to_5_and_says_it_in_the_prompt(model, tok, mo
     assert baselines.told(task, 2).prompt(example, False) == task.prompt(example, False) + " 2"
 
 
-# ---------------------------------------------------------------- the answer at once
 def test_the_answer_learns_what_follows_its_opening_and_keeps_the_weights_that_val_likes_best():
     model, tok = load("tiny")
     task = data.load_task("tiny")

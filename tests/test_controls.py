@@ -71,7 +71,6 @@ def test_mean_is_the_mean_of_all_latents_and_shuffled_those_of_one_story_in_thei
             latent_of(name, model)
 
 
-# ---------------------------------------------------------------- the enter rule
 @pytest.mark.parametrize("k", [0, 1, 8])
 def test_every_tag_runs_k_latents_whatever_it_says_the_cap_or_the_text(model, tok, k):
     for r, text in zip(decoded(model, tok, tag=k), TEXTS):

@@ -24,13 +24,16 @@ def mask(tok, text, ratio, seed=0, cap=CAP):
 
 
 # ---------------------------------------------------------------- sentences become tags
-def test_a_share_of_the_sentences_is_replaced_but_at_least_one(tok):
+def test_a_share_of_the_sentences_is_replaced_but_at_least_one_and_no_tag_that_is_there(tok):
     for ratio, expected in ((0.0, 1), (0.25, 1), (0.34, 2), (0.5, 3), (0.99, 5), (1.0, 6)):
         masked = mask(tok, STORY, ratio)
         assert len(parse_tags(masked)) == expected
         assert sum(s in masked for s in SENTENCES) == len(SENTENCES) - expected  # only whole sentences
     for nothing in ("", "\n\n", tag(3), f" {tag(3)}\n{tag(1)} "):
         assert mask(tok, nothing, 0.5) is None
+    text = f"First this one. {tag(4)} Then that one. {tag(5)}"  # sentences of 15 and 14 tokens
+    assert {mask(tok, text, 0.5, seed) for seed in range(10)} == {
+        f"{tag(3)} {tag(4)} Then that one. {tag(5)}", f"First this one. {tag(4)} {tag(2)} {tag(5)}"}
 
 
 def test_n_is_a_fifth_of_the_sentences_tokens_within_1_and_the_cap(tok):
@@ -51,12 +54,6 @@ def test_the_seed_decides_which_sentences_and_one_space_stands_on_each_side_of_a
     assert mask(tok, "It was. It is.", 1.0) == f"{tag(1)} {tag(1)}"
     results = {mask(tok, "He ran. It ended. He ran.", 0.34, seed) for seed in range(30)}
     assert {f"{tag(1)} It ended. He ran.", f"He ran. It ended. {tag(1)}"} < results  # of two equal ones
-
-
-def test_tags_that_are_there_are_kept_and_never_replaced(tok):
-    text = f"First this one. {tag(4)} Then that one. {tag(5)}"  # sentences of 15 and 14 tokens
-    assert {mask(tok, text, 0.5, seed) for seed in range(10)} == {
-        f"{tag(3)} {tag(4)} Then that one. {tag(5)}", f"First this one. {tag(4)} {tag(2)} {tag(5)}"}
 
 
 @pytest.mark.parametrize("text, sentences", [
@@ -148,26 +145,20 @@ def test_what_is_no_whole_checkpoint_is_refused_in_one_line(model, tok, tmp_path
 
 
 # ---------------------------------------------------------------- the shipped tasks: examples, prompt, reward
-@pytest.fixture(params=["tiny", "tiny.next_chapter"])
-def task(request):
-    return load_task(request.param)
-
-
-def test_the_splits_are_disjoint_and_the_same_every_time_and_no_other_is_known(task):
+@pytest.mark.parametrize("name", ["tiny", "tiny.next_chapter"])
+def test_splits_are_disjoint_and_the_same_every_time_and_prompts_offer_a_tag_only_where_it_is_wanted(name):
+    task = load_task(name)
     splits = {s: task.examples(s) for s in SPLITS}
     assert all(rows and rows == task.examples(s) for s, rows in splits.items())
     stories = [row["story"] for rows in splits.values() for row in rows]
     assert len(set(stories)) == len(stories)
     with pytest.raises(ValueError, match="not 'trian'"):
         task.examples("trian")
-
-
-def test_prompts_offer_the_tag_only_where_latents_are_wanted_and_it_is_not_a_valid_one(task):
-    for row in task.examples("val")[:20]:
+    for row in splits["val"][:20]:
         with_tag, without = task.prompt(row, True), task.prompt(row, False)
         assert "implicit_thought" in with_tag and "implicit_thought" not in without
         assert row["story"] in with_tag and row["story"] in without
-        assert not parse_tags(with_tag)
+        assert not parse_tags(with_tag)  # what is offered is no valid tag
 
 
 @pytest.mark.parametrize("name, read, unread", [

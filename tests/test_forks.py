@@ -32,23 +32,15 @@ Gated, rloo = SHOWN["Gated"], SHOWN["rloo"]
 # ---------------------------------------------------------------- a latent step: one class and its name
 @pytest.fixture
 def gated(tok, monkeypatch):
-    """A model with that latent step, at a size where it matters."""
+    """A model with that latent step."""
     monkeypatch.setitem(PROJECTORS, "gated", Gated)
     model = attach(random_qwen2(len(tok) + 3, tok.eos_token_id))
-    torch.manual_seed(0)
     start_projector(model, "gated")
-    with torch.no_grad():
-        for p in model.reasoning_projector.parameters():
-            p.normal_(0.0, 0.4)
     return model
 
 
-@pytest.fixture
-def written(gated, tok):
-    return write(gated, tok, PROMPTS, TEXTS, LIMIT, samples=2)
-
-
-def test_it_decodes_and_scores_as_the_definition_does(gated, tok, written):
+def test_it_decodes_and_scores_as_the_definition_does(gated, tok):
+    written = write(gated, tok, PROMPTS, TEXTS, LIMIT, samples=2)
     with scripted(tok, TEXTS, LIMIT) as draws:
         slow = [naive_generate(gated, tok, tok.encode(PROMPTS[i // 2]), u) for i, u in enumerate(draws)]
     for fast in (written, recompute_latents(gated, written)):
@@ -58,13 +50,13 @@ def test_it_decodes_and_scores_as_the_definition_does(gated, tok, written):
             close(row[: len(b.slots)], b.logprobs)
 
 
-def test_its_cost_its_controls_and_its_file_need_nothing_more(gated, tok, written, tmp_path, monkeypatch):
+def test_its_cost_its_controls_and_its_file_need_nothing_more(gated, tok, tmp_path, monkeypatch):
     per_latent = 2 * gated.reasoning_projector.gate.weight.numel()
     assert matrix_flops(gated.reasoning_projector) == per_latent
+    for name in ("warm", "noise"):  # the controls of eval.py
+        written = write(gated, tok, PROMPTS, TEXTS, LIMIT, samples=2, latent=latent_of(name, gated))
     latents = sum(r.n_latents for r in written) / len(written)
     assert flops(gated, written, 2) - flops(gated, written, 2, "zeros") == latents * per_latent
-    for name in ("warm", "noise"):  # the controls of eval.py
-        write(gated, tok, PROMPTS, TEXTS, LIMIT, samples=2, latent=latent_of(name, gated))
     gated.projector_trained = True
     save(gated, tok, str(tmp_path / "m"))
     again, _ = load(str(tmp_path / "m"), "cpu", torch.float64)
@@ -115,25 +107,22 @@ def test_the_gradient_of_a_rule_of_ones_own_is_that_of_its_formula(model, rollou
         close_gradients(by_rule, gradients(model, by_hand))
 
 
-def test_a_rule_of_ones_own_is_found_by_its_name(tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setitem(RULES, "rloo", lambda *of: seen.append((of[0].shape, of[2])) or rloo(*of))
-    choose(monkeypatch, train_rl.SETTINGS["update of the base"], "rule", "rloo")
-    run(train_rl, *SIZES, "--method", "tag", "--rule", "rloo", "--steps", 1, "--out", tmp_path)
-    assert metrics(tmp_path)[0]["grad_norm"] is not None and seen == [((2, 4), 60)]
-
-
 # ---------------------------------------------------------------- a task: one folder, three functions
-def test_a_task_of_ones_own_needs_three_functions(tmp_path, monkeypatch):
+def test_a_task_of_ones_own_needs_three_functions_and_a_rule_of_ones_own_is_found_by_its_name(
+        tmp_path, monkeypatch):
     """Count the words: a task as a folder under data/ would be."""
-    task = types.ModuleType("data.length")
+    task, seen = types.ModuleType("data.length"), []
     task.examples = lambda split: [{"story": f"from Karl {taker} has it ."}
                                    for taker in ("Mara", "Otto", "Lena", "Ivan")]
     task.prompt = lambda example, latent: example["story"] + " answer :"
     task.reward = lambda example, completion: float(len(completion.split()) < 40)
     monkeypatch.setitem(sys.modules, "data.length", task)
     monkeypatch.setattr(data, "length", task, raising=False)
-    run(train_rl, *SIZES, "--n", 2, "--task", "length", "--method", "tag", "--steps", 1, "--out", tmp_path)
+    monkeypatch.setitem(RULES, "rloo", lambda *of: seen.append((of[0].shape, of[2])) or rloo(*of))
+    choose(monkeypatch, train_rl.SETTINGS["update of the base"], "rule", "rloo")
+    run(train_rl, *SIZES, "--n", 2, "--task", "length", "--method", "tag", "--rule", "rloo", "--steps", 1,
+        "--out", tmp_path)
+    assert metrics(tmp_path)[0]["grad_norm"] is not None and seen == [((2, 4), 60)]
     rows = json.load(open(tmp_path / "results.json"))
     assert [row["model"] for row in rows][1:] == ["base, tag prompt", "RL with tags, no latents"]
     assert rows[-1]["latent_steps"] == 0

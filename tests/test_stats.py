@@ -9,12 +9,6 @@ from lib import display
 from results import stats
 
 
-# ---------------------------------------------------------------- one table's tests
-def test_holms_correction_is_the_worked_example():
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])  # 3, 1, 2, 4 are left
-    assert holm([0.5, 0.9]) == [1.0, 1.0] and holm([0.02]) == [0.02] and holm([]) == []
-
-
 def test_the_sign_flips_are_all_of_them_for_few_differences_and_close_to_all_for_many():
     generator = np.random.default_rng(0)
     for n in (1, 5, 10):
@@ -29,7 +23,9 @@ def test_the_sign_flips_are_all_of_them_for_few_differences_and_close_to_all_for
     assert sign_flips([0, 0]) == 1 and sign_flips([3.0] * 500) == pytest.approx(1 / 10001)
 
 
-def test_what_differs_has_a_small_p_among_all_of_its_table_and_an_interval_that_leaves_zero_out():
+def test_what_differs_has_a_small_p_after_holms_correction_and_an_interval_that_leaves_zero_out():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])  # 3, 1, 2, 4 are left
+    assert holm([0.5, 0.9]) == [1.0, 1.0] and holm([0.02]) == [0.02] and holm([]) == []
     assert differs(0.01, [0.1, 0.3]) and differs(0.01, [-0.3, -0.1])
     assert not differs(0.05, [0.1, 0.3]) and not differs(0.01, [0.0, 0.3]) and not differs(0.01, [-0.1, 0.1])
     rows = [{"accuracy_p": p, "accuracy_ci95": [0.1, 0.2], "tokens_p": q, "tokens_ci95": [1, 2]}
@@ -41,7 +37,6 @@ def test_what_differs_has_a_small_p_among_all_of_its_table_and_an_interval_that_
     assert [display.what_differs(row) for row in rows] == ["accuracy, not tokens", "nothing"]
 
 
-# ---------------------------------------------------------------- seeds and stories
 def trial(generator, n_seeds, n_stories, spread):
     """Right and wrong, (S, N), of seeds that differ and stories that are harder for all of them."""
     story = generator.normal(0, 1, n_stories)
@@ -79,7 +74,6 @@ def test_an_interval_of_one_seed_is_the_bootstrap_and_none_collapses_where_all_i
     assert got["accuracy_ci95"] == pytest.approx([-0.037, 0.037], abs=1e-3) and got["tokens_ci95"] == [0, 0]
 
 
-# ---------------------------------------------------------------- methods
 def method(right, tokens, n=200, seed=0, noise=4.0):
     """{seed: row} of a method that is right so often, in about so many tokens."""
     draw = np.random.default_rng(seed)
