@@ -8,21 +8,22 @@ import types
 import pytest
 import torch
 from conftest import LIMIT, PROMPTS, TEXTS, close, project, same, tag, write
+from test_hostile import table_of
 
 import eval as evaluation
 import litereason
 from eval import latent_of, run_controls
 from lib.stats import against, bootstrap, holm
-from litereason import LATENT, UserError, generate, insert_latents, load, logprobs, save, tag_table
+from litereason import LATENT, UserError, generate, insert_latents, load, logprobs, save
 from lib.display import listed, read_out, table
 
 OTHERS = [torch.randn(n, 32, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
           for n in (2, 7, 1, 4)]
 
 
-def decoded(model, tok, name="projector", others=OTHERS, seed=0, **settings):
+def decoded(model, tok, name="projector", seed=0, **settings):
     """The rows of TEXTS with the latent step of that name."""
-    latent = latent_of(name, model, others, seed)
+    latent = latent_of(name, model, OTHERS, seed)
     return write(model, tok, PROMPTS, TEXTS, LIMIT, samples=2, latent=latent, **settings)
 
 
@@ -70,7 +71,6 @@ def test_mean_is_the_mean_of_all_latents_and_shuffled_those_of_one_story_in_thei
             latent_of(name, model)
 
 
-# ---------------------------------------------------------------- the enter rule
 @pytest.mark.parametrize("k", [0, 1, 8])
 def test_every_tag_runs_k_latents_whatever_it_says_the_cap_or_the_text(model, tok, k):
     for r, text in zip(decoded(model, tok, tag=k), TEXTS):
@@ -106,10 +106,10 @@ def test_forbidden_lets_no_tag_begin_and_leaves_all_other_text_alone(model, tok,
 
 def test_a_vocabulary_of_whole_words_and_the_real_one_are_covered(real_tok):
     tiny = litereason.load("tiny", "cpu")[1]
-    watch = tag_table(tiny, 5, len(tiny), "cpu")
-    assert ([tiny.decode([i]) for i in watch.starts[watch.classes, 0].nonzero()[:, 0]]
-            == ["<implicit_thought>"])
-    watch = tag_table(real_tok, 5, len(real_tok), "cpu")
+    watch = table_of(tiny)
+    starts = watch.starts[watch.classes, 0].nonzero()[:, 0]
+    assert [tiny.decode([i]) for i in starts] == ["<implicit_thought>"]
+    watch = table_of(real_tok)
     after, _ = watch.step(torch.tensor([0]), torch.tensor(real_tok.encode("<")))
     # No token of Qwen2 begins with "<im" and continues like the tag.
     assert not watch.starts[watch.classes, 0].any()
@@ -118,15 +118,12 @@ def test_a_vocabulary_of_whole_words_and_the_real_one_are_covered(real_tok):
 
 
 # ---------------------------------------------------------------- the paired tests
-def test_the_bootstrap_interval_is_seeded_and_close_to_the_textbooks():
+def test_the_paired_tests_agree_with_the_textbook_and_with_examples_by_hand():
     d = [1.0] * 30 + [0.0] * 60 + [-1.0] * 10
-    mean, low, high = 0.2, *bootstrap(d)
-    half = 1.96 * math.sqrt(sum((x - mean) ** 2 for x in d) / len(d) / len(d))
-    assert abs(low - (mean - half)) < 0.02 and abs(high - (mean + half)) < 0.02
-    assert bootstrap(d) == [low, high] and bootstrap([0.5] * 7) == [0.5, 0.5]
-
-
-def test_a_control_against_the_plain_run_by_hand():
+    half = 1.96 * math.sqrt(sum((x - 0.2) ** 2 for x in d)) / len(d)
+    low, high = bootstrap(d)
+    assert abs(low - (0.2 - half)) < 0.02 and abs(high - (0.2 + half)) < 0.02
+    assert bootstrap(d) == [low, high] and bootstrap([0.5] * 7) == [0.5, 0.5]  # it is seeded
     got = against({"per_example": {"score": [1, 0, 1], "tokens": [9, 9, 9]}},
                   {"per_example": {"score": [0, 0, 0], "tokens": [10, 11, 12]}})
     assert [got[key] for key in ("accuracy", "better", "worse", "accuracy_p")] == [2 / 3, 2, 0, 0.5]

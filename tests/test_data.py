@@ -23,18 +23,17 @@ def mask(tok, text, ratio, seed=0, cap=CAP):
     return mask_sentences(random.Random(seed), tok, text, ratio, cap)
 
 
-def numbers(text):
-    return [n for _, _, n in parse_tags(text)]
-
-
 # ---------------------------------------------------------------- sentences become tags
-def test_a_share_of_the_sentences_is_replaced_but_at_least_one(tok):
+def test_a_share_of_the_sentences_is_replaced_but_at_least_one_and_no_tag_that_is_there(tok):
     for ratio, expected in ((0.0, 1), (0.25, 1), (0.34, 2), (0.5, 3), (0.99, 5), (1.0, 6)):
         masked = mask(tok, STORY, ratio)
-        assert len(numbers(masked)) == expected
+        assert len(parse_tags(masked)) == expected
         assert sum(s in masked for s in SENTENCES) == len(SENTENCES) - expected  # only whole sentences
     for nothing in ("", "\n\n", tag(3), f" {tag(3)}\n{tag(1)} "):
         assert mask(tok, nothing, 0.5) is None
+    text = f"First this one. {tag(4)} Then that one. {tag(5)}"  # sentences of 15 and 14 tokens
+    assert {mask(tok, text, 0.5, seed) for seed in range(10)} == {
+        f"{tag(3)} {tag(4)} Then that one. {tag(5)}", f"First this one. {tag(4)} {tag(2)} {tag(5)}"}
 
 
 def test_n_is_a_fifth_of_the_sentences_tokens_within_1_and_the_cap(tok):
@@ -55,12 +54,6 @@ def test_the_seed_decides_which_sentences_and_one_space_stands_on_each_side_of_a
     assert mask(tok, "It was. It is.", 1.0) == f"{tag(1)} {tag(1)}"
     results = {mask(tok, "He ran. It ended. He ran.", 0.34, seed) for seed in range(30)}
     assert {f"{tag(1)} It ended. He ran.", f"He ran. It ended. {tag(1)}"} < results  # of two equal ones
-
-
-def test_tags_that_are_there_are_kept_and_never_replaced(tok):
-    text = f"First this one. {tag(4)} Then that one. {tag(5)}"  # sentences of 15 and 14 tokens
-    assert {mask(tok, text, 0.5, seed) for seed in range(10)} == {
-        f"{tag(3)} {tag(4)} Then that one. {tag(5)}", f"First this one. {tag(4)} {tag(2)} {tag(5)}"}
 
 
 @pytest.mark.parametrize("text, sentences", [
@@ -88,7 +81,7 @@ def load64(path):
     return load(str(path), device="cpu", dtype=torch.float64)
 
 
-def test_save_and_load_give_the_same_model(model, tok, tmp_path):
+def test_a_checkpoint_is_the_same_model_under_the_released_names_and_an_ordinary_one(model, tok, tmp_path):
     model.config.litereason_max_reasoning_steps = 7
     reference = generate(model, tok, PROMPTS, max_new_tokens=10, temperature=0)
     for _ in range(2):  # the second time over the first
@@ -105,12 +98,8 @@ def test_save_and_load_give_the_same_model(model, tok, tmp_path):
     for a, b in zip(generate(again, again_tok, PROMPTS, max_new_tokens=10, temperature=0), reference):
         assert a.slots == b.slots and torch.equal(a.logprobs, b.logprobs)
 
-
-def test_the_checkpoint_has_the_names_of_the_released_code_and_is_an_ordinary_model(model, tok, tmp_path):
-    save(model, tok, tmp_path / "out")
     config = json.load(open(tmp_path / "out" / "config.json"))
-    assert config["is_litereason_model"] is True
-    assert config["litereason_num_reasoning_layers"] == 3 and config["litereason_max_reasoning_steps"] == 5
+    assert config["is_litereason_model"] is True and config["litereason_num_reasoning_layers"] == 3
     assert config["architectures"] == ["Qwen2ForCausalLM"] and config["model_type"] == "qwen2"
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as f:
         names = {k for k in f.keys() if k.startswith("reasoning_projector")}
@@ -137,49 +126,39 @@ def test_a_model_without_a_projector_starts_from_three_copies_of_its_last_mlp(to
     close(model.reasoning_projector(h), mlp(mlp(mlp(h))))  # no residual, no norm
 
 
-def test_a_bad_path_is_refused_in_one_line(tmp_path):
+def test_what_is_no_whole_checkpoint_is_refused_in_one_line(model, tok, tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "config.json").write_text("{")
-    for name, message in ((tmp_path / "nothing", "no model directory"), ("./nothing", "no model directory"),
-                          (tmp_path, "no model directory"), (tmp_path / "file", "no model directory"),
-                          (tmp_path / "bad", "cannot load"),
-                          ("nobody/nothing", "cannot load 'nobody/nothing' from the hub"),
-                          ("Qwen9-1B", "cannot load 'Qwen/Qwen9-1B' from the hub")):
-        one_line(message, load, str(name))
-
-
-def test_a_checkpoint_without_weights_or_with_half_of_them_is_refused_in_one_line(model, tok, tmp_path):
+    for name in (tmp_path / "nothing", "./nothing", tmp_path, tmp_path / "file"):
+        one_line("no model directory", load, str(name))
+    for name, message in ((tmp_path / "bad", ""), ("nobody/nothing", " 'nobody/nothing' from the hub"),
+                          ("Qwen9-1B", " 'Qwen/Qwen9-1B' from the hub")):
+        one_line(f"cannot load{message}", load, str(name))
     save(model, tok, tmp_path / "out")
-    file = tmp_path / "out" / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:5000])
+    weights = tmp_path / "out" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
     one_line("cannot load", load64, tmp_path / "out")
-    one_line("cannot write", save, model, tok, file / "out")
-    os.remove(file)
+    one_line("cannot write", save, model, tok, weights / "out")
+    os.remove(weights)
     one_line("cannot load", load64, tmp_path / "out")
 
 
 # ---------------------------------------------------------------- the shipped tasks: examples, prompt, reward
-@pytest.fixture(params=["tiny", "tiny.next_chapter"])
-def task(request):
-    return load_task(request.param)
-
-
-def test_the_splits_are_disjoint_and_the_same_every_time_and_no_other_is_known(task):
+@pytest.mark.parametrize("name", ["tiny", "tiny.next_chapter"])
+def test_splits_are_disjoint_and_the_same_every_time_and_prompts_offer_a_tag_only_where_it_is_wanted(name):
+    task = load_task(name)
     splits = {s: task.examples(s) for s in SPLITS}
     assert all(rows and rows == task.examples(s) for s, rows in splits.items())
     stories = [row["story"] for rows in splits.values() for row in rows]
     assert len(set(stories)) == len(stories)
     with pytest.raises(ValueError, match="not 'trian'"):
         task.examples("trian")
-
-
-def test_prompts_offer_the_tag_only_where_latents_are_wanted_and_it_is_not_a_valid_one(task):
-    for row in task.examples("val")[:20]:
+    for row in splits["val"][:20]:
         with_tag, without = task.prompt(row, True), task.prompt(row, False)
         assert "implicit_thought" in with_tag and "implicit_thought" not in without
         assert row["story"] in with_tag and row["story"] in without
-        assert not parse_tags(with_tag)
+        assert not parse_tags(with_tag)  # what is offered is no valid tag
 
 
 @pytest.mark.parametrize("name, read, unread", [

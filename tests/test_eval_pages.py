@@ -19,6 +19,7 @@ from litereason import UserError
 from results import plots
 
 TASK = types.SimpleNamespace(prompt=lambda e, latent: e, reward=lambda e, text: float(len(text) % 2))
+GOLD = types.SimpleNamespace(answer=lambda e: "\\boxed{ gold & co }", reward=lambda e, text: float(e))
 
 
 # ---------------------------------------------------------------- what an answer costs
@@ -27,14 +28,13 @@ def test_flops_are_those_that_torch_counts(model, tok, monkeypatch):
     difference in convention is taken off: torch counts the prompts' causal attention as the full square."""
     monkeypatch.setattr(kv_cache, "GROWS", ())  # a cache that grows looks at columns for nothing
     model = model.float()
-    prompts, limit = [tok.encode("the story of Karl"), tok.encode("a story of Otto !")], 30
+    prompts, L = [tok.encode("the story of Karl"), tok.encode("a story of Otto !")], 17
     texts = [f"ab{tag(3)}c", "no tag", tag(5), tag(1) + tag(2)]
     # The CPU's fused attention is not in torch's books.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        got = write(model, tok, prompts, texts, limit, samples=2)
-    assert [r.n_latents for r in got] == [3, 0, 5, 3] and all(len(r.slots) == limit for r in got)
-    L, config = len(prompts[0]), model.config
-    square = 2 * config.num_hidden_layers * config.hidden_size * (L * L - L)  # above the diagonal; H * d = D
+        got = write(model, tok, prompts, texts, limit=30, samples=2)
+    assert [(r.n_latents, len(r.slots)) for r in got] == [(3, 30), (0, 30), (5, 30), (3, 30)]
+    square = 2 * model.config.num_hidden_layers * 32 * (L * L - L)  # above the diagonal; H * d = D = 32
     assert counter.get_total_flops() == 4 * flops(model, got, samples=2) + 2 * square
 
 
@@ -91,83 +91,60 @@ def test_the_papers_sampling_is_the_default_and_two_stand_in_one_table_under_two
 @pytest.mark.parametrize("words, says", [
     (("--controls", "--latent", "zeros"), "--controls"), (("--html", "x.html"), "--html needs --show"),
     (("--top-p", 0), "--top-p is 0.0"), (("--n", 0), "--n is 0"), (("--hops", 9), "from 2 to 7"),
-    (("--n", 1, "--show", 1, "--max-new-tokens", 5, "--html", "no/where.html"), "No such file.*no/where.html")])
+    (("--n", 1, "--show", 1, "--max-new-tokens", 5, "--html", "no/where.html"), "No such file.*no/where.")])
 def test_wrong_flags_end_in_one_line(words, says, monkeypatch):
     with pytest.raises((UserError, OSError), match=says) as e:
         main(monkeypatch, *words)
     assert "\n" not in str(e.value)
 
 
+# ---------------------------------------------------------------- pictures
+METHODS = {
+    "base, explicit reasoning": {"accuracy": 0.76, "accuracy_ci95": [0.75, 0.78], "tokens": 135,
+                                 "tokens_ci95": [131, 143]},
+    "LiteReason": {"accuracy": 0.99, "accuracy_ci95": [0.98, 1.0], "tokens": 31, "tokens_ci95": [27, 39]}}
+
+
 def test_without_matplotlib_one_line_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
     with pytest.raises(UserError, match="pip install matplotlib"):
-        plots.curve({}, "x.svg")
+        plots.curve(METHODS, "x.svg")
 
 
-# ---------------------------------------------------------------- pictures
-METHODS = {"base, explicit reasoning": (0.763, 135), "RL without latents": (0.988, 148),
-           "LiteReason + length penalty": (0.991, 36), "LiteReason": (0.992, 31)}
-
-
-def means(name):
-    score, tokens = METHODS[name]
-    return {"accuracy": score, "accuracy_ci95": [score - 0.01, score + 0.02], "tokens": tokens,
-            "tokens_ci95": [tokens - 4, tokens + 8]}
-
-
-@pytest.fixture
-def drawn(monkeypatch, tmp_path):
-    """drawn(draw, rows) -> the figure that a function of plots saves, and the file's bytes"""
+def test_pictures_show_the_numbers_they_are_given(monkeypatch, tmp_path):
     pytest.importorskip("matplotlib", reason="only pictures need matplotlib: requirements.txt leaves it out")
     kept, save = [], plots.save
     monkeypatch.setattr(plots, "save", lambda picture, *said: kept.append(picture) or save(picture, *said))
 
     def drawn(draw, rows):
+        """-> [the (x, y) of each line] of each panel, the legend"""
         draw(rows, str(tmp_path / "picture.svg"))
-        assert kept[-1].get_size_inches()[0] * 96 == 900 and kept[-1].get_facecolor() == (1, 1, 1, 1)
-        return kept[-1], (tmp_path / "picture.svg").read_bytes()
-    return drawn
+        return ([[tuple(map(list, line.get_data())) for line in panel.lines] for panel in kept[-1].axes],
+                [text.get_text() for text in kept[-1].legends[0].get_texts()])
 
-
-def names_in(picture):
-    return [text.get_text() for text in picture.legends[0].get_texts()]
-
-
-def test_a_curve_has_a_dot_with_both_intervals_for_each_method_and_is_the_same_file_again(drawn):
-    rows = {name: means(name) for name in METHODS}
-    picture, written = drawn(plots.curve, rows)
-    assert written.startswith(b"<?xml") and names_in(picture) == list(METHODS)
-    lines = [(tuple(line.get_xdata()), tuple(line.get_ydata())) for line in picture.axes[0].lines]
-    for i, row in enumerate(rows.values()):
-        up, dot, along = lines[3 * i : 3 * i + 3]
-        assert dot == ((row["tokens"],), (row["accuracy"],))
-        assert up[1] == tuple(row["accuracy_ci95"]) and along[0] == tuple(row["tokens_ci95"])
-    assert drawn(plots.curve, rows)[1] == written
-
-
-def test_lengths_have_a_line_for_each_method_in_two_panels_and_chains_name_each_start_once(drawn):
-    rows = [{"method": name, "length": length, **means(name)} for name in METHODS for length in (3, 2, 5)]
-    picture, _ = drawn(plots.by_length, rows)
-    for which, panel in enumerate(picture.axes):
-        lines = [tuple(line.get_ydata()) for line in panel.lines if len(line.get_xdata()) == 3]
-        assert lines == [(numbers[which],) * 3 for numbers in METHODS.values()]
-        assert list(panel.get_xticks()) == [2, 3, 5]
-    assert names_in(picture) == list(METHODS)
+    (lines,), names = drawn(plots.curve, METHODS)
+    assert names == list(METHODS)
+    for row, up, dot, along in zip(METHODS.values(), *(lines[i::3] for i in range(3))):
+        assert dot == ([row["tokens"]], [row["accuracy"]])  # with both intervals
+        assert up[1] == row["accuracy_ci95"] and along[0] == row["tokens_ci95"]
+    written = (tmp_path / "picture.svg").read_bytes()
+    drawn(plots.curve, METHODS)
+    assert (tmp_path / "picture.svg").read_bytes() == written
+    rows = [{"method": name, "length": length, **METHODS[name]} for name in METHODS for length in (3, 2, 5)]
+    panels, names = drawn(plots.by_length, rows)
+    assert names == list(METHODS)
+    for what, lines in zip(("accuracy", "tokens"), panels, strict=True):
+        assert [y for x, y in lines if len(x) == 3] == [[row[what]] * 3 for row in METHODS.values()]
     rows = json.load(open(f"{ROOT}/results/starts-real.json"))
-    picture, _ = drawn(plots.chains, rows)
-    assert len(picture.axes) == len({row["model"] for row in rows})
-    assert sorted(names_in(picture)) == sorted({row["start"] for row in rows if row["lr"] == rows[0]["lr"]})
-    assert list(picture.axes[0].lines[2].get_ydata()) == rows[1]["chain before"]
-
-
+    panels, names = drawn(plots.chains, rows)
+    assert len(panels) == len({row["model"] for row in rows}) and panels[0][2][1] == rows[1]["chain before"]
+    assert sorted(names) == sorted({row["start"] for row in rows if row["lr"] == rows[0]["lr"]})
 
 
 # ---------------------------------------------------------------- the page
 HOSTILE = '<script>document.title = "x"</script><img src=x onerror="alert(1)"> & </div></details>'
 ROW = {"name": "a <b>", "accuracy_ci95": [0.7, 0.9], "accuracy": 0.8, "tokens": 1234.56, "text_tokens": 2.0,
        "latent_steps": 1.0}
-GOLD = types.SimpleNamespace(answer=lambda e: "\\boxed{ gold & co }", reward=lambda e, text: float(e))
-
 
 class Reader(html.parser.HTMLParser):
     """What a browser makes of a page: its elements and its words."""
@@ -221,11 +198,11 @@ def test_wrong_answers_come_first_and_are_counted_among_all(model, tok, rollouts
     four = [rollouts[0]] * 4
 
     def said(n, task=GOLD, rewards=(1.0, 0.0, 1.0, 0.0)):
-        return Reader(section("said <above>", ROW, "accuracy", model, tok, task, rewards, four, rewards, n)).words
+        page = section("said <above>", ROW, "accuracy", model, tok, task, rewards, four, rewards, n)
+        return Reader(page).words
 
     words = said(3)
-    order = [words.index(f"\n{place} ✗" if place in (2, 4) else f"\n{place} ✓") for place in (4, 1)]
-    assert words.index("2 ✗ wrong,") < order[0] < order[1] and "3 ✓" not in words
+    assert words.index("2 ✗ wrong,") < words.index("\n4 ✗") < words.index("\n1 ✓") and "3 ✓" not in words
     assert words.startswith("a <b>\n✗ 2 wrong, ✓ 2 right of 4 answers. Below are 3, which are no fair")
     assert "said <above>: accuracy 0.8 (95 % interval 0.7 to 0.9); 1,235 tokens per answer" in words
     assert "Below are all of them" in said(9)
@@ -236,7 +213,8 @@ def test_wrong_answers_come_first_and_are_counted_among_all(model, tok, rollouts
 def test_a_story_with_a_script_in_it_is_words_on_the_page_and_nothing_else(model, tok):
     r, = write(model, tok, [HOSTILE], [f"{HOSTILE}{tag(2)} {HOSTILE}<eos>"], limit=400)
     task = types.SimpleNamespace(answer=lambda e: HOSTILE, reward=lambda e, text: 0.0)
-    text = whole([section(HOSTILE, {**ROW, "name": HOSTILE}, "accuracy", model, tok, task, [HOSTILE], [r], [0.0], 1)])
+    row = {**ROW, "name": HOSTILE}
+    text = whole([section(HOSTILE, row, "accuracy", model, tok, task, [HOSTILE], [r], [0.0], 1)])
     got = Reader(text)
     # Name, line above, gold answer, the answer's first words, what was asked, twice in the answer.
     assert got.words.count(HOSTILE) == 7

@@ -2,6 +2,7 @@
 
 Tiny random configs in float64; then what a model, a template and a story do to a prompt."""
 import copy
+import itertools
 import types
 
 import pytest
@@ -9,10 +10,6 @@ import torch
 import transformers
 from conftest import LIMIT, PROMPTS, TEXTS, close, naive, with_projector, write
 from tokenizers.processors import TemplateProcessing
-from transformers.models.gemma import modeling_gemma
-from transformers.models.gemma3 import modeling_gemma3
-from transformers.models.llama import modeling_llama
-from transformers.models.qwen3 import modeling_qwen3
 
 import litereason
 from lib import checkpoint
@@ -40,13 +37,6 @@ FAMILIES = {
 }
 
 
-def exact_norm(self, x):
-    """Without the detour through float32; Gemma's weights are offsets from 1, and its epsilon is `eps`."""
-    is_gemma = hasattr(self, "eps")
-    epsilon = self.eps if is_gemma else self.variance_epsilon
-    return (is_gemma + self.weight) * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon)
-
-
 def random_model(name, tok, eos):
     config, more = FAMILIES[name]
     torch.manual_seed(0)
@@ -55,11 +45,8 @@ def random_model(name, tok, eos):
 
 
 @pytest.fixture(params=FAMILIES)
-def family(request, tok, monkeypatch):
+def family(request, tok):
     """A random model of the family with a projector."""
-    for norm in (modeling_qwen3.Qwen3RMSNorm, modeling_llama.LlamaRMSNorm, modeling_gemma.GemmaRMSNorm,
-                 modeling_gemma3.Gemma3RMSNorm):
-        monkeypatch.setattr(norm, "forward", exact_norm)
     model = random_model(request.param, tok, [tok.eos_token_id, len(tok) + 1]).double()
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -69,6 +56,7 @@ def family(request, tok, monkeypatch):
 
 @torch.no_grad()
 def test_decoding_and_scoring_are_the_naive_definition_in_every_family(family, tok):
+    """And embeddings are measured as they are fed: Gemma scales what its matrix holds."""
     rollouts = write(family, tok, PROMPTS, TEXTS, LIMIT, samples=2)
     logp, _ = logprobs(family, rollouts)
     h, latents = unroll(family, rollouts)
@@ -78,7 +66,11 @@ def test_decoding_and_scoring_are_the_naive_definition_in_every_family(family, t
         expected = naive(family, r.prompt_ids, r.slots)
         for found in ((h[i, :n], latents[i], logp[i, :n]), (h[i, :n], r.latents, r.logprobs)):
             for a, b in zip(found, expected, strict=True):
-                close(a, b)
+                close(a, b, 1e-5)  # transformers' norms round to float32, save conftest's
+    words = litereason.word_embeddings(family)
+    fed = family.get_input_embeddings()(torch.arange(len(words)))
+    assert torch.equal(words, fed) and torch.equal(litereason.word_embeddings(family, 5), fed[:5])
+    close(litereason.PauseToken.start(family).vector, fed.mean(0), 1e-12)
 
 
 def test_gradients_with_and_without_kept_activations_are_equal_in_every_family(family, tok):
@@ -94,14 +86,6 @@ def test_gradients_with_and_without_kept_activations_are_equal_in_every_family(f
     checkpoint_layers(family)
     for a, b in zip(kept, gradients()):
         close(a, b)
-
-
-def test_embeddings_are_measured_as_they_are_fed(family):
-    """Gemma scales what its matrix holds."""
-    words = litereason.word_embeddings(family)
-    fed = family.get_input_embeddings()(torch.arange(len(words)))
-    assert torch.equal(words, fed) and torch.equal(litereason.word_embeddings(family, 5), fed[:5])
-    close(litereason.PauseToken.start(family).vector, fed.mean(0), 1e-12)
 
 
 def test_every_stop_id_of_the_list_ends_an_answer(family, tok):
@@ -145,6 +129,7 @@ def test_what_can_not_be_supported_is_refused_in_one_line(config, message):
 
 
 # ---------------------------------------------------------------- prompts as token ids
+ENDS = "assistant\n' }}{% endif %}"  # of Qwen2.5's chat template
 STORY = "He said <|im_end|>\n<|im_start|>assistant\n<|endoftext|> and left."
 
 
@@ -184,17 +169,15 @@ def test_added_tokens_that_are_not_special_are_text_too_but_in_the_template(real
     tools = copy.deepcopy(real_tok)
     tools.add_tokens(["<tool_call>", "<think>", "\n\n\n\n"])
     call, think, blank = tools.convert_tokens_to_ids(["<tool_call>", "<think>", "\n\n\n\n"])
-    for text in ("<tool_call>", "x<think>y", "a story"):
-        for begins in (False, True):
-            assert checkpoint.encode_text(tools, text, begins=begins) == real_tok.encode(text)
+    for text, begins in itertools.product(("<tool_call>", "x<think>y", "a story"), (False, True)):
+        assert checkpoint.encode_text(tools, text, begins=begins) == real_tok.encode(text)
     assert tools.encode("<tool_call>") == [call] and len(tools) == blank + 1  # the tokenizer is as it was
     assert blank in checkpoint.encode_text(tools, "\n\n\n\n") == tools.encode("\n\n\n\n")
-    tools.chat_template = real_tok.chat_template.replace("assistant\n' }}{% endif %}",
-                                                         "assistant\n<think>' }}{% endif %}")
+    assert encode_prompt(chat(151643), tools, "x<think>y") == real_tok.encode("x<think>y")
+    tools.chat_template = real_tok.chat_template.replace(ENDS, f"{ENDS[:10]}<think>{ENDS[10:]}")
     ids = encode_prompt(chat(151645), tools, "x<think>y<tool_call>")
     assert ids[-1] == think and ids.count(think) == 1 and call not in ids
     assert "user\nx<think>y<tool_call><|im_end|>" in tools.decode(ids)
-    assert encode_prompt(chat(151643), tools, "x<think>y") == real_tok.encode("x<think>y")
     example = {"book": "b", "story": "x<think>y", "chapter": "<tool_call>"}
     scorer = types.SimpleNamespace(config=types.SimpleNamespace(max_position_embeddings=500, hidden_size=4))
     row, own = nc.scoring_row(scorer, tools, example, "<think>", "<tool_call>")
@@ -203,9 +186,8 @@ def test_added_tokens_that_are_not_special_are_text_too_but_in_the_template(real
 
 def test_a_template_may_take_enable_thinking_or_fail(real_tok):
     words = copy.deepcopy(real_tok)
-    words.chat_template = real_tok.chat_template.replace(
-        "assistant\n' }}{% endif %}", "assistant\n' }}{% if enable_thinking is false %}"
-                                      "{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}")
+    thinks = "{% if enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    words.chat_template = real_tok.chat_template.replace(ENDS, f"{ENDS[:14]}{thinks}{ENDS[14:]}")
     text = words.decode(encode_prompt(chat(151645), words, "x"))
     assert text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
     words.chat_template = "{{ raise_exception('no\nway') }}"

@@ -1,99 +1,62 @@
 """Each of the three forks that the README shows touches one place: a latent step, an RL rule, a task.
 
-Each is run through decoding, the latent roll-out, scoring and training."""
-import inspect
+Its own code is run, through decoding, the latent roll-out, scoring and training."""
 import json
 import os
+import re
 import sys
 import types
 
 import pytest
 import torch
-from conftest import LIMIT, PROMPTS, ROOT, TEXTS, close, naive, random_qwen2, same, scripted, write
+from conftest import LIMIT, PROMPTS, ROOT, TEXTS, close, random_qwen2, same, scripted, write
 from test_real_tasks import run
-from test_resume import metrics
-from test_train import close_gradients, gradients, some_number
+from test_resume import metrics, stories_made_once  # noqa: F401 (a fixture of every test)
+from test_train import close_gradients, gradients
 
 import data
 import train_rl
 from eval import flops, latent_of, matrix_flops
 from lib import UserError
 from litereason import (PROJECTORS, RULES, attach, group_advantages, load, logprobs, naive_generate,
-                        policy_loss, projector_dtype, projector_loss, recompute_latents, save,
-                        start_projector, unroll)
+                        policy_loss, projector_dtype, recompute_latents, save, start_projector)
+
+
+with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
+    CODE = re.findall(r"```python\n(.*?)```", f.read(), re.DOTALL)
+SHOWN = {"torch": torch, "projector_dtype": projector_dtype}
+exec("\n".join(CODE), SHOWN)
+Gated, rloo = SHOWN["Gated"], SHOWN["rloo"]
 
 
 # ---------------------------------------------------------------- a latent step: one class and its name
-class Gated(torch.nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.gate = torch.nn.Linear(width, width)
-
-    @classmethod
-    def start(cls, model, layers):  # what stage 2 begins with
-        return cls(model.config.hidden_size).to(model.device, projector_dtype(model))
-
-    def forward(self, h):  # last hidden state (.., D) -> next input embedding (.., D)
-        return h * self.gate(h.to(self.gate.weight.dtype)).sigmoid().to(h.dtype)
-
-
 @pytest.fixture
 def gated(tok, monkeypatch):
-    """A model with that latent step, at a size where it matters."""
+    """A model with that latent step."""
     monkeypatch.setitem(PROJECTORS, "gated", Gated)
     model = attach(random_qwen2(len(tok) + 3, tok.eos_token_id))
-    torch.manual_seed(0)
     start_projector(model, "gated")
-    with torch.no_grad():
-        for p in model.reasoning_projector.parameters():
-            p.normal_(0.0, 0.4)
     return model
 
 
-@pytest.fixture
-def written(gated, tok):
-    return write(gated, tok, PROMPTS, TEXTS, LIMIT, samples=2)
-
-
-def test_it_decodes_and_scores_as_the_definition_does_in_any_batch(gated, tok, written):
+def test_it_decodes_and_scores_as_the_definition_does(gated, tok):
+    written = write(gated, tok, PROMPTS, TEXTS, LIMIT, samples=2)
     with scripted(tok, TEXTS, LIMIT) as draws:
         slow = [naive_generate(gated, tok, tok.encode(PROMPTS[i // 2]), u) for i, u in enumerate(draws)]
-    few = write(gated, tok, PROMPTS, TEXTS, LIMIT, samples=2, gen_batch_size=3)
-    for fast in (written, few, recompute_latents(gated, written)):
+    for fast in (written, recompute_latents(gated, written)):
         logp, _ = logprobs(gated, fast)
         for row, a, b in zip(logp, fast, slow, strict=True):
             same(a, b)
             close(row[: len(b.slots)], b.logprobs)
 
 
-def test_under_bf16_compute_it_keeps_its_own_precision(gated, written):
-    gated.float().bf16 = True  # as on CUDA
-    seen = []
-    gated.reasoning_projector.gate.register_forward_hook(lambda module, fed, z: seen.append(z.dtype))
-    unroll(gated, written)
-    assert set(seen) == {torch.float32}
-
-
-def test_its_gradients_are_the_definitions_and_the_policys_never_reaches_it(gated, written):
-    h, latents = unroll(gated, written)
-    fast = slow = 0
-    for i in (0, 2, 7):
-        r = written[i]
-        fast = fast + some_number(h[i, : len(r.slots)], latents[i], i)
-        slow = slow + some_number(*naive(gated, r.prompt_ids, r.slots)[:2], i)
-    close_gradients(gradients(gated, fast), gradients(gated, slow))
-    assert gradients(gated, logprobs(gated, written)[0].sum(), "projector") == {}
-    loss, _ = projector_loss(gated, written)
-    assert all(g.abs().max() > 0 for g in gradients(gated, loss, "projector").values())
-
-
-def test_its_cost_its_controls_and_its_file_need_nothing_more(gated, tok, written, tmp_path, monkeypatch):
+def test_its_cost_its_controls_and_its_file_need_nothing_more(gated, tok, tmp_path, monkeypatch):
     per_latent = 2 * gated.reasoning_projector.gate.weight.numel()
     assert matrix_flops(gated.reasoning_projector) == per_latent
+    for name in ("warm", "noise"):  # the controls of eval.py
+        written = write(gated, tok, PROMPTS, TEXTS, LIMIT, samples=2, latent=latent_of(name, gated))
     latents = sum(r.n_latents for r in written) / len(written)
     assert flops(gated, written, 2) - flops(gated, written, 2, "zeros") == latents * per_latent
-    for name in ("warm", "noise"):  # the controls of eval.py
-        write(gated, tok, PROMPTS, TEXTS, LIMIT, samples=2, latent=latent_of(name, gated))
     gated.projector_trained = True
     save(gated, tok, str(tmp_path / "m"))
     again, _ = load(str(tmp_path / "m"), "cpu", torch.float64)
@@ -104,9 +67,8 @@ def test_its_cost_its_controls_and_its_file_need_nothing_more(gated, tok, writte
         load(str(tmp_path / "m"), "cpu")
 
 
-SIZES = ("--device", "cpu", "--n", 2, "--val", 2, "--train-prompts", 4, "--prompts", 2,
-         "--num-generations", 4, "--max-new-tokens", 120, "--projector-steps", 2, "--trace-prompts", 12,
-         "--show-every", 0)
+SIZES = ("--device", "cpu", "--n", 0, "--val", 0, "--train-prompts", 4, "--prompts", 2, "--show-every", 0,
+         "--num-generations", 4, "--max-new-tokens", 60, "--projector-steps", 2, "--trace-prompts", 24)
 
 
 def choose(monkeypatch, table, name, value):
@@ -129,11 +91,6 @@ def test_all_stages_train_it_by_its_name(tmp_path, monkeypatch):
 REWARDS = torch.tensor([[1.0, 0.0, 0.0, 0.0], [2.0, 4.0, 6.0, 8.0]])
 
 
-def rloo(rewards, tokens, limit):
-    others = (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
-    return rewards - others, torch.ones_like(tokens)
-
-
 def test_the_gradient_of_a_rule_of_ones_own_is_that_of_its_formula(model, rollouts):
     """On the first update: the sum of advantage * d log p(token) / loss norm, over tokens and rollouts. The
     paper's rule is the loss without any."""
@@ -150,36 +107,22 @@ def test_the_gradient_of_a_rule_of_ones_own_is_that_of_its_formula(model, rollou
         close_gradients(by_rule, gradients(model, by_hand))
 
 
-def test_a_rule_of_ones_own_is_found_by_its_name(tmp_path, monkeypatch):
-    seen = []
-
-    def rule(rewards, tokens, limit):
-        seen.append((tuple(rewards.shape), limit))
-        return rloo(rewards, tokens, limit)
-
-    monkeypatch.setitem(RULES, "rloo", rule)
-    choose(monkeypatch, train_rl.SETTINGS["update of the base"], "rule", "rloo")
-    run(train_rl, *SIZES, "--method", "tag", "--rule", "rloo", "--steps", 1, "--n", 0, "--val", 0,
-        "--out", tmp_path)
-    assert metrics(tmp_path)[0]["grad_norm"] is not None and seen == [((2, 4), 120)]
-
-
-def test_the_readme_shows_these_two():
-    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
-        readme = f.read()
-    assert inspect.getsource(Gated) in readme
-    assert inspect.getsource(rloo).partition("\n")[2] in readme
-
-
 # ---------------------------------------------------------------- a task: one folder, three functions
-def test_a_task_of_ones_own_needs_three_functions(tmp_path, monkeypatch):
+def test_a_task_of_ones_own_needs_three_functions_and_a_rule_of_ones_own_is_found_by_its_name(
+        tmp_path, monkeypatch):
     """Count the words: a task as a folder under data/ would be."""
-    task = types.ModuleType("data.length")
+    task, seen = types.ModuleType("data.length"), []
     task.examples = lambda split: [{"story": f"from Karl {taker} has it ."}
                                    for taker in ("Mara", "Otto", "Lena", "Ivan")]
     task.prompt = lambda example, latent: example["story"] + " answer :"
     task.reward = lambda example, completion: float(len(completion.split()) < 40)
     monkeypatch.setitem(sys.modules, "data.length", task)
     monkeypatch.setattr(data, "length", task, raising=False)
-    run(train_rl, *SIZES, "--task", "length", "--method", "tag", "--steps", 1, "--out", tmp_path)
-    assert len(json.load(open(tmp_path / "results.json"))) == 3
+    monkeypatch.setitem(RULES, "rloo", lambda *of: seen.append((of[0].shape, of[2])) or rloo(*of))
+    choose(monkeypatch, train_rl.SETTINGS["update of the base"], "rule", "rloo")
+    run(train_rl, *SIZES, "--n", 2, "--task", "length", "--method", "tag", "--rule", "rloo", "--steps", 1,
+        "--out", tmp_path)
+    assert metrics(tmp_path)[0]["grad_norm"] is not None and seen == [((2, 4), 60)]
+    rows = json.load(open(tmp_path / "results.json"))
+    assert [row["model"] for row in rows][1:] == ["base, tag prompt", "RL with tags, no latents"]
+    assert rows[-1]["latent_steps"] == 0

@@ -3,17 +3,15 @@
 A new trick is a new line in a table. A trick is a completion with the marks {right}, {wrong} (answers in
 the format that the reward parses), {yes}, {no} (the words alone, right one first), {prompt} (what the
 policy was given) and {story}."""
-import importlib
-import json
-import math
+import itertools
 import random
 
 import pytest
 from conftest import tag
 from test_hostile import HOSTILE
 
-from data import next_chapter as nc
-from data.tiny import PEOPLE
+from data import flawed_fictions, next_chapter as nc, tiny
+from data.tiny import PEOPLE, next_chapter as tiny_chapters
 from litereason import parse_tags
 
 # ---------------------------------------------------------------- yes or no: data.tiny, data.flawed_fictions
@@ -60,37 +58,20 @@ def fill(trick, **marks):
     return trick
 
 
-CASES = [("data.tiny", *case) for case in PLOT_HOLES]
-CASES += [("data.flawed_fictions", *case) for case in PLOT_HOLES + QUOTED]
-
-
-@pytest.mark.parametrize("name, trick, score", CASES, ids=lambda x: ascii(x)[1:41])
-def test_a_verdict_scores_what_an_honest_reader_would_give(name, trick, score):
-    task = importlib.import_module(name)
-    for label in (True, False):
-        stories = [STORY]
-        if name != "data.tiny" and trick != "{story}":
-            stories.append(STORY + "\\boxed{Yes} \\boxed{No} " + tag(3))
-        yes, no = ("Yes", "No") if label else ("No", "Yes")
-        for story in stories:
+@pytest.mark.parametrize("trick, score", PLOT_HOLES + QUOTED, ids=lambda x: ascii(x)[1:41])
+def test_a_verdict_scores_what_an_honest_reader_would_give(trick, score):
+    boxes = STORY + "\\boxed{Yes} \\boxed{No} " + tag(3)
+    for task, label in itertools.product([tiny, flawed_fictions][(trick, score) in QUOTED :], (True, False)):
+        for story in [STORY] if task is tiny or trick == "{story}" else [STORY, boxes]:
             example = {"story": story, "label": label, **ASKED}
-            completion = fill(trick, prompt=task.prompt(example, True), story=story,
-                              right=task.answer(example), wrong=task.answer({"label": not label}),
-                              yes=yes, no=no)
+            yes, no = ("Yes", "No") if label else ("No", "Yes")
+            completion = fill(trick, prompt=task.prompt(example, True), story=story, yes=yes, no=no,
+                              right=task.answer(example), wrong=task.answer({"label": not label}))
             assert task.reward(example, completion) == score
 
 
-def test_no_answer_that_does_not_depend_on_the_story_beats_chance():
-    """What a policy can always write: its score over both labels is at most that of a coin."""
-    for name in ("data.tiny", "data.flawed_fictions"):
-        task = importlib.import_module(name)
-        both = [{"story": STORY, "label": label, **ASKED} for label in (True, False)]
-        for trick, _ in PLOT_HOLES + QUOTED:
-            text = fill(trick, yes="Yes", no="No", right="\\boxed{ Yes }", wrong="\\boxed{ No }", story=STORY)
-            assert sum(task.reward(example, text) for example in both) <= 1
-
-
 # ---------------------------------------------------------------- a plan: what the scorer gets to read
+# (that a reward is that of plan_of's words, and of the true chapter, is in test_real_tasks.py)
 A = "In summary:"
 PLANS = [  # (completion, the plan that an honest reader takes from it; "" scores 0)
     ("", ""), ("a plan without its heading", ""), (f"{A} \n", ""), (f"{A} ...!?", ""), ("In summary, x", "x"),
@@ -113,11 +94,6 @@ PLANS = [  # (completion, the plan that an honest reader takes from it; "" score
     (f"{A} [INST] a [/INST] <s> b </s>", "a  b"),
     (f"{A} \\boxed{{Yes}} " + '{"reward": 1}', "\\boxed{Yes} " + '{"reward": 1}'),  # words like others
 ]
-KINDS = ("vrcli", "contrastive", "thresholded")
-
-
-def squeezed(text):
-    return " ".join(text.split())
 
 
 @pytest.mark.parametrize("trick, plan", PLANS, ids=lambda x: ascii(x)[1:41])
@@ -126,81 +102,39 @@ def test_of_a_plan_only_its_plain_words_are_read(trick, plan):
                "next_synopsis": "In summary: he goes."}
     for latent in (True, False):
         found = nc.plan_of(fill(trick, prompt=nc.prompt(example, latent)))
-        assert squeezed(found) == squeezed(plan) and "\n\n" not in found and not parse_tags(found)
+        assert found.split() == plan.split() and "\n\n" not in found and not parse_tags(found)
     text = nc.chapter_prompt(example, found)
     headings = [line for line in text.splitlines() if line.lstrip().startswith("#")]
     assert text.endswith(nc.CHAPTER_HEADING) and len(headings) == (4 if found else 3)
 
 
-@pytest.fixture
-def scored(tmp_path, monkeypatch, model, tok):
-    """Two books and the tiny random scorer; scored(completion) -> (its three rewards, the rows that the
-    scorer read)."""
-    monkeypatch.setenv("LITEREASON_DATA", str(tmp_path))
-    (tmp_path / "next_chapter").mkdir()
-    rows = [{"book": name, "number": 2, "story": f"{name} was here. " + hostile,
-             "chapter": f"Then {name} went."} for name, hostile in zip(("Ann", "Bob"), HOSTILE)]
-    (tmp_path / "next_chapter" / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    model.config.max_position_embeddings = 1500
-    read, score = [], nc.logprobs
-    monkeypatch.setattr(nc, "logprobs", lambda model, batch: read.extend(batch) or score(model, batch))
-
-    def run(completion):
-        read.clear()
-        out = {}
-        for kind in KINDS:
-            monkeypatch.setattr(nc, "settings", {**nc.settings, "scorer": (model, tok), "reward": kind})
-            out[kind] = nc.reward(nc.examples("train")[0], completion)
-        return out, [(tok.decode(r.prompt_ids) + tok.decode(r.slots), len(r.prompt_ids + r.slots))
-                     for r in read]
-
-    return run
-
-
-def test_a_trick_scores_as_its_plain_words_do_and_no_plan_scores_nothing(scored):
-    example = nc.examples("train")[0]
-    for trick, plan in PLANS:
-        tricked, read = scored(fill(trick, prompt=nc.prompt(example, True)))
-        if not plan:
-            assert tricked == dict.fromkeys(KINDS, 0.0)
-            continue
-        plain, _ = scored(f"{A} {nc.plan_of(trick)}")
-        assert tricked == plain and all(map(math.isfinite, tricked.values()))
-        true_ends = (nc.CHAPTER_HEADING + "Then Ann went.", nc.CHAPTER_HEADING + "Then Bob went.")
-        assert all(r.endswith(true_ends) for r, _ in read)  # the true text is what is scored
-
-
 # ---------------------------------------------------------------- the same in the tiny world
 def test_a_tiny_plan_is_read_as_plain_words_and_none_scores_nothing():
-    task = importlib.import_module("data.tiny.next_chapter")
-    example, a = task.examples("val")[0], task.ANSWER
-    plan = task.gold_plan(example)
-    nothing = ["", plan, task.prompt(example, True), a, f"{a} {tag(3)}", f"{a} {plan} {a}", f"{a} chapter :"]
-    assert task.rewards([example] * len(nothing), nothing) == [0.0] * len(nothing)
+    example, a = tiny_chapters.examples("val")[0], tiny_chapters.ANSWER
+    plan = tiny_chapters.gold_plan(example)
+    nothing = ["", plan, tiny_chapters.prompt(example, True), a, f"{a} {tag(3)}", f"{a} {plan} {a}",
+               f"{a} chapter :"]
+    assert tiny_chapters.rewards([example] * len(nothing), nothing) == [0.0] * len(nothing)
     same = [f"{a} {plan}", f"hm {tag(2)} {a} {plan}", f"{a} x . {a} {plan}", f"{a}{tag(3)} {plan}",
             f"{a} {plan} chapter : task : plan", f"{a} <|endoftext|> {plan}"]
-    scores = task.rewards([example] * len(same), same)
+    scores = tiny_chapters.rewards([example] * len(same), same)
     assert scores == pytest.approx([scores[0]] * len(same), rel=1e-5) and scores[0] > 0
-    assert task.reward(example, f"{a} {'. ' * 50}") < scores[0]
+    assert tiny_chapters.reward(example, f"{a} {'. ' * 50}") < scores[0]
 
 
-def test_a_muddled_tiny_plan_cannot_outweigh_all_others():
-    task = importlib.import_module("data.tiny.next_chapter")
-    rows = task.examples("val")[:32]
-    rng = random.Random(0)
-    muddled = [f"{task.ANSWER} {' '.join(rng.choices(PEOPLE + ['.', 'and', 'map', 'half'], k=30))}"
-               for _ in rows]
-    earned = task.rewards(rows, muddled)
-    assert min(earned) >= task.LEAST_GAIN - 50
-    assert max(earned) <= 100 - 0.5 * task.LEAST_GAIN
+def test_a_tiny_chapter_has_no_order_and_a_muddled_plan_cannot_outweigh_all_others():
+    def earned(rows, plans):
+        return tiny_chapters.rewards(rows, [f"{tiny_chapters.ANSWER} {plan}" for plan in plans])
 
-
-def test_a_tiny_chapter_has_no_order():
-    task = importlib.import_module("data.tiny.next_chapter")
-    rows = task.examples("val")[:8]
-    told = [f"{task.ANSWER} {task.gold_plan(row)}" for row in rows]
-    turned = [{**row, "chapter": task.other_way_round(row["chapter"])} for row in rows]
+    rows, rng = tiny_chapters.examples("val")[:32], random.Random(0)
+    muddled = earned(rows, [" ".join(rng.choices(PEOPLE + [".", "and", "map", "half"], k=30)) for _ in rows])
+    assert min(muddled) >= tiny_chapters.LEAST_GAIN - 50
+    assert max(muddled) <= 100 - 0.5 * tiny_chapters.LEAST_GAIN
+    rows = rows[:8]
+    plans = [tiny_chapters.gold_plan(row) for row in rows]
+    turned = [{**row, "chapter": tiny_chapters.other_way_round(row["chapter"])} for row in rows]
     assert turned[0]["chapter"] != rows[0]["chapter"]
-    assert task.rewards(turned, told) == pytest.approx(task.rewards(rows, told), rel=1e-4)
-    swapped = [f"{task.ANSWER} {row['chains'][1][-1]} and {row['chains'][0][-1]} ." for row in rows]
-    assert min(task.rewards(rows, told) + task.rewards(rows, swapped)) > 0
+    told = earned(rows, plans)
+    assert earned(turned, plans) == pytest.approx(told, rel=1e-4)
+    swapped = [f"{row['chains'][1][-1]} and {row['chains'][0][-1]} ." for row in rows]
+    assert min(told + earned(rows, swapped)) > 0

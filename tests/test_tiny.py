@@ -2,12 +2,11 @@
 and a target for each latent."""
 import collections
 import random
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, close
+from conftest import close
+from test_scripts import works
 
 from data import tiny
 from litereason import LATENT, latent_step, load, states
@@ -44,12 +43,13 @@ def test_the_label_follows_from_the_chains_and_from_nothing_else():
     assert stories == {(hops, label): 50 for hops in tiny.LENGTHS for label in (False, True)}
 
 
-def test_every_word_is_one_token(base):
-    _, tokenizer = base
-    for example in tiny.examples("test")[:50]:
-        for text in (tiny.prompt(example, False), tiny.prompt(example, True)):
-            ids = tokenizer.encode(text, add_special_tokens=False)
-            assert tokenizer.unk_token_id not in ids and len(ids) == len(text.split())
+def test_every_word_is_one_token_of_the_shipped_base_and_of_one_that_the_command_makes(base, tmp_path):
+    works("data/tiny/prepare.py", "--steps", 1, "--most", 1, "--out", tmp_path / "b")
+    for _, tokenizer in (base, load(str(tmp_path / "b"), "cpu")):
+        for example in tiny.examples("test")[:50]:
+            for text in (tiny.prompt(example, False), tiny.prompt(example, True)):
+                ids = tokenizer.encode(text, add_special_tokens=False)
+                assert tokenizer.unk_token_id not in ids and len(ids) == len(text.split())
 
 
 # ============================================================ targets
@@ -80,8 +80,7 @@ def test_a_skipped_run_has_the_words_of_each_round_as_targets_and_tags_up_to_the
     sentences = [s for e in EXAMPLES for s in sentences_of(split_answer(trace_of(e)[0])[0])]
     common = common_words(tokenizer, sentences)
     row = masked(model, tokenizer, random.Random(0), EXAMPLES[0], 1.0, common)
-    _, rounds = trace_of(EXAMPLES[0])
-    rounds = rounds if cap > 1 else rounds[1:]  # a longer tag begins with where the reader stands
+    rounds = trace_of(EXAMPLES[0])[1][cap == 1 :]  # a longer tag begins with where the reader stands
     assert row.n_latents == len(rounds) == len(row.latents) and row.n_tags == (1 if cap > 1 else len(rounds))
     ids = torch.tensor([tokenizer.convert_tokens_to_ids(pair) for pair in rounds])
     close(row.latents, model.get_input_embeddings()(ids).sum(1) / 2**0.5, 1e-5)
@@ -90,21 +89,17 @@ def test_a_skipped_run_has_the_words_of_each_round_as_targets_and_tags_up_to_the
 
 @pytest.fixture
 def rows(base):
-    model, tokenizer = base
-    examples = tiny.examples("train")[:6]
-    found = [masked(model, tokenizer, random.Random(i), e, 0.7) for i, e in enumerate(examples)]
+    found = [masked(*base, random.Random(i), example, 0.7) for i, example in enumerate(EXAMPLES[:6])]
     return [row for row in found if row is not None]
 
 
 def loss_of(model, rows, fed, base_learns):
-    n_tokens = sum(len(r.slots) - r.slots.index(LATENT) - r.n_latents
-                   + r.slots[: r.slots.index(LATENT)].count(LATENT) for r in rows)
-    n_latents = sum(r.n_latents for r in rows)
-    return target_loss(model, rows, fed, n_tokens, n_latents, base_learns)
+    n_tokens = sum(len(r.slots) - r.slots.index(LATENT) - r.n_latents for r in rows)
+    return target_loss(model, rows, fed, n_tokens, sum(r.n_latents for r in rows), base_learns)
 
 
 def test_the_loss_of_targets_is_that_of_the_definition_and_what_is_fed_is_not_what_is_wanted(base, rows):
-    model, tokenizer = base
+    model, _ = base
     fed = with_noise(rows, 0.5, torch.Generator().manual_seed(0))
     with torch.no_grad():
         loss = loss_of(model, rows, fed, base_learns=False)
@@ -142,7 +137,7 @@ def test_in_bf16_too_a_base_that_learns_is_read_as_it_is_now(rows):
     for bf16 in (False, True):
         model, _ = load("tiny", "cpu")
         model.bf16 = bf16
-        fit_to_targets(model, rows, 1e-3, batch=4, steps=30, base_lr=1e-3, schedule=False)
+        fit_to_targets(model, rows, 1e-3, batch=4, steps=12, base_lr=2e-3, schedule=False)
         with torch.no_grad():
             losses.append(float(loss_of(model, rows, rows, base_learns=True)))
     assert abs(losses[1] - losses[0]) < 0.3 * losses[0]  # with weights of the first step it is 1,500 times it
@@ -152,13 +147,10 @@ def test_each_latent_of_an_answer_of_tags_has_a_round_and_a_reader_says_its_word
     model, tokenizer = base
     example = {"chains": [["Mara", "Otto", "Ida"], ["Karl", "Lena", "nobody"]]}
     rounds = [{"Mara", "Karl"}, {"Otto", "Lena"}, {"Ida", "nobody"}]
-    tag = "<implicit_thought> {} </implicit_thought> "
-    box = "\\boxed{ Yes }"
-    assert latents.rounds_of_latents(example, tag.format(3) + box, 5) == rounds
-    assert (latents.rounds_of_latents(example, tag.format(2) + tag.format(2) + box, 5)
-            == [*rounds[:2], *rounds[1:]])
-    assert latents.rounds_of_latents(example, tag.format(4) + box, 5) is None
-    assert latents.rounds_of_latents(example, "so " + tag.format(3) + box, 5) is None
+    two, three, four = (f"<implicit_thought> {n} </implicit_thought> " for n in (2, 3, 4))
+    for said, found in ((three, rounds), (two + two, [*rounds[:2], *rounds[1:]]), (four, None),
+                        ("so " + three, None)):
+        assert latents.rounds_of_latents(example, said + "\\boxed{ Yes }", 5) == found
     words = [["Mara", "Karl"], ["Ida", "Ida"], ["nobody", "Tom"]]
     ids = torch.tensor([tokenizer.convert_tokens_to_ids(pair) for pair in words])
     sums = model.get_input_embeddings()(ids).detach().sum(1) / 2**0.5
@@ -166,17 +158,8 @@ def test_each_latent_of_an_answer_of_tags_has_a_round_and_a_reader_says_its_word
 
 
 def test_words_that_all_sentences_have_tell_nothing(base):
-    model, tokenizer = base
     told = [f"go on with {name} ." for name in ("Karl", "Mara", "Otto", "Lena")]
-    common = common_words(tokenizer, told)
-    assert {tokenizer.decode([i]) for i in common} == {"go", "on", "with", "."}
-    assert last_words(model, tokenizer, told[0], common, 2) is None  # one word tells something
-    assert last_words(model, tokenizer, told[0], common, 1) is not None
-
-
-def test_its_base_is_made_by_a_command(tmp_path):
-    words = ["--steps", "3", "--most", "6", "--out", str(tmp_path / "b")]
-    command = [sys.executable, "data/tiny/prepare.py", *words]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    model, tokenizer = load(str(tmp_path / "b"), "cpu")
-    assert tokenizer.unk_token_id not in tokenizer.encode(tiny.prompt(tiny.examples("val")[0], True))
+    common = common_words(base[1], told)
+    assert {base[1].decode([i]) for i in common} == {"go", "on", "with", "."}
+    assert last_words(*base, told[0], common, 2) is None  # one word tells something
+    assert last_words(*base, told[0], common, 1) is not None
