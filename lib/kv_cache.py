@@ -189,7 +189,7 @@ class Groups:
 
     def __init__(self, owner, n_prompts):
         """owner (B,): which prompt each row belongs to."""
-        sizes = torch.bincount(owner, minlength=n_prompts).tolist()  # rows per prompt
+        self.sizes = sizes = torch.bincount(owner, minlength=n_prompts).tolist()  # rows per prompt
         self.size = max(sizes)  # G
         self.place = None  # (B,) where in the padded grid a row stands; None: nothing is padded
         if min(sizes) < self.size:
@@ -208,6 +208,10 @@ class Groups:
         """(P, G, ..) -> (B, ..)"""
         t = t.flatten(0, 1)
         return t if self.place is None else t[self.place]
+
+    def copies(self, t):
+        """(P, K, L, d) -> (B, K, L, d). No index: its gradient would be added row by row."""
+        return torch.cat([one.expand(n, -1, -1, -1) for one, n in zip(t.split(1), self.sizes)])
 
 
 def pad_mask(lengths, L):
@@ -252,12 +256,12 @@ def attend_shared(cache, q, scale, prompt, own, window):
     # (1) How well each query fits each key; -inf where it sees none.
     q = (q.to(prompt_values.dtype) * scale).view(B, K, R, S, d)
     on_own = q.reshape(B, K, R * S, d) @ own_keys.transpose(2, 3)
-    on_own = on_own.view(B, K, R, S, n).masked_fill(hidden, -torch.inf)
+    on_own = on_own.view(B, K, R, S, n).masked_fill_(hidden, -torch.inf)
     on_prompt = by_group(q) @ prompt_keys.transpose(2, 3)  # (P, K, G * R * S, L)
     if cache.pad is not None:
-        on_prompt = on_prompt.masked_fill(cache.pad, -torch.inf)
+        on_prompt.masked_fill_(cache.pad, -torch.inf)
     if far is not None:
-        on_prompt = on_prompt.masked_fill(by_group(far.expand(B, 1, R, S, L)), -torch.inf)
+        on_prompt.masked_fill_(by_group(far.expand(B, 1, R, S, L)), -torch.inf)
 
     # (2) One softmax over both, and the weighted values.
     scores = torch.cat([on_prompt, by_group(on_own)], -1)  # (P, K, G * R * S, L + n)
@@ -329,7 +333,7 @@ class ScoringCache:
     def attend_fused(self, q, scale, prompt, pieces, window):
         """q (B, H, S, d) -> (B, S, H, d), for rows that have a copy of their prompt's keys each."""
         keys, values = (
-            torch.cat([of_prompt.index_select(0, self.owner), *of_row], 2)
+            torch.cat([self.groups.copies(of_prompt), *of_row], 2)
             for of_prompt, *of_row in zip(prompt, *pieces))  # (B, K, L + n, d)
         if window not in self.bias:
             self.bias[window] = self.joint_bias(values, q.shape[2], prompt[0].shape[2], window)
