@@ -130,7 +130,7 @@ def grpo(args, P=48, G=16, L=1024, S=256):
         out[f"{name}_s"] = clock(run, args.device)
         out[f"{name}_GiB"] = torch.cuda.max_memory_allocated() / 2**30 if args.device == "cuda" else None
     positions = sum(len(r.slots) for r in rollouts) + P * L
-    passes = 8 if plan["checkpoint_layers"] else 6  # forward, forward again if layers are checkpointed, backward
+    passes = 8 if plan["checkpoint_layers"] else 6  # forward, again if checkpointed, backward
     flops = passes * sum(p.numel() for p in base) * positions
     # sampling and update taken to grow with the slots; 16 optimiser steps per batch, as released
     hours = {n: 30 * 290 / P * (out["sample_s"] * n / S + out["update_s"] * (P * L + P * G * n) / positions

@@ -28,9 +28,9 @@ from lib import run as runs
 
 torch.set_num_threads(1)
 train_projector.VERSIONS, train_projector.AT_ONCE = 1, 4  # stage 1 in 120 short batches
-SIZES = ["--device", "cpu", "--n", 2, "--val", 2, "--train-prompts", 8, "--prompts", 4, "--num-generations", 4,
-         "--minibatches", 2, "--max-new-tokens", 80, "--save-every", 1, "--show-every", 0,
-         "--trace-prompts", 480]
+SIZES = ["--device", "cpu", "--n", 2, "--val", 2, "--train-prompts", 8, "--prompts", 4,
+         "--num-generations", 4, "--minibatches", 2, "--max-new-tokens", 80, "--save-every", 1,
+         "--show-every", 0, "--trace-prompts", 480]
 DISK = [(os, "mkdir"), (os, "makedirs"), (os, "rename"), (os, "replace"), (os, "remove"), (os, "fsync"),
         (shutil, "rmtree"), (torch, "save")]
 

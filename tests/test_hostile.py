@@ -17,13 +17,14 @@ import pytest
 import torch
 from conftest import ROOT, tag, write
 from safetensors.torch import load_file, save_file
+from test_data import load64
 from test_real_tasks import one_line
-from test_tag import fired
+from test_tag import PIECES, fired, random_ids
 
 from data import boxed
 from data.flawed_fictions import verdict
 from data.next_chapter import plan_of
-from litereason import CLOSE, DIGITS, OPEN, SPACE, load, parse_tags, save, tag_table
+from litereason import CLOSE, DIGITS, OPEN, SPACE, parse_tags, save, tag_table
 from train_projector import mask_sentences
 
 
@@ -61,58 +62,37 @@ def by_reading(pieces, cap):
     return out
 
 
-TEXTS = [OPEN, CLOSE, OPEN, CLOSE, "<implicit_", "thought>", "</implicit_thought", "<", ">", "</", "><", " ",
-         "\n\t", "\r\n", "\f", "\v", "0", "3", "12", "007", "0" * 25, "9" * 25, "-", "+", ".", "x", "a story",
-         "٣", "３", "²", "߃", "𝟛", "\u00a0", "\u2003", "\u200b", "\ufeff", tag(1), tag(" 4"),
-         tag("5 "), tag("\n2\t"), tag(0), tag("٣"), tag(""), f"{OPEN}3", f"{OPEN} 3", f"3{CLOSE}",
-         tag(2) + tag(3), f"{OPEN}{tag(3)}", f"{OPEN}2{tag(3)}{CLOSE}", f"{OPEN}2 {OPEN}", f"{CLOSE}3{OPEN}",
-         f"Then.{tag(3)}\n\nSo", f"({tag(2)})", "{}\"<>'", tag("3</implicit_thought"),
-         "<implicit_thought<implicit_thought>", "</implicit_thought</implicit_thought>"]
+# What may stand between the tags of test_tag.py.
+TEXTS = ["\f", "\v", "007", "0" * 25, "9" * 25, "+", "３", "߃", "𝟛", "\u00a0", "\u2003", "\u200b", "\ufeff",
+         tag("\n2\t"), tag(0), tag("٣"), tag(""), tag(2) + tag(3), f"{OPEN}{tag(3)}",
+         f"{OPEN}2{tag(3)}{CLOSE}", f"{OPEN}2 {OPEN}", f"{CLOSE}3{OPEN}", f"Then.{tag(3)}\n\nSo",
+         f"({tag(2)})", "{}\"<>'", tag("3</implicit_thought"), "<implicit_thought<implicit_thought>"]
 
 
-def fragments(rng, tok, pieces):
-    """Lists of token ids to be put one after the other: each text as the tokenizer cuts it and cut at
-    random, pairs of them too, so that tokens reach over the seams; the ids that end a turn or stand for
-    nothing; every entry that could touch a tag; any entry at all."""
-    ids_of, words = {}, [t.encode() for t in TEXTS]
-    for i, p in enumerate(pieces):
-        ids_of.setdefault(p, []).append(i)
-
-    @functools.cache
-    def fits(text):  # the lengths of the entries that `text` begins with
-        return [k for k in range(1, len(text) + 1) if text[:k] in ids_of]
-
-    def cut(text):
-        ids = []
-        while text:
-            k = rng.choice(fits(text[:20]) or [0])
-            ids, text = ids + [rng.choice(ids_of[text[:k]])] if k else ids, text[max(k, 1):]
-        return ids
-
-    whole = ([tok.encode(t, split_special_tokens=True) for t in TEXTS]
-             + [tok.encode(a + b) for a in TEXTS[::3] for b in TEXTS])
-    random_cuts = ([cut(w) for w in words for _ in range(40)]
-                   + [cut(rng.choice(words) + rng.choice(words)) for _ in range(3000)])
-    near = [[i] for i, p in enumerate(pieces)
-            if set(p) & set(b"<>") or p and set(p) <= set((SPACE + DIGITS).encode()) or p in OPEN.encode()]
-    broken = ([[i] for i, p in enumerate(pieces) if "\ufffd" in p.decode("utf-8", "replace")]
-              or [[len(pieces)]])
-    end, nothing = [[tok.eos_token_id]], [[len(pieces)], [len(pieces) + 2]]
-    return (whole, random_cuts, random_cuts, random_cuts, near, broken, end, nothing,
-            [[i] for i in range(len(pieces))])
+def random_sequence(rng, tok, kinds, ids_of):
+    """Texts of tags and junk, cut as the tokenizer does or at random, and between them what is in `kinds`."""
+    longest = min(20, max(map(len, ids_of)))
+    parts = [random_ids(rng, tok, ids_of, longest) if rng.random() < 0.6 else rng.choice(rng.choice(kinds))
+             for _ in range(rng.randint(1, 5))]
+    return list(itertools.chain(*parts))
 
 
 @pytest.mark.parametrize("which, cap, count", [("tok", 5, 2000), ("tok", 64, 500), ("real_tok", 5, 2000)])
 def test_the_watcher_agrees_with_the_slow_reading_of_random_sequences(request, which, cap, count):
+    """Among them entries that are half a character, that end a turn or stand for nothing, and any at all."""
     tok, rng = request.getfixturevalue(which), random.Random(cap)
     pieces = pieces_of(tok)
-    kinds = fragments(rng, tok, pieces)
-    sequences = [[i for _ in range(rng.randint(1, 12)) for i in rng.choice(rng.choice(kinds))]
-                 for _ in range(count)]
-    read = pieces + [b"\0"] * 3  # ids that no text has
+    texts = [piece.decode("utf-8", "replace") for piece in pieces]
+    broken = [[i] for i, text in enumerate(texts) if "\ufffd" in text]
+    nothing = [[tok.eos_token_id], [len(pieces)], [len(pieces) + 2]]  # ids that no text has
+    anything = [[i] for i in range(len(pieces))]
+    kinds = [[tok.encode(text) for text in TEXTS], broken or nothing, nothing, anything]
+    ids_of = {text: [i] for i, text in enumerate(texts) if text and set(text) <= set("".join(PIECES))}
+    sequences = [random_sequence(rng, tok, kinds, ids_of) for _ in range(count)]
+    read = pieces + [b"\0"] * 3
     expected = [by_reading([read[i] for i in s], cap) for s in sequences]
     hits = sum(map(bool, expected))
-    assert count / 4 < hits < 3 * count / 4, hits  # neither all tags nor none
+    assert count / 4 < hits < 9 * count / 10, hits  # neither all tags nor none
     answers = zip(sequences, fired(tag_table(tok, cap, len(read), "cpu"), sequences), expected)
     assert [(s, f, e) for s, f, e in answers if f != e][:1] == []
     # The reference is right about what a reader sees, as far as the tokenizer reads.
@@ -219,10 +199,6 @@ def damaged(model, tok, tmp_path):
     return make
 
 
-def load64(path):
-    return load(str(path), device="cpu", dtype=torch.float64)
-
-
 P, L = "reasoning_projector.", "model.layers."
 NAN = torch.full((32, 64), float("nan")).double()
 
@@ -285,8 +261,7 @@ def test_no_code_of_a_checkpoint_runs_and_nobody_is_asked(damaged, tmp_path, mon
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question at the keyboard"))
     path = damaged({"auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}})
     mark = tmp_path / "mark"
-    code = f"open({str(mark)!r}, 'w')\n"
-    (path / "evil.py").write_text(code)
+    (path / "evil.py").write_text(f"open({str(mark)!r}, 'w')\n")
     (path / "tokenizer_config.json").write_text(json.dumps(
         {**json.load(open(path / "tokenizer_config.json")),
          "auto_map": {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]}}))

@@ -79,7 +79,8 @@ def force(monkeypatch, real_tok):
 
 
 def test_all_stages_of_the_plot_hole_task_run_on_real_stories(tmp_path, data_folder, real_tok, force, capsys):
-    run(ff_prepare, "--from", *shared("flawed_fictions_subset.jsonl"), "--out", data_folder / "flawed_fictions")
+    files = shared("flawed_fictions_subset.jsonl")
+    run(ff_prepare, "--from", *files, "--out", data_folder / "flawed_fictions")
     everything = [r for split in SPLITS for r in ff.examples(split)]
     assert len(everything) == 213 and sum(r["label"] for r in everything) == 108
     assert not any("<p>" in r["story"] or r["story"].endswith("--") for r in everything)

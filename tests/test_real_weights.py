@@ -191,9 +191,9 @@ def test_a_run_on_real_weights_stopped_in_each_stage_continues_bit_for_bit(tmp_p
     monkeypatch.setattr(train_projector, "VERSIONS", 1)
 
     whole, half = tmp_path / "whole", tmp_path / "half"
-    words = ("--model", tmp_path / "base", "--task", "easy", "--smoke", "--device", "cpu", "--train-prompts", 2,
-             "--trace-prompts", 2, "--num-generations", 2, "--steps", 2, "--max-new-tokens", 28, "--n", 0,
-             "--val", 0, "--save-every", 1, "--show-every", 0)
+    words = ("--model", tmp_path / "base", "--task", "easy", "--smoke", "--device", "cpu", "--steps", 2,
+             "--train-prompts", 2, "--trace-prompts", 2, "--num-generations", 2, "--max-new-tokens", 28,
+             "--n", 0, "--val", 0, "--save-every", 1, "--show-every", 0)
     run(train_rl, *words, "--out", whole)
     one, two = metrics(whole)
     assert one["zero_variance"] == 0 and two["grad_norm"] > 0 and two["refresh_loss"] > 0
