@@ -9,8 +9,10 @@ import types
 import pretend
 import pytest
 import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from lib import memory
+from lib import checkpoint, memory, scoring
+from litereason import Rollout, attach, generate, logprobs
 
 QWEN = {"vocab_size": 151_936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
         "num_attention_heads": 12, "num_key_value_heads": 2, "tie_word_embeddings": True,
@@ -33,7 +35,6 @@ def peaks_in(text):
 @pytest.fixture(scope="module")
 def real():
     """Shapes of the real model, without weights, on a card that says it is CUDA."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
     with torch.device("meta"):
         model = Qwen2ForCausalLM(Qwen2Config(**QWEN))
     mlps = (copy.deepcopy(model.model.layers[0].mlp) for _ in range(3))
@@ -43,20 +44,10 @@ def real():
                                  device=torch.device("cuda"))
 
 
-@pytest.fixture
-def on_a_cpu(real):
-    """The real shape there: fp32."""
-    return types.SimpleNamespace(**{**vars(real), "device": torch.device("cpu"), "bf16": False})
-
-
 # ============================================================ in a process that has the device
 def count_everything():
     """-> {what: (GiB counted, GiB expected)} on cards with their plans, and of a frozen reader. One model for
     all: building it takes seconds."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    from lib import checkpoint, scoring
-    from litereason import Rollout, attach, generate, logprobs
     from pretend import memory as pretended
     pretended.without_numbers()
     with torch.device("cuda"):
@@ -155,6 +146,12 @@ def test_a_card_that_is_too_small_is_said_with_what_to_change(real):
 
 
 # ============================================================ a CPU
+@pytest.fixture
+def on_a_cpu(real):
+    """The real shape there: fp32."""
+    return types.SimpleNamespace(**{**vars(real), "device": torch.device("cpu"), "bf16": False})
+
+
 @pytest.mark.parametrize("gib, checkpoint, fits", [(24, True, False), (48, True, True), (200, False, True)])
 def test_a_real_model_on_a_cpu_gets_a_plan_too_without_offload(on_a_cpu, gib, checkpoint, fits):
     settings, text = plan(on_a_cpu, gib)

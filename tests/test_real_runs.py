@@ -88,7 +88,7 @@ def test_all_stages_of_the_plot_hole_task_run_on_real_stories(tmp_path, data_fol
     base = random_model(tmp_path / "base", real_tok, 151936, EOS)
     force("He left at noon. " + tag(2) + " She waited for him. \\boxed{{}}", ("Yes", "No"))
     run(train_rl, "--model", base, "--task", "flawed_fictions", "--device", "cpu", "--smoke",
-        "--max-new-tokens", 60, "--trace-prompts", 12, "--targets", "none", "--projector-steps", 1, "--n", 1,
+        "--max-new-tokens", 60, "--trace-prompts", 6, "--targets", "none", "--projector-steps", 1, "--n", 1,
         "--out", tmp_path / "rl")
     said = capsys.readouterr().out
     for what in ("4 steps, 2 on each batch of 8 rollouts of up to 60 tokens, 4 for each of 2 prompts",
@@ -123,7 +123,7 @@ def test_all_stages_of_the_next_chapter_task_run_on_a_real_book(
     force(f"The king was old. {tag(1)} His son was not.\nIn summary: the{{}} comes.", (" king", " son"))
     common = ("--task", "next_chapter", "--device", "cpu", "--max-new-tokens", 60)
     run(train_rl, "--model", base, *common, "--train-prompts", 4, "--prompts", 2, "--num-generations", 3,
-        "--steps", 2, "--trace-prompts", 12, "--targets", "none", "--reward", "vrcli", "--projector-steps", 1,
+        "--steps", 2, "--trace-prompts", 6, "--targets", "none", "--reward", "vrcli", "--projector-steps", 1,
         "--n", 1, "--val", 2, "--out", tmp_path / "rl")
     metrics = [json.loads(line) for line in open(tmp_path / "rl" / "metrics.jsonl")]
     assert all(m["latent_steps"] == 1 for m in metrics) and metrics[0]["zero_variance"] < 1

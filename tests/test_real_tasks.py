@@ -228,7 +228,7 @@ def test_every_form_of_book_becomes_chapters(tmp_path, capsys):
     assert [c["text"] for c in books["one"]] == ["no book name", "so the file's"]
     assert [c["title"] for c in books["novel"]] == ["CHAPTER I. Home", "Chapter Twenty-One: Away"]
     assert len(books) == 6 and "7" in books
-    assert "left out 1 chapters, empty" in said and "2 books with fewer than two chapters: bare, lone" in said
+    assert "left out 2 chapters, empty" in said and "2 books with fewer than two chapters: bare, lone" in said
 
 
 @pytest.mark.parametrize("message, rows", [

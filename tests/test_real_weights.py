@@ -28,8 +28,8 @@ import train_projector
 import train_rl
 from lib import checkpoint
 from lib.run import saved_states
-from litereason import (NormedProjector, Rollout, insert_latents, load, logprobs, naive_generate, parse_tags,
-                        unroll, watcher, z_size)
+from litereason import (NormedProjector, Rollout, insert_latents, load, logprobs, naive_generate, unroll,
+                        watcher, z_size)
 
 FOLDER = os.path.abspath(os.environ.get("LITEREASON_REAL_WEIGHTS") or os.path.join(ROOT, "out", "real"))
 SMOLLM2, GEMMA, QWEN = NAMES = "SmolLM2-135M-Instruct", "gemma-3-270m", "Qwen2.5-Coder-0.5B-Instruct"
@@ -59,13 +59,13 @@ TEXTS = [
 
 
 def written(model, tok, texts):
-    """Rollouts that write these texts, two for each prompt -> (rollouts, prompts, scripts)"""
+    """Rollouts that write these texts, half of them for each prompt -> (rollouts, prompts, scripts)"""
     prompts = [tok.encode("The king was old."), checkpoint.encode_prompt(model, tok, "Tell of two sons.")]
     scripts = []
     for text in texts:
         ids = checkpoint.encode_text(tok, text.removesuffix("<end>"))
         scripts.append(ids + [checkpoint.end_of_answer(model, tok)] * text.endswith("<end>"))
-    return write(model, tok, prompts, scripts, LIMIT, samples=2), prompts, scripts
+    return write(model, tok, prompts, scripts, LIMIT, samples=len(texts) // 2), prompts, scripts
 
 
 @torch.no_grad()
@@ -79,9 +79,6 @@ def test_sampler_scorer_and_definition_agree_on_real_weights(real):
     for row, made, r in zip(logp, latents, rollouts):
         close(row[: len(r.slots)], r.logprobs, 1e-4)
         close(made, r.latents, 1e-4)
-    _, made, expected = naive(model, rollouts[2].prompt_ids, rollouts[2].slots)
-    close(rollouts[2].logprobs, expected, 1e-4)
-    close(rollouts[2].latents, made, 1e-4)
     with scripted(tok, scripts, LIMIT) as draws:
         slow = naive_generate(model, tok, prompts[0], draws[1])
     assert (slow.slots, slow.text, slow.finished) == (rollouts[1].slots, rollouts[1].text, False)
@@ -100,7 +97,7 @@ def test_in_bf16_sampler_scorer_and_definition_agree_on_average(real):
     model, tok = real
     model = copy.deepcopy(model).to(torch.bfloat16)
     model.reasoning_projector.float()  # as litereason.load leaves it
-    rollouts, _, _ = written(model, tok, [TEXTS[0], f"{tag(1)}<end>", TEXTS[2], TEXTS[3] + "<end>"])
+    rollouts, _, _ = written(model, tok, [TEXTS[0], f"{tag(1)}<end>"])
     logp, scored = logprobs(model, rollouts)
     expected = torch.nn.utils.rnn.pad_sequence([r.logprobs for r in rollouts], batch_first=True)
     assert (logp - expected)[scored].abs().mean() < 0.15
@@ -129,7 +126,7 @@ def test_latents_begin_as_long_as_an_embedding_and_the_papers_start_does_not(rea
 
 
 # ---------------------------------------------------------------- tags across a real tokenizer's cuts
-BEFORE = ["", "So.", "So:\n", "(", "a<", "So <"]
+BEFORE = ["", "So.", "So. ", "So:\n", "(", "a<"]
 INSIDE = ["3", " 2 ", "\n12\n", "0", "two"]
 AFTER = ["", "\n\n", ".", ",", ">\n", "</i>", tag(2)]
 
@@ -143,7 +140,6 @@ def test_tags_fire_across_the_cuts_of_a_real_tokenizer_and_wherever_a_policy_cut
     for text, ids, found in zip(texts, sequences, fired(watcher(model, tok), sequences), strict=True):
         assert tok.decode(ids, clean_up_tokenization_spaces=False) == text
         assert found == by_decoding(tok, ids, 5)
-        assert [n for _, n in found] == [n for _, _, n in parse_tags(text)]
     # A policy samples tokens, and not always those that the tokenizer would cut a text into.
     sequences, expected = sequences_with_tags(tok, 5, 100)
     assert sum(map(len, expected)) > 20 and fired(watcher(model, tok), sequences) == expected
@@ -187,6 +183,7 @@ def test_a_run_on_real_weights_stopped_in_each_stage_continues_bit_for_bit(tmp_p
     monkeypatch.setattr(checkpoint, "is_small", lambda model: False)
     # one tag table, not one per load
     monkeypatch.setattr(checkpoint, "_read_tokenizer", lambda *_, **__: tok)
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # half of the time
     monkeypatch.setattr(train_projector, "AT_ONCE", 2)
     monkeypatch.setattr(train_projector, "VERSIONS", 1)
 

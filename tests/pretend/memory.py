@@ -60,16 +60,13 @@ MADE = {}  # what an operation has made of such shapes: layers are alike, and fi
 
 
 def _as_before(op, args, kwargs):
+    is_view = op is aten._unsafe_view.default or any(out.alias_info for out in op._schema.returns)
+    if is_view:  # or changes what it gets
+        return op(*args, **kwargs)
     key = repr((op, _each([args, *kwargs.items()], lambda t: (t.shape, t.stride(), t.dtype))))
-    if key in MADE:
-        return _each(MADE[key], lambda t: t.new_empty_strided(t.shape, t.stride()))
-    out = op(*args, **kwargs)
-    storages = [], []  # of what it gets and makes
-    for x, found in zip(([args, *kwargs.values()], [out]), storages):
-        _each(x, lambda t: found.append(t.untyped_storage()._cdata))  # noqa: B023
-    if not set(storages[0]) & set(storages[1]):  # no view, and nothing changed in place
-        MADE[key] = out
-    return out
+    if key not in MADE:
+        MADE[key] = op(*args, **kwargs)
+    return _each(MADE[key], lambda t: t.new_empty_strided(t.shape, t.stride()))
 
 
 def _each(x, change):
