@@ -316,13 +316,23 @@ def books(tmp_path, data, model, tok, monkeypatch):
     return nc.examples("train")
 
 
-def test_the_scorers_perplexity_is_that_of_the_whole_text_read_at_once(books, model, tok, monkeypatch):
+def test_the_scorer_reads_whole_texts_once_without_a_plan_and_says_what_is_too_long(
+        books, model, tok, monkeypatch):
     batch = [(books[0], "", books[0]["chapter"]), (books[0], "a plan", books[0]["chapter"]),
              (books[2], "x", "another chapter"), (books[0], "p" * 30, "z")]
     expected = [perplexity(model, tok, [nc.chapter_prompt(e, p)], [y])[0] for e, p, y in batch]
     for positions in (1, 400, 2**15):
         monkeypatch.setattr(nc, "POSITIONS", positions)
         close(torch.tensor(nc.perplexities(batch)), torch.tensor(expected), 1e-5)
+    # without a plan: once for all rollouts of a prompt
+    pairs, calls, compute = [(e, e["chapter"]) for e in books], [], nc.perplexities
+    monkeypatch.setattr(nc, "perplexities", lambda batch: calls.append(len(batch)) or compute(batch))
+    once = compute([(e, "", chapter) for e, chapter in pairs])
+    assert nc.unaided(pairs + pairs) == once * 2 and calls == [len(books)]
+    model.config.max_position_embeddings = 200
+    one_line("b., chapter 2: .* do not fit the scorer's 200 positions; prepare with smaller", compute,
+             [(books[0], "", "x" * 300)])
+    assert math.isfinite(compute([(books[0], "p" * 500, "xy")])[0])  # a plan that is too long loses its end
 
 
 def test_rewards_are_what_they_say(books, monkeypatch):
@@ -350,21 +360,6 @@ def test_the_other_chapter_is_another_books_and_fixed_within_a_step(books):
         assert set(drawn) <= allowed
     val = nc.examples("val")[0]  # its split has no other book: train's are taken
     assert {nc.draw(val, s) for s in range(30)} <= {r["chapter"] for r in books}
-
-
-def test_a_perplexity_without_a_plan_is_read_once_for_all_rollouts_of_a_prompt(books, monkeypatch):
-    pairs, calls, compute = [(e, e["chapter"]) for e in books], [], nc.perplexities
-    monkeypatch.setattr(nc, "perplexities", lambda batch: calls.append(len(batch)) or compute(batch))
-    once = compute([(e, "", chapter) for e, chapter in pairs])
-    assert nc.unaided(pairs + pairs) == once * 2 and calls == [len(books)]
-
-
-def test_what_the_scorer_can_not_read_ends_in_one_line(books, model):
-    e = books[0]
-    model.config.max_position_embeddings = 200
-    one_line("b., chapter 2: .* do not fit the scorer's 200 positions; prepare with smaller", nc.perplexities,
-             [(e, "", "x" * 300)])
-    assert math.isfinite(nc.perplexities([(e, "p" * 500, "xy")])[0])  # a plan that is too long loses its end
 
 
 def test_the_report_has_the_controls(books):
