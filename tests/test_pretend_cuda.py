@@ -1,6 +1,6 @@
 """The CUDA paths of all scripts on a pretended CUDA device (tests/pretend): what a GPU would refuse, where
-the host would wait for it, how much would be in its memory. The numbers are real, bf16 rounding included;
-CUDA's kernels and speed are not.
+the host would wait for it (test_memory.py: how much would be in its memory). The numbers are real, bf16
+rounding included; CUDA's kernels and speed are not.
 
 Functions named on_the_card_.. run in a process of their own that has the device; the tests look at what
 they return. They import what they need themselves: here, in pytest's process, torch has no such device."""
@@ -69,28 +69,6 @@ def sampled(model, tokenizer, prompts, limit, **settings):
 
     return generate(model, tokenizer, prompts, 2, limit, generator=torch.Generator().manual_seed(0),
                     **settings)
-
-
-# ---------------------------------------------------------------- memory
-def on_the_card_out_of_memory():
-    """The slots sampled with room enough, and with room for half of the rows."""
-    from pretend import memory
-    from pretend.device import BYTES
-
-    model, tokenizer, prompts = tiny_on_the_card()
-
-    def sample(rows):
-        return [r.slots for r in sampled(model, tokenizer, prompts, 8, gen_batch_size=rows)]
-
-    slots = sample(8)
-    peaks = [memory.peak(lambda: sample(rows))[1] for rows in (8, 4)]
-    BYTES.total = sum(peaks) // 2
-    return slots, sample(8)
-
-
-def test_out_of_memory_is_caught_and_changes_no_result():
-    (slots, same_slots), printed = pretend.run(on_the_card_out_of_memory)
-    assert "out of memory with 8 rows" in printed and slots == same_slots
 
 
 # ---------------------------------------------------------------- host syncs

@@ -183,7 +183,7 @@ def test_a_run_on_real_weights_stopped_in_each_stage_continues_bit_for_bit(tmp_p
     monkeypatch.setattr(checkpoint, "is_small", lambda model: False)
     # one tag table, not one per load
     monkeypatch.setattr(checkpoint, "_read_tokenizer", lambda *_, **__: tok)
-    monkeypatch.setattr(os, "fsync", lambda file: None)  # half of the time
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # slow, and no power fails here
     monkeypatch.setattr(train_projector, "AT_ONCE", 2)
     monkeypatch.setattr(train_projector, "VERSIONS", 1)
 
