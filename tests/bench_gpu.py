@@ -1,24 +1,22 @@
 """What is to be measured on a GPU: Qwen2.5-1.5B's real shape with random weights. What an H100 gave is in
 results/gpu.json.
 
-    python tests/bench_gpu.py --json results/gpu.json   # all rows, each in a process of its own, on the
-                                                          first CUDA device
+    python tests/bench_gpu.py --json results/gpu.json         # all rows, on the first CUDA device
     python tests/bench_gpu.py --rows f --device cpu --small   # a toy shape, to see that the harness works
 
 (f) one decoding step of 128 rows (8 prompts of 1,024 tokens x 16), plain and recorded as a CUDA graph, beside
     one reading of weights and cache at the measured bandwidth (the floor) and transformers' generate in bf16
 (g) one GRPO step at the paper's shape (48 prompts x 16 samples, 1,024 + 256 tokens): seconds by phase, peak
     memory, utilisation of the update; from them, on paper, the hours of the paper's plot-hole run, at 256
-    slots an answer and at the paper's means, 115 without and 34 with latents
-(h) the same with the allocator capped at 16, 24 and 40 GB, beside the peaks that lib/memory.py expects
+    slots an answer and at the paper's means, 115 without and 34 with latents; beside the peaks that
+    lib/memory.py expects
 """
 import argparse
+import gc
 import json
 import os
 import re
-import subprocess
 import sys
-import types
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
@@ -86,28 +84,25 @@ def grpo(args, P=48, G=16, L=1024, S=256):
     model.graphs = args.device == "cuda"
     P, G, L, S = (2, 4, 64, 16) if args.small else (P, G, L, S)
 
-    # What fits.
-    room = (args.cap or 80) * 2**30 if args.device == "cpu" else args.cap and args.cap * 2**30
-    settings, said = memory.plan(model, L, S, P, G, {}, room=room)
+    plan, said = memory.plan(model, L, S, P, G, {}, room=80 * 2**30 if args.device == "cpu" else None)
     print(said, file=sys.stderr, flush=True)
     expected = {phase: float(gib) for phase, gib in re.findall(r"(\w+) ([\d.]+) GiB", said)}
-    plan = types.SimpleNamespace(**settings)
-    if plan.checkpoint_layers:
+    if plan["checkpoint_layers"]:
         memory.checkpoint_layers(model)
     base = memory.base_parameters(model)
-    masters = memory.offload(model, base) if plan.offload else base
+    masters = memory.offload(model, base) if plan["offload"] else base
     optimizer = torch.optim.AdamW(masters, lr=1e-7, fused=True)
     rollouts = []
-    out = {"settings": settings, "expected_GiB": expected}
+    out = {"settings": plan, "expected_GiB": expected}
 
     def sample():
         rollouts.extend(generate(model, tok, random_prompts(model, P, L), G, S,
-                                 gen_batch_size=plan.gen_batch_size))
+                                 gen_batch_size=plan["gen_batch_size"]))
 
     def update():
         rewards = torch.rand(P, G, generator=torch.Generator().manual_seed(2))
         advantages = group_advantages(rewards).flatten().to(args.device)
-        for part in pack(rollouts, plan.micro_batch_tokens):
+        for part in pack(rollouts, plan["micro_batch_tokens"]):
             logp, scored = logprobs(model, [rollouts[i] for i in part])
             policy_loss(logp, logp.detach(), advantages[part], scored, P * G)[0].backward()
             memory.wait_for_gradients(model)
@@ -126,7 +121,7 @@ def grpo(args, P=48, G=16, L=1024, S=256):
     optimizer.zero_grad(set_to_none=True)
     prompt = random_prompts(model, 1, L)[0]
     warm = Rollout(prompt, (prompt * S)[:S], torch.zeros(0, model.config.hidden_size))
-    logprobs(model, [warm] * max(1, min(G, (plan.micro_batch_tokens - L) // S)))[0].sum().backward()
+    logprobs(model, [warm] * max(1, min(G, (plan["micro_batch_tokens"] - L) // S)))[0].sum().backward()
     memory.wait_for_gradients(model)
     memory.forget_gradients(model)
 
@@ -135,7 +130,7 @@ def grpo(args, P=48, G=16, L=1024, S=256):
         out[f"{name}_s"] = clock(run, args.device)
         out[f"{name}_GiB"] = torch.cuda.max_memory_allocated() / 2**30 if args.device == "cuda" else None
     positions = sum(len(r.slots) for r in rollouts) + P * L
-    passes = 8 if plan.checkpoint_layers else 6  # forward, forward again if layers are checkpointed, backward
+    passes = 8 if plan["checkpoint_layers"] else 6  # forward, again if checkpointed, backward
     flops = passes * sum(p.numel() for p in base) * positions
     # sampling and update taken to grow with the slots; 16 optimiser steps per batch, as released
     hours = {n: 30 * 290 / P * (out["sample_s"] * n / S + out["update_s"] * (P * L + P * G * n) / positions
@@ -148,8 +143,7 @@ def grpo(args, P=48, G=16, L=1024, S=256):
             "hours_of_the_papers_run": hours, "recorded": model.graphs}
 
 
-# row: what is done, and GiB that the allocator may use (None: all)
-ROWS = {"f": (decode, None), "g": (grpo, None), "h16": (grpo, 16), "h24": (grpo, 24), "h40": (grpo, 40)}
+ROWS = {"f": decode, "g": grpo}
 
 
 def main():
@@ -162,19 +156,10 @@ def main():
     checkpoint.stop_tokens = lambda *_: [NEVER]
     result = {}
     for name in args.rows:
-        if len(args.rows) > 1:  # each in its own process: its memory is its own
-            words = [sys.executable, *sys.argv, "--rows", name]
-            done = subprocess.run(words, capture_output=True, text=True)
-            result[name] = {"failed": done.stderr[-2000:]}
-            if done.returncode == 0:
-                result[name] = json.loads(done.stdout.split(") ", 1)[1])
-        else:
-            run, args.cap = ROWS[name]
-            if args.cap and args.device == "cuda":
-                whole = torch.cuda.get_device_properties(0).total_memory
-                torch.cuda.set_per_process_memory_fraction(min(1.0, args.cap * 2**30 / whole))
-            result[name] = {"what": run.__name__, "cap_GiB": args.cap, **run(args)}
+        result[name] = {"what": ROWS[name].__name__, **ROWS[name](args)}
         print(f"({name}) {json.dumps(result[name])}", flush=True)
+        gc.collect()  # the next row begins with an empty card
+        torch.cuda.empty_cache()
     if args.json:
         machine = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
         with open(args.json, "w") as f:

@@ -46,23 +46,20 @@ def gradient(model, rollouts, parts):
     return torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])
 
 
-def worst(some, others):
-    return max(float((a - b).abs().max()) for a, b in zip(some, others) if len(a))
-
-
 def differences(model, rollouts, ways, sampled, exact):
     """-> ({way: largest difference}, the rollouts scored alone). exact: those in float64, None: these are."""
     alone = [[i] for i in range(len(rollouts))]
+    worst = lambda some: max(float((a - b).abs().max()) for a, b in zip(some, reference) if len(a))
     with torch.no_grad():
         reference = score(model, rollouts, alone)
-        found = {way: worst(score(model, rollouts, parts), reference) for way, parts in ways.items()}
+        found = {way: worst(score(model, rollouts, parts)) for way, parts in ways.items()}
     few = rollouts[:32]  # gradients: of these, or it takes an hour
     apart, together = (gradient(model, few, parts) for parts in (alone[:32], [range(len(few))]))
     found["gradient: one batch"] = float((together - apart).abs().max() / apart.abs().max())
     checkpoint_layers(model)  # only a pass with gradients computes layers again
-    found["layer checkpointing, batches of 32"] = worst(score(model, few, [range(len(few))]), reference)
-    found["(as sampled, in float32)"] = worst(sampled, reference)
-    found["(float64 alone)"] = worst(exact or reference, reference)
+    found["layer checkpointing, batches of 32"] = worst(score(model, few, [range(len(few))]))
+    found["(as sampled, in float32)"] = worst(sampled)
+    found["(float64 alone)"] = worst(exact or reference)
     return found, reference
 
 

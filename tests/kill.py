@@ -6,9 +6,9 @@ run left alone, bit for bit.
 Half of the kills fall on a moment that a clock draws. In the other half the process, a fork of this one,
 kills itself before or after the n-th call that changes the disk, or with only a part of a file on it."""
 import argparse
-import json
 import multiprocessing
 import os
+import pathlib
 import random
 import shutil
 import signal
@@ -20,7 +20,7 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
-from safetensors.torch import load_file
+from test_resume import same
 
 import train_projector
 import train_rl
@@ -28,15 +28,15 @@ from lib import run as runs
 
 torch.set_num_threads(1)
 train_projector.VERSIONS, train_projector.AT_ONCE = 1, 4  # stage 1 in 120 short batches
-SIZES = ["--device", "cpu", "--n", "2", "--val", "2", "--train-prompts", "8", "--prompts", "4",
-         "--num-generations", "4", "--minibatches", "2", "--max-new-tokens", "80", "--save-every", "1",
-         "--show-every", "0", "--trace-prompts", "480"]
+SIZES = ["--device", "cpu", "--n", 2, "--val", 2, "--train-prompts", 8, "--prompts", 4,
+         "--num-generations", 4, "--minibatches", 2, "--max-new-tokens", 80, "--save-every", 1,
+         "--show-every", 0, "--trace-prompts", 480]
 DISK = [(os, "mkdir"), (os, "makedirs"), (os, "rename"), (os, "replace"), (os, "remove"), (os, "fsync"),
         (shutil, "rmtree"), (torch, "save")]
 
 
 def kill_at(n, half):
-    """In a child: from now on it dies at the n-th call of DISK, or, with half, after the one before, and what
+    """From now on this process dies at the n-th call of DISK, or, with half, after the one before, and what
     that brought to the disk is cut."""
 
     def watched(real, name):
@@ -57,46 +57,21 @@ def kill_at(n, half):
         setattr(module, name, watched(getattr(module, name), name))
 
 
-def train(words, log, n, half):
+def train(words, log, n=0, half=False):
+    """train_rl.py, in a fork of this process."""
     for stream in (1, 2):
         os.dup2(log.fileno(), stream)
-    sys.argv = ["train_rl.py", *words]
+    sys.argv = ["train_rl.py", *map(str, words)]
     if n:
         kill_at(n, half)
     runs.run_script(train_rl.main)
-
-
-def start(words, log, n=0, half=False):
-    """-> a fork of this process that runs train_rl.py"""
-    child = multiprocessing.get_context("fork").Process(target=train, args=(words, log, n, half))
-    child.start()
-    return child
 
 
 def stage(out):
     """Where a run is, by what it has left so far."""
     if runs.saved_states(out):
         return "RL"
-    return "projector" if runs.saved_states(os.path.join(out, "stage-2")) else "traces"
-
-
-def result(out):
-    """All that a run leaves, but for what a clock or the operating system says."""
-
-    def read(name):
-        with open(os.path.join(out, name)) as file:
-            return file.read()
-
-    def without_clocks(m):
-        return {k: v for k, v in m.items() if not k.startswith("seconds") and k != "peak_memory_gib"}
-
-    weights = load_file(os.path.join(out, "model", "model.safetensors"))
-    return {
-        "weights": {name: w.numpy().tobytes() for name, w in weights.items()},
-        "metrics": [without_clocks(json.loads(line)) for line in read("metrics.jsonl").splitlines()],
-        "table": [without_clocks(row) for row in json.loads(read("results.json"))],
-        "traces": read("traces.jsonl"),
-        "files": sorted(os.listdir(out))}
+    return "projector" if runs.saved_states(out / "stage-2") else "traces"
 
 
 def main():
@@ -104,27 +79,30 @@ def main():
     ap.add_argument("--kills", type=int, default=60)
     ap.add_argument("--seed", type=int, default=0)
     args = ap.parse_args()
-    begin, at, rng = time.time(), tempfile.mkdtemp(), random.Random(args.seed)
-    alone, killed = os.path.join(at, "alone"), os.path.join(at, "killed")
+    begin, at, rng = time.time(), pathlib.Path(tempfile.mkdtemp()), random.Random(args.seed)
+    alone, killed = at / "alone", at / "killed"
     share = -(-args.kills // 3)
-    sizes = SIZES + ["--projector-steps", str(3 * share), "--steps", str(3 * share)]
+    sizes = [*SIZES, "--projector-steps", 3 * share, "--steps", 3 * share]
     kills = {(s, how): 0 for s in ("traces", "projector", "RL") for how in ("clock", "disk")}
 
     def wanted(s):
         return share - kills[s, "clock"] - kills[s, "disk"] > 0
 
-    with open(os.path.join(at, "log"), "w+") as log:
-        child = start([*sizes, "--out", alone], log)
+    fork = multiprocessing.get_context("fork").Process
+    with open(at / "log", "w+") as log:
+        child = fork(target=train, args=([*sizes, "--out", alone], log))
+        child.start()
         child.join()
         assert child.exitcode == 0, log.name
         print(f"left alone: {time.time() - begin:.0f}s; log in {log.name}", flush=True)
         while True:
             # --resume wants a config.json: killed before that, a run is just started again
-            is_there = os.path.exists(os.path.join(killed, "config.json"))
+            is_there = (killed / "config.json").exists()
             words = ["--resume", killed] if is_there else [*sizes, "--out", killed]
             disk = rng.random() < 0.5 and wanted(stage(killed))
             n = rng.randint(1, 12 if stage(killed) == "traces" else 50) if disk else 0
-            child = start(words, log, n, half=rng.random() < 0.5)
+            child = fork(target=train, args=(words, log, n, rng.random() < 0.5))
+            child.start()
             child.join(None if disk else rng.uniform(0.1, 2))
             while child.is_alive():
                 if wanted(stage(killed)):
@@ -135,11 +113,12 @@ def main():
             if child.exitcode != -signal.SIGKILL:
                 sys.exit(f"ended with {child.exitcode} after {sum(kills.values())} kills; see {log.name}")
             kills[stage(killed), "disk" if disk else "clock"] += 1
-    one, two = result(alone), result(killed)
+    left = [((out / "traces.jsonl").read_text(), sorted(os.listdir(out))) for out in (alone, killed)]
+    equal = {"weights, metrics and table": same(alone, killed), "traces and files": left[0] == left[1]}
     print(f"{sum(kills.values())} kills in {time.time() - begin:.0f}s: "
           + ", ".join(f"{s} {n} by {how}" for (s, how), n in kills.items()))
-    print("equal to the run left alone: " + ", ".join(f"{name} {one[name] == two[name]}" for name in one))
-    if one != two or any(map(wanted, ("traces", "projector", "RL"))):
+    print("equal to the run left alone: " + ", ".join(f"{what} {yes}" for what, yes in equal.items()))
+    if not all(equal.values()) or any(map(wanted, ("traces", "projector", "RL"))):
         sys.exit(f"not equal, or a stage came to its end before its last kill; both are in {at}")
     shutil.rmtree(at)
 

@@ -1,7 +1,7 @@
 """No text and no checkpoint that somebody else made can drive the machine, make it slow, or run code on it.
 
-100,000 random token sequences are read by the tag table and, slowly, by hand; prompts and stories carry tags
-and delimiters; checkpoints are damaged or bring code. All of it is seeded and bounded."""
+Thousands of random token sequences are read by the tag table and, slowly, by hand; prompts carry tags and
+delimiters; checkpoints are damaged or bring code. All of it is seeded and bounded."""
 import bisect
 import functools
 import itertools
@@ -16,14 +16,16 @@ import types
 
 import pytest
 import torch
-from conftest import ROOT, close, naive, tag, write
+from conftest import ROOT, tag, write
 from safetensors.torch import load_file, save_file
+from test_data import load64
 from test_real_tasks import one_line
+from test_tag import PIECES, fired, random_ids
 
-from data import boxed, perplexity
+from data import boxed
 from data.flawed_fictions import verdict
 from data.next_chapter import plan_of
-from litereason import CLOSE, DIGITS, LATENT, OPEN, SPACE, insert_latents, load, parse_tags, save, watcher
+from litereason import CLOSE, DIGITS, OPEN, SPACE, parse_tags, save, watcher
 from train_projector import mask_sentences
 
 
@@ -68,78 +70,41 @@ def by_reading(pieces, cap):
     return out
 
 
-def fired(watch, sequences):
-    """[(token, n)] of each sequence, watched 5,000 at a time, those of like length together."""
-    out, order = [[] for _ in sequences], sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    for part in (order[i : i + 5000] for i in range(0, len(order), 5000)):
-        longest = max(len(sequences[i]) for i in part)
-        ids = torch.tensor([sequences[i] + [0] * (longest - len(sequences[i])) for i in part])  # (rows, T)
-        state = torch.zeros(len(part), dtype=torch.long)
-        for t in range(longest):
-            state, n = watch.step(state, ids[:, t])
-            for row in n.nonzero()[:, 0].tolist():
-                if t < len(sequences[part[row]]):
-                    out[part[row]].append((t, int(n[row])))
-    return out
+# What may stand between the tags of test_tag.py.
+TEXTS = ["\f", "\v", "007", "0" * 25, "9" * 25, "+", "３", "߃", "𝟛", "\u00a0", "\u2003", "\u200b", "\ufeff",
+         tag("\n2\t"), tag(0), tag("٣"), tag(""), tag(2) + tag(3), f"{OPEN}{tag(3)}",
+         f"{OPEN}2{tag(3)}{CLOSE}", f"{OPEN}2 {OPEN}", f"{CLOSE}3{OPEN}", f"Then.{tag(3)}\n\nSo",
+         f"({tag(2)})", "{}\"<>'", tag("3</implicit_thought"), "<implicit_thought<implicit_thought>"]
 
 
-TEXTS = [OPEN, CLOSE, OPEN, CLOSE, "<implicit_", "thought>", "</implicit_thought", "<", ">", "</", "><", " ",
-         "\n\t", "\r\n", "\f", "\v", "0", "3", "12", "007", "0" * 25, "9" * 25, "-", "+", ".", "x", "a story",
-         "٣", "３", "²", "߃", "𝟛", "\u00a0", "\u2003", "\u200b", "\ufeff", tag(1), tag(" 4"),
-         tag("5 "), tag("\n2\t"), tag(0), tag("٣"), tag(""), f"{OPEN}3", f"{OPEN} 3", f"3{CLOSE}",
-         tag(2) + tag(3), f"{OPEN}{tag(3)}", f"{OPEN}2{tag(3)}{CLOSE}", f"{OPEN}2 {OPEN}", f"{CLOSE}3{OPEN}",
-         f"Then.{tag(3)}\n\nSo", f"({tag(2)})", "{}\"<>'", tag("3</implicit_thought"),
-         "<implicit_thought<implicit_thought>", "</implicit_thought</implicit_thought>"]
+def random_sequence(rng, tok, kinds, ids_of):
+    """Texts of tags and junk, cut as the tokenizer does or at random, and between them what is in `kinds`."""
+    longest = min(20, max(map(len, ids_of)))
+    parts = [random_ids(rng, tok, ids_of, longest) if rng.random() < 0.6 else rng.choice(rng.choice(kinds))
+             for _ in range(rng.randint(1, 5))]
+    return list(itertools.chain(*parts))
 
 
-def fragments(rng, tok, pieces):
-    """Lists of token ids to be put one after the other: each text as the tokenizer cuts it and cut at
-    random, pairs of them too, so that tokens reach over the seams; the ids that end a turn or stand for
-    nothing; every entry that could touch a tag; any entry at all."""
-    ids_of, words = {}, [t.encode() for t in TEXTS]
-    for i, p in enumerate(pieces):
-        ids_of.setdefault(p, []).append(i)
-
-    @functools.cache
-    def fits(text):  # the lengths of the entries that `text` begins with
-        return [k for k in range(1, len(text) + 1) if text[:k] in ids_of]
-
-    def cut(text):
-        ids = []
-        while text:
-            k = rng.choice(fits(text[:20]) or [0])
-            ids, text = ids + [rng.choice(ids_of[text[:k]])] if k else ids, text[max(k, 1):]
-        return ids
-
-    whole = ([tok.encode(t, split_special_tokens=True) for t in TEXTS]
-             + [tok.encode(a + b) for a in TEXTS[::3] for b in TEXTS])
-    random_cuts = ([cut(w) for w in words for _ in range(40)]
-                   + [cut(rng.choice(words) + rng.choice(words)) for _ in range(3000)])
-    near = [[i] for i, p in enumerate(pieces)
-            if set(p) & set(b"<>") or p and set(p) <= set((SPACE + DIGITS).encode()) or p in OPEN.encode()]
-    broken = ([[i] for i, p in enumerate(pieces) if "\ufffd" in p.decode("utf-8", "replace")]
-              or [[len(pieces)]])
-    end, nothing = [[tok.eos_token_id]], [[len(pieces)], [len(pieces) + 2]]
-    return (whole, random_cuts, random_cuts, random_cuts, near, broken, end, nothing,
-            [[i] for i in range(len(pieces))])
-
-
-@pytest.mark.parametrize("which, cap, count", [("tok", 5, 20000), ("tok", 1, 5000), ("tok", 64, 5000),
-                                               ("real_tok", 5, 20000)])
-def test_the_watcher_agrees_with_the_slow_reading_of_50000_random_sequences(request, which, cap, count):
+@pytest.mark.parametrize("which, cap, count", [("tok", 5, 2000), ("tok", 64, 500), ("real_tok", 5, 1000)])
+def test_the_watcher_agrees_with_the_slow_reading_of_random_sequences(request, which, cap, count):
+    """Among them entries that are half a character, that end a turn or stand for nothing, and any at all."""
     tok, rng = request.getfixturevalue(which), random.Random(cap)
     pieces = pieces_of(tok)
-    kinds = fragments(rng, tok, pieces)
-    sequences = [[i for _ in range(rng.randint(1, 12)) for i in rng.choice(rng.choice(kinds))]
-                 for _ in range(count)]
-    read = pieces + [b"\0"] * 3  # ids that no text has
+    texts = [piece.decode("utf-8", "replace") for piece in pieces]
+    broken = [[i] for i, text in enumerate(texts) if "\ufffd" in text]
+    nothing = [[tok.eos_token_id], [len(pieces)], [len(pieces) + 2]]  # ids that no text has
+    anything = [[i] for i in range(len(pieces))]
+    kinds = [[tok.encode(text) for text in TEXTS], broken or nothing, nothing, anything]
+    ids_of = {text: [i] for i, text in enumerate(texts) if text and set(text) <= set("".join(PIECES))}
+    sequences = [random_sequence(rng, tok, kinds, ids_of) for _ in range(count)]
+    read = pieces + [b"\0"] * 3
     expected = [by_reading([read[i] for i in s], cap) for s in sequences]
     hits = sum(map(bool, expected))
-    assert count / 4 < hits < 3 * count / 4, hits  # neither all tags nor none
+    assert count / 4 < hits < 9 * count / 10, hits  # neither all tags nor none
     answers = zip(sequences, fired(table_of(tok, cap), sequences), expected)
     assert [(s, f, e) for s, f, e in answers if f != e][:1] == []
     # The reference is right about what a reader sees, as far as the tokenizer reads.
-    for s, e in list(zip(sequences, expected))[:1500]:
+    for s, e in list(zip(sequences, expected))[:500]:
         s = list(itertools.takewhile(lambda i: i < len(pieces), s))
         seen = parse_tags(tok.decode(s, clean_up_tokenization_spaces=False), cap)
         assert [n for _, _, n in seen] == [n for t, n in e if t < len(s)]
@@ -155,16 +120,6 @@ def test_thousands_of_digits_spaces_or_open_tags_are_read_like_few(tok):
         assert (fired(watch, [ids])[0] == by_reading([pieces[i] for i in ids], 5)
                 == [(len(ids) - 1, n) for n in expected])
         assert [n for _, _, n in parse_tags(tag(inside))] == expected
-
-
-def test_latents_stand_after_the_token_that_ends_a_tag_and_nowhere_else(model, tok):
-    rng, pieces = random.Random(0), pieces_of(tok)
-    kinds = fragments(rng, tok, pieces)[:4]
-    for _ in range(500):
-        ids = [i for _ in range(6) for i in rng.choice(rng.choice(kinds))]
-        n_after = dict(by_reading([pieces[i] for i in ids], 5))
-        assert insert_latents(model, tok, ids) == [s for t, i in enumerate(ids)
-                                                   for s in [i] + [LATENT] * n_after.get(t, 0)]
 
 
 # ---------------------------------------------------------------- text that someone else wrote
@@ -193,14 +148,6 @@ def test_a_stop_token_ends_a_turn_only_where_the_policy_samples_it(model, tok):
     assert ([(r.finished, r.n_latents, r.text) for r in rollouts[1:]]
             == [(True, 0, f"{OPEN}3"), (True, 4, f"{tag(4)}x"), (True, 0, f"{OPEN}3{CLOSE[:-1]}")])
     assert not rollouts[0].finished and len(rollouts[0].slots) == 40
-
-
-def test_a_perplexity_reads_tags_as_text(model, tok):
-    context, text = f"a {tag(3)}", f"b{tag(2)} c"
-    _, latents, logp = naive(model, tok.encode(context), tok.encode(text))
-    assert not len(latents)
-    close(torch.tensor(perplexity(model, tok, [context], [text]), dtype=torch.float64)[0],
-          (-logp.mean()).exp())
 
 
 # ---------------------------------------------------------------- text that is made to be slow
@@ -258,10 +205,6 @@ def damaged(model, tok, tmp_path):
         return path
 
     return make
-
-
-def load64(path):
-    return load(str(path), device="cpu", dtype=torch.float64)
 
 
 P, L = "reasoning_projector.", "model.layers."
@@ -326,8 +269,7 @@ def test_no_code_of_a_checkpoint_runs_and_nobody_is_asked(damaged, tmp_path, mon
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question at the keyboard"))
     path = damaged({"auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}})
     mark = tmp_path / "mark"
-    code = f"open({str(mark)!r}, 'w')\n"
-    (path / "evil.py").write_text(code)
+    (path / "evil.py").write_text(f"open({str(mark)!r}, 'w')\n")
     (path / "tokenizer_config.json").write_text(json.dumps(
         {**json.load(open(path / "tokenizer_config.json")),
          "auto_map": {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]}}))

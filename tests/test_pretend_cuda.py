@@ -1,15 +1,19 @@
 """The CUDA paths of all scripts on a pretended CUDA device (tests/pretend): what a GPU would refuse, where
-the host would wait for it, how much would be in its memory. The numbers are real, bf16 rounding included;
-CUDA's kernels and speed are not.
+the host would wait for it (test_memory.py: how much would be in its memory). The numbers are real, bf16
+rounding included; CUDA's kernels and speed are not.
 
 Functions named on_the_card_.. run in a process of their own that has the device; the tests look at what
 they return. They import what they need themselves: here, in pytest's process, torch has no such device."""
+import functools
+import importlib
 import json
-import os
 import shutil
+import sys
 import types
+import zlib
 
 import pytest
+from test_resume import metrics, same_weights
 
 import pretend
 
@@ -67,28 +71,6 @@ def sampled(model, tokenizer, prompts, limit, **settings):
                     **settings)
 
 
-# ---------------------------------------------------------------- memory
-def on_the_card_out_of_memory():
-    """The slots sampled with room enough, and with room for half of the rows."""
-    from pretend import memory
-    from pretend.device import BYTES
-
-    model, tokenizer, prompts = tiny_on_the_card()
-
-    def sample(rows):
-        return [r.slots for r in sampled(model, tokenizer, prompts, 8, gen_batch_size=rows)]
-
-    slots = sample(8)
-    peaks = [memory.peak(lambda: sample(rows))[1] for rows in (8, 4)]
-    BYTES.total = sum(peaks) // 2
-    return slots, sample(8)
-
-
-def test_out_of_memory_is_caught_and_changes_no_result():
-    (slots, same_slots), printed = pretend.run(on_the_card_out_of_memory)
-    assert "out of memory with 8 rows" in printed and slots == same_slots
-
-
 # ---------------------------------------------------------------- host syncs
 VARIANTS = {
     "prompts that wait": {"gen_batch_size": 4},
@@ -132,7 +114,7 @@ def test_between_two_looks_the_host_waits_for_nothing():
 
 def on_the_card_micro_batch():
     """Updates of one micro-batch: of two rollouts, of eight, and with offloaded masters -> where the host
-    waited in each, [(place, why)]."""
+    waited in each, [(place, why)]; the matrix products of one, by type."""
     import torch
     import train_rl
     from lib import memory
@@ -152,134 +134,89 @@ def on_the_card_micro_batch():
 
     found = [update(rollouts[:2]), update(rollouts)]
     memory.offload(model, memory.base_parameters(model))
-    return [*found, update(rollouts)]
+    device.PRODUCTS.clear()
+    return [*found, update(rollouts)], {str(dtype): n for dtype, n in device.PRODUCTS.items()}
 
 
-def test_a_micro_batch_waits_as_often_however_many_rollouts_it_has():
-    (two, eight, offloaded), _ = pretend.run(on_the_card_micro_batch)
+def test_a_micro_batch_waits_as_often_however_many_rollouts_it_has_and_multiplies_in_bf16():
+    ((two, eight, offloaded), products), _ = pretend.run(on_the_card_micro_batch)
+    assert products["torch.bfloat16"] > 2 * products.get("torch.float32", 0), products
     assert len(eight) == len(two) <= 20, eight
     assert len(offloaded) == len(eight) + 1, offloaded  # for the gradients to be on the host
 
 
 # ---------------------------------------------------------------- the scripts
-TINY_RUN = ("--prompts", 2, "--num-generations", 4, "--train-prompts", 2, "--minibatches", 2, "--steps", 2,
-            "--val", 1, "--n", 0, "--max-new-tokens", 26, "--save-every", 1, "--show-every", 0)
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """The tiny model, saved as if its projector were trained, and with traces for the anchor."""
-    import litereason
-    from data import tiny
-    from lib import checkpoint
-    from test_tiny import trace_of
-
-    path = str(tmp_path_factory.mktemp("pretend") / "small")
-    model, tokenizer = litereason.load("tiny", "cpu")
-    model.projector_trained = True
-    checkpoint.save(model, tokenizer, path)
-    traces = [{"example": i, "prompt": tiny.prompt(example, True), "text": trace_of(example)[0]}
-              for i, example in enumerate(tiny.examples("train", 40))]
-    with open(os.path.join(path, "traces.jsonl"), "w") as f:
-        f.write("{}\n" + json.dumps(traces) + "\n")
-    return path
-
-
-def script(*words):
-    """Runs it on the card, where the base's matrix products are in bf16 -> what it printed."""
-    printed, products = pretend.script(*words)
-    assert products["torch.bfloat16"] > 2 * products.get("torch.float32", 0), products
-    return printed
-
-
-def train(out, *words):
-    """train_rl.py on the card -> its metrics."""
-    from train_rl import DLOGP
-
-    script("train_rl.py", *TINY_RUN, *words, "--out", out)
-    steps = metrics(out)
-    assert all(step["max_dlogp"] < DLOGP[True] for step in steps)
-    return steps
-
-
-def metrics(out):
-    """Without what a clock says."""
-    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in step.items() if name not in ("seconds", "peak_memory_gib")}
-            for step in steps]
-
-
-def results(out):
-    return json.loads((out / "results.json").read_text())
-
-
-def test_stages_1_and_2(tmp_path):
-    script("train_projector.py", "--prompts", 8, "--samples", 4, "--steps", 2, "--n", 1,
-           "--max-new-tokens", 120, "--out", tmp_path / "run")
-    found = results(tmp_path / "run")
-    assert found["kept"] > 0 and found["losses"]["trained"] != found["losses"]["start"]
-
-
-def test_rl_plain_and_with_offloaded_masters_and_layers_computed_again_and_its_resume(small, tmp_path):
-    plain = train(tmp_path / "plain", "--model", small)
-    assert plain[-1]["refresh_loss"] is not None and all(step["anchor_loss"] > 0 for step in plain)
-    assert any(step["latent_steps"] > 0 for step in plain) and any(step["grad_norm"] > 0 for step in plain)
-    steps = train(tmp_path / "run", "--model", small, "--offload", "--checkpoint-layers")
-    for one, other in zip(steps, plain, strict=True):
-        assert one["reward"] == other["reward"]
-        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=0.02)
-    # As the run was after its first step, continued.
-    shutil.copytree(tmp_path / "run", tmp_path / "copy")
-    (tmp_path / "copy" / "state-2.pt").unlink()
-    assert "resumed from" in script("train_rl.py", "--resume", tmp_path / "copy")
-    assert metrics(tmp_path / "copy") == steps
-    weights = [tmp_path / run / "model" / "model.safetensors" for run in ("run", "copy")]
-    assert weights[0].read_bytes() == weights[1].read_bytes()
-
-
-@pytest.mark.parametrize("method, words", [
-    # Of grpo a rollout that stops early is the shorter one.
-    ("grpo", ("--num-generations", 16, "--max-new-tokens", 64, "--overlong-buffer", 44, "--minibatches", 1)),
-    ("tag", ("--n", 1)),
-    ("litereason", ("--task", "tiny.next_chapter", "--recompute-latents", "--refresh-every", -1))])
-def test_rl_in_its_other_forms(method, words, small, tmp_path):
-    model = small if method == "litereason" else "tiny"
-    step, = train(tmp_path / "run", "--method", method, "--model", model, "--steps", 1, "--val", 0, *words)
-    assert step["grad_norm"] > 0 or method != "grpo"
-    assert method != "tag" or len(results(tmp_path / "run")) == 3
-
-
-def test_controls_and_answers_shown(small, tmp_path):
-    words = ("eval.py", "--model", small, "--max-new-tokens", 16, "--out", tmp_path / "table", "--n", 1)
-    script(*words, "--controls")
-    assert len(results(tmp_path / "table")) > 12
-    assert ">>>" in script(*words, "--show", 1)
-
-
 REASONING = ("from Mara Otto and from Karl Lena , so Rosa has none of the halves , "
              "go on with Otto and Lena . ") * 2
 
 
-def on_the_card_baseline(method, out):
-    """results/baselines.py on a few stories, with traces that it need not sample."""
-    import sys
-
+def on_the_card_script(words):
+    """A script's main; every answer earns something, and a baseline's traces are there already."""
+    from data import tiny
     from lib import run
     from results import baselines
 
     def traces(model, tokenizer, task, examples, args):
         return [(task.prompt(example, False), REASONING, r"\boxed{ No }") for example in examples], 0
 
-    baselines.own_traces = traces
-    baselines.CHECKED = 1
-    sys.argv = ["results/baselines.py", "--method", method, "--n", "1", "--steps", "1", "--stories", "4",
-                "--batch", "4", "--stages", "1", "--epochs", "1", "--last-stage", "1", "--prompts", "1",
-                "--num-generations", "4", "--max-new-tokens", "12", "--out", out]
-    run.run_script(baselines.main)
+    tiny.examples = functools.cache(tiny.examples)
+    tiny.reward = lambda example, text: 0.5 + zlib.crc32(text.encode()) % 100 / 100
+    baselines.own_traces, baselines.CHECKED = traces, 1
+    sys.argv = words
+    run.run_script(importlib.import_module(words[0].removesuffix(".py").replace("/", ".")).main)
+
+
+def script(*words):
+    """-> what it printed"""
+    return pretend.run(on_the_card_script, [str(word) for word in words])[1]
+
+
+def results(out):
+    return json.loads((out / "results.json").read_text())
+
+
+SIZES = ("--steps", 2, "--prompts", 2, "--num-generations", 4, "--minibatches", 2, "--train-prompts", 2,
+         "--projector-steps", 1, "--val", 0, "--n", 0, "--save-every", 1)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of all stages, with targets and all that saves memory."""
+    out = tmp_path_factory.mktemp("pretend") / "run"
+    script("train_rl.py", *SIZES, "--offload", "--checkpoint-layers", "--trace-prompts", 8,
+           "--max-new-tokens", 110, "--out", out)
+    return out
+
+
+def test_a_run_learns_on_the_card_and_its_resume_is_the_run(trained, tmp_path):
+    steps = metrics(trained)
+    assert steps[-1]["refresh_loss"] > 0 and all(step["anchor_loss"] > 0 for step in steps)
+    assert all(step["grad_norm"] > 0 and step["latent_steps"] > 0 for step in steps)
+    assert steps[0]["max_dlogp"] < 2.0  # train_rl.DLOGP
+    # As the run was after its first step, continued.
+    shutil.copytree(trained, tmp_path / "copy")
+    (tmp_path / "copy" / "state-2.pt").unlink()
+    assert "resumed from" in script("train_rl.py", "--resume", tmp_path / "copy")
+    assert metrics(tmp_path / "copy") == steps and same_weights(trained, tmp_path / "copy")
+
+
+def test_the_papers_recipe_learns_too(tmp_path):
+    script("train_rl.py", *SIZES, "--smoke", "--targets", "none", "--recompute-latents", "--trace-prompts", 4,
+           "--max-new-tokens", 14, "--out", tmp_path)
+    assert all(step["grad_norm"] > 0 for step in metrics(tmp_path))
+
+
+def test_controls_and_answers_shown(trained, tmp_path):
+    words = ("eval.py", "--model", trained, "--max-new-tokens", 10, "--out", tmp_path / "table", "--n", 1)
+    script(*words, "--controls")
+    assert len(results(tmp_path / "table")) > 12
+    assert ">>>" in script(*words, "--show", 1)
 
 
 @pytest.mark.parametrize("method", ["moi", "coconut", "colar", "answer"])
 def test_a_baseline(method, tmp_path):
-    pretend.run(on_the_card_baseline, method, str(tmp_path / "run"))
+    script("results/baselines.py", "--method", method, "--n", 1, "--steps", 1, "--stories", 4, "--batch", 4,
+           "--stages", 1, "--epochs", 1, "--last-stage", 1, "--prompts", 1, "--num-generations", 4,
+           "--r", 2, "--most-latents", 8, "--max-new-tokens", 12, "--out", tmp_path / "run")
     on_test = [row["model"] for row in results(tmp_path / "run") if row["split"] == "test"]
     assert on_test[-2] == method  # the last is at temperature 1

@@ -3,20 +3,20 @@
 The model is random and made to write; no number here says anything about a trained one. What is in ../shared
 is looked for there; where it is absent these tests skip."""
 import json
+import os
 import shutil
 
 import pytest
 import torch
-import transformers
-from conftest import tag
-from test_real_tasks import jsonl, one_line, run, shared, stories
+from conftest import ROOT, random_qwen2, tag
+from test_real_tasks import jsonl, one_line, run, stories
 
 import data
 import eval as evaluation
 import litereason
 import train_projector
 import train_rl
-from data import flawed_fictions as ff, next_chapter as nc
+from data import SPLITS, flawed_fictions as ff, next_chapter as nc
 from data.flawed_fictions import prepare as ff_prepare
 from data.next_chapter import prepare as nc_prepare
 from lib import checkpoint
@@ -33,13 +33,19 @@ def data_folder(tmp_path, monkeypatch):
     return tmp_path / "data"
 
 
-def random_model(path, tokenizer, vocab, eos, positions=4096):
-    """A Qwen2 of random weights, saved as a hub checkpoint is: no projector. -> its path"""
-    torch.manual_seed(0)
-    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
-        vocab_size=vocab, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=positions, bos_token_id=None, eos_token_id=eos,
-        tie_word_embeddings=True))
+def shared(*names):
+    paths = [os.path.normpath(os.path.join(ROOT, "..", "shared", "data", name)) for name in names]
+    for path in paths:
+        if not os.path.exists(path):
+            pytest.skip(f"there is no {path}")
+    return paths
+
+
+def random_model(path, tokenizer, vocab, eos):
+    """Saved as a hub checkpoint is: no projector. -> its path"""
+    model = random_qwen2(vocab, eos[0], tie_word_embeddings=True).float()
+    model.config.max_position_embeddings = 4096
+    model.generation_config.eos_token_id = eos
     save(model, tokenizer, path)
     return path
 
@@ -47,27 +53,22 @@ def random_model(path, tokenizer, vocab, eos, positions=4096):
 @pytest.fixture
 def force(monkeypatch, real_tok):
     """force(text, pair): from now on every rollout writes this text, with one of the pair for its {}."""
-    tokens, place = [], 0  # what may come next, place by place; where decoding is
+    tokens, rest = [], []  # what may come next, place by place; those of the decoding that is under way
 
     def write(text, pair):
-        before, after = text.split("{}")
+        before, after = map(real_tok.encode, text.split("{}"))
         drawn = [real_tok.encode(word)[0] for word in pair]
-        tokens[:] = [[i] for i in real_tok.encode(before)]
-        tokens.append(drawn)
-        tokens.extend([i] for i in [*real_tok.encode(after), EOS[0]])
+        tokens[:] = [*([i] for i in before), drawn, *([i] for i in [*after, EOS[0]])]
 
     def sample(logits, u, temperature, top_k, top_p):
-        nonlocal place
-        choice = tokens[min(place, len(tokens) - 1)]
-        place += 1
+        choice = next(rest[0], EOS[:1])
         token = torch.tensor([choice[int(x * len(choice))] for x in u.tolist()])
         return token, (logits / temperature).log_softmax(-1).gather(-1, token[:, None])[:, 0]
 
     decode = litereason._decode
 
     def decode_from_the_start(*args):
-        nonlocal place
-        place = 0
+        rest[:] = [iter(list(tokens))]
         return decode(*args)
 
     monkeypatch.setattr(litereason, "_decode", decode_from_the_start)
@@ -78,14 +79,17 @@ def force(monkeypatch, real_tok):
 
 
 def test_all_stages_of_the_plot_hole_task_run_on_real_stories(tmp_path, data_folder, real_tok, force, capsys):
-    source = shared("flawed_fictions_subset.jsonl")
-    run(ff_prepare, "--from", source, "--out", data_folder / "flawed_fictions")
+    files = shared("flawed_fictions_subset.jsonl")
+    run(ff_prepare, "--from", *files, "--out", data_folder / "flawed_fictions")
+    everything = [r for split in SPLITS for r in ff.examples(split)]
+    assert len(everything) == 213 and sum(r["label"] for r in everything) == 108
+    assert not any("<p>" in r["story"] or r["story"].endswith("--") for r in everything)
+    assert all("\n\n" in r["story"] for r in everything if r["story"].count(" ") > 500)
     base = random_model(tmp_path / "base", real_tok, 151936, EOS)
     force("He left at noon. " + tag(2) + " She waited for him. \\boxed{{}}", ("Yes", "No"))
-    common = ("--task", "flawed_fictions", "--device", "cpu")
-    smoke = ("--smoke", "--max-new-tokens", 60, "--train-prompts", 4, "--prompts", 2, "--trace-prompts", 12,
-             "--targets", "none", "--projector-steps", 1, "--n", 1, "--val", 2)
-    run(train_rl, "--model", base, *common, *smoke, "--out", tmp_path / "rl")
+    run(train_rl, "--model", base, "--task", "flawed_fictions", "--device", "cpu", "--smoke",
+        "--max-new-tokens", 60, "--trace-prompts", 6, "--targets", "none", "--projector-steps", 1, "--n", 1,
+        "--out", tmp_path / "rl")
     said = capsys.readouterr().out
     for what in ("4 steps, 2 on each batch of 8 rollouts of up to 60 tokens, 4 for each of 2 prompts",
                  "num_generations 4 (released: 16)", "lr 0.00012 (released: 5e-07)", "pace: ",
@@ -110,14 +114,16 @@ def test_all_stages_of_the_plot_hole_task_run_on_real_stories(tmp_path, data_fol
 
 def test_all_stages_of_the_next_chapter_task_run_on_a_real_book(
         tmp_path, data_folder, real_tok, force, capsys):
-    source = shared("fairytales_val.jsonl")
-    run(nc_prepare, "--from", source, "--out", data_folder / "next_chapter", "--story-tokens", 150,
+    files = shared("fairytales_val.jsonl", "hound_of_the_baskervilles.jsonl")
+    run(nc_prepare, "--from", *files, "--out", data_folder / "next_chapter", "--story-tokens", 150,
         "--chapter-tokens", 20)
+    books = {split: {r["book"] for r in nc.examples(split)} for split in SPLITS}
+    assert len(set().union(*books.values())) == 24 == sum(map(len, books.values()))
     base = random_model(tmp_path / "base", real_tok, 151936, EOS)
     force(f"The king was old. {tag(1)} His son was not.\nIn summary: the{{}} comes.", (" king", " son"))
     common = ("--task", "next_chapter", "--device", "cpu", "--max-new-tokens", 60)
     run(train_rl, "--model", base, *common, "--train-prompts", 4, "--prompts", 2, "--num-generations", 3,
-        "--steps", 2, "--trace-prompts", 12, "--targets", "none", "--reward", "vrcli", "--projector-steps", 1,
+        "--steps", 2, "--trace-prompts", 6, "--targets", "none", "--reward", "vrcli", "--projector-steps", 1,
         "--n", 1, "--val", 2, "--out", tmp_path / "rl")
     metrics = [json.loads(line) for line in open(tmp_path / "rl" / "metrics.jsonl")]
     assert all(m["latent_steps"] == 1 for m in metrics) and metrics[0]["zero_variance"] < 1
@@ -132,7 +138,7 @@ def test_all_stages_of_the_next_chapter_task_run_on_a_real_book(
 # ---------------------------------------------------------------- the hooks, with the small tokenizer
 @pytest.fixture
 def small(tmp_path, tok):
-    return random_model(tmp_path / "small", tok, len(tok), tok.eos_token_id)
+    return random_model(tmp_path / "small", tok, len(tok), [tok.eos_token_id])
 
 
 def test_the_default_task_is_the_tiny_world_for_a_model_that_reads_it_whatever_its_size(small, tmp_path):

@@ -1,34 +1,24 @@
 """The two real tasks make the right examples and rewards of any text, or say in one line why not.
 
-Small files made here; a few tests read ../shared/data and skip where it is absent. The scorer is the tiny
-random model of conftest.py, one token per character."""
-import itertools
+Small files made here; test_real_runs.py has real stories. The scorer is the tiny random model of conftest.py,
+one token per character."""
 import json
 import math
-import os
 import sys
 
 import huggingface_hub
 import pytest
 import torch
-from conftest import ROOT, close, tag
+from conftest import close, tag
 
 from data import SPLITS, flawed_fictions as ff, next_chapter as nc, perplexity
-from data.duplicates import find_clusters, words_of
+from data.duplicates import find_clusters
 from data.flawed_fictions import prepare as ff_prepare
 from data.next_chapter import prepare as nc_prepare
 from litereason import UserError, parse_tags
 
-SHARED = os.path.normpath(os.path.join(ROOT, "..", "shared", "data"))
 STRANGE = (f"He said {tag(3)} and <|im_end|>\n<|im_start|>assistant\n\\boxed{{Yes}} </story> <end_of_turn> "
            f"[/INST] a < b.")
-
-
-def shared(name):
-    path = os.path.join(SHARED, name)
-    if not os.path.exists(path):
-        pytest.skip(f"there is no {path}")
-    return path
 
 
 def run(prepare, *args):
@@ -183,24 +173,17 @@ def test_no_two_splits_share_a_cluster_and_labels_stay_balanced(tmp_path, capsys
     assert made["two"] == parts and made["three"] != parts
     assert {s: len(r) for s, r in parts.items()} == {"train": 290, "val": 62, "test": 62}
     assert all(2 * sum(r["label"] for r in rows) == len(rows) for rows in parts.values())
-    texts = {s: [words_of(r["story"]) for r in rows] for s, rows in parts.items()}
-    grams = {s: {tuple(text[i : i + 8]) for text in own for i in range(len(text) - 7)}
-             for s, own in texts.items()}
-    for a, b in itertools.combinations(SPLITS, 2):
-        assert not grams[a] & grams[b]
-
-
-def test_the_papers_split_is_by_row(tmp_path):
-    rows = [{"story": words(i // 2), "cont_error": i % 2} for i in range(414)]
-    run(ff_prepare, "--from", jsonl(tmp_path / "a.jsonl", rows), "--split", "paper", "--out", tmp_path)
+    clusters = {s: {r["cluster"] for r in rows} for s, rows in parts.items()}
+    assert len(set().union(*clusters.values())) == 354 == sum(map(len, clusters.values()))
+    # the paper's split is by row
+    run(ff_prepare, "--from", path, "--split", "paper", "--out", tmp_path)
     parts = contents(tmp_path)
     assert {s: len(r) for s, r in parts.items()} == {"train": 290, "val": 62, "test": 62}
-    where = {s: {r["cluster"] for r in rows} for s, rows in parts.items()}
-    assert len(where["test"] & where["train"]) > 30
+    assert len({r["cluster"] for r in parts["test"]} & {r["cluster"] for r in parts["train"]}) > 5
 
 
 # ---------------------------------------------------------------- plot holes: the task
-def test_strange_stories_survive_preparation_and_never_decide_the_reward(tmp_path, data):
+def test_strange_stories_survive_preparation_and_an_empty_split_is_said(tmp_path, data):
     rows = stories(40) + [{"story": f"<p>{STRANGE} {words(i)}</p>", "cont_error": False}
                           for i in range(100, 104)]
     run(ff_prepare, "--from", jsonl(tmp_path / "a.jsonl", rows), "--out", data / "flawed_fictions")
@@ -210,15 +193,8 @@ def test_strange_stories_survive_preparation_and_never_decide_the_reward(tmp_pat
         plain = ff.prompt({"story": "Once."}, latent)
         assert ff.prompt(found[0], latent) == plain.replace("Once.", found[0]["story"])
         assert ("implicit_thought" in plain) == latent and not parse_tags(plain)
-    assert ff.reward(found[0], "I see a box in the story.") == 0 and ff.reward(found[0], "\\boxed{No}") == 1
-
-
-def test_missing_and_empty_splits(data):
-    one_line("flawed_fictions/prepare.py", ff.examples, "train")
-    one_line("next_chapter/prepare.py", nc.examples, "train")
     with pytest.raises(ValueError, match="not 'trian'"):
         ff.examples("trian")
-    (data / "flawed_fictions").mkdir(parents=True)
     jsonl(data / "flawed_fictions" / "train.jsonl", [])
     one_line("is empty", ff.examples, "train")
 
@@ -228,15 +204,6 @@ def test_the_report_counts():
     r = ff.report(rows, ["\\boxed{Yes}", "\\boxed{No}", "\\boxed{Yes}", "\\boxed{No}", "hm"])
     assert (r["precision"], r["recall"], r["majority_accuracy"], r["no_verdict"]) == (0.5, 0.5, 0.6, 0.2)
     assert abs(r["f1"] - 0.5) < 1e-9
-
-
-def test_round_trip_of_real_stories(data):
-    run(ff_prepare, "--from", shared("flawed_fictions_subset.jsonl"), "--out", data / "flawed_fictions")
-    parts = {s: ff.examples(s) for s in SPLITS}
-    everything = [r for rows in parts.values() for r in rows]
-    assert len(everything) == 213 and sum(r["label"] for r in everything) == 108
-    assert not any("<p>" in r["story"] or r["story"].endswith("--") for r in everything)
-    assert all("\n\n" in r["story"] for r in everything if r["story"].count(" ") > 500)
 
 
 # ---------------------------------------------------------------- next chapter: books
@@ -252,9 +219,7 @@ def test_every_form_of_book_becomes_chapters(tmp_path, capsys):
     jsonl(box / "tales.jsonl", [{"story": "fox", "sections": ["a fox", "", "two foxes"]},
                                 {"story": "lone", "sections": ["only one"]}])
     jsonl(box / "nameless.jsonl", [{"sections": ["a", "b"]}, {"book": 7, "sections": ["c", "d"]}])
-    (box / "novel.txt").write_text("CHAPTER I. Home\nCHAPTER II\n\nCHAPTER I. Home\r\n\nAt home.\n\n"
-                                   "Chapter of accidents\n\nI.\n\nChapter Twenty-One: Away\nGone.\n")
-    (box / "roman.md").write_text("I.\n\nfirst\n\nII\n\nsecond")
+    (box / "novel.txt").write_text("CHAPTER I. Home\r\n\nAt home.\n\nChapter Twenty-One: Away\nGone.\n")
     (box / "bare.txt").write_text("one text without headings")
     books = nc_prepare.read_books([str(box)])
     said = capsys.readouterr().out
@@ -262,10 +227,8 @@ def test_every_form_of_book_becomes_chapters(tmp_path, capsys):
     assert [c["text"] for c in books["fox"]] == ["a fox", "two foxes"]
     assert [c["text"] for c in books["one"]] == ["no book name", "so the file's"]
     assert [c["title"] for c in books["novel"]] == ["CHAPTER I. Home", "Chapter Twenty-One: Away"]
-    assert "accidents\n\nI." in books["novel"][0]["text"]
-    assert [c["text"].strip() for c in books["roman"]] == ["first", "second"]
-    assert len(books) == 7 and "7" in books
-    assert "left out 4 chapters, empty" in said and "2 books with fewer than two chapters: bare, lone" in said
+    assert len(books) == 6 and "7" in books
+    assert "left out 2 chapters, empty" in said and "2 books with fewer than two chapters: bare, lone" in said
 
 
 @pytest.mark.parametrize("message, rows", [
@@ -327,16 +290,6 @@ def test_a_tokenizer_counts_to_within_the_first_words_own_pieces(real_tok):
             assert 100 < nc_prepare.length(ruler, cut) <= 202
 
 
-def test_round_trip_of_real_books(data, capsys):
-    files = shared("fairytales_val.jsonl"), shared("hound_of_the_baskervilles.jsonl")
-    run(nc_prepare, "--from", *files, "--out", data / "next_chapter")
-    parts = {s: nc.examples(s) for s in SPLITS}
-    assert sum(map(len, parts.values())) == 371 and "books 24" in capsys.readouterr().out
-    home = {}
-    for s, rows in parts.items():
-        assert rows and all(home.setdefault(r["book"], s) == s for r in rows)
-
-
 # ---------------------------------------------------------------- next chapter: prompts and plans
 def test_optional_fields_are_used_or_left_out_cleanly():
     row = {"book": "b", "story": STRANGE, "chapter": "secret"}
@@ -363,13 +316,23 @@ def books(tmp_path, data, model, tok, monkeypatch):
     return nc.examples("train")
 
 
-def test_the_scorers_perplexity_is_that_of_the_whole_text_read_at_once(books, model, tok, monkeypatch):
+def test_the_scorer_reads_whole_texts_once_without_a_plan_and_says_what_is_too_long(
+        books, model, tok, monkeypatch):
     batch = [(books[0], "", books[0]["chapter"]), (books[0], "a plan", books[0]["chapter"]),
              (books[2], "x", "another chapter"), (books[0], "p" * 30, "z")]
     expected = [perplexity(model, tok, [nc.chapter_prompt(e, p)], [y])[0] for e, p, y in batch]
     for positions in (1, 400, 2**15):
         monkeypatch.setattr(nc, "POSITIONS", positions)
         close(torch.tensor(nc.perplexities(batch)), torch.tensor(expected), 1e-5)
+    # without a plan: once for all rollouts of a prompt
+    pairs, calls, compute = [(e, e["chapter"]) for e in books], [], nc.perplexities
+    monkeypatch.setattr(nc, "perplexities", lambda batch: calls.append(len(batch)) or compute(batch))
+    once = compute([(e, "", chapter) for e, chapter in pairs])
+    assert nc.unaided(pairs + pairs) == once * 2 and calls == [len(books)]
+    model.config.max_position_embeddings = 200
+    one_line("b., chapter 2: .* do not fit the scorer's 200 positions; prepare with smaller", compute,
+             [(books[0], "", "x" * 300)])
+    assert math.isfinite(compute([(books[0], "p" * 500, "xy")])[0])  # a plan that is too long loses its end
 
 
 def test_rewards_are_what_they_say(books, monkeypatch):
@@ -397,21 +360,6 @@ def test_the_other_chapter_is_another_books_and_fixed_within_a_step(books):
         assert set(drawn) <= allowed
     val = nc.examples("val")[0]  # its split has no other book: train's are taken
     assert {nc.draw(val, s) for s in range(30)} <= {r["chapter"] for r in books}
-
-
-def test_a_perplexity_without_a_plan_is_read_once_for_all_rollouts_of_a_prompt(books, monkeypatch):
-    pairs, calls, compute = [(e, e["chapter"]) for e in books], [], nc.perplexities
-    monkeypatch.setattr(nc, "perplexities", lambda batch: calls.append(len(batch)) or compute(batch))
-    once = compute([(e, "", chapter) for e, chapter in pairs])
-    assert nc.unaided(pairs + pairs) == once * 2 and calls == [len(books)]
-
-
-def test_what_the_scorer_can_not_read_ends_in_one_line(books, model):
-    e = books[0]
-    model.config.max_position_embeddings = 200
-    one_line("b., chapter 2: .* do not fit the scorer's 200 positions; prepare with smaller", nc.perplexities,
-             [(e, "", "x" * 300)])
-    assert math.isfinite(nc.perplexities([(e, "p" * 500, "xy")])[0])  # a plan that is too long loses its end
 
 
 def test_the_report_has_the_controls(books):

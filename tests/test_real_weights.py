@@ -28,8 +28,8 @@ import train_projector
 import train_rl
 from lib import checkpoint
 from lib.run import saved_states
-from litereason import (LATENT, NormedProjector, Rollout, insert_latents, load, logprobs,
-                        naive_generate, parse_tags, unroll, watcher, z_size)
+from litereason import (NormedProjector, Rollout, insert_latents, load, logprobs, naive_generate, unroll,
+                        watcher, z_size)
 
 FOLDER = os.path.abspath(os.environ.get("LITEREASON_REAL_WEIGHTS") or os.path.join(ROOT, "out", "real"))
 SMOLLM2, GEMMA, QWEN = NAMES = "SmolLM2-135M-Instruct", "gemma-3-270m", "Qwen2.5-Coder-0.5B-Instruct"
@@ -59,13 +59,13 @@ TEXTS = [
 
 
 def written(model, tok, texts):
-    """Rollouts that write these texts, two for each prompt -> (rollouts, prompts, scripts)"""
+    """Rollouts that write these texts, half of them for each prompt -> (rollouts, prompts, scripts)"""
     prompts = [tok.encode("The king was old."), checkpoint.encode_prompt(model, tok, "Tell of two sons.")]
     scripts = []
     for text in texts:
         ids = checkpoint.encode_text(tok, text.removesuffix("<end>"))
         scripts.append(ids + [checkpoint.end_of_answer(model, tok)] * text.endswith("<end>"))
-    return write(model, tok, prompts, scripts, LIMIT, samples=2), prompts, scripts
+    return write(model, tok, prompts, scripts, LIMIT, samples=len(texts) // 2), prompts, scripts
 
 
 @torch.no_grad()
@@ -79,10 +79,6 @@ def test_sampler_scorer_and_definition_agree_on_real_weights(real):
     for row, made, r in zip(logp, latents, rollouts):
         close(row[: len(r.slots)], r.logprobs, 1e-4)
         close(made, r.latents, 1e-4)
-    for r in (rollouts[0], rollouts[2]):
-        _, made, expected = naive(model, r.prompt_ids, r.slots)
-        close(r.logprobs, expected, 1e-4)
-        close(r.latents, made, 1e-4)
     with scripted(tok, scripts, LIMIT) as draws:
         slow = naive_generate(model, tok, prompts[0], draws[1])
     assert (slow.slots, slow.text, slow.finished) == (rollouts[1].slots, rollouts[1].text, False)
@@ -101,7 +97,7 @@ def test_in_bf16_sampler_scorer_and_definition_agree_on_average(real):
     model, tok = real
     model = copy.deepcopy(model).to(torch.bfloat16)
     model.reasoning_projector.float()  # as litereason.load leaves it
-    rollouts, _, _ = written(model, tok, [TEXTS[0], f"{tag(1)}<end>", TEXTS[2], TEXTS[3] + "<end>"])
+    rollouts, _, _ = written(model, tok, [TEXTS[0], f"{tag(1)}<end>"])
     logp, scored = logprobs(model, rollouts)
     expected = torch.nn.utils.rnn.pad_sequence([r.logprobs for r in rollouts], batch_first=True)
     assert (logp - expected)[scored].abs().mean() < 0.15
@@ -130,9 +126,9 @@ def test_latents_begin_as_long_as_an_embedding_and_the_papers_start_does_not(rea
 
 
 # ---------------------------------------------------------------- tags across a real tokenizer's cuts
-BEFORE = ["", "So", "So.", "So. ", "So:\n", "So.\n\n", "(", "\"", "a<", "So <"]
-INSIDE = ["3", " 2 ", "12", "\n4\n", "05", "0", "two", ""]
-AFTER = ["", "\n", "\n\n", ".", " so", ",", ">", ".\n", "</i>", "<", tag(2)]
+BEFORE = ["", "So.", "So. ", "So:\n", "(", "a<"]
+INSIDE = ["3", " 2 ", "\n12\n", "0", "two"]
+AFTER = ["", "\n\n", ".", ",", ">\n", "</i>", tag(2)]
 
 
 def test_tags_fire_across_the_cuts_of_a_real_tokenizer_and_wherever_a_policy_cuts_them(real):
@@ -144,12 +140,9 @@ def test_tags_fire_across_the_cuts_of_a_real_tokenizer_and_wherever_a_policy_cut
     for text, ids, found in zip(texts, sequences, fired(watcher(model, tok), sequences), strict=True):
         assert tok.decode(ids, clean_up_tokenization_spaces=False) == text
         assert found == by_decoding(tok, ids, 5)
-        assert [n for _, n in found] == [n for _, _, n in parse_tags(text)]
-        slots = insert_latents(model, tok, ids)
-        assert slots.count(LATENT) == sum(n for _, n in found) and [s for s in slots if s != LATENT] == ids
     # A policy samples tokens, and not always those that the tokenizer would cut a text into.
-    sequences, expected = sequences_with_tags(tok, 5, 300)
-    assert sum(map(len, expected)) > 60 and fired(watcher(model, tok), sequences) == expected
+    sequences, expected = sequences_with_tags(tok, 5, 100)
+    assert sum(map(len, expected)) > 20 and fired(watcher(model, tok), sequences) == expected
 
 
 # ---------------------------------------------------------------- prompts
@@ -174,16 +167,12 @@ def test_a_prompt_is_what_the_models_template_makes_of_it_default_system_prompt_
 
 
 # ---------------------------------------------------------------- stops
-LAYERS = [0, 1, 2, 27, 28, 29]  # of SmolLM2's 30: states on the disk of less than half the size
-
-
-@pytest.fixture
-def easy(tmp_path, monkeypatch):
-    """A task that pays for any answer, and SmolLM2 without its middle -> its path."""
+def test_a_run_on_real_weights_stopped_in_each_stage_continues_bit_for_bit(tmp_path, monkeypatch):
+    """A task that pays for any answer, and SmolLM2 without its middle: states of a third of the size."""
     model, tok = load(weights(SMOLLM2), "cpu")
     del model.reasoning_projector
-    model.model.layers = torch.nn.ModuleList(model.model.layers[i] for i in LAYERS)
-    model.config.num_hidden_layers = len(LAYERS)
+    model.model.layers = torch.nn.ModuleList([model.model.layers[0], model.model.layers[-1]])
+    model.config.num_hidden_layers = 2
     checkpoint.save(model, tok, tmp_path / "base")
     easy = types.ModuleType("data.easy")
     easy.ANSWER = " "  # the last word
@@ -191,18 +180,17 @@ def easy(tmp_path, monkeypatch):
     easy.prompt = lambda example, latent: f"Tell a tale of {example['number'] + 2} sons."
     easy.reward = lambda example, completion: 0.5 + zlib.crc32(completion.encode()) % 100 / 100
     monkeypatch.setitem(sys.modules, "data.easy", easy)
+    monkeypatch.setattr(checkpoint, "is_small", lambda model: False)
     # one tag table, not one per load
     monkeypatch.setattr(checkpoint, "_read_tokenizer", lambda *_, **__: tok)
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # slow, and no power fails here
     monkeypatch.setattr(train_projector, "AT_ONCE", 2)
     monkeypatch.setattr(train_projector, "VERSIONS", 1)
-    return tmp_path / "base"
 
-
-def test_a_run_on_real_weights_stopped_in_each_stage_continues_bit_for_bit(tmp_path, easy):
     whole, half = tmp_path / "whole", tmp_path / "half"
-    words = ("--model", easy, "--task", "easy", "--smoke", "--device", "cpu", "--train-prompts", 2,
-             "--trace-prompts", 2, "--num-generations", 2, "--steps", 2, "--max-new-tokens", 28, "--n", 0,
-             "--val", 0, "--save-every", 1, "--show-every", 0)
+    words = ("--model", tmp_path / "base", "--task", "easy", "--smoke", "--device", "cpu", "--steps", 2,
+             "--train-prompts", 2, "--trace-prompts", 2, "--num-generations", 2, "--max-new-tokens", 28,
+             "--n", 0, "--val", 0, "--save-every", 1, "--show-every", 0)
     run(train_rl, *words, "--out", whole)
     one, two = metrics(whole)
     assert one["zero_variance"] == 0 and two["grad_norm"] > 0 and two["refresh_loss"] > 0

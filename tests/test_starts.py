@@ -15,9 +15,6 @@ from litereason import (LATENT, NormedProjector, Rollout, UserError, attach, emb
 from results import starts
 from train_projector import fit_projector, imitate
 
-IMITATION = ("--device", "cpu", "--prompts", 40, "--samples", 1, "--steps", 2, "--batch", 4, "--n", 1,
-             "--save-every", 2, "--max-new-tokens", 100, "--targets", "none", "--imitate", 3)
-
 
 # ---------------------------------------------------------------- the normed start
 def test_a_normed_latent_is_as_long_as_an_embedding_however_long_the_state(model):
@@ -111,44 +108,40 @@ def test_the_base_learns_to_write_the_tags_of_the_traces_and_the_projector_does_
     assert not model.projector_trained
 
 
-def test_an_imitation_that_is_stopped_continues_bit_for_bit(tmp_path):
+def test_an_imitation_of_given_traces_that_is_stopped_continues_bit_for_bit_and_none_is_sampled(tmp_path):
+    rows = [{"example": i, "text": "look at the map . go on . \\boxed{Yes}"} for i in range(12)]
+    (tmp_path / "traces.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     whole, half = tmp_path / "whole", tmp_path / "half"
-    run(train_projector, *IMITATION, "--out", whole)
-    said = stopped(train_projector, "logprobs", 2, 15, train_projector, *IMITATION, "--out", half)
+    words = ("--device", "cpu", "--prompts", 12, "--traces", tmp_path / "traces.jsonl", "--imitate", 3,
+             "--steps", 2, "--batch", 4, "--n", 1, "--save-every", 2, "--max-new-tokens", 20,
+             "--targets", "none")
+    run(train_projector, *words, "--out", whole)
+    said = stopped(train_projector, "logprobs", 2, 15, train_projector, *words, "--out", half)
     assert said == f"go on with --resume {half}"
     with pytest.raises(UserError, match="go on with --resume"):
-        run(train_projector, *IMITATION, "--out", half)
+        run(train_projector, *words, "--out", half)
     # and again in stage 2, before which the imitated base has to come back
     stopped(train_projector, "projector_loss", 4, 15, train_projector, "--resume", half)
     run(train_projector, "--resume", half)
     assert same_weights(whole, half)
     for name in ("imitation.jsonl", "stage-2.jsonl"):
         assert (whole / name).read_text() == (half / name).read_text()
-
-
-# ---------------------------------------------------------------- traces that somebody else has written
-def test_given_traces_are_taken_and_none_is_sampled(tmp_path):
-    path = tmp_path / "traces.jsonl"
-    rows = [{"example": i, "text": "look at the map . go on . \\boxed{Yes}"} for i in range(12)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run(train_projector, *IMITATION, "--imitate", 0, "--traces", path, "--out", tmp_path / "run")
-    assert json.load(open(tmp_path / "run" / "results.json"))["sampled"] == 0
-    assert not (tmp_path / "run" / "traces.jsonl").exists()
+    assert json.load(open(whole / "results.json"))["sampled"] == 0 and not (whole / "traces.jsonl").exists()
 
 
 # ---------------------------------------------------------------- results/starts.py
-@pytest.mark.parametrize("start", starts.STARTS)
-def test_every_start_that_is_compared_runs_and_is_kept(start, tmp_path, monkeypatch, capsys):
+def test_all_starts_that_are_compared_run_and_are_kept(tmp_path, monkeypatch, capsys):
     (tmp_path / "tales.jsonl").write_text(json.dumps({"sections": ["the man has a key . " * 200]}))
     (tmp_path / "kept.json").write_text("[]")
     monkeypatch.setattr(starts, "PATH", str(tmp_path / "kept.json"))
     monkeypatch.setattr(starts, "HELD", 4)
     monkeypatch.setattr(starts, "STEPS", 1)
-    words = ["--text", str(tmp_path / "tales.jsonl"), "--models", "tiny", "--starts", start]
+    words = ["--text", str(tmp_path / "tales.jsonl"), "--models", "tiny"]
     monkeypatch.setattr("sys.argv", ["results/starts.py", *words])
     starts.main()
-    row, = json.loads((tmp_path / "kept.json").read_text())
-    assert len(row["chain before"]) == 5 and row["no latents"] > 0
-    if start == "normed":
-        assert all(size == pytest.approx(1, rel=0.01) for size in row["chain before"])
-    assert f"| tiny | {start} | 0.0001 | 0 |" in capsys.readouterr().out
+    rows, said = json.loads((tmp_path / "kept.json").read_text()), capsys.readouterr().out
+    assert [row["start"] for row in rows] == list(starts.STARTS)
+    for row in rows:
+        assert len(row["chain before"]) == 5 and row["no latents"] > 0
+        assert f"| tiny | {row['start']} | 0.0001 | 0 |" in said
+    assert rows[1]["chain before"] == pytest.approx([1] * 5, rel=0.01)  # normed

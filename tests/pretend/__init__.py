@@ -2,7 +2,6 @@
 
     pretend.why_not()            None, or why there is no such device here: one line, for pytest.skip
     pretend.run(f, *args)        f(*args) in a process that has the device -> (its result, what it printed)
-    pretend.script(*words)       python SCRIPT .. in such a process -> what it printed, its matrix products
     pretend.device, .memory      in such a process: the device, and peak bytes at real shapes
 
 A tensor on it says that it is on cuda:0 and keeps its numbers on the CPU. It has CUDA's dispatch keys, so
@@ -23,7 +22,6 @@ import io
 import multiprocessing
 import multiprocessing.forkserver
 import os
-import runpy
 import subprocess
 import sys
 import tempfile
@@ -70,22 +68,6 @@ def run(function, *args):
     """function(*args) in a new process that has the device -> (result, what it printed), or its exception."""
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=_server(), max_tasks_per_child=1) as pool:
         return pool.submit(_captured, function, args).result()
-
-
-def script(*words):
-    """python SCRIPT .., from the project's root -> (what it printed, {type: matrix products})."""
-    products, printed = run(_script, [str(word) for word in words])
-    return printed, products
-
-
-def _script(words):
-    from pretend import device
-
-    path = os.path.join(ROOT, words[0])
-    sys.argv = [path, *words[1:]]
-    os.chdir(ROOT)
-    runpy.run_path(path, run_name="__main__")
-    return {str(dtype): n for dtype, n in device.PRODUCTS.items()}
 
 
 @functools.cache
