@@ -42,10 +42,9 @@ SETTINGS = {  # {title: {name: (default, the least or the choices, what it is)}}
     "what": {
         "model": (["tiny"], str, "models or run directories; NAME:plain takes the prompt without tags"),
         "task": (None, str, "a folder under data/ or tiny.next_chapter [the run's, else by the model]"),
-        "reward": (None, ["contrastive", "vrcli", "thresholded"],
-                   "of next_chapter: contrastive, vrcli or thresholded [the run's, else the first]"),
+        "reward": (None, run.COMMON["reward"][1], "of next_chapter [the run's, else contrastive]"),
         "scorer": (None, str, "the frozen model that reads chapters [the run's, else a copy of the base]"),
-        "split": ("test", str, "train, val or test"),
+        "split": ("test", list(data.SPLITS), "train, val or test"),
         "n": (None, 1, "examples, the split's first [all]"),
         "hops": (None, 2, "tiny: stories whose chains have N hand-overs, 2 to 7 [2 to 6, as many of each]"),
         "samples": (1, 1, "answers per example"),
@@ -276,10 +275,8 @@ def _shuffled(model, others, seed):
 
 # ============================================================ the script
 def main():
-    parser = run.parser(__doc__)
-    run.add_flags(parser, SETTINGS)
-    args = parser.parse_args()
-    run.check_arguments(args)
+    args = run.parser(__doc__, SETTINGS).parse_args()
+    run.check_arguments(args, SETTINGS)
     check_flags(args)
     take_settings_of_runs(args)
     task, examples, elsewhere = task_and_examples(args)
@@ -291,7 +288,7 @@ def main():
     for name in args.model:
         model, tokenizer = load(name.partition(":")[0], args.device)
         memory.freeze(model)
-        run.use_graphs(model, args.graphs)
+        model.graphs = args.graphs and model.device.type == "cuda"
         for sampling, numbers in samplings.items():
             said = what_was_asked(args, len(examples), {sampling: numbers})
             settings = {**settings_of(args, name, model), **numbers}
@@ -334,8 +331,7 @@ def main():
 
 # ---------------------------------------------------------------------------- before the models
 def check_flags(args):
-    """UserError for wrong numbers, and for flags that exclude each other or need another one."""
-    run.check_bounds(args, SETTINGS)
+    """UserError for flags that exclude each other or need another one."""
     if args.controls and (args.latent != "projector" or args.show or args.alone):
         raise UserError("--controls runs every --latent by itself: leave --latent, --show and --alone out")
     if args.out and run.run_settings(args.out).get("script"):
@@ -378,13 +374,10 @@ def task_and_examples(args):
     if args.hops and (args.task != "tiny" or args.hops > 7):
         raise UserError("--hops is for --task tiny, from 2 to 7: there are 22 people for three chains")
     chains = {"hops": args.hops} if args.hops else {}
+    examples = task.examples(args.split, **chains)[: args.n]
     elsewhere = []
-    try:
-        examples = task.examples(args.split, **chains)[: args.n]
-        if args.controls or args.latent in OF_OTHERS:
-            elsewhere = task.examples("train" if args.split == "val" else "val")[: args.n or 200]
-    except ValueError as e:
-        raise UserError(str(e)) from e
+    if args.controls or args.latent in OF_OTHERS:
+        elsewhere = task.examples("train" if args.split == "val" else "val")[: args.n or 200]
     data.start_task(task, first, args.reward, args.scorer, args.seed, args.device)
     return task, examples, elsewhere
 
@@ -402,13 +395,13 @@ def settings_of(args, name, model):
     """What all evaluations of a model share, as arguments of evaluate."""
     path, _, suffix = name.partition(":")
     made = run.run_settings(path)
-    slots = args.max_new_tokens or made.get("max_new_tokens") or checkpoint.slots_per_answer(model)
+    slots = run.SLOTS[not checkpoint.is_small(model)]
     return {
         "latent_prompt": suffix != "plain" and made.get("method") != "grpo",
         "seed": args.seed,
         "progress": name,
         "gen_batch_size": args.gen_batch_size,
-        "max_new_tokens": slots}
+        "max_new_tokens": args.max_new_tokens or made.get("max_new_tokens") or slots}
 
 
 def latent_of_model(args, name, model, tokenizer, task, elsewhere, settings):
