@@ -42,7 +42,7 @@ SETTINGS = {  # {title: {name: (default, the least or the choices, what it is)}}
     "what": {
         "model": (["tiny"], str, "models or run directories; NAME:plain takes the prompt without tags"),
         "task": (None, str, "a folder under data/ or tiny.next_chapter [the run's, else by the model]"),
-        "reward": (None, run.COMMON["reward"][1], "of next_chapter [the run's, else contrastive]"),
+        "reward": (None, run.COMMON["reward"][1], "of chapters: contrastive, vrcli, thresholded [the run's]"),
         "scorer": (None, str, "the frozen model that reads chapters [the run's, else a copy of the base]"),
         "split": ("test", list(data.SPLITS), "train, val or test"),
         "n": (None, 1, "examples, the split's first [all]"),
@@ -302,7 +302,9 @@ def main():
                          for title, result in results]
                 print(f"\n{name}, {said}\n{display.table(results, measure)}", flush=True)
                 continue
-            latent = latent_of_model(args, name, model, tokenizer, task, elsewhere, settings)
+            latent = args.latent if args.latent != "projector" or runs_latents(name, model) else "none"
+            others = latent in OF_OTHERS and latents_of_others(model, tokenizer, task, elsewhere, **settings)
+            latent = latent_of(latent, model, others, args.seed)
             result, rollouts = evaluate(model, tokenizer, task, examples, samples=args.samples,
                                         latent=latent, alone=args.alone, **settings)
             row = {**heading(args, name, name, sampling, settings), **result}
@@ -317,7 +319,10 @@ def main():
 
     if not args.controls:
         print(f"\n{what_was_asked(args, len(examples), samplings)}")
-        print_table(rows, measure)
+        print(display.table([(row["name"], row) for row in rows], measure) + "\n")
+        for row in rows:
+            alone = f", {row['seconds_alone']:.2g} s alone" if "seconds_alone" in row else ""
+            print(f"{row['name']}: {row['flops']:.3g} FLOPs and {row['seconds_each']:.2g} s an answer{alone}")
     if args.html:
         run.write_text(args.html, page.whole(sections))
         print(f"wrote {args.html}")
@@ -404,16 +409,6 @@ def settings_of(args, name, model):
         "max_new_tokens": args.max_new_tokens or made.get("max_new_tokens") or slots}
 
 
-def latent_of_model(args, name, model, tokenizer, task, elsewhere, settings):
-    """--latent, as an argument of generate."""
-    if args.latent == "projector" and not runs_latents(name, model):
-        return "none"
-    others = []
-    if args.latent in OF_OTHERS:
-        others = latents_of_others(model, tokenizer, task, elsewhere, **settings)
-    return latent_of(args.latent, model, others, args.seed)
-
-
 def runs_latents(name, model):
     """Whether a model's tags run latents. Not if its projector was never trained, and not in a run of another
     method: there tags have always been text (its checkpoint carries a projector all the same)."""
@@ -443,13 +438,6 @@ def print_answers(name, model, tokenizer, task, examples, rollouts):
         for i, (near, length, head) in enumerate(display.read_out(model, tokenizer, rollout.latents)):
             print(f"    latent {i + 1}: nearest {display.listed(near)}; "
                   f"the head says {display.listed(head)}; length {length:.2f} of an embedding's")
-
-
-def print_table(rows, measure):
-    print(display.table([(row["name"], row) for row in rows], measure) + "\n")
-    for row in rows:
-        alone = f", {row['seconds_alone']:.2g} s alone" if "seconds_alone" in row else ""
-        print(f"{row['name']}: {row['flops']:.3g} FLOPs and {row['seconds_each']:.2g} s an answer{alone}")
 
 
 if __name__ == "__main__":

@@ -131,12 +131,6 @@ def lines_of(path):
         return [json.loads(line) for line in f if line.endswith("\n")]
 
 
-def given_traces(path, task, examples):
-    """Ours: traces that somebody else has written, for a base that earns nothing."""
-    with open(path, encoding="utf-8") as f:
-        return [{"prompt": task.prompt(examples[row["example"]], True), **row} for row in map(json.loads, f)]
-
-
 # ============================================================ stage 1: tags in the place of sentences
 # A sentence ends at [.!?…] and what closes it, before a space; at the stop of a script without spaces; or
 # with the line. The look-behind: a run of dots is tried once, not n times.
@@ -212,8 +206,10 @@ def run_stage_1(model, tokenizer, task, out, settings, smoke=False):
     if settings.train_base and not has_targets:
         raise UserError("--train-base goes with --targets words: the paper's stage 2 leaves the base frozen")
     examples = task.examples("train")[: settings.prompts]
-    if settings.traces:
-        samples = given_traces(settings.traces, task, examples)
+    if settings.traces:  # ours: somebody else has written them, for a base that earns nothing
+        with open(settings.traces, encoding="utf-8") as f:
+            samples = [{"prompt": task.prompt(examples[row["example"]], True), **row}
+                       for row in map(json.loads, f)]
     else:
         tag = "forbidden" if has_targets else None  # a target is taken from a sentence that was written out
         samples = collect_traces(model, tokenizer, task, examples, os.path.join(out, "traces.jsonl"),

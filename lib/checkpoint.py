@@ -144,10 +144,7 @@ def fingerprint(model):
 def save(model, tokenizer, path):
     """An ordinary checkpoint directory (safetensors), written beside and then renamed: killed at any moment,
     this leaves a complete one at `path` or at PATH.replaced."""
-    if not getattr(model, "projector_trained", True):
-        model.config.litereason_projector_trained = False  # else its weights would say that it is
-    elif hasattr(model.config, "litereason_projector_trained"):
-        del model.config.litereason_projector_trained
+    model.config.litereason_projector_trained = getattr(model, "projector_trained", True)
     model.generation_config.eos_token_id = stop_tokens(model, tokenizer)  # so others stop where we do
     path = os.path.abspath(path)
     new, old = f"{path}.writing", f"{path}.replaced"

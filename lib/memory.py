@@ -1,5 +1,5 @@
-"""Less memory for the same numbers, then how much fits: `plan` for RL, `rows_that_fit` and `positions_that_fit`
-for everything else. A first reading can skip it."""
+"""Less memory for the same numbers; then how much fits: `plan` for RL, `rows_that_fit` and
+`positions_that_fit` for everything else. A first reading can skip it."""
 import bisect
 import contextlib
 import copy
@@ -189,7 +189,7 @@ def needs(model, longest, limit=0, prompts=0, rows=0, positions=0, recompute=Fal
 
 
 def free(device):
-    """Bytes that nobody uses: on CUDA the allocator's reserve, too, on a CPU what machine or container leave."""
+    """Bytes that nobody uses: on CUDA with the allocator's reserve, on a CPU of the machine or container."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
@@ -270,7 +270,8 @@ def plan(model, longest, limit, n_prompts, num_generations, given, scorer=None, 
     sampling, update = peaks(rows, max(positions, whole))
     text = (f"memory: {room / GIB:.1f} GiB can be used; with --gen-batch-size {rows} --micro-batch-tokens "
             f"{positions} --{'' if recompute else 'no-'}checkpoint-layers "
-            f"--{'' if offloaded else 'no-'}offload the peaks should be: sampling {sampling / GIB:.1f} GiB, update {update / GIB:.1f} GiB")
+            f"--{'' if offloaded else 'no-'}offload the peaks should be: "
+            f"sampling {sampling / GIB:.1f} GiB, update {update / GIB:.1f} GiB")
     if max(sampling, update) > USABLE * room:
         text += "\nthis may not fit: leave the memory flags away, or shorten --max-new-tokens"
     return {"gen_batch_size": rows, "micro_batch_tokens": positions, "checkpoint_layers": recompute,

@@ -126,14 +126,11 @@ def if_finite(number):
 
 def open_log(path, lines):
     """A file of metrics, to be written on. Resumed: its lines up to the state, none lost, doubled or cut."""
-    log = open(path + ".tmp", "w")
-    log.writelines(lines)
-    log.flush()
-    os.replace(path + ".tmp", path)
-    return log
+    write_text(path, "".join(lines))
+    return open(path, "a")
 
 
-# ============================================================ a settings table makes the flags
+# ============================================================ settings, of which flags are made
 class BySize(typing.NamedTuple):
     """A default that the model's size decides."""
     small: object  # of a model with less than 50 M parameters
@@ -141,36 +138,6 @@ class BySize(typing.NamedTuple):
 
 
 SLOTS = BySize(240, 2048)  # per answer, latents included, where no flag says another number
-
-
-def add_flags(ap, table):
-    """The flags of a settings table: {title: {name: (default, bound, what it is)}}.
-
-    default: a value, a list (then the flag takes several words) or BySize. bound: the least number, an int or
-    a float; a list of choices; str; or bool, a switch."""
-    for title, settings in table.items():
-        group = ap.add_argument_group(title)
-        for name, (default, bound, what) in settings.items():
-            shown, kind = default, {"default": default}
-            if isinstance(default, BySize):
-                shown = " | ".join(dict.fromkeys(map(str, default)))
-                kind["default"] = None
-            elif isinstance(default, list):
-                shown = " ".join(default)
-                kind["nargs"] = "+"
-            if bound is bool:
-                kind["action"] = "store_true" if default is False else argparse.BooleanOptionalAction
-            elif isinstance(bound, list):
-                kind.update(choices=bound, metavar="WORD")
-            else:
-                of = bound if bound is str else type(bound)
-                kind.update(type=of, metavar={int: "N", float: "X", str: "NAME"}[of])
-            help = what if shown is None or isinstance(shown, bool) else f"{what} [{shown}]"
-            group.add_argument(flag(name), help=help, **kind)
-
-
-def flag(name):
-    return "--" + name.replace("_", "-")
 
 
 # Settings that the training scripts share.
@@ -206,8 +173,12 @@ class OneLinePerFlag(argparse.RawDescriptionHelpFormatter):
 
 
 def parser(doc, table=()):
-    """An argparse parser for a script with this docstring and settings table. --help shows the docstring's
-    first paragraph and its indented ones, the usual commands; the rest is for readers of the script."""
+    """An argparse parser for a script with the docstring `doc`. --help shows its first paragraph and its
+    indented ones, the usual commands; what else stands there is for readers of the script.
+
+    table: the settings of which flags are made, {title: {name: (default, bound, what it is)}}. default: a
+    value, a list (then the flag takes several words) or BySize. bound: the least number, an int or a float; a
+    list of choices; str; or bool, a switch."""
     for word in [word.partition("=")[0] for word in sys.argv[1:]]:
         if word in OLD_FLAGS:
             raise UserError(f"{word} is now {OLD_FLAGS[word]}")
@@ -217,8 +188,30 @@ def parser(doc, table=()):
     ap = argparse.ArgumentParser(description="\n\n".join(shown), usage="%(prog)s [flags]", allow_abbrev=False,
                                  add_help=False, formatter_class=style)
     ap.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
-    add_flags(ap, dict(table))
+    for title, settings in dict(table).items():
+        group = ap.add_argument_group(title)
+        for name, (default, bound, what) in settings.items():
+            shown, kind = default, {"default": default}
+            if isinstance(default, BySize):
+                shown = " | ".join(dict.fromkeys(map(str, default)))
+                kind["default"] = None
+            elif isinstance(default, list):
+                shown = " ".join(default)
+                kind["nargs"] = "+"
+            if bound is bool:
+                kind["action"] = "store_true" if default is False else argparse.BooleanOptionalAction
+            elif isinstance(bound, list):
+                kind.update(choices=bound, metavar="WORD")
+            else:
+                of = bound if bound is str else type(bound)
+                kind.update(type=of, metavar={int: "N", float: "X", str: "NAME"}[of])
+            help = what if shown is None or isinstance(shown, bool) else f"{what} [{shown}]"
+            group.add_argument(flag(name), help=help, **kind)
     return ap
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
 
 
 def check_arguments(args, table):
