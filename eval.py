@@ -27,7 +27,7 @@ from litereason import UserError, generate, latent_step, load, z_size
 # How answers are sampled, as arguments of generate.
 PAPER = {"temperature": 0.7, "top_p": 0.8, "top_k": 20}  # the paper's evaluation
 TRAINED = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}  # as RL samples; generate's default
-SAMPLINGS = {"paper": PAPER, "trained": TRAINED}
+SAMPLINGS = {"paper": PAPER, "trained": TRAINED, "greedy": {**TRAINED, "temperature": 0.0}}
 
 LATENTS = {  # what a latent step feeds: see latent_of
     "projector": "the method",
@@ -50,10 +50,7 @@ SETTINGS = {  # {title: {name: (default, the least or the choices, what it is)}}
         "samples": (1, 1, "answers per example"),
         "seed": (0, 0, "of all random draws")},
     "how answers are sampled": {
-        "sampling": (["paper"], list(SAMPLINGS), "paper: 0.7, 0.8, 20 below; trained: 1, 1, 0; or both"),
-        "temperature": (None, 0.0, "0 is greedy [that of --sampling]"),
-        "top_p": (None, 0.0, "above 0, up to 1 [that of --sampling]"),
-        "top_k": (None, 0, "0 is off [that of --sampling]"),
+        "sampling": (["paper"], list(SAMPLINGS), f"one or several of {', '.join(SAMPLINGS)}"),
         "max_new_tokens": (None, 1, "slots per answer, latents included [the run's, else by size]")},
     "what to look at": {
         "controls": (False, bool, "what the latents do: each --latent and more, paired tests"),
@@ -281,8 +278,7 @@ def main():
     take_settings_of_runs(args)
     task, examples, elsewhere = task_and_examples(args)
     measure = data.measure_of(task)
-    said = {key: value for key, value in vars(args).items() if key in PAPER and value is not None}
-    samplings = {name: {**SAMPLINGS[name], **said} for name in args.sampling}
+    samplings = {name: SAMPLINGS[name] for name in args.sampling}
 
     rows, sections = [], []  # of the table, and of the page
     for name in args.model:
@@ -346,8 +342,6 @@ def check_flags(args):
             raise UserError(f"--model {name}: behind a colon may stand plain, for the prompt without tags")
         if run.run_settings(name.partition(":")[0]).get("script") == "results/baselines.py":
             raise UserError(f"{name} is a run of results/baselines.py: read the table in its results.json")
-    if args.top_p is not None and not 0 < args.top_p <= 1:
-        raise UserError(f"--top-p is {args.top_p}; it must be above 0 and at most 1")
     if args.html and not args.show:
         raise UserError("--html needs --show N: that many answers go onto the page")
 
@@ -355,21 +349,16 @@ def check_flags(args):
 def take_settings_of_runs(args):
     """What the command line leaves open is taken from the config.json of the runs among the models: the task,
     its reward and its scorer. UserError if they differ: one table has one task."""
+    runs = {path: run.run_settings(path) for path in (name.partition(":")[0] for name in args.model)}
     for flag in ("task", "reward", "scorer"):
-        if getattr(args, flag) is not None:
-            continue
-        found = {}  # value -> the run that says so
-        for path in (name.partition(":")[0] for name in args.model):
-            made = run.run_settings(path)
-            if flag != "task" and made.get("task") != args.task:
-                continue  # its reward is another task's
-            if made.get("script") in ("train_rl.py", "train_projector.py"):
-                found.setdefault(made.get(flag), path)
-        if len(found) > 1:
+        found = {made.get(flag): path for path, made in runs.items()  # another task's reward is another
+                 if made.get("script") in ("train_rl.py", "train_projector.py")
+                 and (flag == "task" or made.get("task") == args.task)}
+        if getattr(args, flag) is None and len(found) > 1:
             said = ", ".join(f"{path} says {value}" for value, path in found.items())
             raise UserError(f"these runs differ in their {flag} ({said}): choose one with --{flag}")
-        for value in found:
-            setattr(args, flag, value)
+        if getattr(args, flag) is None and found:
+            setattr(args, flag, *found)
 
 
 def task_and_examples(args):
@@ -418,14 +407,12 @@ def runs_latents(name, model):
 
 def heading(args, title, name, sampling, settings):
     """What a row of results belongs to. Its name in tables says the sampling where there are two."""
-    numbers = {key: settings[key] for key in PAPER}
-    known = [word for word, theirs in SAMPLINGS.items() if theirs == numbers]
     return {
         "name": f"{title} ({sampling})" if len(args.sampling) > 1 else title,
         "model": name,
         "task": args.task,
         "split": args.split,
-        "sampling": known[0] if known else display.sampling_in_words(numbers),
+        "sampling": sampling,
         "prompt": "tag" if settings["latent_prompt"] else "plain"}
 
 
