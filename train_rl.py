@@ -26,7 +26,7 @@ import torch
 
 import data
 from eval import PAPER, evaluate, latent_of, latents_of_others
-from lib import UserError, checkpoint, display, memory, run, scoring
+from lib import UserError, checkpoint, decoder, display, memory, run, scoring
 from lib.run import BySize
 from litereason import RULES, Rollout, generate, load, logprobs, policy_loss, recompute_latents, z_size
 from train_projector import (RATIOS, SHARED, add_anchor, fit_projector, fit_to_targets, kept, lines_of,
@@ -271,38 +271,30 @@ def rollouts_of_minibatch(args, batch, minibatch, n_prompts):
 
 
 def add_gradients(args, model, state, chosen, advantages, loss_norm):
-    """Step (5) for the rollouts `chosen` (their numbers) -> how far sampler and scorer differ at most in a
-    log-prob. Out of memory: again with half the positions per forward pass."""
-    while True:
-        try:
-            return _add_gradients(args, model, state, chosen, advantages, loss_norm)
-        except torch.OutOfMemoryError:
-            if state.micro_batch_tokens < args.max_new_tokens:  # that was one rollout alone
-                raise
-        memory.forget_gradients(model)  # here the exception, and what it held, is gone
-        torch.cuda.empty_cache()
-        state.micro_batch_tokens //= 2
-        print(f"step {state.step + 1}: out of memory in the update; from here on --micro-batch-tokens is "
-              f"{state.micro_batch_tokens}", flush=True)
+    """Step (5) for the rollouts `chosen` (their numbers), in micro-batches -> how far sampler and scorer
+    differ at most in a log-prob. Out of memory: again, from here on with half the positions per pass."""
+    useful = [b for b in chosen if advantages[b] != 0]  # others have no gradient: not run, but they count
 
+    def add(positions):
+        state.micro_batch_tokens = positions
+        memory.forget_gradients(model)
+        gap = 0.0
+        for indices in scoring.pack([state.rollouts[b] for b in useful], positions):
+            micro = [useful[i] for i in indices]
+            some = [state.rollouts[b] for b in micro]
+            if args.recompute_latents and args.method == "litereason":
+                some = recompute_latents(model, some)
+            logp, scored = logprobs(model, some)  # (b, S)
+            old_logp = torch.nn.utils.rnn.pad_sequence([r.logprobs for r in some], batch_first=True).to(logp)
+            loss, _ = policy_loss(logp, old_logp, advantages[micro].to(logp), scored, len(chosen), CLIP,
+                                  loss_norm[micro].to(logp.device))
+            loss.backward()
+            memory.wait_for_gradients(model)
+            gap = max(gap, float(torch.where(scored, (logp.detach() - old_logp).abs(), 0.0).max()))
+        return gap
 
-def _add_gradients(args, model, state, chosen, advantages, loss_norm):
-    """In micro-batches. Rollouts without an advantage have no gradient and are not run, but they count."""
-    gap = 0.0
-    useful = [b for b in chosen if advantages[b] != 0]
-    for indices in scoring.pack([state.rollouts[b] for b in useful], state.micro_batch_tokens):
-        micro = [useful[i] for i in indices]
-        some = [state.rollouts[b] for b in micro]
-        if args.recompute_latents and args.method == "litereason":
-            some = recompute_latents(model, some)
-        logp, scored = logprobs(model, some)  # (b, S)
-        old_logp = torch.nn.utils.rnn.pad_sequence([r.logprobs for r in some], batch_first=True).to(logp)
-        loss, _ = policy_loss(logp, old_logp, advantages[micro].to(logp), scored, len(chosen), CLIP,
-                              loss_norm[micro].to(logp.device))
-        loss.backward()
-        memory.wait_for_gradients(model)
-        gap = max(gap, float(torch.where(scored, (logp.detach() - old_logp).abs(), 0.0).max()))
-    return gap
+    one_rollout = args.max_new_tokens - 1
+    return decoder.once_more_in_halves(model, add, state.micro_batch_tokens, "positions", least=one_rollout)
 
 
 def learning_rate(args, step):

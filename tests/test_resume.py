@@ -247,8 +247,7 @@ def test_out_of_memory_in_the_update_halves_the_budget_and_changes_nothing_else(
     run(train_rl, *words, "--micro-batch-tokens", 450, "--val", 0, "--out", tmp_path / "half")
     monkeypatch.setattr(train_rl, "logprobs", logprobs)
     run(train_rl, *words, "--micro-batch-tokens", 900, "--out", tmp_path / "oom")
-    assert ("step 1: out of memory in the update; from here on --micro-batch-tokens is 450\n"
-            in capsys.readouterr().out)
+    assert "out of memory with 900 positions at once; from here on 450\n" in capsys.readouterr().out
     assert runs.read_state(tmp_path / "oom")[1]["state"]["micro_batch_tokens"] == 450
     halved, oom = metrics(tmp_path / "half"), metrics(tmp_path / "oom")
     assert [m.pop("val_accuracy") for m in halved] == [None] * 2
