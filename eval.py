@@ -379,7 +379,8 @@ def task_and_examples(args):
 def what_was_asked(args, n, samplings):
     """The line above a table: task, split, number of examples and how answers were sampled."""
     each = f", {args.samples} answers each" if args.samples > 1 else ""
-    words = [f"{name}: " * (len(samplings) > 1) + display.sampling_in_words(numbers)
+    words = [f"{name}: " * (len(samplings) > 1)
+             + "temperature {temperature:g}, top-p {top_p:g}, top-k {top_k}".format(**numbers)
              for name, numbers in samplings.items()]
     return f"{args.task}, {args.split} split, {n} examples{each}, {'; '.join(words)}, seed {args.seed}"
 

@@ -39,8 +39,14 @@ def table(rows, measure="accuracy"):
     for i, (name, row) in enumerate(rows):
         cells = [f"{name:{width}}", f"{row['accuracy']:.3f}", _interval(row["accuracy_ci95"])]
         cells += [f"{row[key]:.1f}" for key in ("tokens", "text_tokens", "latent_steps")]
-        if are_tested:
-            cells += _cells_of_tests(row["against_plain"], measure) if i > 0 else [""] * 9
+        if are_tested and i == 0:
+            cells += [""] * 9
+        elif are_tested:
+            gained = row["against_plain"]
+            for what, digits in (("accuracy", "+.3f"), ("tokens", "+.1f")):
+                cells += [f"{gained[what]:{digits}}", _interval(gained[f"{what}_ci95"], digits),
+                          f"{gained[f'{what}_p']:.2g}", f"{gained[f'{what}_holm']:.2g}"]
+            cells.append(what_differs(gained).replace("accuracy", measure))
         else:
             cells += [f"{row['z_size']:.3g}" if row.get("z_size") else "", f"{row['tags']:.2f}",
                       f"{row['truncated']:.3f}", f"{row['forward_positions']:.1f}", f"{row['seconds']:.1f}"]
@@ -55,14 +61,6 @@ def table(rows, measure="accuracy"):
         figures = [f"{key} {_interval(np.atleast_1d(row[key]))}" for key in own]
         lines += [f"\n{name.strip()}: {', '.join(figures)}"] if own else []
     return "\n".join(lines)
-
-
-def _cells_of_tests(gained, measure):
-    cells = []
-    for what, digits in (("accuracy", "+.3f"), ("tokens", "+.1f")):
-        cells += [f"{gained[what]:{digits}}", _interval(gained[f"{what}_ci95"], digits)]
-        cells += [f"{gained[f'{what}_p']:.2g}", f"{gained[f'{what}_holm']:.2g}"]
-    return [*cells, what_differs(gained).replace("accuracy", measure)]
 
 
 def show_table(rows, measure):
@@ -81,14 +79,6 @@ def what_differs(comparison):
     if comparison["accuracy_differs"]:
         return "accuracy and tokens" if comparison["tokens_differs"] else "accuracy, not tokens"
     return "tokens, not accuracy" if comparison["tokens_differs"] else "nothing"
-
-
-def sampling_in_words(sampling):
-    """sampling: arguments of generate."""
-    if sampling["temperature"] == 0:
-        return "greedy"
-    cut = f"top-p {sampling['top_p']:g}, top-k {sampling['top_k'] or 'off'}"
-    return f"temperature {sampling['temperature']:g}, {cut}"
 
 
 def _interval(numbers, digits=".3f"):

@@ -84,7 +84,7 @@ def test_the_papers_sampling_is_the_default_and_two_stand_in_one_table_under_two
     assert {row["name"]: row["sampling"] for row in (rows if len(named) > 1 else [rows])} == named
     assert len(named) == 1 or (
         "tiny, test split, 2 examples, paper: temperature 0.7, top-p 0.8, top-k 20; "
-        "trained: temperature 1, top-p 1, top-k off, seed 0") in capsys.readouterr().out
+        "trained: temperature 1, top-p 1, top-k 0, seed 0") in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words, says", [
