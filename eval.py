@@ -27,7 +27,7 @@ from litereason import UserError, generate, latent_step, load, z_size
 # How answers are sampled, as arguments of generate.
 PAPER = {"temperature": 0.7, "top_p": 0.8, "top_k": 20}  # the paper's evaluation
 TRAINED = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}  # as RL samples; generate's default
-SAMPLINGS = {"paper": PAPER, "trained": TRAINED}
+SAMPLINGS = {"paper": PAPER, "trained": TRAINED, "greedy": {**TRAINED, "temperature": 0.0}}
 
 LATENTS = {  # what a latent step feeds: see latent_of
     "projector": "the method",
@@ -42,19 +42,15 @@ SETTINGS = {  # {title: {name: (default, the least or the choices, what it is)}}
     "what": {
         "model": (["tiny"], str, "models or run directories; NAME:plain takes the prompt without tags"),
         "task": (None, str, "a folder under data/ or tiny.next_chapter [the run's, else by the model]"),
-        "reward": (None, ["contrastive", "vrcli", "thresholded"],
-                   "of next_chapter: contrastive, vrcli or thresholded [the run's, else the first]"),
+        "reward": (None, run.COMMON["reward"][1], "of chapters: contrastive, vrcli, thresholded [the run's]"),
         "scorer": (None, str, "the frozen model that reads chapters [the run's, else a copy of the base]"),
-        "split": ("test", str, "train, val or test"),
+        "split": ("test", list(data.SPLITS), "train, val or test"),
         "n": (None, 1, "examples, the split's first [all]"),
         "hops": (None, 2, "tiny: stories whose chains have N hand-overs, 2 to 7 [2 to 6, as many of each]"),
         "samples": (1, 1, "answers per example"),
         "seed": (0, 0, "of all random draws")},
     "how answers are sampled": {
-        "sampling": (["paper"], list(SAMPLINGS), "paper: 0.7, 0.8, 20 below; trained: 1, 1, 0; or both"),
-        "temperature": (None, 0.0, "0 is greedy [that of --sampling]"),
-        "top_p": (None, 0.0, "above 0, up to 1 [that of --sampling]"),
-        "top_k": (None, 0, "0 is off [that of --sampling]"),
+        "sampling": (["paper"], list(SAMPLINGS), f"one or several of {', '.join(SAMPLINGS)}"),
         "max_new_tokens": (None, 1, "slots per answer, latents included [the run's, else by size]")},
     "what to look at": {
         "controls": (False, bool, "what the latents do: each --latent and more, paired tests"),
@@ -276,22 +272,19 @@ def _shuffled(model, others, seed):
 
 # ============================================================ the script
 def main():
-    parser = run.parser(__doc__)
-    run.add_flags(parser, SETTINGS)
-    args = parser.parse_args()
-    run.check_arguments(args)
+    args = run.parser(__doc__, SETTINGS).parse_args()
+    run.check_arguments(args, SETTINGS)
     check_flags(args)
     take_settings_of_runs(args)
     task, examples, elsewhere = task_and_examples(args)
     measure = data.measure_of(task)
-    said = {key: value for key, value in vars(args).items() if key in PAPER and value is not None}
-    samplings = {name: {**SAMPLINGS[name], **said} for name in args.sampling}
+    samplings = {name: SAMPLINGS[name] for name in args.sampling}
 
     rows, sections = [], []  # of the table, and of the page
     for name in args.model:
         model, tokenizer = load(name.partition(":")[0], args.device)
         memory.freeze(model)
-        run.use_graphs(model, args.graphs)
+        model.graphs = args.graphs and model.device.type == "cuda"
         for sampling, numbers in samplings.items():
             said = what_was_asked(args, len(examples), {sampling: numbers})
             settings = {**settings_of(args, name, model), **numbers}
@@ -305,7 +298,9 @@ def main():
                          for title, result in results]
                 print(f"\n{name}, {said}\n{display.table(results, measure)}", flush=True)
                 continue
-            latent = latent_of_model(args, name, model, tokenizer, task, elsewhere, settings)
+            latent = args.latent if args.latent != "projector" or runs_latents(name, model) else "none"
+            others = latent in OF_OTHERS and latents_of_others(model, tokenizer, task, elsewhere, **settings)
+            latent = latent_of(latent, model, others, args.seed)
             result, rollouts = evaluate(model, tokenizer, task, examples, samples=args.samples,
                                         latent=latent, alone=args.alone, **settings)
             row = {**heading(args, name, name, sampling, settings), **result}
@@ -320,7 +315,10 @@ def main():
 
     if not args.controls:
         print(f"\n{what_was_asked(args, len(examples), samplings)}")
-        print_table(rows, measure)
+        print(display.table([(row["name"], row) for row in rows], measure) + "\n")
+        for row in rows:
+            alone = f", {row['seconds_alone']:.2g} s alone" if "seconds_alone" in row else ""
+            print(f"{row['name']}: {row['flops']:.3g} FLOPs and {row['seconds_each']:.2g} s an answer{alone}")
     if args.html:
         run.write_text(args.html, page.whole(sections))
         print(f"wrote {args.html}")
@@ -334,8 +332,7 @@ def main():
 
 # ---------------------------------------------------------------------------- before the models
 def check_flags(args):
-    """UserError for wrong numbers, and for flags that exclude each other or need another one."""
-    run.check_bounds(args, SETTINGS)
+    """UserError for flags that exclude each other or need another one."""
     if args.controls and (args.latent != "projector" or args.show or args.alone):
         raise UserError("--controls runs every --latent by itself: leave --latent, --show and --alone out")
     if args.out and run.run_settings(args.out).get("script"):
@@ -345,8 +342,6 @@ def check_flags(args):
             raise UserError(f"--model {name}: behind a colon may stand plain, for the prompt without tags")
         if run.run_settings(name.partition(":")[0]).get("script") == "results/baselines.py":
             raise UserError(f"{name} is a run of results/baselines.py: read the table in its results.json")
-    if args.top_p is not None and not 0 < args.top_p <= 1:
-        raise UserError(f"--top-p is {args.top_p}; it must be above 0 and at most 1")
     if args.html and not args.show:
         raise UserError("--html needs --show N: that many answers go onto the page")
 
@@ -354,21 +349,16 @@ def check_flags(args):
 def take_settings_of_runs(args):
     """What the command line leaves open is taken from the config.json of the runs among the models: the task,
     its reward and its scorer. UserError if they differ: one table has one task."""
+    runs = {path: run.run_settings(path) for path in (name.partition(":")[0] for name in args.model)}
     for flag in ("task", "reward", "scorer"):
-        if getattr(args, flag) is not None:
-            continue
-        found = {}  # value -> the run that says so
-        for path in (name.partition(":")[0] for name in args.model):
-            made = run.run_settings(path)
-            if flag != "task" and made.get("task") != args.task:
-                continue  # its reward is another task's
-            if made.get("script") in ("train_rl.py", "train_projector.py"):
-                found.setdefault(made.get(flag), path)
-        if len(found) > 1:
+        found = {made.get(flag): path for path, made in runs.items()  # another task's reward is another
+                 if made.get("script") in ("train_rl.py", "train_projector.py")
+                 and (flag == "task" or made.get("task") == args.task)}
+        if getattr(args, flag) is None and len(found) > 1:
             said = ", ".join(f"{path} says {value}" for value, path in found.items())
             raise UserError(f"these runs differ in their {flag} ({said}): choose one with --{flag}")
-        for value in found:
-            setattr(args, flag, value)
+        if getattr(args, flag) is None and found:
+            setattr(args, flag, *found)
 
 
 def task_and_examples(args):
@@ -378,13 +368,10 @@ def task_and_examples(args):
     if args.hops and (args.task != "tiny" or args.hops > 7):
         raise UserError("--hops is for --task tiny, from 2 to 7: there are 22 people for three chains")
     chains = {"hops": args.hops} if args.hops else {}
+    examples = task.examples(args.split, **chains)[: args.n]
     elsewhere = []
-    try:
-        examples = task.examples(args.split, **chains)[: args.n]
-        if args.controls or args.latent in OF_OTHERS:
-            elsewhere = task.examples("train" if args.split == "val" else "val")[: args.n or 200]
-    except ValueError as e:
-        raise UserError(str(e)) from e
+    if args.controls or args.latent in OF_OTHERS:
+        elsewhere = task.examples("train" if args.split == "val" else "val")[: args.n or 200]
     data.start_task(task, first, args.reward, args.scorer, args.seed, args.device)
     return task, examples, elsewhere
 
@@ -392,7 +379,8 @@ def task_and_examples(args):
 def what_was_asked(args, n, samplings):
     """The line above a table: task, split, number of examples and how answers were sampled."""
     each = f", {args.samples} answers each" if args.samples > 1 else ""
-    words = [f"{name}: " * (len(samplings) > 1) + display.sampling_in_words(numbers)
+    words = [f"{name}: " * (len(samplings) > 1)
+             + "temperature {temperature:g}, top-p {top_p:g}, top-k {top_k}".format(**numbers)
              for name, numbers in samplings.items()]
     return f"{args.task}, {args.split} split, {n} examples{each}, {'; '.join(words)}, seed {args.seed}"
 
@@ -402,23 +390,13 @@ def settings_of(args, name, model):
     """What all evaluations of a model share, as arguments of evaluate."""
     path, _, suffix = name.partition(":")
     made = run.run_settings(path)
-    slots = args.max_new_tokens or made.get("max_new_tokens") or checkpoint.slots_per_answer(model)
+    slots = run.SLOTS[not checkpoint.is_small(model)]
     return {
         "latent_prompt": suffix != "plain" and made.get("method") != "grpo",
         "seed": args.seed,
         "progress": name,
         "gen_batch_size": args.gen_batch_size,
-        "max_new_tokens": slots}
-
-
-def latent_of_model(args, name, model, tokenizer, task, elsewhere, settings):
-    """--latent, as an argument of generate."""
-    if args.latent == "projector" and not runs_latents(name, model):
-        return "none"
-    others = []
-    if args.latent in OF_OTHERS:
-        others = latents_of_others(model, tokenizer, task, elsewhere, **settings)
-    return latent_of(args.latent, model, others, args.seed)
+        "max_new_tokens": args.max_new_tokens or made.get("max_new_tokens") or slots}
 
 
 def runs_latents(name, model):
@@ -430,14 +408,12 @@ def runs_latents(name, model):
 
 def heading(args, title, name, sampling, settings):
     """What a row of results belongs to. Its name in tables says the sampling where there are two."""
-    numbers = {key: settings[key] for key in PAPER}
-    known = [word for word, theirs in SAMPLINGS.items() if theirs == numbers]
     return {
         "name": f"{title} ({sampling})" if len(args.sampling) > 1 else title,
         "model": name,
         "task": args.task,
         "split": args.split,
-        "sampling": known[0] if known else display.sampling_in_words(numbers),
+        "sampling": sampling,
         "prompt": "tag" if settings["latent_prompt"] else "plain"}
 
 
@@ -450,13 +426,6 @@ def print_answers(name, model, tokenizer, task, examples, rollouts):
         for i, (near, length, head) in enumerate(display.read_out(model, tokenizer, rollout.latents)):
             print(f"    latent {i + 1}: nearest {display.listed(near)}; "
                   f"the head says {display.listed(head)}; length {length:.2f} of an embedding's")
-
-
-def print_table(rows, measure):
-    print(display.table([(row["name"], row) for row in rows], measure) + "\n")
-    for row in rows:
-        alone = f", {row['seconds_alone']:.2g} s alone" if "seconds_alone" in row else ""
-        print(f"{row['name']}: {row['flops']:.3g} FLOPs and {row['seconds_each']:.2g} s an answer{alone}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ difference from the released code: results/differences.md.
 import collections
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -46,8 +47,7 @@ SETTINGS = {
     "stage 1 [small model | any other, as released]": {
         "prompts": (BySize(1500, None), 1, "train prompts to sample traces for; None: all"),
         "samples": (BySize(1, 5), 1, "traces per prompt"),
-        "max_new_tokens": (BySize(checkpoint.SLOTS_SMALL, checkpoint.SLOTS_RELEASED), 1,
-                           "slots per trace, latents included"),
+        "max_new_tokens": (run.SLOTS, 1, "slots per trace, latents included"),
         "traces": (None, str, "take traces from this file, jsonl with example (its number) and text")},
     "stage 2": {
         "steps": (BySize(400, None), 0, "optimiser steps; None: every masked trace once"),
@@ -65,8 +65,7 @@ LARGE = 100  # embeddings: a longer latent drowns the words around it
 
 def settings_of(model, **given):
     """The settings above for a model of this size, but for those that are given and not None."""
-    settings = types.SimpleNamespace(**dict.fromkeys(itertools.chain(*SETTINGS.values())))
-    vars(settings).update(given)
+    settings = types.SimpleNamespace(**{**dict.fromkeys(itertools.chain(*SETTINGS.values())), **given})
     run.fill(settings, SETTINGS, checkpoint.is_small(model))
     return settings
 
@@ -117,8 +116,8 @@ def collect_traces(model, tokenizer, task, examples, path, samples, max_new_toke
                 break
     everything = list(itertools.chain(*lines))
     n = collections.Counter(sample.get("left out") for sample in everything)
-    print(f"stage 1: kept {n[None]} of {len(everything)} traces (reward > 0), in {path}; {n['cut']} were cut by "
-          f"--max-new-tokens, {n['no verdict']} without an answer, {n['wrong']} wrong", flush=True)
+    print(f"stage 1: kept {n[None]} of {len(everything)} traces (reward > 0), in {path}; {n['cut']} were cut "
+          f"by --max-new-tokens, {n['no verdict']} without an answer, {n['wrong']} wrong", flush=True)
     return everything
 
 
@@ -130,12 +129,6 @@ def lines_of(path):
     """What collect_traces has written there: its settings, then lines of samples."""
     with open(path) as f:  # without its end a line is half a line
         return [json.loads(line) for line in f if line.endswith("\n")]
-
-
-def given_traces(path, task, examples):
-    """Ours: traces that somebody else has written, for a base that earns nothing."""
-    with open(path, encoding="utf-8") as f:
-        return [{"prompt": task.prompt(examples[row["example"]], True), **row} for row in map(json.loads, f)]
 
 
 # ============================================================ stage 1: tags in the place of sentences
@@ -213,9 +206,10 @@ def run_stage_1(model, tokenizer, task, out, settings, smoke=False):
     if settings.train_base and not has_targets:
         raise UserError("--train-base goes with --targets words: the paper's stage 2 leaves the base frozen")
     examples = task.examples("train")[: settings.prompts]
-    print(f"stages 1 and 2, {run.beside_released(vars(settings), SETTINGS)}", flush=True)
-    if settings.traces:
-        samples = given_traces(settings.traces, task, examples)
+    if settings.traces:  # ours: somebody else has written them, for a base that earns nothing
+        with open(settings.traces, encoding="utf-8") as f:
+            samples = [{"prompt": task.prompt(examples[row["example"]], True), **row}
+                       for row in map(json.loads, f)]
     else:
         tag = "forbidden" if has_targets else None  # a target is taken from a sentence that was written out
         samples = collect_traces(model, tokenizer, task, examples, os.path.join(out, "traces.jsonl"),
@@ -237,8 +231,8 @@ def run_stage_1(model, tokenizer, task, out, settings, smoke=False):
     held_out = set(stories[-max(1, len(stories) // 10) :])
     train = [row for story, row in rows if story not in held_out]
     held = [row for story, row in rows if story in held_out]
-    return train, rng.sample(held, min(256, len(held))), {"kept": len(traces),
-                                                              "sampled": 0 if settings.traces else len(samples)}
+    counts = {"kept": len(traces), "sampled": 0 if settings.traces else len(samples)}
+    return train, rng.sample(held, min(256, len(held))), counts
 
 
 # ======================================================= stage 2: the projector learns, the base is frozen
@@ -282,14 +276,13 @@ def optimise(model, traces, learners, batch, steps, losses_of, clip=0.2, seed=0,
     name = os.path.basename(states or "the refresh").replace("-", " ")
     lines, log, stops = [], open(os.devnull, "w"), contextlib.nullcontext()
     if states:
-        found = run.read_state(states)
-        if found:
-            done, state = found
+        step, state = run.read_state(states) or (0, None)
+        if state:
             lines = state["lines"]
             optimizer.load_state_dict(state["optimizer"])
             for p, saved in zip(parameters, state["weights"], strict=True):
                 p.data.copy_(saved)
-            print(f"resumed from step {done} of {name}", flush=True)
+            print(f"resumed from step {step} of {name}", flush=True)
         log = run.open_log(f"{states}.jsonl", lines)
         stops = run.stops_noted(f"go on with --resume {os.path.dirname(states)}")
     rest = itertools.islice(batches(traces, batch, seed, together), len(lines), steps)
@@ -418,22 +411,19 @@ def set_start(args, model):
 
 
 def parse_arguments():
-    ap = run.parser(__doc__)
-    run.add_flags(ap, SETTINGS)
-    return run.parse_resumable(ap, "train_projector.py", free=("device",))
+    return run.parse_resumable(run.parser(__doc__, SETTINGS), "train_projector.py")
 
 
 def main():
     args = parse_arguments()
     args.task, task = data.choose_task(args.task, args.model, args.reward, args.scorer)
     args.out = args.out or run.default_out(args.model, args.task, "projector")
-    run.check_bounds(args, SETTINGS)
-    run.check_arguments(args)
+    run.check_arguments(args, SETTINGS)
     lock_file = run.take_directory(args.out, args.model, args.resume, args.overwrite)  # noqa: F841
     args.examples = run.digest([task.examples("train"), task.examples("val")])
     model, tokenizer = load(args.model, args.device)
     run.fill(args, SETTINGS, checkpoint.is_small(model))
-    run.use_graphs(model, True)
+    model.graphs = model.device.type == "cuda"
     set_start(args, model)
     data.start_task(task, args.model, args.reward, args.scorer, args.seed, args.device)
     if not checkpoint.is_small(model):
@@ -566,9 +556,7 @@ def fit_to_targets(model, rows, lr, batch, steps=None, budget=None, noise=0.0, b
     if base_lr:
         learners.append((memory.base_parameters(model), base_lr, 0.2))
 
-    def losses_of(rows, step):
-        return target_losses(model, budget, noise, seed, base_lr > 0, rows, step)
-
+    losses_of = functools.partial(target_losses, model, budget, noise, seed, base_lr > 0)
     with contextlib.nullcontext() if base_lr else memory.base_frozen(model):
         return optimise(model, rows, learners, batch, steps, losses_of, seed=seed, together=VERSIONS_TOGETHER,
                         **loop)

@@ -26,7 +26,7 @@ import torch
 
 import data
 from eval import PAPER, evaluate, latent_of, latents_of_others
-from lib import UserError, checkpoint, display, memory, run, scoring
+from lib import UserError, checkpoint, decoder, display, memory, run, scoring
 from lib.run import BySize
 from litereason import RULES, Rollout, generate, load, logprobs, policy_loss, recompute_latents, z_size
 from train_projector import (RATIOS, SHARED, add_anchor, fit_projector, fit_to_targets, kept, lines_of,
@@ -35,7 +35,6 @@ from train_projector import (RATIOS, SHARED, add_anchor, fit_projector, fit_to_t
 
 # ============================================================ settings
 NAMES = {"litereason": "LiteReason", "grpo": "RL without latents", "tag": "RL with tags, no latents"}
-MEMORY = "memory, speed and disk (no result changes but by rounding)"
 # As in train_projector.py; 2880 steps are 30 passes over 290 stories.
 SETTINGS = {
     "what is run": run.COMMON | {
@@ -44,10 +43,9 @@ SETTINGS = {
     "how much [small model | any other, as released]": {
         "steps": (BySize(24, 2880), 0, "optimiser steps"),
         "prompts": (BySize(16, 48), 1, "prompts per rollout batch"),
-        "num_generations": (BySize(16, 16), 2, "rollouts per prompt"),
+        "num_generations": (16, 2, "rollouts per prompt"),
         "minibatches": (BySize(1, 16), 1, "optimiser steps per rollout batch"),
-        "max_new_tokens": (BySize(checkpoint.SLOTS_SMALL, checkpoint.SLOTS_RELEASED), 1,
-                           "slots per rollout, latents included"),
+        "max_new_tokens": (run.SLOTS, 1, "slots per rollout, latents included"),
         "train_prompts": (None, 1, "train prompts of RL; one pass over them is an epoch [all]"),
         "val": (100, 0, "val examples, evaluated after each epoch; 0 for none"),
         "n": (500, 0, "test stories for the final table; 0 for none")},
@@ -55,7 +53,7 @@ SETTINGS = {
         "lr": (BySize(1.2e-4, 5e-7), 0.0, "learning rate of AdamW"),
         "lr_schedule": ("constant", ["constant", "cosine"], "cosine, as released: warm-up, then to a tenth"),
         "rule": ("grpo", list(RULES), "advantages, and what a rollout's loss is divided by"),
-        "overlong_buffer": (BySize(checkpoint.SLOTS_SMALL, 0), 0, "DAPO's length penalty: the last N slots"),
+        "overlong_buffer": (BySize(run.SLOTS.small, 0), 0, "DAPO's length penalty: the last N slots"),
         "anchor": (BySize(10.0, 0.0), 0.0, "ours, with --targets words: weight of stage 2's error"),
         "recompute_latents": (False, bool, "score with latents of the current weights, as released")},
     "projector": {
@@ -63,8 +61,8 @@ SETTINGS = {
         "projector": SHARED["projector"],
         "trace_prompts": (None, 1, "train prompts of stage 1 [as in train_projector.py]"),
         "projector_steps": (None, 0, "optimiser steps of stage 2 [as in train_projector.py]"),
-        "refresh_every": (BySize(0, 0), -1, "rollout batches between refreshes; 0: epochs' ends; -1: never")},
-    MEMORY: {  # None: as lib/memory.py plans it
+        "refresh_every": (0, -1, "rollout batches between refreshes; 0: epochs' ends; -1: never")},
+    "memory, speed and disk (no result changes but by rounding)": {  # None: as lib/memory.py plans it
         "gen_batch_size": (BySize(512, None), 1, "rollouts decoded at once, whole groups"),
         "micro_batch_tokens": (BySize(12_000, None), 1, "positions per forward pass of the update"),
         "checkpoint_layers": (BySize(False, None), bool, "keep no activations in layers: a third more time"),
@@ -273,38 +271,30 @@ def rollouts_of_minibatch(args, batch, minibatch, n_prompts):
 
 
 def add_gradients(args, model, state, chosen, advantages, loss_norm):
-    """Step (5) for the rollouts `chosen` (their numbers) -> how far sampler and scorer differ at most in a
-    log-prob. Out of memory: again with half the positions per forward pass."""
-    while True:
-        try:
-            return _add_gradients(args, model, state, chosen, advantages, loss_norm)
-        except torch.OutOfMemoryError:
-            if state.micro_batch_tokens < args.max_new_tokens:  # that was one rollout alone
-                raise
-        memory.forget_gradients(model)  # here the exception, and what it held, is gone
-        torch.cuda.empty_cache()
-        state.micro_batch_tokens //= 2
-        print(f"step {state.step + 1}: out of memory in the update; from here on --micro-batch-tokens is "
-              f"{state.micro_batch_tokens}", flush=True)
+    """Step (5) for the rollouts `chosen` (their numbers), in micro-batches -> how far sampler and scorer
+    differ at most in a log-prob. Out of memory: again, from here on with half the positions per pass."""
+    useful = [b for b in chosen if advantages[b] != 0]  # others have no gradient: not run, but they count
 
+    def add(positions):
+        state.micro_batch_tokens = positions
+        memory.forget_gradients(model)
+        gap = 0.0
+        for indices in scoring.pack([state.rollouts[b] for b in useful], positions):
+            micro = [useful[i] for i in indices]
+            some = [state.rollouts[b] for b in micro]
+            if args.recompute_latents and args.method == "litereason":
+                some = recompute_latents(model, some)
+            logp, scored = logprobs(model, some)  # (b, S)
+            old_logp = torch.nn.utils.rnn.pad_sequence([r.logprobs for r in some], batch_first=True).to(logp)
+            loss, _ = policy_loss(logp, old_logp, advantages[micro].to(logp), scored, len(chosen), CLIP,
+                                  loss_norm[micro].to(logp.device))
+            loss.backward()
+            memory.wait_for_gradients(model)
+            gap = max(gap, float(torch.where(scored, (logp.detach() - old_logp).abs(), 0.0).max()))
+        return gap
 
-def _add_gradients(args, model, state, chosen, advantages, loss_norm):
-    """In micro-batches. Rollouts without an advantage have no gradient and are not run, but they count."""
-    gap = 0.0
-    useful = [b for b in chosen if advantages[b] != 0]
-    for indices in scoring.pack([state.rollouts[b] for b in useful], state.micro_batch_tokens):
-        micro = [useful[i] for i in indices]
-        some = [state.rollouts[b] for b in micro]
-        if args.recompute_latents and args.method == "litereason":
-            some = recompute_latents(model, some)
-        logp, scored = logprobs(model, some)  # (b, S)
-        old_logp = torch.nn.utils.rnn.pad_sequence([r.logprobs for r in some], batch_first=True).to(logp)
-        loss, _ = policy_loss(logp, old_logp, advantages[micro].to(logp), scored, len(chosen), CLIP,
-                              loss_norm[micro].to(logp.device))
-        loss.backward()
-        memory.wait_for_gradients(model)
-        gap = max(gap, float(torch.where(scored, (logp.detach() - old_logp).abs(), 0.0).max()))
-    return gap
+    one_rollout = args.max_new_tokens - 1
+    return decoder.once_more_in_halves(model, add, state.micro_batch_tokens, "positions", least=one_rollout)
 
 
 def learning_rate(args, step):
@@ -405,8 +395,7 @@ def aside(args, state, which):
 
 # ============================================================ the script
 def parse_arguments():
-    ap = run.parser(__doc__)
-    run.add_flags(ap, SETTINGS)
+    ap = run.parser(__doc__, SETTINGS)
     if ap.parse_known_args()[0].smoke:
         ap.set_defaults(**SMOKE)  # what the command line says wins
     return run.parse_resumable(ap, "train_rl.py", free=("steps", "device", "graphs"))
@@ -416,8 +405,7 @@ def main():
     args = parse_arguments()
     args.task, task = data.choose_task(args.task, args.model, args.reward, args.scorer)
     args.out = args.out or run.default_out(args.model, args.task, args.method)
-    run.check_bounds(args, SETTINGS)
-    run.check_arguments(args)
+    run.check_arguments(args, SETTINGS)
     lock_file = run.take_directory(args.out, args.model, args.resume, args.overwrite)  # noqa: F841
     saved = run.read_state(args.out) if args.resume else None
     examples, vals, tests = (task.examples(split) for split in data.SPLITS)
@@ -426,7 +414,7 @@ def main():
 
     # (1) The model, and the settings that it decides.
     model, tokenizer = load(args.model, args.device)
-    run.use_graphs(model, args.graphs)
+    model.graphs = args.graphs and model.device.type == "cuda"
     data.start_task(task, args.model, args.reward, args.scorer, args.seed, args.device)
     settle(args, model, len(examples))
     set_start(args, model)
@@ -529,14 +517,14 @@ def settle_memory(args, model, task, longest):
 
 def copy_traces(args):
     """Those of the run that --model is, into --out: so a run can be continued without that one."""
-    theirs = os.path.join(run.directory_of_run(args.model), "traces.jsonl")
+    theirs = os.path.join(args.model, "traces.jsonl")
     if not os.path.exists(theirs):
         raise UserError(f"there is no {theirs}, from which --targets words learns in RL: say --targets none")
     shutil.copyfile(theirs, os.path.join(args.out, "traces.jsonl"))
 
 
 def say_what_runs(args, model, prompts, plan):
-    """What is trained, on how much, and what differs from the released settings. plan: of memory."""
+    """What is trained, on how much. plan: of memory."""
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     weights = "bf16 weights, fp32 masters on the host" if args.offload else "fp32 weights"
     print(f"{args.method} on {args.task}: {args.model}, {millions:.1f} M parameters, {model.device}, "
@@ -546,8 +534,7 @@ def say_what_runs(args, model, prompts, plan):
           f"{args.max_new_tokens} tokens, {args.num_generations} for each of {args.prompts} prompts")
     if model.device.type == "cpu" and not checkpoint.is_small(model) and not args.smoke:
         print("on a CPU this takes days: --smoke shows in minutes whether all works")
-    idle = [*SETTINGS[MEMORY], *(SETTINGS["projector"] if args.method != "litereason" else [])]
-    print(run.beside_released(vars(args), SETTINGS, idle), *filter(None, [plan]), sep="\n", flush=True)
+    print(plan, end="\n" if plan else "", flush=True)
 
 
 if __name__ == "__main__":

@@ -17,18 +17,11 @@ from lib import UserError
 TINY = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "data", "tiny", "base")
 FAMILIES = ("qwen2", "qwen3", "llama", "gemma", "gemma3_text")  # config.model_type
 OWN_TOKENIZER = ("TokenizersBackend", "PreTrainedTokenizerFast")
-# Slots per answer, latents included, where no flag says another number: of a small model, and as released.
-SLOTS_SMALL, SLOTS_RELEASED = 240, 2048
 
 
 def is_small(model):
-    """Whether a model needs the settings of one trained from scratch (and, by default, the tiny world) or the
-    released ones."""
+    """Whether a model needs the settings of one trained from scratch, or else the released ones."""
     return sum(p.numel() for p in model.parameters()) < 50e6
-
-
-def slots_per_answer(model):
-    return SLOTS_SMALL if is_small(model) else SLOTS_RELEASED
 
 
 # ============================================================ a model's files
@@ -38,8 +31,7 @@ def read_checkpoint(name_or_path, dtype):
     its files do not fit together."""
     path = checkpoint_path(name_or_path)
     is_local = os.path.isdir(path)
-    # The projector's keys are "unexpected" to transformers; we read them below.
-    transformers.logging.set_verbosity_error()
+    transformers.logging.set_verbosity_error()  # to it the projector's keys are unexpected
     if is_local:  # else gigabytes may come
         transformers.logging.disable_progress_bar()
     try:
@@ -61,7 +53,8 @@ def checkpoint_path(name_or_path):
         path = os.path.join(path, "model")  # a run's output directory
     is_hub_name = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path) and not os.path.exists(path)
     if not is_hub_name and not os.path.exists(os.path.join(path, "config.json")):
-        raise UserError(f"no model directory at {path!r} (a directory with config.json and *.safetensors)")
+        raise UserError(f"no model directory at {path!r} (a directory with config.json and *.safetensors; a "
+                        "save that was killed has left the former one beside it, as *.replaced)")
     return f"Qwen/{path}" if is_hub_name and re.match("Qwen[^/]*$", path) else path
 
 
@@ -86,8 +79,8 @@ def _read_files(path, dtype, **only):
 def _read_tokenizer(path, only):
     """AutoTokenizer, but a checkpoint that says it brings its own tokenizer.json gets that one: of a Qwen2
     transformers 5 would replace it by Qwen's own class, whatever the checkpoint says."""
-    named = "TokenizersBackend"
     config = os.path.join(path, "tokenizer_config.json")
+    named = OWN_TOKENIZER[0]
     if os.path.exists(config):
         with open(config) as f:
             named = json.load(f).get("tokenizer_class")
@@ -106,8 +99,8 @@ def _read_projector(path, is_local):
         with open(index) as f:
             names = sorted(set(json.load(f)["weight_map"].values()))
     # Others would be unpickled by transformers.
-    files = [fetch(name) for name in names if name.endswith(".safetensors")]
-    if None in files or len(files) < len(names):
+    files = [fetch(name) if name.endswith(".safetensors") else None for name in names]
+    if None in files:
         raise ValueError("its weights are not in safetensors files, the only kind that is read")
     weights, prefix = {}, "reasoning_projector."
     for file in files:
@@ -132,10 +125,9 @@ def check_model(model, cap, layers):
             raise UserError(f"config.json: {name} is set, which is not supported")
     cap = getattr(config, "litereason_max_reasoning_steps", cap)
     layers = getattr(config, "litereason_num_reasoning_layers", layers)
-    for name, value in (("max_reasoning_steps", cap), ("num_reasoning_layers", layers)):
+    for name, value in (("litereason_max_reasoning_steps", cap), ("litereason_num_reasoning_layers", layers)):
         if type(value) is not int or not 1 <= value <= 64:
-            raise UserError(f"config.json: litereason_{name} is {value!r}, expected a whole number from 1 to "
-                            "64")
+            raise UserError(f"config.json: {name} is {value!r}, expected a whole number from 1 to 64")
     return cap, layers
 
 
@@ -152,10 +144,7 @@ def fingerprint(model):
 def save(model, tokenizer, path):
     """An ordinary checkpoint directory (safetensors), written beside and then renamed: killed at any moment,
     this leaves a complete one at `path` or at PATH.replaced."""
-    if not getattr(model, "projector_trained", True):
-        model.config.litereason_projector_trained = False  # else its weights would say that it is
-    elif hasattr(model.config, "litereason_projector_trained"):
-        del model.config.litereason_projector_trained
+    model.config.litereason_projector_trained = getattr(model, "projector_trained", True)
     model.generation_config.eos_token_id = stop_tokens(model, tokenizer)  # so others stop where we do
     path = os.path.abspath(path)
     new, old = f"{path}.writing", f"{path}.replaced"

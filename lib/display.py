@@ -6,6 +6,8 @@ import torch
 
 from lib import kv_cache, stats
 
+SHUFFLED = "  shuffled latents"  # the name of a run's last row
+
 
 # ============================================================ tables
 def table(rows, measure="accuracy"):
@@ -32,42 +34,33 @@ def table(rows, measure="accuracy"):
         headings += ["differs in"]
     else:
         headings += ["z size", "tags", "cut off", "positions", "seconds"]
-    lines = [_line(headings), f"|{'---|' * len(headings)}"]
+    lines = [f"| {' | '.join(headings)} |", f"|{'---|' * len(headings)}"]
     width = max(len(name) for name, _ in rows)
     for i, (name, row) in enumerate(rows):
         cells = [f"{name:{width}}", f"{row['accuracy']:.3f}", _interval(row["accuracy_ci95"])]
         cells += [f"{row[key]:.1f}" for key in ("tokens", "text_tokens", "latent_steps")]
-        if are_tested:
-            cells += _cells_of_tests(row["against_plain"], measure) if i > 0 else [""] * 9
+        if are_tested and i == 0:
+            cells += [""] * 9
+        elif are_tested:
+            gained = row["against_plain"]
+            for what, digits in (("accuracy", "+.3f"), ("tokens", "+.1f")):
+                cells += [f"{gained[what]:{digits}}", _interval(gained[f"{what}_ci95"], digits),
+                          f"{gained[f'{what}_p']:.2g}", f"{gained[f'{what}_holm']:.2g}"]
+            cells.append(what_differs(gained).replace("accuracy", measure))
         else:
-            cells += [
-                f"{row['z_size']:.3g}" if row.get("z_size") else "",
-                f"{row['tags']:.2f}",
-                f"{row['truncated']:.3f}",
-                f"{row['forward_positions']:.1f}",
-                f"{row['seconds']:.1f}"]
-        lines.append(_line(cells))
+            cells += [f"{row['z_size']:.3g}" if row.get("z_size") else "", f"{row['tags']:.2f}",
+                      f"{row['truncated']:.3f}", f"{row['forward_positions']:.1f}", f"{row['seconds']:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     if are_tested:
-        n = 2 * (len(rows) - 1)
         lines += ["", "p: of sign flips, paired by example; Holm's p is corrected for all "
-                      f"{n} tests of this table.",
+                      f"{2 * (len(rows) - 1)} tests of this table.",
                   '"differs in": Holm\'s p is below 0.05 and the 95 % interval (bootstrap) leaves 0 out.']
         return "\n".join(lines)
     for name, row in rows:
-        keys = list(row)
-        own = keys[keys.index("seconds") + 1 :]  # the task's own figures come after the seconds
+        own = list(row)[list(row).index("seconds") + 1 :]  # the task's own figures come after the seconds
         figures = [f"{key} {_interval(np.atleast_1d(row[key]))}" for key in own]
-        if own:
-            lines.append(f"\n{name.strip()}: {', '.join(figures)}")
+        lines += [f"\n{name.strip()}: {', '.join(figures)}"] if own else []
     return "\n".join(lines)
-
-
-def _cells_of_tests(gained, measure):
-    cells = []
-    for what, digits in (("accuracy", "+.3f"), ("tokens", "+.1f")):
-        cells += [f"{gained[what]:{digits}}", _interval(gained[f"{what}_ci95"], digits)]
-        cells += [f"{gained[f'{what}_p']:.2g}", f"{gained[f'{what}_holm']:.2g}"]
-    return [*cells, what_differs(gained).replace("accuracy", measure)]
 
 
 def show_table(rows, measure):
@@ -88,23 +81,8 @@ def what_differs(comparison):
     return "tokens, not accuracy" if comparison["tokens_differs"] else "nothing"
 
 
-def sampling_in_words(sampling):
-    """sampling: arguments of generate."""
-    if sampling["temperature"] == 0:
-        return "greedy"
-    cut = f"top-p {sampling['top_p']:g}, top-k {sampling['top_k'] or 'off'}"
-    return f"temperature {sampling['temperature']:g}, {cut}"
-
-
-def _line(cells):
-    return f"| {' | '.join(cells)} |"
-
-
 def _interval(numbers, digits=".3f"):
     return " to ".join(f"{x:{digits}}" for x in numbers)
-
-
-SHUFFLED = "  shuffled latents"  # the table's last row
 
 
 # ============================================================ an answer as text
@@ -143,18 +121,13 @@ def read_out(model, tokenizer, latents, n_words=3):
         logits = model.lm_head(model.model.norm(z.to(model.dtype)))
         probabilities = logits.float().softmax(-1)  # (n, V)
     lengths = z.norm(dim=-1) / vocabulary.norm(dim=-1).mean()  # (n,)
-    near = _top_words(tokenizer, cosines, n_words)
-    head = _top_words(tokenizer, probabilities, n_words)
-    return list(zip(near, lengths.tolist(), head))
+
+    def top(scores):  # (n, V) -> of each row the best [(word, score)]
+        values, ids = (t.tolist() for t in scores.topk(n_words))
+        return [[(tokenizer.decode([i]), value) for i, value in zip(*row)] for row in zip(ids, values)]
+
+    return list(zip(top(cosines), lengths.tolist(), top(probabilities)))
 
 
-def _top_words(tokenizer, scores, n_words):
-    """scores (n, V) -> for each row its best [(word, score)]."""
-    top = scores.topk(n_words)
-    return [[(tokenizer.decode([i]), value) for i, value in zip(ids, values)]
-            for ids, values in zip(top.indices.tolist(), top.values.tolist())]
-
-
-def listed(words):
-    """[(word, number)] as text."""
+def listed(words):  # [(word, number)] as text
     return ", ".join(f"{word!r} {value:.2f}" for word, value in words)

@@ -1,9 +1,5 @@
-"""Less memory for the update, and how much fits; a first reading can skip it.
-
-    checkpoint_layers, freeze, base_frozen, offload    less memory, the same numbers
-    plan                                  the settings of memory for RL, and its peaks, from shapes
-    rows_that_fit, positions_that_fit     for everything else, in what is free now
-"""
+"""Less memory for the same numbers; then how much fits: `plan` for RL, `rows_that_fit` and
+`positions_that_fit` for everything else. A first reading can skip it."""
 import bisect
 import contextlib
 import copy
@@ -193,8 +189,7 @@ def needs(model, longest, limit=0, prompts=0, rows=0, positions=0, recompute=Fal
 
 
 def free(device):
-    """Bytes on a device that nobody uses: on CUDA the allocator's own reserve, too, on a CPU what the machine
-    or the container leaves."""
+    """Bytes that nobody uses: on CUDA with the allocator's reserve, on a CPU of the machine or container."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
@@ -208,37 +203,35 @@ def free(device):
     return left
 
 
-def has_fixed_numbers(model):
-    """A small model on a CPU: its rows and positions are fixed, so that a run is the same to the last bit,
-    whatever else is in memory."""
+def _is_fixed(model):
+    """A small model on a CPU: its run is the same to the last bit, whatever else is in memory."""
     return model.device.type == "cpu" and is_small(model)
 
 
 def _largest(size, room, most, step):
-    """The largest multiple n of `step` up to `most` whose size(n) is at most `room`; or 0."""
-    return step * bisect.bisect(range(step, most + 1, step), room, key=size)
+    """The largest multiple n of `step` up to `most` whose size(n) fits the room; or 0."""
+    return step * bisect.bisect(range(step, most + 1, step), USABLE * room, key=size)
 
 
 def rows_that_fit(model, longest, limit, samples):
     """How many rows can be decoded at once, whole groups, in what is free now: at least one group."""
-    if has_fixed_numbers(model):
+    if _is_fixed(model):
         return MOST_ROWS
-    fit = _largest(lambda rows: needs(model, longest, limit, 2 * rows // samples, rows)[0],
-                   USABLE * free(model.device), MOST_ROWS, samples)
-    return max(samples, fit)
+    return max(samples, _largest(lambda n: needs(model, longest, limit, 2 * n // samples, n)[0],
+                                 free(model.device), MOST_ROWS, samples))
 
 
 def positions_that_fit(model, longest, trained=(), otherwise=2**15):
     """How many positions a forward and backward pass can have in what is free now, in texts of up to
     `longest` tokens: at least that many. Of a small model on a CPU: `otherwise`. trained: parameters whose
     gradients and moments must fit, too; without any, a pass takes no more than with checkpointed layers."""
-    if has_fixed_numbers(model):
+    if _is_fixed(model):
         return otherwise
     n_trained = _count(trained)
     recompute = n_trained == 0 or getattr(model, "checkpointed", False)
-    fit = _largest(lambda n: 12 * n_trained + needs(model, longest, positions=n, recompute=recompute)[1],
-                   USABLE * free(model.device), MOST_POSITIONS[model.device.type], 256)
-    return max(longest, fit)
+    return max(longest, _largest(
+        lambda n: 12 * n_trained + needs(model, longest, positions=n, recompute=recompute)[1],
+        free(model.device), MOST_POSITIONS[model.device.type], 256))
 
 
 def plan(model, longest, limit, n_prompts, num_generations, given, scorer=None, room=None):
@@ -253,14 +246,14 @@ def plan(model, longest, limit, n_prompts, num_generations, given, scorer=None, 
     own, reader = (sum(p.nbytes for p in m.parameters()) if m else 0 for m in (model, scorer))
     room = room or free(model.device) + own + reader
     base, layers = _count(base_parameters(model)), _count(model.model.layers.parameters())
-    tries = {"offload": (False,) if model.device.type == "cpu" else (False, True),
-             "checkpoint_layers": (False, True)}
-    tries = [tried if given.get(name) is None else [given[name]] for name, tried in tries.items()]
-    rows, positions = given.get("gen_batch_size"), given.get("micro_batch_tokens")
     whole = longest + limit  # positions of one rollout with its prompt
+    rows, positions = given.get("gen_batch_size"), given.get("micro_batch_tokens")
     least_rows, most_rows = rows or num_generations, rows or n_prompts * num_generations
     least_positions, most_positions = positions or whole, positions or MOST_POSITIONS[model.device.type]
     step = positions or 256
+    tries = {"offload": [False] if model.device.type == "cpu" else [False, True],
+             "checkpoint_layers": [False, True]}
+    tries = [tried if given.get(name) is None else [given[name]] for name, tried in tries.items()]
 
     def peaks(rows, positions):  # with what is tried below
         prompts = min(n_prompts, 2 * max(1, rows // num_generations))  # see Decoder
@@ -269,14 +262,14 @@ def plan(model, longest, limit, n_prompts, num_generations, given, scorer=None, 
         return held + sampling, held + update + (0 if offloaded else 4 * base)
 
     for offloaded, recompute in itertools.product(*tries):
-        rows = _largest(lambda n: peaks(n, 0)[0], USABLE * room, most_rows, least_rows)
-        positions = _largest(lambda n: peaks(0, n)[1], USABLE * room, most_positions, step)
+        rows = _largest(lambda n: peaks(n, 0)[0], room, most_rows, least_rows)
+        positions = _largest(lambda n: peaks(0, n)[1], room, most_positions, step)
         if rows >= min(FEW_ROWS, most_rows) and positions >= min(FEW_POSITIONS, 2 * whole, most_positions):
             break
     rows, positions = max(rows, least_rows), max(positions, least_positions)  # also if these may not fit
     sampling, update = peaks(rows, max(positions, whole))
-    text = (f"memory: {room / GIB:.1f} GiB can be used; with --gen-batch-size {rows} "
-            f"--micro-batch-tokens {positions} --{'' if recompute else 'no-'}checkpoint-layers "
+    text = (f"memory: {room / GIB:.1f} GiB can be used; with --gen-batch-size {rows} --micro-batch-tokens "
+            f"{positions} --{'' if recompute else 'no-'}checkpoint-layers "
             f"--{'' if offloaded else 'no-'}offload the peaks should be: "
             f"sampling {sampling / GIB:.1f} GiB, update {update / GIB:.1f} GiB")
     if max(sampling, update) > USABLE * room:

@@ -47,7 +47,6 @@ words near a latent do not prove what it does; eval.py --controls tests that.</p
 
 
 def whole(sections):
-    """[section] -> the page"""
     return HEAD + "\n".join(sections) + "</body></html>\n"
 
 
@@ -62,7 +61,7 @@ def section(said, row, measure, model, tokenizer, task, examples, rollouts, rewa
     low, high = row["accuracy_ci95"]
     count = f"{len(rewards):,} answers"
     if hasattr(task, "answer"):
-        right = sum(map(is_right, rewards))
+        right = sum(reward > 0 for reward in rewards)
         count = (f'<span class="wrong">✗ {len(rewards) - right:,} wrong</span>, '
                  f'<span class="right">✓ {right:,} right</span> of {count}')
     below = "all of them" if len(shown) == len(rewards) else f"{len(shown):,}, which are no fair sample"
@@ -74,18 +73,12 @@ def section(said, row, measure, model, tokenizer, task, examples, rollouts, rewa
             f"{''.join(answers)}</section>")
 
 
-def is_right(reward):
-    """Of tasks that have a right answer."""
-    return reward > 0
-
-
 def answer(model, tokenizer, task, example, rollout, reward, place):
     """One answer: a line which unfolds to the question and what the model wrote."""
     verdict = f"reward {number(reward)}"
     if hasattr(task, "answer"):
-        gold = html.escape(task.answer(example))
-        said = '<span class="right">✓ right' if is_right(reward) else '<span class="wrong">✗ wrong'
-        verdict = f"{said}</span>, gold: {gold}"
+        said = '<span class="right">✓ right' if reward > 0 else '<span class="wrong">✗ wrong'
+        verdict = f"{said}</span>, gold: {html.escape(task.answer(example))}"
     cut_off = "" if rollout.finished else ", cut off"
     first = html.escape(" ".join(rollout.text.split())[:150])
     asked = html.escape(tokenizer.decode(rollout.prompt_ids))
@@ -100,26 +93,22 @@ def answer(model, tokenizer, task, example, rollout, reward, place):
 
 def body(model, tokenizer, rollout):
     """What the model wrote, its blocks of latents to be unfolded."""
-    lines = [line_of_latent(i + 1, *read) for i, read in
-             enumerate(display.read_out(model, tokenizer, rollout.latents))]
+    lines = []  # of tables: one for each latent
+    for i, (near, length, head) in enumerate(display.read_out(model, tokenizer, rollout.latents)):
+        said = words([(word, f"{100 * probability:.0f} %") for word, probability in head])
+        nearest = words([(word, f"{cosine:.2f}") for word, cosine in near])
+        lines.append(f"<tr><td>{i + 1}</td><td>{said}</td><td>{nearest}</td><td>{number(length)}</td></tr>")
     written = ""
-    n_shown = 0
     for piece in display.pieces(tokenizer, rollout):
         if isinstance(piece, str):
-            written += re.sub("(&lt;/?implicit_thought&gt;)", r'<span class="tag">\1</span>', html.escape(piece))
+            tag = r'<span class="tag">\1</span>'
+            written += re.sub("(&lt;/?implicit_thought&gt;)", tag, html.escape(piece))
             continue
         written += (f'<details class="latents"><summary>{counted(piece, "latent")}</summary><table>'
                     "<tr><th>#</th><th>Read by the LM head</th><th>Nearest words</th><th>Length</th></tr>"
-                    f"{''.join(lines[n_shown : n_shown + piece])}</table></details>")
-        n_shown += piece
+                    f"{''.join(lines[:piece])}</table></details>")
+        del lines[:piece]
     return written
-
-
-def line_of_latent(place, near, length, head):
-    """A line of a block's table, from what display.read_out says of the latent."""
-    said = words([(word, f"{100 * probability:.0f} %") for word, probability in head])
-    nearest = words([(word, f"{cosine:.2f}") for word, cosine in near])
-    return f"<tr><td>{place}</td><td>{said}</td><td>{nearest}</td><td>{number(length)}</td></tr>"
 
 
 def words(numbered):
@@ -128,8 +117,7 @@ def words(numbered):
     return "<br>".join(f"<code>{word}</code> <small>{text}</small>" for word, text in shown)
 
 
-def counted(n, what):
-    """1 tag, 2 tags"""
+def counted(n, what):  # 1 tag, 2 tags
     return f"{n:,} {what}{'' if n == 1 else 's'}"
 
 

@@ -6,7 +6,6 @@ import fcntl
 import functools
 import glob
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -23,6 +22,8 @@ import torch
 
 from lib import UserError
 
+STOPS = signal.SIGINT, signal.SIGTERM
+
 
 def run_script(main):
     """Runs a script's main. What the user can put right ends in one line and exit code 2, Ctrl-C and SIGTERM
@@ -31,11 +32,13 @@ def run_script(main):
     def stop(number, _):
         raise KeyboardInterrupt(number, "what was written is kept; training goes on with --resume")
 
+    for number in STOPS:
+        signal.signal(number, stop)
+    code = 2
     try:
-        with _on_signals(stop):
-            return main()
+        return main()
     except UserError as e:
-        code, said = 2, f"error: {e}"
+        said = f"error: {e}"
     except KeyboardInterrupt as e:
         number, why = e.args
         code, said = 128 + number, f"stopped by {signal.Signals(number).name}; {why}"
@@ -49,20 +52,8 @@ def run_script(main):
             said = f"error: {of_disk}; what was written before is kept"
         else:
             raise
-        code = 2
     print(f"{os.path.basename(sys.argv[0])}: {said}", file=sys.stderr)
     sys.exit(code)
-
-
-@contextlib.contextmanager
-def _on_signals(handler):
-    """Ctrl-C and SIGTERM go to the handler."""
-    former = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield former
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -74,12 +65,16 @@ def stops_noted(said):
 
     def note(number, _):
         noted.append(number)
-        for each in former:
+        for each in STOPS:
             signal.signal(each, signal.SIG_DFL)
         print("\nstopping at the end of this step; a second signal stops at once", file=sys.stderr)
 
-    with _on_signals(note) as former:
+    former = {number: signal.signal(number, note) for number in STOPS}
+    try:
         yield noted
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
     if noted:
         raise KeyboardInterrupt(noted[0], said)
 
@@ -131,49 +126,18 @@ def if_finite(number):
 
 def open_log(path, lines):
     """A file of metrics, to be written on. Resumed: its lines up to the state, none lost, doubled or cut."""
-    log = open(path + ".tmp", "w")
-    log.writelines(lines)
-    log.flush()
-    os.replace(path + ".tmp", path)
-    return log
+    write_text(path, "".join(lines))
+    return open(path, "a")
 
 
-# ============================================================ a settings table makes the flags
+# ============================================================ settings, of which flags are made
 class BySize(typing.NamedTuple):
     """A default that the model's size decides."""
     small: object  # of a model with less than 50 M parameters
     released: object  # of any other: as in the released code
 
 
-def add_flags(ap, table):
-    """The flags of a settings table: {title: {name: (default, bound, what it is)}}.
-
-    default: a value, a list (then the flag takes several words) or BySize. bound: the least number, an int or
-    a float; a list of choices; str; or bool, a switch."""
-    for title, settings in table.items():
-        group = ap.add_argument_group(title)
-        for name, (default, bound, what) in settings.items():
-            shown = default
-            kind = {"default": default}
-            if isinstance(default, BySize):
-                shown = " | ".join(dict.fromkeys(map(str, default)))
-                kind["default"] = None
-            elif isinstance(default, list):
-                shown = " ".join(default)
-                kind["nargs"] = "+"
-            if bound is bool:
-                kind["action"] = "store_true" if default is False else argparse.BooleanOptionalAction
-            elif isinstance(bound, list):
-                kind.update(choices=bound, metavar="WORD")
-            else:
-                of = bound if bound is str else type(bound)
-                kind.update(type=of, metavar={int: "N", float: "X", str: "NAME"}[of])
-            help = what if shown is None or isinstance(shown, bool) else f"{what} [{shown}]"
-            group.add_argument(flag(name), help=help, **kind)
-
-
-def flag(name):
-    return "--" + name.replace("_", "-")
+SLOTS = BySize(240, 2048)  # per answer, latents included, where no flag says another number
 
 
 # Settings that the training scripts share.
@@ -193,28 +157,9 @@ OLD_FLAGS = {"--rows": "--gen-batch-size", "--group": "--num-generations",
 
 def fill(args, table, small):
     """Gives every setting that no flag gave its default. small: whether the model is small."""
-    for settings in table.values():
-        for name, (default, _, _) in settings.items():
-            if getattr(args, name) is None:
-                setattr(args, name, default[not small] if isinstance(default, BySize) else default)
-
-
-def check_bounds(args, table):
-    """UserError in one line for a number below its bound."""
-    for settings in table.values():
-        for name, (_, bound, _) in settings.items():
-            value = getattr(args, name)
-            if type(bound) in (int, float) and value is not None and not value >= bound:  # nan is not, too
-                raise UserError(f"{flag(name)} is {value}; it must be at least {bound}")
-
-
-def beside_released(settings, table, idle=()):
-    """What is not as released among the settings of a table, as text. idle: names that change nothing."""
-    others = []
     for name, (default, _, _) in [row for part in table.values() for row in part.items()]:
-        if isinstance(default, BySize) and name not in idle and settings[name] != default.released:
-            others.append(f"{name} {settings[name]} (released: {default.released})")
-    return f"not as released: {', '.join(others)}" if others else "all settings as released"
+        if getattr(args, name) is None:
+            setattr(args, name, default[not small] if isinstance(default, BySize) else default)
 
 
 # ============================================================ the command line
@@ -227,9 +172,13 @@ class OneLinePerFlag(argparse.RawDescriptionHelpFormatter):
         return re.sub(r"^--(.*), --no-\1$", r"--[no-]\1", name)
 
 
-def parser(doc):
+def parser(doc, table=()):
     """An argparse parser for a script with the docstring `doc`. --help shows its first paragraph and its
-    indented ones, the usual commands; what else stands there is for readers of the script."""
+    indented ones, the usual commands; what else stands there is for readers of the script.
+
+    table: the settings of which flags are made, {title: {name: (default, bound, what it is)}}. default: a
+    value, a list (then the flag takes several words) or BySize. bound: the least number, an int or a float; a
+    list of choices; str; or bool, a switch."""
     for word in [word.partition("=")[0] for word in sys.argv[1:]]:
         if word in OLD_FLAGS:
             raise UserError(f"{word} is now {OLD_FLAGS[word]}")
@@ -239,16 +188,38 @@ def parser(doc):
     ap = argparse.ArgumentParser(description="\n\n".join(shown), usage="%(prog)s [flags]", allow_abbrev=False,
                                  add_help=False, formatter_class=style)
     ap.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
+    for title, settings in dict(table).items():
+        group = ap.add_argument_group(title)
+        for name, (default, bound, what) in settings.items():
+            shown, kind = default, {"default": default}
+            if isinstance(default, BySize):
+                shown = " | ".join(dict.fromkeys(map(str, default)))
+                kind["default"] = None
+            elif isinstance(default, list):
+                shown = " ".join(default)
+                kind["nargs"] = "+"
+            if bound is bool:
+                kind["action"] = "store_true" if default is False else argparse.BooleanOptionalAction
+            elif isinstance(bound, list):
+                kind.update(choices=bound, metavar="WORD")
+            else:
+                of = bound if bound is str else type(bound)
+                kind.update(type=of, metavar={int: "N", float: "X", str: "NAME"}[of])
+            help = what if shown is None or isinstance(shown, bool) else f"{what} [{shown}]"
+            group.add_argument(flag(name), help=help, **kind)
     return ap
 
 
-def use_graphs(model, wanted):
-    """--graphs; a CPU has none."""
-    model.graphs = wanted and model.device.type == "cuda"
+def flag(name):
+    return "--" + name.replace("_", "-")
 
 
-def check_arguments(args):
-    """UserError if the device is not there. Makes the output directory."""
+def check_arguments(args, table):
+    """UserError for a number below its bound, or if the device is not there. Makes the output directory."""
+    for name, (_, bound, _) in [row for part in table.values() for row in part.items()]:
+        value = getattr(args, name)
+        if type(bound) in (int, float) and value is not None and not value >= bound:  # nan is not, too
+            raise UserError(f"{flag(name)} is {value}; it must be at least {bound}")
     is_cuda = str(args.device).startswith("cuda")
     if is_cuda and not torch.cuda.is_available() or not is_cuda and args.device not in (None, "cpu"):
         raise UserError(f"--device {args.device}: it must be cpu, or cuda where torch can use one")
@@ -266,14 +237,14 @@ def parse_resumable(parser, script, free=("device",)):
             if path not in (None, "tiny") and os.path.exists(path):
                 setattr(args, name, os.path.abspath(path))  # --resume may be said from elsewhere
         return args
-    out = directory_of_run(args.resume)
-    made = settings_in(out) | {"out": out, "resume": out, "overwrite": False}
+    out = os.path.normpath(args.resume)
+    made = run_settings(out) | {"out": out, "resume": out, "overwrite": False}
     if made.get("script") != script or vars(args).keys() - made.keys():
         raise UserError(f"nothing to resume in {out!r}: it has no config.json of this version's {script}")
     settings = {name: made[name] for name in vars(args)}
     # What is in the namespace already takes no default.
     args = parser.parse_args(namespace=argparse.Namespace(**settings))
-    changed = [name for name, value in settings.items() if getattr(args, name) != value and name not in free]
+    changed = [name for name in settings if getattr(args, name) != settings[name] and name not in free]
     if changed:
         raise UserError(f"{flag(changed[0])}: a resumed run keeps the settings of {out}/config.json, save "
                         f"{' and '.join(map(flag, free))}")
@@ -297,10 +268,9 @@ def take_directory(out, model, resumes=False, overwrite=False):
         raise UserError(f"another process is writing to {out}; wait for it, or choose another --out") from e
     if resumes:
         return file
-    made = settings_in(out)
-    top, source = os.path.abspath(out), os.path.abspath(model)
+    made, top = run_settings(out), os.path.abspath(out)
     is_foreign = "script" not in made and os.path.exists(os.path.join(out, "config.json"))
-    if is_foreign or os.path.commonpath([top, source]) == top:
+    if is_foreign or os.path.commonpath([top, os.path.abspath(model)]) == top:
         raise UserError(f"--out {out} holds --model {model}, or what no run wrote: choose another --out")
     has_states = any(saved_states(os.path.join(out, name)) for name in ("", "imitation", "stage-2"))
     if (has_states or os.path.exists(os.path.join(out, "results.json"))) and not overwrite:
@@ -312,12 +282,12 @@ def take_directory(out, model, resumes=False, overwrite=False):
 def begin(out, script, settings):
     """Writes config.json, which --resume and the other scripts read. settings: vars(args). A new run deletes
     what an earlier one has WRITTEN."""
-    made = settings_in(out)
+    made = run_settings(out)
     if settings.get("resume") and made["examples"] != settings["examples"]:
         raise UserError(f"the examples of {settings['task']} are not those that the run in {out} began with: "
                         "set LITEREASON_DATA as then, prepare those again, or choose another --out")
     if not settings.get("resume") and "script" in made:
-        for name in itertools.chain(*(glob.glob(pattern, root_dir=out) for pattern in WRITTEN)):
+        for name in [name for pattern in WRITTEN for name in glob.glob(pattern, root_dir=out)]:
             path = os.path.join(out, name)
             shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
     settings = {name: value for name, value in settings.items() if name not in ("resume", "overwrite")}
@@ -331,20 +301,9 @@ def digest(examples):
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
 
 
-def directory_of_run(path):
-    """Of a run directory, or of the model/ in it."""
-    parent, name = os.path.split(os.path.normpath(path))
-    return parent if name == "model" and "script" in settings_in(parent) else os.path.normpath(path)
-
-
-def settings_in(directory):
-    """What its config.json says; {} without one."""
-    return read_json(os.path.join(directory, "config.json"), {})
-
-
 def run_settings(path):
-    """What a run directory, or the model/ in it, was made with; {} if it is none."""
-    return settings_in(directory_of_run(path))
+    """What a run directory was made with; {} if it is none."""
+    return read_json(os.path.join(path, "config.json"), {})
 
 
 def base_of(name):
@@ -386,17 +345,15 @@ class Phases:
     allocator's peak within the phase, on a CPU the process's so far."""
 
     def __init__(self, device):
-        self.device = device
-        self.began = time.time()
+        self.device, self.began = device, time.time()
         self.seconds, self.memory = {}, {}
 
     def end(self, name):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             peak = torch.cuda.max_memory_allocated(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
-        else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         self.seconds[name] = round(time.time() - self.began, 3)
         self.memory[name] = round(peak / 2**30, 3)
         self.began = time.time()

@@ -64,8 +64,7 @@ SETTINGS = {
         "out": (None, str, "the run's directory [out/MODEL-TASK-METHOD]"),
         "overwrite": (False, bool, "replace the run that --out holds"),
         "n": (500, 1, "test examples"),
-        "max_new_tokens": (BySize(checkpoint.SLOTS_SMALL, checkpoint.SLOTS_RELEASED), 1,
-                           "slots per answer, latents included"),
+        "max_new_tokens": (run.SLOTS, 1, "slots per answer, latents included"),
         "seed": (0, 0, "of all random draws"),
         "r": (None, 1, "colar: tokens per latent, 1, 2 or 5 [all in the SFT's test, then the best on val]"),
         "device": (None, str, "cpu or cuda [cuda if there is one]"),
@@ -512,8 +511,7 @@ def tell_step(log, step, n_steps, rollouts, groups):
 
 # ============================================================ the script
 def parse_arguments():
-    ap = run.parser(__doc__)
-    run.add_flags(ap, SETTINGS)
+    ap = run.parser(__doc__, SETTINGS)
     args = ap.parse_args()
     if args.method is None:
         ap.error("--method is missing")
@@ -594,8 +592,7 @@ def main():
     args = parse_arguments()
     args.task, task = data.choose_task(args.task, args.model)
     args.out = args.out or run.default_out(args.model, args.task, args.method)
-    run.check_bounds(args, SETTINGS)
-    run.check_arguments(args)
+    run.check_arguments(args, SETTINGS)
     held = run.take_directory(args.out, args.model, overwrite=args.overwrite)  # noqa: F841
     examples = task.examples("train")
     if (args.stories or 1) > len(examples):
@@ -604,7 +601,7 @@ def main():
     vals = task.examples("val")[:CHECKED]
     tests = task.examples("test")[: args.n]
     model, tokenizer = load(args.model, args.device)
-    run.use_graphs(model, True)
+    model.graphs = model.device.type == "cuda"
     fill(args, checkpoint.is_small(model))
     data.start_task(task, args.model, None, None, args.seed, args.device)
     run.begin(args.out, "results/baselines.py", vars(args))

@@ -56,7 +56,7 @@ def read(model, tokenizer, examples, seed):
     halves arrive ("whole") or one is lost; "wrong": those of wrong answers."""
     cap = model.config.litereason_max_reasoning_steps
     prompts = [tiny.prompt(example, True) for example in examples]
-    rollouts = generate(model, tokenizer, prompts, 1, checkpoint.slots_per_answer(model),
+    rollouts = generate(model, tokenizer, prompts, 1, run.SLOTS[not checkpoint.is_small(model)],
                         generator=torch.Generator().manual_seed(seed), **PAPER)
     counts = {"all": [0, 0], "last_whole": [0, 0], "last_lost": [0, 0], "wrong": [0, 0]}
     n_read = 0

@@ -244,19 +244,18 @@ def test_out_of_memory_in_the_update_halves_the_budget_and_changes_nothing_else(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(*args)
 
-    run(train_rl, *words, "--micro-batch-tokens", 450, "--val", 0, "--out", tmp_path / "half")
+    run(train_rl, *words, "--micro-batch-tokens", 300, "--val", 0, "--out", tmp_path / "half")
     monkeypatch.setattr(train_rl, "logprobs", logprobs)
-    run(train_rl, *words, "--micro-batch-tokens", 900, "--out", tmp_path / "oom")
-    assert ("step 1: out of memory in the update; from here on --micro-batch-tokens is 450\n"
-            in capsys.readouterr().out)
-    assert runs.read_state(tmp_path / "oom")[1]["state"]["micro_batch_tokens"] == 450
+    run(train_rl, *words, "--micro-batch-tokens", 600, "--out", tmp_path / "oom")
+    assert "out of memory with 600 positions at once; from here on 300\n" in capsys.readouterr().out
+    assert runs.read_state(tmp_path / "oom")[1]["state"]["micro_batch_tokens"] == 300
     halved, oom = metrics(tmp_path / "half"), metrics(tmp_path / "oom")
     assert [m.pop("val_accuracy") for m in halved] == [None] * 2
     assert all(0 <= m.pop("val_accuracy") <= 1 for m in oom)  # --val draws from a generator of its own
     assert halved == oom and same_weights(tmp_path / "half", tmp_path / "oom")
     assert max(m["grad_norm"] for m in halved) > 0
     calls, fails = iter(range(1, 99)), set(range(99))
-    said = in_one_line(capsys, train_rl, *words, "--micro-batch-tokens", 900, "--out", tmp_path / "never")
+    said = in_one_line(capsys, train_rl, *words, "--micro-batch-tokens", 600, "--out", tmp_path / "never")
     assert "error: out of memory (CUDA out of memory): see --help's flags of memory" in said
 
 

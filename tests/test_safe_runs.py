@@ -119,14 +119,6 @@ def test_task_length_and_method_come_from_the_run_and_flags_override_them(tmp_pa
     assert [r["task"] for r in results(tmp_path / "r.json")] == ["tiny"] * 3
 
 
-def test_the_model_in_a_run_stands_for_the_run(tmp_path):
-    a = fake_run(tmp_path, "a")
-    (tmp_path / "model").mkdir()
-    shutil.copy(a / "config.json", tmp_path / "model")
-    for path, of in ((a / "model", a), (a, a), (tmp_path / "model", tmp_path / "model")):
-        assert runs.directory_of_run(str(path)) == str(of)  # a run may be named model itself
-
-
 def test_a_checkpoint_that_cannot_be_replaced_is_kept(tmp_path, monkeypatch):
     model, tokenizer = load("tiny", "cpu")
     path = str(tmp_path / "m")
