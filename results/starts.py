@@ -20,9 +20,11 @@ import collections
 import dataclasses
 import itertools
 import json
+import math
 import os
 import random
 import sys
+import tempfile
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
@@ -30,10 +32,11 @@ sys.path.insert(0, os.path.dirname(HERE))
 import torch
 
 import data
-from lib import checkpoint, run
+from lib import checkpoint, memory, run
 from litereason import (LATENT, Rollout, insert_latents, load, logprobs, projector_loss, start_projector,
                         unroll, z_size)
-from train_projector import mask_sentences, sentences_of, warm_up_and_cosine
+from results.stats import markdown
+from train_projector import mask_sentences, mean_loss, optimise, sentences_of
 
 PATH = os.path.join(HERE, "starts-real.json")
 HELD, BATCH, PROMPT, LENGTH = 24, 4, 24, 72  # rows held out, rows a step, most tokens of prompt and of trace
@@ -46,10 +49,9 @@ def traces_of(model, tokenizer, tales, seed):
     """[Rollout], shuffled, each with a tag and at least eight tokens behind it."""
     rng = random.Random(seed)
     fives = []
-    for tale in tales:
-        for section in tale["sections"]:
-            sentences = sentences_of(" ".join(section.split()))
-            fives += [sentences[i : i + 5] for i in range(0, len(sentences) - 4, 5)]
+    for section in itertools.chain(*(tale["sections"] for tale in tales)):
+        sentences = sentences_of(" ".join(section.split()))
+        fives += [sentences[i : i + 5] for i in range(0, len(sentences) - 4, 5)]
     rng.shuffle(fives)
     rows = []
     for first, *middle, last in fives[:1000]:
@@ -63,12 +65,6 @@ def traces_of(model, tokenizer, tales, seed):
 
 
 # ============================================================ what is measured
-@torch.no_grad()
-def loss_of(model, rows, latent="projector"):
-    parts = [projector_loss(model, rows[i : i + 8], latent) for i in range(0, len(rows), 8)]
-    return float(sum(loss for loss, _ in parts)) / sum(n for _, n in parts)
-
-
 @torch.no_grad()
 def with_own_and_other(model, rows):
     """The loss with each row's own latents, and with those of the next row that has as many."""
@@ -99,52 +95,44 @@ def chain_of(model, rows):
     return [run.if_finite(z_size(model, z)) for z in torch.stack(latents).unbind(1)]
 
 
-def measure(path, tales, start, seed, steps, lr):
-    """A start of a model, before and after `steps` steps of stage 2 -> the figures of its row."""
+def measure(path, tales, start, seed, lr):
+    """A start of a model, before and after some steps of stage 2 -> the figures of its row."""
     torch.manual_seed(seed)
     model, tokenizer = load(path)
     start_projector(model, start)
     rows = traces_of(model, tokenizer, tales, seed)
     held, train = rows[:HELD], rows[HELD:]
     before = {
-        "no latents": loss_of(model, held, "none"), "zeros": loss_of(model, held, "zeros"),
-        "chain before": chain_of(model, held), "loss before": loss_of(model, held)}
+        "no latents": mean_loss(model, held, "none"), "zeros": mean_loss(model, held, "zeros"),
+        "chain before": chain_of(model, held), "loss before": mean_loss(model, held, "projector")}
 
-    model.requires_grad_(False)
-    model.reasoning_projector.requires_grad_(True)
-    weights = list(model.reasoning_projector.parameters())
-    optimizer = torch.optim.AdamW(weights, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
-    norms = []
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = lr * warm_up_and_cosine(step, steps, max(1, steps // 10))
+    def losses_of(_, step):  # of the traces in turn
         loss, n = projector_loss(model, [train[(step * BATCH + i) % len(train)] for i in range(BATCH)])
-        (loss / n).backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(weights, 0.2)))
-        if torch.tensor(norms[-1]).isfinite():
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        yield loss / n
+
+    learners = [(model.reasoning_projector.parameters(), lr, 0.0)]
+    with memory.base_frozen(model), tempfile.TemporaryDirectory() as out:
+        optimise(model, train, learners, BATCH, STEPS, losses_of, states=f"{out}/stage-2")
+        with open(f"{out}/stage-2.jsonl") as file:
+            norms = [json.loads(line)["grad_norm"] for line in file]
+    norms = sorted(math.inf if norm is None else norm for norm in norms)
     own, other = with_own_and_other(model, held)
-    norms.sort()
-    return {**before, "loss after": loss_of(model, held), "own": own, "other": other,
+    return {**before, "loss after": mean_loss(model, held, "projector"), "own": own, "other": other,
             "chain after": chain_of(model, held), "gradient": [norms[0], norms[len(norms) // 2], norms[-1]]}
 
 
 # ============================================================ the table
 def table(rows):
-    lines = ["| model | start | lr | seed | z_1 .. z_5, in sizes of an embedding | after training "
-             "| no latents, zeros | loss before | loss after | own, another's latents | gradient norms |",
-             f"|{'---|' * 11}"]
-    for row in rows:
-        lines.append(f"| {row['model']} | {row['start']} | {row['lr']:g} | {row['seed']} "
-                     f"| {numbers(row['chain before'])} | {numbers(row['chain after'])} "
-                     f"| {row['no latents']:.3f}, {row['zeros']:.3f} | {row['loss before']:.3f} "
-                     f"| {row['loss after']:.3f} | {row['own']:.3f}, {row['other']:.3f} "
-                     f"| {numbers(row['gradient'])} |")
-    return "\n".join(lines)
+    def numbers(values, form=".2g"):
+        return ", ".join("not finite" if value is None else f"{value:{form}}" for value in values)
 
-
-def numbers(values):
-    return ", ".join("not finite" if value is None else f"{value:.2g}" for value in values)
+    headings = ["model", "start", "lr", "seed", "z_1 .. z_5, in sizes of an embedding", "after training",
+                "no latents, zeros", "loss before", "loss after", "own, another's latents", "gradient norms"]
+    return markdown(headings, [
+        [row["model"], row["start"], f"{row['lr']:g}", f"{row['seed']}", numbers(row["chain before"]),
+         numbers(row["chain after"]), numbers([row["no latents"], row["zeros"]], ".3f"),
+         f"{row['loss before']:.3f}", f"{row['loss after']:.3f}", numbers([row["own"], row["other"]], ".3f"),
+         numbers(row["gradient"])] for row in rows])
 
 
 def main():
@@ -164,7 +152,7 @@ def main():
         name = os.path.basename(os.path.normpath(path))
         asked = {"model": name, "start": start, "seed": seed, "lr": args.lr, "steps": STEPS}
         if not any(asked.items() <= row.items() for row in rows):
-            rows.append({**asked, **measure(path, tales, start, seed, STEPS, args.lr)})
+            rows.append({**asked, **measure(path, tales, start, seed, args.lr)})
             run.write_json(PATH, rows)
     print(table(rows))
 

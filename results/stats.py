@@ -6,6 +6,7 @@ import functools
 import numpy as np
 
 from lib.display import what_differs
+from lib.run import if_finite
 from lib.stats import judge, sign_flips, wilson
 
 BASE, RL, FREE = "base, explicit reasoning", "RL without latents", "LiteReason"
@@ -161,11 +162,9 @@ def against_plain(controls):
 
 
 STATISTICS = {  # name: (function of the methods' means, of what, unit as printed)
-    "gain kept": (lambda ours, rl, base: np.where(rl > base, (ours - base) / (rl - base), np.nan), "score",
-                  "%"),
+    "gain kept": (lambda our, rl, base: np.where(rl > base, (our - base) / (rl - base), np.nan), "score", "%"),
     "tokens saved": (lambda ours, theirs: 1 - ours / theirs, "tokens", "%"),
-    "accuracy gained": (lambda ours, theirs: ours - theirs, "score", "points"),
-}
+    "accuracy gained": (lambda ours, theirs: ours - theirs, "score", "points")}
 
 
 def claims(methods, scale=1):
@@ -178,8 +177,8 @@ def claims(methods, scale=1):
         names = {name for _, of, _ in tests for name in of}
         if names <= set(methods) and shared_seeds(*(methods[name] for name in names)):
             measured = [measure(methods, *test, scale) for test in tests]
-            ranks = [order.index(test["met"]) for test in measured]
-            met = order[max(ranks) if needed == "all" else min(ranks)]
+            worst_or_best = max if needed == "all" else min
+            met = worst_or_best((test["met"] for test in measured), key=order.index)
             found.append({"claim": words, "needed": needed, "tests": measured, "met": met})
     return found
 
@@ -195,40 +194,44 @@ def measure(methods, statistic, names, more_than, scale=1):
     with np.errstate(divide="ignore", invalid="ignore"):
         value = float(function(*(array.mean() for array in arrays)))
         draws = function(*means)
+    ci95 = middle(draws) if np.isfinite(draws).all() else None
     if statistic == "accuracy gained":
         ci95 = interval_of_gain(*arrays, *means)
-    else:
-        ci95 = middle(draws) if np.isfinite(draws).all() else None
     met = "not met"
     if value > more_than:
         met = "met" if ci95 and ci95[0] > more_than else "met by the mean only"
-    value = value if np.isfinite(value) else None
-    return {"statistic": statistic, "seeds": seeds, "value": value, "ci95": ci95, "more_than": more_than,
-            "unit": unit, "met": met}
+    return {"statistic": statistic, "seeds": seeds, "value": if_finite(value), "ci95": ci95,
+            "more_than": more_than, "unit": unit, "met": met}
 
 
 # ============================================================ as Markdown
+def markdown(headings, rows):
+    """Lists of cells -> a table."""
+    top, *lines = [f"| {' | '.join(cells)} |" for cells in (headings, *rows)]
+    return "\n".join([top, f"|{'---|' * len(headings)}", *lines])
+
+
 def differences_table(found, sampled, digits=3):
     """found: from `differences`; sampled: in words; digits: of accuracies."""
-    lines = [f"| compared with, {sampled} | accuracy gained | 95 % interval | Holm's p | tokens gained | "
-             "95 % interval | Holm's p | tokens saved, % | 95 % interval | differs in |", f"|{'---|' * 10}"]
+    rows = []
     for own in found:
         cells = [f"{own['ours']}: {own['theirs']}"]
         for what, form in (("accuracy", f"+.{digits}f"), ("tokens", "+.1f")):
-            interval_in_words = in_words(own[f"{what}_ci95"], form)
-            cells += [f"{own[what]:{form}}", interval_in_words, f"{own[f'{what}_holm']:.2g}"]
+            cells += [f"{own[what]:{form}}", in_words(own[f"{what}_ci95"], form)]
+            cells += [f"{own[f'{what}_holm']:.2g}"]
         saved = [100 * end for end in own["tokens_saved_ci95"]]
-        cells += [f"{100 * own['tokens_saved']:.1f}", in_words(saved, ".1f"), what_differs(own)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([*cells, f"{100 * own['tokens_saved']:.1f}", in_words(saved, ".1f"), what_differs(own)])
+    tested = ["95 % interval", "Holm's p"]
+    return markdown([f"compared with, {sampled}", "accuracy gained", *tested, "tokens gained", *tested,
+                     "tokens saved, %", "95 % interval", "differs in"], rows)
 
 
 def claims_table(found, sampled):
     """found: from `claims`; sampled: in words."""
     lines = [f"| claim, {sampled} | measured | criterion | |", "|---|---|---|---|"]
     for own in found:
-        joined = f" {'and' if own['needed'] == 'all' else 'or'} "
-        measured = joined.join(in_its_unit(test) for test in own["tests"])
+        joined = " and " if own["needed"] == "all" else " or "
+        measured = joined.join(map(in_its_unit, own["tests"]))
         criterion = joined.join(f"{test['statistic']} over {100 * test['more_than']:.0f} {test['unit']}"
                                 for test in own["tests"])
         lines.append(f"| {own['claim']} | {measured} | {criterion} | **{own['met']}** |")
