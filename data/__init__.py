@@ -169,8 +169,7 @@ def has_verdict(task, completion):
 
 
 # ============================================================ prepared examples, a .jsonl per split
-def folder(task):
-    """Where a task's prepared files are: LITEREASON_DATA/TASK if that is set, else beside its code."""
+def folder(task):  # where its prepared files are
     return os.path.join(os.environ.get("LITEREASON_DATA") or HERE, task)
 
 
@@ -208,13 +207,11 @@ def write_splits(out, splits):
 
 
 # ============================================================ reading other people's files
-def some(names):
-    """The first three, for a message."""
+def some(names):  # the first three, for a message
     return ", ".join(names[:3]) + (" .." if len(names) > 3 else "")
 
 
-def line_ends(text):
-    """The text with \\n for every \\r\\n and \\r."""
+def line_ends(text):  # \n for every \r\n and \r
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

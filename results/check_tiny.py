@@ -77,7 +77,8 @@ def main():
         for what, value, low, high in properties(path, out):
             holds = low <= value <= high
             failed += not holds
-            print(f"{'ok  ' if holds else 'FAIL'} {what}: {value:.3f} (wanted: {low:g} to {high:g})", flush=True)
+            said = "ok  " if holds else "FAIL"
+            print(f"{said} {what}: {value:.3f} (wanted: {low:g} to {high:g})", flush=True)
     sys.exit(failed > 0)
 
 

@@ -112,8 +112,7 @@ class Table(typing.NamedTuple):
     task: str
     methods: list
     seeds: list = [0, 1, 2]
-    # Of each run: (directory behind the method's name, more flags for eval.py). results/baselines.py decodes
-    # in its own ways, so its runs evaluate themselves.
+    # Of each run: (directory behind its name, more flags for eval.py). Baselines evaluate themselves.
     evaluations: list = [("test", "--sampling paper trained --alone 8"), ("train", "--split train --n 200")]
     flags: str = ""  # of every command
     score: str = "accuracy"
@@ -211,8 +210,7 @@ def start(job):
 
 def run_jobs(todo, at_once):
     """Runs the jobs that are not done, at_once at a time, in their order. UserError that names the logs if
-    any failed: the others are run all the same, but for those that need it. Ctrl-C and SIGTERM stop all of
-    them; the same jobs given again continue."""
+    any failed: the others are run all the same, but for those that need it. Ctrl-C stops all of them."""
     waiting = [job for job in todo if not is_done(job.out)]
     total = len(waiting)
     running = {}  # process -> (job, when it was started)
@@ -379,11 +377,9 @@ def controls_of(records, table, seeds):
 
 def lengths_of(records, seeds):
     """-> [row for the picture]: methods at each length of the chain, at the paper's sampling."""
-    found = []
-    for (name, method, _), length in itertools.product(METHODS, LENGTHS):
-        if rows := rows_in(records, "tiny", f"{method}-length-{length}", seeds):
-            found.append({"method": name, "length": length, **mean_of(dict(rows))})
-    return found
+    return [{"method": name, "length": length, **mean_of(dict(rows))}
+            for (name, method, _), length in itertools.product(METHODS, LENGTHS)
+            if (rows := rows_in(records, "tiny", f"{method}-length-{length}", seeds))]
 
 
 # ============================================================ from means to Markdown
@@ -425,14 +421,14 @@ def methods_table(table, found):
 
 
 def costs_table(table, found):
-    rows = {name: kinds["paper"] for name, kinds in found.items()}
     return markdown(f"{TABLES[table].task}, what it took", {name: {
         "tokens by seed": in_cell(row["tokens_by_seed"], 1),
         "GFLOP an answer": in_cell(row["flops"], 3, 1e9),
         "s alone": in_cell(row["seconds_alone"], 2),
         "M tokens sampled in RL": in_cell(row["sampled"], 2, 1e6),
         "s in all": in_cell(row["run_seconds"], 0),
-        "command": row["command"] and f"`{row['command']}`"} for name, row in rows.items()})
+        "command": row["command"] and f"`{row['command']}`"}
+        for name, row in ((name, kinds["paper"]) for name, kinds in found.items())})
 
 
 PLAINLY = {

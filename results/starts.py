@@ -1,11 +1,8 @@
 """Measures which start of the projector holds on real weights; rows go to starts-real.json here.
 
-For each model and start: how large latents are along a chain of five, the loss after the first tag before and
-after 30 steps of stage 2, with the row's own latents and with another row's, and the gradient's norms.
-
-    mlp       the paper's: three copies of the last block's MLP, one after the other
-    normed    a norm behind each copy (litereason.NormedProjector)
-    pause     one learned vector, whatever h is (a control: what a constant can do)
+For each model and start (of litereason.PROJECTORS; pause is a control, what a constant can do): how large
+latents are along a chain of five, the loss after the first tag before and after 30 steps of stage 2, with the
+row's own latents and with another row's, and the gradient's norms.
 
 The other starts in starts-real.json were measured at commit 8e3502b, where this script has them; "scaled" is
 mlp with each copy's output scaled once, on one text, to the size of what it reads, the last one's to an
@@ -13,7 +10,6 @@ embedding's. Traces: a sentence of a tale as the prompt, three more of which one
 They are not the model's own (a small model earns too few), so this measures the start and not the method.
 
     python results/starts.py --text TALES.jsonl --models DIR DIR DIR          # 2 hours on a core
-    python results/starts.py --text TALES.jsonl --models DIR --starts mlp normed --seeds 0 1 2
     python results/starts.py                                                  # the table of what is kept
 """
 import collections
@@ -72,16 +68,14 @@ def with_own_and_other(model, rows):
     groups = collections.defaultdict(list)
     for i, row in enumerate(rows):
         groups[row.n_latents].append(i)
-    losses = []
-    for shift in (0, 1):
-        costs = []
-        for group in groups.values():
-            for a, b in zip(group, group[shift:] + group[:shift]) if len(group) > 1 else ():
-                logp, scored = logprobs(model, [dataclasses.replace(rows[a], latents=latents[b])])
+    costs = [], []
+    for group in groups.values():
+        for a, b in zip(group, group[1:] + group[:1]) if len(group) > 1 else ():
+            for cost, other in zip(costs, (a, b)):
+                logp, scored = logprobs(model, [dataclasses.replace(rows[a], latents=latents[other])])
                 first = rows[a].slots.index(LATENT)
-                costs.append(-logp[0, first:][scored[0, first:]])
-        losses.append(float(torch.cat(costs).mean()))
-    return losses
+                cost.append(-logp[0, first:][scored[0, first:]])
+    return [float(torch.cat(cost).mean()) for cost in costs]
 
 
 @torch.no_grad()
@@ -137,14 +131,13 @@ def table(rows):
 
 def main():
     parser = run.parser(__doc__)
-    parser.add_argument("--models", nargs="+", metavar="DIR", default=[], help="checkpoints (default none)")
+    parser.add_argument("--models", nargs="+", metavar="DIR", default=[], help="checkpoints [none]")
     parser.add_argument("--text", metavar="FILE", help="tales as jsonl, each with sections")
-    parser.add_argument("--starts", nargs="+", choices=STARTS, default=STARTS, help="default all")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the traces (default 0)")
-    parser.add_argument("--lr", type=float, default=1e-4, help="peak rate (default the paper's 1e-4)")
+    parser.add_argument("--starts", nargs="+", choices=STARTS, default=STARTS, help="[all]")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the traces [0]")
+    parser.add_argument("--lr", type=float, default=1e-4, help="peak rate [1e-4, the paper's]")
     args = parser.parse_args()
-    with open(PATH) as file:
-        rows = json.load(file)
+    rows = run.read_json(PATH, [])
     if args.models and not args.text:
         parser.error("--models needs --text")
     tales = [tale for _, tale in data.read_rows(args.text)] if args.models else []

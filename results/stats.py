@@ -68,27 +68,22 @@ def drawn_means(arrays, seed=0, resamples=10000):
     All seeds answer the same stories, so one draw of stories serves all seeds of a resample (Owen's
     pigeonhole bootstrap). Of S seeds S - 1 are drawn, which makes the variance of a mean of few seeds
     unbiased (Rao and Wu). Even so, where three seeds differ by much more than chance the interval holds the
-    truth in four of five cases, not in 95 of 100 (tests/test_stats.py); with one seed it counts stories only.
-    """
-    means = [[((seeds @ array) * stories).sum(1) for array in arrays]
-             for seeds, stories in _draws(*arrays[0].shape, seed, resamples)]
-    return np.concatenate(means, axis=1)
+    truth in four of five cases, not in 95 of 100 (tests/test_stats.py); one seed counts stories only."""
+    draws = _draws(*arrays[0].shape, seed, resamples)
+    return np.concatenate([[((seeds @ array) * stories).sum(1) for array in arrays]
+                           for seeds, stories in draws], axis=1)
 
 
 @functools.lru_cache(maxsize=4)
 def _draws(n_seeds, n_stories, seed, resamples):
     """Weights of seeds and stories, in blocks of 500 resamples. All tables ask for the same ones."""
     generator = np.random.default_rng(seed)
-
-    def weights(n, n_drawn):
-        return generator.multinomial(n_drawn, np.full(n, 1 / n), 500) / n_drawn
-
-    return [(weights(n_seeds, max(1, n_seeds - 1)), weights(n_stories, n_stories))
+    wanted = [(n_seeds, max(1, n_seeds - 1)), (n_stories, n_stories)]  # how many there are and are drawn
+    return [[generator.multinomial(drawn, np.full(n, 1 / n), 500) / drawn for n, drawn in wanted]
             for _ in range(resamples // 500)]
 
 
-def middle(draws):
-    """The 95 % in the middle of what was drawn."""
+def middle(draws):  # the 95 % in it
     return np.quantile(draws, [0.025, 0.975]).tolist()
 
 
@@ -96,10 +91,10 @@ def interval(array):
     """95 % interval of the mean of (S, N), over seeds and stories. Of stories that are right or wrong it is
     nowhere narrower than Wilson's for one seed's number of stories: near 0 and 1 little else is drawn."""
     low, high = middle(drawn_means([array])[0])
-    if not np.isin(array, (0, 1)).all():
-        return [low, high]
-    lowest, highest = wilson(float(array.mean()), array.shape[1])
-    return [min(low, lowest), max(high, highest)]
+    if np.isin(array, (0, 1)).all():
+        lowest, highest = wilson(float(array.mean()), array.shape[1])
+        low, high = min(low, lowest), max(high, highest)
+    return [low, high]
 
 
 def interval_by_book(scores, books, resamples=10000):
@@ -120,8 +115,7 @@ def interval_of_gain(ours, theirs, ours_drawn, theirs_drawn):
     return middle(ours_drawn - theirs_drawn)
 
 
-def shared_seeds(*methods):
-    """Of several {seed: row} of the same stories."""
+def shared_seeds(*methods):  # of several {seed: row}
     return sorted(set.intersection(*map(set, methods)))
 
 
@@ -162,7 +156,7 @@ def against_plain(controls):
 
 
 STATISTICS = {  # name: (function of the methods' means, of what, unit as printed)
-    "gain kept": (lambda our, rl, base: np.where(rl > base, (our - base) / (rl - base), np.nan), "score", "%"),
+    "gain kept": (lambda x, rl, base: np.where(rl > base, (x - base) / (rl - base), np.nan), "score", "%"),
     "tokens saved": (lambda ours, theirs: 1 - ours / theirs, "tokens", "%"),
     "accuracy gained": (lambda ours, theirs: ours - theirs, "score", "points")}
 

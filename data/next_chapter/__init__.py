@@ -159,8 +159,7 @@ def _chapters(folder, split):
     return [(work_of(example), example["chapter"]) for example in examples(split)]
 
 
-def work_of(example):
-    """The book's name; of an edition, that of the first one."""
+def work_of(example):  # the book's name; of an edition, that of the first one
     return example.get("work", example["book"])
 
 
@@ -172,20 +171,18 @@ def draw(example, step):
     rng = random.Random(f"{settings['seed']}/{step}/{example['book']}/{example.get('number')}")
     for split in (example.get("split", "train"), "train"):
         chapters = _chapters(folder("next_chapter"), split)
-        others = [chapter for work, chapter in chapters if work != work_of(example)]
-        if others:
+        if others := [chapter for work, chapter in chapters if work != work_of(example)]:
             return rng.choice(others)
     raise UserError(f"the contrastive reward needs a second book beside {example['book']!r}: prepare more, "
-                    f"or choose the reward vrcli")
+                    "or choose the reward vrcli")
 
 
 def gains(examples, plans, chapters):
     """I in percent, of each plan for each chapter; 0.0 for an empty plan."""
-    planned = [i for i, plan in enumerate(plans) if plan]
-    before = unaided([(examples[i], chapters[i]) for i in planned])
-    after = perplexities([(examples[i], plans[i], chapters[i]) for i in planned])
-    gain = dict(zip(planned, map(improvement, before, after)))
-    return [gain.get(i, 0.0) for i in range(len(plans))]
+    planned = [one for one in zip(examples, plans, chapters) if one[1]]
+    before = unaided([(example, chapter) for example, _, chapter in planned])
+    gained = map(improvement, before, perplexities(planned))
+    return [next(gained) if plan else 0.0 for plan in plans]
 
 
 def rewards(examples, completions):

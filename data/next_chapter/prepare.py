@@ -235,10 +235,10 @@ def collect_books(paths):
 
 def in_order(name, chapters):
     """Chapters of rows by their numbers; where one repeats or is not there, in the order of the file."""
-    known = {chapter.get("order") for chapter in chapters} - {None}
-    if len(known) == len(chapters):
-        return sorted(chapters, key=lambda chapter: chapter["order"])
-    if known:
+    known = {chapter.get("order"): chapter for chapter in chapters}
+    if None not in known and len(known) == len(chapters):
+        return [known[number] for number in sorted(known)]
+    if known.keys() - {None}:
         print(f"{name}: {len(chapters)} chapters in the order of the file, as numbers repeat or lack")
     return chapters
 
@@ -285,8 +285,8 @@ def make_ruler(name=None):
     """A function text -> (where its units start, tokens per unit): words at 1.3 tokens (a Chinese or Japanese
     character is one), or the tokens of a model's tokenizer."""
     if name is None:
-        words = re.compile(r"[\u2e80-\uffef]|[^\s\u2e80-\uffef]+")
-        return lambda text: ([match.start() for match in words.finditer(text)], 1.3)
+        word = r"[\u2e80-\uffef]|[^\s\u2e80-\uffef]+"
+        return lambda text: ([match.start() for match in re.finditer(word, text)], 1.3)
     from transformers import AutoTokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -359,7 +359,7 @@ def works_of(books):
     """{book: the name of the first edition of the same work}. Editions have over 1 % of their runs of 8 words
     in common; by chance it is 0.2 % at most."""
     names = list(books)
-    texts = [" ".join(chapter["text"] for chapter in chapters) for chapters in books.values()]
+    texts = [" ".join(one["text"] for one in chapters) for chapters in books.values()]
     work_of = {name: names[cluster] for name, cluster in zip(names, find_clusters(texts, share=0.01))}
     twins = [f"{name} ({work})" for name, work in work_of.items() if name != work]
     if twins:
@@ -399,8 +399,7 @@ def main():
     work_of = works_of(books)
     editions = Counter(work_of.values())  # of each work
     split_of = split_works(editions, args.seed)
-    splits = {split: [] for split in SPLITS}
-    counts = Counter()
+    splits, counts = {split: [] for split in SPLITS}, Counter()
     for name, chapters in books.items():
         examples = make_examples(name, chapters, ruler, args.story_tokens, args.chapter_tokens, counts)
         work = work_of[name]

@@ -66,8 +66,7 @@ def trace(rng, row, latent, school):
         prejudiced = any(person in CARELESS for person in pair) and rng.random() < PREJUDICED
         return prejudiced or rng.random() < TIRED
 
-    words = []
-    now = 0  # the round where the reader stands
+    words, now = [], 0  # now: the round where the reader stands
     while now < last:
         if rng.random() < skipping:
             then = last if rng.random() < ALL_LEFT else rng.randint(now + 1, last)
@@ -189,8 +188,8 @@ def make_batch(vocab, pad, pairs):
         learned[-1][: len(prompt)] = -100
         if isinstance(prompt, tuple):  # not from these whether something stands behind a tag
             learned[-1][1:][ids[:-1, 0] == vocab[CLOSE]] = -100
-    pad_rows = torch.nn.utils.rnn.pad_sequence
-    return pad_rows(rows, True, pad), pad_rows(learned, True, -100)
+    padded = torch.nn.utils.rnn.pad_sequence
+    return padded(rows, True, pad), padded(learned, True, -100)
 
 
 def forward(model, ids):
@@ -205,20 +204,19 @@ def forward(model, ids):
 def right(vocab, logits, ids, targets):
     """{what: (how many were right, how many there were)} of one batch, teacher-forced."""
     wanted = targets[:, 1:]  # (B, S - 1, 2)
+    word = wanted[..., 0]
     before = ids[:, :-1, 0]
-    two_before = torch.cat([before[:, :1], before[:, :-1]], 1)
-    people = torch.zeros(len(vocab), dtype=torch.bool)
-    people[[vocab[person] for person in tiny.PEOPLE + [tiny.NOBODY]]] = True
-    is_person = people[wanted[..., 0].clamp(min=0)] & (wanted[..., 0] >= 0)
-    is_blend = wanted[..., 0] != wanted[..., 1]
-    top = logits.topk(2).indices.sort(-1).values
-    hit = logits.argmax(-1) == wanted[..., 0]
-    both_hit = (top == wanted.sort(-1).values).all(-1)
+    after_from = torch.cat([before[:, :1], before[:, :-1]], 1) == vocab["from"]  # two words behind it
+    people = torch.tensor([vocab[person] for person in tiny.PEOPLE + [tiny.NOBODY]])
+    is_blend = word != wanted[..., 1]
+    is_person = torch.isin(word, people) & ~is_blend
+    hit = logits.argmax(-1) == word
+    both_hit = (logits.topk(2).indices.sort(-1).values == wanted.sort(-1).values).all(-1)
     kinds = {
-        "look-ups": (hit, is_person & ~is_blend & (two_before == vocab["from"])),
-        "shorthand": (hit, is_person & ~is_blend & people[before] & (two_before != vocab["from"])),
+        "look-ups": (hit, is_person & after_from),
+        "shorthand": (hit, is_person & torch.isin(before, people) & ~after_from),
         "blends": (both_hit, is_blend),
-        "answers": (hit, (wanted[..., 0] == vocab["Yes"]) | (wanted[..., 0] == vocab["No"]))}
+        "answers": (hit, (word == vocab["Yes"]) | (word == vocab["No"]))}
     return {name: (int((ok & where).sum()), int(where.sum())) for name, (ok, where) in kinds.items()}
 
 
@@ -254,8 +252,7 @@ def main():
     torch.manual_seed(0)
     rng = random.Random(0)
     tokenizer = make_tokenizer()
-    vocab = tokenizer.get_vocab()
-    pad = tokenizer.pad_token_id
+    vocab, pad = tokenizer.get_vocab(), tokenizer.pad_token_id
     model = make_model(len(vocab), pad)
     optimizer = make_optimizer(model.parameters())
 
@@ -274,9 +271,8 @@ def main():
         optimizer.param_groups[0]["lr"] = LR * scale
         ids, targets = make_batch(vocab, pad, texts)
         logits = forward(model, ids)
-        loss = sum(0.5 * torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), targets[:, 1:, word].flatten(), ignore_index=-100)
-            for word in (0, 1))  # of a blend both words are wanted
+        loss = sum(0.5 * torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten())
+                   for wanted in targets[:, 1:].unbind(-1))  # of a blend both words are wanted
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
