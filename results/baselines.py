@@ -111,8 +111,7 @@ def soft_thinking(model, end, top_k=10, certain=0.01, patience=256, temperature=
     certain_steps = torch.zeros(0, dtype=torch.long, device=model.device)  # in a row, of each rollout so far
 
     def step(h, *_):
-        n_words = min(top_k, model.config.vocab_size)
-        logp, word = predicted(model, h).topk(n_words)  # (n, top_k) each
+        logp, word = predicted(model, h).topk(min(top_k, model.config.vocab_size))  # (n, top_k) each
         p = (logp / temperature).softmax(-1)
         return (p.to(h.dtype)[..., None] * embed(word)).sum(1)  # (n, D)
 
@@ -141,10 +140,9 @@ def mixture_of_inputs(model, beta=1.0):
     posterior of a Dirichlet prior that follows p: w_i = (H p_i + (beta + 1 - H) [i is the word]) /
     (beta + 1), with H the entropy of p, 0 to 1. Its beta: 0.5 to 2."""
     embed = model.get_input_embeddings()
-    V = embed.num_embeddings
-    n_words = V - len(model.lm_head.no_words)
-    with torch.no_grad():
-        all_words = embed(torch.arange(V, device=model.device))  # (V, D), scaled where the model scales
+    n_words = embed.num_embeddings - len(model.lm_head.no_words)
+    with torch.no_grad():  # (V, D), scaled where the model scales
+        all_words = embed(torch.arange(embed.num_embeddings, device=model.device))
     if model.bf16:  # once, not in every step
         all_words = all_words.to(torch.bfloat16)
 
@@ -273,22 +271,19 @@ def add_text_gradients(model, batch):
 def train_answer(model, rows, args, accuracy):
     """SFT on rows of answer_rows. Ten times on the way accuracy() is asked, of val stories; the weights that
     did best are kept."""
-    every, best = max(1, args.steps // 10), -math.inf
-    kept = model.state_dict()  # with no steps these
+    best, kept = -math.inf, model.state_dict()  # with no steps these
     for step in sft(memory.base_parameters(model), rows, args, args.steps, args.seed,
                     lambda batch: add_text_gradients(model, batch)):
-        if step % every == 0:
-            val = accuracy()
-            if val > best:
-                best, kept = val, {name: weights.clone() for name, weights in model.state_dict().items()}
+        if step % max(1, args.steps // 10) == 0 and (val := accuracy()) > best:
+            best, kept = val, {name: weights.clone() for name, weights in model.state_dict().items()}
     model.load_state_dict(kept)
 
 
 def answer_rows(model, tokenizer, task, examples):
     """The gold answers of the examples, from what follows the opening, in which nothing can be learned."""
     opening = data.opening_of(task)
-    return [row_of(model, tokenizer, task.prompt(example, False), task.answer(example).removeprefix(opening),
-                   opening) for example in examples]
+    return [row_of(model, tokenizer, task.prompt(own, False), task.answer(own).removeprefix(opening), opening)
+            for own in examples]
 
 
 # ============================================================ CoLaR (arXiv 2505.16552): its latents
@@ -367,8 +362,7 @@ def sft_colar(model, tokenizer, head, traces, args):
     rng = random.Random(args.seed)
 
     def add_gradients(rows):
-        batch = []
-        targets = []  # what the LM head learns, for each slot of a row
+        batch, targets = [], []  # targets: what the LM head learns, for each slot of a row
         for prompt, reasoning, answer in rows:
             r = rng.randint(1, max(RATES))
             thought = [reasoning[at : at + r] for at in range(0, len(reasoning), r)]
@@ -411,8 +405,7 @@ def add_sft_gradients(model, head, batch, targets):
         # The LM head, at all slots, row by row.
         words = list(itertools.chain(*[targets[i] for i in part]))
         logp = scoring.token_logprobs(model, h[valid], torch.tensor(words, device=model.device))  # (slots,)
-        loss = -logp.sum() / n_slots + squared_error.sum() / n_latents
-        loss.backward()
+        (-logp.sum() / n_slots + squared_error.sum() / n_latents).backward()
 
 
 # ============================================================ CoLaR: GRPO
@@ -421,7 +414,7 @@ def rl_colar(model, tokenizer, task, head, examples, args, decoding, log):
     (tokens sampled, steps in which every group earned the same). log: a file that gets a line per step."""
     parameters = memory.base_parameters(model) + list(head.parameters())
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.0)
-    spent, without_gradient = 0, 0
+    spent = without_gradient = 0
     per_epoch = max(1, len(examples) // args.prompts)
     for step in range(args.steps):
         epoch, batch = divmod(step, per_epoch)
@@ -430,8 +423,8 @@ def rl_colar(model, tokenizer, task, head, examples, args, decoding, log):
 
         # Sample a group of rollouts for each prompt, and compare each with the others of its own.
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        prompts = [task.prompt(example, False) for example in some]
-        rollouts = generate(model, tokenizer, prompts, args.num_generations, generator=generator, **decoding)
+        rollouts = generate(model, tokenizer, [task.prompt(example, False) for example in some],
+                            args.num_generations, generator=generator, **decoding)
         spent += sum(len(rollout.slots) for rollout in rollouts)
         rewards = rewards_of(task, some, rollouts, step + 1)
         groups = torch.tensor(rewards).view(len(some), args.num_generations)
@@ -463,25 +456,23 @@ def add_policy_gradients(model, head, rollouts, advantages):
 
         # With one update per batch the old log-probs are these: the ratio is 1.
         own = advantages[micro].to(logp)  # (b,)
-        loss = sum(policy_loss(logp, logp.detach(), own, scored, len(rollouts))[0]
-                   for scored in (is_latent, is_word))
-        loss.backward()
+        sum(policy_loss(logp, logp.detach(), own, scored, len(rollouts))[0]
+            for scored in (is_latent, is_word)).backward()
 
 
 def tell_step(log, step, n_steps, rollouts, groups):
     """The step's figures, to the log and in one line, as train_rl.py has them. groups: the rewards
     (P, G). -> the share of groups with nothing to learn from."""
-    metrics = {
-        "step": step + 1,
-        "reward": float(groups.mean()),
-        "text_tokens": sum(rollout.n_tokens for rollout in rollouts) / len(rollouts),
-        "latent_steps": sum(rollout.n_latents for rollout in rollouts) / len(rollouts),
-        "zero_variance": float((groups.amax(1) == groups.amin(1)).float().mean())}
-    log.write(json.dumps(metrics) + "\n")
+    text = sum(rollout.n_tokens for rollout in rollouts) / len(rollouts)
+    latent = sum(rollout.n_latents for rollout in rollouts) / len(rollouts)
+    zero_variance = float((groups.amax(1) == groups.amin(1)).float().mean())
+    reward = float(groups.mean())
+    log.write(json.dumps({"step": step + 1, "reward": reward, "text_tokens": text, "latent_steps": latent,
+                          "zero_variance": zero_variance}) + "\n")
     log.flush()
-    print(f"step {step + 1:4d}/{n_steps} | reward {metrics['reward']:6.3f} | "
-          f"text {metrics['text_tokens']:6.1f} | latent {metrics['latent_steps']:5.1f}", flush=True)
-    return metrics["zero_variance"]
+    print(f"step {step + 1:4d}/{n_steps} | reward {reward:6.3f} | text {text:6.1f} | latent {latent:5.1f}",
+          flush=True)
+    return zero_variance
 
 
 # ============================================================ the script
@@ -509,7 +500,6 @@ def decodings(args, model, tokenizer, task, examples, on_val, took):
     if args.method in ("coconut", "colar"):
         traces, took["sampled_tokens"] = own_traces(model, tokenizer, task, examples, args)
         took["traces"] = len(traces)
-    decoding = None
     if args.method == "soft-thinking":
         decoding = lambda temperature: {**soft_thinking(model, end, temperature=temperature),
                                         "start": args.max_new_tokens}

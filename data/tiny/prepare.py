@@ -130,7 +130,6 @@ def school_text(rng, hops):
     another order: that is how looking up is learned."""
     if hops > 1 and rng.random() < 0.4:  # shorter chains are not forgotten
         hops = rng.randint(2, hops)
-
     row = train_row(lambda: tiny.make_story(rng, rng.random() < 0.5, hops) if hops > 1 else three_hands(rng))
     if hops == 0 or rng.random() < 0.2:
         events = [event + " ." for event in row["story"].split(" .")[:-1]]
