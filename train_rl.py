@@ -35,6 +35,7 @@ from train_projector import (RATIOS, SHARED, add_anchor, fit_projector, fit_to_t
 
 # ============================================================ settings
 NAMES = {"litereason": "LiteReason", "grpo": "RL without latents", "tag": "RL with tags, no latents"}
+MEMORY = "memory, speed and disk (no result changes but by rounding)"
 # As in train_projector.py; 2880 steps are 30 passes over 290 stories.
 SETTINGS = {
     "what is run": run.COMMON | {
@@ -62,7 +63,7 @@ SETTINGS = {
         "trace_prompts": (None, 1, "train prompts of stage 1 [as in train_projector.py]"),
         "projector_steps": (None, 0, "optimiser steps of stage 2 [as in train_projector.py]"),
         "refresh_every": (0, -1, "rollout batches between refreshes; 0: epochs' ends; -1: never")},
-    "memory, speed and disk (no result changes but by rounding)": {  # None: as lib/memory.py plans it
+    MEMORY: {  # None: as lib/memory.py plans it
         "gen_batch_size": (BySize(512, None), 1, "rollouts decoded at once, whole groups"),
         "micro_batch_tokens": (BySize(12_000, None), 1, "positions per forward pass of the update"),
         "checkpoint_layers": (BySize(False, None), bool, "keep no activations in layers: a third more time"),
@@ -490,7 +491,7 @@ def main():
 def settle(args, model, n_examples):
     """Gives each setting that no flag gave its value."""
     # A run of stages 1 and 2 has decided what a latent holds.
-    made = run.run_settings(args.out if args.resume else args.model)
+    made = run.settings_of_model(args.out if args.resume else args.model)
     of_latents = settings_of(model, targets=args.targets or made.get("targets"), noise=made.get("noise"))
     args.targets, args.noise = of_latents.targets, of_latents.noise
     if args.method != "litereason" or args.targets == "none":
@@ -534,7 +535,8 @@ def say_what_runs(args, model, prompts, plan):
           f"{args.max_new_tokens} tokens, {args.num_generations} for each of {args.prompts} prompts")
     if model.device.type == "cpu" and not checkpoint.is_small(model) and not args.smoke:
         print("on a CPU this takes days: --smoke shows in minutes whether all works")
-    print(plan, end="\n" if plan else "", flush=True)
+    idle = [*SETTINGS[MEMORY], *(SETTINGS["projector"] if args.method != "litereason" else [])]
+    print(run.beside_released(vars(args), SETTINGS, idle), *filter(None, [plan]), sep="\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -35,12 +35,14 @@ import io
 import json
 import os
 import re
+from collections import Counter
 
+import numpy as np
 import torch
 
 from lib import UserError, kv_cache, memory
 from lib.checkpoint import checkpoint_path, encode_text
-from lib.run import base_of
+from lib.run import base_of, read_json
 from litereason import Rollout, load, logprobs
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -121,21 +123,14 @@ def load_task(name):
 def choose_task(name, model, reward=None, scorer=None):
     """-> (name, task module) of --task; by default the tiny world for a checkpoint that has its vocabulary,
     else flawed_fictions. Reads no weights: what is wrong with a task is said before a model is fetched."""
-    name = name or ("tiny" if _reads_the_tiny_world(model) else "flawed_fictions")
+    if not name:
+        tokenizer = read_json(os.path.join(checkpoint_path(model), "tokenizer.json"), {"model": {}})["model"]
+        knows_words = tokenizer.get("type") == "WordLevel" and "halves" in tokenizer["vocab"]
+        name = "tiny" if knows_words else "flawed_fictions"
     task = load_task(name)
     if (reward or scorer) and not hasattr(task, "settings"):
         raise UserError(f"--reward and --scorer are for tasks with a scorer (next_chapter); {name} has none")
     return name, task
-
-
-def _reads_the_tiny_world(model):
-    """Whether a checkpoint's tokenizer knows whole words only, and the tiny world's among them."""
-    try:
-        with open(os.path.join(checkpoint_path(model), "tokenizer.json"), encoding="utf-8") as file:
-            tokenizer = json.load(file)["model"]
-    except OSError:  # not a directory, or one without
-        return False
-    return tokenizer["type"] == "WordLevel" and "halves" in tokenizer["vocab"]
 
 
 def start_task(task, model, reward, scorer, seed, device):
@@ -158,13 +153,11 @@ def score(task, examples, completions, step=0):
     return [float(task.reward(example, completion)) for example, completion in zip(examples, completions)]
 
 
-def measure_of(task):
-    """What its scores are called."""
+def measure_of(task):  # what its scores are called
     return getattr(task, "MEASURE", "accuracy")
 
 
-def opening_of(task):
-    """The words that an answer to the task begins with."""
+def opening_of(task):  # the words that an answer begins with
     return getattr(task, "ANSWER", "\\boxed{")
 
 
@@ -176,8 +169,7 @@ def has_verdict(task, completion):
 
 
 # ============================================================ prepared examples, a .jsonl per split
-def folder(task):
-    """Where a task's prepared files are: LITEREASON_DATA/TASK if that is set, else beside its code."""
+def folder(task):  # where its prepared files are
     return os.path.join(os.environ.get("LITEREASON_DATA") or HERE, task)
 
 
@@ -200,8 +192,8 @@ def write_splits(out, splits):
     says so. UserError if that fails; files that were there before are then unchanged."""
     contents = {}  # path -> bytes
     for split, examples in splits.items():
-        lines = [json.dumps(example, ensure_ascii=False) + "\n" for example in examples]
-        contents[os.path.join(out, f"{split}.jsonl")] = "".join(lines).encode("utf-8", "replace")
+        text = "".join(json.dumps(example, ensure_ascii=False) + "\n" for example in examples)
+        contents[os.path.join(out, f"{split}.jsonl")] = text.encode("utf-8", "replace")
     try:
         os.makedirs(out, exist_ok=True)
         for path, content in contents.items():
@@ -215,13 +207,11 @@ def write_splits(out, splits):
 
 
 # ============================================================ reading other people's files
-def some(names):
-    """The first three, for a message."""
+def some(names):  # the first three, for a message
     return ", ".join(names[:3]) + (" .." if len(names) > 3 else "")
 
 
-def line_ends(text):
-    """The text with \\n for every \\r\\n and \\r."""
+def line_ends(text):  # \n for every \r\n and \r
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -244,34 +234,60 @@ def read_rows(path):
 
     where: for messages, as in "a.jsonl:7". UserError naming it if a row is something else."""
     kind = os.path.splitext(path)[1].lower()
-    if kind == ".parquet":
-        try:
-            import pyarrow.parquet
-        except ImportError as e:
-            raise UserError(f"{path} is parquet: `pip install pyarrow` and run this again") from e
-        return _numbered(path, pyarrow.parquet.read_table(path).to_pylist())
-    text = read_text(path)
-    if kind == ".csv":
-        csv.field_size_limit(10**8)
-        return _numbered(path, csv.DictReader(io.StringIO(text)))
-
-    where = path
-    rows = []
+    text = "" if kind == ".parquet" else read_text(path)
+    where, rows, found = path, [], []
     try:
-        if kind == ".json" and text.lstrip().startswith("["):
-            rows = _numbered(path, json.loads(text))
-        else:  # not splitlines(): a story may hold U+2028
-            for number, line in enumerate(text.split("\n"), 1):
+        if kind == ".parquet":
+            import pyarrow.parquet
+            rows = pyarrow.parquet.read_table(path).to_pylist()
+        elif kind == ".csv":
+            csv.field_size_limit(10**8)
+            rows = csv.DictReader(io.StringIO(text))
+        elif kind == ".json" and text.lstrip().startswith("["):
+            rows = json.loads(text)
+        else:
+            for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): a story may hold U+2028
                 where = f"{path}:{number}"
                 if line.strip():
-                    rows.append((where, json.loads(line)))
-    except ValueError as e:
+                    found.append((where, json.loads(line)))
+        found += [(f"{path}, row {number}", row) for number, row in enumerate(rows, 1)]
+    except ImportError as e:
+        raise UserError(f"{path} is parquet: `pip install pyarrow` and run this again") from e
+    except json.JSONDecodeError as e:
         raise UserError(f"{where}: not JSON ({e})") from e
-    for where, row in rows:
+    for where, row in found:
         if not isinstance(row, dict):
             raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
-    return rows
+    return found
 
 
-def _numbered(path, rows):
-    return [(f"{path}, row {number}", row) for number, row in enumerate(rows, 1)]
+# ============================================================ which texts are versions of one another
+def words_of(text):
+    """The words of a text in lower case, without punctuation."""
+    return re.findall(r"\w+", text.lower())
+
+
+def find_clusters(texts, n=8, share=0.0):
+    """Cluster numbers, one per text, each the place of the cluster's first text: texts that have runs of n
+    words in common, directly or through others, are in one cluster. No split divides one.
+
+    share: it takes more than this share of the runs of the text that has fewer; with 0 a single one does."""
+    numbers = {}  # word -> its number
+    weights = np.random.default_rng(0).integers(2**63, size=n, dtype=np.uint64)
+    runs = []  # per text, a hash of 64 bits per run of n words
+    for text in texts:
+        ids = [numbers.setdefault(word, len(numbers) + 1) for word in words_of(text)]
+        ids = np.array(ids + [0] * (n - len(ids)), dtype=np.uint64)  # a short text is one run of its own
+        runs.append(np.unique(np.lib.stride_tricks.sliding_window_view(ids, n) @ weights))
+
+    owner = np.repeat(np.arange(len(runs)), [len(own) for own in runs])
+    every = np.concatenate(runs)
+    order = np.argsort(every, kind="stable")
+    same = np.flatnonzero(every[order][1:] == every[order][:-1])
+    common = Counter(zip(owner[order[same]].tolist(), owner[order[same + 1]].tolist()))
+    cluster = list(range(len(runs)))
+    for (i, j), count in common.items():
+        if count > share * min(len(runs[i]), len(runs[j])):
+            a, b = sorted((cluster[i], cluster[j]))
+            cluster = [a if own == b else own for own in cluster]
+    return cluster

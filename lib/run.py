@@ -162,6 +162,15 @@ def fill(args, table, small):
             setattr(args, name, default[not small] if isinstance(default, BySize) else default)
 
 
+def beside_released(settings, table, idle=()):
+    """What is not as released among the settings of a table, as text. idle: names that change nothing."""
+    others = []
+    for name, (default, _, _) in [row for part in table.values() for row in part.items()]:
+        if isinstance(default, BySize) and name not in idle and settings[name] != default.released:
+            others.append(f"{name} {settings[name]} (released: {default.released})")
+    return f"not as released: {', '.join(others)}" if others else "all settings as released"
+
+
 # ============================================================ the command line
 class OneLinePerFlag(argparse.RawDescriptionHelpFormatter):
     def format_help(self):
@@ -304,6 +313,13 @@ def digest(examples):
 def run_settings(path):
     """What a run directory was made with; {} if it is none."""
     return read_json(os.path.join(path, "config.json"), {})
+
+
+def settings_of_model(path):
+    """What made a model: the settings of its run, also if the path is the model/ in that run's directory."""
+    made, above = run_settings(path), run_settings(os.path.join(path, os.pardir))
+    is_part = os.path.basename(os.path.normpath(path)) == "model" and "script" in above
+    return above if is_part and "script" not in made else made
 
 
 def base_of(name):

@@ -10,22 +10,18 @@ counting of tokens.
 
 All of them are `generate` of litereason.py with another latent step and other rules for where a block begins
 and ends (its arguments latent, start, leave, feed), on the plain prompt, without tags. `answer` is the floor:
-what the task gives without reasoning. The rest of the table is train_rl.py: --method grpo and tag,
---overlong-buffer, --projector pause and random.
+what the task gives without reasoning.
 
-Every row of results.json says what it took (stories, traces, sampled_tokens, optimiser_steps). The main row
-is sampled as the paper samples; indented below it are temperature 1, and the stories that were learned from:
-memorising shows as a gap.
+Every row of results.json says what it took. The main row is sampled as the paper samples; indented below it
+are temperature 1, and the stories that were learned from: memorising shows as a gap.
 
 Left out: special tokens around a block (the tiny world has no room for new words; the answer's first word
 ends a block as well), each method's own sampling, and LoRA (the base is trained whole, as the paper's author
 did). Coconut's state is fed as it is, as in its paper: 7 times an embedding in the tiny world, 15 times in
 SmolLM2-135M, 360 times in Qwen2.5-Coder-0.5B, where the words around it are hardly read before training.
 
-    python results/baselines.py --method soft-thinking    # training-free: half a minute on a core
-    python results/baselines.py --method coconut          # SFT on own traces
-    python results/baselines.py --method colar            # SFT on own traces, then GRPO
-    python results/baselines.py --method answer           # SFT on gold answers; --stories 100: on fewer
+    python results/baselines.py --method soft-thinking                # half a minute on a core
+    python results/baselines.py --method answer --stories 100         # SFT on a hundred gold answers
 """
 import itertools
 import json
@@ -49,6 +45,7 @@ from litereason import (LATENT, Rollout, generate, group_advantages, load, logpr
                         projector_loss, states, word_embeddings)
 from train_projector import SENTENCE, split_answer
 
+METHODS = ["soft-thinking", "moi", "coconut", "colar", "answer"]
 RATES = (1, 2, 5)  # reasoning tokens per latent with which CoLaR is tested after its SFT
 POSITIONS = 12_000  # in a forward pass of training; changes no result
 CHECKED = 200  # val stories by which something is chosen, and train stories evaluated beside the test
@@ -58,7 +55,7 @@ SAMPLINGS = {"paper": PAPER, "trained": TRAINED}
 # author ran them on plot holes; the answer's are ours), and what a small model trained from scratch needs.
 SETTINGS = {
     "what": {
-        "method": (None, ["soft-thinking", "moi", "coconut", "colar", "answer"], "see above"),
+        "method": (None, METHODS, "see above"),
         "model": ("tiny", str, "the base: tiny, a directory, or a hub name such as Qwen2.5-1.5B"),
         "task": (None, str, "a folder under data/, or tiny.next_chapter [by the model]"),
         "out": (None, str, "the run's directory [out/MODEL-TASK-METHOD]"),
@@ -113,8 +110,7 @@ def soft_thinking(model, end, top_k=10, certain=0.01, patience=256, temperature=
     certain_steps = torch.zeros(0, dtype=torch.long, device=model.device)  # in a row, of each rollout so far
 
     def step(h, *_):
-        n_words = min(top_k, model.config.vocab_size)
-        logp, word = predicted(model, h).topk(n_words)  # (n, top_k) each
+        logp, word = predicted(model, h).topk(min(top_k, model.config.vocab_size))  # (n, top_k) each
         p = (logp / temperature).softmax(-1)
         return (p.to(h.dtype)[..., None] * embed(word)).sum(1)  # (n, D)
 
@@ -143,10 +139,9 @@ def mixture_of_inputs(model, beta=1.0):
     posterior of a Dirichlet prior that follows p: w_i = (H p_i + (beta + 1 - H) [i is the word]) /
     (beta + 1), with H the entropy of p, 0 to 1. Its beta: 0.5 to 2."""
     embed = model.get_input_embeddings()
-    V = embed.num_embeddings
-    n_words = V - len(model.lm_head.no_words)
-    with torch.no_grad():
-        all_words = embed(torch.arange(V, device=model.device))  # (V, D), scaled where the model scales
+    n_words = embed.num_embeddings - len(model.lm_head.no_words)
+    with torch.no_grad():  # (V, D), scaled where the model scales
+        all_words = embed(torch.arange(embed.num_embeddings, device=model.device))
     if model.bf16:  # once, not in every step
         all_words = all_words.to(torch.bfloat16)
 
@@ -164,9 +159,8 @@ def mixture_of_inputs(model, beta=1.0):
 
 # ============================================================ what the trained methods share
 def own_traces(model, tokenizer, task, examples, args):
-    """Stage 1 of LiteReason with the plain prompt: of args.traces samples per prompt those with a reward.
-
-    -> ([(prompt as text, reasoning, answer)], tokens sampled). UserError if no sample earned a reward."""
+    """Stage 1 of LiteReason with the plain prompt: of args.traces samples per prompt those with a reward ->
+    ([(prompt as text, reasoning, answer)], tokens sampled). UserError if there is none."""
     generator = torch.Generator().manual_seed(args.seed)
     traces, spent = [], 0
     for i in tqdm(range(0, len(examples), 32), desc="traces", leave=False):
@@ -175,7 +169,7 @@ def own_traces(model, tokenizer, task, examples, args):
         rollouts = generate(model, tokenizer, prompts, args.traces, args.max_new_tokens, latent="none",
                             generator=generator, **PAPER)
         spent += sum(len(rollout.slots) for rollout in rollouts)
-        for rollout, reward in zip(rollouts, rewards_of(task, some, rollouts)):
+        for rollout, reward in zip(rollouts, rewards_of(task, some, rollouts, 0)):
             reasoning, answer = split_answer(rollout.text, data.opening_of(task))
             if reward > 0 and rollout.finished and reasoning.strip():
                 traces.append((prompts[rollout.prompt], reasoning, answer))
@@ -185,33 +179,26 @@ def own_traces(model, tokenizer, task, examples, args):
     return traces, spent
 
 
-def rewards_of(task, examples, rollouts, step=0):
+def rewards_of(task, examples, rollouts, step):
     """The rewards of rollouts of these examples' prompts -> list of floats. step: of the training."""
     asked = [examples[rollout.prompt] for rollout in rollouts]
     return data.score(task, asked, [rollout.text for rollout in rollouts], step)
 
 
 def sft(parameters, rows, args, steps, seed, add_gradients):
-    """Yields after each of so many steps: whole batches of rows, shuffled again for each epoch, with a new
-    AdamW, whose rate goes up for 30 steps or the first fifth and then all the way down to 5 %."""
+    """Yields after each of so many steps with a new AdamW, whose rate goes up for 30 steps or the first fifth
+    and then all the way down to 5 %. Batches are whole, and shuffled again for each epoch."""
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.01)
     warm_up = min(30, steps / 5)
-    batches = itertools.islice(epochs(rows, args.batch, seed), steps)
-    for step, batch in enumerate(tqdm(batches, total=steps, desc=f"{args.method}, SFT", leave=False)):
-        add_gradients(batch)
-        rate = args.lr * min(1, (step + 1) / warm_up, 0.05 + 0.95 * (steps - step) / steps)
-        descend(optimizer, rate)
-        yield step + 1
-
-
-def epochs(rows, batch, seed):
-    """Whole batches of rows, shuffled again for each epoch, without end."""
     rng = random.Random(seed)
-    n = len(rows)
-    while True:
-        order = rng.sample(range(n), n)
-        for start in range(0, max(1, n - batch + 1), batch):
-            yield [rows[i] for i in order[start : start + batch]]
+    left = []
+    for step in tqdm(range(steps), desc=f"{args.method}, SFT", leave=False):
+        if len(left) < args.batch:
+            left = rng.sample(rows, len(rows))
+        add_gradients(left[: args.batch])
+        left = left[args.batch :]
+        descend(optimizer, args.lr * min(1, (step + 1) / warm_up, 0.05 + 0.95 * (steps - step) / steps))
+        yield step + 1
 
 
 def steps_in(epochs, rows, args):
@@ -220,10 +207,9 @@ def steps_in(epochs, rows, args):
 
 def descend(optimizer, lr):
     """One step with the gradient clipped at 1; one that is not finite is dropped."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    if torch.nn.utils.clip_grad_norm_(parameters, 1.0).isfinite():
+    group, = optimizer.param_groups
+    group["lr"] = lr
+    if torch.nn.utils.clip_grad_norm_(group["params"], 1.0).isfinite():
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -246,22 +232,17 @@ def train_coconut(model, tokenizer, traces, args):
     paper's maths has two, the author's plot-hole runs one), and fewer epochs in the last stage."""
     taken = 0
     for stage in range(args.stages + 2):
-        rows = coconut_rows(model, tokenizer, traces, stage, args.stages)
-        steps = steps_in(args.last_stage if stage > args.stages else args.epochs, rows, args)
+        is_last = stage > args.stages
+        rows = []  # latents, the sentences that are left, the answer, its end
+        for prompt, reasoning, answer in traces:
+            sentences = [sentence for sentence in SENTENCE.findall(reasoning) if sentence.strip()]
+            left = "" if is_last else "".join(sentences[stage:])
+            text = f"{left} {answer}".strip()
+            rows.append(row_of(model, tokenizer, prompt, text, n_latents=min(stage, args.stages)))
+        steps = steps_in(args.last_stage if is_last else args.epochs, rows, args)
         taken += len(list(sft(memory.base_parameters(model), rows, args, steps, f"{args.seed} {stage}",
                               lambda batch: add_text_gradients(model, batch))))
     return taken
-
-
-def coconut_rows(model, tokenizer, traces, stage, last_stage):
-    """The traces as a stage trains on them: latents, the sentences that are left, the answer, its end."""
-    rows = []
-    for prompt, reasoning, answer in traces:
-        sentences = [sentence for sentence in SENTENCE.findall(reasoning) if sentence.strip()]
-        left = sentences[stage:] if stage <= last_stage else []
-        text = ("".join(left) + " " + answer).strip()
-        rows.append(row_of(model, tokenizer, prompt, text, n_latents=min(stage, last_stage)))
-    return rows
 
 
 def row_of(model, tokenizer, prompt, text, begins="", n_latents=0):
@@ -289,29 +270,25 @@ def add_text_gradients(model, batch):
 def train_answer(model, rows, args, accuracy):
     """SFT on rows of answer_rows. Ten times on the way accuracy() is asked, of val stories; the weights that
     did best are kept."""
-    every, best = max(1, args.steps // 10), -math.inf
-    kept = model.state_dict()  # with no steps these
+    best, kept = -math.inf, model.state_dict()  # with no steps these
     for step in sft(memory.base_parameters(model), rows, args, args.steps, args.seed,
                     lambda batch: add_text_gradients(model, batch)):
-        if step % every == 0:
-            val = accuracy()
-            if val > best:
-                best, kept = val, {name: weights.clone() for name, weights in model.state_dict().items()}
+        if step % max(1, args.steps // 10) == 0 and (val := accuracy()) > best:
+            best, kept = val, {name: weights.clone() for name, weights in model.state_dict().items()}
     model.load_state_dict(kept)
 
 
 def answer_rows(model, tokenizer, task, examples):
     """The gold answers of the examples, from what follows the opening, in which nothing can be learned."""
     opening = data.opening_of(task)
-    return [row_of(model, tokenizer, task.prompt(example, False), task.answer(example).removeprefix(opening),
-                   opening) for example in examples]
+    return [row_of(model, tokenizer, task.prompt(own, False), task.answer(own).removeprefix(opening), opening)
+            for own in examples]
 
 
 # ============================================================ CoLaR (arXiv 2505.16552): its latents
 class LatentHead(torch.nn.Module):
-    """The last hidden state h (n, D) -> mean and deviation of the next latent, (n, D) each.
-
-    They are in units of `spread`, the standard deviation of the model's embeddings."""
+    """The last hidden state h (n, D) -> mean and deviation of the next latent, (n, D) each, in units of
+    `spread`, the standard deviation of the model's embeddings."""
 
     def __init__(self, D, spread):
         super().__init__()
@@ -339,13 +316,11 @@ def normal_numbers(u, k, D):
     x = seed[:, None] * 1_000_003 + place  # (n, 2 D)
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685), (31, 1)):
         mask = (1 << 64 - shift) - 1  # makes >> a shift of unsigned numbers
-        x = x ^ (x >> shift & mask)
-        x = x * factor
+        x = (x ^ (x >> shift & mask)) * factor
     bits = x >> 11 & (1 << 53) - 1
     uniform = (bits.double() + 0.5).div(2**53)
     a, b = uniform.split(D, 1)
-    radius = (-2 * a.log()).sqrt()
-    return radius * (2 * math.pi * b).cos()
+    return (-2 * a.log()).sqrt() * (2 * math.pi * b).cos()
 
 
 def colar(model, head, end):
@@ -386,8 +361,7 @@ def sft_colar(model, tokenizer, head, traces, args):
     rng = random.Random(args.seed)
 
     def add_gradients(rows):
-        batch = []
-        targets = []  # what the LM head learns, for each slot of a row
+        batch, targets = [], []  # targets: what the LM head learns, for each slot of a row
         for prompt, reasoning, answer in rows:
             r = rng.randint(1, max(RATES))
             thought = [reasoning[at : at + r] for at in range(0, len(reasoning), r)]
@@ -430,38 +404,32 @@ def add_sft_gradients(model, head, batch, targets):
         # The LM head, at all slots, row by row.
         words = list(itertools.chain(*[targets[i] for i in part]))
         logp = scoring.token_logprobs(model, h[valid], torch.tensor(words, device=model.device))  # (slots,)
-        loss = -logp.sum() / n_slots + squared_error.sum() / n_latents
-        loss.backward()
+        (-logp.sum() / n_slots + squared_error.sum() / n_latents).backward()
 
 
 # ============================================================ CoLaR: GRPO
 def rl_colar(model, tokenizer, task, head, examples, args, decoding, log):
-    """GRPO in which latents are actions: their log-densities count beside the log-probs of the answer.
-
-    decoding: arguments for `generate`; log: a file that gets a line of JSON per step. -> (tokens sampled,
-    steps in which every group earned the same)."""
+    """GRPO in which latents are actions: their log-densities count beside the log-probs of the answer ->
+    (tokens sampled, steps in which every group earned the same). log: a file that gets a line per step."""
     parameters = memory.base_parameters(model) + list(head.parameters())
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.0)
-    spent, without_gradient = 0, 0
+    spent = without_gradient = 0
     per_epoch = max(1, len(examples) // args.prompts)
     for step in range(args.steps):
         epoch, batch = divmod(step, per_epoch)
         order = random.Random(f"{args.seed} {epoch}").sample(examples, len(examples))
         some = order[batch * args.prompts :][: args.prompts]
 
-        # Sample a group of rollouts for each prompt.
+        # Sample a group of rollouts for each prompt, and compare each with the others of its own.
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        prompts = [task.prompt(example, False) for example in some]
-        rollouts = generate(model, tokenizer, prompts, args.num_generations, generator=generator, **decoding)
+        rollouts = generate(model, tokenizer, [task.prompt(example, False) for example in some],
+                            args.num_generations, generator=generator, **decoding)
         spent += sum(len(rollout.slots) for rollout in rollouts)
-
-        # Reward them, and compare each with the other rollouts of its prompt.
         rewards = rewards_of(task, some, rollouts, step + 1)
         groups = torch.tensor(rewards).view(len(some), args.num_generations)
-        advantages = group_advantages(groups).flatten()  # (B,)
 
         # One update per batch.
-        add_policy_gradients(model, head, rollouts, advantages)
+        add_policy_gradients(model, head, rollouts, group_advantages(groups).flatten())
         descend(optimizer, args.rl_lr)
         without_gradient += tell_step(log, step, args.steps, rollouts, groups) == 1
     return spent, without_gradient
@@ -482,31 +450,28 @@ def add_policy_gradients(model, head, rollouts, advantages):
         z = torch.cat([rollout.latents for rollout in some]).to(h.device) / head.spread
         of_latents = head.logprob(h[is_latent], z)
         of_words = scoring.token_logprobs(model, h[is_word], slots[is_word])
-        logp = torch.zeros(slots.shape, device=h.device)  # (b, S)
-        logp = logp.masked_scatter(is_latent, of_latents.float())
-        logp = logp.masked_scatter(is_word, of_words.float())
+        logp = torch.zeros(slots.shape, device=h.device).masked_scatter(is_latent, of_latents.float())
+        logp = logp.masked_scatter(is_word, of_words.float())  # (b, S)
 
         # With one update per batch the old log-probs are these: the ratio is 1.
         own = advantages[micro].to(logp)  # (b,)
-        loss = sum(policy_loss(logp, logp.detach(), own, scored, len(rollouts))[0]
-                   for scored in (is_latent, is_word))
-        loss.backward()
+        sum(policy_loss(logp, logp.detach(), own, scored, len(rollouts))[0]
+            for scored in (is_latent, is_word)).backward()
 
 
 def tell_step(log, step, n_steps, rollouts, groups):
     """The step's figures, to the log and in one line, as train_rl.py has them. groups: the rewards
     (P, G). -> the share of groups with nothing to learn from."""
-    metrics = {
-        "step": step + 1,
-        "reward": float(groups.mean()),
-        "text_tokens": sum(rollout.n_tokens for rollout in rollouts) / len(rollouts),
-        "latent_steps": sum(rollout.n_latents for rollout in rollouts) / len(rollouts),
-        "zero_variance": float((groups.amax(1) == groups.amin(1)).float().mean())}
-    log.write(json.dumps(metrics) + "\n")
+    text = sum(rollout.n_tokens for rollout in rollouts) / len(rollouts)
+    latent = sum(rollout.n_latents for rollout in rollouts) / len(rollouts)
+    zero_variance = float((groups.amax(1) == groups.amin(1)).float().mean())
+    reward = float(groups.mean())
+    log.write(json.dumps({"step": step + 1, "reward": reward, "text_tokens": text, "latent_steps": latent,
+                          "zero_variance": zero_variance}) + "\n")
     log.flush()
-    print(f"step {step + 1:4d}/{n_steps} | reward {metrics['reward']:6.3f} | "
-          f"text {metrics['text_tokens']:6.1f} | latent {metrics['latent_steps']:5.1f}", flush=True)
-    return metrics["zero_variance"]
+    print(f"step {step + 1:4d}/{n_steps} | reward {reward:6.3f} | text {text:6.1f} | latent {latent:5.1f}",
+          flush=True)
+    return zero_variance
 
 
 # ============================================================ the script
@@ -524,48 +489,38 @@ def fill(args, small):
     run.fill(args, {**SETTINGS, args.method: own}, small)
 
 
-# What each method does before its rows of the table, each of which it yields as (name, task, decoding).
-# decoding: arguments of evaluate, or a function of the temperature that makes them. on_val(task, decoding):
-# accuracy. took: what it has learned from so far, filled in here.
-def run_soft_thinking(args, model, tokenizer, task, examples, on_val, took):
+def decodings(args, model, tokenizer, task, examples, on_val, took):
+    """Trains the model as the method does; yields (name, task, decoding) for each of its rows of the table.
+
+    decoding: arguments of evaluate, or a function of the temperature that makes them. on_val(task, decoding):
+    accuracy. took: what it has learned from so far, filled in here."""
     end = checkpoint.encode_text(tokenizer, data.opening_of(task))[0]
+    if args.method in ("coconut", "colar"):
+        traces, took["sampled_tokens"] = own_traces(model, tokenizer, task, examples, args)
+        took["traces"] = len(traces)
+    if args.method == "soft-thinking":
+        decoding = lambda temperature: {**soft_thinking(model, end, temperature=temperature),
+                                        "start": args.max_new_tokens}
+    elif args.method == "moi":
+        decoding = mixture_of_inputs(model)
+    elif args.method == "coconut":
+        took["optimiser_steps"] = train_coconut(model, tokenizer, traces, args)
+        decoding = {"latent": feed_back, "start": args.stages}
+    elif args.method == "answer":
+        if not hasattr(task, "answer"):
+            raise UserError(f"--method answer trains on gold answers, and {args.task} has none")
+        decoding = {"at_once": True, "latent": "none"}
+        rows = answer_rows(model, tokenizer, task, examples)
+        train_answer(model, rows, args, lambda: on_val(task, decoding))
+        took["optimiser_steps"] = args.steps
+    if args.method != "colar":
+        yield args.method, task, decoding
+        return
 
-    def decoding(temperature):
-        return {**soft_thinking(model, end, temperature=temperature), "start": args.max_new_tokens}
-
-    yield "soft-thinking", task, decoding
-
-
-def run_moi(args, model, tokenizer, task, examples, on_val, took):
-    yield "moi", task, mixture_of_inputs(model)
-
-
-def run_answer(args, model, tokenizer, task, examples, on_val, took):
-    if not hasattr(task, "answer"):
-        raise UserError(f"--method answer trains on gold answers, and {args.task} has none")
-    decoding = {"at_once": True, "latent": "none"}
-    rows = answer_rows(model, tokenizer, task, examples)
-    train_answer(model, rows, args, lambda: on_val(task, decoding))
-    took["optimiser_steps"] = args.steps
-    yield "answer", task, decoding
-
-
-def run_coconut(args, model, tokenizer, task, examples, on_val, took):
-    traces, took["sampled_tokens"] = own_traces(model, tokenizer, task, examples, args)
-    took["traces"] = len(traces)
-    took["optimiser_steps"] = train_coconut(model, tokenizer, traces, args)
-    decoding = {"latent": feed_back, "start": args.stages}
-    yield "coconut", task, decoding
-
-
-def run_colar(args, model, tokenizer, task, examples, on_val, took):
-    traces, took["sampled_tokens"] = own_traces(model, tokenizer, task, examples, args)
-    took["traces"] = len(traces)
     torch.manual_seed(args.seed)
     spread = float(word_embeddings(model).float().std())
     head = LatentHead(model.config.hidden_size, spread).to(model.device)
     took["optimiser_steps"] = sft_colar(model, tokenizer, head, traces, args)
-    end = checkpoint.encode_text(tokenizer, data.opening_of(task))[0]
     decoding = {**colar(model, head, end), "start": args.most_latents}
     rates = [args.r] if args.r else RATES
     vals = {r: on_val(told(task, r), decoding) for r in rates}
@@ -582,10 +537,6 @@ def run_colar(args, model, tokenizer, task, examples, on_val, took):
         took["sampled_tokens"] += sampled
         took["optimiser_steps"] += args.steps
         yield "colar", task, decoding
-
-
-METHODS = {"soft-thinking": run_soft_thinking, "moi": run_moi, "coconut": run_coconut, "colar": run_colar,
-           "answer": run_answer}
 
 
 def main():
@@ -610,23 +561,21 @@ def main():
     rows = []
 
     def figures(asked, some, decoding, sampling, **more):
-        """evaluate's result on some examples of the task `asked`."""
+        """evaluate's result on some examples of the task `asked`. To these methods a tag is text: tag=0."""
         if callable(decoding):
             decoding = decoding(sampling["temperature"])
-        result, _ = evaluate(model, tokenizer, asked, some, latent_prompt=False, seed=args.seed,
-                             max_new_tokens=args.max_new_tokens,
-                             tag=0, **sampling, **decoding, **more)  # tag=0: to these methods a tag is text
-        return result
+        return evaluate(model, tokenizer, asked, some, latent_prompt=False, seed=args.seed, tag=0,
+                        max_new_tokens=args.max_new_tokens, **sampling, **decoding, **more)[0]
 
     def on_val(asked, decoding):
         return figures(asked, vals, decoding, PAPER)["accuracy"]
 
-    for name, asked, decoding in METHODS[args.method](args, model, tokenizer, task, examples, on_val, took):
-        for label, sampling, split, some, more in (
-                (name, "paper", "test", tests, {"alone": 8}),
-                (f"  {name}, temperature 1", "trained", "test", tests, {"alone": 8}),
-                (f"  {name}, train stories", "paper", "train", examples[:CHECKED], {})):
-            result = figures(asked, some, decoding, SAMPLINGS[sampling], progress=label, **more)
+    for name, asked, decoding in decodings(args, model, tokenizer, task, examples, on_val, took):
+        for label, sampling, split, some, alone in (
+                (name, "paper", "test", tests, 8),
+                (f"  {name}, temperature 1", "trained", "test", tests, 8),
+                (f"  {name}, train stories", "paper", "train", examples[:CHECKED], 0)):
+            result = figures(asked, some, decoding, SAMPLINGS[sampling], progress=label, alone=alone)
             of_row = {"model": label, "sampling": sampling, "split": split}  # as in eval.py's results
             rows.append((label, {**of_row, **took, **result}))
 

@@ -19,6 +19,7 @@ from data import tiny
 from eval import PAPER
 from lib import checkpoint, run
 from litereason import CLOSE, OPEN, generate, load, parse_tags
+from results.stats import markdown
 
 ONLY_TAGS = re.compile(rf"\s*({OPEN}[0-9 ]*{CLOSE}\s*)+\\boxed")
 
@@ -26,16 +27,12 @@ ONLY_TAGS = re.compile(rf"\s*({OPEN}[0-9 ]*{CLOSE}\s*)+\\boxed")
 def rounds_of_latents(example, text, cap):
     """With whom the halves are in the round of each latent -> list of sets of one or two words; None if the
     answer has something beside tags before its box, or more latents than rounds."""
-    if not ONLY_TAGS.match(text):
-        return None
     rounds = [set(pair) for pair in zip(*example["chains"])]
     found, now = [], 0  # now: the round where the thought stands
     for _, _, n_latents in parse_tags(text, cap):
-        if now + n_latents > len(rounds):
-            return None
         found += rounds[now : now + n_latents]
         now += n_latents - 1  # the next block begins with the last round again
-    return found
+    return found if ONLY_TAGS.match(text) and now < len(rounds) else None
 
 
 def nearest_words(model, tokenizer, latents):
@@ -58,7 +55,7 @@ def read(model, tokenizer, examples, seed):
     prompts = [tiny.prompt(example, True) for example in examples]
     rollouts = generate(model, tokenizer, prompts, 1, run.SLOTS[not checkpoint.is_small(model)],
                         generator=torch.Generator().manual_seed(seed), **PAPER)
-    counts = {"all": [0, 0], "last_whole": [0, 0], "last_lost": [0, 0], "wrong": [0, 0]}
+    counts = {kind: [0, 0] for kind in ("all", "last_whole", "last_lost", "wrong")}
     n_read = 0
     for rollout in rollouts:
         example = examples[rollout.prompt]
@@ -80,30 +77,32 @@ def read(model, tokenizer, examples, seed):
 
 
 def table(found):
-    """{name: [what `read` says of each seed]} -> Markdown"""
-    lines = ["| run | answers of tags alone | latents | name their round | the last, both halves arrive "
-             "| the last, one is lost | wrong answers | the last, of these |", f"|{'---|' * 8}"]
-    for name, rows in found.items():
+    """{name: [(seed, what `read` says of its run)]} -> Markdown"""
+    headings = ["run", "answers of tags alone", "latents", "name their round", "the last, both halves arrive",
+                "the last, one is lost", "wrong answers", "the last, of these"]
+    lines = []
+    for name, by_seed in found.items():
+        rows = [row for _, row in by_seed]
         answers = sum(row["read"] for row in rows) / sum(row["answers"] for row in rows)
         cells = [name, f"{answers:.3f}"]
         for kind in ("all", "last_whole", "last_lost", "wrong"):
             n, n_right = (sum(row[kind][i] for row in rows) for i in (0, 1))
             cells += [f"{n:,}"] if kind in ("all", "wrong") else []
             cells += [f"{n_right / n:.3f}" if n else ""]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown(headings, lines)
 
 
 def main():
     parser = run.parser(__doc__)
-    parser.add_argument("--model", required=True, metavar="DIR", help="a run on plot holes (required)")
-    parser.add_argument("--task", default="tiny", choices=["tiny"], help="plot holes (default tiny)")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
-    parser.add_argument("--out", metavar="DIR", help="results.json goes there (default: it is only printed)")
+    parser.add_argument("--model", required=True, metavar="DIR", help="a run on plot holes")
+    parser.add_argument("--task", default="tiny", choices=["tiny"], help="plot holes")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling [0]")
+    parser.add_argument("--out", metavar="DIR", help="results.json goes there [it is only printed]")
     args = parser.parse_args()
     model, tokenizer = load(args.model, "cpu")
     found = read(model, tokenizer, tiny.examples("test")[:500], args.seed)
-    print(table({args.model: [found]}))
+    print(table({args.model: [(args.seed, found)]}))
     if args.out:
         run.write_json(os.path.join(args.out, "results.json"), found)
 

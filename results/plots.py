@@ -1,11 +1,5 @@
-"""Results as pictures, for reproduce.py; only this needs matplotlib.
-
-    curve        scores against tokens
-    by_length    scores and tokens against the length of the chain
-    chains       how large latents are along a chain, for each start of the projector (starts-real.json)
-
-Each is 900 px wide, as a README is shown, and white, so that it can be read on a dark page too.
-"""
+"""Results as pictures, for reproduce.py; only this needs matplotlib. Each is 900 px wide, as a README is
+shown, and white, so that it can be read on a dark page too."""
 import numpy as np
 
 from lib import UserError
@@ -19,44 +13,44 @@ COLOURS = {  # of a method, with the length penalty and without it
     "base, explicit reasoning": "#595959"}
 OTHER_COLOURS = ["#a34a00", "#0d6f7c", "#7a4b3a", "#a8378c", "#6b6b00", "#1c1c1c", "#3c8f8f"]
 TOKENS = "tokens per answer (text + latents)"
+BARS = "bars: 95 % interval over seeds and stories"
 
 
 def curve(rows, path, score="accuracy"):
-    """rows: {method: means as of reproduce.mean_of}. score: what the scores are called."""
+    """Scores against tokens. rows: {method: means as of reproduce.mean_of}. score: what they are called."""
     picture, (panel,) = figure([420])
     for (method, row), colour in zip(rows.items(), colours_of(rows)):
-        bars_at(panel, row["tokens"], row, colour, label=method)
+        bars_at(panel, row["tokens"], row, colour, "accuracy", method)
         panel.plot(row["tokens_ci95"], [row["accuracy"]] * 2, color=colour)
     panel.set_xscale("log")
     write_numbers(panel.xaxis)
     name_axes(panel, TOKENS, score)
-    save(picture, path, "bars: 95 % interval over seeds and stories")
+    save(picture, path, BARS)
 
 
-def by_length(rows, path, score="accuracy"):
-    """rows: dicts with method, length, accuracy, accuracy_ci95, tokens and tokens_ci95."""
+def by_length(rows, path):
+    """Accuracy and tokens against the length of the chain. rows: means with method and length."""
     picture, panels = figure([300, 300])
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    lengths = sorted({row["length"] for row in rows})
     for i, (method, colour) in enumerate(zip(methods, colours_of(methods))):
         own = sorted((row for row in rows if row["method"] == method), key=lambda row: row["length"])
         x = [row["length"] + 0.04 * (i - len(methods) / 2) for row in own]  # bars beside each other
         for panel, what in zip(panels, ("accuracy", "tokens")):
             panel.plot(x, [row[what] for row in own], color=colour)
             for at, row in zip(x, own):
-                bars_at(panel, at, row, colour, what, label=method)
+                bars_at(panel, at, row, colour, what, method)
     for panel in panels:
-        panel.set_xticks(lengths)
+        panel.set_xticks(sorted({row["length"] for row in rows}))
     panels[1].set_yscale("log")
     write_numbers(panels[1].yaxis)
-    name_axes(panels[0], "", score)
+    name_axes(panels[0], "", "accuracy")
     name_axes(panels[1], "hand-overs in each chain", TOKENS)
-    save(picture, path, "bars: 95 % interval over seeds and stories")
+    save(picture, path, BARS)
 
 
 def chains(rows, path):
-    """rows: of starts.py, those of the first seed at the first learning rate are drawn, a panel for each
-    model. A latent that is 0 or not finite has no dot."""
+    """How large latents are along a chain, a panel for each model. rows: of starts.py, of which those of the
+    first seed at the first learning rate are drawn. A latent that is 0 or not finite has no dot."""
     rows = [row for row in rows if row["seed"] == rows[0]["seed"] and row["lr"] == rows[0]["lr"]]
     models = list(dict.fromkeys(row["model"] for row in rows))
     starts = list(dict.fromkeys(row["start"] for row in rows))
@@ -93,7 +87,7 @@ def figure(heights):
     return picture, panels
 
 
-def bars_at(panel, x, row, colour, what="accuracy", label=None):
+def bars_at(panel, x, row, colour, what, label):
     """A dot with its interval."""
     panel.plot([x, x], row[f"{what}_ci95"], color=colour)
     panel.plot(x, row[what], "o", color=colour, label=label)
@@ -127,4 +121,4 @@ def save(picture, path, said):
                for handle, name in zip(*panel.get_legend_handles_labels())}
     picture.legend(handles.values(), handles, loc="outside upper left", ncols=2, frameon=False, fontsize=9)
     picture.supxlabel(said, x=0.02, ha="left", fontsize=9, color="#555555")
-    picture.savefig(path, metadata={"Date": None} if path.endswith(".svg") else None, dpi=2 * DOTS)
+    picture.savefig(path, metadata={"Date": None})

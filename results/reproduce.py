@@ -1,10 +1,9 @@
 """Makes the tables and pictures of the README and of results/: runs what is missing, then writes them.
 
-A run is one command with one seed, in a process of its own, with its output in
-out/results/TABLE/METHOD-SEED. Runs in the tiny world are evaluated at two samplings, and on stories that they
-were trained on, so that what was only memorised shows. What the tables need of a run is kept in
-results/runs-TABLE.jsonl, so that they can be made again where the runs are gone. Stop it when you like;
-started again, it continues. For a table of your own, list its commands as in SMOLLM2.
+A run is one command with one seed, in a process of its own, with its output in out/results/TABLE/METHOD-SEED.
+Runs in the tiny world are evaluated at two samplings, and on stories that they were trained on, so that what
+was only memorised shows. What the tables need of a run is kept in results/runs-TABLE.jsonl, so that they can
+be made again where the runs are gone. Stop it when you like; started again, it continues.
 
     python results/reproduce.py                         # the tiny world: hours on 2 cores, two runs at once
     python results/reproduce.py --only tiny --seeds 0   # some of it
@@ -26,7 +25,7 @@ ROOT = os.path.dirname(HERE)
 sys.path.insert(0, ROOT)
 
 from lib import UserError, display, run
-from results import latents as read_latents, plots, starts, stats
+from results import latents, plots, starts, stats
 
 # ============================================================ what is run
 # (name in the tables, directory, command), in the order of the tables and of the runs. {NAME} is the
@@ -113,8 +112,7 @@ class Table(typing.NamedTuple):
     task: str
     methods: list
     seeds: list = [0, 1, 2]
-    # Of each run: (directory behind the method's name, more flags for eval.py). results/baselines.py decodes
-    # in its own ways, so its runs evaluate themselves.
+    # Of each run: (directory behind its name, more flags for eval.py). Baselines evaluate themselves.
     evaluations: list = [("test", "--sampling paper trained --alone 8"), ("train", "--split train --n 200")]
     flags: str = ""  # of every command
     score: str = "accuracy"
@@ -151,6 +149,10 @@ def directory(table, method, seed):
     return os.path.join(ROOT, "out", "results", table, f"{method}-{seed}")
 
 
+def without_root(text):
+    return text.replace(ROOT + os.sep, "")
+
+
 def jobs_of(table, seed):
     """[Job] of one table and seed, in the order in which they are run."""
     task, methods, _, evaluations, flags, *_ = TABLES[table]
@@ -159,15 +161,13 @@ def jobs_of(table, seed):
 
     def add(method, command):
         needs = [places[word] for word in re.findall(r"\{(.+?)\}", command)]
-        words = f"{command} {flags} --task {task} --seed {seed}".split()
-        words = [word.format(**places) for word in words]
+        words = [word.format(**places) for word in f"{command} {flags} --task {task} --seed {seed}".split()]
         found.append(Job(directory(table, method, seed), words, needs))
 
     for _, method, command in methods:
         trained = f"{{{method}}}"
-        evaluation = command
-        if not command.startswith("eval.py"):
-            evaluation = f"eval.py --model {trained}"
+        evaluation = command if command.startswith("eval.py") else f"eval.py --model {trained}"
+        if evaluation != command:
             add(method, f"{command} --n 0" if command.startswith("train_rl.py") else command)
         if command.startswith("results/baselines.py"):
             continue
@@ -210,12 +210,11 @@ def start(job):
 
 def run_jobs(todo, at_once):
     """Runs the jobs that are not done, at_once at a time, in their order. UserError that names the logs if
-    any failed: the others are run all the same, but for those that need it. Ctrl-C and SIGTERM stop all of
-    them; the same jobs given again continue."""
+    any failed: the others are run all the same, but for those that need it. Ctrl-C stops all of them."""
     waiting = [job for job in todo if not is_done(job.out)]
     total = len(waiting)
     running = {}  # process -> (job, when it was started)
-    failed = []  # their logs
+    failed = []  # logs
     try:
         while waiting or running:
             ready = [job for job in waiting if all(map(is_done, job.needs))]
@@ -225,10 +224,9 @@ def run_jobs(todo, at_once):
             if not running:  # what is left needs what has failed
                 break
             time.sleep(1)
-            for process in [process for process in running if process.poll() is not None]:
+            for process in [own for own in running if own.poll() is not None]:
                 job, began = running.pop(process)
-                add_seconds(job, began)
-                said = f"{without_root(job.out)}: {time.time() - began:.0f}s"
+                said = f"{without_root(job.out)}: {add_seconds(job, began):.0f}s"
                 if process.returncode:
                     failed.append(f"{job.out}/log.txt")
                     said += ", failed"
@@ -249,20 +247,16 @@ def run_jobs(todo, at_once):
 
 
 def add_seconds(job, began):
-    """Into seconds.json, the sum over all starts of a job."""
+    """Into seconds.json, the sum over all starts of a job -> the seconds of this one."""
     path = os.path.join(job.out, "seconds.json")
-    run.write_json(path, time.time() - began + run.read_json(path, 0))
+    seconds = time.time() - began
+    run.write_json(path, seconds + run.read_json(path, 0))
+    return seconds
 
 
 # ============================================================ what is kept of runs
-# Words of commands that have changed since a record was kept, and mean the same: (pattern, word of today).
-RENAMED = [
-    (r"(?<![\w/])baselines\.py", "results/baselines.py"),
-    (r"--group\b", "--num-generations"),
-    (r"--rows\b", "--gen-batch-size"),
-    (r"--tokens-per-forward\b", "--micro-batch-tokens"),
-    (r"--latent other\b", "--latent shuffled"),
-]
+RENAMED = {"baselines.py": "results/baselines.py", "--group": "--num-generations", "--rows": "--gen-batch-size",
+           "--tokens-per-forward": "--micro-batch-tokens", "--latent other": "--latent shuffled"}
 
 
 def kept_records(table):
@@ -271,11 +265,10 @@ def kept_records(table):
     if not os.path.exists(path):
         return {}
     with open(path, encoding="utf-8") as file:
-        records = [json.loads(line) for line in file]
-    for record in records:
-        for pattern, now in RENAMED:
-            record["commands"] = [re.sub(pattern, now, command) for command in record["commands"]]
-    return {record["run"]: record for record in records}
+        text = file.read()
+    for old, new in RENAMED.items():
+        text = re.sub(rf"(?<=[ \"]){old}(?=[ \"])", new, text)
+    return {record["run"]: record for record in map(json.loads, text.splitlines())}
 
 
 def records_of(table, seeds):
@@ -303,12 +296,8 @@ def keep(table, records):
     """Writes them into results/runs-TABLE.jsonl, beside those of other seeds."""
     own = {record["run"]: record for record in records.values()}
     records = own | kept_records(table) | own  # a run that is here replaces its kept record
-    lines = [json.dumps(record, separators=(",", ":")) for record in records.values()]
-    run.write_text(os.path.join(HERE, f"runs-{table}.jsonl"), "\n".join([*lines, ""]))
-
-
-def without_root(text):
-    return text.replace(ROOT + os.sep, "")
+    lines = [json.dumps(record, separators=(",", ":")) + "\n" for record in records.values()]
+    run.write_text(os.path.join(HERE, f"runs-{table}.jsonl"), "".join(lines))
 
 
 def measured(out):
@@ -319,11 +308,9 @@ def measured(out):
         for numbers in row.get("per_example", {}).values():  # 1 takes less room in the file than 1.0
             numbers[:] = [int(x) if isinstance(x, float) and x == int(x) else x for x in numbers]
         row.update({key: without_root(row[key]) for key in ("name", "model") if key in row})
-    return {
-        "made": time.strftime("%Y-%m-%d", time.gmtime(os.path.getmtime(out))),
-        "sampled": tokens_sampled(out),
-        "run_seconds": run.read_json(os.path.join(out, "seconds.json")),
-        "rows": rows}
+    made = time.strftime("%Y-%m-%d", time.gmtime(os.path.getmtime(out)))
+    seconds = run.read_json(os.path.join(out, "seconds.json"))
+    return {"made": made, "sampled": tokens_sampled(out), "run_seconds": seconds, "rows": rows}
 
 
 def tokens_sampled(out):
@@ -332,9 +319,8 @@ def tokens_sampled(out):
         return None
     config = run.read_json(os.path.join(out, "config.json"))
     with open(os.path.join(out, "metrics.jsonl")) as file:
-        steps = [json.loads(line) for line in file]
-    batches = steps[:: config.get("minibatches", 1)]  # each step of a batch says the same of its rollouts
-    per_rollout = sum(step["text_tokens"] + step["latent_steps"] for step in batches)
+        steps = list(map(json.loads, file))[:: config.get("minibatches", 1)]  # all of a batch say the same
+    per_rollout = sum(step["text_tokens"] + step["latent_steps"] for step in steps)
     return per_rollout * config["prompts"] * config["num_generations"]
 
 
@@ -344,8 +330,8 @@ SAMPLED = {"paper": "the paper's sampling", "trained": "temperature 1"}
 
 def rows_in(records, table, source, seeds):
     """[(seed, row)] of the runs of that name that are there."""
-    found = [(seed, records.get(directory(table, source, seed))) for seed in seeds]
-    return [(seed, row) for seed, record in found if record for row in record["rows"]]
+    return [(seed, row) for seed in seeds
+            for row in records.get(directory(table, source, seed), {"rows": []})["rows"]]
 
 
 def rows_of(records, table, seeds):
@@ -355,12 +341,10 @@ def rows_of(records, table, seeds):
     methods = TABLES[table].methods
     places = {method: f"out/results/{table}/{method}-SEED" for _, method, _ in methods}
     for name, method, command in methods:
-        sources = [f"{method}-{kind}" for kind, _ in TABLES[table].evaluations]
-        if command.startswith("results/baselines.py"):
-            sources = [method]
+        is_baseline = command.startswith("results/baselines.py")
+        sources = [method] if is_baseline else [f"{method}-{kind}" for kind, _ in TABLES[table].evaluations]
         for seed, row in (own for source in sources for own in rows_in(records, table, source, seeds)):
-            is_trained = not command.startswith("eval.py")
-            training = records.get(directory(table, method, seed), {}) if is_trained else {}
+            training = records.get(directory(table, method, seed), {})  # none of eval.py's
             cost = {"sampled": training.get("sampled"), "run_seconds": training.get("run_seconds"),
                     "command": f"python {command.format(**places)}" if training else ""}
             kind = row["sampling"] if row["split"] == "test" else "train"
@@ -399,17 +383,9 @@ def controls_of(records, table, seeds):
 
 def lengths_of(records, seeds):
     """-> [row for the picture]: methods at each length of the chain, at the paper's sampling."""
-    found = []
-    for (name, method, _), length in itertools.product(METHODS, LENGTHS):
-        if rows := rows_in(records, "tiny", f"{method}-length-{length}", seeds):
-            found.append({"method": name, "length": length, **mean_of(dict(rows))})
-    return found
-
-
-def latents_of(records, seeds):
-    """{name in the table: [what latents.py found in each seed's run]}"""
-    found = {name: rows_in(records, "tiny", f"{method}-read", seeds) for name, method, _ in METHODS}
-    return {name: [row for _, row in rows] for name, rows in found.items() if rows}
+    return [{"method": name, "length": length, **mean_of(dict(rows))}
+            for (name, method, _), length in itertools.product(METHODS, LENGTHS)
+            if (rows := rows_in(records, "tiny", f"{method}-length-{length}", seeds))]
 
 
 # ============================================================ from means to Markdown
@@ -424,10 +400,8 @@ def markdown(title, rows):
     """rows: {name: {heading: cell}} -> Markdown, with the columns in which any row has something."""
     headings = [heading for heading in max(rows.values(), key=len, default={})
                 if any(cells.get(heading) for cells in rows.values())]
-    lines = [[title, *headings], *([name, *(cells.get(heading, "") for heading in headings)]
-                                   for name, cells in rows.items())]
-    top, *others = [f"| {' | '.join(line)} |" for line in lines]
-    return "\n".join([top, "|" + "---|" * (1 + len(headings)), *others])
+    return stats.markdown([title, *headings], [[name, *(cells.get(heading, "") for heading in headings)]
+                                               for name, cells in rows.items()])
 
 
 def methods_table(table, found):
@@ -453,17 +427,14 @@ def methods_table(table, found):
 
 
 def costs_table(table, found):
-    def cells(row):
-        return {
-            "tokens by seed": in_cell(row["tokens_by_seed"], 1),
-            "GFLOP an answer": in_cell(row["flops"], 3, 1e9),
-            "s alone": in_cell(row["seconds_alone"], 2),
-            "M tokens sampled in RL": in_cell(row["sampled"], 2, 1e6),
-            "s in all": in_cell(row["run_seconds"], 0),
-            "command": row["command"] and f"`{row['command']}`"}
-
-    rows = {name: cells(kinds["paper"]) for name, kinds in found.items()}
-    return markdown(f"{TABLES[table].task}, what it took", rows)
+    return markdown(f"{TABLES[table].task}, what it took", {name: {
+        "tokens by seed": in_cell(row["tokens_by_seed"], 1),
+        "GFLOP an answer": in_cell(row["flops"], 3, 1e9),
+        "s alone": in_cell(row["seconds_alone"], 2),
+        "M tokens sampled in RL": in_cell(row["sampled"], 2, 1e6),
+        "s in all": in_cell(row["run_seconds"], 0),
+        "command": row["command"] and f"`{row['command']}`"}
+        for name, row in ((name, kinds["paper"]) for name, kinds in found.items())})
 
 
 PLAINLY = {
@@ -495,19 +466,19 @@ def controls_table(table, controls, kind):
 def headline(found, controls):
     """The README's first table: the claim, and beside it the rows that it has to be read with."""
     rows = {}
-    for name in HEADLINE:
-        rows[name] = found[name]["paper"] if name in found else None
+    for name in (name for name in HEADLINE if name in found):
+        rows[name] = found[name]["paper"]
         if name == stats.OURS and "latents: shuffled" in controls:
             rows[".. with shuffled latents"] = mean_of(controls["latents: shuffled"])
     return markdown(f"plot holes, tiny world, {SAMPLED['paper']}", {
         name: {"accuracy": in_cell(row["accuracy"], 3), "tokens": in_cell(row["tokens"], 1)}
-        for name, row in rows.items() if row})
+        for name, row in rows.items()})
 
 
 # ============================================================ tables and pictures
 def tables_of(table, records, seeds):
     """-> ({mark on a page: Markdown}, {method: {kind: its means}})"""
-    score, digits, points = TABLES[table].score, TABLES[table].digits, TABLES[table].points
+    *_, score, digits, points = TABLES[table]
     rows = rows_of(records, table, seeds)
     found = {name: {kind: mean_of(own) for kind, own in kinds.items()} for name, kinds in rows.items()}
     controls = controls_of(records, table, seeds)
@@ -522,20 +493,19 @@ def tables_of(table, records, seeds):
                                                   score.removesuffix(", %"))
     if table == "tiny":
         texts["headline"] = headline(found, controls.get("paper", {}))
-        if latents := latents_of(records, seeds):
-            texts["latents-tiny"] = read_latents.table(latents)
+        read = {name: rows_in(records, table, f"{method}-read", seeds) for name, method, _ in METHODS}
+        if any(read.values()):
+            texts["latents-tiny"] = latents.table({name: own for name, own in read.items() if own})
     return {mark: text for mark, text in texts.items() if text}, found
 
 
 def into_pages(name, text):
     """Puts text between the marks <!-- NAME --> and <!-- /NAME --> wherever they stand."""
-    block = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- /{re.escape(name)} -->)", re.DOTALL)
+    block = re.compile(rf"(?s)(<!-- {re.escape(name)} -->\n).*?(<!-- /{re.escape(name)} -->)")
     for path in (os.path.join(ROOT, "README.md"), *glob.glob(os.path.join(HERE, "*.md"))):
         with open(path, encoding="utf-8") as file:
             page = file.read()
-        changed = block.sub(lambda marks: f"{marks[1]}{text}\n{marks[2]}", page)
-        if changed != page:
-            run.write_text(path, changed)
+        run.write_text(path, block.sub(lambda marks: f"{marks[1]}{text}\n{marks[2]}", page))
 
 
 def write_tables(table, seeds):
@@ -548,12 +518,11 @@ def write_tables(table, seeds):
     for name, text in texts.items():
         into_pages(name, text)
         print(f"{text}\n")
-    score = TABLES[table].score
     if table.startswith("tiny"):
         drawn = {name: found[name]["paper"] for name in HEADLINE if name in found}
-        draw(plots.curve, drawn, f"curve-{table}", score)
+        draw(plots.curve, drawn, f"curve-{table}", TABLES[table].score)
     if table == "tiny" and (lengths := lengths_of(records, seeds)):
-        draw(plots.by_length, lengths, "lengths-tiny", score)
+        draw(plots.by_length, lengths, "lengths-tiny")
 
 
 def draw(function, rows, name, *more):
@@ -564,19 +533,15 @@ def draw(function, rows, name, *more):
 
 
 # ============================================================ the script
-def parse_arguments():
+def main():
     ap = run.parser(__doc__)
     ap.add_argument("--only", nargs="+", metavar="TABLE", choices=list(TABLES),
-                    help=f"of {', '.join(TABLES)} (default: with --tables all, else the tiny world's)")
-    ap.add_argument("--seeds", nargs="+", type=int, metavar="N", help="default 0 1 2, of real weights 0")
-    ap.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at a time (default 2)")
+                    help=f"of {', '.join(TABLES)} [with --tables all, else the tiny world's]")
+    ap.add_argument("--seeds", nargs="+", type=int, metavar="N", help="[0 1 2, of real weights 0]")
+    ap.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at a time [2]")
     ap.add_argument("--list", action="store_true", help="print the commands and run nothing")
     ap.add_argument("--tables", action="store_true", help="run nothing, write the tables of what is there")
-    return ap.parse_args()
-
-
-def main():
-    args = parse_arguments()
+    args = ap.parse_args()
     names = args.only or [name for name in TABLES if args.tables or name.startswith("tiny")]
     seeds = {name: args.seeds or TABLES[name].seeds for name in names}
     todo = [job for name in names for seed in seeds[name] for job in jobs_of(name, seed)]

@@ -6,6 +6,7 @@ import functools
 import numpy as np
 
 from lib.display import what_differs
+from lib.run import if_finite
 from lib.stats import judge, sign_flips, wilson
 
 BASE, RL, FREE = "base, explicit reasoning", "RL without latents", "LiteReason"
@@ -67,27 +68,22 @@ def drawn_means(arrays, seed=0, resamples=10000):
     All seeds answer the same stories, so one draw of stories serves all seeds of a resample (Owen's
     pigeonhole bootstrap). Of S seeds S - 1 are drawn, which makes the variance of a mean of few seeds
     unbiased (Rao and Wu). Even so, where three seeds differ by much more than chance the interval holds the
-    truth in four of five cases, not in 95 of 100 (tests/test_stats.py); with one seed it counts stories only.
-    """
-    means = [[((seeds @ array) * stories).sum(1) for array in arrays]
-             for seeds, stories in _draws(*arrays[0].shape, seed, resamples)]
-    return np.concatenate(means, axis=1)
+    truth in four of five cases, not in 95 of 100 (tests/test_stats.py); one seed counts stories only."""
+    draws = _draws(*arrays[0].shape, seed, resamples)
+    return np.concatenate([[((seeds @ array) * stories).sum(1) for array in arrays]
+                           for seeds, stories in draws], axis=1)
 
 
 @functools.lru_cache(maxsize=4)
 def _draws(n_seeds, n_stories, seed, resamples):
     """Weights of seeds and stories, in blocks of 500 resamples. All tables ask for the same ones."""
     generator = np.random.default_rng(seed)
-
-    def weights(n, n_drawn):
-        return generator.multinomial(n_drawn, np.full(n, 1 / n), 500) / n_drawn
-
-    return [(weights(n_seeds, max(1, n_seeds - 1)), weights(n_stories, n_stories))
+    wanted = [(n_seeds, max(1, n_seeds - 1)), (n_stories, n_stories)]  # how many there are and are drawn
+    return [[generator.multinomial(drawn, np.full(n, 1 / n), 500) / drawn for n, drawn in wanted]
             for _ in range(resamples // 500)]
 
 
-def middle(draws):
-    """The 95 % in the middle of what was drawn."""
+def middle(draws):  # the 95 % in it
     return np.quantile(draws, [0.025, 0.975]).tolist()
 
 
@@ -95,10 +91,10 @@ def interval(array):
     """95 % interval of the mean of (S, N), over seeds and stories. Of stories that are right or wrong it is
     nowhere narrower than Wilson's for one seed's number of stories: near 0 and 1 little else is drawn."""
     low, high = middle(drawn_means([array])[0])
-    if not np.isin(array, (0, 1)).all():
-        return [low, high]
-    lowest, highest = wilson(float(array.mean()), array.shape[1])
-    return [min(low, lowest), max(high, highest)]
+    if np.isin(array, (0, 1)).all():
+        lowest, highest = wilson(float(array.mean()), array.shape[1])
+        low, high = min(low, lowest), max(high, highest)
+    return [low, high]
 
 
 def interval_by_book(scores, books, resamples=10000):
@@ -119,8 +115,7 @@ def interval_of_gain(ours, theirs, ours_drawn, theirs_drawn):
     return middle(ours_drawn - theirs_drawn)
 
 
-def shared_seeds(*methods):
-    """Of several {seed: row} of the same stories."""
+def shared_seeds(*methods):  # of several {seed: row}
     return sorted(set.intersection(*map(set, methods)))
 
 
@@ -161,11 +156,9 @@ def against_plain(controls):
 
 
 STATISTICS = {  # name: (function of the methods' means, of what, unit as printed)
-    "gain kept": (lambda ours, rl, base: np.where(rl > base, (ours - base) / (rl - base), np.nan), "score",
-                  "%"),
+    "gain kept": (lambda x, rl, base: np.where(rl > base, (x - base) / (rl - base), np.nan), "score", "%"),
     "tokens saved": (lambda ours, theirs: 1 - ours / theirs, "tokens", "%"),
-    "accuracy gained": (lambda ours, theirs: ours - theirs, "score", "points"),
-}
+    "accuracy gained": (lambda ours, theirs: ours - theirs, "score", "points")}
 
 
 def claims(methods, scale=1):
@@ -178,8 +171,8 @@ def claims(methods, scale=1):
         names = {name for _, of, _ in tests for name in of}
         if names <= set(methods) and shared_seeds(*(methods[name] for name in names)):
             measured = [measure(methods, *test, scale) for test in tests]
-            ranks = [order.index(test["met"]) for test in measured]
-            met = order[max(ranks) if needed == "all" else min(ranks)]
+            worst_or_best = max if needed == "all" else min
+            met = worst_or_best((test["met"] for test in measured), key=order.index)
             found.append({"claim": words, "needed": needed, "tests": measured, "met": met})
     return found
 
@@ -195,40 +188,44 @@ def measure(methods, statistic, names, more_than, scale=1):
     with np.errstate(divide="ignore", invalid="ignore"):
         value = float(function(*(array.mean() for array in arrays)))
         draws = function(*means)
+    ci95 = middle(draws) if np.isfinite(draws).all() else None
     if statistic == "accuracy gained":
         ci95 = interval_of_gain(*arrays, *means)
-    else:
-        ci95 = middle(draws) if np.isfinite(draws).all() else None
     met = "not met"
     if value > more_than:
         met = "met" if ci95 and ci95[0] > more_than else "met by the mean only"
-    value = value if np.isfinite(value) else None
-    return {"statistic": statistic, "seeds": seeds, "value": value, "ci95": ci95, "more_than": more_than,
-            "unit": unit, "met": met}
+    return {"statistic": statistic, "seeds": seeds, "value": if_finite(value), "ci95": ci95,
+            "more_than": more_than, "unit": unit, "met": met}
 
 
 # ============================================================ as Markdown
+def markdown(headings, rows):
+    """Lists of cells -> a table."""
+    top, *lines = [f"| {' | '.join(cells)} |" for cells in (headings, *rows)]
+    return "\n".join([top, f"|{'---|' * len(headings)}", *lines])
+
+
 def differences_table(found, sampled, digits=3):
     """found: from `differences`; sampled: in words; digits: of accuracies."""
-    lines = [f"| compared with, {sampled} | accuracy gained | 95 % interval | Holm's p | tokens gained | "
-             "95 % interval | Holm's p | tokens saved, % | 95 % interval | differs in |", f"|{'---|' * 10}"]
+    rows = []
     for own in found:
         cells = [f"{own['ours']}: {own['theirs']}"]
         for what, form in (("accuracy", f"+.{digits}f"), ("tokens", "+.1f")):
-            interval_in_words = in_words(own[f"{what}_ci95"], form)
-            cells += [f"{own[what]:{form}}", interval_in_words, f"{own[f'{what}_holm']:.2g}"]
+            cells += [f"{own[what]:{form}}", in_words(own[f"{what}_ci95"], form)]
+            cells += [f"{own[f'{what}_holm']:.2g}"]
         saved = [100 * end for end in own["tokens_saved_ci95"]]
-        cells += [f"{100 * own['tokens_saved']:.1f}", in_words(saved, ".1f"), what_differs(own)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([*cells, f"{100 * own['tokens_saved']:.1f}", in_words(saved, ".1f"), what_differs(own)])
+    tested = ["95 % interval", "Holm's p"]
+    return markdown([f"compared with, {sampled}", "accuracy gained", *tested, "tokens gained", *tested,
+                     "tokens saved, %", "95 % interval", "differs in"], rows)
 
 
 def claims_table(found, sampled):
     """found: from `claims`; sampled: in words."""
     lines = [f"| claim, {sampled} | measured | criterion | |", "|---|---|---|---|"]
     for own in found:
-        joined = f" {'and' if own['needed'] == 'all' else 'or'} "
-        measured = joined.join(in_its_unit(test) for test in own["tests"])
+        joined = " and " if own["needed"] == "all" else " or "
+        measured = joined.join(map(in_its_unit, own["tests"]))
         criterion = joined.join(f"{test['statistic']} over {100 * test['more_than']:.0f} {test['unit']}"
                                 for test in own["tests"])
         lines.append(f"| {own['claim']} | {measured} | {criterion} | **{own['met']}** |")

@@ -11,8 +11,7 @@ import pytest
 import torch
 from conftest import close, tag
 
-from data import SPLITS, flawed_fictions as ff, next_chapter as nc, perplexity
-from data.duplicates import find_clusters
+from data import SPLITS, find_clusters, flawed_fictions as ff, next_chapter as nc, perplexity, words_of
 from data.flawed_fictions import prepare as ff_prepare
 from data.next_chapter import prepare as nc_prepare
 from litereason import UserError, parse_tags

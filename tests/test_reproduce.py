@@ -162,8 +162,7 @@ def test_tables_are_written_from_runs_and_made_again_and_get_rows_where_the_runs
     assert by_seed(world)["LiteReason"] == "0.750" and "/litereason-0" in kept.read_text()
 
 
-def test_records_and_runs_of_another_command_are_refused_and_renamed_words_are_those_of_today(
-        world, monkeypatch):
+def test_records_and_runs_of_another_command_are_refused(world, monkeypatch):
     reproduce.write_tables("tiny", [0, 1])
     leave(world / "out" / "results" / "tiny" / "rl-0", command_json='["train_rl.py", "--steps", "1"]')
     monkeypatch.setattr("sys.argv", ["reproduce.py", "--tables", "--only", "tiny", "--seeds", "0"])
@@ -178,12 +177,6 @@ def test_records_and_runs_of_another_command_are_refused_and_renamed_words_are_t
     with pytest.raises(UserError, match="was made with '.*--steps 96.*', not with '.*--steps 97"):
         reproduce.write_tables("tiny", [0])
     assert kept.read_text() == text
-
-    then = "python baselines.py --group 6 --rows 9 --tokens-per-forward 8 --latent other --refresh-share 1"
-    kept.write_text(json.dumps({"run": "old", "commands": [then]}))
-    assert reproduce.kept_records("tiny")["old"]["commands"] == [
-        "python results/baselines.py --num-generations 6 --gen-batch-size 9 --micro-batch-tokens 8 "
-        "--latent shuffled --refresh-share 1"]
 
 
 # ---------------------------------------------------------------- jobs

@@ -16,8 +16,7 @@ def examples(split):
 
 
 def prompt(example, latent):
-    """The question and the story as text, without a chat template; with `latent`, the offer of the tag
-    before the story."""
+    """What the policy reads, without a chat template; with `latent`, the offer of the tag."""
     return f"""A story has a continuity error if it contradicts itself: something happens, is said, or is \
 the case that cannot be true together with what the story established earlier. Read the story below and \
 decide whether it has such an error.
@@ -63,14 +62,12 @@ def reward(example, completion):
 def report(examples, completions):
     """Precision, recall and F1 (an error is the positive class; 0 where undefined), the accuracy of always
     giving the commoner answer, and the share without a verdict."""
-    verdicts = [verdict(completion) for completion in completions]
+    verdicts = list(map(verdict, completions))
     labels = [example["label"] for example in examples]
     hits = sum(said is True and label for said, label in zip(verdicts, labels))
-    precision = hits / max(1, verdicts.count(True))
-    recall = hits / max(1, labels.count(True))
+    precision, recall = (hits / max(1, of.count(True)) for of in (verdicts, labels))
     return {
-        "precision": precision,
-        "recall": recall,
+        "precision": precision, "recall": recall,
         "f1": 2 * precision * recall / max(1e-9, precision + recall),
         "majority_accuracy": max(labels.count(True), labels.count(False)) / len(labels),
         "no_verdict": verdicts.count(None) / len(verdicts)}

@@ -21,8 +21,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 
 import numpy as np
 
-from data import SPLITS, line_ends, read_rows, some, write_splits
-from data.duplicates import find_clusters
+from data import SPLITS, find_clusters, line_ends, read_rows, some, write_splits
 from lib import UserError, run
 
 REPO = "kahuja/flawed-fictions"
@@ -62,13 +61,12 @@ def as_lines(value):
         with suppress(ValueError):
             value = json.loads(value)
     lines = value if isinstance(value, list) else str(value).split("\n")
-    return [line for line in (clean(str(line)) for line in lines) if line]
+    return [line for line in map(clean, map(str, lines)) if line]
 
 
 def load_stories(paths):
     """Rows of the files, cleaned: [{story, label, ..}]; UserError with file and line for a malformed one."""
-    stories = []
-    empty = []  # where they are
+    stories, empty = [], []  # empty: where they are
     endings = Counter()  # label -> stories that have an ending which gives it away
     for where, row in [one for path in paths for one in read_rows(path)]:
         if not isinstance(row.get("story"), str) or "cont_error" not in row:
@@ -78,12 +76,11 @@ def load_stories(paths):
         if spelled not in LABELS:
             raise UserError(f"{where}: cont_error is {spelled!r}; expected 0 or 1, true or false, yes or no")
         whole = clean(row["story"])
-        stripped = strip_ending(whole)
-        if not stripped:
+        example = {"story": strip_ending(whole), "label": LABELS[spelled]}
+        if not example["story"]:
             empty.append(where)
             continue
-        example = {"story": stripped, "label": LABELS[spelled]}
-        endings[example["label"]] += stripped != whole
+        endings[example["label"]] += example["story"] != whole
         if row.get("example_id") not in (None, ""):
             example["example_id"] = row["example_id"]
         if row.get("cont_error_expl"):
@@ -104,7 +101,6 @@ def load_stories(paths):
 def download():
     """The benchmark's main file from the hub -> [path]; one UserError line says what to do without it."""
     from huggingface_hub import HfApi, hf_hub_download
-
     by_hand = f"get the file from https://huggingface.co/datasets/{REPO} and pass it with --from FILE"
     try:
         every = sorted(HfApi().list_repo_files(REPO, repo_type="dataset"))
@@ -123,14 +119,13 @@ def download():
 def split_by_row(labels, seed):
     """A split name per story: 15 % val, 15 % test, the same share of each label."""
     rng = random.Random(seed)
-    split = ["train"] * len(labels)
+    split = {}
     for label in (False, True):
         index = [i for i, own in enumerate(labels) if own == label]
         rng.shuffle(index)
         n = round(0.15 * len(index))
-        for place, i in enumerate(index[: 2 * n]):
-            split[i] = SPLITS[1 + place // n]
-    return split
+        split |= zip(index, ["val"] * n + ["test"] * n + ["train"] * len(index))
+    return [split[i] for i in range(len(labels))]
 
 
 def split_by_cluster(labels, clusters, by_row, seed):
@@ -141,8 +136,7 @@ def split_by_cluster(labels, clusters, by_row, seed):
     for i, cluster in enumerate(clusters):
         members[cluster].append(i)
     for group in members.values():
-        count = Counter(by_row[i] for i in group)
-        home = max(SPLITS, key=lambda name: count[name])  # train where it is a tie
+        home = max(SPLITS, key=[by_row[i] for i in group].count)  # train where it is a tie
         for i in group:
             split[i] = home
 
@@ -161,25 +155,23 @@ def split_by_cluster(labels, clusters, by_row, seed):
 
 def split_as_released(n, seed=42):
     """The released code's rows: shuffled as by the datasets library, then 70, 15 and 15 %."""
-    order = np.random.default_rng(seed).permutation(n)
     size = int(0.15 * n)
-    split = ["train"] * n
-    for place, i in enumerate(order[n - 2 * size :]):
-        split[i] = SPLITS[1 + place // size]
-    return split
+    names = ["train"] * (n - 2 * size) + ["val"] * size + ["test"] * size
+    places = np.random.default_rng(seed).permutation(n).argsort()
+    return [names[place] for place in places]
 
 
 # ============================================================ the script
 def main():
     parser = run.parser(__doc__)
-    parser.add_argument("--from", dest="files", nargs="+", metavar="FILE",
-                        help="local jsonl, json, csv or parquet files (default: download the benchmark)")
-    parser.add_argument("--out", default=os.path.dirname(os.path.abspath(__file__)), metavar="DIR",
-                        help="where the three files go (default: beside this script)")
-    parser.add_argument("--split", default="cluster", choices=["cluster", "paper"], help="cluster: "
-                        "near-duplicates stay together; paper: the released rows (default cluster)")
-    parser.add_argument("--seed", type=int, default=0,
-                        help="of the cluster split; the paper's is fixed at 42 (default 0)")
+    add = parser.add_argument
+    add("--from", dest="files", nargs="+", metavar="FILE",
+        help="local jsonl, json, csv or parquet files (default: download the benchmark)")
+    add("--out", default=os.path.dirname(os.path.abspath(__file__)), metavar="DIR",
+        help="where the three files go (default: beside this script)")
+    add("--split", default="cluster", choices=["cluster", "paper"],
+        help="cluster: near-duplicates stay together; paper: the released rows (default cluster)")
+    add("--seed", type=int, default=0, help="of the cluster split; the paper's is fixed at 42 (default 0)")
     args = parser.parse_args()
     stories = load_stories(args.files or download())
     labels = [story["label"] for story in stories]
@@ -187,11 +179,9 @@ def main():
     sizes = [n for n in Counter(clusters).values() if n > 1]
     print(f"{len(stories)} stories, {sum(labels)} with an error; {sum(sizes)} of them have near-duplicates "
           f"(8 words in a row), in {len(sizes)} clusters of up to {max(sizes, default=1)}")
+    split = split_by_cluster(labels, clusters, split_by_row(labels, args.seed), args.seed)
     if args.split == "paper":
         split = split_as_released(len(stories))
-    else:
-        split = split_by_cluster(labels, clusters, split_by_row(labels, args.seed), args.seed)
-
     examples = {name: [] for name in SPLITS}
     for story, cluster, name in zip(stories, clusters, split):
         examples[name].append({**story, "cluster": cluster})

@@ -30,27 +30,27 @@ settings = {
 POSITIONS = 2**15  # that the scorer reads at once, at most; changes memory, not results
 MEASURE = "reward"  # what a score of this task is called
 ANSWER = "In summary:"  # what follows is the plan, the only part that the scorer reads
-FIELDS = {  # optional: field of an example -> its heading in the prompt, in this order
+FIELDS = {  # field of an example -> its heading in the prompt, in this order; all but the story are optional
     "high_level_plan": "The plan of the whole book",
     "character_sheets": "The characters",
-    "prior_summary": "Summary of the earlier chapters"}
+    "prior_summary": "Summary of the earlier chapters",
+    "story": "The story so far",
+    "next_synopsis": "Synopsis of the next chapter",
+    "title": "Title of the next chapter"}
 PLAN_HEADING = "\n\n# Detailed plan of the next chapter\n\n"
 CHAPTER_HEADING = "\n\n# The next chapter\n\n"
 
 
 def examples(split):
-    """[{book, number, story (before), chapter (the true next one), split, title and FIELDS where known}]."""
+    """[{book, number, story (before), chapter (the true next one), split, other FIELDS where known}]."""
     return [{**row, "split": split} for row in read_split("next_chapter", split)]
 
 
 # ============================================================ prompts
 def sources(example):
     """Everything known before the chapter, one heading each; what a book does not have is left out."""
-    sections = [(heading, example.get(field)) for field, heading in FIELDS.items()]
-    sections.append(("The story so far", example["story"]))
-    sections.append(("Synopsis of the next chapter", example.get("next_synopsis")))
-    sections.append(("Title of the next chapter", example.get("title")))
-    return "\n\n".join(f"# {heading}\n\n{text}" for heading, text in sections if text)
+    return "\n\n".join(f"# {heading}\n\n{example[field]}" for field, heading in FIELDS.items()
+                       if example.get(field))
 
 
 def prompt(example, latent):
@@ -121,34 +121,32 @@ def scoring_row(model, tokenizer, example, plan, chapter):
     return Rollout(known, planned + heading + own, no_latents), len(own)
 
 
+@torch.no_grad()
 def perplexities(batch):
     """Per-token perplexity of chapters under the scorer. batch: [(example, plan, chapter)] -> floats."""
     if not batch:
         return []
     model, tokenizer = settings["scorer"]
-    rows = [scoring_row(model, tokenizer, *one) for one in batch]
-    longest = max(len(rollout.prompt_ids) + len(rollout.slots) for rollout, _ in rows)
+    rollouts, lengths = zip(*(scoring_row(model, tokenizer, *one) for one in batch))
+
+    def read(positions):
+        results = []
+        for part in scoring.pack(rollouts, positions):
+            logp, _ = logprobs(model, [rollouts[i] for i in part])  # (B, S)
+            for own, i in zip(logp, part):
+                end = len(rollouts[i].slots)
+                results.append(math.exp(-float(own[end - lengths[i] : end].double().mean())))
+        return results
+
+    longest = max(len(rollout.prompt_ids) + len(rollout.slots) for rollout in rollouts)
     positions = min(POSITIONS, memory.positions_that_fit(model, longest))
-    return decoder.once_more_in_halves(model, lambda n: _perplexities(model, rows, n), positions, "positions",
-                                       longest)
-
-
-def _perplexities(model, rows, positions):
-    results = []
-    with torch.no_grad():
-        for part in scoring.pack([rollout for rollout, _ in rows], positions):
-            some = [rows[i] for i in part]
-            logp, _ = logprobs(model, [rollout for rollout, _ in some])  # (B, S)
-            for own_logp, (rollout, n) in zip(logp, some):
-                end = len(rollout.slots)
-                results.append(math.exp(-float(own_logp[end - n : end].double().mean())))
-    return results
+    return decoder.once_more_in_halves(model, read, positions, "positions", longest)
 
 
 def unaided(pairs):
     """Perplexities without a plan of [(example, chapter)] -> floats. A step's rollouts share their prompts:
     each pair is read once."""
-    keys = [(chapter_prompt(example), chapter) for example, chapter in pairs]
+    keys = [(sources(example), chapter) for example, chapter in pairs]
     different = {key: (example, "", chapter) for key, (example, chapter) in zip(keys, pairs)}
     known = dict(zip(different, perplexities(list(different.values()))))
     return [known[key] for key in keys]
@@ -161,8 +159,7 @@ def _chapters(folder, split):
     return [(work_of(example), example["chapter"]) for example in examples(split)]
 
 
-def work_of(example):
-    """The book's name; of an edition, that of the first one."""
+def work_of(example):  # the book's name; of an edition, that of the first one
     return example.get("work", example["book"])
 
 
@@ -174,20 +171,18 @@ def draw(example, step):
     rng = random.Random(f"{settings['seed']}/{step}/{example['book']}/{example.get('number')}")
     for split in (example.get("split", "train"), "train"):
         chapters = _chapters(folder("next_chapter"), split)
-        others = [chapter for work, chapter in chapters if work != work_of(example)]
-        if others:
+        if others := [chapter for work, chapter in chapters if work != work_of(example)]:
             return rng.choice(others)
     raise UserError(f"the contrastive reward needs a second book beside {example['book']!r}: prepare more, "
-                    f"or choose the reward vrcli")
+                    "or choose the reward vrcli")
 
 
 def gains(examples, plans, chapters):
     """I in percent, of each plan for each chapter; 0.0 for an empty plan."""
-    planned = [i for i, plan in enumerate(plans) if plan]
-    before = unaided([(examples[i], chapters[i]) for i in planned])
-    after = perplexities([(examples[i], plans[i], chapters[i]) for i in planned])
-    gain = dict(zip(planned, map(improvement, before, after)))
-    return [gain.get(i, 0.0) for i in range(len(plans))]
+    planned = [one for one in zip(examples, plans, chapters) if one[1]]
+    before = unaided([(example, chapter) for example, _, chapter in planned])
+    gained = map(improvement, before, perplexities(planned))
+    return [next(gained) if plan else 0.0 for plan in plans]
 
 
 def rewards(examples, completions):
@@ -211,11 +206,9 @@ def reward(example, completion):
 # ============================================================ what eval.py prints beside the reward
 def plans_of_others(prompts, plans):
     """For each plan that of the next one in the list that has another prompt; "" if there is none."""
-    others = []
-    for i, own in enumerate(prompts):
-        following = zip(prompts[i + 1 :] + prompts[:i], plans[i + 1 :] + plans[:i])
-        others.append(next((plan for prompt, plan in following if prompt != own), ""))
-    return others
+    pairs = list(zip(prompts, plans))
+    return [next((plan for prompt, plan in pairs[i:] + pairs[:i] if prompt != own), "")
+            for i, own in enumerate(prompts)]
 
 
 def report(examples, completions):
@@ -227,13 +220,12 @@ def report(examples, completions):
     by_prompt = {}  # an example's gains, one per sample
     for own, gain in zip(prompts, gains(examples, plans, chapters)):
         by_prompt.setdefault(own, []).append(gain)
-    means = [mean(own) for own in by_prompt.values()]
+    means = list(map(mean, by_prompt.values()))
     center = mean(means)
     variance = sum((m - center) ** 2 for m in means) / max(1, len(means) - 1)
     half = 1.96 * math.sqrt(variance / len(means))
     return {
-        "improvement": center,
-        "improvement_ci95": [center - half, center + half],
+        "improvement": center, "improvement_ci95": [center - half, center + half],
         "improved": mean([m > 0 for m in means]),
         "plan_words": mean([len(plan.split()) for plan in plans]),
         "no_plan": mean([not plan for plan in plans]),

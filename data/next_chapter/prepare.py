@@ -1,7 +1,7 @@
 """Makes train.jsonl, val.jsonl and test.jsonl of the next-chapter task from books that you have.
 
-Every chapter but a book's first becomes an example: what came before it, and the chapter. Books are never
-divided between splits, nor are the editions of one work. What --from takes, files and folders in any mixture:
+Every chapter but a book's first becomes an example: what came before it, and the chapter. Neither books nor
+the editions of one work are divided between splits. What --from takes, files and folders in any mixture:
 
     rows        jsonl, json, csv, parquet: a chapter per row (text, and where known book, chapter, title and
                 FIELDS, below), or a whole tale (sections, a list of texts, and a name in book or story)
@@ -22,12 +22,11 @@ from textwrap import shorten
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 
-from data import SPLITS, line_ends, read_rows, read_text, some, write_splits
-from data.duplicates import find_clusters
+from data import SPLITS, find_clusters, line_ends, read_rows, read_text, some, write_splits
 from lib import UserError, run
 
 # Texts (or lists of them, a paragraph each) that a row may have for the example whose NEXT chapter it is.
-FIELDS = ("high_level_plan", "prior_summary", "character_sheets", "next_synopsis")
+FIELDS = ("high_level_plan", "prior_summary", "character_sheets", "next_synopsis", "title")
 TEXTS = (".txt", ".md", ".markdown")
 ROWS = (".jsonl", ".json", ".csv", ".parquet")
 
@@ -79,12 +78,11 @@ def candidates(text):
         is_wrapped = goes_on and len(before[:-1].rpartition("\n")[2]) > 40  # prose that fills its lines
         marks, bare = DECORATED.fullmatch(" ".join(line.group().split())).groups()
         match = next(filter(None, (pattern.fullmatch(bare) for pattern in PATTERNS)), None)
-        one = {"start": start, "end": end, "level": len(marks), "number": None, "look": None}
+        one = {"start": start, "end": end, "level": len(marks), "number": None, "look": None, "torn": goes_on}
         if match and len(bare) <= 200 and not is_wrapped:
             word, number, title = map(match.groupdict().get, ("word", "number", "title"), ("", "", ""))
             one["number"] = number_of(number) if number else 0 if word.lower() == "prologue" else LAST + 1
             one["called"] = " ".join(re.findall(r"[^\W\d]+", title.lower()))
-            one["torn"] = goes_on
             if not word:
                 one["look"] = len(marks), number.isdigit(), number.isupper(), one["called"] != ""
         if one["number"] is not None or 0 < len(marks) < 4 and len(bare) <= 80:
@@ -102,8 +100,8 @@ def rising(found):
         is_first = n == after["number"] - 1 and n != last["number"]
         is_again = (n, one["called"]) == (last["number"], last["called"])  # the head of a page
         if is_next or is_first or one["look"] is None and not is_again:
-            headings.append(one)
             last = one
+            headings.append(last)
     return headings
 
 
@@ -190,7 +188,7 @@ def chapters_of_row(where, row):
     chapters = [{"text": "\n\n".join(ebooks(text))} for text in texts]
     if "sections" not in row:
         chapters[0]["order"] = order_of(row.get("chapter"))
-        for field in FIELDS + ("title",):
+        for field in FIELDS:
             value = row.get(field) or ""
             whole = "\n\n".join(map(str, value)) if isinstance(value, list) else str(value)
             chapters[0][field] = line_ends(whole).strip()
@@ -199,9 +197,7 @@ def chapters_of_row(where, row):
 
 def files_of(path):
     """[path], or the text and row files of a folder."""
-    if not os.path.isdir(path):
-        return [path]
-    files, others = [], []
+    files, others = [] if os.path.isdir(path) else [path], []
     for base, folders, names in os.walk(path):
         folders.sort()
         for name in sorted(names):
@@ -215,23 +211,22 @@ def files_of(path):
 def collect_books(paths):
     """{book: [chapter, ..]}, all that is in the files; UserError if a book is in two of them."""
     books = {}
-    came_from = {}  # the file or folder of a book
+    came_from = {}  # the file of a book
 
     def add(name, chapters, source):
         if came_from.setdefault(name, source) != source:
             raise UserError(f"the book {name!r} is in {came_from[name]} and in {source}; give one of them "
-                            f"another name")
+                            "another name")
         books.setdefault(name, []).extend(chapters)
 
     for file in [file for path in paths for file in files_of(path)]:
         stem, kind = os.path.splitext(os.path.basename(file))
-        if kind.lower() in ROWS:
-            for where, row in read_rows(file):
-                name, chapters = chapters_of_row(where, row)
-                is_tale = "sections" in row
-                add(name or (where if is_tale else stem), chapters, where if is_tale else file)
-            continue
-        texts = ebooks(read_text(file))
+        is_rows = kind.lower() in ROWS
+        for where, row in read_rows(file) if is_rows else ():
+            name, chapters = chapters_of_row(where, row)
+            is_tale = "sections" in row
+            add(name or (where if is_tale else stem), chapters, where if is_tale else file)
+        texts = [] if is_rows else ebooks(read_text(file))
         for i, text in enumerate(texts, 1):
             name = stem if len(texts) == 1 else f"{stem} {i}"
             add(name, chapters_of_text(text) or [{"text": text}], file)
@@ -240,20 +235,22 @@ def collect_books(paths):
 
 def in_order(name, chapters):
     """Chapters of rows by their numbers; where one repeats or is not there, in the order of the file."""
-    known = {chapter.get("order") for chapter in chapters} - {None}
-    if len(known) == len(chapters):
-        return sorted(chapters, key=lambda chapter: chapter["order"])
-    if known:
+    known = {chapter.get("order"): chapter for chapter in chapters}
+    if None not in known and len(known) == len(chapters):
+        return [known[number] for number in sorted(known)]
+    if known.keys() - {None}:
         print(f"{name}: {len(chapters)} chapters in the order of the file, as numbers repeat or lack")
     return chapters
 
 
 def describe(name, chapters):
     """Says what a text was taken for."""
-    words = [len(chapter["text"].split()) for chapter in chapters]
-    ends = [f"{chapter['title']!r} ({' '.join(chapter['text'].split()[:6])} ..)" for chapter in chapters]
-    print(f"{name}: {len(chapters)} chapters, from {ends[0]} to {ends[-1]}; the longest is "
-          f"{chapters[words.index(max(words))]['title']!r}, {max(words)} of {sum(words)} words")
+    words = [chapter["text"].split() for chapter in chapters]
+    ends = [f"{chapters[i]['title']!r} ({' '.join(words[i][:6])} ..)" for i in (0, -1)]
+    sizes = list(map(len, words))
+    longest = chapters[sizes.index(max(sizes))]["title"]
+    print(f"{name}: {len(chapters)} chapters, from {ends[0]} to {ends[1]}; the longest is {longest!r}, "
+          f"{max(sizes)} of {sum(sizes)} words")
 
 
 def read_books(paths):
@@ -266,8 +263,8 @@ def read_books(paths):
         for chapter in chapters:
             unlike.setdefault(" ".join(chapter["text"].split()), chapter)
         unlike.pop("", None)
-        left_out["chapters, empty (as in a table of contents) or there twice"] += (
-            [name] * (len(chapters) - len(unlike)))
+        repeated = [name] * (len(chapters) - len(unlike))
+        left_out["chapters, empty (as in a table of contents) or there twice"] += repeated
         if len(unlike) < 2:
             left_out["books with fewer than two chapters"].append(name)
         else:
@@ -288,8 +285,8 @@ def make_ruler(name=None):
     """A function text -> (where its units start, tokens per unit): words at 1.3 tokens (a Chinese or Japanese
     character is one), or the tokens of a model's tokenizer."""
     if name is None:
-        words = re.compile(r"[\u2e80-\uffef]|[^\s\u2e80-\uffef]+")
-        return lambda text: ([match.start() for match in words.finditer(text)], 1.3)
+        word = r"[\u2e80-\uffef]|[^\s\u2e80-\uffef]+"
+        return lambda text: ([match.start() for match in re.finditer(word, text)], 1.3)
     from transformers import AutoTokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -304,8 +301,7 @@ def make_ruler(name=None):
     return ruler
 
 
-def length(ruler, text):
-    """Tokens of a text."""
+def length(ruler, text):  # in tokens
     starts, price = ruler(text)
     return len(starts) * price
 
@@ -333,7 +329,7 @@ def first(ruler, text, budget):
     if not text[starts[keep]].isspace() and not rest[-1:].isspace():
         rest = re.sub(r"(^|\s)\S{0,40}$", "", rest)
     at = rest.rfind("\n\n", len(rest) * 4 // 5)
-    return rest[:at].strip() if at > 0 else rest.strip()
+    return rest[: at if at > 0 else None].strip()
 
 
 def make_examples(book, chapters, ruler, story_tokens, chapter_tokens, counts):
@@ -341,18 +337,17 @@ def make_examples(book, chapters, ruler, story_tokens, chapter_tokens, counts):
     examples = []
     sizes = [length(ruler, chapter["text"]) for chapter in chapters]
     for i in range(1, len(chapters)):
-        given = {field: chapters[i].get(field, "") for field in FIELDS + ("title",)}
-        room = story_tokens - sum(length(ruler, given[field]) for field in FIELDS)
+        given = {field: chapters[i].get(field, "") for field in FIELDS}
+        room = story_tokens - sum(length(ruler, given[field]) for field in FIELDS[:-1])
         if room < story_tokens / 4:  # a story of a few words behind long sheets is no story
             counts["unfit"] += 1
             continue
         start = i - 1  # of the chapters before, as many as there is room for
         while start > 0 and sum(sizes[start:i]) < room:
             start -= 1
-        before = "\n\n".join(chapter["text"].strip() for chapter in chapters[start:i])
-        story = newest(ruler, before, room)
-        whole = chapters[i]["text"].strip()
-        chapter = first(ruler, whole, chapter_tokens)
+        *earlier, whole = (chapter["text"].strip() for chapter in chapters[start : i + 1])
+        before = "\n\n".join(earlier)
+        story, chapter = newest(ruler, before, room), first(ruler, whole, chapter_tokens)
         counts["stories cut"] += story != before or start > 0
         counts["chapters cut"] += chapter != whole
         kept = {field: text for field, text in given.items() if text}
@@ -364,7 +359,7 @@ def works_of(books):
     """{book: the name of the first edition of the same work}. Editions have over 1 % of their runs of 8 words
     in common; by chance it is 0.2 % at most."""
     names = list(books)
-    texts = [" ".join(chapter["text"] for chapter in chapters) for chapters in books.values()]
+    texts = [" ".join(one["text"] for one in chapters) for chapters in books.values()]
     work_of = {name: names[cluster] for name, cluster in zip(names, find_clusters(texts, share=0.01))}
     twins = [f"{name} ({work})" for name, work in work_of.items() if name != work]
     if twins:
@@ -383,18 +378,18 @@ def split_works(works, seed):
 # ============================================================ the script
 def main():
     parser = run.parser(__doc__)
-    parser.add_argument("--from", dest="files", nargs="+", required=True, metavar="PATH",
-                        help="files and folders, see above (required, so no default)")
-    parser.add_argument("--out", default=os.path.dirname(os.path.abspath(__file__)), metavar="DIR",
-                        help="where the three files go (default: beside this script)")
-    parser.add_argument("--story-tokens", type=int, default=2048, metavar="N", help="tokens of everything "
-                        "before the chapter; the oldest text is cut first (default 2048)")
-    parser.add_argument("--chapter-tokens", type=int, default=1024, metavar="N",
-                        help="tokens of the chapter that is scored; its end is cut (default 1024)")
-    parser.add_argument("--tokenizer", default=None, metavar="NAME",
-                        help="count with this model's tokenizer: a directory, or OWNER/NAME on the hub "
-                        "(default: 1.3 tokens per word)")
-    parser.add_argument("--seed", type=int, default=0, help="of the split by book (default 0)")
+    add = parser.add_argument
+    add("--from", dest="files", nargs="+", required=True, metavar="PATH",
+        help="files and folders, see above (required, so no default)")
+    add("--out", default=os.path.dirname(os.path.abspath(__file__)), metavar="DIR",
+        help="where the three files go (default: beside this script)")
+    add("--story-tokens", type=int, default=2048, metavar="N",
+        help="of everything before the chapter; the oldest text is cut first (default 2048)")
+    add("--chapter-tokens", type=int, default=1024, metavar="N",
+        help="of the chapter that is scored; its end is cut (default 1024)")
+    add("--tokenizer", metavar="NAME",
+        help="to count with: a directory, or OWNER/NAME on the hub (default: 1.3 tokens per word)")
+    add("--seed", type=int, default=0, help="of the split by book (default 0)")
     args = parser.parse_args()
     if min(args.story_tokens, args.chapter_tokens) < 16:
         raise UserError("--story-tokens and --chapter-tokens must be at least 16")
@@ -404,8 +399,7 @@ def main():
     work_of = works_of(books)
     editions = Counter(work_of.values())  # of each work
     split_of = split_works(editions, args.seed)
-    splits = {split: [] for split in SPLITS}
-    counts = Counter()
+    splits, counts = {split: [] for split in SPLITS}, Counter()
     for name, chapters in books.items():
         examples = make_examples(name, chapters, ruler, args.story_tokens, args.chapter_tokens, counts)
         work = work_of[name]

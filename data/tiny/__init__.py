@@ -25,29 +25,22 @@ OFFER = " or skip with <implicit_thought> number </implicit_thought>"
 
 
 def make_story(rng, hole, hops):
-    """One story of three chains, in which each piece of the map changes hands so many times.
-
-    Returns {story, label, first, asked, chains}: with whom the two halves start (two people), who acts on
-    the map, and, for the readers of prepare.py, through whose hands each half goes."""
+    """One story of three chains, in which each piece of the map changes hands so many times -> {story, label,
+    first, asked, chains}: with whom the two halves start, who acts on the map, and, for the readers of
+    prepare.py, through whose hands each half goes."""
     asked, *others = rng.sample(PEOPLE, 3 * hops + 1)
     chains = [others[i * hops : (i + 1) * hops] for i in range(3)]
     for chain, last in zip(chains, (asked, asked, NOBODY)):
         chain.append(last)
     followed = [chains[0], chains[2 if hole else 1]]
     rng.shuffle(followed)
-    return {
-        "story": events_of(rng, chains),
-        "label": bool(hole),
-        "first": [chain[0] for chain in followed],
-        "asked": asked,
-        "chains": followed}
+    return {"story": events_of(rng, chains), "label": bool(hole), "first": [chain[0] for chain in followed],
+            "asked": asked, "chains": followed}
 
 
 def events_of(rng, chains):
     """What happens in some chains of people, in any order, as text."""
-    events = []
-    for chain in chains:
-        events += [f"from {giver} {taker} has it ." for giver, taker in zip(chain, chain[1:])]
+    events = [f"from {giver} {taker} has it ." for chain in chains for giver, taker in zip(chain, chain[1:])]
     return " ".join(rng.sample(events, len(events)))
 
 
@@ -59,14 +52,12 @@ def split_of(story):
 
 def collect(split, n, make):
     """n different stories of the split; make(number of the next one) -> a story, of any split."""
-    rows = []
-    seen = set()
+    rows = {}  # story -> row
     while len(rows) < n:
         row = make(len(rows))
-        if split_of(row["story"]) == split and row["story"] not in seen:
-            seen.add(row["story"])
-            rows.append(row)
-    return rows
+        if split_of(row["story"]) == split:
+            rows.setdefault(row["story"], row)
+    return list(rows.values())
 
 
 def length_of(number):
@@ -86,10 +77,8 @@ def examples(split, n=None, hops=None):
 
 
 def prompt(example, latent):
-    """The story and the question; with `latent`, the offer of the tag (the paper's prompt in this world's
-    words)."""
-    task = (f"task : find the hole . {example['asked']} acts on the map . "
-            f"think aloud{OFFER if latent else ''} .")
+    """The story and the question; with `latent`, the offer of the tag, as in the paper's prompt."""
+    task = f"task : find the hole . {example['asked']} acts on the map . think aloud{OFFER * bool(latent)} ."
     return f"{example['story']} {task} the halves start with {' and '.join(example['first'])} :"
 
 

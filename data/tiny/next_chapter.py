@@ -27,15 +27,12 @@ def make_story(rng, hops):
     """One story of three chains -> {story, first, chains, chapter}, as in the first task."""
     people = rng.sample(PEOPLE, 3 * hops + 3)
     chains = [people[i * (hops + 1) : (i + 1) * (hops + 1)] for i in range(3)]
-    return {
-        "story": events_of(rng, chains),
-        "first": [chain[0] for chain in chains[:2]],
-        "chains": chains[:2],
-        "chapter": chapter([chain[-1] for chain in chains[:2]])}
+    halves = chains[:2]
+    return {"story": events_of(rng, chains), "first": [chain[0] for chain in halves], "chains": halves,
+            "chapter": chapter([chain[-1] for chain in halves])}
 
 
-def chapter(holders):
-    """The next chapter, if these two have the halves."""
+def chapter(holders):  # if these two have the halves
     return " and ".join(f"{person} brings a half" for person in holders) + " ."
 
 
@@ -58,8 +55,7 @@ def prompt(example, latent):
     return f"{example['story']} {task} the halves start with {' and '.join(example['first'])} :"
 
 
-def gold_plan(example):
-    """The plan that says what the true chapter tells."""
+def gold_plan(example):  # it says what the true chapter tells
     return " and ".join(chain[-1] for chain in example["chains"]) + " ."
 
 
@@ -85,8 +81,7 @@ def scorer():
     return load("tiny")
 
 
-def other_way_round(chapter):
-    """The same chapter, with the other person first."""
+def other_way_round(chapter):  # with the other person first
     first, second = chapter.removesuffix(" .").split(" and ")
     return f"{second} and {first} ."
 
@@ -94,8 +89,8 @@ def other_way_round(chapter):
 def readings(contexts, chapters):
     """Perplexity of each chapter after its context, told the way round that is easier to read."""
     as_told = perplexity(*scorer(), contexts, chapters)
-    other = perplexity(*scorer(), contexts, [other_way_round(chapter) for chapter in chapters])
-    return [min(both) for both in zip(as_told, other)]
+    other = perplexity(*scorer(), contexts, list(map(other_way_round, chapters)))
+    return list(map(min, as_told, other))
 
 
 @functools.cache

@@ -5,9 +5,9 @@ layers, trained from random weights on what readers wrote after the two kinds of
 up one person, not two: a second look-up needs a second position, written or latent.
 
 School comes first: stories told again, then careful readers of chains that grow when the last length is
-mastered. Then come readers with the habits below. Like a pretrained LM the base has then seen good and bad
-reasoning, and samples both; RL can select.
-"""
+mastered. Then come readers with the habits below. The base has then seen good and bad reasoning, and samples
+both; RL can select."""
+import functools
 import os
 import random
 import sys
@@ -55,7 +55,7 @@ def trace(rng, row, latent, school):
     """What one reader writes -> (words, and tuples of two words (blends); whether it has stopped early).
 
     A tag over k rounds has the number k + 1: its shorthand begins with where the reader stands."""
-    rounds = [list(pair) for pair in zip(*row["chains"])]
+    rounds = list(map(list, zip(*row["chains"])))
     asked = row.get("asked")
     last = len(rounds) - 1
     skipping = rng.choice((0.5, 0.95) if school else SKIPPING) if latent else 0.0
@@ -66,14 +66,12 @@ def trace(rng, row, latent, school):
         prejudiced = any(person in CARELESS for person in pair) and rng.random() < PREJUDICED
         return prejudiced or rng.random() < TIRED
 
-    words = []
-    now = 0  # the round where the reader stands
+    words, now = [], 0  # now: the round where the reader stands
     while now < last:
         if rng.random() < skipping:
             then = last if rng.random() < ALL_LEFT else rng.randint(now + 1, last)
             then = min(then, now + MOST - 1)
-            if school and rng.random() < 0.3:
-                then = now + 1
+            then = now + 1 if school and rng.random() < 0.3 else then
             words += [OPEN, str(then - now + 1), CLOSE]
             if school or rng.random() > BARE:
                 blended = rng.random() < (0.8 if school else BLENDED)
@@ -102,9 +100,7 @@ def hole_text(rng, row, latent, school):
 def plan_text(rng, row, latent):
     """(prompt, one reader's answer) of the second task; who stops early names anybody."""
     words, stopped = trace(rng, row, latent, school=False)
-    plan = next_chapter.gold_plan(row)
-    if stopped:
-        plan = " and ".join(rng.sample(tiny.PEOPLE, 2)) + " ."
+    plan = " and ".join(rng.sample(tiny.PEOPLE, 2)) + " ." if stopped else next_chapter.gold_plan(row)
     return next_chapter.prompt(row, latent).split(), words + f"{next_chapter.ANSWER} {plan}".split()
 
 
@@ -116,12 +112,9 @@ def chapter_text(rng, row):
     return next_chapter.chapter_prompt(row, plan).split(), next_chapter.chapter(holders).split()
 
 
-def train_row(rng, make):
+def train_row(make):
     """A story of the train part."""
-    while True:
-        row = make()
-        if tiny.split_of(row["story"]) == "train":
-            return row
+    return next(row for row in iter(make, None) if tiny.split_of(row["story"]) == "train")
 
 
 def three_hands(rng):
@@ -137,11 +130,7 @@ def school_text(rng, hops):
     another order: that is how looking up is learned."""
     if hops > 1 and rng.random() < 0.4:  # shorter chains are not forgotten
         hops = rng.randint(2, hops)
-
-    def make():
-        return tiny.make_story(rng, rng.random() < 0.5, hops) if hops > 1 else three_hands(rng)
-
-    row = train_row(rng, make)
+    row = train_row(lambda: tiny.make_story(rng, rng.random() < 0.5, hops) if hops > 1 else three_hands(rng))
     if hops == 0 or rng.random() < 0.2:
         events = [event + " ." for event in row["story"].split(" .")[:-1]]
         return row["story"].split(), " ".join(rng.sample(events, len(events))).split()
@@ -152,12 +141,12 @@ def later_text(rng):
     """(prompt, continuation) of a reader with habits, of both tasks."""
     kind = rng.choices([*PARTS], PARTS.values())[0]
     if kind in ("hole", "careful"):
-        row = train_row(rng, lambda: tiny.make_story(rng, rng.random() < 0.5, rng.choice(tiny.LENGTHS)))
+        row = train_row(lambda: tiny.make_story(rng, rng.random() < 0.5, rng.choice(tiny.LENGTHS)))
         if kind == "hole":
             return hole_text(rng, row, rng.random() < 0.6, school=False)
         prompt, text = hole_text(rng, row, True, school=True)  # learned at school, and not forgotten
         return tuple(prompt), text
-    row = train_row(rng, lambda: next_chapter.make_story(rng, rng.choice(tiny.LENGTHS)))
+    row = train_row(lambda: next_chapter.make_story(rng, rng.choice(tiny.LENGTHS)))
     return plan_text(rng, row, rng.random() < 0.6) if kind == "plan" else chapter_text(rng, row)
 
 
@@ -191,16 +180,15 @@ def make_batch(vocab, pad, pairs):
     two ids of a position differ where two words are blended. The end after the continuation is learned."""
     rows, learned = [], []
     for prompt, text in pairs:
-        words = list(prompt) + text + [EOS]
-        both = [word if isinstance(word, tuple) else (word, word) for word in words]
+        both = [word if isinstance(word, tuple) else (word, word) for word in [*prompt, *text, EOS]]
         ids = torch.tensor([[vocab[one], vocab[two]] for one, two in both])  # (S, 2)
         rows.append(ids)
         learned.append(ids.clone())
         learned[-1][: len(prompt)] = -100
         if isinstance(prompt, tuple):  # not from these whether something stands behind a tag
             learned[-1][1:][ids[:-1, 0] == vocab[CLOSE]] = -100
-    pad_rows = torch.nn.utils.rnn.pad_sequence
-    return pad_rows(rows, True, pad), pad_rows(learned, True, -100)
+    padded = torch.nn.utils.rnn.pad_sequence
+    return padded(rows, True, pad), padded(learned, True, -100)
 
 
 def forward(model, ids):
@@ -215,35 +203,31 @@ def forward(model, ids):
 def right(vocab, logits, ids, targets):
     """{what: (how many were right, how many there were)} of one batch, teacher-forced."""
     wanted = targets[:, 1:]  # (B, S - 1, 2)
+    word = wanted[..., 0]
     before = ids[:, :-1, 0]
-    two_before = torch.cat([before[:, :1], before[:, :-1]], 1)
-    people = torch.zeros(len(vocab), dtype=torch.bool)
-    people[[vocab[person] for person in tiny.PEOPLE + [tiny.NOBODY]]] = True
-    is_person = people[wanted[..., 0].clamp(min=0)] & (wanted[..., 0] >= 0)
-    is_blend = wanted[..., 0] != wanted[..., 1]
-    top = logits.topk(2).indices.sort(-1).values
-    hit = logits.argmax(-1) == wanted[..., 0]
-    both_hit = (top == wanted.sort(-1).values).all(-1)
+    after_from = torch.cat([before[:, :1], before[:, :-1]], 1) == vocab["from"]  # two words behind it
+    people = torch.tensor([vocab[person] for person in tiny.PEOPLE + [tiny.NOBODY]])
+    is_blend = word != wanted[..., 1]
+    is_person = torch.isin(word, people) & ~is_blend
+    hit = logits.argmax(-1) == word
+    both_hit = (logits.topk(2).indices.sort(-1).values == wanted.sort(-1).values).all(-1)
     kinds = {
-        "look-ups": (hit, is_person & ~is_blend & (two_before == vocab["from"])),
-        "shorthand": (hit, is_person & ~is_blend & people[before] & (two_before != vocab["from"])),
+        "look-ups": (hit, is_person & after_from),
+        "shorthand": (hit, is_person & torch.isin(before, people) & ~after_from),
         "blends": (both_hit, is_blend),
-        "answers": (hit, (wanted[..., 0] == vocab["Yes"]) | (wanted[..., 0] == vocab["No"]))}
+        "answers": (hit, (word == vocab["Yes"]) | (word == vocab["No"]))}
     return {name: (int((ok & where).sum()), int(where.sum())) for name, (ok, where) in kinds.items()}
 
 
 def share(batches, name, last=15):
     """That was right in the last batches, each as `right` returns it."""
-    counts = [batch[name] for batch in batches[-last:]]
-    return sum(ok for ok, _ in counts) / max(1, sum(n for _, n in counts))
+    hits, asked = map(sum, zip(*(batch[name] for batch in batches[-last:])))
+    return hits / max(1, asked)
 
 
 # ============================================================ training
 LR = 1.5e-3  # it falls after school
-
-
-def make_optimizer(model):
-    return torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+make_optimizer = functools.partial(torch.optim.AdamW, betas=(0.9, 0.98), weight_decay=0.01)
 
 
 def has_mastered(recent, hops):
@@ -257,25 +241,23 @@ def has_mastered(recent, hops):
 
 def main():
     parser = run.parser(__doc__)
-    parser.add_argument("--out", metavar="DIR", default=os.path.join(HERE, "base"),
-                        help="for the model (default data/tiny/base: the shipped base is replaced)")
-    parser.add_argument("--most", type=int, metavar="N", default=4000, help="most steps of school, which "
-                        "ends when 95 %% of what is asked there is right (default 4000)")
-    parser.add_argument("--steps", type=int, metavar="N", default=2000,
-                        help="optimiser steps after school (default 2000)")
+    add = parser.add_argument
+    add("--out", metavar="DIR", default=os.path.join(HERE, "base"),
+        help="for the model (default data/tiny/base: the shipped base is replaced)")
+    add("--most", type=int, metavar="N", default=4000,
+        help="most steps of school, which ends when 95 %% of what is asked there is right (default 4000)")
+    add("--steps", type=int, metavar="N", default=2000, help="optimiser steps after school (default 2000)")
     args = parser.parse_args()
     torch.manual_seed(0)
     rng = random.Random(0)
     tokenizer = make_tokenizer()
-    vocab = tokenizer.get_vocab()
-    pad = tokenizer.pad_token_id
+    vocab, pad = tokenizer.get_vocab(), tokenizer.pad_token_id
     model = make_model(len(vocab), pad)
-    optimizer = make_optimizer(model)
+    optimizer = make_optimizer(model.parameters())
 
     model.train()
     began = time.time()
-    hops = 0  # the class at school; 0: stories are told again
-    school = True
+    school, hops = True, 0  # hops: the class at school; 0: stories are told again
     left, step = args.steps, 0
     recent = []  # what was right in each step of this class
     while left > 0:
@@ -288,9 +270,8 @@ def main():
         optimizer.param_groups[0]["lr"] = LR * scale
         ids, targets = make_batch(vocab, pad, texts)
         logits = forward(model, ids)
-        loss = sum(0.5 * torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), targets[:, 1:, word].flatten(), ignore_index=-100)
-            for word in (0, 1))  # of a blend both words are wanted
+        loss = sum(0.5 * torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten())
+                   for wanted in targets[:, 1:].unbind(-1))  # of a blend both words are wanted
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -310,7 +291,7 @@ def main():
             recent = []
             if not school:  # what follows is the same, however long that took
                 rng = random.Random(0)
-                optimizer = make_optimizer(model)
+                optimizer = make_optimizer(model.parameters())
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
 
