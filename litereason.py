@@ -343,6 +343,7 @@ def load(name_or_path, device=None, dtype=torch.float32):
     for name, p in model.named_parameters():
         if not p.isfinite().all():
             raise UserError(f"cannot load the model in {name_or_path!r}: {name} holds NaN or inf")
+        p.data = p.data.clone()  # in aligned memory: on a file's bytes, products round in another way
     return model, tokenizer
 
 
