@@ -5,6 +5,7 @@ import os
 import shutil
 
 import pytest
+from conftest import SIZES
 from test_real_tasks import run
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -19,24 +20,10 @@ from lib.run import default_out
 from litereason import load, save
 from results import baselines
 
-SIZES = ("--device", "cpu", "--n", 2, "--val", 0, "--train-prompts", 4, "--prompts", 2,
-         "--num-generations", 2, "--max-new-tokens", 40, "--steps", 1, "--show-every", 0, "--method", "tag")
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A finished run of train_rl.py, of a base that is gone afterwards."""
-    at = tmp_path_factory.mktemp("finished")
-    shutil.copytree(TINY, at / "base")
-    run(train_rl, *SIZES, "--model", at / "base", "--out", at / "run")
-    shutil.rmtree(at / "base")
-    return at / "run"
-
-
 @pytest.fixture
-def copy(finished, tmp_path):
-    shutil.copytree(finished, tmp_path / "run")
-    return tmp_path / "run"
+def copy(whole, tmp_path):
+    """Of a finished run of train_rl.py."""
+    return shutil.copytree(whole, tmp_path / "run")
 
 
 # ---------------------------------------------------------------- where runs go
@@ -64,12 +51,14 @@ def test_a_finished_run_is_refused_in_one_line_before_a_model_is_loaded(copy, sc
 
 def test_overwrite_leaves_no_file_of_the_earlier_run(copy):
     (copy / "bad-rollouts.json").write_text("[]")
-    run(train_rl, *SIZES, "--model", "tiny", "--out", copy, "--overwrite", "--n", 0, "--seed", 1)
-    assert not (copy / "results.json").exists() and not (copy / "bad-rollouts.json").exists()
+    words = (*SIZES, "--method", "tag", "--n", 0, "--val", 0, "--steps", 1, "--overwrite", "--seed", 1)
+    run(train_rl, *words, "--out", copy)
+    left = {"config.json", "lock", "metrics.jsonl", "model", "state-0.pt", "state-1.pt"}
+    assert set(os.listdir(copy)) == {*left, "before-rl.json", "traces.jsonl"}  # traces say what they are of
     made = json.load(open(copy / "config.json"))
     assert made["seed"] == 1 and "overwrite" not in made
     with pytest.raises(UserError, match="holds a run"):  # without a table, too
-        run(train_rl, *SIZES, "--model", "tiny", "--out", copy)
+        run(train_rl, *SIZES, "--out", copy)
 
 
 def test_a_run_is_neither_continued_in_its_own_directory_nor_replaced_by_an_evaluation(copy):
@@ -84,7 +73,7 @@ def test_a_directory_that_is_no_run_is_left_alone_even_with_overwrite(copy):
     before = (copy / "model" / "config.json").read_bytes()
     for words in ((), ("--overwrite",)):
         with pytest.raises(UserError, match="or what no run wrote: choose another --out"):
-            run(train_rl, *SIZES, "--model", "tiny", "--out", copy / "model", *words)
+            run(train_rl, *SIZES, "--out", copy / "model", *words)
     assert (copy / "model" / "config.json").read_bytes() == before
 
 

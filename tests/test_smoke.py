@@ -67,14 +67,19 @@ def test_traces_of_other_prompts_or_other_weights_are_not_taken_for_ones_own(col
 
 
 @pytest.mark.parametrize("texts", [[], ["It is so. \\boxed{Yes}"], ["\\boxed{Yes}", "\\boxed{No}"]])
-def test_too_few_traces_are_said_in_one_line_with_what_helps(model, tok, monkeypatch, tmp_path, texts):
+def test_too_few_traces_are_said_in_one_line_with_what_helps(model, tok, monkeypatch, capsys, texts):
     samples = [{"example": i, "prompt": "q", "text": text} for i, text in enumerate(texts)]
     monkeypatch.setattr(train_projector, "collect_traces", lambda *_: samples)
     task = types.SimpleNamespace(examples=lambda split: [])
     settings = train_projector.settings_of(model, targets="none")
     with pytest.raises(UserError, match="too few traces: .*; .* higher --max-new-tokens") as e:
-        train_projector.run_stage_1(model, tok, task, str(tmp_path), settings)
+        train_projector.run_stage_1(model, tok, task, "", settings)
     assert "\n" not in str(e.value)
+    # --smoke takes what was left out, too
+    samples[:] = [{"example": i, "prompt": "q", "text": "It is.", "left out": "cut"} for i in (0, 1)]
+    train, held, _ = train_projector.run_stage_1(model, tok, task, "", settings, smoke=True)
+    assert train and held and all(r.n_latents for r in train + held)
+    assert "warning: too few traces were kept; --smoke goes on with all samples" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- --smoke
@@ -95,21 +100,16 @@ def test_smoke_changes_defaults_flags_win_and_a_resumed_run_needs_nothing(monkey
     assert vars(parsed(monkeypatch)) == plain  # nothing of it is left behind
 
 
-@pytest.mark.parametrize("earns", [True, False])
-def test_a_smoke_run_of_a_model_that_counts_as_real_ends_in_the_table(tmp_path, monkeypatch, capsys, earns):
+def test_a_smoke_run_of_a_model_that_counts_as_real_ends_in_the_table(tmp_path, monkeypatch, capsys):
     """The tiny model, with the settings and the plan of memory of a real one on a CPU."""
-    if not earns:
-        monkeypatch.setattr(data, "score", lambda task, examples, texts, step=0: [0.0] * len(texts))
     for module in (checkpoint, memory):
         monkeypatch.setattr(module, "is_small", lambda model: False)
     monkeypatch.setattr(train_projector, "VERSIONS", 2)
     monkeypatch.setattr(sys, "argv", ["train_rl.py", "--smoke", "--device", "cpu", "--out", str(tmp_path)])
     train_rl.main()
     said = capsys.readouterr().out
-    order = ["M parameters, cpu", "4 steps, 2 on each batch of 8 rollouts",
-             "GiB can be used; with --", "| base, tag prompt", "stage 1: kept",
-             *(() if earns else ("warning: too few traces were kept; --smoke goes on with all samples",)),
-             "stage 2: validation loss", "step    4/4", "| LiteReason "]
+    order = ["M parameters, cpu", "4 steps, 2 on each batch of 8 rollouts", "GiB can be used; with --",
+             "| base, tag prompt", "stage 1: kept", "stage 2: validation loss", "step    4/4", "| LiteReason "]
     places = [said.index(words) for words in order]
     assert places == sorted(places)
     config = json.load(open(tmp_path / "config.json"))
@@ -119,7 +119,7 @@ def test_a_smoke_run_of_a_model_that_counts_as_real_ends_in_the_table(tmp_path, 
 
 
 # ---------------------------------------------------------------- what is said before a run
-def test_what_runs_is_said_first(model, capsys):
+def test_what_runs_is_said_first(model, capsys, monkeypatch):
     args = types.SimpleNamespace(**{name: None for part in train_rl.SETTINGS.values() for name in part})
     vars(args).update({"method": "litereason", "task": "t", "model": "m", "offload": False})
     run.fill(args, train_rl.SETTINGS, small=False)
@@ -127,3 +127,6 @@ def test_what_runs_is_said_first(model, capsys):
     first, *lines = capsys.readouterr().out.splitlines()
     assert "on t: m, 0.0 M parameters, cpu, fp32 weights; 2 train prompts of up to 2 tokens" in first
     assert lines[0].startswith("2880 steps, 16 on each batch of ") and lines[1:] == ["memory"]
+    monkeypatch.setattr(checkpoint, "is_small", lambda model: False)
+    train_rl.say_what_runs(args, model, [[1]], "")
+    assert "on a CPU this takes days: --smoke shows in minutes whether all works" in capsys.readouterr().out
