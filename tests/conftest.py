@@ -10,6 +10,7 @@ import functools
 import io
 import os
 import sys
+import types
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -75,6 +76,13 @@ def real_tok():
     if not os.path.isdir(REAL_TOKENIZER):
         pytest.skip(f"the real Qwen2 tokenizer is not at {os.path.normpath(REAL_TOKENIZER)}")
     return AutoTokenizer.from_pretrained(REAL_TOKENIZER)
+
+
+def reader(tok, cap=litereason.CAP):
+    """What the watcher, which is made once per tokenizer and cap, asks a model for."""
+    size = 151936 if len(tok) > 1000 else len(tok) + 3  # Qwen's own; as in `model`
+    config = types.SimpleNamespace(litereason_max_reasoning_steps=cap, vocab_size=size)
+    return types.SimpleNamespace(config=config, device="cpu")
 
 
 # ---------------------------------------------------------------- models

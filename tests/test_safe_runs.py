@@ -14,7 +14,7 @@ import eval as evaluation
 import litereason
 import train_projector
 import train_rl
-from lib import UserError, run as runs
+from lib import UserError
 from lib.checkpoint import TINY
 from lib.run import default_out
 from litereason import load, save
@@ -65,16 +65,12 @@ def test_a_run_is_neither_continued_in_its_own_directory_nor_replaced_by_an_eval
     for source in (copy, copy / "model"):
         with pytest.raises(UserError, match="--out .* holds --model .*: choose another --out"):
             run(train_rl, *SIZES, "--model", source, "--out", copy, "--overwrite")
+    before = (copy / "model" / "config.json").read_bytes()
+    with pytest.raises(UserError, match="or what no run wrote: choose another --out"):
+        run(train_rl, *SIZES, "--out", copy / "model", "--overwrite")
+    assert (copy / "model" / "config.json").read_bytes() == before
     with pytest.raises(UserError, match="is a run: the results of eval.py would replace its own"):
         run(evaluation, "--model", copy, "--device", "cpu", "--n", 1, "--out", copy)
-
-
-def test_a_directory_that_is_no_run_is_left_alone_even_with_overwrite(copy):
-    before = (copy / "model" / "config.json").read_bytes()
-    for words in ((), ("--overwrite",)):
-        with pytest.raises(UserError, match="or what no run wrote: choose another --out"):
-            run(train_rl, *SIZES, "--out", copy / "model", *words)
-    assert (copy / "model" / "config.json").read_bytes() == before
 
 
 # ---------------------------------------------------------------- what a run is evaluated as
@@ -132,10 +128,7 @@ def test_a_checkpoint_keeps_its_own_tokenizer(tmp_path):
     own = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
     own.save_pretrained(tmp_path / "m")
     assert load(str(tmp_path / "m"), "cpu")[1].encode("ab cab") == own.encode("ab cab") == [0, 1, 26, 2, 0, 1]
-
-
-def test_a_tokenizer_of_special_tokens_alone_is_refused(tmp_path):
-    save(*load("tiny", "cpu"), str(tmp_path / "m"))
+    # without it transformers would make one of special tokens alone
     for name in ("tokenizer.json", "tokenizer_config.json"):
         os.remove(tmp_path / "m" / name)
     with pytest.raises(UserError, match="cannot load the model"):
@@ -154,7 +147,7 @@ def test_an_untrained_projector_is_never_run(tmp_path, monkeypatch):
         assert again.projector_trained == is_trained
         save(again, tokenizer, str(at / "model"))
         assert load(str(at), "cpu")[0].projector_trained == is_trained
-    words = ("--device", "cpu", "--n", 6, "--max-new-tokens", 60, "--json", tmp_path / "r.json")
+    words = ("--device", "cpu", "--n", 4, "--max-new-tokens", 60, "--json", tmp_path / "r.json")
     run(evaluation, "--model", "tiny", "tiny:plain", tag, grpo, *words)
     assert [r["latent_steps"] for r in results(tmp_path / "r.json")] == [0.0] * 4
     for name in ("tiny", tag):

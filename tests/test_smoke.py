@@ -16,7 +16,7 @@ from litereason import Rollout
 
 # ---------------------------------------------------------------- what stage 1 keeps
 ANSWERS = [("He left. box right", True), ("He left. box right", False), ("cut", False), ("No", True),
-           ("Yes", True), ("It is. box no", True), ("box no, because", False)]
+           ("Yes", True), ("It is. \\boxed{no}", True), ("box no, because", False)]
 
 
 @pytest.fixture
@@ -43,20 +43,13 @@ def collect(monkeypatch, tmp_path):
     return collect
 
 
-def test_rewarded_whole_samples_are_kept_and_a_stopped_stage_1_goes_on_behind_its_last_whole_line(
-        collect, capsys):
-    samples = collect()
-    traces = [sample for sample in samples if "left out" not in sample]
+def test_rewarded_whole_samples_are_kept_and_it_is_said_why_others_are_not(collect, capsys):
+    traces = [sample for sample in collect() if "left out" not in sample]
     assert [(trace["example"], trace["prompt"], trace["text"]) for trace in traces] == [
         (i, f"q{i}", "He left. box right") for i in range(3)]
-    assert f"kept 3 of 21 traces (reward > 0), in {collect.path}; 9 were cut by --max-new-tokens, " \
-        in capsys.readouterr().out
+    assert (f"kept 3 of 21 traces (reward > 0), in {collect.path}; 9 were cut by --max-new-tokens, 6 without an "
+            "answer, 3 wrong") in capsys.readouterr().out
     assert train_projector.kept(train_projector.lines_of(collect.path)[1:]) == traces
-    text = collect.path.read_text()
-    lines = text.splitlines(keepends=True)
-    collect.path.write_text("".join(lines[:2]) + lines[2][:20])  # stopped while the second line was written
-    assert collect() == samples and collect.path.read_text() == text
-    assert collect.sampled == 3 + 2 and "1 traces are in " in capsys.readouterr().out
 
 
 def test_traces_of_other_prompts_or_other_weights_are_not_taken_for_ones_own(collect):

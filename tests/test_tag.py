@@ -1,10 +1,9 @@
 """What a tag is, and that decoding notices it exactly when the policy's own text completes one (Sec. 3.1)."""
 import random
-import types
 
 import pytest
 import torch
-from conftest import tag
+from conftest import reader, tag
 
 from litereason import CAP, CLOSE, LATENT, OPEN, insert_latents, parse_tags, watcher
 from lib.checkpoint import token_texts
@@ -33,13 +32,6 @@ def test_a_valid_tag_has_a_whole_number_of_at_least_one_and_nothing_else(text, e
 
 
 # ------------------------------------------------------- the watcher reads tokens, and agrees with the parser
-def reader(tok):
-    """What the watcher, which is made once per tokenizer, asks a model for."""
-    size = 151936 if len(tok) > 1000 else len(tok) + 3  # Qwen's own, or conftest's
-    config = types.SimpleNamespace(litereason_max_reasoning_steps=CAP, vocab_size=size)
-    return types.SimpleNamespace(config=config, device="cpu")
-
-
 PIECES = [OPEN, CLOSE, OPEN, CLOSE, "<implicit_", "thought>", "</implicit", "<", ">", "/", ".<", ">\n", "><",
           " ", "\n\t", "\r", "0", "3", "12", "00", "7", "-", "٣", "²", "é", "word", " a story", "x",
           "<eos>", "<|endoftext|>", tag(2), tag(" 4"), tag("5 "), f"{OPEN}3", f"1{CLOSE}"]
