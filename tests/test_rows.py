@@ -68,8 +68,8 @@ def test_rows_that_begin_late_are_the_rows_that_begin_at_once_in_fewer_steps(
         assert len(at_once) < 0.8 * sum(in_turn)
 
 
-def test_each_prompt_is_read_once_few_are_kept_and_columns_are_used_again(
-        model, tok, forwards, monkeypatch):
+def test_each_prompt_is_read_once_few_are_kept_and_columns_are_used_again(tok, forwards, monkeypatch):
+    model = fresh(tok)  # all positions in every layer
     kept, gone, change = [], [], kv_cache.DecodingCache.change
 
     def watch(self, *a):

@@ -47,8 +47,8 @@ def test_rewarded_whole_samples_are_kept_and_it_is_said_why_others_are_not(colle
     traces = [sample for sample in collect() if "left out" not in sample]
     assert [(trace["example"], trace["prompt"], trace["text"]) for trace in traces] == [
         (i, f"q{i}", "He left. box right") for i in range(3)]
-    assert (f"kept 3 of 21 traces (reward > 0), in {collect.path}; 9 were cut by --max-new-tokens, 6 without an "
-            "answer, 3 wrong") in capsys.readouterr().out
+    assert (f"kept 3 of 21 traces (reward > 0), in {collect.path}; 9 were cut by --max-new-tokens, "
+            "6 without an answer, 3 wrong") in capsys.readouterr().out
     assert train_projector.kept(train_projector.lines_of(collect.path)[1:]) == traces
 
 
@@ -98,7 +98,8 @@ def test_a_smoke_run_of_a_model_that_counts_as_real_ends_in_the_table(tmp_path, 
     for module in (checkpoint, memory):
         monkeypatch.setattr(module, "is_small", lambda model: False)
     monkeypatch.setattr(train_projector, "VERSIONS", 2)
-    monkeypatch.setattr(sys, "argv", ["train_rl.py", "--smoke", "--device", "cpu", "--out", str(tmp_path)])
+    words = ["train_rl.py", "--smoke", "--device", "cpu", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [*words, "--n", "1", "--max-new-tokens", "64"])
     train_rl.main()
     said = capsys.readouterr().out
     order = ["M parameters, cpu", "4 steps, 2 on each batch of 8 rollouts", "GiB can be used; with --",
