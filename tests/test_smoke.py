@@ -103,7 +103,8 @@ def test_a_smoke_run_of_a_model_that_counts_as_real_ends_in_the_table(tmp_path, 
     train_rl.main()
     said = capsys.readouterr().out
     order = ["M parameters, cpu", "4 steps, 2 on each batch of 8 rollouts", "GiB can be used; with --",
-             "| base, tag prompt", "stage 1: kept", "stage 2: validation loss", "step    4/4", "| LiteReason "]
+             "| base, tag prompt", "stage 1: kept", "stage 2: validation loss", "step    4/4",
+             "| LiteReason "]
     places = [said.index(words) for words in order]
     assert places == sorted(places)
     config = json.load(open(tmp_path / "config.json"))
