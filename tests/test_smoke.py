@@ -102,9 +102,9 @@ def test_a_smoke_run_of_a_model_that_counts_as_real_ends_in_the_table(tmp_path, 
     monkeypatch.setattr(sys, "argv", [*words, "--n", "1", "--max-new-tokens", "64"])
     train_rl.main()
     said = capsys.readouterr().out
-    order = ["M parameters, cpu", "4 steps, 2 on each batch of 8 rollouts", "GiB can be used; with --",
-             "| base, tag prompt", "stage 1: kept", "stage 2: validation loss", "step    4/4",
-             "| LiteReason "]
+    order = ["M parameters, cpu", "4 steps, 2 on each batch of 8 rollouts", "not as released: steps 4",
+             "GiB can be used; with --", "| base, tag prompt", "stage 1: kept", "stage 2: validation loss",
+             "step    4/4", "| LiteReason "]
     places = [said.index(words) for words in order]
     assert places == sorted(places)
     config = json.load(open(tmp_path / "config.json"))
@@ -114,14 +114,19 @@ def test_a_smoke_run_of_a_model_that_counts_as_real_ends_in_the_table(tmp_path, 
 
 
 # ---------------------------------------------------------------- what is said before a run
-def test_what_runs_is_said_first(model, capsys, monkeypatch):
+@pytest.mark.parametrize("changes, said", [
+    ({}, "all settings as released"),
+    ({"lr": 1e-5, "gen_batch_size": 3, "save_every": 2}, "not as released: lr 1e-05 (released: 5e-07)"),
+    ({"method": "grpo", "targets": "words", "prompts": 4}, "not as released: prompts 4 (released: 48)"),
+    ({"targets": "words"}, "not as released: targets words (released: none)")])
+def test_what_runs_is_said_first_with_what_is_not_as_released(model, capsys, monkeypatch, changes, said):
     args = types.SimpleNamespace(**{name: None for part in train_rl.SETTINGS.values() for name in part})
-    vars(args).update({"method": "litereason", "task": "t", "model": "m", "offload": False})
+    vars(args).update({"method": "litereason", "task": "t", "model": "m", "offload": False, **changes})
     run.fill(args, train_rl.SETTINGS, small=False)
     train_rl.say_what_runs(args, model, [[1], [1, 2]], "memory")
     first, *lines = capsys.readouterr().out.splitlines()
     assert "on t: m, 0.0 M parameters, cpu, fp32 weights; 2 train prompts of up to 2 tokens" in first
-    assert lines[0].startswith("2880 steps, 16 on each batch of ") and lines[1:] == ["memory"]
+    assert lines[0].startswith("2880 steps, 16 on each batch of ") and lines[1:] == [said, "memory"]
     monkeypatch.setattr(checkpoint, "is_small", lambda model: False)
     train_rl.say_what_runs(args, model, [[1]], "")
     assert "on a CPU this takes days: --smoke shows in minutes whether all works" in capsys.readouterr().out
