@@ -6,8 +6,11 @@ Everything here runs on a CPU without a network. Numbers are float64, so "equal"
 1e-10.
 """
 import contextlib
+import functools
+import io
 import os
 import sys
+import types
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -20,8 +23,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qw
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 import litereason
+import train_rl
+from data import tiny
 from lib import kv_cache
-from litereason import CLOSE, OPEN, naive_score as naive
+from litereason import CLOSE, OPEN
 
 torch.set_num_threads(1)
 REAL_TOKENIZER = os.path.join(ROOT, "..", "shared", "qwen2-tokenizer")
@@ -73,6 +78,13 @@ def real_tok():
     return AutoTokenizer.from_pretrained(REAL_TOKENIZER)
 
 
+def reader(tok, cap=litereason.CAP):
+    """What the watcher, which is made once per tokenizer and cap, asks a model for."""
+    size = 151936 if len(tok) > 1000 else len(tok) + 3  # Qwen's own; as in `model`
+    config = types.SimpleNamespace(litereason_max_reasoning_steps=cap, vocab_size=size)
+    return types.SimpleNamespace(config=config, device="cpu")
+
+
 # ---------------------------------------------------------------- models
 def exact_norm(self, x):
     return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
@@ -112,11 +124,6 @@ def with_projector(model, tok=None):
 def model(tok):
     # + 3: as in Qwen, ids that no text has
     return with_projector(random_qwen2(len(tok) + 3, tok.eos_token_id), tok)
-
-
-@pytest.fixture(scope="session")
-def real_model(real_tok):
-    return with_projector(random_qwen2(151936, real_tok.eos_token_id, tie_word_embeddings=True), real_tok)
 
 
 # ---------------------------------------------------------------- a policy that writes what a test wants
@@ -183,9 +190,42 @@ def forwards(monkeypatch):
     return shapes
 
 
+# ---------------------------------------------------------------- runs of the tiny model
+STORIES = functools.cache(tiny.examples)  # every run makes the same; they take a second
+
+
+@pytest.fixture(scope="module", autouse=True)
+def stories_made_once(request):
+    with pytest.MonkeyPatch.context() as patch:
+        if request.module.__name__ != "test_data":  # which asks whether they are the same again
+            patch.setattr(tiny, "examples", STORIES)
+        yield
+
+
+SIZES = ("--device", "cpu", "--n", 1, "--steps", 4, "--train-prompts", 8, "--prompts", 4,
+         "--num-generations", 4, "--minibatches", 2, "--max-new-tokens", 60, "--save-every", 1,
+         "--show-every", 0, "--projector-steps", 2, "--trace-prompts", 24, "--targets", "none", "--val", 2)
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """A run of all three stages, from the base to the table: four steps in two batches, an epoch and its
+    refresh. Beside it is what it said. Tests read it or copy it."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
+        patch.setattr(sys, "argv", ["train_rl.py", *map(str, SIZES), "--out", str(out)])
+        patch.setattr(tiny, "examples", STORIES)
+        train_rl.main()
+    (out.parent / "said").write_text(said.getvalue())
+    return out
+
+
 # ---------------------------------------------------------------- the projector, spelt out
 # The reference for everything else is the definition that litereason.py opens with: naive_generate, and
 # naive_score (here: naive).
+naive = litereason.naive_score
+
+
 def project(model, h):
     for mlp in model.reasoning_projector:
         h = mlp.down_proj(mlp.act_fn(mlp.gate_proj(h)) * mlp.up_proj(h))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import close
 from test_real_tasks import run
-from test_resume import metrics, same_weights, stopped, stories_made_once  # noqa: F401 (a fixture)
+from test_resume import metrics, same_weights, stopped
 
 import data
 import train_projector

@@ -7,7 +7,6 @@ import types
 import pytest
 import torch
 from conftest import close
-from test_resume import stories_made_once  # noqa: F401 (a fixture of every test)
 from test_scripts import script
 
 import data

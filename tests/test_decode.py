@@ -30,18 +30,20 @@ def test_every_row_holds_its_text_with_n_latents_after_each_tag_and_they_count_t
     assert [r.prompt for r in rollouts] == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
-@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7}, {"top_k": 20, "top_p": 0.8}])
-def test_the_definition_decodes_the_same_rollouts_one_row_and_one_prefix_at_a_time(
-        model, tok, rollouts, settings):
-    """Scripted texts full of tags, then random ones: what a seed decides is the same."""
+def test_the_definition_decodes_the_same_rollouts_one_row_and_one_prefix_at_a_time(model, tok, rollouts):
     with scripted(tok, TEXTS, LIMIT) as draws:
-        slow = [naive_generate(model, tok, tok.encode(PROMPTS[i // 2]), row) for i, row in enumerate(draws)]
-    for a, b in zip(slow, rollouts, strict=True):
-        same(a, b)
-    draws = torch.rand(len(PROMPTS), 25, generator=seeded(7), dtype=torch.float64)
-    fast = generate(model, tok, PROMPTS, max_new_tokens=25, generator=seeded(7), **settings)
-    for prompt, row, b in zip(PROMPTS, draws, fast, strict=True):
-        same(naive_generate(model, tok, tok.encode(prompt), row, **settings), b)
+        for row, r in zip(draws, rollouts, strict=True):
+            same(naive_generate(model, tok, r.prompt_ids, row), r)
+
+
+@pytest.mark.parametrize("rows, settings", [(1, {}), (5, {"temperature": 0.7}),
+                                            (512, {"temperature": 0.9, "top_k": 20, "top_p": 0.8})])
+def test_the_seed_alone_decides_what_is_sampled_and_as_in_the_definition(model, tok, rows, settings):
+    """Not the batch size: each row has its own draws."""
+    draws = torch.rand(8, 25, generator=seeded(7), dtype=torch.float64)
+    fast = generate(model, tok, PROMPTS, 2, 25, generator=seeded(7), gen_batch_size=rows, **settings)
+    for row, r in zip(draws, fast, strict=True):
+        same(naive_generate(model, tok, r.prompt_ids, row, **settings), r)
 
 
 # ---------------------------------------------------------------- decoding = scoring
@@ -56,13 +58,14 @@ def test_scoring_gives_the_log_probs_of_sampling_in_any_batch(model, tok, temper
             assert not row[~mask].any()
     # If latents did not matter, most of this file would prove nothing.
     zeros = write(model, tok, PROMPTS, TEXTS, LIMIT, samples=2, temperature=temperature, latent="zeros")
+    assert len(zeros[0].latents) == 5 and not zeros[0].latents.any()
     assert (zeros[0].logprobs[-2:] - rollouts[0].logprobs[-2:]).abs().min() > 1e-3
     assert (rollouts[0].latents[0] - rollouts[0].latents[1]).abs().max() > 1e-2
 
 
 def test_perplexity_is_that_of_the_plain_model_and_no_tag_fires(model, tok):
     texts = ["a chapter", f"with a {tag(3)} in it", "z"]
-    for rows in (1, 2, 64):
+    for rows in (2, 64):
         ours = perplexity(model, tok, PROMPTS[:3], texts, rows)
         for context, text, found in zip(PROMPTS[:3], texts, ours, strict=True):
             a, b = tok.encode(context), tok.encode(text)
@@ -72,19 +75,6 @@ def test_perplexity_is_that_of_the_plain_model_and_no_tag_fires(model, tok):
     assert improvement(8.0, 6.0) == 25.0
 
 
-def test_the_seed_alone_decides_what_is_sampled_not_the_batch_size(model, tok):
-    def sampled(seed, rows=512):
-        return generate(model, tok, PROMPTS, 2, 25, temperature=0.9, top_p=0.9, top_k=20,
-                        generator=seeded(seed), gen_batch_size=rows)
-
-    reference = sampled(3)
-    for rows in (1, 5, 512):
-        for a, b in zip(sampled(3, rows), reference, strict=True):
-            same(a, b)
-    assert len({tuple(r.slots) for r in reference}) == len(reference)
-    assert all(a.slots != b.slots for a, b in zip(sampled(4), reference))
-
-
 # ---------------------------------------------------------------- what does not fire
 def test_without_tags_greedy_decoding_is_that_of_transformers(model, tok):
     for r in generate(model, tok, PROMPTS, max_new_tokens=25, temperature=0):
@@ -92,12 +82,6 @@ def test_without_tags_greedy_decoding_is_that_of_transformers(model, tok):
         theirs = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=25,
                                 pad_token_id=0)
         assert r.slots == theirs[0, ids.shape[1]:].tolist()
-
-
-def test_a_tag_in_the_prompt_is_text(model, tok):
-    for prompt, text in ((f"a {tag(3)}", "b<eos>"), (f"a {tag(3)[:-2]}", "t>b<eos>")):  # nor begins one there
-        r, = write(model, tok, [prompt], [text])
-        assert r.slots == tok.encode(text) and r.n_latents == 0
 
 
 def test_latent_none_leaves_tags_as_text_and_never_runs_the_projector(model, tok, monkeypatch):
@@ -110,22 +94,17 @@ def test_latent_none_leaves_tags_as_text_and_never_runs_the_projector(model, tok
         close(r.logprobs, logits.log_softmax(-1).gather(-1, torch.tensor(r.slots)[:, None])[:, 0].detach())
 
 
-def test_a_latent_can_be_zeros_or_any_function_and_a_checkpoint_has_its_own_cap(model, tok):
-    r, = write(model, tok, ["abc"], TEXTS[:1], latent="zeros")
-    assert r.latents.shape == (5, 32) and not r.latents.any()
-    r, = write(model, tok, ["abc"], TEXTS[:1], latent=lambda h, u, k: h + 1)
-    close(logprobs(model, [r])[0][0], r.logprobs)
-    assert r.n_latents == 5 and r.latents.any()
+def test_a_checkpoint_has_its_own_cap(model, tok):
     model.config.litereason_max_reasoning_steps = 7
     r, = write(model, tok, ["abc"], [f"{tag(6)}a{tag(8)}<eos>"])
     assert r.n_latents == 6 + 7
 
 
 def test_nothing_leaks_from_the_generation_config_but_the_stop_ids(model, tok):
-    before = generate(model, tok, PROMPTS, 4, 20, generator=seeded(0))
+    before = generate(model, tok, PROMPTS, 2, 20, generator=seeded(0))
     model.generation_config.update(temperature=0.01, top_k=1, top_p=0.1, repetition_penalty=9.0,
                                    max_new_tokens=2, no_repeat_ngram_size=1, suppress_tokens=[5, 6, 7])
-    for a, b in zip(generate(model, tok, PROMPTS, 4, 20, generator=seeded(0)), before):
+    for a, b in zip(generate(model, tok, PROMPTS, 2, 20, generator=seeded(0)), before):
         same(a, b)
     model.generation_config.eos_token_id = [tok.encode("q")[0], tok.eos_token_id]
     r, = write(model, tok, ["abc"], ["abqcd"])
@@ -174,19 +153,18 @@ def test_sampling_follows_temperature_top_k_and_top_p(temperature, top_k, top_p)
     assert greedy.tolist() == [1, 1, 1]
 
 
-@pytest.mark.parametrize("settings", [
-    {"temperature": 0.7, "top_k": 20, "top_p": 0.8}, {"top_k": 10**6}, {"tag": "forbidden"}], ids=str)
+@pytest.mark.parametrize("settings", [{"top_k": 20, "top_p": 0.8}, {"top_k": 10**6}, {"tag": "forbidden"}],
+                         ids=str)
 def test_an_id_that_is_no_word_is_neither_sampled_nor_has_a_share_in_what_is_scored(model, tok, settings):
     """Real matrices are larger than the vocabulary (conftest's by 3 rows), and the rows are not trained."""
     V, weight = len(tok), model.lm_head.weight
     with torch.no_grad():
         weight[V:] = 20 * weight[5]  # without the mask they would be common
-    fast = generate(model, tok, PROMPTS, 4, max_new_tokens=30, generator=seeded(0), **settings)
+    fast = generate(model, tok, PROMPTS, 2, max_new_tokens=30, generator=seeded(0), **settings)
     assert all(s < V for r in fast for s in r.slots)
     if settings.get("tag") != "forbidden":
-        draws = torch.rand(16, 30, generator=seeded(0), dtype=torch.float64)
-        for i, r in enumerate(fast):
-            same(naive_generate(model, tok, tok.encode(PROMPTS[i // 4]), draws[i], **settings), r)
+        for row, r in zip(torch.rand(8, 30, generator=seeded(0), dtype=torch.float64), fast):
+            same(naive_generate(model, tok, r.prompt_ids, row, **settings), r)
     # Scored alike, and as if the matrix had no such rows; gradients, too.
     logp, scored = logprobs(model, fast[:2])
     h, _, slow = map(torch.cat, zip(*(naive(model, r.prompt_ids, r.slots) for r in fast[:2])))

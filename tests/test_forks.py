@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import LIMIT, PROMPTS, ROOT, TEXTS, close, random_qwen2, same, scripted, write
 from test_real_tasks import run
-from test_resume import metrics, stories_made_once  # noqa: F401 (a fixture of every test)
+from test_resume import metrics
 from test_train import close_gradients, gradients
 
 import data

@@ -1,6 +1,5 @@
 """A stopped run continues as if it had never stopped; what cannot continue ends in one plain line. kill.py is
 the long form: it kills real processes at any moment."""
-import functools
 import json
 import os
 import shutil
@@ -8,28 +7,15 @@ import signal
 
 import pytest
 import torch
+from conftest import SIZES
 from safetensors.torch import load_file
 from test_real_tasks import run
 
 import data
 import train_projector
 import train_rl
-from data import tiny
 from lib import run as runs
 from litereason import UserError
-
-SIZES = ("--device", "cpu", "--n", 1, "--train-prompts", 8, "--prompts", 4, "--num-generations", 4,
-         "--minibatches", 2, "--max-new-tokens", 60, "--save-every", 1, "--show-every", 0,
-         "--projector-steps", 2, "--trace-prompts", 24, "--targets", "none", "--val", 2)
-NO_TABLE = ("--n", 0)  # for tests that do not read it
-
-
-@pytest.fixture(scope="module", autouse=True)
-def stories_made_once():
-    """Every run makes the same stories; they take a third of a second."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiny, "examples", functools.cache(tiny.examples))
-        yield
 
 
 def without_clocks(row):
@@ -71,48 +57,46 @@ def stopped(module, name, call, number, *words):
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    """whole: 4 steps, an epoch and a refresh, from the base through all stages. half: the same, stopped in
-    stage 2, and within step 3 of stage 3, in the middle of a batch."""
-    at = tmp_path_factory.mktemp("pair")
-    run(train_rl, *SIZES, "--steps", 4, "--out", at / "whole")
-    words = (*SIZES, "--steps", 4, "--out", at / "half")
-    said = stopped(train_projector, "projector_loss", 4, signal.SIGTERM, train_rl, *words)
-    assert said == f"go on with --resume {at / 'half'}"
+def begun(tmp_path_factory):
+    """The run `whole`, but stopped in stage 2, and within step 3 of stage 3, in the middle of a batch."""
+    out = tmp_path_factory.mktemp("begun") / "half"
+    said = stopped(train_projector, "projector_loss", 4, signal.SIGTERM, train_rl, *SIZES, "--out", out)
+    assert said == f"go on with --resume {out}"
     with pytest.raises(UserError, match="half holds a run of train_rl.py on tiny: go on with --resume"):
-        run(train_rl, *words)
+        run(train_rl, *SIZES, "--out", out)
     # Ctrl-C while the state of step 2 is written: that of step 3 is the last.
-    said = stopped(train_rl, "learning_rate", 3, signal.SIGINT, train_rl, "--resume", at / "half")
-    assert said == f"go on with: python train_rl.py --resume {at / 'half'}"
-    assert not (at / "half" / "stage-2").exists()
-    assert runs.saved_states(at / "half") == [2, 3] and not (at / "half" / "results.json").exists()
-    return at
+    said = stopped(train_rl, "learning_rate", 3, signal.SIGINT, train_rl, "--resume", out)
+    assert said == f"go on with: python train_rl.py --resume {out}"
+    assert not (out / "stage-2").exists()
+    assert runs.saved_states(out) == [2, 3] and not (out / "results.json").exists()
+    return out
 
 
 @pytest.fixture
-def half(pair, tmp_path):
+def half(begun, tmp_path):
     """A copy of the stopped run."""
-    shutil.copytree(pair / "half", tmp_path / "copy")
-    return tmp_path / "copy"
+    return shutil.copytree(begun, tmp_path / "copy")
 
 
 # ---------------------------------------------------------------- stopped and continued
-@pytest.mark.parametrize("aim, loss", [("none", "projector_loss"), ("words", "target_loss")])
-def test_stages_1_and_2_stopped_halfway_continue_bit_for_bit(tmp_path, capsys, monkeypatch, aim, loss):
-    monkeypatch.setattr(train_projector, "AT_ONCE", 32)
-    words = ("--device", "cpu", "--prompts", 40, "--samples", 1, "--steps", 5, "--batch", 4,
-             "--save-every", 2, "--n", 1, "--max-new-tokens", 100, "--targets", aim)
+def test_stages_1_and_2_stopped_halfway_continue_bit_for_bit(tmp_path, capsys, monkeypatch):
+    """With targets; without them they are stopped in `begun`."""
+    monkeypatch.setattr(train_projector, "AT_ONCE", 16)
+    words = ("--device", "cpu", "--prompts", 32, "--samples", 1, "--steps", 5, "--batch", 4,
+             "--save-every", 2, "--n", 1, "--max-new-tokens", 100)
     whole, half = tmp_path / "whole", tmp_path / "half"
     run(train_projector, *words, "--out", whole)
-    said = stopped(data, "score", 1, signal.SIGINT, train_projector, *words, "--out", half)  # in the first 32
+    said = capsys.readouterr().out
+    for what in ("kept", "no latents", "zeros", "start", "trained", "accuracy with the tag prompt"):
+        assert what in said
+    said = stopped(data, "score", 1, signal.SIGINT, train_projector, *words, "--out", half)  # in the first 16
     assert said == f"the traces sampled so far are kept; go on with --resume {half}"
     done = (half / "traces.jsonl").read_text()
     assert done.count("\n") == 2 and (whole / "traces.jsonl").read_text().startswith(done)
     with open(half / "traces.jsonl", "a") as f:
-        f.write('[{"example": 32, "pro')
+        f.write('[{"example": 16, "pro')
     capsys.readouterr()
-    call = 3 + 3 if aim == "none" else 3  # 3 of them before the first step
-    said = stopped(train_projector, loss, call, signal.SIGTERM, train_projector, "--resume", half)
+    said = stopped(train_projector, "target_loss", 3, signal.SIGTERM, train_projector, "--resume", half)
     assert said == f"go on with --resume {half}" and runs.saved_states(half / "stage-2") == [2, 3]
     assert "already, 1 of 2 lines" in capsys.readouterr().out
     run(train_projector, "--resume", half)
@@ -125,29 +109,40 @@ def test_stages_1_and_2_stopped_halfway_continue_bit_for_bit(tmp_path, capsys, m
     assert one == two and one["losses"]["trained"] != one["losses"]["start"]
 
 
-def test_a_run_stopped_within_a_batch_and_in_the_last_step_continues_bit_for_bit(pair, half, capsys):
+def test_a_run_stopped_within_a_batch_and_in_the_last_step_continues_bit_for_bit(whole, half, capsys):
     with open(half / "metrics.jsonl", "a") as f:
         f.write('{"step": 4, "epo')  # half a line of a step whose state was never written
     said = stopped(train_rl, "learning_rate", 1, signal.SIGTERM, train_rl, "--resume", half)
     assert said.startswith("go on with") and runs.saved_states(half) == [3, 4]
     assert not (half / "results.json").exists() and "state-3.pt" in capsys.readouterr().out
     run(train_rl, "--resume", half)
-    assert same(pair / "whole", half)
+    assert same(whole, half)
+
+
+def end_of_child(action):
+    """How a fork of this process ends that does so: 0, or minus the signal that killed it."""
+    child = os.fork()
+    if not child:
+        try:
+            action()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def test_a_second_signal_ends_the_process_at_once():
-    child = os.fork()
-    if not child:
+    def stopped_twice():
         with runs.stops_noted("") as stopped:
             os.kill(os.getpid(), signal.SIGINT)
             if stopped:
                 os.kill(os.getpid(), signal.SIGTERM)
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+
+    assert end_of_child(stopped_twice) == -signal.SIGTERM
 
 
 # ---------------------------------------------------------------- what cannot continue
-def test_a_damaged_state_is_refused_in_one_line_and_without_it_the_one_before_is_taken(pair, half, capsys):
+def test_a_damaged_state_is_refused_in_one_line_and_without_it_the_one_before_is_taken(half):
     with open(half / "state-3.pt", "r+b") as f:
         f.seek(100_000)
         f.write(b"\x55\xaa" * 8)
@@ -157,18 +152,17 @@ def test_a_damaged_state_is_refused_in_one_line_and_without_it_the_one_before_is
     with pytest.raises(UserError, match="state-3.pt is damaged"):
         runs.read_state(half)
     os.remove(half / "state-3.pt")
-    run(train_rl, "--resume", half)
-    assert "state-2.pt" in capsys.readouterr().out and same(pair / "whole", half)
+    assert runs.read_state(half)[0] == 2
 
 
-def test_what_may_stand_beside_resume_and_what_can_not_be_resumed(half, tmp_path):
+def test_what_may_stand_beside_resume_and_what_can_not_be_resumed(half, tmp_path, monkeypatch):
     old = tmp_path / "old"
     old.mkdir()
     settings = json.loads((half / "config.json").read_text())
     del settings["num_generations"]
     (old / "config.json").write_text(json.dumps(settings))
     for script, words, says in (
-        (train_rl, (*SIZES, "--steps", 4, "--out", half), "holds a run of .*: go on with --resume"),
+        (train_rl, (*SIZES, "--out", half), "holds a run of .*: go on with --resume"),
         (train_rl, ("--resume", half, "--lr", 1), "--lr: a resumed run keeps .*, save --steps and"),
         (train_rl, ("--resume", old), "nothing to resume in .* no config.json of this version's train_rl.py"),
         (train_rl, ("--resume", tmp_path), "nothing to resume in .* no config.json of this version's"),
@@ -176,9 +170,6 @@ def test_what_may_stand_beside_resume_and_what_can_not_be_resumed(half, tmp_path
     ):
         with pytest.raises(UserError, match=says):
             run(script, *words)
-
-
-def test_a_resumed_run_with_other_examples_is_refused(half, monkeypatch):
     monkeypatch.setattr(runs, "digest", lambda examples: "another")
     with pytest.raises(UserError, match="the examples of tiny are not those that the run in .*copy began"):
         run(train_rl, "--resume", half)
@@ -191,28 +182,21 @@ def test_an_old_flag_is_answered_by_the_new_one(old, new):
 
 
 def test_a_second_process_on_the_same_directory_is_refused(tmp_path):
-    held = runs.take_directory(str(tmp_path), "tiny")
-    child = os.fork()
-    if not child:
-        try:
+    def begin():
+        with pytest.raises(UserError, match="another process is writing to"):
             run(train_rl, "--out", tmp_path)
-        except UserError as e:
-            os._exit(7 if "another process is writing to" in str(e) else 1)
-        finally:
-            os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-    held.close()
 
-
-def test_two_states_are_kept_and_hold_what_was_written(tmp_path):
-    for step in range(1, 4):
-        value = {"x": torch.tensor([float(step)]), "n": step, "t": ("a", [None, True])}
-        runs.write_state(tmp_path, step, value)
-    assert sorted(os.listdir(tmp_path)) == ["state-2.pt", "state-3.pt"]
-    assert runs.read_state(tmp_path) == (3, value)
+    with runs.take_directory(str(tmp_path), "tiny"):
+        assert end_of_child(begin) == 0
 
 
 # ---------------------------------------------------------------- a full disk, and out of memory
+@pytest.fixture
+def again(whole):
+    """The flags of one more step of RL, without a table."""
+    return ("--model", whole, *SIZES, "--n", 0, "--steps", 1, "--minibatches", 1)
+
+
 def in_one_line(capsys, *words):
     """What a script says last when it ends by itself with exit code 2."""
     capsys.readouterr()
@@ -224,9 +208,9 @@ def in_one_line(capsys, *words):
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl.tmp", "state.tmp", "traces.jsonl.tmp"])
-def test_a_disk_that_is_full_ends_in_one_line(pair, tmp_path, capsys, name):
+def test_a_disk_that_is_full_ends_in_one_line(again, tmp_path, capsys, name):
     (tmp_path / name).symlink_to("/dev/full")
-    script, words = train_rl, ("--model", pair / "whole", *SIZES, *NO_TABLE, "--steps", 1)
+    script, words = train_rl, again
     if name == "traces.jsonl.tmp":
         script, words = train_projector, ("--prompts", 2, "--device", "cpu")
     said = in_one_line(capsys, script, *words, "--out", tmp_path)
@@ -234,9 +218,8 @@ def test_a_disk_that_is_full_ends_in_one_line(pair, tmp_path, capsys, name):
 
 
 def test_out_of_memory_in_the_update_halves_the_budget_and_changes_nothing_else(
-        pair, tmp_path, monkeypatch, capsys):
-    words = ("--model", pair / "whole", *SIZES, *NO_TABLE, "--steps", 2)
-    words += ("--train-prompts", 4, "--minibatches", 1)  # a step is an epoch
+        again, tmp_path, monkeypatch, capsys):
+    words = (*again, "--train-prompts", 4)  # a step is an epoch
     real, calls, fails = train_rl.logprobs, iter(range(1, 99)), {2}
 
     def logprobs(*args):
@@ -247,10 +230,12 @@ def test_out_of_memory_in_the_update_halves_the_budget_and_changes_nothing_else(
     run(train_rl, *words, "--micro-batch-tokens", 300, "--val", 0, "--out", tmp_path / "half")
     monkeypatch.setattr(train_rl, "logprobs", logprobs)
     run(train_rl, *words, "--micro-batch-tokens", 600, "--out", tmp_path / "oom")
-    assert "out of memory with 600 positions at once; from here on 300\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "stage 1" not in said  # the projector of --model has been trained
+    assert "out of memory with 600 positions at once; from here on 300\n" in said
     assert runs.read_state(tmp_path / "oom")[1]["state"]["micro_batch_tokens"] == 300
     halved, oom = metrics(tmp_path / "half"), metrics(tmp_path / "oom")
-    assert [m.pop("val_accuracy") for m in halved] == [None] * 2
+    assert [m.pop("val_accuracy") for m in halved] == [None]
     assert all(0 <= m.pop("val_accuracy") <= 1 for m in oom)  # --val draws from a generator of its own
     assert halved == oom and same_weights(tmp_path / "half", tmp_path / "oom")
     assert max(m["grad_norm"] for m in halved) > 0
@@ -260,16 +245,16 @@ def test_out_of_memory_in_the_update_halves_the_budget_and_changes_nothing_else(
 
 
 # ---------------------------------------------------------------- tripwires
-def test_a_reward_that_is_not_finite_ends_the_run_before_any_update(pair, tmp_path, monkeypatch):
+def test_a_reward_that_is_not_finite_ends_the_run_before_any_update(again, tmp_path, monkeypatch):
     real = data.score
     monkeypatch.setattr(data, "score", lambda *args: [*real(*args)[:5], float("nan"), *real(*args)[6:]])
     with pytest.raises(UserError, match="step 1: a reward is nan; see .*bad-rollouts.json"):
-        run(train_rl, "--model", pair / "whole", *SIZES, *NO_TABLE, "--steps", 1, "--out", tmp_path)
+        run(train_rl, *again, "--out", tmp_path)
     aside = json.load(open(tmp_path / "bad-rollouts.json"))
     assert len(aside) == 1 and aside[0]["text"] and runs.saved_states(tmp_path) == [0]
 
 
-def test_a_scorer_that_disagrees_with_the_sampler_stops_the_run(pair, tmp_path, monkeypatch):
+def test_a_scorer_that_disagrees_with_the_sampler_stops_the_run(again, tmp_path, monkeypatch):
     real = train_rl.logprobs
 
     def logprobs(*args):
@@ -277,10 +262,9 @@ def test_a_scorer_that_disagrees_with_the_sampler_stops_the_run(pair, tmp_path, 
         return logp + 0.1, scored
 
     monkeypatch.setattr(train_rl, "logprobs", logprobs)
-    words = (*SIZES, *NO_TABLE, "--minibatches", 1, "--prompts", 8, "--steps", 1)
     with pytest.raises(UserError, match="step 1: sampler and scorer differ by 0.1 in a log-prob"):
-        run(train_rl, "--model", pair / "whole", *words, "--out", tmp_path)
-    assert len(json.load(open(tmp_path / "bad-rollouts.json"))) == 32
+        run(train_rl, *again, "--out", tmp_path)
+    assert len(json.load(open(tmp_path / "bad-rollouts.json"))) == 16
 
 
 def test_steps_that_are_not_finite_are_skipped_and_three_in_a_row_stop_the_run(half, monkeypatch, capsys):

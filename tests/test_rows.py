@@ -2,6 +2,8 @@
 and replayed.
 
 What a CUDA graph does is played here by a tape: the same operations on the same memory, no Python between."""
+import copy
+
 import pytest
 import torch
 from conftest import LIMIT, random_qwen2, same, tag, with_projector, write
@@ -9,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib import checkpoint, decoder, kv_cache
 import litereason
-from litereason import LATENT, OPEN, generate
+from litereason import LATENT, generate
 
 # What two rows per prompt write, in characters: early and late ends, whole groups that end together, rows
 # that the limit cuts (60).
@@ -17,11 +19,8 @@ LENGTHS = [(1, 38), (2, 3), (30, 1), (1, 1), (60, 5), (4, 25), (9, 60), (2, 2), 
            (60, 60), (0, 0), (3, 28)]
 
 
-@pytest.fixture(params=["all positions", "a window in every second layer"])
-def model(request, tok):
-    window = ({} if request.param == "all positions" else
-              {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1})
-    return with_projector(random_qwen2(len(tok) + 3, tok.eos_token_id, **window))
+def fresh(tok, **config):
+    return with_projector(random_qwen2(len(tok) + 3, tok.eos_token_id, **config))
 
 
 def run(model, tok, rows, lengths=LENGTHS, **settings):
@@ -38,12 +37,29 @@ def equal(some, others):
         assert a.prompt == b.prompt
 
 
+@pytest.fixture(scope="module")
+def made(tok):
+    """(a model with a window in its second layer, its rollouts when all prompts begin at once)"""
+    model = fresh(tok, use_sliding_window=True, sliding_window=7, max_window_layers=1)
+    together = run(model, tok, 512)
+    assert sum(r.n_latents for r in together) > 20
+    return model, together
+
+
+@pytest.fixture
+def model(made):
+    return copy.deepcopy(made[0])
+
+
+@pytest.fixture
+def together(made):
+    return made[1]
+
+
 # ---------------------------------------------------------------- prompts that wait
 @pytest.mark.parametrize("rows", [1, 8, 27])
-def test_rows_that_begin_late_are_the_rows_that_begin_at_once_in_fewer_steps(model, tok, rows, forwards):
-    together = run(model, tok, 512)
-    assert [n for _, n in forwards].count(11) == 1 and sum(r.n_latents for r in together) > 20
-    forwards.clear()
+def test_rows_that_begin_late_are_the_rows_that_begin_at_once_in_fewer_steps(
+        model, tok, together, rows, forwards):
     equal(run(model, tok, rows), together)
     at_once = [n for n, width in forwards if width == 1 and n > 0]
     assert max(at_once) <= max(2, rows), "more rows at once than were allowed"
@@ -52,8 +68,8 @@ def test_rows_that_begin_late_are_the_rows_that_begin_at_once_in_fewer_steps(mod
         assert len(at_once) < 0.8 * sum(in_turn)
 
 
-def test_each_prompt_is_read_once_few_are_kept_and_columns_are_used_again(
-        model, tok, forwards, monkeypatch):
+def test_each_prompt_is_read_once_few_are_kept_and_columns_are_used_again(tok, forwards, monkeypatch):
+    model = fresh(tok)  # all positions in every layer
     kept, gone, change = [], [], kv_cache.DecodingCache.change
 
     def watch(self, *a):
@@ -81,7 +97,7 @@ def test_each_prompt_is_read_once_few_are_kept_and_columns_are_used_again(
 
 def test_a_row_that_breaks_does_not_break_the_one_that_takes_its_place(tok, monkeypatch):
     """A latent of NaN stays in the memory of the row that ran it; it may not be read by anybody else."""
-    model = with_projector(random_qwen2(len(tok) + 3, tok.eos_token_id))
+    model = fresh(tok)
     broken = lambda h, u, k: torch.full_like(h, torch.nan)
     rows = run(model, tok, 2, [(20, 20), (5, 5), (9, 9)], latent=broken)
     assert rows[0].logprobs.isnan().any()
@@ -100,21 +116,17 @@ def test_no_step_is_run_for_rows_that_are_all_at_the_limit(model, tok, limit, mo
 
 
 # ------------------------------------------------ prompts read in chunks, and less at once if memory is short
-@pytest.mark.parametrize("budget", [1, 25])
+@pytest.mark.parametrize("budget, rows", [(1, 512), (25, 6)])  # of 6 rows most prompts join later
 def test_prompts_read_in_chunks_give_the_rollouts_of_prompts_read_at_once(
-        model, tok, budget, forwards, monkeypatch):
-    whole = run(model, tok, 512)
+        model, tok, together, budget, rows, forwards, monkeypatch):
     monkeypatch.setattr(kv_cache, "PREFILL", budget)
-    forwards.clear()
-    equal(run(model, tok, 512), whole)
+    equal(run(model, tok, rows), together)
     reads = [n * width for n, width in forwards if width > 1]
     assert len(reads) > 4 and max(reads) <= max(11, budget)
-    equal(run(model, tok, 6), whole)  # prompts that join later, too
 
 
 def test_out_of_memory_while_sampling_halves_the_rows_until_they_fit_and_says_so(
-        model, tok, monkeypatch, capsys):
-    plain = run(model, tok, 12)
+        model, tok, together, monkeypatch, capsys):
     begin, fits = decoder.Decoder._begin, 1
 
     def begin_few(self, n):
@@ -124,7 +136,7 @@ def test_out_of_memory_while_sampling_halves_the_rows_until_they_fit_and_says_so
 
     monkeypatch.setattr(decoder.Decoder, "_begin", begin_few)
     for _ in range(2):  # the second time it is known
-        equal(run(model, tok, 12), plain)
+        equal(run(model, tok, 12), together)
     assert capsys.readouterr().out.splitlines() == ["out of memory with 12 rows at once; from here on 6",
                                                     "out of memory with 6 rows at once; from here on 3"]
     fits = 0  # not even one group
@@ -180,16 +192,15 @@ def recorded(monkeypatch):
 
 
 @pytest.mark.parametrize("rows", [4, 512])
-def test_a_recorded_step_gives_what_the_step_gives(model, tok, rows, recorded):
-    plain = run(model, tok, rows)
+def test_a_recorded_step_gives_what_the_step_gives(model, tok, together, rows, recorded):
     model.graphs = True
-    equal(run(model, tok, rows), plain)
+    equal(run(model, tok, rows), together)
     assert model.graphs and max(recorded) >= 4
     assert len(recorded) < sum(recorded) / 2, "recorded again and again"
 
 
 def test_a_recording_serves_many_columns_and_is_made_again_when_they_are_full(tok, recorded, monkeypatch):
-    model = with_projector(random_qwen2(len(tok) + 3, tok.eos_token_id))
+    model = fresh(tok)
     monkeypatch.setattr(checkpoint, "stop_tokens", lambda *_: [-7])
     plain = generate(model, tok, ["abc"], 2, 400, generator=torch.Generator().manual_seed(0))
     model.graphs = True
@@ -197,11 +208,10 @@ def test_a_recording_serves_many_columns_and_is_made_again_when_they_are_full(to
     assert recorded == [64] * 4 + [128, 15]  # up to 64, 128, 192, 256, 384, 400 columns
 
 
-def test_where_nothing_can_be_recorded_it_runs_without_and_says_so_once(model, tok, capsys):
-    plain = run(model, tok, 6)
+def test_where_nothing_can_be_recorded_it_runs_without_and_says_so_once(model, tok, together, capsys):
     model.graphs = True
     for _ in range(2):
-        equal(run(model, tok, 6), plain)
+        equal(run(model, tok, 512), together)
     assert not model.graphs
     assert capsys.readouterr().err == ("warning: the decoding step cannot be recorded as a CUDA graph "
                                        "(this is no CUDA device); it runs without\n")
@@ -210,8 +220,8 @@ def test_where_nothing_can_be_recorded_it_runs_without_and_says_so_once(model, t
 # ---------------------------------------------------------------- devices on which choosing rows would wait
 @pytest.mark.parametrize("latent", ["projector", "zeros", "none"])
 def test_where_rows_cannot_be_chosen_the_projector_runs_on_those_that_may_be_in_a_block(
-        model, tok, latent, monkeypatch):
-    plain = run(model, tok, 10, latent=latent)
+        model, tok, together, latent, monkeypatch):
+    plain = together if latent == "projector" else run(model, tok, 512, latent=latent)
     # What a row wrote where it got this number (see conftest.write): all rows draw now, inside a block too.
     draws = torch.rand(len(plain), LIMIT, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     place = {u: slot for r, line in zip(plain, draws.tolist())
@@ -232,13 +242,3 @@ def test_where_rows_cannot_be_chosen_the_projector_runs_on_those_that_may_be_in_
     ran, decoded = sum(r.n_latents for r in plain), stats["positions"] - sum(map(len, prompts))
     assert ran <= sum(seen) < 0.7 * decoded if latent == "projector" else not seen
     assert (ran > 0) == (latent != "none")
-
-
-@pytest.mark.parametrize("before, soon", [
-    ("", False), ("<implicit_", False), (OPEN, False), (OPEN + "3", False), (OPEN + "3</", True),
-    (tag(3)[:-1], True), (tag(3), False)])
-def test_soon_names_the_states_from_which_three_tokens_can_end_a_tag(tok, before, soon):
-    watch, state = litereason.tag_table(tok, 5, len(tok), "cpu"), torch.zeros(1, dtype=torch.long)
-    for i in tok.encode(before):
-        state, _ = watch.step(state, torch.tensor([i]))
-    assert bool(watch.soon[state]) == soon

@@ -5,6 +5,7 @@ import os
 import shutil
 
 import pytest
+from conftest import SIZES
 from test_real_tasks import run
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -13,30 +14,16 @@ import eval as evaluation
 import litereason
 import train_projector
 import train_rl
-from lib import UserError, run as runs
+from lib import UserError
 from lib.checkpoint import TINY
 from lib.run import default_out
 from litereason import load, save
 from results import baselines
 
-SIZES = ("--device", "cpu", "--n", 2, "--val", 0, "--train-prompts", 4, "--prompts", 2,
-         "--num-generations", 2, "--max-new-tokens", 40, "--steps", 1, "--show-every", 0, "--method", "tag")
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A finished run of train_rl.py, of a base that is gone afterwards."""
-    at = tmp_path_factory.mktemp("finished")
-    shutil.copytree(TINY, at / "base")
-    run(train_rl, *SIZES, "--model", at / "base", "--out", at / "run")
-    shutil.rmtree(at / "base")
-    return at / "run"
-
-
 @pytest.fixture
-def copy(finished, tmp_path):
-    shutil.copytree(finished, tmp_path / "run")
-    return tmp_path / "run"
+def copy(whole, tmp_path):
+    """Of a finished run of train_rl.py."""
+    return shutil.copytree(whole, tmp_path / "run")
 
 
 # ---------------------------------------------------------------- where runs go
@@ -64,28 +51,26 @@ def test_a_finished_run_is_refused_in_one_line_before_a_model_is_loaded(copy, sc
 
 def test_overwrite_leaves_no_file_of_the_earlier_run(copy):
     (copy / "bad-rollouts.json").write_text("[]")
-    run(train_rl, *SIZES, "--model", "tiny", "--out", copy, "--overwrite", "--n", 0, "--seed", 1)
-    assert not (copy / "results.json").exists() and not (copy / "bad-rollouts.json").exists()
+    words = (*SIZES, "--method", "tag", "--n", 0, "--val", 0, "--steps", 1, "--overwrite", "--seed", 1)
+    run(train_rl, *words, "--out", copy)
+    left = {"config.json", "lock", "metrics.jsonl", "model", "state-0.pt", "state-1.pt"}
+    assert set(os.listdir(copy)) == {*left, "before-rl.json", "traces.jsonl"}  # traces say what they are of
     made = json.load(open(copy / "config.json"))
     assert made["seed"] == 1 and "overwrite" not in made
     with pytest.raises(UserError, match="holds a run"):  # without a table, too
-        run(train_rl, *SIZES, "--model", "tiny", "--out", copy)
+        run(train_rl, *SIZES, "--out", copy)
 
 
 def test_a_run_is_neither_continued_in_its_own_directory_nor_replaced_by_an_evaluation(copy):
     for source in (copy, copy / "model"):
         with pytest.raises(UserError, match="--out .* holds --model .*: choose another --out"):
             run(train_rl, *SIZES, "--model", source, "--out", copy, "--overwrite")
+    before = (copy / "model" / "config.json").read_bytes()
+    with pytest.raises(UserError, match="or what no run wrote: choose another --out"):
+        run(train_rl, *SIZES, "--out", copy / "model", "--overwrite")
+    assert (copy / "model" / "config.json").read_bytes() == before
     with pytest.raises(UserError, match="is a run: the results of eval.py would replace its own"):
         run(evaluation, "--model", copy, "--device", "cpu", "--n", 1, "--out", copy)
-
-
-def test_a_directory_that_is_no_run_is_left_alone_even_with_overwrite(copy):
-    before = (copy / "model" / "config.json").read_bytes()
-    for words in ((), ("--overwrite",)):
-        with pytest.raises(UserError, match="or what no run wrote: choose another --out"):
-            run(train_rl, *SIZES, "--model", "tiny", "--out", copy / "model", *words)
-    assert (copy / "model" / "config.json").read_bytes() == before
 
 
 # ---------------------------------------------------------------- what a run is evaluated as
@@ -143,10 +128,7 @@ def test_a_checkpoint_keeps_its_own_tokenizer(tmp_path):
     own = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
     own.save_pretrained(tmp_path / "m")
     assert load(str(tmp_path / "m"), "cpu")[1].encode("ab cab") == own.encode("ab cab") == [0, 1, 26, 2, 0, 1]
-
-
-def test_a_tokenizer_of_special_tokens_alone_is_refused(tmp_path):
-    save(*load("tiny", "cpu"), str(tmp_path / "m"))
+    # without it transformers would make one of special tokens alone
     for name in ("tokenizer.json", "tokenizer_config.json"):
         os.remove(tmp_path / "m" / name)
     with pytest.raises(UserError, match="cannot load the model"):
@@ -165,7 +147,7 @@ def test_an_untrained_projector_is_never_run(tmp_path, monkeypatch):
         assert again.projector_trained == is_trained
         save(again, tokenizer, str(at / "model"))
         assert load(str(at), "cpu")[0].projector_trained == is_trained
-    words = ("--device", "cpu", "--n", 6, "--max-new-tokens", 60, "--json", tmp_path / "r.json")
+    words = ("--device", "cpu", "--n", 4, "--max-new-tokens", 60, "--json", tmp_path / "r.json")
     run(evaluation, "--model", "tiny", "tiny:plain", tag, grpo, *words)
     assert [r["latent_steps"] for r in results(tmp_path / "r.json")] == [0.0] * 4
     for name in ("tiny", tag):

@@ -4,7 +4,6 @@ import io
 import json
 import os
 import runpy
-import subprocess
 import sys
 import types
 from unittest import mock
@@ -20,10 +19,8 @@ from lib import checkpoint
 
 SCRIPTS = ["train_projector.py", "train_rl.py", "eval.py", "results/baselines.py", "data/tiny/prepare.py",
            "results/reproduce.py", "results/check_tiny.py", "tests/bench.py"]
-# A run of train_rl.py that is as short as it can be and still has groups with a winner and a loser.
-SHORT = ("--steps", 2, "--prompts", 4, "--num-generations", 4, "--n", 0, "--max-new-tokens", 100)
-
-
+SHORT = ("--steps", 2, "--prompts", 4, "--num-generations", 4, "--train-prompts", 8, "--val", 2, "--n", 0,
+         "--max-new-tokens", 60)
 
 
 def script(*words):
@@ -59,23 +56,13 @@ def metrics(out):
         return [json.loads(line) for line in f]
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """What the README's first command leaves, all three stages, cut to two steps, in a process of its own."""
-    out = tmp_path_factory.mktemp("trained") / "rl"
-    words = ("train_rl.py", "--train-prompts", 8, "--projector-steps", 2, "--trace-prompts", 8, "--val", 2,
-             *SHORT, "--n", 1, "--out", out)
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=environment, capture_output=True,
-                          text=True)
-    assert done.returncode == 0, done.stderr
-    return out
-
-
 # ---------------------------------------------------------------- help
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_every_script_answers_help(name):
-    assert "usage:" in works(name, "--help")
+def test_every_script_answers_help_and_those_at_the_top_on_one_screen(name):
+    said = works(name, "--help")
+    lines = said.splitlines()
+    assert "usage:" in said
+    assert "/" in name or 20 < len(lines) <= 50 and max(map(len, lines)) <= 110
 
 
 # ---------------------------------------------------------------- runs
@@ -85,14 +72,6 @@ def test_the_gpu_measurements_run_on_a_toy_shape_and_a_cpu(tmp_path, row):
     times = [value for name, value in json.load(open(tmp_path / "g.json"))[row].items()
              if name.endswith(("_s", "_ms"))]
     assert all(value > 0 for value in times if value is not None)
-
-
-def test_stages_1_and_2_keep_their_traces_for_a_second_run(tmp_path):
-    words = ("--steps", 2, "--prompts", 8, "--samples", 2, "--n", 4, "--out", tmp_path / "p")
-    said = works("train_projector.py", *words)
-    for what in ("kept", "no latents", "zeros", "start", "trained", "accuracy with the tag prompt"):
-        assert what in said
-    assert "traces are in" in works("train_projector.py", *words, "--overwrite")
 
 
 @pytest.mark.parametrize("own, most", [({}, 1), ({"PENALTY": 400}, 400)])
@@ -105,16 +84,14 @@ def test_the_length_penalty_falls_from_where_it_begins_to_the_limit(own, most):
 
 def test_the_second_task_of_the_tiny_world_runs_too(tmp_path):
     words = ("--task", "tiny.next_chapter", "--projector-steps", 2, "--trace-prompts", 16, *SHORT, "--n", 1)
-    said = works("train_rl.py", *words, "--minibatches", 99, "--out", tmp_path / "n")
-    settings = json.load(open(tmp_path / "n" / "config.json"))
+    said = works("train_rl.py", *words, "--max-new-tokens", 100, "--minibatches", 99, "--out", tmp_path)
+    settings = json.load(open(tmp_path / "config.json"))
     assert "| model | reward |" in said
     assert settings["minibatches"] == settings["prompts"]  # each has a prompt at least
 
 
 # ---------------------------------------------------------------- wrong words
 @pytest.mark.parametrize("words, says", [
-    (("eval.py", "--model", "nowhere/at/all"), "no model directory"),
-    (("eval.py", "--model", "Qwen2.5-1.5B", "--task", "tiny"), "from the hub"),
     (("eval.py", "--task", "nothing"), "no task 'nothing'"),
     (("eval.py", "--json", "/nowhere/e.json", "--n", "2"), "/nowhere/e.json"),
     (("eval.py", "--model", "tiny:plian"), "behind a colon may stand plain"),
@@ -133,38 +110,26 @@ def test_a_wrong_word_ends_in_one_line_and_exit_code_2(words, says, tmp_path):
 
 
 # ---------------------------------------------------------------- what a run leaves
-def test_all_three_stages_run_for_two_steps_and_leave_what_they_promise(trained):
-    assert json.load(open(trained / "config.json"))["steps"] == 2
-    lines = metrics(trained)
-    assert [m["step"] for m in lines] == [1, 2]
+def test_a_run_of_all_three_stages_says_and_leaves_what_it_promises(whole):
+    said = (whole.parent / "said").read_text()
+    assert "drowns the words around it; those of --projector normed do not" in said  # the paper's start
+    assert json.load(open(whole / "config.json"))["steps"] == 4
+    lines = metrics(whole)
+    assert [m["step"] for m in lines] == [1, 2, 3, 4]
     assert "no verdict" not in train_rl.step_line({**lines[0], "no_verdict": 0.0}, 2)
     assert " | no verdict 0.750" in train_rl.step_line({**lines[0], "no_verdict": 0.75}, 2)
     assert lines[0]["peak_memory_gib"].keys() == lines[0]["seconds"].keys() >= {"sample", "update", "step"}
-    # 8 prompts, 4 a step: an epoch of two steps
-    assert lines[0]["refresh_loss"] is None and lines[1]["refresh_loss"] > 0
-    # fp32, and warm-start latents of length 1,000; exact in test_decode.py
-    assert max(m["max_dlogp"] for m in lines) < 1e-3
-    table = json.load(open(trained / "results.json"))
+    # an epoch of four steps
+    assert [m["refresh_loss"] for m in lines[:3]] == [None] * 3 and lines[3]["refresh_loss"] > 0
+    # Before a batch's first update; fp32, and warm-start latents of length 1,000; exact in test_decode.py.
+    assert max(m["max_dlogp"] for m in lines[::2]) < 1e-3
+    table = json.load(open(whole / "results.json"))
     assert [row["model"] for row in table] == [
         "base, explicit reasoning", "base, tag prompt", "LiteReason before RL", "LiteReason",
         "  its latents taken away", "  shuffled latents"]
 
 
-def test_a_runs_directory_is_a_model_for_the_other_scripts(trained, tmp_path):
-    works("eval.py", "--model", trained, "tiny:plain", "--n", 4, "--show", 1, "--json", tmp_path / "e.json")
-    first, second = json.load(open(tmp_path / "e.json"))
-    assert (first["prompt"], second["prompt"]) == ("tag", "plain") and second["latent_steps"] == 0
-    said = works("train_rl.py", "--model", trained, "--recompute-latents", "--overlong-buffer", 40,
-                 "--minibatches", 2, *SHORT, "--out", tmp_path / "again")
-    assert "stage 1" not in said  # it has a trained projector already
-    first = metrics(tmp_path / "again")[0]
-    assert first["latent_steps"] > 0
-    assert first["max_dlogp"] < 1e-2  # before the first update recomputed latents are the stored ones
-
-
 def test_rl_without_latents_runs_and_leaves_a_model_without_a_trained_projector(tmp_path):
-    works("train_rl.py", "--method", "grpo", *SHORT, "--out", tmp_path / "grpo")
-    assert all(m["latent_steps"] == 0 for m in metrics(tmp_path / "grpo"))
-    small = ("--projector-steps", 1, "--trace-prompts", 16, *SHORT)
-    said = works("train_rl.py", "--model", tmp_path / "grpo", *small, "--out", tmp_path / "after")
-    assert "stage 1: kept" in said
+    works("train_rl.py", "--method", "grpo", *SHORT, "--out", tmp_path)
+    assert all(m["latent_steps"] == 0 for m in metrics(tmp_path))
+    assert not litereason.load(tmp_path, "cpu")[0].projector_trained

@@ -3,9 +3,9 @@ import random
 
 import pytest
 import torch
-from conftest import tag
+from conftest import reader, tag
 
-from litereason import CLOSE, LATENT, OPEN, insert_latents, parse_tags, tag_table
+from litereason import CAP, CLOSE, LATENT, OPEN, insert_latents, parse_tags, watcher
 from lib.checkpoint import token_texts
 
 
@@ -81,12 +81,12 @@ def sequences_with_tags(tok, cap, count):
     return sequences, [by_decoding(tok, ids, cap) for ids in sequences]
 
 
-@pytest.mark.parametrize("which, cap, count", [("tok", 5, 2000), ("tok", 13, 1000), ("real_tok", 5, 1500)])
-def test_the_watcher_fires_where_and_only_where_the_decoded_text_completes_a_tag(request, which, cap, count):
+@pytest.mark.parametrize("which", ["tok", "real_tok"])
+def test_the_watcher_fires_where_and_only_where_the_decoded_text_completes_a_tag(request, which):
     tok = request.getfixturevalue(which)
-    sequences, expected = sequences_with_tags(tok, cap, count)
-    assert sum(map(len, expected)) > count / 5  # the sequences do hold tags
-    assert fired(tag_table(tok, cap, len(tok) + 3, "cpu"), sequences) == expected
+    sequences, expected = sequences_with_tags(tok, CAP, 500)
+    assert sum(map(len, expected)) > 100  # the sequences do hold tags
+    assert fired(watcher(reader(tok), tok), sequences) == expected
 
 
 @pytest.mark.parametrize("text, pieces", [
@@ -94,22 +94,17 @@ def test_the_watcher_fires_where_and_only_where_the_decoded_text_completes_a_tag
     ("a " + tag(3) + "\n\nSo", "a| <|implicit|_th|ought|>|3|</|implicit|_th|ought|>\n\n|So"),
     (tag(1) + tag(2), "<|implicit|_th|ought|>|1|</|implicit|_th|ought|><|"
                       "implicit|_th|ought|>|2|</|implicit|_th|ought|>")])
-def test_a_token_merged_with_its_neighbour_ends_the_tag(real_model, real_tok, text, pieces):
+def test_a_token_merged_with_its_neighbour_ends_the_tag(real_tok, text, pieces):
     ids = real_tok.encode(text)
     assert [real_tok.decode([i]) for i in ids] == pieces.split("|")
-    slots = insert_latents(real_model, real_tok, ids)
+    slots = insert_latents(reader(real_tok), real_tok, ids)
     ends = [slots[i - 1] for i, s in enumerate(slots) if s == LATENT and slots[i - 1] != LATENT]
     assert [">" in real_tok.decode([i]) for i in ends] == [True] * text.count(OPEN)
     assert slots.count(LATENT) == sum(n for _, _, n in parse_tags(text))
 
 
-def test_ids_beyond_the_tokenizer_only_reset_the_watcher(tok):
-    watch, ids = tag_table(tok, 5, len(tok) + 3, "cpu"), tok.encode(tag(3))
-    assert fired(watch, [ids, ids[:4] + [len(tok) + 2] + ids[4:]]) == [[(len(ids) - 1, 3)], []]
-
-
-def test_latents_are_inserted_after_each_tag_of_a_finished_trace(model, tok):
+def test_latents_are_inserted_after_each_tag_of_a_finished_trace(tok):
     ids = tok.encode(f"a{tag(2)}.{tag(9)}b<eos>")
     first, second = 1 + 9, 1 + 9 + 9  # the second tag's "<" is merged into ".<"
     expected = ids[:first] + [LATENT] * 2 + ids[first:second] + [LATENT] * 5 + ids[second:]
-    assert insert_latents(model, tok, ids) == expected
+    assert insert_latents(reader(tok), tok, ids) == expected
