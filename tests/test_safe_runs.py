@@ -16,7 +16,7 @@ import train_projector
 import train_rl
 from lib import UserError
 from lib.checkpoint import TINY
-from lib.run import default_out
+from lib.run import default_out, run_settings, settings_of_model
 from litereason import load, save
 from results import baselines
 
@@ -102,6 +102,12 @@ def test_task_length_and_method_come_from_the_run_and_flags_override_them(tmp_pa
         run(evaluation, "--model", a, b, *words)
     run(evaluation, "--model", "tiny", b, "tiny:plain", *words)  # what is no run goes with the others
     assert [r["task"] for r in results(tmp_path / "r.json")] == ["tiny"] * 3
+
+
+def test_the_model_in_a_run_stands_for_the_run(tmp_path):
+    a = fake_run(tmp_path, "a")
+    (tmp_path / "a" / "model").mkdir(exist_ok=True)
+    assert settings_of_model(str(a / "model")) == settings_of_model(str(a)) == run_settings(str(a))
 
 
 def test_a_checkpoint_that_cannot_be_replaced_is_kept(tmp_path, monkeypatch):

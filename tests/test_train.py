@@ -145,6 +145,15 @@ def test_the_policy_gradient_reaches_the_base_and_never_the_projector(model, rol
         assert len(found) == sum("reasoning_projector" not in name for name, _ in model.named_parameters())
 
 
+@pytest.mark.parametrize("run", [logprobs, unroll])
+def test_padding_goes_through_no_layer(model, rollouts, run):
+    computed = []
+    model.model.layers[0].register_forward_pre_hook(lambda _, x: computed.append(x[0].shape[:2].numel()))
+    run(model, rollouts)
+    prompts = {tuple(r.prompt_ids) for r in rollouts}
+    assert sum(computed) == sum(map(len, prompts)) + sum(len(r.slots) for r in rollouts)
+
+
 @pytest.mark.parametrize("budget", [1, 250, 10**6])
 def test_a_token_budget_splits_into_neighbours_within_it_and_changes_no_gradient(model, rollouts, budget):
     parts = pack(rollouts, budget)
