@@ -584,7 +584,7 @@ def states(model, rollouts):
     batch = scoring.Batch(rollouts, model.device, padding=LATENT)
     # Each prompt is read once, with its graph: the gradients of its rows meet there.
     prompts, h_prompt, x = kv_cache.prefill(model, batch.prompts, batch.slots.clamp(min=0))
-    cache = kv_cache.WholeCache(prompts, batch.owner, batch.valid)
+    cache = kv_cache.WholeCache(prompts, batch.owners, [len(r.slots) for r in batch.rows])
     latents = torch.cat([r.latents.detach() for r in batch.rows])  # (all latents, D), row by row
     is_latent = (batch.slots == LATENT) & batch.valid
     x = x.masked_scatter(is_latent[..., None], latents.to(model.device, x.dtype))  # (B, S, D)
@@ -617,7 +617,7 @@ def unroll(model, rollouts, latent="projector"):
     batch = scoring.Batch(rollouts, model.device, padding=LATENT)
     plan, column = scoring.plan_rounds([[slot == LATENT for slot in r.slots] for r in batch.rows])
     prompts, h_prompt, embedded = kv_cache.prefill(model, batch.prompts, batch.slots.clamp(min=0))
-    cache = kv_cache.ScoringCache(prompts, batch.owner)
+    cache = kv_cache.ScoringCache(prompts, batch.owners)
     rows = torch.arange(len(batch.rows), device=model.device)
     last = h_prompt[batch.owner]  # (B, D): the output at each row's last slot so far
     z = last
@@ -642,7 +642,7 @@ def unroll(model, rollouts, latent="projector"):
             x = torch.cat([first[:, None], x[:, 1:]], 1)  # (B, n, D)
         if not len(offset):
             continue
-        cache.begin(offset < counts)
+        cache.begin(piece.counts)
         h = kv_cache.forward(model, x, cache.start[:, None] + starts + offset, cache)  # (B, n, D)
         outputs.append(h)
         newest = h[rows, (counts[:, 0] - 1).clamp(min=0)]

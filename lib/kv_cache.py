@@ -61,12 +61,16 @@ class Packing:
     attention alone sees rows with padding, (B, S, ..). Padding would be most of the work where lengths differ
     as much as those of rollouts do."""
 
-    def __init__(self, valid, place=None):
-        """valid (B, S): the real positions. place (T,): their order in the padded grid; None: row by row."""
-        self.shape = valid.shape
-        self.place = place  # None: nothing is padded
-        if place is None and not valid.all():
-            self.place = valid.flatten().nonzero()[:, 0]
+    def __init__(self, lengths, device, order=None):
+        """lengths: real positions of each row, a list: known on the host, so no device is waited for. order:
+        of the rows in (1, T, ..), by default as they stand."""
+        B, S = self.shape = torch.Size((len(lengths), max(lengths)))
+        is_real = torch.arange(S) < torch.tensor(lengths)[:, None]  # (B, S)
+        rows = torch.arange(B) if order is None else torch.tensor(order)
+        place = torch.arange(B * S).view(B, S)[rows][is_real[rows]]
+        self.valid = is_real.to(device)
+        # (T,) where they stand in the padded grid; None: nothing is padded.
+        self.place = None if order is None and len(place) == B * S else place.to(device)
 
     def pack(self, t):
         """(B, S, ..) -> (1, T, ..)"""
@@ -92,10 +96,11 @@ class Packing:
 class PromptCache:
     """P prompts while they are read: causal attention. Padding stands on the right: no token sees it."""
 
-    def __init__(self, n_layers, lengths, longest):
+    def __init__(self, n_layers, lengths, device):
         self.layers = [None] * n_layers  # (keys, values), (P, K, L, d) each
-        self.lengths = lengths  # (P,) tokens of each prompt
-        self.packing = Packing(torch.arange(longest, device=lengths.device) < lengths[:, None])
+        self.lengths = torch.tensor(lengths, device=device)  # (P,) tokens of each prompt
+        self.packing = Packing(lengths, device)
+        self.pad = pad_mask(lengths, device)
 
     def update(self, keys, values, layer, *_, **__):
         """New keys (after rotary, which leaves them in fp32) and values, (rows, K, S, d) each."""
@@ -141,14 +146,13 @@ def prefill(model, prompts, slots=None):
     the whole table."""
     ids = [torch.tensor(prompt) for prompt in prompts]
     ids = pad_sequence(ids, batch_first=True).to(model.device)  # (P, L), padded on the right
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)  # (P,)
     slots = ids[:0] if slots is None else slots
     both = model.get_input_embeddings()(torch.cat([ids.flatten(), slots.flatten()]))  # (P * L + B * S, D)
     x, x_slots = both.split([ids.numel(), slots.numel()])
-    cache = PromptCache(model.config.num_hidden_layers, lengths, ids.shape[1])
+    cache = PromptCache(model.config.num_hidden_layers, list(map(len, prompts)), model.device)
     positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)  # (P, L)
     h = forward(model, x.view(*ids.shape, -1), positions, cache)  # (P, L, D)
-    last = h[torch.arange(len(prompts), device=ids.device), lengths - 1]  # (P, D)
+    last = h[torch.arange(len(prompts), device=ids.device), cache.lengths - 1]  # (P, D)
     return cache, last, x_slots.unflatten(0, slots.shape)
 
 
@@ -162,7 +166,7 @@ def prefill_in_chunks(model, prompts):
         cache, h, _ = prefill(model, prompts[start : start + at_once])
         caches.append(cache)
         last.append(h)
-    whole = PromptCache(len(caches[0].layers), torch.cat([cache.lengths for cache in caches]), longest)
+    whole = PromptCache(len(caches[0].layers), list(map(len, prompts)), model.device)
     for i in range(len(whole.layers)):
         chunks = [cache.layers[i] for cache in caches]
         whole.layers[i] = tuple(torch.cat([_widened(t, longest) for t in same]) for same in zip(*chunks))
@@ -187,17 +191,17 @@ class Groups:
     """Rows (B, ..), ordered by prompt, seen as (P, G, ..); groups of unequal size are padded to the largest,
     G."""
 
-    def __init__(self, owner, n_prompts):
-        """owner (B,): which prompt each row belongs to."""
-        self.sizes = sizes = torch.bincount(owner, minlength=n_prompts).tolist()  # rows per prompt
-        self.size = max(sizes)  # G
+    def __init__(self, owners, n_prompts, device):
+        """owners: which prompt each row belongs to, a list."""
+        self.sizes = [owners.count(prompt) for prompt in range(n_prompts)]  # rows per prompt
+        self.size = max(self.sizes)  # G
         self.place = None  # (B,) where in the padded grid a row stands; None: nothing is padded
-        if min(sizes) < self.size:
-            rank = torch.cat([torch.arange(size) for size in sizes])  # (B,) a row's number in its group
-            self.place = owner * self.size + rank.to(owner.device)
-            # (P * G,) who stands there.
-            self.row = torch.zeros(n_prompts * self.size, dtype=torch.long, device=owner.device)
-            self.row[self.place] = torch.arange(len(owner), device=owner.device)
+        if min(self.sizes) < self.size:
+            rank = torch.cat([torch.arange(size) for size in self.sizes])  # (B,) a row's number in its group
+            place = torch.tensor(owners) * self.size + rank
+            row = torch.zeros(n_prompts * self.size, dtype=torch.long)
+            row[place] = torch.arange(len(owners))
+            self.place, self.row = place.to(device), row.to(device)  # row (P * G,): who stands there
 
     def split(self, t):
         """(B, ..) -> (P, G, ..)"""
@@ -214,10 +218,11 @@ class Groups:
         return torch.cat([one.expand(n, -1, -1, -1) for one, n in zip(t.split(1), self.sizes)])
 
 
-def pad_mask(lengths, L):
-    """True where a prompt has ended, (P, 1, 1, L); None if all of them, lengths (P,), are equally long."""
-    pad = torch.arange(L, device=lengths.device) >= lengths[:, None]  # (P, L)
-    return pad[:, None, None] if pad.any() else None
+def pad_mask(lengths, device):
+    """True where a prompt has ended, (P, 1, 1, L); None if all, lengths a list, are equally long."""
+    if min(lengths) == max(lengths):
+        return None
+    return (torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None])[:, None, None].to(device)
 
 
 def unseen(cache, window, L):
@@ -283,29 +288,30 @@ class ScoringCache:
     # prompt's keys. With fewer (a latent, a few words) sharing the prompt is cheaper.
     FUSED = 8
 
-    def __init__(self, prompts, owner):
-        """prompts: a PromptCache; owner (B,): which prompt each row belongs to, in order."""
+    def __init__(self, prompts, owners):
+        """prompts: a PromptCache; owners: which prompt each row belongs to, a list, in order."""
+        device = prompts.lengths.device
         self.prompts = prompts.layers
-        self.pad = pad_mask(prompts.lengths, prompts.layers[0][0].shape[2])
-        self.owner = owner
-        self.start = prompts.lengths[owner]  # (B,) position of a row's first slot
-        self.groups = Groups(owner, len(prompts.lengths))
+        self.pad = prompts.pad
+        self.owner = torch.tensor(owners, device=device)
+        self.start = prompts.lengths[self.owner]  # (B,) position of a row's first slot
+        self.groups = Groups(owners, len(prompts.lengths), device)
         # Per layer its pieces, (keys, values), (B, K, n, d) each. They are joined where they are used: a
         # joined copy per piece and layer would have to be kept for the backward pass.
         self.layers = [()] * len(prompts.layers)
-        self.valid = owner.new_zeros(len(owner), 0, dtype=torch.bool)  # (B, n) slots that are not padding
+        self.valid = self.owner.new_zeros(len(owners), 0, dtype=torch.bool)  # (B, n) no padding
         self.hidden = None  # (B, 1, 1, S, n) the slots that a new one does not see
         self.bias = {}  # window -> joint_bias, the same in all layers
         self.packing = None  # of the new slots
 
-    def begin(self, valid):
-        """Before a forward pass of new slots: valid (B, S) says which are real."""
-        B, S = valid.shape
-        self.packing = Packing(valid)
-        self.valid = torch.cat([self.valid, valid], 1)  # (B, n)
+    def begin(self, counts):
+        """Before a forward pass of new slots, so many of each row."""
+        self.packing = Packing(counts, self.valid.device)
+        B, S = self.packing.shape
+        self.valid = torch.cat([self.valid, self.packing.valid], 1)  # (B, n)
         self.bias = {}
         hidden = (~self.valid[:, None]).repeat(1, S, 1)  # (B, S, n)
-        hidden[:, :, -S:] |= torch.ones(S, S, dtype=torch.bool, device=valid.device).triu(1)  # later slots
+        hidden[:, :, -S:] |= torch.ones(S, S, dtype=torch.bool, device=hidden.device).triu(1)  # later slots
         self.hidden = hidden[:, None, None]
 
     def update(self, keys, values, layer, *_, **__):
@@ -363,26 +369,22 @@ class WholeCache:
     """Own slots that are given all at once. Rows of like lengths (within a factor of two) attend together:
     so little of that, too, is padding."""
 
-    def __init__(self, prompts, owner, valid):
-        """prompts: a PromptCache; owner (B,): which prompt each row belongs to; valid (B, S)."""
+    def __init__(self, prompts, owners, lengths):
+        """prompts: a PromptCache; of each row: the prompt that it belongs to, and its slots; lists."""
+        device = prompts.lengths.device
         self.prompts = prompts.layers
         self.layers = [None] * len(prompts.layers)  # (keys, values), (1, K, T, d) each, part by part
-        self.start = prompts.lengths[owner]  # (B,) position of a row's first slot
-        lengths = valid.sum(1).tolist()
+        self.start = prompts.lengths[torch.tensor(owners, device=device)]  # (B,) see ScoringCache
         of_length = {}  # bits of a length -> rows
         for row, length in enumerate(lengths):
             of_length.setdefault(length.bit_length(), []).append(row)
+        self.packing = Packing(lengths, device, [row for rows in of_length.values() for row in rows])
         self.parts = []  # a ScoringCache each
-        places = []
-        grid = torch.arange(valid.numel(), device=valid.device).view(valid.shape)
         for rows in of_length.values():
-            S = max(lengths[row] for row in rows)
-            part = ScoringCache(prompts, owner[rows])
-            part.begin(valid[rows, :S])
+            part = ScoringCache(prompts, [owners[row] for row in rows])
+            part.begin([lengths[row] for row in rows])
             self.parts.append(part)
-            places.append(grid[rows, :S][valid[rows, :S]])
-        self.sizes = [len(place) for place in places]  # real positions of each part
-        self.packing = Packing(valid, torch.cat(places))
+        self.sizes = [sum(lengths[row] for row in rows) for rows in of_length.values()]
 
     def update(self, keys, values, layer, *_, **__):
         self.add(layer, keys.to(values.dtype), values)
@@ -440,8 +442,8 @@ class DecodingCache:
     def _assign(self, owner):
         """Rows owner (B,), in order, on the prompts that there are."""
         self.owner = owner
-        self.pad = pad_mask(self.lengths, self.prompts[0][0].shape[2])
-        self.groups = Groups(owner, len(self.lengths))
+        self.pad = pad_mask(self.lengths.tolist(), owner.device)
+        self.groups = Groups(owner.tolist(), len(self.lengths), owner.device)
 
     def set_reach(self, rounded):
         """Before each step: how many columns it looks at -> whether that number has changed.
@@ -519,7 +521,7 @@ def _moved(memory, rows, columns, n_rows):
 # ============================================================ what transformers calls
 def attention(module, query, key, value, attention_mask, scaling, **kwargs):
     """In every layer; with any other cache (its own generate, say) this is plain sdpa."""
-    if isinstance(key, (PromptCache, ScoringCache, WholeCache, DecodingCache)):  # `update` returned (cache, layer)
+    if hasattr(key, "attend"):  # one of our caches: `update` returned (cache, layer)
         return key.attend(value, query, scaling, kwargs.get("sliding_window")), None
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
     return sdpa(module, query, key, value, attention_mask, scaling=scaling, **kwargs)

@@ -22,8 +22,8 @@ COPIED = 16  # so many copied keys, or padded queries, of attention take about t
 class Batch:
     """Rollouts ordered by prompt, each prompt once, slots padded on the right.
 
-    prompts: lists of token ids. owner (B,): which prompt a row belongs to. rows: the rollouts in that order.
-    slots, valid (B, S): see slot_table. back (B,): which row each rollout, as given, has become."""
+    prompts: lists of token ids. owner (B,), owners (a list): which prompt a row belongs to. rows: the rollouts
+    in that order. slots, valid (B, S): see slot_table. back (B,): which row each rollout has become."""
 
     def __init__(self, rollouts, device, padding):
         number = {}  # prompt -> its number
@@ -33,7 +33,8 @@ class Batch:
             owners.append(number.setdefault(prompt, len(number)))
         order = sorted(range(len(rollouts)), key=owners.__getitem__)
         self.prompts = [list(prompt) for prompt in number]
-        self.owner = torch.tensor(sorted(owners), device=device)
+        self.owners = sorted(owners)
+        self.owner = torch.tensor(self.owners, device=device)
         self.rows = [rollouts[i] for i in order]
         self.slots, self.valid = slot_table(self.rows, device, padding)
         self.back = torch.tensor(sorted(range(len(order)), key=order.__getitem__), device=device)
