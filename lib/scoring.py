@@ -22,7 +22,7 @@ COPIED = 16  # so many copied keys, or padded queries, of attention take about t
 class Batch:
     """Rollouts ordered by prompt, each prompt once, slots padded on the right.
 
-    prompts: lists of token ids. owner (B,), owners (a list): which prompt a row belongs to. rows: the rollouts
+    prompts: lists of token ids. owner (B,), owners, a list: which prompt a row belongs to. rows: the rollouts
     in that order. slots, valid (B, S): see slot_table. back (B,): which row each rollout has become."""
 
     def __init__(self, rollouts, device, padding):
