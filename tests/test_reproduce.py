@@ -66,14 +66,14 @@ def test_the_gpus_table_has_the_numbers_that_were_measured():
         "hours of the paper's plot-hole run at 256, 115 or 34 slots an answer": ", ".join(hours)}.items()
 
 
-# Of results/README.md: (words with a {} for each number, mark of a table, what only one of its rows begins with,
-# headings of the cells whose first numbers these are).
+# Of results/README.md: (words with a {} for each number, mark of a table, what only one of its rows begins
+# with, headings of the cells whose first numbers these are).
 PAPER, HOT, GAINED = "the paper's sampling", "temperature 1", "accuracy gained (95 % interval)"
 SAID = [
     ("is right on {} in {} tokens", "methods-tiny", f"{stats.OURS} |", "accuracy", "tokens"),
     (": {} % fewer than its base", "claims-tiny", f"{stats.OURS} is shorter than the base", PAPER),
     ("and {} % fewer than RL without latents", "claims-tiny", f"{stats.OURS} is shorter than RL", PAPER),
-    ("keeps {} % of what RL gains, at temperature 1 {} %", "claims-tiny", f"{stats.OURS} keeps", PAPER, HOT),
+    ("keeps {} % of RL's gain, at temperature 1 {} %", "claims-tiny", f"{stats.OURS} keeps", PAPER, HOT),
     ("accuracy falls by {} points", "claims-tiny", "latents matter: shuffled latents", PAPER),
     ("{} of them are nearest to the sum", "latents-tiny", f"{stats.OURS} |", "name their round"),
     ("LiteReason takes {} % fewer tokens, at", "claims-tiny", "LiteReason beats RL with tags under", PAPER),
@@ -88,7 +88,7 @@ SAID = [
     ("stage 1 reads: {} % at first", "another-base", stats.OURS, "gain kept, %"),
     ("{} % with twice the steps", "another-base", "the same, stage 2 twice", "gain kept, %"),
     ("as much as RL, in {} tokens", "methods-tiny.next_chapter", f"{stats.OURS} |", "tokens"),
-    ("chapters a loss ({})", "methods-tiny.next_chapter", "stage 2 twice as long + length penalty", "reward, %"),
+    ("chapters a loss ({})", "methods-tiny.next_chapter", "stage 2 twice as long +", "reward, %"),
     ("loss rises to {}", "starts-real", "SmolLM2-135M-Instruct | mlp", "loss after"),
     ("(SmolLM2: {}", "starts-real", "SmolLM2-135M-Instruct | normed | 0.0001 | 0", "loss after"),
     ("against {})", "starts-real", "SmolLM2-135M-Instruct | normed | 0.0001 | 0", "no latents, zeros"),
