@@ -353,8 +353,7 @@ def rows_of(records, table, seeds):
     return found
 
 
-MEANS = ("accuracy", "tokens", "text_tokens", "latent_steps", "z_size", "flops", "seconds_alone", "sampled",
-         "run_seconds")
+MEANS = ("accuracy", "tokens", "latent_steps", "z_size", "flops", "seconds_alone", "sampled", "run_seconds")
 
 
 def mean_of(rows):
@@ -415,13 +414,10 @@ def methods_table(table, found):
             "95 % interval by book": in_cell(paper["books_ci95"], digits, between=" to "),
             "by seed": in_cell(paper["accuracy_by_seed"], digits),
             "tokens": in_cell(paper["tokens"], 1),
-            "95 % interval of tokens": in_cell(paper["tokens_ci95"], 1, between=" to "),
-            "text": in_cell(paper["text_tokens"], 1),
             "latent": in_cell(paper["latent_steps"], 1),
             "z size": in_cell(paper["z_size"], 2),
             f"{score}, train stories": in_cell(train.get("accuracy"), digits),
             f"{score}, temperature 1": in_cell(trained.get("accuracy"), digits),
-            "95 % interval, temperature 1": in_cell(trained.get("accuracy_ci95"), digits, between=" to "),
             "tokens, temperature 1": in_cell(trained.get("tokens"), 1)}
     return markdown(f"{TABLES[table].task}, test split, {SAMPLED['paper']}", rows)
 
@@ -455,9 +451,7 @@ def controls_table(table, controls, kind):
             cells[f"{what} by seed"] = in_cell([row[what] for row in own], digits)
             if gained:
                 form = f"+.{digits}f"
-                cells[f"{what} gained"] = f"{gained[what]:{form}}"
-                cells[f"95 % interval, {what}"] = stats.in_words(gained[f"{what}_ci95"], form)
-                cells[f"Holm's p, {what}"] = f"{gained[f'{what}_holm']:.2g}"
+                cells[f"{what} gained"] = stats.with_interval(gained[what], gained[f"{what}_ci95"], form)
         cells["differs in"] = display.what_differs(gained) if gained else ""
     text = markdown(f"control, {SAMPLED[kind]}", rows)
     return text.replace("accuracy", TABLES[table].score.removesuffix(", %"))
@@ -483,14 +477,21 @@ def tables_of(table, records, seeds):
     found = {name: {kind: mean_of(own) for kind, own in kinds.items()} for name, kinds in rows.items()}
     controls = controls_of(records, table, seeds)
     texts = {f"methods-{table}": methods_table(table, found), f"costs-{table}": costs_table(table, found)}
+    measure, claims = score.removesuffix(", %"), {}
     for kind, mark in (("paper", table), ("trained", f"{table}-trained")):
         methods = {name: kinds[kind] for name, kinds in rows.items() if kind in kinds}
         if kind in controls:
             texts[f"controls-{mark}"] = controls_table(table, controls[kind], kind)
             methods |= {f"control {control}": by_seed for control, by_seed in controls[kind].items()}
-        claims = stats.claims(methods, points) if points else []
-        texts[f"differences-{mark}"] = stats.page(stats.differences(methods), claims, SAMPLED[kind], digits,
-                                                  score.removesuffix(", %"))
+        compared = stats.differences(methods)  # what a claim tests stands in the table of claims
+        if points:
+            compared = [own for own in compared if (own["ours"], own["theirs"]) not in stats.CLAIMED]
+        if compared:
+            text = stats.differences_table(compared, SAMPLED[kind], digits)
+            texts[f"differences-{mark}"] = text.replace("accuracy", measure)
+        claims[SAMPLED[kind]] = stats.claims(methods, points) if points else []
+    if any(claims.values()):
+        texts[f"claims-{table}"] = stats.claims_table(claims).replace("accuracy", measure)
     if table == "tiny":
         texts["headline"] = headline(found, controls.get("paper", {}))
         read = {name: rows_in(records, table, f"{method}-read", seeds) for name, method, _ in METHODS}
