@@ -17,7 +17,7 @@ With the weights of --model, random prompts:
                                                     against transformers' generate
 (u) update on a prompt of 300 x 8 samples of 12 to 180 tokens
                                                     against rows padded, each with its own prompt
-(p) a step of stage 2: 4 traces of a prompt of 300 and 120 tokens, three tags of 5 latents in each
+(p) a step of stage 2: a trace of a prompt of 300 and 120 tokens, in it three tags of 5 latents
                                                     against one pass over the prefix per latent, as released
 (s) a GRPO step: a prompt of 300 x 8 samples x 24 tokens, and the process' peak memory
                                                     against TRL's GRPOTrainer
@@ -196,20 +196,18 @@ def latents_again(_, device):
 
 def stage_2(model, device):
     ours, theirs, _ = models(model, device)
-    prompts = random_ids(4, 300, most=40_000).tolist()
-    traces = [trace(prompt, 120, 3, 5, i, 40_000) for i, prompt in enumerate(prompts)]
-    memory.freeze(ours)
-    theirs.requires_grad_(False)
+    rollout = trace(random_ids(300, most=40_000).tolist(), 120, 3, 5, 0, 40_000)
+    for p in [*memory.base_parameters(ours), *theirs.parameters()]:  # the LM is frozen
+        p.requires_grad_(False)
 
     def their_step():
-        for rollout in traces:  # the released code has micro-batches of one
-            h = prefix_passes(theirs, ours.reasoning_projector, rollout)
-            first = rollout.slots.index(LATENT)
-            slots = torch.tensor(rollout.slots[first:], device=device)
-            logits = theirs.lm_head(h[0, len(rollout.prompt_ids) + first - 1 : -1][slots != LATENT])
-            torch.nn.functional.cross_entropy(logits, slots[slots != LATENT], reduction="sum").backward()
+        h = prefix_passes(theirs, ours.reasoning_projector, rollout)
+        first = rollout.slots.index(LATENT)
+        slots = torch.tensor(rollout.slots[first:], device=device)
+        logits = theirs.lm_head(h[0, len(rollout.prompt_ids) + first - 1 : -1][slots != LATENT])
+        torch.nn.functional.cross_entropy(logits, slots[slots != LATENT], reduction="sum").backward()
 
-    return lambda: projector_loss(ours, traces)[0].backward(), their_step
+    return lambda: projector_loss(ours, [rollout])[0].backward(), their_step
 
 
 ROWS = {"a": ("decode, short prompts", decode_short), "b": ("decode, long prompt", decode_long),
