@@ -8,7 +8,6 @@ import os
 import random
 import socket
 import time
-import types
 from unittest import mock
 
 import huggingface_hub

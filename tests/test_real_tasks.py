@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import close, tag
 
-from data import SPLITS, find_clusters, flawed_fictions as ff, next_chapter as nc, perplexity, words_of
+from data import SPLITS, find_clusters, flawed_fictions as ff, next_chapter as nc, perplexity
 from data.flawed_fictions import prepare as ff_prepare
 from data.next_chapter import prepare as nc_prepare
 from litereason import UserError, parse_tags

@@ -223,7 +223,8 @@ def test_records_and_runs_of_another_command_are_refused(world, monkeypatch):
     shutil.rmtree(world / "out")
     kept = world / "results" / "runs-tiny.jsonl"
     text = kept.read_text()
-    kept.write_text(text.replace("results/baselines.py", "baselines.py"))  # renamed words are no other command
+    # Renamed words are no other command.
+    kept.write_text(text.replace("results/baselines.py", "baselines.py"))
     reproduce.write_tables("tiny", [0, 1])
     assert kept.read_text() == text
     methods = [(name, method, command.replace("--steps 96", "--steps 97"))
