@@ -4,7 +4,6 @@ The model is random and made to write; no number here says anything about a trai
 is looked for there; where it is absent these tests skip."""
 import json
 import os
-import shutil
 
 import pytest
 import torch
@@ -102,10 +101,9 @@ def test_all_stages_of_the_next_chapter_task_run_on_a_real_book(
 
 # ---------------------------------------------------------------- the hooks, with small models
 def test_the_default_task_is_the_tiny_world_for_a_model_that_reads_it_whatever_its_size(
-        model, tok, tmp_path):
-    shutil.copytree(checkpoint.TINY, tmp_path / "run" / "model")
+        model, tok, whole, tmp_path):
     save(model, tok, tmp_path / "other")
-    for path, task in (("tiny", "tiny"), (tmp_path / "run", "tiny"), (tmp_path / "other", "flawed_fictions"),
+    for path, task in (("tiny", "tiny"), (whole, "tiny"), (tmp_path / "other", "flawed_fictions"),
                        ("Qwen2.5-1.5B", "flawed_fictions")):
         assert data.choose_task(None, str(path)) == (task, data.load_task(task))
 
