@@ -1,15 +1,15 @@
 """Each of the other methods computes what its paper says, held against a plain way of saying the same in
 float64, and results/baselines.py runs them all."""
 import json
-import sys
 import types
 
 import pytest
 import torch
-from conftest import close
-from test_scripts import script
+from conftest import SIZES, close
+from test_real_tasks import one_line, run
 
 import data
+import train_rl
 from data import tiny
 from litereason import LATENT, attach, generate, load, logprobs, states, unroll
 from results import baselines
@@ -33,41 +33,27 @@ def plain_states(model, prompt, x):
 
 
 # ---------------------------------------------------------------- training-free
-def test_soft_thinking_over_one_word_is_greedy_decoding_up_to_the_answer(model, tok):
-    greedy = generate(model, tok, PROMPTS, max_new_tokens=30, temperature=0, tag=0)
-    for r in greedy:
-        # any word that greedy decoding says; soft thinking ends where it comes for the first time
-        end = r.slots[12]
-        at = r.slots.index(end)
-        soft = generate(model, tok, [r.prompt_ids], max_new_tokens=30, temperature=0, tag=0, start=30,
-                        **soft_thinking(model, end, top_k=1))[0]
-        assert soft.slots == [LATENT] * at + r.slots[at:]
-        close(soft.latents, model.get_input_embeddings()(torch.tensor(r.slots[:at])))
-
-
-def test_a_soft_latent_is_the_mean_embedding_of_the_likeliest_words(model, tok):
-    r = generate(model, tok, PROMPTS[:1], max_new_tokens=5, start=5, tag=0,
-                 **soft_thinking(model, -5, top_k=3))[0]
+def test_a_soft_latent_is_the_mean_embedding_of_likely_words_until_the_answers_word_is_the_likeliest(
+        model, tok):
+    greedy, = generate(model, tok, PROMPTS[:1], max_new_tokens=30, temperature=0, tag=0)
+    # Over one word it is greedy decoding up to the word that ends it, any that greedy decoding says.
+    end = greedy.slots[12]
+    at = greedy.slots.index(end)
+    soft, = generate(model, tok, PROMPTS[:1], max_new_tokens=30, temperature=0, tag=0, start=30,
+                     **soft_thinking(model, end, top_k=1))
+    assert soft.slots == [LATENT] * at + greedy.slots[at:]
+    close(soft.latents, model.get_input_embeddings()(torch.tensor(greedy.slots[:at])))
+    r, = generate(model, tok, PROMPTS[:1], max_new_tokens=5, start=5, tag=0,
+                  **soft_thinking(model, -5, top_k=3))
     h = plain_states(model, r.prompt_ids, r.latents)[len(r.prompt_ids) - 1 : -1]  # before each latent
     p, words = model.lm_head(h).softmax(-1).topk(3)
     p = p / p.sum(-1, keepdim=True)
     close(r.latents, (p[..., None] * model.get_input_embeddings()(words)).sum(1))
-
-
-def test_soft_thinking_stops_after_certain_steps_in_a_row_counted_for_each_row(model, tok):
+    # and after certain steps in a row, counted anew for each batch
     sure = soft_thinking(model, 7, certain=100.0, patience=4)  # everything is certain
-    for _ in range(2):  # the count begins again with each batch
+    for _ in range(2):
         for r in generate(model, tok, PROMPTS, 2, max_new_tokens=12, start=12, tag=0, **sure):
             assert r.slots[:4] == [LATENT] * 3 + [7]
-    leave = soft_thinking(model, 7, certain=100.0, patience=4)["leave"]
-    h = torch.zeros(2, 32, dtype=torch.float64)
-    drawn = torch.zeros(2, dtype=torch.long)
-    calls = [  # (numbers of the rollouts, latents they have run, those that end)
-        ([0, 1], [0, 0], []), ([0, 1], [1, 1], []), ([1, 5], [2, 0], []), ([1, 5], [3, 1], [1]),
-        ([5, 9], [2, 0], []), ([5, 9], [3, 1], [5]), ([0, 9], [0, 2], []), ([0, 9], [1, 3], [9])]
-    for row, taken, ends in calls:
-        word = leave(h, drawn, torch.tensor(row), torch.tensor(taken))
-        assert word.tolist() == [7 if r in ends else LATENT for r in row]
 
 
 def test_a_mixture_with_an_infinite_weight_on_the_word_is_plain_sampling(model, tok):
@@ -106,10 +92,9 @@ def head_of(model):
 def test_normal_numbers_are_normal_and_a_rows_own():
     u, k = torch.rand(200, generator=seeded(), dtype=torch.float64), torch.arange(200) % 7
     x = normal_numbers(u, k, 500)
-    assert (abs(float(x.mean())) < 0.01 and abs(float(x.std()) - 1) < 0.01
-            and abs(float((x**4).mean()) - 3) < 0.1)
+    assert abs(x.mean()) < 0.01 and abs(x.std() - 1) < 0.01 and abs((x**4).mean() - 3) < 0.1
     assert torch.equal(x[17:19], normal_numbers(u[17:19], k[17:19], 500))
-    assert float((torch.corrcoef(x) - torch.eye(200)).abs().max()) < 0.25  # 1 / sqrt(500) is 0.045
+    assert (torch.corrcoef(x) - torch.eye(200)).abs().max() < 0.25  # 1 / sqrt(500) is 0.045
     assert not torch.equal(normal_numbers(u[:1], k[:1], 5), normal_numbers(u[:1], k[:1] + 1, 5))
 
 
@@ -121,49 +106,41 @@ def test_colars_latents_follow_its_head_and_end_where_the_head_of_the_lm_draws_t
     for r in rolls:
         n = r.n_latents
         assert 1 <= n <= 40 and r.slots[:n] == [LATENT] * n and (n == 40 or r.slots[n] == end)
-        mean, std = head(plain_states(model, r.prompt_ids, r.latents)[len(r.prompt_ids) - 1 : -1])
-        # draws from that normal distribution
-        assert float(((r.latents / 0.5 - mean) / std).detach().abs().max()) < 6
     # sampler and scorer agree on the words, the end of the block included
-    logp, scored = logprobs(model, rolls)
-    for i, r in enumerate(rolls):
-        close(logp[i, : len(r.slots)], r.logprobs)
+    for row, r in zip(logprobs(model, rolls)[0], rolls):
+        close(row[: len(r.slots)], r.logprobs)
     h, slots, valid = states(model, rolls)
     is_latent = valid & (slots == LATENT)
     z = torch.cat([r.latents for r in rolls]) / 0.5
     mean, std = head(h[is_latent])
+    assert ((z - mean) / std).abs().max() < 6  # draws from that normal distribution
     density = -0.5 * ((z - mean) / std) ** 2 - std.log() - 0.5 * torch.tensor(2 * torch.pi).log()
     close(head.logprob(h[is_latent], z), density.mean(1), 1e-6)
 
 
-@pytest.mark.parametrize("rule", ["soft", "colar"])
-def test_a_row_alone_is_the_same_row_in_a_batch(model, tok, rule):
-    end = tok.encode("e")[0]
-
+@pytest.mark.parametrize("method", [
+    lambda model, end: soft_thinking(model, end, 4, certain=4.35, patience=3),
+    lambda model, end: colar(model, head_of(model), end)], ids=["soft", "colar"])
+def test_a_row_alone_is_the_same_row_in_a_batch(model, tok, method):
     def decode(**batch):
-        method = soft_thinking(model, end, 4, patience=9)
-        if rule == "colar":
-            method = colar(model, head_of(model), end)
-        return generate(model, tok, [*PROMPTS, "another one"], 1, max_new_tokens=30, start=25, tag=0,
-                        generator=seeded(), **batch, **method)
+        return generate(model, tok, [*PROMPTS, "another one"], 2, max_new_tokens=30, start=25, tag=0,
+                        generator=seeded(), **batch, **method(model, tok.encode("e")[0]))
 
-    for a, b in zip(decode(), decode(gen_batch_size=1)):
+    rows = decode()
+    assert len({r.n_latents for r in rows}) > 1
+    for a, b in zip(rows, decode(gen_batch_size=1)):
         assert a.slots == b.slots
         close(a.latents, b.latents)
 
 
-# ---------------------------------------------------------------- pause tokens in train_rl.py
 def test_pause_tokens_run_and_a_trained_projector_is_not_begun_again(tmp_path):
-    small = ("--steps", 1, "--train-prompts", 2, "--projector-steps", 1, "--trace-prompts", 24, "--n", 0,
-             "--targets", "none", "--val", 0, "--prompts", 2, "--max-new-tokens", 40)
-    got = script("train_rl.py", "--projector", "pause", *small, "--out", tmp_path / "pause")
-    assert got.returncode == 0, got.stderr
+    words = (*SIZES, "--n", 0, "--steps", 1, "--minibatches", 1)
+    run(train_rl, "--projector", "pause", *words, "--out", tmp_path / "pause")
     pause = load(tmp_path / "pause", "cpu")[0].reasoning_projector
     z = pause(torch.randn(3, 2, 128))
     assert torch.equal(z[0, 0], z[2, 1]) and z.abs().sum() > 0  # one vector everywhere
-    trained = ("--model", tmp_path / "pause")
-    got = script("train_rl.py", "--projector", "random", *small, *trained, "--out", tmp_path / "no")
-    assert got.returncode == 2 and "has a trained projector" in got.stderr and "Traceback" not in got.stderr
+    one_line("has a trained projector", run, train_rl, "--projector", "random", *words,
+             "--model", tmp_path / "pause", "--out", tmp_path / "no")
 
 
 def test_colars_sft_sums_r_words_over_the_root_of_r_draws_r_from_1_to_5_and_says_it(model, tok, monkeypatch):
@@ -183,18 +160,14 @@ def test_colars_sft_sums_r_words_over_the_root_of_r_draws_r_from_1_to_5_and_says
 def test_the_answer_learns_what_follows_its_opening_and_keeps_the_weights_that_val_likes_best():
     model, tok = load("tiny")
     task = data.load_task("tiny")
-    examples = task.examples("train")[:8]
-    rows = baselines.answer_rows(model, tok, task, examples)
-    row = rows[0]
-    assert tok.decode(row.prompt_ids).endswith(" : \\boxed{") and row.n_latents == 0
-    assert tok.decode(row.slots[:-1]).split() in (["Yes", "}"], ["No", "}"])
-
-    val = iter([0.5, 0.9, 0.9, *[0.3] * 7])
+    rows = baselines.answer_rows(model, tok, task, task.examples("train")[:8])
+    assert tok.decode(rows[0].prompt_ids).endswith(" : \\boxed{") and rows[0].n_latents == 0
+    assert tok.decode(rows[0].slots[:-1]).split() in (["Yes", "}"], ["No", "}"])
     seen = []
 
     def accuracy():
         seen.append(model.model.norm.weight.detach().clone())
-        return next(val)
+        return [0.5, 0.9, 0.9, *[0.3] * 7][len(seen) - 1]
 
     args = types.SimpleNamespace(seed=0, method="answer", lr=1e-2, steps=10, batch=8)
     baselines.train_answer(model, rows, args, accuracy)
@@ -202,20 +175,18 @@ def test_the_answer_learns_what_follows_its_opening_and_keeps_the_weights_that_v
 
 
 # ---------------------------------------------------------------- the script
-SFTS = ["colar, r = 1, SFT", "colar, r = 2, SFT", "colar, r = 5, SFT"]
+SFTS = [f"colar, r = {r}, SFT" for r in baselines.RATES]
 
 
 @pytest.mark.parametrize("method", list(baselines.METHODS))
 def test_every_method_runs(method, tmp_path, monkeypatch, capsys):
     rows = [*SFTS, "colar"] if method == "colar" else [method]
     task = "tiny" if method in ("moi", "colar", "answer") else "tiny.next_chapter"
-    words = ["--method", method, "--task", task, "--n", 1, "--stories", 2, "--steps", 1, "--stages", 1,
-             "--last-stage", 1, "--epochs", 1, "--prompts", 1, "--num-generations", 4, "--most-latents", 8,
-             "--traces", 4, "--max-new-tokens", 80, "--seed", 1, "--out", tmp_path / "o"]
     monkeypatch.setattr(baselines, "CHECKED", 2)
-    monkeypatch.setattr(sys, "argv", ["results/baselines.py", *map(str, words)])
     with torch.random.fork_rng(devices=[]):
-        baselines.main()
+        run(baselines, "--method", method, "--task", task, "--n", 1, "--stories", 2, "--steps", 1,
+            "--stages", 1, "--last-stage", 1, "--epochs", 1, "--prompts", 1, "--num-generations", 4,
+            "--most-latents", 8, "--traces", 4, "--max-new-tokens", 80, "--seed", 1, "--out", tmp_path / "o")
     found = json.load(open(tmp_path / "o" / "results.json"))
     kinds = [("", "paper", "test"), (", temperature 1", "trained", "test"),
              (", train stories", "paper", "train")]
@@ -225,15 +196,12 @@ def test_every_method_runs(method, tmp_path, monkeypatch, capsys):
     for r in found:
         assert r["stories"] == 2 * trained and (r["optimiser_steps"] > 0) == trained
         assert (r["sampled_tokens"] > 0) == (r["traces"] > 0) == (method in ("coconut", "colar"))
-    said = capsys.readouterr().out
-    assert f"| model | {data.measure_of(data.load_task(task))} |" in said
-    config = json.load(open(tmp_path / "o" / "config.json"))
-    assert config["script"] == "results/baselines.py" and config["num_generations"] == 4
+    assert f"| model | {data.measure_of(data.load_task(task))} |" in capsys.readouterr().out
+    assert json.load(open(tmp_path / "o" / "config.json"))["script"] == "results/baselines.py"
     if method == "colar":
         assert found[-1]["optimiser_steps"] == found[0]["optimiser_steps"] + 1
         line = json.loads((tmp_path / "o" / "metrics.jsonl").read_text())
         assert line["zero_variance"] == found[-1]["steps_without_gradient"]  # of one group
-        assert found[-1]["r"] in baselines.RATES
 
 
 @pytest.mark.parametrize("words, complaint", [
@@ -241,5 +209,4 @@ def test_every_method_runs(method, tmp_path, monkeypatch, capsys):
     (("moi", "--stories", 9000), f"has only {tiny.SIZES['train']} train stories"),
     (("answer", "--task", "tiny.next_chapter"), "tiny.next_chapter has none")])
 def test_baselines_say_what_is_wrong_in_one_line(tmp_path, words, complaint):
-    got = script("results/baselines.py", "--n", 1, "--out", tmp_path / "o", "--method", *words)
-    assert got.returncode == 2 and complaint in got.stderr and "Traceback" not in got.stderr
+    one_line(complaint, run, baselines, "--n", 1, "--out", tmp_path / "o", "--method", *words)

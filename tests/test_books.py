@@ -1,16 +1,15 @@
 """Books as people have them become the right chapters, splits and draws, or prepare.py says what it took for
 what, or refuses with file and line. Small books made here, the headings of real ones."""
-import json
 import sys
 import types
 
 import pytest
-from test_real_tasks import SPLITS, contents, data, jsonl, one_line, run, words  # noqa: F401 (a fixture)
+from test_real_tasks import contents, data_folder, jsonl, one_line, run, words  # noqa: F401 (a fixture)
 
-from data import next_chapter as nc, read_text
+from data import SPLITS, next_chapter as nc, read_text
 from data.flawed_fictions import prepare as ff_prepare
 from data.next_chapter import prepare
-from data.next_chapter.prepare import chapters_of_text, number_of, order_of, read_books
+from data.next_chapter.prepare import ONES, TENS, chapters_of_text, number_of, order_of, read_books
 
 
 def body(i, n=30):
@@ -27,10 +26,7 @@ def titles(text):
 
 ROMANS = "I II III IV V VI VII VIII IX X XI XII".split()
 NTHS = "FIRST SECOND THIRD FIFTH EIGHTH NINTH TWELFTH TWENTIETH TWENTY-FIRST LAST".split()
-ONES = "One Two Three Four Five Six Seven Eight Nine".split()
-NUMBERS = ONES + "Ten Eleven Twelve Thirteen Fourteen Fifteen Sixteen Seventeen Eighteen Nineteen".split()
-for TEN in "Twenty Thirty Forty Fifty Sixty Seventy Eighty Ninety".split():
-    NUMBERS += [TEN] + [f"{TEN}-{one}" for one in ONES]
+NUMBERS = ONES + [ten + one for ten in TENS for one in ("", *(f"-{one}" for one in ONES[:9]))]
 
 
 # ---------------------------------------------------------------- headings
@@ -49,9 +45,9 @@ def test_numbers_are_read_in_every_form():
     [f"The {nth.title()} Chapter" for nth in NTHS],
     [f"Chapter {number}" for number in NUMBERS],
     [f"CHAPTER {roman}. In which {'a very long title goes on ' * 4}" for roman in ROMANS],
-    [f"CHAPTER  {roman}" for roman in ROMANS], [f"CHAPTER\t{roman}" for roman in ROMANS],
-    [f"CHAPTER\xa0{roman}" for roman in ROMANS], [f"CHAP. {roman}." for roman in ROMANS],
-    [f"STAVE {roman}:  MARLEY'S GHOST" for roman in ROMANS], [f"{roman}. A LAMP" for roman in ROMANS],
+    *([f"CHAPTER{space}{roman}" for roman in ROMANS] for space in ("  ", "\t", "\xa0")),
+    [f"CHAP. {roman}." for roman in ROMANS], [f"{roman}. A LAMP" for roman in ROMANS],
+    [f"STAVE {roman}:  MARLEY'S GHOST" for roman in ROMANS],
     ["1. The Lamp", "2. The Road", "3. Home"], ["1", "2", "3"], ["I", "II", "III"], ["ONE", "TWO", "THREE"],
     ["Chapter1", "Chapter2"], ["chapter one", "chapter two"], ["Kapitel 1", "Kapitel 2"],
     ["PROLOGUE", *ROMANS, "EPILOGUE"], ["Prologue", "1. A Lamp", "2. A Road", "Epilogue: Later"],
@@ -83,13 +79,13 @@ def test_markdown_takes_the_level_of_its_chapters():
         "Chapter 1", "Chapter 2", "Chapter 3"]
 
 
-@pytest.mark.parametrize("prose", [
-    "he said that\nchapter two of his memoirs was\nthe best", "and in\nChapter Two, as we know,\nit ended",
-    "we closed\nChapter One. It was late", "he.\n\nChapter 2 of his book was it"])
-def test_prose_that_begins_like_a_heading_is_prose(prose):
+def test_prose_that_begins_like_a_heading_is_prose():
     headings = ["Chapter One", "Chapter Two", "Chapter Three"]
-    for i in range(3):
-        assert titles(book(headings).replace(f"w{i}x10", prose)) == headings
+    for prose in ("he said that\nchapter two of his memoirs was\nthe best",
+                  "and in\nChapter Two, as we know,\nit ended", "we closed\nChapter One. It was late",
+                  "he.\n\nChapter 2 of his book was it"):
+        for i in range(3):
+            assert titles(book(headings).replace(f"w{i}x10", prose)) == headings
 
 
 def test_numerals_inside_chapters_number_their_parts():
@@ -105,14 +101,6 @@ def test_numerals_inside_chapters_number_their_parts():
     assert titles(heads_of_pages) == [f"CHAPTER {roman}" for roman in ROMANS]
 
 
-def test_a_text_is_described_in_one_line(tmp_path, capsys):
-    (tmp_path / "novel.txt").write_text(book(["CHAPTER I", "CHAPTER II", "CHAPTER IV"]) + " And more.")
-    read_books([str(tmp_path / "novel.txt")])
-    said = capsys.readouterr().out
-    assert "novel: 3 chapters, from 'CHAPTER I' (Body 0 begins here." in said and said.count("\n") == 1
-    assert "to 'CHAPTER IV' (Body 2" in said and "the longest is 'CHAPTER IV', 36 of 104 words" in said
-
-
 # ---------------------------------------------------------------- contents
 HEADS = ["CHAPTER I. The Lamp", "CHAPTER II. The Road", "CHAPTER III. Home"]
 SYNOPSIS = "A ship is lost; a stranger comes; the lamp goes out."
@@ -126,17 +114,15 @@ PREFACE = "\n\nPREFACE\n\n" + "Many words. " * 150 + "\n\n"
     ("I. A Lamp\nII. The Road\nIII. Home", ["I. A LAMP", "II. THE ROAD", "III. HOME"]),
     ("I. A Lamp\nII. The Road\nIII. Home", ["CHAPTER I", "CHAPTER II", "CHAPTER III"]),
     ("Chapter 1: A Lamp\nChapter 2: The Road\nChapter 3: Home", ["1", "2", "3"]),
-    ("PROLOGUE\nCHAPTER I. A\nCHAPTER II. B\nEPILOGUE",
-     ["PROLOGUE", "CHAPTER I. A", "CHAPTER II. B", "EPILOGUE"])])
-@pytest.mark.parametrize("at_end", [False, True])
-def test_a_table_of_contents_has_no_chapters(table, headings, at_end):
+    ("PROLOGUE\nCHAPTER I. A\nEPILOGUE", ["PROLOGUE", "CHAPTER I. A", "EPILOGUE"])])
+def test_a_table_of_contents_has_no_chapters(table, headings):
     text = book(headings, 100)
-    text = f"{text}\n\nCONTENTS\n\n{table}" if at_end else f"CONTENTS\n\n{table}{PREFACE}{text}"
-    chapters = [chapter for chapter in chapters_of_text(text) if chapter["text"].strip()]
-    assert [chapter["title"] for chapter in chapters] == headings
-    texts = [chapter["text"].strip() for chapter in chapters[:-1]]
-    assert texts == [body(i, 100) for i in range(len(headings) - 1)]
-    assert "PREFACE" not in "".join(chapter["text"] for chapter in chapters)
+    for whole in (f"CONTENTS\n\n{table}{PREFACE}{text}", f"{text}\n\nCONTENTS\n\n{table}"):
+        chapters = [chapter for chapter in chapters_of_text(whole) if chapter["text"].strip()]
+        assert [chapter["title"] for chapter in chapters] == headings
+        texts = [chapter["text"].strip() for chapter in chapters[:-1]]
+        assert texts == [body(i, 100) for i in range(len(headings) - 1)]
+        assert "PREFACE" not in "".join(chapter["text"] for chapter in chapters)
 
 
 def test_the_parts_of_a_book_are_no_tables_of_contents():
@@ -155,12 +141,15 @@ def framed(name, text, start="*** START OF THE PROJECT GUTENBERG EBOOK {} ***"):
 
 
 def test_every_ebook_of_a_file_is_a_book_without_its_frame_of_whatever_age(tmp_path, capsys):
-    two = framed("Fox", book(["CHAPTER I", "CHAPTER II"])) + framed("Owl", book(["I", "II", "III"]))
-    (tmp_path / "two.txt").write_text(two)
+    owl = book(["CHAPTER I", "CHAPTER II", "CHAPTER IV"]) + " And more."
+    (tmp_path / "two.txt").write_text(framed("Fox", book(["I", "II"])) + framed("Owl", owl))
     books = read_books([str(tmp_path / "two.txt")])
     assert {name: len(chapters) for name, chapters in books.items()} == {"two 1": 2, "two 2": 3}
     assert not any(word in str(books) for word in ("licence", "***", "Gutenberg", "header"))
-    assert capsys.readouterr().out.count("chapters, from") == 2
+    first, second = capsys.readouterr().out.splitlines()  # what was taken for what
+    assert first.startswith("two 1: 2 chapters, from 'I' (Body 0 begins here.")
+    assert second.endswith("to 'CHAPTER IV' (Body 2 begins here. w2x0 w2x1 ..); "
+                           "the longest is 'CHAPTER IV', 36 of 104 words")
     for start in ("***START OF THIS PROJECT GUTENBERG EBOOK {}***",
                   "*** START OF THE PROJECT GUTENBERG EBOOK A\nVERY LONG {} ***",
                   "*END*THE SMALL PRINT! FOR PUBLIC DOMAIN ETEXTS*Ver.04.29.93*END*"):
@@ -169,7 +158,6 @@ def test_every_ebook_of_a_file_is_a_book_without_its_frame_of_whatever_age(tmp_p
         assert [chapter["text"].strip() for chapter in books["b"]] == ["Once.", "Two."]
 
 
-# ---------------------------------------------------------------- order
 @pytest.mark.parametrize("numbers, order", [
     ([3, 1, 2], [1, 2, 0]), (["3", "1", "2"], [1, 2, 0]), (["Chapter II", "Chapter I"], [1, 0]),
     ([None, None], [0, 1]), (["The Fox", "The Owl"], [0, 1]), (["10", "9"], [1, 0]), ([1, 4, 2], [0, 2, 1]),
@@ -184,8 +172,8 @@ def test_the_order_is_that_of_the_numbers_or_that_of_the_file(tmp_path, numbers,
     assert capsys.readouterr().out == ("" if order else said)
 
 
-# ---------------------------------------------------------------- editions
-def test_editions_of_one_work_stay_in_one_split_and_are_no_other_book(tmp_path, data, capsys):
+def test_splits_are_by_work_the_same_every_time_and_an_edition_is_no_other_book(
+        tmp_path, data_folder, capsys):
     """Six books of two chapters; the last is the first with other line ends, commas and a note. All share a
     phrase, which makes no edition."""
     phrase = "once upon a time there was a king who had three sons"
@@ -193,50 +181,55 @@ def test_editions_of_one_work_stay_in_one_split_and_are_no_other_book(tmp_path, 
             for i in range(5) for j in (1, 2)]
     changed = [row["text"].replace(" ", ",\n").replace("x200,", "x200 (a),") for row in rows[:2]]
     rows += [{**row, "book": "annotated", "text": text} for row, text in zip(rows, changed)]
-    path = jsonl(tmp_path / "a.jsonl", rows)
-    for seed in range(3):
-        run(prepare, "--from", path, "--out", data / "next_chapter", "--seed", seed)
+    made, path = [], jsonl(tmp_path / "a.jsonl", rows)
+    for seed in (0, 1, 2, 0):
+        run(prepare, "--from", path, "--out", data_folder / "next_chapter", "--seed", seed)
         assert "1 books are editions of another" in capsys.readouterr().out
-        parts = contents(data / "next_chapter")
-        home = {row["book"]: split for split, rows in parts.items() for row in rows}
-        assert home["annotated"] == home["book 0"] and len(home) == 6
-        assert {row.get("work") for rows in parts.values() for row in rows} == {None, "book 0"}
+        made.append(contents(data_folder / "next_chapter"))
+        home = [(row["book"], split) for split in SPLITS for row in made[-1][split]]  # one example each
+        assert len(home) == 6 and {split for _, split in home} == set(SPLITS)
+        assert dict(home)["annotated"] == dict(home)["book 0"]
+    assert made[0] == made[3] and made[0] != made[1]
     nc._chapters.cache_clear()
     both = [example for split in SPLITS for example in nc.examples(split) if "work" in example]
     drawn = {nc.draw(example, step) for example in both for step in range(60)}
-    assert drawn and not drawn & {example["chapter"] for example in both}
+    assert len(both) == 2 and drawn and not drawn & {example["chapter"] for example in both}
+    jsonl(path, rows[:4])
+    one_line("2 works are too few for three splits", run, prepare, "--from", path, "--out", tmp_path)
 
 
 # ---------------------------------------------------------------- line ends and files
-def test_line_ends_inside_rows_are_those_of_texts(tmp_path):
+def test_line_ends_are_those_of_texts_and_what_is_not_utf8_is_refused_with_file_and_line(tmp_path):
+    path = tmp_path / "a.txt"
     for end in ("\r\n", "\r"):
         rows = [{"text": f"One.{end}{end}Two.", "prior_summary": f"a{end}b"}, {"text": "x"}]
         first = read_books([str(jsonl(tmp_path / "a.jsonl", rows))])["a"][0]
         assert first["text"] == "One.\n\nTwo." and first["prior_summary"] == "a\nb"
-        (tmp_path / "a.txt").write_bytes(f"One.{end}Two.".encode())
-        assert read_text(tmp_path / "a.txt") == "One.\nTwo."
-        assert ff_prepare.clean(f"One.{end}{end}Two.") == "One.\n\nTwo."
+        path.write_bytes(f"One.{end}Two.".encode())
+        assert read_text(path) == "One.\nTwo." == ff_prepare.clean(f"One.{end}Two.")
+    path.write_bytes(b"Chapter 1\n\nIt\x92s caf\xe9")
+    one_line("a.txt:3: not UTF-8 .byte 0x92.*iconv -f cp1252", read_books, [str(path)])
 
 
-def test_kinds_of_files_are_known_in_capitals_and_others_are_named(tmp_path, capsys):
-    for name, text in (("A.TXT", book(ROMANS)), ("b.Md", book(["# x", "# y"])), ("e.epub", "PK"),
-                       ("c.CSV", "book,text\nc,one\nc,two\n"),
-                       ("d.JSONL", json.dumps({"story": "d", "sections": ["p", "q"]}))):
-        (tmp_path / name).write_text(text)
-    assert sorted(read_books([str(tmp_path)])) == ["A", "b", "c", "d"]
-    assert f"left out 1 files of other kinds: {tmp_path / 'e.epub'}" in capsys.readouterr().out
-
-
-def test_what_is_not_utf8_is_refused_with_file_and_line(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"Chapter 1\n\nIt\x92s caf\xe9")
-    one_line("a.txt:3: not UTF-8 .byte 0x92.*iconv -f cp1252", read_books, [str(tmp_path / "a.txt")])
-
-
-def test_parquet_is_read_with_pyarrow_and_asks_for_it(tmp_path, monkeypatch):
-    rows = [{"book": "b", "chapter": n, "text": body(n)} for n in (2, 1)]
-    parquet = types.SimpleNamespace(read_table=lambda path: types.SimpleNamespace(to_pylist=lambda: rows))
+def test_books_in_every_form_are_read_and_what_is_left_out_is_named(tmp_path, monkeypatch, capsys):
+    columns = types.SimpleNamespace(to_pylist=lambda: [{"book": "p", "text": text} for text in "xy"])
+    parquet = types.SimpleNamespace(read_table=lambda path: columns)
     monkeypatch.setitem(sys.modules, "pyarrow", types.SimpleNamespace(parquet=parquet))
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", parquet)
-    assert [chapter["text"] for chapter in read_books(["a.parquet"])["b"]] == [body(1), body(2)]
+    jsonl(tmp_path / "rows.jsonl", [{"text": "no book name"}] + [{"text": "so the file's"}] * 2)
+    jsonl(tmp_path / "tales.JSONL", [{"story": "fox", "sections": ["a fox", "", "two foxes"]},
+                                     {"story": "lone", "sections": ["only one"]}, {"sections": ["a", "b"]},
+                                     {"book": 7, "sections": ["c", "d"]}])
+    for name, text in (("A.TXT", book(ROMANS)), ("b.Md", book(["# x", "# y"])), ("p.parquet", ""),
+                       ("c.CSV", "book,text\nc,one\nc,two\n"), ("e.epub", "PK"), ("bare.txt", "no heading")):
+        (tmp_path / name).write_text(text)
+    books = read_books([str(tmp_path)])
+    assert sorted(books) == [f"{tmp_path}/tales.JSONL:3", *"7Abc", "fox", "p", "rows"]
+    assert [[chapter["text"] for chapter in books[name]] for name in ("fox", "rows")] == [
+        ["a fox", "two foxes"], ["no book name", "so the file's"]]
+    said = capsys.readouterr().out
+    for part in (f"left out 1 files of other kinds: {tmp_path / 'e.epub'}", "left out 2 chapters, empty",
+                  "2 books with fewer than two chapters: bare, lone"):
+        assert part in said
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    one_line("a.parquet is parquet: `pip install pyarrow`", read_books, ["a.parquet"])
+    one_line("p.parquet is parquet: `pip install pyarrow`", read_books, [str(tmp_path)])

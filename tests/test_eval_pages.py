@@ -1,12 +1,14 @@
 """What people are shown is right: FLOPs are those that torch counts, pictures show the numbers they are
 given, and the page of answers shows every latent and lets no story's HTML through."""
-import html.parser
+import html
 import json
+import re
 import sys
 import types
 
 import pytest
 from conftest import LATENTS, PROMPTS, ROOT, TAGS, tag, write
+from test_real_tasks import one_line, run
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -39,13 +41,13 @@ def test_flops_are_those_that_torch_counts(model, tok, monkeypatch):
 
 
 def test_a_latent_costs_the_projector_unless_its_function_says_something_else(rollouts, model):
-    one = sum(2 * p.numel() for p in model.reasoning_projector.parameters())
     latents, tokens = (sum(getattr(r, name) for r in rollouts) / 8 for name in ("n_latents", "n_tokens"))
-    own, feed = lambda h, u, k: h, lambda h, token: h
+    one = latents * sum(2 * p.numel() for p in model.reasoning_projector.parameters())
+    own, feed, plain = lambda h, u, k: h, lambda h, token: h, lambda h, u, k: h
     own.flops, feed.flops = 1000, 10
     base = flops(model, rollouts, 2, "zeros")
-    more = [flops(model, rollouts, 2, z) - base for z in ("projector", "none", own, lambda h, u, k: h)]
-    assert more == [latents * one, 0, latents * 1000, latents * one]
+    more = [flops(model, rollouts, 2, z) - base for z in ("projector", "none", own, plain)]
+    assert more == [one, 0, latents * 1000, one]
     assert flops(model, rollouts, 2, "zeros", feed) - base == 10 * tokens
 
 
@@ -57,60 +59,42 @@ def test_costs_stand_in_the_result_before_the_tasks_own_figures_and_the_table_sh
     assert r["seconds_each"] == r["seconds"] / 4 and r["seconds_alone"] > 0
     assert "seconds_alone" not in evaluate(model, tok, TASK, PROMPTS, max_new_tokens=12)[0]
     said = table([("a", r), ("longer", {**r, "z_size": None})], "reward")
-    heading, _, first, second = said.split("\n\n")[0].splitlines()
+    heading, _, *lines = said.split("\n\n")[0].splitlines()
     assert heading.startswith("| model | reward | 95 % interval | tokens |") and "accuracy" not in said
-    assert first.startswith(f"| a      | {r['accuracy']:.3f} |") and second.startswith("| longer |")
-    assert heading.count("|") == first.count("|") == second.count("|") == 12
+    assert lines[0].startswith(f"| a      | {r['accuracy']:.3f} |") and lines[1].startswith("| longer |")
+    assert {line.count("|") for line in (heading, *lines)} == {12}
     assert said.endswith("\nlonger: own 1.000, own_ci95 0.500 to 2.000")
 
 
-def main(monkeypatch, *words):
-    monkeypatch.setattr("sys.argv", ["eval.py", *map(str, words)])
-    evaluation.main()
-
-
 @pytest.mark.parametrize("words, numbers, named", [
-    ((), [[0.7, 0.8, 20]], {"tiny": "paper"}),
-    (("--sampling", "paper", "trained"), [[0.7, 0.8, 20], [1.0, 1.0, 0]],
-     {"tiny (paper)": "paper", "tiny (trained)": "trained"}),
-    (("--sampling", "greedy"), [[0.0, 1.0, 0]], {"tiny": "greedy"})])
+    ((), [[0.7, 0.8, 20]], ["paper"]), (("--sampling", "greedy"), [[0.0, 1.0, 0]], ["greedy"]),
+    (("--sampling", "paper", "trained"), [[0.7, 0.8, 20], [1.0, 1.0, 0]], ["paper", "trained"])])
 def test_the_papers_sampling_is_the_default_and_two_stand_in_one_table_under_two_names(
         tmp_path, monkeypatch, capsys, words, numbers, named):
     seen = []
     monkeypatch.setattr(evaluation, "generate", lambda *a, **k: seen.append(k) or generate_of_eval(*a, **k))
-    main(monkeypatch, "--n", 2, "--max-new-tokens", 5, "--json", tmp_path / "r.json", *words)
+    run(evaluation, "--n", 2, "--max-new-tokens", 5, "--json", tmp_path / "r.json", *words)
     assert [[k[name] for name in ("temperature", "top_p", "top_k")] for k in seen] == numbers
     rows = json.load(open(tmp_path / "r.json"))
-    assert {row["name"]: row["sampling"] for row in (rows if len(named) > 1 else [rows])} == named
-    assert len(named) == 1 or (
-        "tiny, test split, 2 examples, paper: temperature 0.7, top-p 0.8, top-k 20; "
-        "trained: temperature 1, top-p 1, top-k 0, seed 0") in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("words, says", [
-    (("--controls", "--latent", "zeros"), "--controls"), (("--html", "x.html"), "--html needs --show"),
-    (("--n", 0), "--n is 0"), (("--hops", 9), "from 2 to 7"),
-    (("--n", 1, "--show", 1, "--max-new-tokens", 5, "--html", "no/where.html"), "No such file.*no/where.")])
-def test_wrong_flags_end_in_one_line(words, says, monkeypatch):
-    with pytest.raises((UserError, OSError), match=says) as e:
-        main(monkeypatch, *words)
-    assert "\n" not in str(e.value)
+    rows = rows if named[1:] else [rows]
+    assert [row["sampling"] for row in rows] == named
+    if named[1:]:
+        assert [row["name"] for row in rows] == [f"tiny ({name})" for name in named]
+        assert ("paper: temperature 0.7, top-p 0.8, top-k 20; trained: temperature 1, top-p 1, top-k 0"
+                in capsys.readouterr().out)
 
 
 # ---------------------------------------------------------------- pictures
 METHODS = {
-    "base, explicit reasoning": {"accuracy": 0.76, "accuracy_ci95": [0.75, 0.78], "tokens": 135,
-                                 "tokens_ci95": [131, 143]},
+    "base": {"accuracy": 0.76, "accuracy_ci95": [0.75, 0.78], "tokens": 135, "tokens_ci95": [131, 143]},
     "LiteReason": {"accuracy": 0.99, "accuracy_ci95": [0.98, 1.0], "tokens": 31, "tokens_ci95": [27, 39]}}
 
 
-def test_without_matplotlib_one_line_says_how_to_get_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
-    with pytest.raises(UserError, match="pip install matplotlib"):
-        plots.curve(METHODS, "x.svg")
-
-
 def test_pictures_show_the_numbers_they_are_given(monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+        with pytest.raises(UserError, match="pip install matplotlib"):
+            plots.curve(METHODS, "x.svg")
     pytest.importorskip("matplotlib", reason="only pictures need matplotlib: requirements.txt leaves it out")
     kept, save = [], plots.save
     monkeypatch.setattr(plots, "save", lambda picture, *said: kept.append(picture) or save(picture, *said))
@@ -126,18 +110,13 @@ def test_pictures_show_the_numbers_they_are_given(monkeypatch, tmp_path):
     for row, up, dot, along in zip(METHODS.values(), *(lines[i::3] for i in range(3))):
         assert dot == ([row["tokens"]], [row["accuracy"]])  # with both intervals
         assert up[1] == row["accuracy_ci95"] and along[0] == row["tokens_ci95"]
-    written = (tmp_path / "picture.svg").read_bytes()
-    drawn(plots.curve, METHODS)
-    assert (tmp_path / "picture.svg").read_bytes() == written
     rows = [{"method": name, "length": length, **METHODS[name]} for name in METHODS for length in (3, 2, 5)]
-    panels, names = drawn(plots.by_length, rows)
-    assert names == list(METHODS)
+    panels, _ = drawn(plots.by_length, rows)
     for what, lines in zip(("accuracy", "tokens"), panels, strict=True):
         assert [y for x, y in lines if len(x) == 3] == [[row[what]] * 3 for row in METHODS.values()]
     rows = json.load(open(f"{ROOT}/results/starts-real.json"))
-    panels, names = drawn(plots.chains, rows)
+    panels, _ = drawn(plots.chains, rows)
     assert len(panels) == len({row["model"] for row in rows}) and panels[0][2][1] == rows[1]["chain before"]
-    assert sorted(names) == sorted({row["start"] for row in rows if row["lr"] == rows[0]["lr"]})
 
 
 # ---------------------------------------------------------------- the page
@@ -145,38 +124,24 @@ HOSTILE = '<script>document.title = "x"</script><img src=x onerror="alert(1)"> &
 ROW = {"name": "a <b>", "accuracy_ci95": [0.7, 0.9], "accuracy": 0.8, "tokens": 1234.56, "text_tokens": 2.0,
        "latent_steps": 1.0}
 
-class Reader(html.parser.HTMLParser):
+
+def read(page):
     """What a browser makes of a page: its elements and its words."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.elements, self.attributes, self.words, self.open = [], [], "", []
-        self.feed(text)
-        assert not self.open, f"never closed: {self.open}"
-
-    def handle_starttag(self, name, attributes):
-        self.elements.append(name)
-        self.attributes += attributes
-        if name not in ("meta", "br"):
-            self.open.append(name)
-
-    def handle_endtag(self, name):
-        assert self.open.pop() == name
-
-    def handle_data(self, words):
-        self.words += words
+    elements = re.findall(r"<(\w+)", page)
+    closed = sorted(name for name in elements if name not in ("meta", "br"))
+    assert closed == sorted(re.findall(r"</(\w+)", page))
+    return elements, html.unescape(re.sub("<[^>]*>", "", page))
 
 
 def test_every_latent_has_its_line_and_every_word_is_read_off_the_model(model, tok, rollouts):
     for r, latents, tags in zip(rollouts, LATENTS, TAGS):
-        got = Reader(answer(model, tok, GOLD, "", r, 1.0, 7))
-        assert got.elements.count("details") == got.elements.count("summary") == 1 + tags
-        assert got.elements.count("tr") == tags + latents
+        elements, words = read(answer(model, tok, GOLD, "", r, 1.0, 7))
+        assert elements.count("details") == elements.count("summary") == 1 + tags
+        assert elements.count("tr") == tags + latents
         for near, length, said in read_out(model, tok, r.latents):
-            assert number(length) in got.words
-            assert all(f"{cosine:.2f}" in got.words for _, cosine in near)
-            assert all(f"{100 * p:.0f} %" in got.words for _, p in said)
-            assert all(1 >= a[1] >= b[1] for words in (near, said) for a, b in zip(words, words[1:]))
+            assert number(length) in words
+            assert all(f"{cosine:.2f}" in words for _, cosine in near)
+            assert all(f"{100 * p:.0f} %" in words for _, p in said)
 
 
 def test_an_answer_is_one_line_until_it_is_unfolded(model, tok, rollouts):
@@ -184,7 +149,7 @@ def test_an_answer_is_one_line_until_it_is_unfolded(model, tok, rollouts):
     assert readable(tok, rollouts[1]).endswith(" [cut off]")
     text = answer(model, tok, GOLD, "", rollouts[0], 0.0, 1234)
     line, _, rest = text.partition("</summary>")
-    assert (Reader(line.partition("<summary>")[2]).words == "1,234 ✗ wrong, gold: \\boxed{ gold & co }, "
+    assert (read(line.partition("<summary>")[2])[1] == "1,234 ✗ wrong, gold: \\boxed{ gold & co }, "
             f"{len(rollouts[0].slots)} tokens, 2 tags, 5 latents ab{tag(3)}cd{tag(2)}.")
     assert " open" not in text and rest.index("Asked") < rest.index("Answered")
     assert ", cut off <" in answer(model, tok, GOLD, "", rollouts[1], 1.0, 1)
@@ -198,7 +163,7 @@ def test_wrong_answers_come_first_and_are_counted_among_all(model, tok, rollouts
 
     def said(n, task=GOLD, rewards=(1.0, 0.0, 1.0, 0.0)):
         page = section("said <above>", ROW, "accuracy", model, tok, task, rewards, four, rewards, n)
-        return Reader(page).words
+        return read(page)[1]
 
     words = said(3)
     assert words.index("2 ✗ wrong,") < words.index("\n4 ✗") < words.index("\n1 ✓") and "3 ✓" not in words
@@ -213,19 +178,22 @@ def test_a_story_with_a_script_in_it_is_words_on_the_page_and_nothing_else(model
     r, = write(model, tok, [HOSTILE], [f"{HOSTILE}{tag(2)} {HOSTILE}<eos>"], limit=400)
     task = types.SimpleNamespace(answer=lambda e: HOSTILE, reward=lambda e, text: 0.0)
     row = {**ROW, "name": HOSTILE}
-    text = whole([section(HOSTILE, row, "accuracy", model, tok, task, [HOSTILE], [r], [0.0], 1)])
-    got = Reader(text)
+    page = whole([section(HOSTILE, row, "accuracy", model, tok, task, [HOSTILE], [r], [0.0], 1)])
+    elements, words = read(page)
     # Name, line above, gold answer, the answer's first words, what was asked, twice in the answer.
-    assert got.words.count(HOSTILE) == 7
-    assert not {"script", "img", "link", "iframe"} & set(got.elements)
-    assert not [a for a, _ in got.attributes if a in ("src", "href") or a.startswith("on")]
+    assert words.count(HOSTILE) == 7
+    assert not {"script", "img", "link", "iframe"} & set(elements)
+    assert not re.search(r"<[^>]*\s(src|href|on\w+)=", page)
     # Nothing is fetched, nothing is run.
-    assert "url(" not in text and "@import" not in text and "default-src 'none'" in text
+    assert "url(" not in page and "@import" not in page and "default-src 'none'" in page
 
 
-def test_the_command_writes_the_page_and_prints_the_table(tmp_path, monkeypatch, capsys):
-    main(monkeypatch, "--n", 4, "--show", 3, "--max-new-tokens", 60, "--html", tmp_path / "a.html")
-    got = Reader((tmp_path / "a.html").read_text(encoding="utf-8"))
-    assert got.elements.count("article") == 3 and "tiny, test split, 4 examples, temperature 0.7" in got.words
+def test_the_command_writes_the_page_and_prints_the_table_or_says_what_is_wrong(tmp_path, capsys):
+    run(evaluation, "--n", 4, "--show", 3, "--max-new-tokens", 60, "--html", tmp_path / "a.html")
+    elements, words = read((tmp_path / "a.html").read_text(encoding="utf-8"))
+    assert elements.count("article") == 3 and "tiny, test split, 4 examples, temperature 0.7" in words
     said = capsys.readouterr().out
     assert ">>>" not in said and "| tiny |" in said
+    for flags, says in ((("--controls", "--latent", "zeros"), "--controls"), (("--hops", 9), "from 2 to 7"),
+                        (("--html", "x.html"), "--html needs --show"), (("--n", 0), "--n is 0")):
+        one_line(says, run, evaluation, *flags)

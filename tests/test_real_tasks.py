@@ -5,13 +5,14 @@ one token per character."""
 import json
 import math
 import sys
+from unittest import mock
 
 import huggingface_hub
 import pytest
 import torch
 from conftest import close, tag
 
-from data import SPLITS, find_clusters, flawed_fictions as ff, next_chapter as nc, perplexity, words_of
+from data import SPLITS, find_clusters, flawed_fictions as ff, next_chapter as nc, perplexity
 from data.flawed_fictions import prepare as ff_prepare
 from data.next_chapter import prepare as nc_prepare
 from litereason import UserError, parse_tags
@@ -55,37 +56,30 @@ def contents(folder):
 
 
 @pytest.fixture
-def data(tmp_path, monkeypatch):
-    """A new LITEREASON_DATA."""
+def data_folder(tmp_path, monkeypatch):
+    """A new LITEREASON_DATA; what a test puts into a task's settings is taken out again."""
     monkeypatch.setenv("LITEREASON_DATA", str(tmp_path / "data"))
+    monkeypatch.setattr(nc, "settings", dict(nc.settings))
     return tmp_path / "data"
 
 
 # ---------------------------------------------------------------- plot holes: text
 @pytest.mark.parametrize("source, text", [
     ("<p>One.</p><p>Two.</p>", "One.\n\nTwo."),
-    # verse, with its indentation
-    ("<p>A rose<br>is a <i>rose</i><br/>\n  is a rose</p>", "A rose\nis a rose\n  is a rose"),
-    # dialogue
+    ("<p>A rose<br>is a <i>rose</i><br/>\n  is a rose</p>", "A rose\nis a rose\n  is a rose"),  # verse
     ("<p>\"Who?\" he said.\n\"I.\"</p>\n<p>\"You?\"</p>", "\"Who?\" he said.\n\"I.\"\n\n\"You?\""),
-    # entities, after the tags
-    ("Tom &amp; Ann &lt;p&gt; don&#8217;t&nbsp;know", "Tom & Ann <p> don\u2019t know"),
+    ("Tom &amp; Ann &lt;p&gt; don&#8217;t&nbsp;know", "Tom & Ann <p> don\u2019t know"),  # after the tags
     ('<div class="x"><h2>I</h2>Text<!-- note --></div>', "I\n\nText"),
-    ("no tags\n\nat all", "no tags\n\nat all"), ("<p> </p>", ""), (STRANGE, STRANGE),
-])
+    ("no tags\n\nat all", "no tags\n\nat all"), ("<p> </p>", ""), (STRANGE, STRANGE)])
 def test_html_becomes_lines_and_paragraphs(source, text):
     assert ff_prepare.clean(source) == text
 
 
-def test_what_the_makers_left_at_the_end_does_not_give_the_label_away(tmp_path, capsys):
+def test_what_the_makers_left_at_the_end_does_not_give_the_label_away():
     for ending in (" -------", "\n\n" + "-" * 68, "\n\n<No modifications needed> -------", ""):
         assert ff_prepare.strip_ending("He left -- at last." + ending) == "He left -- at last."
     inside = "a\n" + "-" * 3000 + "\nb"
     assert ff_prepare.strip_ending(inside) == inside
-    rows = [{"story": f"{words(i)} -------" if i < 3 else words(i), "cont_error": i < 4} for i in range(8)]
-    found = ff_prepare.load_stories([str(jsonl(tmp_path / "a.jsonl", rows))])
-    assert not any("---" in story["story"] for story in found)
-    assert "in 3 stories with an error and 0 without" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- plot holes: files
@@ -98,24 +92,24 @@ def test_a_malformed_row_names_file_and_line(tmp_path, row, message):
 
 
 def test_json_lists_csv_odd_rows_and_labels_in_any_spelling_are_read(tmp_path, capsys):
-    rows = [{"story": "a\u2028b", "cont_error": "0"}, {"story": "<p> </p>", "cont_error": "1"}]
+    labels = ["1", 0, True, "No", " YES ", "false", 1.0]
+    rows = [{"story": "a\u2028b -------", "cont_error": label} for label in labels]
+    rows.append({"story": "<p> </p>", "cont_error": "1"})
     (tmp_path / "a.json").write_text(json.dumps(rows))
     jsonl(tmp_path / "b.json", rows)
     (tmp_path / "c.CSV").write_text("story,cont_error\n\"two\nlines\",yes\n")
     read = ff_prepare.load_stories([str(tmp_path / n) for n in ("a.json", "b.json", "c.CSV")])
-    assert [(s["story"], s["label"]) for s in read] == [("a\u2028b", False)] * 2 + [("two\nlines", True)]
-    assert "skipped 2 empty stories" in capsys.readouterr().out
-    labels = ["1", 0, True, "No", " YES ", "false", 1.0]
-    path = jsonl(tmp_path / "a.jsonl", [{"story": "x", "cont_error": label} for label in labels])
-    found = [story["label"] for story in ff_prepare.load_stories([str(path)])]
-    assert found == [True, False, True, False, True, False, True]
+    expected = [("a\u2028b", label) for label in (True, False, True, False, True, False, True)]
+    assert [(s["story"], s["label"]) for s in read] == expected * 2 + [("two\nlines", True)]
+    said = capsys.readouterr().out
+    assert "skipped 2 empty stories" in said and "in 8 stories with an error and 6 without" in said
 
 
 def test_what_cannot_be_read_or_written_ends_in_one_line_and_leaves_the_old_files(tmp_path):
     out, good = tmp_path / "out", jsonl(tmp_path / "b.jsonl", stories(40))
-    for message, path in (("cannot read", tmp_path / "none.jsonl"),
-                          ("no stories", jsonl(tmp_path / "a.jsonl", [])),
-                          ("too few", jsonl(tmp_path / "c.jsonl", stories(3)))):
+    one_line("cannot read", ff_prepare.load_stories, [str(tmp_path / "none.jsonl")])
+    for message, n in (("no stories", 0), ("too few", 3)):
+        path = jsonl(tmp_path / "a.jsonl", stories(n))
         one_line(message, run, ff_prepare, "--from", path, "--out", out)
     one_line("cannot write", run, ff_prepare, "--from", good, "--out", good)
     assert not out.exists()
@@ -133,12 +127,7 @@ def test_what_cannot_be_read_or_written_ends_in_one_line_and_leaves_the_old_file
     (["flawed_fictions.parquet", "flawed_fictions.jsonl", "flawed_fictions_cf_negs.jsonl"],
      "cannot read /cache/flawed_fictions.jsonl")])
 def test_the_right_file_is_taken_from_the_hub_and_a_refusal_ends_in_one_line(monkeypatch, files, message):
-    def list_files(self, *a, **k):
-        if isinstance(files, Exception):
-            raise files
-        return files
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", list_files)
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", mock.Mock(side_effect=[files]))
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, f, repo_type: f"/cache/{f}")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     one_line(message, lambda: ff_prepare.load_stories(ff_prepare.download()))
@@ -147,10 +136,8 @@ def test_the_right_file_is_taken_from_the_hub_and_a_refusal_ends_in_one_line(mon
 # ---------------------------------------------------------------- plot holes: splits
 def test_near_duplicates_are_one_cluster_directly_or_through_others():
     a, b = words(0, 30).split(), words(1, 30).split()
-    texts = [
-        " ".join(a), " ".join(a[:9] + b[:9]), " ".join(b).upper().replace(" ", ", "), words(2),
-        " ".join(a[:7] + words(3).split()), "short one", "Short one!",  # seven words are not enough
-    ]
+    texts = [" ".join(a), " ".join(a[:9] + b[:9]), " ".join(b).upper().replace(" ", ", "), words(2),
+             " ".join(a[:7] + words(3).split()), "short one", "Short one!"]  # seven words are not enough
     assert find_clusters(texts) == [0, 0, 0, 3, 4, 5, 5]
     long, other = words(0, 500), words(1, 500)
     assert find_clusters([long, other, f"{long[:90]} {other}"]) == [0, 0, 0]
@@ -161,99 +148,54 @@ def test_near_duplicates_are_one_cluster_directly_or_through_others():
 def test_no_two_splits_share_a_cluster_and_labels_stay_balanced(tmp_path, capsys):
     rows = [{"story": f"{words(i)} {words(1000 + i // 3) if i < 90 else ''}", "cont_error": i % 2}
             for i in range(414)]
-    path = jsonl(tmp_path / "a.jsonl", rows)
-    made = {}
-    for name, seed in (("one", 0), ("two", 0), ("three", 1)):
-        run(ff_prepare, "--from", path, "--out", tmp_path / name, "--seed", seed)
-        made[name] = contents(tmp_path / name)
+    path, made = jsonl(tmp_path / "a.jsonl", rows), []
+    for flags in ((), (), ("--seed", 1), ("--split", "paper")):
+        run(ff_prepare, "--from", path, "--out", tmp_path / "out", *flags)
+        made.append(contents(tmp_path / "out"))
+        assert [len(made[-1][split]) for split in SPLITS] == [290, 62, 62]
     out = capsys.readouterr().out
     assert "90 of them have near-duplicates (8 words in a row), in 30 clusters of up to 3" in out
-    parts = made["one"]
-    assert made["two"] == parts and made["three"] != parts
-    assert {s: len(r) for s, r in parts.items()} == {"train": 290, "val": 62, "test": 62}
-    assert all(2 * sum(r["label"] for r in rows) == len(rows) for rows in parts.values())
-    clusters = {s: {r["cluster"] for r in rows} for s, rows in parts.items()}
+    one, two, three, paper = made
+    assert one == two != three
+    assert all(2 * sum(r["label"] for r in rows) == len(rows) for rows in one.values())
+    clusters, of_paper = ({s: {r["cluster"] for r in rows} for s, rows in parts.items()}
+                          for parts in (one, paper))
     assert len(set().union(*clusters.values())) == 354 == sum(map(len, clusters.values()))
-    # the paper's split is by row
-    run(ff_prepare, "--from", path, "--split", "paper", "--out", tmp_path)
-    parts = contents(tmp_path)
-    assert {s: len(r) for s, r in parts.items()} == {"train": 290, "val": 62, "test": 62}
-    assert len({r["cluster"] for r in parts["test"]} & {r["cluster"] for r in parts["train"]}) > 5
+    assert len(of_paper["test"] & of_paper["train"]) > 5  # the paper's split is by row
 
 
 # ---------------------------------------------------------------- plot holes: the task
-def test_strange_stories_survive_preparation_and_an_empty_split_is_said(tmp_path, data):
-    rows = stories(40) + [{"story": f"<p>{STRANGE} {words(i)}</p>", "cont_error": False}
-                          for i in range(100, 104)]
-    run(ff_prepare, "--from", jsonl(tmp_path / "a.jsonl", rows), "--out", data / "flawed_fictions")
+def test_strange_stories_survive_preparation_and_an_empty_split_is_said(tmp_path, data_folder):
+    rows = stories(40) + [{"story": f"<p>{STRANGE} {words(i)}</p>", "cont_error": 0} for i in range(50, 54)]
+    run(ff_prepare, "--from", jsonl(tmp_path / "a.jsonl", rows), "--out", data_folder / "flawed_fictions")
     found = [r for s in SPLITS for r in ff.examples(s) if STRANGE in r["story"]]
     assert len(found) == 4 and len({r["cluster"] for r in found}) == 1
     for latent in (True, False):
         plain = ff.prompt({"story": "Once."}, latent)
         assert ff.prompt(found[0], latent) == plain.replace("Once.", found[0]["story"])
         assert ("implicit_thought" in plain) == latent and not parse_tags(plain)
-    with pytest.raises(ValueError, match="not 'trian'"):
-        ff.examples("trian")
-    jsonl(data / "flawed_fictions" / "train.jsonl", [])
+    jsonl(data_folder / "flawed_fictions" / "train.jsonl", [])
     one_line("is empty", ff.examples, "train")
 
 
 def test_the_report_counts():
     rows = [{"label": True}] * 2 + [{"label": False}] * 3
     r = ff.report(rows, ["\\boxed{Yes}", "\\boxed{No}", "\\boxed{Yes}", "\\boxed{No}", "hm"])
-    assert (r["precision"], r["recall"], r["majority_accuracy"], r["no_verdict"]) == (0.5, 0.5, 0.6, 0.2)
-    assert abs(r["f1"] - 0.5) < 1e-9
+    assert [r[name] for name in ("precision", "recall", "f1", "majority_accuracy", "no_verdict")] == (
+        pytest.approx([0.5, 0.5, 0.5, 0.6, 0.2]))
 
 
 # ---------------------------------------------------------------- next chapter: books
-def chapter(i, j, **more):
-    return {"book": f"book {i}", "chapter": j, "text": f"Chapter text. {words(100 * i + j)}", **more}
-
-
-def test_every_form_of_book_becomes_chapters(tmp_path, capsys):
-    box = tmp_path / "in"
-    box.mkdir()
-    jsonl(box / "one.jsonl", [chapter(1, 2), chapter(1, 1), {"text": "no book name"}]
-          + [{"text": "so the file's"}] * 2)
-    jsonl(box / "tales.jsonl", [{"story": "fox", "sections": ["a fox", "", "two foxes"]},
-                                {"story": "lone", "sections": ["only one"]}])
-    jsonl(box / "nameless.jsonl", [{"sections": ["a", "b"]}, {"book": 7, "sections": ["c", "d"]}])
-    (box / "novel.txt").write_text("CHAPTER I. Home\r\n\nAt home.\n\nChapter Twenty-One: Away\nGone.\n")
-    (box / "bare.txt").write_text("one text without headings")
-    books = nc_prepare.read_books([str(box)])
-    said = capsys.readouterr().out
-    assert [c["text"].split()[-1] for c in books["book 1"]] == ["w101x11", "w102x11"]
-    assert [c["text"] for c in books["fox"]] == ["a fox", "two foxes"]
-    assert [c["text"] for c in books["one"]] == ["no book name", "so the file's"]
-    assert [c["title"] for c in books["novel"]] == ["CHAPTER I. Home", "Chapter Twenty-One: Away"]
-    assert len(books) == 6 and "7" in books
-    assert "left out 2 chapters, empty" in said and "2 books with fewer than two chapters: bare, lone" in said
-
-
-@pytest.mark.parametrize("message, rows", [
-    ("a.jsonl:2: expected a chapter", [chapter(1, 1), {"book": "x"}]),
-    ("a.jsonl:1: expected .* a tale .sections, a list of texts", [{"sections": "abc"}]),
-    ("the book 'x' is in .*a.jsonl:1 and in .*a.jsonl:2; give one of them another name",
-     [{"story": "x", "sections": ["a", "b"]}] * 2),
-    ("no book .*txt, md, jsonl, json, csv or parquet", [chapter(1, 1)])])
-def test_rows_that_are_no_books_end_in_one_line(tmp_path, message, rows):
-    a = str(jsonl(tmp_path / "a.jsonl", rows))
-    one_line(message, nc_prepare.read_books, [a])
-    one_line("cannot read", nc_prepare.read_books, [a + ".json"])
-
-
-def test_splits_are_by_book_and_the_same_every_time(tmp_path, capsys):
-    def prepare(n, out):
-        rows = [chapter(i, j) for i in range(n) for j in (1, 2, 3)]
-        run(nc_prepare, "--from", jsonl(tmp_path / "books.jsonl", rows), "--out", out)
-        return contents(out), capsys.readouterr().out.split()[-1]
-
-    parts, digest = prepare(8, tmp_path / "one")
-    books = {s: {r["book"] for r in rows} for s, rows in parts.items()}
-    assert [len(books[s]) for s in SPLITS] == [6, 1, 1] and len(set().union(*books.values())) == 8
-    assert all(len(rows) == 2 * len(books[s]) for s, rows in parts.items())
-    assert prepare(8, tmp_path / "two") == (parts, digest)
-    one_line("2 works are too few for three splits", prepare, 2, tmp_path / "three")
+def test_rows_that_are_no_books_end_in_one_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    for message, rows in (
+            ("a.jsonl:2: expected a chapter", [{"text": "x"}, {"book": "x"}]),
+            ("a.jsonl:1: expected .* a tale .sections, a list of texts", [{"sections": "abc"}]),
+            ("the book 'x' is in .*a.jsonl:1 and in .*a.jsonl:2; give one of them another name",
+             [{"story": "x", "sections": ["a", "b"]}] * 2),
+            ("no book .*txt, md, jsonl, json, csv or parquet", [{"text": "x"}])):
+        one_line(message, nc_prepare.read_books, [str(jsonl(path, rows))])
+    one_line("cannot read", nc_prepare.read_books, [f"{path}.json"])
 
 
 def test_lengths_are_fitted_from_the_oldest_text_and_it_says_so(tmp_path, capsys):
@@ -266,52 +208,50 @@ def test_lengths_are_fitted_from_the_oldest_text_and_it_says_so(tmp_path, capsys
     assert "in 2 the oldest text was cut to fit 91 tokens (estimated at 1.3 per word)" in said
     assert "in 5 the chapter's end to fit 26; left out 1, whose other fields leave less than" in said
     made = {(r["book"], r["number"]): r for part in contents(tmp_path).values() for r in part}
-    assert made["b", 2]["story"] == words(0, 50)
-    assert made["b", 2]["chapter"] == words(1, 20)  # 20 words of 1.3 tokens
-    assert made["b", 3]["story"] == (" ".join(words(0, 50).split()[-20:]) + "\n\n" + words(1, 50)).strip()
-    assert made["b", 4]["story"] == words(2, 50) and made["b", 4]["prior_summary"] == words(30, 10)
-    assert made["b", 4]["next_synopsis"] == f"{words(31, 5)}\n\n{words(32, 5)}"
+    two, three, four = (made["b", number] for number in (2, 3, 4))
+    assert two["story"] == words(0, 50) and two["chapter"] == words(1, 20)  # 20 words of 1.3 tokens
+    assert three["story"] == " ".join(words(0, 50).split()[-20:]) + "\n\n" + words(1, 50)
+    assert [four[name] for name in ("story", "prior_summary", "next_synopsis")] == [
+        words(2, 50), words(30, 10), f"{words(31, 5)}\n\n{words(32, 5)}"]
 
 
 def test_a_tokenizer_counts_to_within_the_first_words_own_pieces(real_tok):
     ruler = nc_prepare.make_ruler(real_tok.name_or_path)
     text = ("Unbelievable antidisestablishmentarianism, she whispered.\n\n"
             "Then nothing happened at all, for years.")
-    for budget in range(1, 25):
-        for cut in (nc_prepare.newest(ruler, text, budget), nc_prepare.first(ruler, text, budget)):
-            assert nc_prepare.length(ruler, cut) <= budget + 2
-            assert cut in text and set(cut.split()) <= set(text.split())
-    assert nc_prepare.newest(ruler, text, 100) == nc_prepare.first(ruler, text, 100) == text
+    chinese = "天地玄黄宇宙洪荒日月盈昃辰宿列张" * 100  # without spaces: cut too, and not to nothing
+    for cut in (nc_prepare.newest, nc_prepare.first):
+        assert cut(ruler, text, 100) == text
+        for budget in range(1, 25):
+            part = cut(ruler, text, budget)
+            assert nc_prepare.length(ruler, part) <= budget + 2
+            assert part in text and set(part.split()) <= set(text.split())
+        for either in (nc_prepare.make_ruler(), ruler):
+            assert 100 < nc_prepare.length(either, cut(either, chinese, 200)) <= 202
     one_line("no tokenizer at './nothing'", nc_prepare.make_ruler, "./nothing")
-    text = "天地玄黄宇宙洪荒日月盈昃辰宿列张" * 100  # without spaces: cut too, and not to nothing
-    for ruler in (nc_prepare.make_ruler(), ruler):
-        for cut in (nc_prepare.newest(ruler, text, 200), nc_prepare.first(ruler, text, 200)):
-            assert 100 < nc_prepare.length(ruler, cut) <= 202
 
 
-# ---------------------------------------------------------------- next chapter: prompts and plans
 def test_optional_fields_are_used_or_left_out_cleanly():
     row = {"book": "b", "story": STRANGE, "chapter": "secret"}
-    more = {"high_level_plan": "H-PLAN", "prior_summary": "P-SUM", "character_sheets": "C-SHEETS",
-            "next_synopsis": "N-SYN", "title": "T-TITLE"}
+    more = {name: name.upper() for name in (*nc_prepare.FIELDS, "title")}
     for latent in (True, False):
         bare, full = nc.prompt(row, latent), nc.prompt({**row, **more}, latent)
         assert STRANGE in bare and nc.ANSWER in bare and "secret" not in bare + full
         assert ("implicit_thought>number" in bare) == latent
-        assert all(v in full and v not in bare for v in more.values())
+        assert all(text in full and text not in bare for text in more.values())
         assert "None" not in bare and "\n\n\n" not in bare + full
     assert not parse_tags(nc.prompt({**row, "story": ""}, True))
 
 
 # ---------------------------------------------------------------- next chapter: rewards
 @pytest.fixture
-def books(tmp_path, data, model, tok, monkeypatch):
+def books(tmp_path, data_folder, model, tok):
     """Six prepared books with short chapters, and the tiny random scorer. -> the train examples"""
     rows = [{"book": f"b{i}", "chapter": j, "text": f"{i} saw {j}. " + "abcdefgh"[i] * 3}
             for i in range(6) for j in range(3)]
-    run(nc_prepare, "--from", jsonl(tmp_path / "books.jsonl", rows), "--out", data / "next_chapter")
+    run(nc_prepare, "--from", jsonl(tmp_path / "books.jsonl", rows), "--out", data_folder / "next_chapter")
     model.config.max_position_embeddings = 2048
-    monkeypatch.setattr(nc, "settings", {**nc.settings, "scorer": (model, tok)})
+    nc.settings["scorer"] = model, tok
     return nc.examples("train")
 
 
@@ -324,10 +264,10 @@ def test_the_scorer_reads_whole_texts_once_without_a_plan_and_says_what_is_too_l
         monkeypatch.setattr(nc, "POSITIONS", positions)
         close(torch.tensor(nc.perplexities(batch)), torch.tensor(expected), 1e-5)
     # without a plan: once for all rollouts of a prompt
-    pairs, calls, compute = [(e, e["chapter"]) for e in books], [], nc.perplexities
-    monkeypatch.setattr(nc, "perplexities", lambda batch: calls.append(len(batch)) or compute(batch))
-    once = compute([(e, "", chapter) for e, chapter in pairs])
-    assert nc.unaided(pairs + pairs) == once * 2 and calls == [len(books)]
+    pairs, compute = [(e, e["chapter"]) for e in books], nc.perplexities
+    monkeypatch.setattr(nc, "perplexities", counted := mock.Mock(side_effect=compute))
+    assert nc.unaided(pairs + pairs) == 2 * compute([(e, "", chapter) for e, chapter in pairs])
+    assert [len(call.args[0]) for call in counted.mock_calls] == [len(books)]
     model.config.max_position_embeddings = 200
     one_line("b., chapter 2: .* do not fit the scorer's 200 positions; prepare with smaller", compute,
              [(books[0], "", "x" * 300)])
@@ -345,20 +285,12 @@ def test_rewards_are_what_they_say(books, monkeypatch):
     monkeypatch.setitem(nc.settings, "reward", "vrcli")
     close(torch.tensor(nc.rewards(rows, texts)), torch.tensor(gain), 1e-5)
     assert abs(nc.reward(rows[0], texts[0]) - gain[0]) < 1e-4
+    val = nc.examples("val")[0]  # its split has no other book: train's are taken
+    assert len({nc.draw(val, step) for step in range(30)} & {row["chapter"] for row in books}) > 2
     monkeypatch.setitem(nc.settings, "reward", "thresholded")
     for g, reward in ((-5, 0), (0.049, 0), (0.05, 0.5), (0.99, 0.5), (1, 0.9), (1.99, 0.9), (2, 1), (50, 1)):
         monkeypatch.setattr(nc, "gains", lambda *_: [g])
         assert nc.rewards(rows[:1], texts[:1]) == [reward]
-
-
-def test_the_other_chapter_is_another_books_and_fixed_within_a_step(books):
-    for e in books:
-        drawn = [nc.draw(e, step) for step in range(30)]
-        assert drawn == [nc.draw(dict(e), step) for step in range(30)] and len(set(drawn)) > 2
-        allowed = {r["chapter"] for r in books if r["book"] != e["book"]}
-        assert set(drawn) <= allowed
-    val = nc.examples("val")[0]  # its split has no other book: train's are taken
-    assert {nc.draw(val, s) for s in range(30)} <= {r["chapter"] for r in books}
 
 
 def test_the_report_has_the_controls(books):

@@ -223,7 +223,8 @@ def test_records_and_runs_of_another_command_are_refused(world, monkeypatch):
     shutil.rmtree(world / "out")
     kept = world / "results" / "runs-tiny.jsonl"
     text = kept.read_text()
-    kept.write_text(text.replace("results/baselines.py", "baselines.py"))  # renamed words are no other command
+    # Renamed words are no other command.
+    kept.write_text(text.replace("results/baselines.py", "baselines.py"))
     reproduce.write_tables("tiny", [0, 1])
     assert kept.read_text() == text
     methods = [(name, method, command.replace("--steps 96", "--steps 97"))
@@ -256,18 +257,13 @@ def test_the_page_says_how_the_quick_run_differs_from_the_tables():
         assert words in said, words
 
 
-# Stands for train_rl.py: it runs until it is stopped, and to its end when it goes on.
-STAND_IN = """
-import json, sys, time
-json.dump({"script": "train_rl.py"}, open(sys.argv[-1] + "/config.json", "w"))
-print(sys.argv[1:], flush=True)
-time.sleep(0 if "--resume" in sys.argv else 60)
-"""
-
-
 def test_jobs_are_stopped_and_go_on_and_failures_are_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(reproduce, "ROOT", str(tmp_path))
-    (tmp_path / "train_rl.py").write_text(STAND_IN)
+    # Stands for train_rl.py: it runs until it is stopped, and to its end when it goes on.
+    (tmp_path / "train_rl.py").write_text(
+        "import json, sys, time\n"
+        "json.dump({'script': 'train_rl.py'}, open(sys.argv[-1] + '/config.json', 'w'))\n"
+        "print(sys.argv[1:], flush=True)\ntime.sleep(0 if '--resume' in sys.argv else 60)\n")
     run, bad, needy = (str(tmp_path / name) for name in ("run", "bad", "needy"))
     words, sleep = ["train_rl.py", "--steps", "4"], reproduce.time.sleep
     job = reproduce.Job(run, words, [])
