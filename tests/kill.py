@@ -1,11 +1,11 @@
 """Kills a tiny run of all stages at random moments, resumes it, kills it again; the end must be the end of a
 run left alone, bit for bit.
 
-    python tests/kill.py --kills 60       # a third of them in each stage: traces, projector, RL
+    python tests/kill.py 60       # kills, a third of them in each stage: traces, projector, RL
 
 Half of the kills fall on a moment that a clock draws. In the other half the process, a fork of this one,
 kills itself before or after the n-th call that changes the disk, or with only a part of a file on it."""
-import argparse
+import collections
 import multiprocessing
 import os
 import pathlib
@@ -57,14 +57,20 @@ def kill_at(n, half):
         setattr(module, name, watched(getattr(module, name), name))
 
 
-def train(words, log, n=0, half=False):
-    """train_rl.py, in a fork of this process."""
+def train(words, log, n, half):
+    """train_rl.py, in a fork of this process; n > 0: see kill_at."""
     for stream in (1, 2):
         os.dup2(log.fileno(), stream)
     sys.argv = ["train_rl.py", *map(str, words)]
     if n:
         kill_at(n, half)
     runs.run_script(train_rl.main)
+
+
+def start(*args):
+    child = multiprocessing.get_context("fork").Process(target=train, args=args)
+    child.start()
+    return child
 
 
 def stage(out):
@@ -75,34 +81,26 @@ def stage(out):
 
 
 def main():
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("--kills", type=int, default=60)
-    ap.add_argument("--seed", type=int, default=0)
-    args = ap.parse_args()
-    begin, at, rng = time.time(), pathlib.Path(tempfile.mkdtemp()), random.Random(args.seed)
+    share = -(-int(sys.argv[1] if sys.argv[1:] else 60) // 3)  # kills in each stage
+    begin, at, rng = time.time(), pathlib.Path(tempfile.mkdtemp()), random.Random(0)
     alone, killed = at / "alone", at / "killed"
-    share = -(-args.kills // 3)
     sizes = [*SIZES, "--projector-steps", 3 * share, "--steps", 3 * share]
-    kills = {(s, how): 0 for s in ("traces", "projector", "RL") for how in ("clock", "disk")}
+    kills = collections.Counter()  # (stage, how)
 
     def wanted(s):
-        return share - kills[s, "clock"] - kills[s, "disk"] > 0
+        return kills[s, "clock"] + kills[s, "disk"] < share
 
-    fork = multiprocessing.get_context("fork").Process
     with open(at / "log", "w+") as log:
-        child = fork(target=train, args=([*sizes, "--out", alone], log))
-        child.start()
+        child = start([*sizes, "--out", alone], log, 0, False)
         child.join()
-        assert child.exitcode == 0, log.name
         print(f"left alone: {time.time() - begin:.0f}s; log in {log.name}", flush=True)
-        while True:
+        while child.exitcode in (0, -signal.SIGKILL):
             # --resume wants a config.json: killed before that, a run is just started again
             is_there = (killed / "config.json").exists()
             words = ["--resume", killed] if is_there else [*sizes, "--out", killed]
             disk = rng.random() < 0.5 and wanted(stage(killed))
             n = rng.randint(1, 12 if stage(killed) == "traces" else 50) if disk else 0
-            child = fork(target=train, args=(words, log, n, rng.random() < 0.5))
-            child.start()
+            child = start(words, log, n, rng.random() < 0.5)
             child.join(None if disk else rng.uniform(0.1, 2))
             while child.is_alive():
                 if wanted(stage(killed)):
@@ -110,9 +108,9 @@ def main():
                 child.join(0.001)
             if child.exitcode == 0:
                 break
-            if child.exitcode != -signal.SIGKILL:
-                sys.exit(f"ended with {child.exitcode} after {sum(kills.values())} kills; see {log.name}")
             kills[stage(killed), "disk" if disk else "clock"] += 1
+        else:
+            sys.exit(f"ended with {child.exitcode}; see {log.name}")
     left = [((out / "traces.jsonl").read_text(), sorted(os.listdir(out))) for out in (alone, killed)]
     equal = {"weights, metrics and table": same(alone, killed), "traces and files": left[0] == left[1]}
     print(f"{sum(kills.values())} kills in {time.time() - begin:.0f}s: "

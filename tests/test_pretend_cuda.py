@@ -26,75 +26,63 @@ def the_device():
 
 # ---------------------------------------------------------------- the device itself
 def on_the_card_refusals():
-    """-> what it says to each of some actions, and a copy to the host before and after waiting for it."""
+    """-> a copy to the host before and after waiting for it"""
     import torch
 
-    x = torch.ones(2, 3, device="cuda")
-    ids = torch.arange(3, device="cuda")
-    tried = [lambda: x + torch.ones(2, 3), lambda: torch.ones(3)[ids], lambda: ids[None] @ ids[:, None],
-             lambda: x @ x.T.bfloat16(), lambda: x.numpy(),
-             lambda: torch.rand(2, device="cuda", generator=torch.Generator())]
-    refusals = []
-    for action in tried:
-        with pytest.raises((RuntimeError, TypeError)) as refusal:
-            action()
-        refusals.append(str(refusal.value))
+    x, ids = torch.ones(2, 3, device="cuda"), torch.arange(3, device="cuda")
+    for refused in (lambda: x + torch.ones(2, 3), lambda: torch.ones(3)[ids],
+                    lambda: ids[None] @ ids[:, None], lambda: x @ x.T.bfloat16(), lambda: x.numpy(),
+                    lambda: torch.rand(2, device="cuda", generator=torch.Generator())):
+        with pytest.raises((RuntimeError, TypeError)):
+            refused()
     buffer = torch.empty(3, pin_memory=True)
-    buffer.copy_(torch.arange(3.0, device="cuda") * 2, non_blocking=True)
+    buffer.copy_(ids * 2, non_blocking=True)
     before = buffer.tolist()
     torch.cuda.synchronize()
-    return refusals, before, buffer.tolist()
+    return before, buffer.tolist()
 
 
 def test_the_device_refuses_what_cuda_refuses_and_a_copy_comes_only_when_waited_for():
     """Mixed devices, products of integers or of two types, numpy, draws from a CPU generator."""
-    (refusals, before, numbers), _ = pretend.run(on_the_card_refusals)
-    assert "same device" in refusals[0] and "generator" in refusals[-1]
+    (before, numbers), _ = pretend.run(on_the_card_refusals)
     assert before != numbers == [0.0, 2.0, 4.0]
 
 
+# ---------------------------------------------------------------- host syncs
 def tiny_on_the_card():
+    """-> (model, sample(limit, ..): two rollouts of each of four prompts, always the same)"""
+    import torch
     from data import tiny
-    from litereason import load
+    from litereason import generate, load
 
     model, tokenizer = load("tiny")
     prompts = [tokenizer.encode(tiny.prompt(example, True)) for example in tiny.examples("test")[:4]]
-    return model, tokenizer, prompts
+    return model, lambda limit, **settings: generate(
+        model, tokenizer, prompts, 2, limit, generator=torch.Generator().manual_seed(0), **settings)
 
 
-def sampled(model, tokenizer, prompts, limit, **settings):
-    """Two rollouts of each prompt, always the same."""
-    import torch
-    from litereason import generate
-
-    return generate(model, tokenizer, prompts, 2, limit, generator=torch.Generator().manual_seed(0),
-                    **settings)
-
-
-# ---------------------------------------------------------------- host syncs
 VARIANTS = {
     "prompts that wait": {"gen_batch_size": 4},
     "greedy, every tag runs 3": {"temperature": 0, "tag": 3},
     "cut, no tags": {"top_p": 0.8, "top_k": 20, "tag": "forbidden"}}
 
 
-def on_the_card_decode(variants, limit):
+def on_the_card_decode():
     """-> for each variant of generate's arguments: how many latents ran, and of each step after the first
     where the host waited since the step before, [(place, why)]."""
     from pretend import device
 
-    model, tokenizer, prompts = tiny_on_the_card()
-    waited = []
+    model, sample = tiny_on_the_card()
+    waited, found = [], {}
 
     def a_step_begins(*_):
         waited.append(list(device.EVENTS))
         device.EVENTS.clear()
 
     model.lm_head.register_forward_pre_hook(a_step_begins)  # on CUDA it runs once in each step, for all rows
-    found = {}
-    for name, settings in variants.items():
+    for name, settings in VARIANTS.items():
         waited.clear()
-        rollouts = sampled(model, tokenizer, prompts, limit, **settings)
+        rollouts = sample(24, **settings)
         found[name] = sum(r.n_latents for r in rollouts), waited[1:]
     return found
 
@@ -102,54 +90,51 @@ def on_the_card_decode(variants, limit):
 def test_between_two_looks_the_host_waits_for_nothing():
     from lib.decoder import LOOK
 
-    found, _ = pretend.run(on_the_card_decode, VARIANTS, 24)
+    found, _ = pretend.run(on_the_card_decode)
     for name, (n_latents, waited) in found.items():
         assert len(waited) >= 2 * LOOK and (n_latents > 0 or name == "cut, no tags"), name
         for step, events in enumerate(waited, start=1):
-            is_look = step % LOOK == 0
-            assert is_look or not events, f"{name}: in step {step} the host waits at {events}"
+            assert step % LOOK == 0 or not events, f"{name}: in step {step} the host waits at {events}"
         looks = [len(events) for events in waited[LOOK - 1 :: LOOK]]
         assert sorted(looks)[len(looks) // 2] <= 4, f"{name}: one look waits so often: {looks}"
 
 
 def on_the_card_micro_batch():
-    """Updates of one micro-batch: of two rollouts, of eight, and with offloaded masters -> where the host
-    waited in each, [(place, why)]; the matrix products of one, by type."""
+    """Updates of one micro-batch: of four rollouts, of eight, of eight and eight shorter ones, of eight with
+    offloaded masters -> where the host waited in each, [(place, why)]; the last one's matrix products, by
+    type."""
     import torch
     import train_rl
     from lib import memory
     from pretend import device
 
-    model, tokenizer, prompts = tiny_on_the_card()
+    model, sample = tiny_on_the_card()
     args = types.SimpleNamespace(recompute_latents=False, method="litereason", max_new_tokens=1)
-    rollouts = sampled(model, tokenizer, prompts, 16)
+    eight, shorter = sample(8), sample(3)
 
     def update(rollouts):
         advantages = torch.tensor([1.0, -1.0]).repeat(len(rollouts) // 2)
         loss_norm = torch.tensor([float(r.n_tokens) for r in rollouts])
         state = types.SimpleNamespace(step=0, rollouts=rollouts, micro_batch_tokens=4000)
         device.EVENTS.clear()
+        device.PRODUCTS.clear()
         train_rl.add_gradients(args, model, state, range(len(rollouts)), advantages, loss_norm)
         return list(device.EVENTS)
 
-    found = [update(rollouts[:2]), update(rollouts)]
+    found = [update(rollouts) for rollouts in (eight[2:6], eight, eight + shorter)]
     memory.offload(model, memory.base_parameters(model))
-    device.PRODUCTS.clear()
-    return [*found, update(rollouts)], {str(dtype): n for dtype, n in device.PRODUCTS.items()}
+    return [*found, update(eight)], {str(dtype): n for dtype, n in device.PRODUCTS.items()}
 
 
 def test_a_micro_batch_waits_as_often_however_many_rollouts_it_has_and_multiplies_in_bf16():
-    ((two, eight, offloaded), products), _ = pretend.run(on_the_card_micro_batch)
+    ((four, eight, two_lengths, offloaded), products), _ = pretend.run(on_the_card_micro_batch)
     assert products["torch.bfloat16"] > 2 * products.get("torch.float32", 0), products
-    assert len(eight) == len(two) <= 20, eight
+    assert len(eight) == len(four) <= 28, eight
+    assert len(two_lengths) <= len(eight) + 12, two_lengths  # rows of like lengths: once
     assert len(offloaded) == len(eight) + 1, offloaded  # for the gradients to be on the host
 
 
 # ---------------------------------------------------------------- the scripts
-REASONING = ("from Mara Otto and from Karl Lena , so Rosa has none of the halves , "
-             "go on with Otto and Lena . ") * 2
-
-
 def on_the_card_script(words):
     """A script's main; every answer earns something, and a baseline's traces are there already."""
     from data import tiny
@@ -157,7 +142,8 @@ def on_the_card_script(words):
     from results import baselines
 
     def traces(model, tokenizer, task, examples, args):
-        return [(task.prompt(example, False), REASONING, r"\boxed{ No }") for example in examples], 0
+        said = "from Mara Otto and from Karl Lena , so Rosa has none of the halves , go on with Otto . " * 2
+        return [(task.prompt(example, False), said, r"\boxed{ No }") for example in examples], 0
 
     tiny.examples = functools.cache(tiny.examples)
     tiny.reward = lambda example, text: 0.5 + zlib.crc32(text.encode()) % 100 / 100

@@ -13,7 +13,6 @@ struct Guard final : c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> {
   c10::Device exchangeDevice(c10::Device) const override { return kCard; }
   c10::Stream getStream(c10::Device) const noexcept override { return kStream; }
   c10::Stream getDefaultStream(c10::Device) const override { return kStream; }
-  c10::Stream getNewStream(c10::Device, int) const override { return kStream; }
   c10::Stream exchangeStream(c10::Stream) const noexcept override { return kStream; }
   // An event is over as soon as it is recorded.
   void record(void**, const c10::Stream&, c10::DeviceIndex, c10::EventFlag) const override {}
@@ -25,13 +24,8 @@ struct Hooks final : at::CUDAHooksInterface {
   explicit Hooks(at::CUDAHooksArgs) {}
   void init() const override {}
   bool hasCUDA() const override { return true; }
-  bool isBuilt() const override { return true; }
-  bool isAvailable() const override { return true; }
   bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
   c10::DeviceIndex deviceCount() const override { return 1; }
-  c10::DeviceIndex getCurrentDevice() const override { return 0; }
-  c10::DeviceIndex exchangeDevice(c10::DeviceIndex) const override { return 0; }
-  c10::DeviceIndex maybeExchangeDevice(c10::DeviceIndex) const override { return 0; }
 };
 
 Guard guard;

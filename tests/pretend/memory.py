@@ -1,7 +1,7 @@
 """Peak memory at real shapes, on the pretended device, in seconds: floats have shapes but no numbers.
 
     memory.without_numbers()    from now on, in this process
-    memory.peak(run)            run() -> (bytes on the card before, bytes at most)
+    memory.peak(run)            run() -> bytes on the card at most
 
 Integers and masks keep their numbers, so prompts, rows and slots are what they are; one that follows from
 floats is zero (a sampled token) or true (a finite gradient). The bytes are those of live tensors, with what
@@ -12,7 +12,7 @@ import gc
 import torch
 
 from pretend import device
-from pretend.device import BYTES, OnCard, aten
+from pretend.device import BYTES, aten
 
 LARGE = 2**24  # integers and masks beyond so many elements lose their numbers, too
 MANY = 2**20  # from so many on, floats copied to the host take no memory there
@@ -25,11 +25,9 @@ def without_numbers():
 
 def peak(run):
     gc.collect()
-    before = BYTES.now
     BYTES.reset_peak()
     run()
-    gc.collect()
-    return before, BYTES.peak
+    return BYTES.peak
 
 
 # ============================================================ one operation
@@ -133,26 +131,8 @@ class Fused(torch.autograd.Function):
         return gradients
 
 
-_plain = torch.nn.functional.scaled_dot_product_attention
-
-
-def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    """Fused where CUDA has a kernel: in 16 bits, and with a mask for as many key heads as query heads."""
-    if not isinstance(q, OnCard):
-        return _plain(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    if torch.is_autocast_enabled("cuda"):
-        to_16_bit = torch.get_autocast_dtype("cuda")
-        q, k, v = q.to(to_16_bit), k.to(to_16_bit), v.to(to_16_bit)
-        if attn_mask is not None and attn_mask.is_floating_point():
-            attn_mask = attn_mask.to(to_16_bit)
-    groups_heads = enable_gqa and k.shape[1] != q.shape[1]
-    if groups_heads and (attn_mask is not None or q.dtype == torch.float32):
-        with torch.autocast("cuda", enabled=False):
-            return _plain(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    if attn_mask is not None:
-        if attn_mask.dtype == torch.bool:
-            attn_mask = torch.zeros(attn_mask.shape, dtype=q.dtype, device=q.device)
-        missing = -attn_mask.shape[-1] % 8
-        if missing:  # the kernel's alignment: torch copies the mask into rows of a multiple of 8
-            attn_mask = torch.nn.functional.pad(attn_mask, (0, missing))
+def attention(q, k, v, attn_mask=None, **_):
+    """As CUDA's kernels want it, or they would need more: in 16 bits, with a mask whose rows are aligned."""
+    assert q.dtype == k.dtype == v.dtype == torch.bfloat16
+    assert attn_mask is None or all(stride % 16 == 0 for stride in attn_mask.stride()[:-1])
     return Fused.apply(q, k, v, attn_mask)
