@@ -49,7 +49,7 @@ def largest_difference(model, rows):
 
 
 @torch.no_grad()
-def test_sampler_scorer_and_definition_agree(exact):
+def test_sampler_scorer_and_definition_agree_in_recorded_steps_and_fewer_rows_too(exact):
     model, tokenizer = exact
     rows = sampled(model, tokenizer)
     assert sum(r.n_latents for r in rows) > 20 and largest_difference(model, rows) < 1e-6
@@ -57,36 +57,27 @@ def test_sampler_scorer_and_definition_agree(exact):
         _, latents, logps = naive_score(model, r.prompt_ids, r.slots)
         close(r.latents.cpu(), latents.cpu(), 1e-6)
         close(r.logprobs.cpu(), logps.cpu(), 1e-6)
-
-
-def test_a_recorded_step_and_fewer_rows_give_the_same_rollouts(exact):
-    model, tokenizer = exact
-    plain = sampled(model, tokenizer)
     few = sampled(model, tokenizer, gen_batch_size=16)
     model.graphs = True
     played = sampled(model, tokenizer)
     assert model.graphs, "the step could not be recorded"
-    for a, b, c in zip(plain, played, few, strict=True):
+    for a, b, c in zip(rows, played, few, strict=True):
         assert a.slots == b.slots == c.slots
         close(a.logprobs, b.logprobs, 1e-6)
 
 
 def test_between_two_looks_the_host_waits_for_nothing(model_and_tokenizer):
-    model, tokenizer = model_and_tokenizer
-    sampled(model, tokenizer)  # what is made once
-
-    def waits(limit):
-        torch.cuda.set_sync_debug_mode("warn")
+    sampled(*model_and_tokenizer)  # what is made once
+    waits = {}  # steps -> how often
+    torch.cuda.set_sync_debug_mode("warn")
+    for limit in (10, 80):
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
-            rows = sampled(model, tokenizer, limit)
-        torch.cuda.set_sync_debug_mode("default")
-        steps = max(len(r.slots) for r in rows)
-        return sum("synchroniz" in str(w.message) for w in seen), steps
-
-    few, short = waits(10)
-    many, long = waits(80)
-    assert many - few <= 8 * ((long - short) / decoder.LOOK + 1), (few, short, many, long)
+            rows = sampled(*model_and_tokenizer, limit)
+        waits[max(len(r.slots) for r in rows)] = sum("synchroniz" in str(w.message) for w in seen)
+    torch.cuda.set_sync_debug_mode("default")
+    (short, few), (long, many) = waits.items()
+    assert many - few <= 8 * ((long - short) / decoder.LOOK + 1), waits
 
 
 def test_gradients_are_those_of_a_cpu(exact):
@@ -94,10 +85,8 @@ def test_gradients_are_those_of_a_cpu(exact):
     on_gpu, tokenizer = exact
     rows = [r for r in sampled(on_gpu, tokenizer) if r.n_latents][:12]
     rows = [dataclasses.replace(r, latents=r.latents.cpu(), logprobs=r.logprobs.cpu()) for r in rows]
-    on_cpu = load("tiny", "cpu")[0].double()
-    on_cpu.load_state_dict({name: value.cpu() for name, value in on_gpu.state_dict().items()})
     gradients = []
-    for model in (on_cpu, on_gpu):
+    for model in (copy.deepcopy(on_gpu).cpu(), on_gpu):
         advantages = torch.linspace(-1, 1, len(rows), device=model.device)
         logp, scored = logprobs(model, rows)
         policy_loss(logp, logp.detach(), advantages, scored, len(rows))[0].backward()
@@ -114,17 +103,15 @@ def test_in_bf16_sampler_and_scorer_agree_and_offloaded_masters_get_the_same_gra
     rows = sampled(model, tokenizer)
     assert model.bf16 and largest_difference(model, rows) < 0.5
 
-    def gradients(model, masters, base):
+    def gradients(model, offloads):
+        base = memory.base_parameters(model)
+        masters = memory.offload(model, base) if offloads else base
         logp, scored = logprobs(model, rows[:32])
         (-logp.sum() / scored.sum()).backward()
         memory.wait_for_gradients(model)
         memory.gradients_to_masters(base, masters)
         return [p.grad.cpu() for p in masters]
 
-    plain = copy.deepcopy(model)
-    base = memory.base_parameters(plain)
-    expected = gradients(plain, base, base)
-    base = memory.base_parameters(model)
-    found = gradients(model, memory.offload(model, base), base)
-    for a, b in zip(found, expected, strict=True):
+    expected = gradients(copy.deepcopy(model), False)
+    for a, b in zip(gradients(model, True), expected, strict=True):
         assert (a - b).abs().max() <= 1e-2 * max(1e-6, float(b.abs().max()))

@@ -1,5 +1,4 @@
 """The device of pretend/__init__.py. Import before torch."""
-import collections
 import ctypes
 import functools
 import gc
@@ -9,9 +8,7 @@ import weakref
 
 import pretend
 
-ROOT = pretend.ROOT
 TESTS = os.path.dirname(pretend.HERE)
-
 
 # torch's C++ side: it answers what torch asks of a CUDA device, and must be there when torch is imported.
 if "torch" in sys.modules:
@@ -57,7 +54,6 @@ class Bytes:
 BYTES = Bytes()
 UNDER_WAY = []  # copies to the host that nobody has waited for: (where to, what)
 EVENTS = []  # (the project's line, why), in order: the host waited for the device
-PRODUCTS = collections.Counter()  # type -> matrix products on the card
 
 
 def project_line():
@@ -65,8 +61,8 @@ def project_line():
     frame = sys._getframe(1)
     while frame:
         code = frame.f_code
-        if code.co_filename.startswith(ROOT) and not code.co_filename.startswith(TESTS):
-            return f"{os.path.relpath(code.co_filename, ROOT)}:{frame.f_lineno} in {code.co_name}"
+        if code.co_filename.startswith(pretend.ROOT) and not code.co_filename.startswith(TESTS):
+            return f"{os.path.relpath(code.co_filename, pretend.ROOT)}:{frame.f_lineno} in {code.co_name}"
         frame = frame.f_back
     return "backward"
 
@@ -99,10 +95,8 @@ class OnCard(torch.Tensor):
         return dispatch(op, args, kwargs or {})
 
     def __deepcopy__(self, memo):
-        same = self.detach().clone().requires_grad_(self.requires_grad)
-        if isinstance(self, torch.nn.Parameter):
-            same._is_param = True
-        memo[id(self)] = same
+        same = memo[id(self)] = self.detach().clone().requires_grad_(self.requires_grad)
+        same._is_param = isinstance(self, torch.nn.Parameter)
         return same
 
     @property
@@ -126,6 +120,7 @@ class OnCard(torch.Tensor):
 
     def tolist(self):
         return self.cpu().tolist()
+
 
 # ============================================================ one operation
 def dispatch(op, args, kwargs):
@@ -182,8 +177,6 @@ def _wrapped(x, on, is_on_card):
 INDEXING = {aten.index.Tensor, aten._unsafe_index.Tensor}
 WRITING = {aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default,
            aten._unsafe_index_put.default}
-MATRIX_PRODUCTS = {aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default,
-                   aten.mv.default, aten.addmv.default, aten.dot.default}
 # How many rows come out depends on the numbers, or a number goes to the host.
 WAITING = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default,
            aten._unique2.default, aten.bincount.default, aten.equal.default, aten.repeat_interleave.Tensor}
@@ -213,12 +206,7 @@ def result_is_on_card(op, args, kwargs, on, off):
         return _check_indices(op, args)
     if off and op not in LIFTING:
         _check_mixture(op, args, on, off)
-    if op in MATRIX_PRODUCTS:
-        kinds = {t.dtype for t in on}
-        if len(kinds) > 1 or not on[0].is_floating_point():
-            raise RuntimeError(f'"{op}" is not implemented on CUDA for {kinds}')
-        PRODUCTS[on[0].dtype] += 1
-    elif op in WAITING:
+    if op in WAITING:
         waits(op.name().split("::")[1])
     return True
 
@@ -229,8 +217,7 @@ def _check_mixture(op, args, on, off):
     takes_numbers = torch.Tag.pointwise in op.tags or op.name().startswith(by_name)
     writes_to_host = op._schema.is_mutable and any(args[0] is t for t in off)
     if writes_to_host or not takes_numbers or any(t.dim() for t in off):
-        found = [(str(t.device), tuple(t.shape)) for t in on + off]
-        raise RuntimeError(f"Expected all tensors to be on the same device, but {op} found {found}")
+        raise RuntimeError(f"Expected all tensors to be on the same device, but {op} found {on + off}")
 
 
 def _count_copy(from_card, to_card, non_blocking):
@@ -256,10 +243,6 @@ def _check_indices(op, args):
 class Everywhere(TorchDispatchMode):
     """Operations without an argument on the card, such as torch.zeros(2, device="cuda")."""
 
-    @classmethod
-    def _should_skip_dynamo(cls):  # else torch wraps what follows, which takes a tenth of the time
-        return False
-
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         return dispatch(op, args, kwargs or {})
 
@@ -270,8 +253,7 @@ def install():
     gc.freeze()  # what has been imported need not be searched each time garbage is collected
     answers = {
         "_lazy_init": None, "is_available": True, "is_initialized": True, "is_bf16_supported": True,
-        "device_count": 1, "current_device": 0, "get_device_capability": (9, 0), "empty_cache": None,
-        "is_current_stream_capturing": False}
+        "device_count": 1, "current_device": 0, "get_device_capability": (9, 0), "empty_cache": None}
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
     torch.cuda.mem_get_info = lambda *_: (80 * 2**30 - BYTES.now, 80 * 2**30)

@@ -37,7 +37,8 @@ def compute(op, args, kwargs, is_on_card):
     unknown = any(t.is_meta for t in tensors)
     if not unknown and not is_on_card:
         return op(*args, **kwargs)
-    if not unknown and not tensors and _makes_floats(op, kwargs):  # torch.empty(..) and the like
+    floats = (kwargs.get("dtype") or torch.get_default_dtype()).is_floating_point
+    if not tensors and floats and "arange" not in op.name():  # torch.empty(..) and the like
         return op(*args, **{**kwargs, "device": "meta"})
     if not unknown:
         return _each(op(*args, **kwargs), _numbers_forgotten)
@@ -72,11 +73,6 @@ def _each(x, change):
     if isinstance(x, torch.Tensor):
         return change(x)
     return type(x)([_each(y, change) for y in x]) if isinstance(x, (list, tuple)) else x
-
-
-def _makes_floats(op, kwargs):
-    dtype = kwargs.get("dtype") or torch.get_default_dtype()
-    return dtype.is_floating_point and "arange" not in op.name()
 
 
 def _numbers_forgotten(t):
