@@ -255,8 +255,9 @@ def add_seconds(job, began):
 
 
 # ============================================================ what is kept of runs
-RENAMED = {"baselines.py": "results/baselines.py", "--group": "--num-generations", "--rows": "--gen-batch-size",
-           "--tokens-per-forward": "--micro-batch-tokens", "--latent other": "--latent shuffled"}
+RENAMED = {"baselines.py": "results/baselines.py", "--group": "--num-generations",
+           "--rows": "--gen-batch-size", "--tokens-per-forward": "--micro-batch-tokens",
+           "--latent other": "--latent shuffled"}
 
 
 def kept_records(table):
