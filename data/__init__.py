@@ -190,10 +190,9 @@ def read_split(task, split):
 def write_splits(out, splits):
     """{split: examples} -> out/SPLIT.jsonl, all complete before the first takes its name, and a line that
     says so. UserError if that fails; files that were there before are then unchanged."""
-    contents = {}  # path -> bytes
-    for split, examples in splits.items():
-        text = "".join(json.dumps(example, ensure_ascii=False) + "\n" for example in examples)
-        contents[os.path.join(out, f"{split}.jsonl")] = text.encode("utf-8", "replace")
+    texts = ("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows) for rows in splits.values())
+    contents = {os.path.join(out, f"{split}.jsonl"): text.encode("utf-8", "replace")
+                for split, text in zip(splits, texts)}
     try:
         os.makedirs(out, exist_ok=True)
         for path, content in contents.items():

@@ -2,8 +2,6 @@
 shown, and white, so that it can be read on a dark page too."""
 import numpy as np
 
-from lib import UserError
-
 WIDTH, DOTS = 900, 96  # px, and how many make an inch in CSS
 COLOURS = {  # of a method, with the length penalty and without it
     "LiteReason": "#1f5f99",
@@ -72,11 +70,8 @@ def chains(rows, path):
 # ============================================================ what they share
 def figure(heights):
     """-> (an empty figure, its panels, one above the other). heights: of the panels, in px."""
-    try:
-        from matplotlib import rcParams
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise UserError("drawing needs matplotlib: pip install matplotlib") from e
+    from matplotlib import rcParams
+    from matplotlib.figure import Figure
     rcParams["svg.hashsalt"] = "litereason"  # else the names inside an svg are drawn by chance
     size = WIDTH / DOTS, sum(heights) / DOTS
     picture = Figure(size, dpi=DOTS, layout="constrained", facecolor="white")
