@@ -16,7 +16,7 @@ Where it has a use for them, it may also have these:
                                      before the last of them is reasoning, where sentences may become tags
     answer(example)                  the right answer, in the form that `reward` reads: the projector's
                                      refresh trains on it (paper Sec. 3.4), eval.py shows it
-    rewards(examples, completions)   the rewards of many at once, for a scorer model that reads in batches
+    rewards(examples, completions)   in its place: those of many at once, for a scorer that reads batches
     verdict(completion)              what the reward reads in a completion (default: plan_of), or None
     report(examples, completions)    {name: number or [low, high]}: what eval.py prints beside the accuracy
     MEASURE                          what its score is called, by default accuracy
@@ -110,7 +110,7 @@ def load_task(name):
     """The task module data.NAME; UserError that lists the tasks if there is none."""
     try:
         task = importlib.import_module(f"data.{name}")
-        if hasattr(task, "reward"):
+        if hasattr(task, "reward") or hasattr(task, "rewards"):
             return task
     except ModuleNotFoundError as e:
         if not f"data.{name}".startswith(e.name):  # the task is there, but not something that it imports

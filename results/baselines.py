@@ -190,8 +190,7 @@ def sft(parameters, rows, args, steps, seed, add_gradients):
     and then all the way down to 5 %. Batches are whole, and shuffled again for each epoch."""
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.01)
     warm_up = min(30, steps / 5)
-    rng = random.Random(seed)
-    left = []
+    rng, left = random.Random(seed), []
     for step in tqdm(range(steps), desc=f"{args.method}, SFT", leave=False):
         if len(left) < args.batch:
             left = rng.sample(rows, len(rows))
@@ -354,9 +353,8 @@ def sft_colar(model, tokenizer, head, traces, args):
     from 1 to 5 and said in the prompt. At a latent's place the LM head learns one of its tokens, drawn by
     chance, and the latent head the latent itself. Ours: latents are constants for the embeddings."""
     end = checkpoint.end_of_answer(model, tokenizer)
-    encode = checkpoint.encode_text
-    rows = [(prompt, encode(tokenizer, reasoning.strip()), encode(tokenizer, answer.strip()) + [end])
-            for prompt, reasoning, answer in traces]
+    rows = [(prompt, *(checkpoint.encode_text(tokenizer, text.strip()) for text in texts))
+            for prompt, *texts in traces]
     rng = random.Random(args.seed)
 
     def add_gradients(rows):
@@ -364,10 +362,10 @@ def sft_colar(model, tokenizer, head, traces, args):
         for prompt, reasoning, answer in rows:
             r = rng.randint(1, max(RATES))
             thought = [reasoning[at : at + r] for at in range(0, len(reasoning), r)]
-            slots = [LATENT] * len(thought) + answer
+            slots = [LATENT] * len(thought) + answer + [end]
             ids = checkpoint.encode_prompt(model, tokenizer, f"{prompt} {r}")
             batch.append(Rollout(ids, slots, compress(model, thought)))
-            targets.append([rng.choice(tokens) for tokens in thought] + answer)
+            targets.append([rng.choice(tokens) for tokens in thought] + answer + [end])
         add_sft_gradients(model, head, batch, targets)
 
     parameters = memory.base_parameters(model) + list(head.parameters())
@@ -545,9 +543,7 @@ def main():
         return evaluate(model, tokenizer, asked, some, latent_prompt=False, seed=args.seed, tag=0,
                         max_new_tokens=args.max_new_tokens, **sampling, **decoding, **more)[0]
 
-    def on_val(asked, decoding):
-        return figures(asked, vals, decoding, PAPER)["accuracy"]
-
+    on_val = lambda asked, decoding: figures(asked, vals, decoding, PAPER)["accuracy"]
     for name, asked, decoding in decodings(args, model, tokenizer, task, examples, on_val, took):
         for label, sampling, split, some, alone in (
                 (name, "paper", "test", tests, 8),

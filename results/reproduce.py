@@ -13,6 +13,7 @@ import glob
 import itertools
 import json
 import os
+import pathlib
 import re
 import subprocess
 import sys
@@ -242,11 +243,8 @@ RENAMED = {"baselines.py": "results/baselines.py", "--group": "--num-generations
 
 def kept_records(table):
     """{name of the directory: record} of results/runs-TABLE.jsonl, in today's words; {} without that file."""
-    path = os.path.join(HERE, f"runs-{table}.jsonl")
-    if not os.path.exists(path):
-        return {}
-    with open(path, encoding="utf-8") as file:
-        text = file.read()
+    path = pathlib.Path(HERE, f"runs-{table}.jsonl")
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
     for old, new in RENAMED.items():
         text = re.sub(rf"(?<=[ \"]){old}(?=[ \"])", new, text)
     return {record["run"]: record for record in map(json.loads, text.splitlines())}
@@ -296,11 +294,12 @@ def measured(out):
 
 def tokens_sampled(out):
     """How many tokens, latents included, a run's RL sampled; None if it had none."""
-    if not os.path.exists(os.path.join(out, "metrics.jsonl")):
+    metrics = pathlib.Path(out, "metrics.jsonl")
+    if not metrics.exists():
         return None
     config = run.read_json(os.path.join(out, "config.json"))
-    with open(os.path.join(out, "metrics.jsonl")) as file:
-        steps = list(map(json.loads, file))[:: config.get("minibatches", 1)]  # all of a batch say the same
+    steps = list(map(json.loads, metrics.read_text().splitlines()))
+    steps = steps[:: config.get("minibatches", 1)]  # all of a batch say the same
     per_rollout = sum(step["text_tokens"] + step["latent_steps"] for step in steps)
     return per_rollout * config["prompts"] * config["num_generations"]
 
@@ -362,10 +361,12 @@ def controls_of(records, table, seeds):
 
 
 def lengths_of(records, seeds):
-    """-> [row for the picture]: methods at each length of the chain, at the paper's sampling."""
-    return [{"method": name, "length": length, **mean_of(dict(rows))}
-            for (name, method, _), length in itertools.product(METHODS, LENGTHS)
-            if (rows := rows_in(records, "tiny", f"{method}-length-{length}", seeds))]
+    """-> {name: [means at each length of the chain]}, at the paper's sampling."""
+    found = {}
+    for (name, method, _), length in itertools.product(METHODS, LENGTHS):
+        if rows := rows_in(records, "tiny", f"{method}-length-{length}", seeds):
+            found.setdefault(name, []).append({"length": length, **mean_of(dict(rows))})
+    return found
 
 
 # ============================================================ from means to Markdown
@@ -485,8 +486,7 @@ def into_pages(name, text):
     """Puts text between the marks <!-- NAME --> and <!-- /NAME --> wherever they stand."""
     block = re.compile(rf"(?s)(<!-- {re.escape(name)} -->\n).*?(<!-- /{re.escape(name)} -->)")
     for path in (os.path.join(ROOT, "README.md"), *glob.glob(os.path.join(HERE, "*.md"))):
-        with open(path, encoding="utf-8") as file:
-            page = file.read()
+        page = pathlib.Path(path).read_text(encoding="utf-8")
         run.write_text(path, block.sub(lambda marks: f"{marks[1]}{text}\n{marks[2]}", page))
 
 
@@ -501,10 +501,10 @@ def write_tables(table, seeds):
         into_pages(name, text)
         print(f"{text}\n")
     if table.startswith("tiny"):
-        drawn = {name: found[name]["paper"] for name in HEADLINE if name in found}
+        drawn = {name: [found[name]["paper"]] for name in HEADLINE if name in found}
         draw(plots.curve, drawn, f"curve-{table}", TABLES[table].score)
     if table == "tiny" and (lengths := lengths_of(records, seeds)):
-        draw(plots.by_length, lengths, "lengths-tiny")
+        draw(plots.curve, lengths, "lengths-tiny")
 
 
 def draw(function, rows, name, *more):

@@ -106,7 +106,7 @@ def download():
             raise LookupError("it has no flawed_fictions file of a known kind")
         return [hf_hub_download(REPO, file, repo_type="dataset") for file in files]
     except Exception as e:  # no network, a gate, a wrong token, a full disk: the hub has many exceptions
-        raise UserError(f"cannot download {REPO} ({shorten(str(e), 300)}); `hf auth login`, or get the file from "
+        raise UserError(f"cannot download {REPO} ({shorten(str(e), 300)}); `hf auth login`, or get it from "
                         f"https://huggingface.co/datasets/{REPO} and pass it with --from FILE") from e
 
 

@@ -247,9 +247,9 @@ def describe(name, chapters):
     """Says what a text was taken for."""
     words = [chapter["text"].split() for chapter in chapters]
     begins, ends = (f"{chapters[i]['title']!r} ({' '.join(words[i][:6])} ..)" for i in (0, -1))
-    size, longest = max(zip(map(len, words), [chapter["title"] for chapter in chapters]), key=lambda one: one[0])
-    print(f"{name}: {len(chapters)} chapters, from {begins} to {ends}; the longest is {longest!r}, {size} of "
-          f"{sum(map(len, words))} words")
+    longest = max(range(len(words)), key=lambda i: len(words[i]))
+    print(f"{name}: {len(chapters)} chapters, from {begins} to {ends}; the longest is "
+          f"{chapters[longest]['title']!r}, {len(words[longest])} of {sum(map(len, words))} words")
 
 
 def read_books(paths):
@@ -292,12 +292,8 @@ def make_ruler(name=None):
     except (OSError, ValueError) as e:
         raise UserError(f"no tokenizer at {name!r} ({shorten(str(e), 120)})") from e
     tokenizer.model_max_length = 10**9  # whole books are measured, nothing is run
-
-    def ruler(text):
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        return [start for start, _ in encoded["offset_mapping"]], 1.0
-
-    return ruler
+    asked = {"add_special_tokens": False, "return_offsets_mapping": True}
+    return lambda text: ([start for start, _ in tokenizer(text, **asked)["offset_mapping"]], 1.0)
 
 
 def length(ruler, text):  # in tokens
@@ -365,14 +361,6 @@ def works_of(books):
     return work_of
 
 
-def split_works(works, seed):
-    """{work: split}: 15 % of the works, and at least one, in val and in test."""
-    names = sorted(works)
-    random.Random(seed).shuffle(names)
-    n = max(1, round(0.15 * len(names)))
-    return dict(zip(names, ["val"] * n + ["test"] * n + ["train"] * len(names)))
-
-
 # ============================================================ the script
 def main():
     parser = run.parser(__doc__)
@@ -394,7 +382,10 @@ def main():
 
     work_of = works_of(books)
     editions = Counter(work_of.values())  # of each work
-    split_of = split_works(editions, args.seed)
+    works = sorted(editions)
+    random.Random(args.seed).shuffle(works)
+    n = max(1, round(0.15 * len(works)))  # 15 % of the works, and at least one, in val and in test
+    split_of = dict(zip(works, ["val"] * n + ["test"] * n + ["train"] * len(works)))
     splits, counts = {split: [] for split in SPLITS}, Counter()
     for name, chapters in books.items():
         examples = make_examples(name, chapters, ruler, args.story_tokens, args.chapter_tokens, counts)

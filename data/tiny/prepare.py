@@ -43,19 +43,12 @@ MOST = 5        # the highest number in a tag
 EOS = "<|endoftext|>"
 
 
-def sentence(before, pair, asked):
-    """One round in words. asked: who acts on the map, None where nobody is named."""
-    found = f"so {asked} has {('none', 'one', 'both')[pair.count(asked)]} of the halves , " if asked else ""
-    looked_up = f"from {before[0]} {pair[0]} and from {before[1]} {pair[1]}"
-    return f"{looked_up} , {found}go on with {pair[0]} and {pair[1]} .".split()
-
-
 def trace(rng, row, latent, school):
     """What one reader writes -> (words, and tuples of two words (blends); whether it has stopped early).
 
     A tag over k rounds has the number k + 1: its shorthand begins with where the reader stands."""
     rounds = list(map(list, zip(*row["chains"])))
-    asked = row.get("asked")
+    asked = row.get("asked")  # who acts on the map, None where nobody is named
     last = len(rounds) - 1
     skipping = rng.choice((0.5, 0.95) if school else SKIPPING) if latent else 0.0
 
@@ -80,8 +73,10 @@ def trace(rng, row, latent, school):
                         return words, True
             now = then
             continue
+        (a, b), (c, d) = rounds[now : now + 2]  # one round in words
         now += 1
-        words += sentence(rounds[now - 1], rounds[now], asked)
+        found = f"so {asked} has {('none', 'one', 'both')[[c, d].count(asked)]} of the halves , "
+        words += f"from {a} {c} and from {b} {d} , {found if asked else ''}go on with {c} and {d} .".split()
         if stops(rounds[now]):
             return words, True
         if not school and rng.random() < WORDY:
