@@ -402,12 +402,13 @@ def add_sft_gradients(model, head, batch, targets):
 
 
 # ============================================================ CoLaR: GRPO
-def rl_colar(model, tokenizer, task, head, examples, args, decoding):
-    """GRPO in which latents are actions: their log-densities count beside the log-probs of the answer ->
-    (tokens sampled, steps in which every group earned the same). metrics.jsonl gets a line per step."""
+def rl_colar(model, tokenizer, task, head, examples, args, decoding, took):
+    """GRPO in which latents are actions: their log-densities count beside the log-probs of the answer.
+    metrics.jsonl gets a line per step, and took what it took: see decodings."""
     parameters = memory.base_parameters(model) + list(head.parameters())
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.0)
-    spent = without_gradient = 0
+    took["steps_without_gradient"] = 0  # in which every group earned the same
+    took["optimiser_steps"] += args.steps
     per_epoch = max(1, len(examples) // args.prompts)
     for step in range(args.steps):
         epoch, batch = divmod(step, per_epoch)
@@ -418,7 +419,7 @@ def rl_colar(model, tokenizer, task, head, examples, args, decoding):
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         rollouts = generate(model, tokenizer, [task.prompt(example, False) for example in some],
                             args.num_generations, args.max_new_tokens, tag=0, generator=generator, **decoding)
-        spent += sum(len(rollout.slots) for rollout in rollouts)
+        took["sampled_tokens"] += sum(len(rollout.slots) for rollout in rollouts)
         rewards = rewards_of(task, some, rollouts, step + 1)
         groups = torch.tensor(rewards).view(len(some), args.num_generations)
 
@@ -434,8 +435,7 @@ def rl_colar(model, tokenizer, task, head, examples, args, decoding):
         with open(os.path.join(args.out, "metrics.jsonl"), "a" if step else "w") as log:
             log.write(json.dumps(line) + "\n")
         print(" | ".join(f"{name} {figure:.5g}" for name, figure in line.items()), flush=True)
-        without_gradient += zero_variance == 1
-    return spent, without_gradient
+        took["steps_without_gradient"] += zero_variance == 1
 
 
 def add_policy_gradients(model, head, rollouts, advantages):
@@ -508,10 +508,7 @@ def decodings(args, model, tokenizer, task, examples, on_val, took):
         yield f"colar, r = {r}, SFT", told(task, r), decoding
     if args.steps:
         task = told(task, took["r"])
-        sampled, idle = rl_colar(model, tokenizer, task, head, examples, args, decoding)
-        took["steps_without_gradient"] = idle
-        took["sampled_tokens"] += sampled
-        took["optimiser_steps"] += args.steps
+        rl_colar(model, tokenizer, task, head, examples, args, decoding, took)
         yield "colar", task, decoding
 
 
