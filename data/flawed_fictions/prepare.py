@@ -67,7 +67,7 @@ def as_lines(value):
 
 def load_stories(paths):
     """Rows of the files, cleaned: [{story, label, ..}]; UserError with file and line for a malformed one."""
-    stories, empty, endings = [], [], Counter()  # empty: where; endings: stories, by label, that have one
+    stories, empty, endings = [], [], Counter()  # empty: where; endings: of each label, removed
     for where, row in [one for path in paths for one in read_rows(path)]:
         if not isinstance(row.get("story"), str) or "cont_error" not in row:
             raise UserError(f"{where}: expected the fields story (text) and cont_error, found "
