@@ -29,7 +29,8 @@ def curve(rows, path, score="accuracy"):
     panel.set_xscale("log")
     write_numbers(panel.xaxis)
     name_axes(panel, "tokens per answer (text + latents)", score)
-    save(picture, path, "bars: 95 % interval over seeds and stories")
+    numbers = "; numbers: hand-overs in each chain" if "length" in row else ""
+    save(picture, path, f"bars: 95 % interval over seeds and stories{numbers}")
 
 
 def chains(rows, path):
