@@ -261,11 +261,6 @@ def read_rows(path):
 
 
 # ============================================================ which texts are versions of one another
-def words_of(text):
-    """The words of a text in lower case, without punctuation."""
-    return re.findall(r"\w+", text.lower())
-
-
 def find_clusters(texts, n=8, share=0.0):
     """Cluster numbers, one per text, each the place of the cluster's first text: texts that have runs of n
     words in common, directly or through others, are in one cluster. No split divides one.
@@ -275,7 +270,7 @@ def find_clusters(texts, n=8, share=0.0):
     weights = np.random.default_rng(0).integers(2**63, size=n, dtype=np.uint64)
     runs = []  # per text, a hash of 64 bits per run of n words
     for text in texts:
-        ids = [numbers.setdefault(word, len(numbers) + 1) for word in words_of(text)]
+        ids = [numbers.setdefault(word, len(numbers) + 1) for word in re.findall(r"\w+", text.lower())]
         ids = np.array(ids + [0] * (n - len(ids)), dtype=np.uint64)  # a short text is one run of its own
         runs.append(np.unique(np.lib.stride_tricks.sliding_window_view(ids, n) @ weights))
 
