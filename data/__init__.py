@@ -16,7 +16,7 @@ Where it has a use for them, it may also have these:
                                      before the last of them is reasoning, where sentences may become tags
     answer(example)                  the right answer, in the form that `reward` reads: the projector's
                                      refresh trains on it (paper Sec. 3.4), eval.py shows it
-    rewards(examples, completions)   the rewards of many at once, for a scorer model that reads in batches
+    rewards(examples, completions)   in its place: those of many at once, for a scorer that reads batches
     verdict(completion)              what the reward reads in a completion (default: plan_of), or None
     report(examples, completions)    {name: number or [low, high]}: what eval.py prints beside the accuracy
     MEASURE                          what its score is called, by default accuracy
@@ -110,7 +110,7 @@ def load_task(name):
     """The task module data.NAME; UserError that lists the tasks if there is none."""
     try:
         task = importlib.import_module(f"data.{name}")
-        if hasattr(task, "reward"):
+        if hasattr(task, "reward") or hasattr(task, "rewards"):
             return task
     except ModuleNotFoundError as e:
         if not f"data.{name}".startswith(e.name):  # the task is there, but not something that it imports
@@ -190,10 +190,9 @@ def read_split(task, split):
 def write_splits(out, splits):
     """{split: examples} -> out/SPLIT.jsonl, all complete before the first takes its name, and a line that
     says so. UserError if that fails; files that were there before are then unchanged."""
-    contents = {}  # path -> bytes
-    for split, examples in splits.items():
-        text = "".join(json.dumps(example, ensure_ascii=False) + "\n" for example in examples)
-        contents[os.path.join(out, f"{split}.jsonl")] = text.encode("utf-8", "replace")
+    texts = ("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows) for rows in splits.values())
+    contents = {os.path.join(out, f"{split}.jsonl"): text.encode("utf-8", "replace")
+                for split, text in zip(splits, texts)}
     try:
         os.makedirs(out, exist_ok=True)
         for path, content in contents.items():
@@ -262,11 +261,6 @@ def read_rows(path):
 
 
 # ============================================================ which texts are versions of one another
-def words_of(text):
-    """The words of a text in lower case, without punctuation."""
-    return re.findall(r"\w+", text.lower())
-
-
 def find_clusters(texts, n=8, share=0.0):
     """Cluster numbers, one per text, each the place of the cluster's first text: texts that have runs of n
     words in common, directly or through others, are in one cluster. No split divides one.
@@ -276,7 +270,7 @@ def find_clusters(texts, n=8, share=0.0):
     weights = np.random.default_rng(0).integers(2**63, size=n, dtype=np.uint64)
     runs = []  # per text, a hash of 64 bits per run of n words
     for text in texts:
-        ids = [numbers.setdefault(word, len(numbers) + 1) for word in words_of(text)]
+        ids = [numbers.setdefault(word, len(numbers) + 1) for word in re.findall(r"\w+", text.lower())]
         ids = np.array(ids + [0] * (n - len(ids)), dtype=np.uint64)  # a short text is one run of its own
         runs.append(np.unique(np.lib.stride_tricks.sliding_window_view(ids, n) @ weights))
 

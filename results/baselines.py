@@ -55,7 +55,7 @@ SAMPLINGS = {"paper": PAPER, "trained": TRAINED}
 # author ran them on plot holes; the answer's are ours), and what a small model trained from scratch needs.
 SETTINGS = {
     "what": {
-        "method": (None, METHODS, "see above"),
+        "method": ("soft-thinking", METHODS, "see above"),
         "model": ("tiny", str, "the base: tiny, a directory, or a hub name such as Qwen2.5-1.5B"),
         "task": (None, str, "a folder under data/, or tiny.next_chapter [by the model]"),
         "out": (None, str, "the run's directory [out/MODEL-TASK-METHOD]"),
@@ -190,8 +190,7 @@ def sft(parameters, rows, args, steps, seed, add_gradients):
     and then all the way down to 5 %. Batches are whole, and shuffled again for each epoch."""
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.01)
     warm_up = min(30, steps / 5)
-    rng = random.Random(seed)
-    left = []
+    rng, left = random.Random(seed), []
     for step in tqdm(range(steps), desc=f"{args.method}, SFT", leave=False):
         if len(left) < args.batch:
             left = rng.sample(rows, len(rows))
@@ -335,8 +334,7 @@ def colar(model, head, end):
     def leave(h, drawn, row, taken):
         return torch.where((drawn == end) & (taken > 0), drawn, LATENT)
 
-    weights = sum(p.numel() for p in head.parameters())
-    step.flops = 2 * (model.lm_head.weight.numel() + weights)
+    step.flops = 2 * (model.lm_head.weight.numel() + sum(p.numel() for p in head.parameters()))
     return {"latent": step, "leave": leave}
 
 
@@ -355,9 +353,8 @@ def sft_colar(model, tokenizer, head, traces, args):
     from 1 to 5 and said in the prompt. At a latent's place the LM head learns one of its tokens, drawn by
     chance, and the latent head the latent itself. Ours: latents are constants for the embeddings."""
     end = checkpoint.end_of_answer(model, tokenizer)
-    encode = checkpoint.encode_text
-    rows = [(prompt, encode(tokenizer, reasoning.strip()), encode(tokenizer, answer.strip()) + [end])
-            for prompt, reasoning, answer in traces]
+    rows = [(prompt, *(checkpoint.encode_text(tokenizer, text.strip()) for text in texts))
+            for prompt, *texts in traces]
     rng = random.Random(args.seed)
 
     def add_gradients(rows):
@@ -365,10 +362,10 @@ def sft_colar(model, tokenizer, head, traces, args):
         for prompt, reasoning, answer in rows:
             r = rng.randint(1, max(RATES))
             thought = [reasoning[at : at + r] for at in range(0, len(reasoning), r)]
-            slots = [LATENT] * len(thought) + answer
+            slots = [LATENT] * len(thought) + answer + [end]
             ids = checkpoint.encode_prompt(model, tokenizer, f"{prompt} {r}")
             batch.append(Rollout(ids, slots, compress(model, thought)))
-            targets.append([rng.choice(tokens) for tokens in thought] + answer)
+            targets.append([rng.choice(tokens) for tokens in thought] + answer + [end])
         add_sft_gradients(model, head, batch, targets)
 
     parameters = memory.base_parameters(model) + list(head.parameters())
@@ -378,12 +375,9 @@ def sft_colar(model, tokenizer, head, traces, args):
 @torch.no_grad()
 def compress(model, thought):
     """A latent for each list of tokens: the sum of their embeddings / sqrt(their number) -> (latents, D)."""
-    sizes = torch.tensor([len(own) for own in thought], device=model.device)  # (latents,)
-    tokens = torch.tensor(list(itertools.chain(*thought)), device=model.device)  # (tokens,)
-    owner = torch.arange(len(thought), device=model.device).repeat_interleave(sizes)  # (tokens,) its latent
-    embeddings = model.get_input_embeddings()(tokens).float()  # (tokens, D)
-    sums = torch.zeros(len(thought), embeddings.shape[1], device=model.device).index_add(0, owner, embeddings)
-    return sums / sizes.sqrt()[:, None]
+    embed = model.get_input_embeddings()
+    return torch.stack([embed(torch.tensor(tokens, device=model.device)).float().sum(0) / len(tokens) ** 0.5
+                        for tokens in thought])
 
 
 def add_sft_gradients(model, head, batch, targets):
@@ -408,12 +402,13 @@ def add_sft_gradients(model, head, batch, targets):
 
 
 # ============================================================ CoLaR: GRPO
-def rl_colar(model, tokenizer, task, head, examples, args, decoding, log):
-    """GRPO in which latents are actions: their log-densities count beside the log-probs of the answer ->
-    (tokens sampled, steps in which every group earned the same). log: a file that gets a line per step."""
+def rl_colar(model, tokenizer, task, head, examples, args, decoding, took):
+    """GRPO in which latents are actions: their log-densities count beside the log-probs of the answer.
+    metrics.jsonl gets a line per step, and took what it took: see decodings."""
     parameters = memory.base_parameters(model) + list(head.parameters())
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.0)
-    spent = without_gradient = 0
+    took["steps_without_gradient"] = 0  # in which every group earned the same
+    took["optimiser_steps"] += args.steps
     per_epoch = max(1, len(examples) // args.prompts)
     for step in range(args.steps):
         epoch, batch = divmod(step, per_epoch)
@@ -423,16 +418,24 @@ def rl_colar(model, tokenizer, task, head, examples, args, decoding, log):
         # Sample a group of rollouts for each prompt, and compare each with the others of its own.
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         rollouts = generate(model, tokenizer, [task.prompt(example, False) for example in some],
-                            args.num_generations, generator=generator, **decoding)
-        spent += sum(len(rollout.slots) for rollout in rollouts)
+                            args.num_generations, args.max_new_tokens, tag=0, generator=generator, **decoding)
+        took["sampled_tokens"] += sum(len(rollout.slots) for rollout in rollouts)
         rewards = rewards_of(task, some, rollouts, step + 1)
         groups = torch.tensor(rewards).view(len(some), args.num_generations)
 
         # One update per batch.
         add_policy_gradients(model, head, rollouts, group_advantages(groups).flatten())
         descend(optimizer, args.rl_lr)
-        without_gradient += tell_step(log, step, args.steps, rollouts, groups) == 1
-    return spent, without_gradient
+        # The step's figures, as train_rl.py has them. A group that earned the same has nothing to learn from.
+        zero_variance = float((groups.amax(1) == groups.amin(1)).float().mean())
+        line = {"step": step + 1, "reward": float(groups.mean()),
+                "text_tokens": sum(rollout.n_tokens for rollout in rollouts) / len(rollouts),
+                "latent_steps": sum(rollout.n_latents for rollout in rollouts) / len(rollouts),
+                "zero_variance": zero_variance}
+        with open(os.path.join(args.out, "metrics.jsonl"), "a" if step else "w") as log:
+            log.write(json.dumps(line) + "\n")
+        print(" | ".join(f"{name} {figure:.5g}" for name, figure in line.items()), flush=True)
+        took["steps_without_gradient"] += zero_variance == 1
 
 
 def add_policy_gradients(model, head, rollouts, advantages):
@@ -459,34 +462,9 @@ def add_policy_gradients(model, head, rollouts, advantages):
             for scored in (is_latent, is_word)).backward()
 
 
-def tell_step(log, step, n_steps, rollouts, groups):
-    """The step's figures, to the log and in one line, as train_rl.py has them. groups: the rewards
-    (P, G). -> the share of groups with nothing to learn from."""
-    text = sum(rollout.n_tokens for rollout in rollouts) / len(rollouts)
-    latent = sum(rollout.n_latents for rollout in rollouts) / len(rollouts)
-    zero_variance = float((groups.amax(1) == groups.amin(1)).float().mean())
-    reward = float(groups.mean())
-    log.write(json.dumps({"step": step + 1, "reward": reward, "text_tokens": text, "latent_steps": latent,
-                          "zero_variance": zero_variance}) + "\n")
-    log.flush()
-    print(f"step {step + 1:4d}/{n_steps} | reward {reward:6.3f} | text {text:6.1f} | latent {latent:5.1f}",
-          flush=True)
-    return zero_variance
-
-
 # ============================================================ the script
 def parse_arguments():
-    ap = run.parser(__doc__, SETTINGS)
-    args = ap.parse_args()
-    if args.method is None:
-        ap.error("--method is missing")
-    return args
-
-
-def fill(args, small):
-    """The defaults of the model's size and of the method, where the command line says nothing."""
-    own = {name: (default, None, None) for name, default in SFT.get(args.method, {}).items()}
-    run.fill(args, {**SETTINGS, args.method: own}, small)
+    return run.parser(__doc__, SETTINGS).parse_args()
 
 
 def decodings(args, model, tokenizer, task, examples, on_val, took):
@@ -529,13 +507,8 @@ def decodings(args, model, tokenizer, task, examples, on_val, took):
     for r in rates:
         yield f"colar, r = {r}, SFT", told(task, r), decoding
     if args.steps:
-        in_rl = {**decoding, "max_new_tokens": args.max_new_tokens, "tag": 0}
         task = told(task, took["r"])
-        with open(os.path.join(args.out, "metrics.jsonl"), "w") as log:
-            sampled, took["steps_without_gradient"] = rl_colar(model, tokenizer, task, head, examples, args,
-                                                               in_rl, log)
-        took["sampled_tokens"] += sampled
-        took["optimiser_steps"] += args.steps
+        rl_colar(model, tokenizer, task, head, examples, args, decoding, took)
         yield "colar", task, decoding
 
 
@@ -553,7 +526,8 @@ def main():
     tests = task.examples("test")[: args.n]
     model, tokenizer = load(args.model, args.device)
     model.graphs = model.device.type == "cuda"
-    fill(args, checkpoint.is_small(model))
+    of_method = {name: (default, None, None) for name, default in SFT.get(args.method, {}).items()}
+    run.fill(args, {**SETTINGS, "of the method": of_method}, checkpoint.is_small(model))
     data.start_task(task, args.model, None, None, args.seed, args.device)
     run.begin(args.out, "results/baselines.py", vars(args))
     is_trained = args.method in SFT
@@ -562,22 +536,18 @@ def main():
 
     def figures(asked, some, decoding, sampling, **more):
         """evaluate's result on some examples of the task `asked`. To these methods a tag is text: tag=0."""
-        if callable(decoding):
-            decoding = decoding(sampling["temperature"])
+        decoding = decoding(sampling["temperature"]) if callable(decoding) else decoding
         return evaluate(model, tokenizer, asked, some, latent_prompt=False, seed=args.seed, tag=0,
                         max_new_tokens=args.max_new_tokens, **sampling, **decoding, **more)[0]
 
-    def on_val(asked, decoding):
-        return figures(asked, vals, decoding, PAPER)["accuracy"]
-
+    on_val = lambda asked, decoding: figures(asked, vals, decoding, PAPER)["accuracy"]
     for name, asked, decoding in decodings(args, model, tokenizer, task, examples, on_val, took):
         for label, sampling, split, some, alone in (
                 (name, "paper", "test", tests, 8),
                 (f"  {name}, temperature 1", "trained", "test", tests, 8),
                 (f"  {name}, train stories", "paper", "train", examples[:CHECKED], 0)):
             result = figures(asked, some, decoding, SAMPLINGS[sampling], progress=label, alone=alone)
-            of_row = {"model": label, "sampling": sampling, "split": split}  # as in eval.py's results
-            rows.append((label, {**of_row, **took, **result}))
+            rows.append((label, {"model": label, "sampling": sampling, "split": split, **took, **result}))
 
     if is_trained:
         checkpoint.save(model, tokenizer, os.path.join(args.out, "model"))

@@ -55,14 +55,14 @@ def read(model, tokenizer, examples, seed):
     prompts = [tiny.prompt(example, True) for example in examples]
     rollouts = generate(model, tokenizer, prompts, 1, run.SLOTS[not checkpoint.is_small(model)],
                         generator=torch.Generator().manual_seed(seed), **PAPER)
-    counts = {kind: [0, 0] for kind in ("all", "last_whole", "last_lost", "wrong")}
-    n_read = 0
+    found = {"answers": len(rollouts), "read": 0, "all": [0, 0], "last_whole": [0, 0], "last_lost": [0, 0],
+             "wrong": [0, 0]}
     for rollout in rollouts:
         example = examples[rollout.prompt]
         rounds = rounds_of_latents(example, rollout.text, cap)
         if not rounds:  # more than tags, or no tag that runs
             continue
-        n_read += 1
+        found["read"] += 1
         said = nearest_words(model, tokenizer, rollout.latents)
         is_right = [names == true for names, true in zip(said, rounds)]
         kinds = {"all": is_right}
@@ -71,9 +71,9 @@ def read(model, tokenizer, examples, seed):
             if not tiny.reward(example, rollout.text):
                 kinds["wrong"] = is_right[-1:]
         for kind, own in kinds.items():
-            counts[kind][0] += len(own)
-            counts[kind][1] += sum(own)
-    return {"answers": len(rollouts), "read": n_read, **counts}
+            found[kind][0] += len(own)
+            found[kind][1] += sum(own)
+    return found
 
 
 def table(found):

@@ -2,8 +2,6 @@
 shown, and white, so that it can be read on a dark page too."""
 import numpy as np
 
-from lib import UserError
-
 WIDTH, DOTS = 900, 96  # px, and how many make an inch in CSS
 COLOURS = {  # of a method, with the length penalty and without it
     "LiteReason": "#1f5f99",
@@ -12,40 +10,27 @@ COLOURS = {  # of a method, with the length penalty and without it
     "RL with tags": "#2a7436",
     "base, explicit reasoning": "#595959"}
 OTHER_COLOURS = ["#a34a00", "#0d6f7c", "#7a4b3a", "#a8378c", "#6b6b00", "#1c1c1c", "#3c8f8f"]
-TOKENS = "tokens per answer (text + latents)"
-BARS = "bars: 95 % interval over seeds and stories"
 
 
 def curve(rows, path, score="accuracy"):
-    """Scores against tokens. rows: {method: means as of reproduce.mean_of}. score: what they are called."""
+    """Scores against tokens. rows: {method: [means as of reproduce.mean_of]}; those of chains of one length
+    have it beside the dot, and are joined. score: what the scores are called."""
     picture, (panel,) = figure([420])
-    for (method, row), colour in zip(rows.items(), colours_of(rows)):
-        bars_at(panel, row["tokens"], row, colour, "accuracy", method)
-        panel.plot(row["tokens_ci95"], [row["accuracy"]] * 2, color=colour)
+    for (method, dots), colour in zip(rows.items(), colours_of(rows)):
+        for row in dots:
+            x, y = row["tokens"], row["accuracy"]
+            panel.plot([x, x], row["accuracy_ci95"], color=colour)
+            panel.plot(x, y, "o", color=colour, label=method)
+            panel.plot(row["tokens_ci95"], [y, y], color=colour)
+            if "length" in row:
+                panel.annotate(row["length"], (x, y), (4, 4), textcoords="offset points", color=colour)
+        if len(dots) > 1:
+            panel.plot(*zip(*((row["tokens"], row["accuracy"]) for row in dots)), color=colour, alpha=0.35)
     panel.set_xscale("log")
     write_numbers(panel.xaxis)
-    name_axes(panel, TOKENS, score)
-    save(picture, path, BARS)
-
-
-def by_length(rows, path):
-    """Accuracy and tokens against the length of the chain. rows: means with method and length."""
-    picture, panels = figure([300, 300])
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    for i, (method, colour) in enumerate(zip(methods, colours_of(methods))):
-        own = sorted((row for row in rows if row["method"] == method), key=lambda row: row["length"])
-        x = [row["length"] + 0.04 * (i - len(methods) / 2) for row in own]  # bars beside each other
-        for panel, what in zip(panels, ("accuracy", "tokens")):
-            panel.plot(x, [row[what] for row in own], color=colour)
-            for at, row in zip(x, own):
-                bars_at(panel, at, row, colour, what, method)
-    for panel in panels:
-        panel.set_xticks(sorted({row["length"] for row in rows}))
-    panels[1].set_yscale("log")
-    write_numbers(panels[1].yaxis)
-    name_axes(panels[0], "", "accuracy")
-    name_axes(panels[1], "hand-overs in each chain", TOKENS)
-    save(picture, path, BARS)
+    name_axes(panel, "tokens per answer (text + latents)", score)
+    numbers = "; numbers: hand-overs in each chain" if "length" in row else ""
+    save(picture, path, f"bars: 95 % interval over seeds and stories{numbers}")
 
 
 def chains(rows, path):
@@ -72,11 +57,8 @@ def chains(rows, path):
 # ============================================================ what they share
 def figure(heights):
     """-> (an empty figure, its panels, one above the other). heights: of the panels, in px."""
-    try:
-        from matplotlib import rcParams
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise UserError("drawing needs matplotlib: pip install matplotlib") from e
+    from matplotlib import rcParams
+    from matplotlib.figure import Figure
     rcParams["svg.hashsalt"] = "litereason"  # else the names inside an svg are drawn by chance
     size = WIDTH / DOTS, sum(heights) / DOTS
     picture = Figure(size, dpi=DOTS, layout="constrained", facecolor="white")
@@ -85,12 +67,6 @@ def figure(heights):
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(color="#dddddd")
     return picture, panels
-
-
-def bars_at(panel, x, row, colour, what, label):
-    """A dot with its interval."""
-    panel.plot([x, x], row[f"{what}_ci95"], color=colour)
-    panel.plot(x, row[what], "o", color=colour, label=label)
 
 
 def name_axes(panel, x, y):
@@ -107,8 +83,7 @@ def write_numbers(axis):
     axis.set_minor_formatter(NullFormatter())
 
 
-def colours_of(methods):
-    """-> [colour]: a method has the same one in all pictures."""
+def colours_of(methods):  # a method has the same one in all pictures
     others = iter(OTHER_COLOURS * len(methods))
     names = [method.removesuffix(" + length penalty").removesuffix(", no latents") for method in methods]
     return [COLOURS[name] if name in COLOURS and name not in names[:i] else next(others)

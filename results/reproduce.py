@@ -5,16 +5,16 @@ Runs in the tiny world are evaluated at two samplings, and on stories that they 
 was only memorised shows. What the tables need of a run is kept in results/runs-TABLE.jsonl, so that they can
 be made again where the runs are gone. Stop it when you like; started again, it continues.
 
-    python results/reproduce.py                         # the tiny world: hours on 2 cores, two runs at once
-    python results/reproduce.py --only tiny --seeds 0   # some of it
+    python results/reproduce.py                         # the tiny world: a day on one core
+    python results/reproduce.py --only tiny --seeds 0   # some of it: seeds can run beside each other
     python results/reproduce.py --tables                # only the tables, of the runs that are there or kept
 """
 import glob
 import itertools
 import json
 import os
+import pathlib
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -208,50 +208,31 @@ def start(job):
                                 start_new_session=True, env={"OMP_NUM_THREADS": "1", **os.environ})
 
 
-def run_jobs(todo, at_once):
-    """Runs the jobs that are not done, at_once at a time, in their order. UserError that names the logs if
-    any failed: the others are run all the same, but for those that need it. Ctrl-C stops all of them."""
+def run_jobs(todo):
+    """Runs the jobs that are not done, in their order. UserError that names the logs of those that failed:
+    the others are run all the same, but for those that need them."""
     waiting = [job for job in todo if not is_done(job.out)]
-    total = len(waiting)
-    running = {}  # process -> (job, when it was started)
     failed = []  # logs
-    try:
-        while waiting or running:
-            ready = [job for job in waiting if all(map(is_done, job.needs))]
-            for job in ready[: at_once - len(running)]:
-                waiting.remove(job)
-                running[start(job)] = job, time.time()
-            if not running:  # what is left needs what has failed
-                break
-            time.sleep(1)
-            for process in [own for own in running if own.poll() is not None]:
-                job, began = running.pop(process)
-                said = f"{without_root(job.out)}: {add_seconds(job, began):.0f}s"
-                if process.returncode:
-                    failed.append(f"{job.out}/log.txt")
-                    said += ", failed"
-                elif not is_done(job.out):
-                    run.write_json(os.path.join(job.out, "finished.json"), job.words)
-                print(f"{total - len(waiting) - len(running):3d}/{total} {said}", flush=True)
-    except KeyboardInterrupt as e:  # with the signal, if it was another than Ctrl-C
-        raise KeyboardInterrupt(*e.args[:1] or [signal.SIGINT], "the same command continues") from e
-    finally:
-        for process in running:
+    for number, job in enumerate(waiting, 1):
+        if not all(map(is_done, job.needs)):  # what it needs has failed
+            continue
+        began, process = time.time(), start(job)
+        try:
+            while process.poll() is None:
+                time.sleep(1)
+        finally:  # also if this is stopped: a training then saves its state
             process.terminate()
-        for process, (job, began) in running.items():
             process.wait()
-            add_seconds(job, began)
+            seconds, path = time.time() - began, os.path.join(job.out, "seconds.json")
+            run.write_json(path, seconds + run.read_json(path, 0))  # the sum over all starts
+        if process.returncode:
+            failed.append(f"{job.out}/log.txt")
+        elif not is_done(job.out):
+            run.write_json(os.path.join(job.out, "finished.json"), job.words)
+        print(f"{number:3d}/{len(waiting)} {without_root(job.out)}: {seconds:.0f}s"
+              f"{', failed' if process.returncode else ''}", flush=True)
     if failed:
-        left = f"; {len(waiting)} more, which need what they make, were not run" if waiting else ""
-        raise UserError(f"{len(failed)} failed, see {', '.join(failed)}{left}; run this again for the rest")
-
-
-def add_seconds(job, began):
-    """Into seconds.json, the sum over all starts of a job -> the seconds of this one."""
-    path = os.path.join(job.out, "seconds.json")
-    seconds = time.time() - began
-    run.write_json(path, seconds + run.read_json(path, 0))
-    return seconds
+        raise UserError(f"{len(failed)} failed, see {', '.join(failed)}; run this again for the rest")
 
 
 # ============================================================ what is kept of runs
@@ -262,11 +243,8 @@ RENAMED = {"baselines.py": "results/baselines.py", "--group": "--num-generations
 
 def kept_records(table):
     """{name of the directory: record} of results/runs-TABLE.jsonl, in today's words; {} without that file."""
-    path = os.path.join(HERE, f"runs-{table}.jsonl")
-    if not os.path.exists(path):
-        return {}
-    with open(path, encoding="utf-8") as file:
-        text = file.read()
+    path = pathlib.Path(HERE, f"runs-{table}.jsonl")
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
     for old, new in RENAMED.items():
         text = re.sub(rf"(?<=[ \"]){old}(?=[ \"])", new, text)
     return {record["run"]: record for record in map(json.loads, text.splitlines())}
@@ -316,11 +294,12 @@ def measured(out):
 
 def tokens_sampled(out):
     """How many tokens, latents included, a run's RL sampled; None if it had none."""
-    if not os.path.exists(os.path.join(out, "metrics.jsonl")):
+    metrics = pathlib.Path(out, "metrics.jsonl")
+    if not metrics.exists():
         return None
     config = run.read_json(os.path.join(out, "config.json"))
-    with open(os.path.join(out, "metrics.jsonl")) as file:
-        steps = list(map(json.loads, file))[:: config.get("minibatches", 1)]  # all of a batch say the same
+    steps = list(map(json.loads, metrics.read_text().splitlines()))
+    steps = steps[:: config.get("minibatches", 1)]  # all of a batch say the same
     per_rollout = sum(step["text_tokens"] + step["latent_steps"] for step in steps)
     return per_rollout * config["prompts"] * config["num_generations"]
 
@@ -382,10 +361,12 @@ def controls_of(records, table, seeds):
 
 
 def lengths_of(records, seeds):
-    """-> [row for the picture]: methods at each length of the chain, at the paper's sampling."""
-    return [{"method": name, "length": length, **mean_of(dict(rows))}
-            for (name, method, _), length in itertools.product(METHODS, LENGTHS)
-            if (rows := rows_in(records, "tiny", f"{method}-length-{length}", seeds))]
+    """-> {name: [means at each length of the chain]}, at the paper's sampling."""
+    found = {}
+    for (name, method, _), length in itertools.product(METHODS, LENGTHS):
+        if rows := rows_in(records, "tiny", f"{method}-length-{length}", seeds):
+            found.setdefault(name, []).append({"length": length, **mean_of(dict(rows))})
+    return found
 
 
 # ============================================================ from means to Markdown
@@ -505,8 +486,7 @@ def into_pages(name, text):
     """Puts text between the marks <!-- NAME --> and <!-- /NAME --> wherever they stand."""
     block = re.compile(rf"(?s)(<!-- {re.escape(name)} -->\n).*?(<!-- /{re.escape(name)} -->)")
     for path in (os.path.join(ROOT, "README.md"), *glob.glob(os.path.join(HERE, "*.md"))):
-        with open(path, encoding="utf-8") as file:
-            page = file.read()
+        page = pathlib.Path(path).read_text(encoding="utf-8")
         run.write_text(path, block.sub(lambda marks: f"{marks[1]}{text}\n{marks[2]}", page))
 
 
@@ -521,17 +501,17 @@ def write_tables(table, seeds):
         into_pages(name, text)
         print(f"{text}\n")
     if table.startswith("tiny"):
-        drawn = {name: found[name]["paper"] for name in HEADLINE if name in found}
+        drawn = {name: [found[name]["paper"]] for name in HEADLINE if name in found}
         draw(plots.curve, drawn, f"curve-{table}", TABLES[table].score)
     if table == "tiny" and (lengths := lengths_of(records, seeds)):
-        draw(plots.by_length, lengths, "lengths-tiny")
+        draw(plots.curve, lengths, "lengths-tiny")
 
 
 def draw(function, rows, name, *more):
     try:
         function(rows, os.path.join(HERE, f"{name}.svg"), *more)
-    except UserError as e:  # matplotlib is not among the requirements
-        print(f"no picture: {e}")
+    except ImportError as e:  # matplotlib is not among the requirements
+        print(f"no picture {name}: {e}")
 
 
 # ============================================================ the script
@@ -540,21 +520,16 @@ def main():
     ap.add_argument("--only", nargs="+", metavar="TABLE", choices=list(TABLES),
                     help=f"of {', '.join(TABLES)} [with --tables all, else the tiny world's]")
     ap.add_argument("--seeds", nargs="+", type=int, metavar="N", help="[0 1 2, of real weights 0]")
-    ap.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at a time [2]")
-    ap.add_argument("--list", action="store_true", help="print the commands and run nothing")
     ap.add_argument("--tables", action="store_true", help="run nothing, write the tables of what is there")
     args = ap.parse_args()
     names = args.only or [name for name in TABLES if args.tables or name.startswith("tiny")]
     seeds = {name: args.seeds or TABLES[name].seeds for name in names}
     todo = [job for name in names for seed in seeds[name] for job in jobs_of(name, seed)]
-    if args.list:
-        print("\n".join(without_root(" ".join(["python", *job.words, "--out", job.out])) for job in todo))
-        return
     for job in todo:
         check_same(job.words, run.read_json(os.path.join(job.out, "command.json"), job.words), job.out,
                    "delete that directory, or move it away")
     if not args.tables:
-        run_jobs(todo, max(1, args.jobs))
+        run_jobs(todo)
     for name in names:
         write_tables(name, seeds[name])
     if rows := run.read_json(os.path.join(HERE, "starts-real.json")):

@@ -133,7 +133,6 @@ def main():
     parser = run.parser(__doc__)
     parser.add_argument("--models", nargs="+", metavar="DIR", default=[], help="checkpoints [none]")
     parser.add_argument("--text", metavar="FILE", help="tales as jsonl, each with sections")
-    parser.add_argument("--starts", nargs="+", choices=STARTS, default=STARTS, help="[all]")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the traces [0]")
     parser.add_argument("--lr", type=float, default=1e-4, help="peak rate [1e-4, the paper's]")
     args = parser.parse_args()
@@ -141,7 +140,7 @@ def main():
     if args.models and not args.text:
         parser.error("--models needs --text")
     tales = [tale for _, tale in data.read_rows(args.text)] if args.models else []
-    for path, seed, start in itertools.product(args.models, args.seeds, args.starts):
+    for path, seed, start in itertools.product(args.models, args.seeds, STARTS):
         name = os.path.basename(os.path.normpath(path))
         asked = {"model": name, "start": start, "seed": seed, "lr": args.lr, "steps": STEPS}
         if not any(asked.items() <= row.items() for row in rows):

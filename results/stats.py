@@ -141,10 +141,9 @@ def compare(ours, theirs):
 # ============================================================ differences and claims
 def differences(methods):
     """methods: {name: {seed: row}} at one sampling -> [comparison], one for each of PAIRS that is there."""
-    found = []
-    for ours, theirs in PAIRS:
-        if {ours, theirs} <= set(methods) and shared_seeds(methods[ours], methods[theirs]):
-            found.append({"ours": ours, "theirs": theirs, **compare(methods[ours], methods[theirs])})
+    found = [{"ours": ours, "theirs": theirs, **compare(methods[ours], methods[theirs])}
+             for ours, theirs in PAIRS
+             if {ours, theirs} <= set(methods) and shared_seeds(methods[ours], methods[theirs])]
     judge(found)
     return found
 

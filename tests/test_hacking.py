@@ -119,7 +119,7 @@ def test_a_tiny_plan_is_read_as_plain_words_and_none_scores_nothing():
             f"{a} {plan} chapter : task : plan", f"{a} <|endoftext|> {plan}"]
     scores = tiny_chapters.rewards([example] * len(same), same)
     assert scores == pytest.approx([scores[0]] * len(same), rel=1e-5) and scores[0] > 0
-    assert tiny_chapters.reward(example, f"{a} {'. ' * 50}") < scores[0]
+    assert tiny_chapters.rewards([example], [f"{a} {'. ' * 50}"])[0] < scores[0]
 
 
 def test_a_tiny_chapter_has_no_order_and_a_muddled_plan_cannot_outweigh_all_others():

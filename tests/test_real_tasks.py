@@ -284,7 +284,6 @@ def test_rewards_are_what_they_say(books, monkeypatch):
           torch.tensor([g - 0.5 * o for g, o in zip(gain, other)]), 1e-5)
     monkeypatch.setitem(nc.settings, "reward", "vrcli")
     close(torch.tensor(nc.rewards(rows, texts)), torch.tensor(gain), 1e-5)
-    assert abs(nc.reward(rows[0], texts[0]) - gain[0]) < 1e-4
     val = nc.examples("val")[0]  # its split has no other book: train's are taken
     assert len({nc.draw(val, step) for step in range(30)} & {row["chapter"] for row in books}) > 2
     monkeypatch.setitem(nc.settings, "reward", "thresholded")

@@ -18,7 +18,7 @@ from data import next_chapter
 from lib import checkpoint
 
 SCRIPTS = ["train_projector.py", "train_rl.py", "eval.py", "results/baselines.py", "data/tiny/prepare.py",
-           "results/reproduce.py", "results/check_tiny.py", "tests/bench.py"]
+           "results/reproduce.py", "tests/bench.py"]
 SHORT = ("--steps", 2, "--prompts", 4, "--num-generations", 4, "--train-prompts", 8, "--val", 2, "--n", 0,
          "--max-new-tokens", 60)
 

@@ -17,7 +17,8 @@ from collections import Counter, defaultdict
 from contextlib import suppress
 from textwrap import shorten
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.join(HERE, "..", ".."))
 
 import numpy as np
 
@@ -66,8 +67,7 @@ def as_lines(value):
 
 def load_stories(paths):
     """Rows of the files, cleaned: [{story, label, ..}]; UserError with file and line for a malformed one."""
-    stories, empty = [], []  # empty: where they are
-    endings = Counter()  # label -> stories that have an ending which gives it away
+    stories, empty, endings = [], [], Counter()  # empty: where; endings: of each label, removed
     for where, row in [one for path in paths for one in read_rows(path)]:
         if not isinstance(row.get("story"), str) or "cont_error" not in row:
             raise UserError(f"{where}: expected the fields story (text) and cont_error, found "
@@ -83,12 +83,9 @@ def load_stories(paths):
         endings[example["label"]] += example["story"] != whole
         if row.get("example_id") not in (None, ""):
             example["example_id"] = row["example_id"]
-        if row.get("cont_error_expl"):
-            example["cont_error_expl"] = clean(str(row["cont_error_expl"]))
-        for field in ("cont_error_lines", "contradicted_lines"):
-            if row.get(field):
-                example[field] = as_lines(row[field])
-        stories.append(example)
+        kept = {"cont_error_expl": lambda text: clean(str(text)), "cont_error_lines": as_lines,
+                "contradicted_lines": as_lines}
+        stories.append(example | {field: form(row[field]) for field, form in kept.items() if row.get(field)})
     if empty:
         print(f"skipped {len(empty)} empty stories: {some(empty)}")
     if not stories:
@@ -101,25 +98,22 @@ def load_stories(paths):
 def download():
     """The benchmark's main file from the hub -> [path]; one UserError line says what to do without it."""
     from huggingface_hub import HfApi, hf_hub_download
-    by_hand = f"get the file from https://huggingface.co/datasets/{REPO} and pass it with --from FILE"
     try:
         every = sorted(HfApi().list_repo_files(REPO, repo_type="dataset"))
         by_kind = [[file for file in every if re.fullmatch(WANTED + kind, file)] for kind in KINDS]
         files = next(filter(None, by_kind), [])
-        paths = [hf_hub_download(REPO, file, repo_type="dataset") for file in files]
+        if not files:
+            raise LookupError("it has no flawed_fictions file of a known kind")
+        return [hf_hub_download(REPO, file, repo_type="dataset") for file in files]
     except Exception as e:  # no network, a gate, a wrong token, a full disk: the hub has many exceptions
-        why = shorten(str(e), 300)
-        raise UserError(f"cannot download {REPO} ({why}); `hf auth login`, or {by_hand}") from e
-    if not paths:
-        raise UserError(f"the repository {REPO} has no flawed_fictions file of a known kind; {by_hand}")
-    return paths
+        raise UserError(f"cannot download {REPO} ({shorten(str(e), 300)}); `hf auth login`, or get it from "
+                        f"https://huggingface.co/datasets/{REPO} and pass it with --from FILE") from e
 
 
 # ============================================================ splits
 def split_by_row(labels, seed):
     """A split name per story: 15 % val, 15 % test, the same share of each label."""
-    rng = random.Random(seed)
-    split = {}
+    rng, split = random.Random(seed), {}
     for label in (False, True):
         index = [i for i, own in enumerate(labels) if own == label]
         rng.shuffle(index)
@@ -166,12 +160,11 @@ def main():
     parser = run.parser(__doc__)
     add = parser.add_argument
     add("--from", dest="files", nargs="+", metavar="FILE",
-        help="local jsonl, json, csv or parquet files (default: download the benchmark)")
-    add("--out", default=os.path.dirname(os.path.abspath(__file__)), metavar="DIR",
-        help="where the three files go (default: beside this script)")
+        help="local jsonl, json, csv or parquet files [the benchmark is downloaded]")
+    add("--out", default=HERE, metavar="DIR", help="where the three files go [beside this script]")
     add("--split", default="cluster", choices=["cluster", "paper"],
-        help="cluster: near-duplicates stay together; paper: the released rows (default cluster)")
-    add("--seed", type=int, default=0, help="of the cluster split; the paper's is fixed at 42 (default 0)")
+        help="cluster: near-duplicates stay together; paper: the released rows [cluster]")
+    add("--seed", type=int, default=0, help="of the cluster split; the paper's is fixed at 42 [0]")
     args = parser.parse_args()
     stories = load_stories(args.files or download())
     labels = [story["label"] for story in stories]
@@ -182,9 +175,8 @@ def main():
     split = split_by_cluster(labels, clusters, split_by_row(labels, args.seed), args.seed)
     if args.split == "paper":
         split = split_as_released(len(stories))
-    examples = {name: [] for name in SPLITS}
-    for story, cluster, name in zip(stories, clusters, split):
-        examples[name].append({**story, "cluster": cluster})
+    rows = [{**story, "cluster": cluster} for story, cluster in zip(stories, clusters)]
+    examples = {name: [row for row, own in zip(rows, split) if own == name] for name in SPLITS}
     if not all(examples.values()):
         raise UserError(f"{len(stories)} stories in {len(set(clusters))} clusters are too few for three "
                         "splits: give more stories")

@@ -198,11 +198,6 @@ def rewards(examples, completions):
     return [gain - 0.5 * gain_other for gain, gain_other in zip(own, other)]
 
 
-def reward(example, completion):
-    """The same for one completion."""
-    return rewards([example], [completion])[0]
-
-
 # ============================================================ what eval.py prints beside the reward
 def plans_of_others(prompts, plans):
     """For each plan that of the next one in the list that has another prompt; "" if there is none."""

@@ -20,7 +20,8 @@ import sys
 from collections import Counter, defaultdict
 from textwrap import shorten
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.join(HERE, "..", ".."))
 
 from data import SPLITS, find_clusters, line_ends, read_rows, read_text, some, write_splits
 from lib import UserError, run
@@ -175,7 +176,7 @@ def order_of(value):
     """The number of a chapter, from a number or a text like "10" or "Chapter IV"; None if it is neither."""
     if isinstance(value, str):
         value = next((one["number"] for one in candidates(value)), None)
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    return value if type(value) in (int, float) else None
 
 
 def chapters_of_row(where, row):
@@ -210,8 +211,7 @@ def files_of(path):
 
 def collect_books(paths):
     """{book: [chapter, ..]}, all that is in the files; UserError if a book is in two of them."""
-    books = {}
-    came_from = {}  # the file of a book
+    books, came_from = {}, {}  # came_from: the file of a book
 
     def add(name, chapters, source):
         if came_from.setdefault(name, source) != source:
@@ -224,8 +224,8 @@ def collect_books(paths):
         is_rows = kind.lower() in ROWS
         for where, row in read_rows(file) if is_rows else ():
             name, chapters = chapters_of_row(where, row)
-            is_tale = "sections" in row
-            add(name or (where if is_tale else stem), chapters, where if is_tale else file)
+            source, default = (where, where) if "sections" in row else (file, stem)
+            add(name or default, chapters, source)
         texts = [] if is_rows else ebooks(read_text(file))
         for i, text in enumerate(texts, 1):
             name = stem if len(texts) == 1 else f"{stem} {i}"
@@ -246,11 +246,10 @@ def in_order(name, chapters):
 def describe(name, chapters):
     """Says what a text was taken for."""
     words = [chapter["text"].split() for chapter in chapters]
-    ends = [f"{chapters[i]['title']!r} ({' '.join(words[i][:6])} ..)" for i in (0, -1)]
-    sizes = list(map(len, words))
-    longest = chapters[sizes.index(max(sizes))]["title"]
-    print(f"{name}: {len(chapters)} chapters, from {ends[0]} to {ends[1]}; the longest is {longest!r}, "
-          f"{max(sizes)} of {sum(sizes)} words")
+    begins, ends = (f"{chapters[i]['title']!r} ({' '.join(words[i][:6])} ..)" for i in (0, -1))
+    longest = max(range(len(words)), key=lambda i: len(words[i]))
+    print(f"{name}: {len(chapters)} chapters, from {begins} to {ends}; the longest is "
+          f"{chapters[longest]['title']!r}, {len(words[longest])} of {sum(map(len, words))} words")
 
 
 def read_books(paths):
@@ -293,12 +292,8 @@ def make_ruler(name=None):
     except (OSError, ValueError) as e:
         raise UserError(f"no tokenizer at {name!r} ({shorten(str(e), 120)})") from e
     tokenizer.model_max_length = 10**9  # whole books are measured, nothing is run
-
-    def ruler(text):
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        return [start for start, _ in encoded["offset_mapping"]], 1.0
-
-    return ruler
+    asked = {"add_special_tokens": False, "return_offsets_mapping": True}
+    return lambda text: ([start for start, _ in tokenizer(text, **asked)["offset_mapping"]], 1.0)
 
 
 def length(ruler, text):  # in tokens
@@ -315,8 +310,7 @@ def newest(ruler, text, budget):
     rest = text[starts[-keep] :]
     if not text[starts[-keep] - 1].isspace():  # a tokenizer may cut inside a word
         rest = re.sub(r"^\S{0,40}(\s+|$)", "", rest)  # in a text without spaces what is cut stays
-    at = rest.find("\n\n", 0, len(rest) // 5)
-    return rest[max(at, 0) :].strip()
+    return rest[max(rest.find("\n\n", 0, len(rest) // 5), 0) :].strip()
 
 
 def first(ruler, text, budget):
@@ -367,29 +361,19 @@ def works_of(books):
     return work_of
 
 
-def split_works(works, seed):
-    """{work: split}: 15 % of the works, and at least one, in val and in test."""
-    names = sorted(works)
-    random.Random(seed).shuffle(names)
-    n = max(1, round(0.15 * len(names)))
-    return dict(zip(names, ["val"] * n + ["test"] * n + ["train"] * len(names)))
-
-
 # ============================================================ the script
 def main():
     parser = run.parser(__doc__)
     add = parser.add_argument
-    add("--from", dest="files", nargs="+", required=True, metavar="PATH",
-        help="files and folders, see above (required, so no default)")
-    add("--out", default=os.path.dirname(os.path.abspath(__file__)), metavar="DIR",
-        help="where the three files go (default: beside this script)")
+    add("--from", dest="files", nargs="+", required=True, metavar="PATH", help="files and folders, see above")
+    add("--out", default=HERE, metavar="DIR", help="where the three files go [beside this script]")
     add("--story-tokens", type=int, default=2048, metavar="N",
-        help="of everything before the chapter; the oldest text is cut first (default 2048)")
+        help="of everything before the chapter; the oldest text is cut first [2048]")
     add("--chapter-tokens", type=int, default=1024, metavar="N",
-        help="of the chapter that is scored; its end is cut (default 1024)")
+        help="of the chapter that is scored; its end is cut [1024]")
     add("--tokenizer", metavar="NAME",
-        help="to count with: a directory, or OWNER/NAME on the hub (default: 1.3 tokens per word)")
-    add("--seed", type=int, default=0, help="of the split by book (default 0)")
+        help="to count with: a directory, or OWNER/NAME on the hub [1.3 tokens per word]")
+    add("--seed", type=int, default=0, help="of the split by book [0]")
     args = parser.parse_args()
     if min(args.story_tokens, args.chapter_tokens) < 16:
         raise UserError("--story-tokens and --chapter-tokens must be at least 16")
@@ -398,7 +382,10 @@ def main():
 
     work_of = works_of(books)
     editions = Counter(work_of.values())  # of each work
-    split_of = split_works(editions, args.seed)
+    works = sorted(editions)
+    random.Random(args.seed).shuffle(works)
+    n = max(1, round(0.15 * len(works)))  # 15 % of the works, and at least one, in val and in test
+    split_of = dict(zip(works, ["val"] * n + ["test"] * n + ["train"] * len(works)))
     splits, counts = {split: [] for split in SPLITS}, Counter()
     for name, chapters in books.items():
         examples = make_examples(name, chapters, ruler, args.story_tokens, args.chapter_tokens, counts)

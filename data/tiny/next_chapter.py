@@ -114,8 +114,3 @@ def rewards(examples, completions):
     own = gains(examples, plans, [example["chapter"] for example in examples])
     other = gains(examples, plans, [example["other"] for example in examples])
     return [gain - 0.5 * gain_other for gain, gain_other in zip(own, other)]
-
-
-def reward(example, completion):
-    """The same for one completion."""
-    return rewards([example], [completion])[0]

@@ -40,15 +40,7 @@ BLENDED = 0.4  # share of it in which the two words of a round are one position,
 
 PARTS = {"hole": 40, "careful": 45, "plan": 10, "chapter": 5}  # of 100 texts that are read after school
 MOST = 5        # the highest number in a tag
-
 EOS = "<|endoftext|>"
-
-
-def sentence(before, pair, asked):
-    """One round in words. asked: who acts on the map, None where nobody is named."""
-    found = f"so {asked} has {('none', 'one', 'both')[pair.count(asked)]} of the halves , " if asked else ""
-    looked_up = f"from {before[0]} {pair[0]} and from {before[1]} {pair[1]}"
-    return f"{looked_up} , {found}go on with {pair[0]} and {pair[1]} .".split()
 
 
 def trace(rng, row, latent, school):
@@ -56,7 +48,7 @@ def trace(rng, row, latent, school):
 
     A tag over k rounds has the number k + 1: its shorthand begins with where the reader stands."""
     rounds = list(map(list, zip(*row["chains"])))
-    asked = row.get("asked")
+    asked = row.get("asked")  # who acts on the map, None where nobody is named
     last = len(rounds) - 1
     skipping = rng.choice((0.5, 0.95) if school else SKIPPING) if latent else 0.0
 
@@ -81,8 +73,10 @@ def trace(rng, row, latent, school):
                         return words, True
             now = then
             continue
+        (a, b), (c, d) = rounds[now : now + 2]  # one round in words
         now += 1
-        words += sentence(rounds[now - 1], rounds[now], asked)
+        found = f"so {asked} has {('none', 'one', 'both')[[c, d].count(asked)]} of the halves , "
+        words += f"from {a} {c} and from {b} {d} , {found if asked else ''}go on with {c} and {d} .".split()
         if stops(rounds[now]):
             return words, True
         if not school and rng.random() < WORDY:
@@ -112,8 +106,7 @@ def chapter_text(rng, row):
     return next_chapter.chapter_prompt(row, plan).split(), next_chapter.chapter(holders).split()
 
 
-def train_row(make):
-    """A story of the train part."""
+def train_row(make):  # a story of the train part
     return next(row for row in iter(make, None) if tiny.split_of(row["story"]) == "train")
 
 
@@ -211,16 +204,13 @@ def right(vocab, logits, ids, targets):
     is_person = torch.isin(word, people) & ~is_blend
     hit = logits.argmax(-1) == word
     both_hit = (logits.topk(2).indices.sort(-1).values == wanted.sort(-1).values).all(-1)
-    kinds = {
-        "look-ups": (hit, is_person & after_from),
-        "shorthand": (hit, is_person & torch.isin(before, people) & ~after_from),
-        "blends": (both_hit, is_blend),
-        "answers": (hit, (word == vocab["Yes"]) | (word == vocab["No"]))}
+    kinds = {"look-ups": (hit, is_person & after_from),
+             "shorthand": (hit, is_person & torch.isin(before, people) & ~after_from),
+             "blends": (both_hit, is_blend), "answers": (hit, (word == vocab["Yes"]) | (word == vocab["No"]))}
     return {name: (int((ok & where).sum()), int(where.sum())) for name, (ok, where) in kinds.items()}
 
 
-def share(batches, name, last=15):
-    """That was right in the last batches, each as `right` returns it."""
+def share(batches, name, last=15):  # that was right in the last batches, each as `right` returns it
     hits, asked = map(sum, zip(*(batch[name] for batch in batches[-last:])))
     return hits / max(1, asked)
 
@@ -232,21 +222,19 @@ make_optimizer = functools.partial(torch.optim.AdamW, betas=(0.9, 0.98), weight_
 
 def has_mastered(recent, hops):
     """Whether a class may go on to the next length (from the last one: leave school)."""
-    if len(recent) < 15:
-        return False
     if hops < max(tiny.LENGTHS):
-        return share(recent, "look-ups") > 0.93
-    return min(share(recent, name, 30) for name in ("shorthand", "blends", "answers")) > 0.95
+        return len(recent) >= 15 and share(recent, "look-ups") > 0.93
+    kinds = "shorthand", "blends", "answers"
+    return len(recent) >= 15 and min(share(recent, name, 30) for name in kinds) > 0.95
 
 
 def main():
     parser = run.parser(__doc__)
     add = parser.add_argument
-    add("--out", metavar="DIR", default=os.path.join(HERE, "base"),
-        help="for the model (default data/tiny/base: the shipped base is replaced)")
+    add("--out", metavar="DIR", default=os.path.join(HERE, "base"), help="[the shipped base is replaced]")
     add("--most", type=int, metavar="N", default=4000,
-        help="most steps of school, which ends when 95 %% of what is asked there is right (default 4000)")
-    add("--steps", type=int, metavar="N", default=2000, help="optimiser steps after school (default 2000)")
+        help="steps of school, which ends before if 95 %% of what is asked there is right [4000]")
+    add("--steps", type=int, metavar="N", default=2000, help="optimiser steps after school [2000]")
     args = parser.parse_args()
     torch.manual_seed(0)
     rng = random.Random(0)
@@ -257,9 +245,8 @@ def main():
 
     model.train()
     began = time.time()
-    school, hops = True, 0  # hops: the class at school; 0: stories are told again
+    school, hops, recent = True, 0, []  # the class at school (0: stories are told again), its `right` by step
     left, step = args.steps, 0
-    recent = []  # what was right in each step of this class
     while left > 0:
         # One step on new texts.
         n = 64 if school and hops < 2 else 20
@@ -287,11 +274,9 @@ def main():
                   f"| {time.time() - began:5.0f}s | {shares}", flush=True)
         if school and (has_mastered(recent, hops) or step >= args.most):
             school = hops < max(tiny.LENGTHS) and step < args.most
-            hops += school
-            recent = []
+            hops, recent = hops + school, []
             if not school:  # what follows is the same, however long that took
-                rng = random.Random(0)
-                optimizer = make_optimizer(model.parameters())
+                rng, optimizer = random.Random(0), make_optimizer(model.parameters())
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
 
