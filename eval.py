@@ -391,12 +391,9 @@ def settings_of(args, name, model):
     path, _, suffix = name.partition(":")
     made = run.settings_of_model(path)
     slots = run.SLOTS[not checkpoint.is_small(model)]
-    return {
-        "latent_prompt": suffix != "plain" and made.get("method") != "grpo",
-        "seed": args.seed,
-        "progress": name,
-        "gen_batch_size": args.gen_batch_size,
-        "max_new_tokens": args.max_new_tokens or made.get("max_new_tokens") or slots}
+    return {"latent_prompt": suffix != "plain" and made.get("method") != "grpo", "seed": args.seed,
+            "progress": name, "gen_batch_size": args.gen_batch_size,
+            "max_new_tokens": args.max_new_tokens or made.get("max_new_tokens") or slots}
 
 
 def runs_latents(name, model):
@@ -408,13 +405,9 @@ def runs_latents(name, model):
 
 def heading(args, title, name, sampling, settings):
     """What a row of results belongs to. Its name in tables says the sampling where there are two."""
-    return {
-        "name": f"{title} ({sampling})" if len(args.sampling) > 1 else title,
-        "model": name,
-        "task": args.task,
-        "split": args.split,
-        "sampling": sampling,
-        "prompt": "tag" if settings["latent_prompt"] else "plain"}
+    named = f"{title} ({sampling})" if len(args.sampling) > 1 else title
+    return {"name": named, "model": name, "task": args.task, "split": args.split, "sampling": sampling,
+            "prompt": "tag" if settings["latent_prompt"] else "plain"}
 
 
 def print_answers(name, model, tokenizer, task, examples, rollouts):

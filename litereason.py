@@ -424,8 +424,8 @@ def generate(model, tokenizer, prompts, samples=1, max_new_tokens=256, temperatu
     tag             None: a tag runs as many latents as it says; K: every tag runs K; "forbidden": none begins
     For the other methods in results/baselines.py:
     start           latents that every row begins with
-    leave           (h (n, D), tokens drawn (n,), rollouts' numbers (n,), latents run (n,)) -> (n,) tokens
-                    that end a row's block here, or LATENT: continue
+    leave           (h (n, D), tokens drawn (n,), latents run (n,)) -> (n,) tokens that end a row's block
+                    here, or LATENT: continue
     feed            (h, token) -> (n, D), fed for a sampled token
     Raises UserError for an empty prompt or one that does not fit the model's positions."""
     ids = [checkpoint.encode_prompt(model, tokenizer, p) if isinstance(p, str) else list(p) for p in prompts]
@@ -487,7 +487,7 @@ def _decode(model, tokenizer, prompts, draws, samples, max_prompts, sampling, la
             u = r.u.gather(1, next_slot)[:, 0]  # (B,) each row's own random number
             token[drawing], logprob[drawing] = sample(logits, u[drawing], *sampling)
         if leave is not None:  # another method's rule for where a block ends
-            ended_by = leave(r.h, token, r.number, r.latents_run)  # (B,) tokens, or LATENT: continue
+            ended_by = leave(r.h, token, r.latents_run)  # (B,) tokens, or LATENT: continue
             token = torch.where(inside, ended_by, token)
             inside = inside & (ended_by == LATENT)
         token = torch.where(inside, LATENT, token)

@@ -1,9 +1,11 @@
 """Keys and values. Without this file the method is the same, up to rounding; a first reading can skip it.
 
     autocast, forward      the model on embeddings; on CUDA bf16 products of fp32 weights
+    Packing                padding goes through no layer
     PromptCache, prefill   each prompt is read once
     attend_shared          the rows of a group attend to one copy of their prompt
-    ScoringCache           slots that are given, several at a time, with their gradients
+    ScoringCache           slots that are given, in pieces, with their gradients
+    WholeCache             the same all at once
     DecodingCache          one new slot per row and step, written in place
     mask_no_words          ids that no text has are never sampled
 
@@ -57,9 +59,8 @@ def forward(model, x, positions, cache):
 
 
 class Packing:
-    """Rows of unequal length: only real positions, (1, T, ..), go through the layers, one after the other;
-    attention alone sees rows with padding, (B, S, ..). Padding would be most of the work where lengths differ
-    as much as those of rollouts do."""
+    """Only real positions, (1, T, ..), go through the layers; attention alone sees padded rows, (B, S, ..).
+    Where lengths differ as much as those of rollouts do, padding would be most of the work."""
 
     def __init__(self, lengths, device, order=None):
         """lengths: real positions of each row, a list: known on the host, so no device is waited for. order:
@@ -97,7 +98,7 @@ class PromptCache:
     """P prompts while they are read: causal attention. Padding stands on the right: no token sees it."""
 
     def __init__(self, n_layers, lengths, device):
-        self.layers = [None] * n_layers  # (keys, values), (P, K, L, d) each
+        self.layers = [()] * n_layers  # (keys, values), (P, K, L, d) each
         self.lengths = torch.tensor(lengths, device=device)  # (P,) tokens of each prompt
         self.packing = Packing(lengths, device)
         self.pad = pad_mask(lengths, device)
@@ -106,14 +107,8 @@ class PromptCache:
         """New keys (after rotary, which leaves them in fp32) and values, (rows, K, S, d) each."""
         keys, values = self.packing.heads(keys.to(values.dtype)), self.packing.heads(values)
         # Contiguous, as matrix products need them: otherwise every later step would copy the prompt.
-        self.add(layer, keys.contiguous(), values.contiguous())
+        self.layers[layer] = (keys.contiguous(), values.contiguous())
         return self, layer
-
-    def add(self, layer, keys, values):
-        self.layers[layer] = (keys, values)
-
-    def newest(self, layer):
-        return self.layers[layer]
 
     def attend(self, layer, q, scale, window=None):
         """q (1, H, T, d) -> (1, T, H, d). window: the layer sees only so many positions, its own included."""
@@ -296,8 +291,8 @@ class ScoringCache:
         self.owner = torch.tensor(owners, device=device)
         self.start = prompts.lengths[self.owner]  # (B,) position of a row's first slot
         self.groups = Groups(owners, len(prompts.lengths), device)
-        # Per layer its pieces, (keys, values), (B, K, n, d) each. They are joined where they are used: a
-        # joined copy per piece and layer would have to be kept for the backward pass.
+        # Per layer (keys, values, keys, values ..) of its pieces, (B, K, n, d) each. They are joined where
+        # they are used: a joined copy per piece and layer would have to be kept for the backward pass.
         self.layers = [()] * len(prompts.layers)
         self.valid = self.owner.new_zeros(len(owners), 0, dtype=torch.bool)  # (B, n) no padding
         self.hidden = None  # (B, 1, 1, S, n) the slots that a new one does not see
@@ -315,32 +310,24 @@ class ScoringCache:
         self.hidden = hidden[:, None, None]
 
     def update(self, keys, values, layer, *_, **__):
-        self.add(layer, self.packing.heads(keys.to(values.dtype)), self.packing.heads(values))
+        self.layers[layer] += (self.packing.heads(keys.to(values.dtype)), self.packing.heads(values))
         return self, layer
-
-    def add(self, layer, keys, values):
-        self.layers[layer] = (*self.layers[layer], (keys, values))
-
-    def newest(self, layer):
-        """What the last forward pass has added."""
-        return self.layers[layer][-1]
 
     def attend(self, layer, q, scale, window=None):
         """q (1, H, T, d), packed -> (1, T, H, d)."""
         q = self.packing.heads(q)  # (B, H, S, d)
-        prompt, pieces = self.prompts[layer], self.layers[layer]
+        prompt, own = self.prompts[layer], self.layers[layer]
         if q.shape[2] > self.FUSED:
-            out = self.attend_fused(q, scale, prompt, pieces, window)
+            out = self.attend_fused(q, scale, prompt, own, window)
         else:
-            own = [torch.cat(same, 2) for same in zip(*pieces)]
+            own = torch.cat(own[::2], 2), torch.cat(own[1::2], 2)
             out = attend_shared(self, q, scale, prompt, own, window)
         return self.packing.pack(out)
 
-    def attend_fused(self, q, scale, prompt, pieces, window):
+    def attend_fused(self, q, scale, prompt, own, window):
         """q (B, H, S, d) -> (B, S, H, d), for rows that have a copy of their prompt's keys each."""
-        keys, values = (
-            torch.cat([self.groups.copies(of_prompt), *of_row], 2)
-            for of_prompt, *of_row in zip(prompt, *pieces))  # (B, K, L + n, d)
+        keys, values = (torch.cat([self.groups.copies(of_prompt), *of_row], 2)
+                        for of_prompt, of_row in zip(prompt, (own[::2], own[1::2])))  # (B, K, L + n, d)
         if window not in self.bias:
             self.bias[window] = self.joint_bias(values, q.shape[2], prompt[0].shape[2], window)
         return fused(q.to(values.dtype), keys, values, self.bias[window], scale)
@@ -373,7 +360,7 @@ class WholeCache:
         """prompts: a PromptCache; of each row: the prompt that it belongs to, and its slots; lists."""
         device = prompts.lengths.device
         self.prompts = prompts.layers
-        self.layers = [None] * len(prompts.layers)  # (keys, values), (1, K, T, d) each, part by part
+        self.layers = [()] * len(prompts.layers)  # (keys, values), (1, K, T, d) each, part by part
         self.start = prompts.lengths[torch.tensor(owners, device=device)]  # (B,) see ScoringCache
         of_length = {}  # bits of a length -> rows
         for row, length in enumerate(lengths):
@@ -387,14 +374,8 @@ class WholeCache:
         self.sizes = [sum(lengths[row] for row in rows) for rows in of_length.values()]
 
     def update(self, keys, values, layer, *_, **__):
-        self.add(layer, keys.to(values.dtype), values)
+        self.layers[layer] = (keys.to(values.dtype), values)
         return self, layer
-
-    def add(self, layer, keys, values):
-        self.layers[layer] = (keys, values)
-
-    def newest(self, layer):
-        return self.layers[layer]
 
     def attend(self, layer, q, scale, window=None):
         """q (1, H, T, d) -> (1, T, H, d)."""
@@ -402,7 +383,7 @@ class WholeCache:
         packed = (t.split(self.sizes, 2) for t in (q, *self.layers[layer]))
         for part, *qkv in zip(self.parts, *packed):
             q, keys, values = map(part.packing.heads, qkv)  # (b, H or K, S, d)
-            out = part.attend_fused(q, scale, self.prompts[layer], [(keys, values)], window)
+            out = part.attend_fused(q, scale, self.prompts[layer], (keys, values), window)
             outs.append(part.packing.pack(out))
         return torch.cat(outs, 1)
 

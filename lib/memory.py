@@ -35,7 +35,7 @@ def checkpoint_layers(model):
 
 def _recomputed(layer, i, x, past_key_values=None, **kwargs):
     cache = past_key_values
-    if not torch.is_grad_enabled() or not hasattr(cache, "newest"):
+    if not torch.is_grad_enabled() or not getattr(cache, "packing", None):  # decoding, or no cache of ours
         return layer(x, past_key_values=cache, **kwargs)
     before, layers = copy.copy(cache), list(cache.layers)
 
@@ -43,10 +43,10 @@ def _recomputed(layer, i, x, past_key_values=None, **kwargs):
         view = copy.copy(before)
         view.layers = list(layers)
         out = layer(x, past_key_values=view, **kwargs)
-        return out, *view.newest(i)
+        return out, *view.layers[i][-2:]
 
     out, keys, values = torch.utils.checkpoint.checkpoint(run, x, use_reentrant=False)
-    cache.add(i, keys, values)
+    cache.layers[i] += (keys, values)
     return out
 
 

@@ -59,33 +59,24 @@ def holm(p):
     return adjusted.tolist()
 
 
-def differs(adjusted_p, ci95):
-    """The one criterion for "differs": Holm's p is below 0.05 and the 95 % interval leaves 0 out."""
-    low, high = ci95
-    return bool(adjusted_p < 0.05 and not low <= 0 <= high)
-
-
 def against(result, plain, seed=0):
     """A control's paired tests against the plain run on the same examples; `judge` says what differs."""
     ours, theirs = result["per_example"], plain["per_example"]
-    scores = np.subtract(ours["score"], theirs["score"])
-    tokens = np.subtract(ours["tokens"], theirs["tokens"])
-    return {
-        "accuracy": float(scores.mean()),
-        "accuracy_ci95": bootstrap(scores, seed),
-        "better": int((scores > 0).sum()),
-        "worse": int((scores < 0).sum()),
-        "accuracy_p": sign_flips(scores, seed),
-        "tokens": float(tokens.mean()),
-        "tokens_ci95": bootstrap(tokens, seed),
-        "tokens_p": sign_flips(tokens, seed)}
+    found = {}
+    for what, key in (("accuracy", "score"), ("tokens", "tokens")):
+        gained = np.subtract(ours[key], theirs[key])
+        found |= {what: float(gained.mean()), f"{what}_ci95": bootstrap(gained, seed),
+                  f"{what}_p": sign_flips(gained, seed)}
+    return found
 
 
 def judge(comparisons):
     """Adds to each comparison of one table (as `against` makes them) accuracy_holm, tokens_holm, and
-    accuracy_differs, tokens_differs. The family is all of them, accuracies and tokens."""
+    accuracy_differs, tokens_differs: Holm's p is below 0.05 and the interval leaves 0 out. The family is all
+    of them, accuracies and tokens."""
     tests = [(own, what) for own in comparisons for what in ("accuracy", "tokens")]
     adjusted = holm([own[f"{what}_p"] for own, what in tests])
     for (own, what), p in zip(tests, adjusted):
         own[f"{what}_holm"] = p
-        own[f"{what}_differs"] = differs(p, own[f"{what}_ci95"])
+        low, high = own[f"{what}_ci95"]
+        own[f"{what}_differs"] = p < 0.05 and not low <= 0 <= high

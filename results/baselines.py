@@ -100,32 +100,21 @@ def predicted(model, h):
     return logp.clamp(min=torch.finfo(logp.dtype).min)  # no -inf: p log p of what is no word is 0
 
 
-def soft_thinking(model, end, top_k=10, certain=0.01, patience=256, temperature=1.0):
+def soft_thinking(model, end, top_k=10, temperature=1.0):
     """Thinking in mixtures of words, without training -> arguments for `generate`.
 
     The paper: while the model thinks, the next input is sum_i p_i E[i] over the top_k likeliest words. It
-    stops when the likeliest word is </think>, or when the entropy (nats) has been below `certain` for
-    `patience` steps in a row. Ours: the word `end`, which follows the block, stands for </think>."""
+    stops when the likeliest word is </think>. Ours: the word `end`, which follows the block, stands for it,
+    and there is no second stop, after 256 certain steps in a row: small models' answers end before."""
     embed = model.get_input_embeddings()
-    certain_steps = torch.zeros(0, dtype=torch.long, device=model.device)  # in a row, of each rollout so far
 
     def step(h, *_):
         logp, word = predicted(model, h).topk(min(top_k, model.config.vocab_size))  # (n, top_k) each
         p = (logp / temperature).softmax(-1)
         return (p.to(h.dtype)[..., None] * embed(word)).sum(1)  # (n, D)
 
-    def leave(h, drawn, row, taken):
-        nonlocal certain_steps
-        logp = predicted(model, h)  # (n, V)
-        entropy = -(logp.exp() * logp).sum(-1)  # (n,)
-
-        # Rollouts may begin late, so the list of counts grows.
-        lacking = max(0, int(row.max()) + 1 - len(certain_steps))
-        certain_steps = torch.cat([certain_steps, certain_steps.new_zeros(lacking)])
-        before = certain_steps[row] * (taken > 0)  # (n,); taken = 0: a rollout begins, maybe of another call
-        certain_steps[row] = torch.where(entropy < certain, before + 1, 0)
-        stops = (logp.argmax(-1) == end) | (certain_steps[row] >= patience)  # (n,)
-        return torch.where(stops, end, LATENT)
+    def leave(h, drawn, taken):
+        return torch.where(predicted(model, h).argmax(-1) == end, end, LATENT)
 
     step.flops = 2 * model.lm_head.weight.numel()  # for eval.flops
     return {"latent": step, "leave": leave}
@@ -331,7 +320,7 @@ def colar(model, head, end):
         z = mean + std * normal_numbers(u, k, h.shape[1]).to(mean)
         return (z * head.spread).to(h.dtype)
 
-    def leave(h, drawn, row, taken):
+    def leave(h, drawn, taken):
         return torch.where((drawn == end) & (taken > 0), drawn, LATENT)
 
     step.flops = 2 * (model.lm_head.weight.numel() + sum(p.numel() for p in head.parameters()))

@@ -12,8 +12,8 @@ TOP = {*FRONT, "data", "tests", "README.md", "lib", "results"}
 BESIDE = {"findings", "requirements.txt", "CHANGELOG.md", "CITATION.cff", "LICENSE", ".ci", ".gitignore"}
 
 BUDGETS = {  # lines of one file, or of all Python files in a folder
-    "litereason.py": 720, "train_projector.py": 650, "train_rl.py": 550, "eval.py": 470,
-    "lib": 2200, "results": 2050, "data": 1820, "tests": 7800, "README.md": 150}
+    "litereason.py": 720, "train_projector.py": 650, "train_rl.py": 550, "eval.py": 430,
+    "lib": 2200, "results": 1750, "data": 1700, "tests": 6500, "README.md": 150}
 
 
 def lines_of(name):
@@ -40,5 +40,5 @@ def test_no_file_outgrows_its_budget_by_a_twentieth(name):
 
 
 def test_the_front_and_all_code_outside_the_tests_are_within_theirs():
-    assert sum(map(lines_of, FRONT)) <= 2400
-    assert sum(map(lines_of, [*FRONT, "lib", "results", "data"])) <= 8550
+    assert sum(map(lines_of, FRONT)) <= 2360
+    assert sum(map(lines_of, [*FRONT, "lib", "results", "data"])) <= 8000
