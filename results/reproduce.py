@@ -500,9 +500,9 @@ def write_tables(table, seeds):
     for name, text in texts.items():
         into_pages(name, text)
         print(f"{text}\n")
-    if table.startswith("tiny"):
-        drawn = {name: [found[name]["paper"]] for name in HEADLINE if name in found}
-        draw(plots.curve, drawn, f"curve-{table}", TABLES[table].score)
+    names = [name for name in HEADLINE if name in found] if table.startswith("tiny") else found
+    drawn = {name: [found[name]["paper"]] for name in names}
+    draw(plots.curve, drawn, f"curve-{table}", TABLES[table].score)
     if table == "tiny" and (lengths := lengths_of(records, seeds)):
         draw(plots.curve, lengths, "lengths-tiny")
 

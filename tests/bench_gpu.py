@@ -21,7 +21,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from bench import NEVER, clock, tags_fire, their_generate
+from bench import NEVER, clock
 from lib import checkpoint, memory
 from lib.scoring import pack
 from litereason import attach, generate, group_advantages, load, logprobs, policy_loss
@@ -46,7 +46,6 @@ def random_prompts(model, *shape):
 def decode(device, steps=64):
     real = device == "cuda"
     model, tok = attach(make_model(device)), load("tiny", "cpu")[1]
-    tags_fire(model, tok, 0, 0)
     P, G, L = (8, 16, 1024) if real else (2, 2, 64)
     prompts = random_prompts(model, P, L)
 
@@ -54,12 +53,12 @@ def decode(device, steps=64):
         return min(clock(run, device) for _ in range(repeats))
 
     def seconds_of_a_step():
-        first, last = (seconds(lambda: generate(model, tok, prompts, G, n), 3) for n in (1, steps + 1))
+        first, last = (seconds(lambda: generate(model, tok, prompts, G, n, latent="none"), 3) for n in (1, steps + 1))
         return (last - first) / steps
 
     step = seconds_of_a_step()
     model.graphs = True
-    generate(model, tok, prompts, G, 2)  # where nothing can be recorded, it says so
+    generate(model, tok, prompts, G, 2, latent="none")  # where nothing can be recorded, it says so
     played = seconds_of_a_step() if model.graphs else None
     two = torch.empty(2, 2**30 if real else 2**24, dtype=torch.uint8, device=device)
     bandwidth = 2 * len(two[0]) / seconds(lambda: two[0].copy_(two[1]), 10)  # bytes read and written
@@ -68,7 +67,9 @@ def decode(device, steps=64):
     cache = (2 * width * c.num_hidden_layers * c.num_key_value_heads
              * (c.hidden_size // c.num_attention_heads) * (P * L + P * G * steps / 2))
     theirs = make_model(device, torch.bfloat16 if real else torch.float32)
-    plain = seconds(lambda: their_generate(theirs, prompts, G, steps), 2)
+    ids = torch.tensor(prompts, device=device).repeat_interleave(G, 0)
+    plain = seconds(lambda: theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0,
+                                            pad_token_id=0, max_new_tokens=steps), 2)
     return {"ms_per_step": 1000 * step, "ms_per_step_graphs": played and 1000 * played,
             "floor_ms": 1000 * (weights + cache) / bandwidth, "bandwidth_GB_s": bandwidth / 1e9,
             "tokens_per_s": P * G / min(step, played or step),
@@ -79,7 +80,6 @@ def grpo(device):
     """One step, sampling to optimiser, with the memory settings that train_rl.py would choose here."""
     real = device == "cuda"
     model, tok = attach(make_model(device)), load("tiny", "cpu")[1]
-    tags_fire(model, tok, 50, 3)
     model.graphs = real
     P, G, L, S = (48, 16, 1024, 256) if real else (2, 4, 64, 16)
     plan, expected = memory.plan(model, L, S, P, G, {})
@@ -92,7 +92,7 @@ def grpo(device):
     rollouts = []
 
     def sample():
-        rollouts[:] = generate(model, tok, random_prompts(model, P, L), G, S,
+        rollouts[:] = generate(model, tok, random_prompts(model, P, L), G, S, start=3,  # three latents each
                                gen_batch_size=plan["gen_batch_size"])
 
     def update():
