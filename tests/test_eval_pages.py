@@ -100,15 +100,14 @@ def test_pictures_show_the_numbers_they_are_given(monkeypatch, tmp_path):
         return ([[tuple(map(list, line.get_data())) for line in panel.lines] for panel in kept[-1].axes],
                 [text.get_text() for text in kept[-1].legends[0].get_texts()])
 
-    (lines,), names = drawn(plots.curve, METHODS)
+    (lines,), names = drawn(plots.curve, {name: [row] for name, row in METHODS.items()})
     assert names == list(METHODS)
     for row, up, dot, along in zip(METHODS.values(), *(lines[i::3] for i in range(3))):
         assert dot == ([row["tokens"]], [row["accuracy"]])  # with both intervals
         assert up[1] == row["accuracy_ci95"] and along[0] == row["tokens_ci95"]
-    rows = [{"method": name, "length": length, **METHODS[name]} for name in METHODS for length in (3, 2, 5)]
-    panels, _ = drawn(plots.by_length, rows)
-    for what, lines in zip(("accuracy", "tokens"), panels, strict=True):
-        assert [y for x, y in lines if len(x) == 3] == [[row[what]] * 3 for row in METHODS.values()]
+    (lines,), _ = drawn(plots.curve, {
+        name: [{**row, "length": n} for n in (2, 3)] for name, row in METHODS.items()})
+    assert [x for x, y in lines[6::7]] == [[row["tokens"]] * 2 for row in METHODS.values()]  # its dots joined
     rows = json.load(open(f"{ROOT}/results/starts-real.json"))
     panels, _ = drawn(plots.chains, rows)
     assert len(panels) == len({row["model"] for row in rows}) and panels[0][2][1] == rows[1]["chain before"]
