@@ -1,7 +1,6 @@
 """What the tests share: a small tokenizer, a tiny random Qwen2 in float64, and a scripted policy.
 
-Read test_tag.py, test_decode.py, test_train.py, test_data.py in this order: together they say what
-litereason.py must do.
+Read test_decode.py, test_train.py, test_data.py in this order: together they say what litereason.py must do.
 Everything here runs on a CPU without a network. Numbers are float64, so "equal" means equal up to rounding,
 1e-10.
 """

@@ -10,14 +10,13 @@ import types
 import pytest
 import torch
 from conftest import LIMIT, PROMPTS, ROOT, TEXTS, close, random_qwen2, same, scripted, write
-from test_real_tasks import run
+from test_real_tasks import one_line, run
 from test_resume import metrics
 from test_train import close_gradients, gradients
 
 import data
 import train_rl
 from eval import flops, latent_of, matrix_flops
-from lib import UserError
 from litereason import (PROJECTORS, RULES, attach, group_advantages, load, logprobs, naive_generate,
                         policy_loss, projector_dtype, recompute_latents, save, start_projector)
 
@@ -63,8 +62,7 @@ def test_its_cost_its_controls_and_its_file_need_nothing_more(gated, tok, tmp_pa
     assert type(again.reasoning_projector) is Gated and again.projector_trained
     close(again.reasoning_projector.gate.weight, gated.reasoning_projector.gate.weight)
     monkeypatch.delitem(PROJECTORS, "gated")
-    with pytest.raises(UserError, match="litereason_projector is 'gated', not one of mlp, normed"):
-        load(str(tmp_path / "m"), "cpu")
+    one_line("litereason_projector is 'gated', not one of mlp, normed", load, str(tmp_path / "m"), "cpu")
 
 
 SIZES = ("--device", "cpu", "--n", 0, "--val", 0, "--train-prompts", 4, "--prompts", 2, "--show-every", 0,

@@ -16,8 +16,8 @@ import torch
 from conftest import reader, tag, write
 from safetensors.torch import load_file, save_file
 from test_data import load64
+from test_decode import PIECES, by_decoding, fired
 from test_real_tasks import one_line
-from test_tag import PIECES, by_decoding, fired
 
 from data import boxed
 from data.flawed_fictions import verdict
@@ -32,7 +32,7 @@ def table_of(tok, cap=5):
     return watcher(reader(tok, cap), tok)
 
 
-# What may stand between the tags of test_tag.py.
+# What may stand between the tags of test_decode.py.
 TEXTS = ["\f", "\v", "007", "0" * 25, "9" * 25, "+", "３", "߃", "𝟛", "\u00a0", "\u2003", "\u200b", "\ufeff",
          tag("\n2\t"), tag(0), tag("٣"), tag(""), tag(2) + tag(3), f"{OPEN}{tag(3)}",
          f"{OPEN}2{tag(3)}{CLOSE}", f"{OPEN}2 {OPEN}", f"{CLOSE}3{OPEN}", f"Then.{tag(3)}\n\nSo",

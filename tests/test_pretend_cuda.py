@@ -153,10 +153,6 @@ def script(*words):
     return pretend.run(on_the_card_script, [str(word) for word in words])[1]
 
 
-def results(out):
-    return json.loads((out / "results.json").read_text())
-
-
 SIZES = ("--steps", 2, "--prompts", 2, "--num-generations", 4, "--minibatches", 2, "--train-prompts", 2,
          "--projector-steps", 1, "--val", 0, "--n", 0, "--save-every", 1)
 
@@ -191,7 +187,7 @@ def test_the_papers_recipe_learns_too(tmp_path):
 def test_controls_and_answers_shown(trained, tmp_path):
     words = ("eval.py", "--model", trained, "--max-new-tokens", 10, "--out", tmp_path / "table", "--n", 1)
     script(*words, "--controls")
-    assert len(results(tmp_path / "table")) > 12
+    assert len(json.loads((tmp_path / "table" / "results.json").read_text())) > 12
     assert ">>>" in script(*words, "--show", 1)
 
 
@@ -200,5 +196,6 @@ def test_a_baseline(method, tmp_path):
     script("results/baselines.py", "--method", method, "--n", 1, "--steps", 1, "--stories", 2, "--stages", 1,
            "--epochs", 1, "--last-stage", 1, "--prompts", 1, "--num-generations", 4, "--r", 2,
            "--most-latents", 8, "--max-new-tokens", 12, "--out", tmp_path / "run")
-    on_test = [row["model"] for row in results(tmp_path / "run") if row["split"] == "test"]
+    rows = json.loads((tmp_path / "run" / "results.json").read_text())
+    on_test = [row["model"] for row in rows if row["split"] == "test"]
     assert on_test[-2] == method  # the last is at temperature 1

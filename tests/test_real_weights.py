@@ -14,10 +14,10 @@ import zlib
 import pytest
 import torch
 from conftest import ROOT, close, naive, scripted, tag, write
+from test_decode import by_decoding, fired, sequences_with_tags
 from test_families import STORY
 from test_real_tasks import run
 from test_resume import metrics, same_weights, stopped
-from test_tag import by_decoding, fired, sequences_with_tags
 
 import data
 import litereason

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import SIZES
 from safetensors.torch import load_file
-from test_real_tasks import run
+from test_real_tasks import one_line, run
 
 import data
 import train_projector
@@ -146,11 +146,9 @@ def test_a_damaged_state_is_refused_in_one_line_and_without_it_the_one_before_is
     with open(half / "state-3.pt", "r+b") as f:
         f.seek(100_000)
         f.write(b"\x55\xaa" * 8)
-    with pytest.raises(UserError, match="state-3.pt is damaged: delete it"):
-        run(train_rl, "--resume", half)
+    one_line("state-3.pt is damaged: delete it", run, train_rl, "--resume", half)
     os.truncate(half / "state-3.pt", 100)
-    with pytest.raises(UserError, match="state-3.pt is damaged"):
-        runs.read_state(half)
+    one_line("state-3.pt is damaged", runs.read_state, half)
     os.remove(half / "state-3.pt")
     assert runs.read_state(half)[0] == 2
 
@@ -162,14 +160,12 @@ def test_what_may_stand_beside_resume_and_what_can_not_be_resumed(half, tmp_path
     del settings["num_generations"]
     (old / "config.json").write_text(json.dumps(settings))
     for script, words, says in (
-        (train_rl, (*SIZES, "--out", half), "holds a run of .*: go on with --resume"),
         (train_rl, ("--resume", half, "--lr", 1), "--lr: a resumed run keeps .*, save --steps and"),
         (train_rl, ("--resume", old), "nothing to resume in .* no config.json of this version's train_rl.py"),
         (train_rl, ("--resume", tmp_path), "nothing to resume in .* no config.json of this version's"),
         (train_projector, ("--resume", half), "nothing to resume in .* no config.json of this version's"),
     ):
-        with pytest.raises(UserError, match=says):
-            run(script, *words)
+        one_line(says, run, script, *words)
     monkeypatch.setattr(runs, "digest", lambda examples: "another")
     with pytest.raises(UserError, match="the examples of tiny are not those that the run in .*copy began"):
         run(train_rl, "--resume", half)
@@ -177,14 +173,12 @@ def test_what_may_stand_beside_resume_and_what_can_not_be_resumed(half, tmp_path
 
 @pytest.mark.parametrize("old, new", runs.OLD_FLAGS.items())
 def test_an_old_flag_is_answered_by_the_new_one(old, new):
-    with pytest.raises(UserError, match=f"^{old} is now {new}$"):
-        run(train_rl, old, 4)
+    one_line(f"^{old} is now {new}$", run, train_rl, old, 4)
 
 
 def test_a_second_process_on_the_same_directory_is_refused(tmp_path):
     def begin():
-        with pytest.raises(UserError, match="another process is writing to"):
-            run(train_rl, "--out", tmp_path)
+        one_line("another process is writing to", run, train_rl, "--out", tmp_path)
 
     with runs.take_directory(str(tmp_path), "tiny"):
         assert end_of_child(begin) == 0
@@ -248,8 +242,7 @@ def test_out_of_memory_in_the_update_halves_the_budget_and_changes_nothing_else(
 def test_a_reward_that_is_not_finite_ends_the_run_before_any_update(again, tmp_path, monkeypatch):
     real = data.score
     monkeypatch.setattr(data, "score", lambda *args: [*real(*args)[:5], float("nan"), *real(*args)[6:]])
-    with pytest.raises(UserError, match="step 1: a reward is nan; see .*bad-rollouts.json"):
-        run(train_rl, *again, "--out", tmp_path)
+    one_line("step 1: a reward is nan; see .*bad-rollouts.json", run, train_rl, *again, "--out", tmp_path)
     aside = json.load(open(tmp_path / "bad-rollouts.json"))
     assert len(aside) == 1 and aside[0]["text"] and runs.saved_states(tmp_path) == [0]
 
@@ -274,8 +267,7 @@ def test_steps_that_are_not_finite_are_skipped_and_three_in_a_row_stop_the_run(h
                         lambda *args, **more: (real(*args, **more)[0] * float("nan"), None))
     # All rollouts are learned from, whatever they earned: a step with nothing to learn from is finite.
     monkeypatch.setitem(train_rl.RULES, "grpo", lambda rewards, tokens, _: (torch.ones_like(rewards), tokens))
-    with pytest.raises(UserError, match="steps 4 to 6 were not finite"):
-        run(train_rl, "--resume", half, "--steps", 9)
+    one_line("steps 4 to 6 were not finite", run, train_rl, "--resume", half, "--steps", 9)
     lines = metrics(half)
     assert [m["skipped"] for m in lines] == [0, 0, 0, 1, 2, 3] and lines[-1]["grad_norm"] is None
     assert "3 so far" in capsys.readouterr().out

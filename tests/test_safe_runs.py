@@ -1,12 +1,17 @@
 """A finished run is never replaced by accident, leaves nothing stale when it is meant to be, and is
-evaluated as what it is."""
+evaluated as what it is. A model comes from a hub that speaks the hub's protocol."""
+import hashlib
+import http.server
 import json
 import os
 import shutil
+import subprocess
+import sys
+import threading
 
 import pytest
-from conftest import SIZES
-from test_real_tasks import run
+from conftest import ROOT, SIZES
+from test_real_tasks import one_line, run
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -42,10 +47,8 @@ def test_a_default_directory_names_model_task_and_method(tmp_path):
 def test_a_finished_run_is_refused_in_one_line_before_a_model_is_loaded(copy, script, words, monkeypatch):
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
     monkeypatch.setattr(script, "load", lambda *_: pytest.fail("a model was loaded"))
-    with pytest.raises(UserError, match="holds a run of train_rl.py on tiny: go on with --resume .*, choose "
-                                        "another --out, or .* --overwrite") as e:
-        run(script, *words, "--out", copy)
-    assert "\n" not in str(e.value)
+    one_line("holds a run of train_rl.py on tiny: go on with --resume .*, choose another --out, or .* "
+             "--overwrite", run, script, *words, "--out", copy)
     assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
 
 
@@ -57,8 +60,7 @@ def test_overwrite_leaves_no_file_of_the_earlier_run(copy):
     assert set(os.listdir(copy)) == {*left, "before-rl.json", "traces.jsonl"}  # traces say what they are of
     made = json.load(open(copy / "config.json"))
     assert made["seed"] == 1 and "overwrite" not in made
-    with pytest.raises(UserError, match="holds a run"):  # without a table, too
-        run(train_rl, *SIZES, "--out", copy)
+    one_line("holds a run", run, train_rl, *SIZES, "--out", copy)  # without a table, too
 
 
 def test_a_run_is_neither_continued_in_its_own_directory_nor_replaced_by_an_evaluation(copy):
@@ -90,6 +92,7 @@ def fake_run(tmp_path, name, **settings):
 def test_task_length_and_method_come_from_the_run_and_flags_override_them(tmp_path, capsys):
     words = ("--device", "cpu", "--n", 3, "--json", tmp_path / "r.json")
     a = fake_run(tmp_path, "a", task="tiny.next_chapter", max_new_tokens=7)
+    assert settings_of_model(str(a / "model")) == settings_of_model(str(a)) == run_settings(str(a))
     run(evaluation, "--model", a, *words)
     assert results(tmp_path / "r.json")["tokens"] <= 7
     said = capsys.readouterr().out
@@ -104,12 +107,6 @@ def test_task_length_and_method_come_from_the_run_and_flags_override_them(tmp_pa
     assert [r["task"] for r in results(tmp_path / "r.json")] == ["tiny"] * 3
 
 
-def test_the_model_in_a_run_stands_for_the_run(tmp_path):
-    a = fake_run(tmp_path, "a")
-    (tmp_path / "a" / "model").mkdir(exist_ok=True)
-    assert settings_of_model(str(a / "model")) == settings_of_model(str(a)) == run_settings(str(a))
-
-
 def test_a_checkpoint_that_cannot_be_replaced_is_kept(tmp_path, monkeypatch):
     model, tokenizer = load("tiny", "cpu")
     path = str(tmp_path / "m")
@@ -120,8 +117,7 @@ def test_a_checkpoint_that_cannot_be_replaced_is_kept(tmp_path, monkeypatch):
         raise OSError("no more")
 
     monkeypatch.setattr(model, "save_pretrained", fail)
-    with pytest.raises(UserError, match="cannot write"):
-        save(model, tokenizer, path)
+    one_line("cannot write", save, model, tokenizer, path)
     assert os.listdir(tmp_path) == ["m"] and load(path, "cpu")
 
 
@@ -137,8 +133,7 @@ def test_a_checkpoint_keeps_its_own_tokenizer(tmp_path):
     # without it transformers would make one of special tokens alone
     for name in ("tokenizer.json", "tokenizer_config.json"):
         os.remove(tmp_path / "m" / name)
-    with pytest.raises(UserError, match="cannot load the model"):
-        load(str(tmp_path / "m"), "cpu")
+    one_line("cannot load the model", load, str(tmp_path / "m"), "cpu")
 
 
 def test_an_untrained_projector_is_never_run(tmp_path, monkeypatch):
@@ -159,3 +154,50 @@ def test_an_untrained_projector_is_never_run(tmp_path, monkeypatch):
     for name in ("tiny", tag):
         with pytest.raises(UserError, match="--controls asks what latents do, and .* runs none"):
             run(evaluation, "--model", name, "--controls", *words)
+
+
+# ---------------------------------------------------------------- a model from the hub
+SCRIPT = """
+import sys
+from lib import UserError
+from litereason import load
+for name in sys.argv[1:]:
+    try:
+        model, tokenizer = load(name, "cpu")
+        print(name, "loaded", model.config.hidden_size, model.projector_trained)
+    except UserError as e:
+        print(name, "refused", str(e).count(chr(10)), e)
+"""
+
+
+class Hub(http.server.SimpleHTTPRequestHandler):
+    """It has me/tiny, a gate before me/gated, and no me/typo."""
+
+    def translate_path(self, path):
+        name, _, file = path.strip("/").partition("/resolve/main/")
+        return os.path.join(TINY, file.partition("?")[0] or "nothing") if name == "me/tiny" else "nothing"
+
+    def end_headers(self):
+        name = self.path.strip("/").partition("/resolve/")[0]
+        error = {"me/gated": "GatedRepo", "me/typo": "RepoNotFound"}.get(name, "EntryNotFound")
+        self.send_header("X-Error-Code", error)  # of what is not there
+        self.send_header("X-Repo-Commit", "0123456789" * 4)
+        self.send_header("ETag", f'"{hashlib.sha1(self.path.encode()).hexdigest()}"')
+        super().end_headers()
+
+
+def test_what_a_hub_has_is_loaded_and_what_it_has_not_ends_in_one_line(tmp_path):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    env = {k: v for k, v in os.environ.items() if not k.endswith("_OFFLINE") and "proxy" not in k.lower()}
+    env |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path),
+            "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": ROOT}
+    words = [sys.executable, "-c", SCRIPT, "me/tiny", "me/typo", "me/gated"]
+    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=120)
+    server.shutdown()
+    assert done.returncode == 0, done.stderr[-2000:]
+    loaded, *refused = [line for line in done.stdout.splitlines() if line.startswith("me/")]
+    assert loaded == "me/tiny loaded 128 False"
+    for name, says, line in zip(words[-2:], ("is not a valid model identifier", "gated repo"), refused):
+        assert line.startswith(f"{name} refused 0 cannot load {name!r} from the hub: ") and says in line
+        assert "if gated, accept its terms there, then `hf auth login`" in line

@@ -1,10 +1,11 @@
 """The statistics of the tables, against examples worked out by hand, all cases, or a known truth."""
 import itertools
+import math
 
 import numpy as np
 import pytest
 
-from lib.stats import bootstrap, holm, judge, sign_flips, wilson
+from lib.stats import against, bootstrap, holm, judge, sign_flips, wilson
 from lib import display
 from results import stats
 
@@ -33,6 +34,18 @@ def test_what_differs_has_a_small_p_after_holms_correction_and_an_interval_that_
     assert [row["tokens_holm"] for row in rows] == pytest.approx([0.06, 0.9])
     assert [row["accuracy_differs"] for row in rows] == [True, False]
     assert [display.what_differs(row) for row in rows] == ["accuracy, not tokens", "nothing"]
+
+
+def test_the_paired_tests_agree_with_the_textbook_and_with_examples_by_hand():
+    d = [1.0] * 30 + [0.0] * 60 + [-1.0] * 10
+    half = 1.96 * math.sqrt(sum((x - 0.2) ** 2 for x in d)) / len(d)
+    low, high = bootstrap(d)
+    assert abs(low - (0.2 - half)) < 0.02 and abs(high - (0.2 + half)) < 0.02
+    assert bootstrap(d) == [low, high] and bootstrap([0.5] * 7) == [0.5, 0.5]  # it is seeded
+    got = against({"per_example": {"score": [1, 0, 1], "tokens": [9, 9, 9]}},
+                  {"per_example": {"score": [0, 0, 0], "tokens": [10, 11, 12]}})
+    assert [got[key] for key in ("accuracy", "accuracy_p")] == [2 / 3, 0.5]
+    assert (got["tokens"], got["tokens_p"]) == (-2, 0.25)  # 2 of the 8 ways to set 3 signs
 
 
 def trial(generator, n_seeds, n_stories, spread):

@@ -1,26 +1,173 @@
-"""What people are shown is right: FLOPs are those that torch counts, pictures show the numbers they are
-given, and the page of answers shows every latent and lets no story's HTML through."""
+"""The controls of eval.py do what their lines say and nothing else, and what people are shown is right: FLOPs
+are those that torch counts, pictures show the numbers they are given, and the page of answers shows every
+latent and lets no story's HTML through."""
 import html
+import itertools
 import json
 import re
 import types
 
 import pytest
-from conftest import LATENTS, PROMPTS, ROOT, TAGS, tag, write
+import torch
+from conftest import LATENTS, LIMIT, PROMPTS, ROOT, TAGS, TEXTS, close, project, same, tag, write
+from test_hostile import table_of
 from test_real_tasks import one_line, run
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import eval as evaluation
-from eval import evaluate, flops, generate as generate_of_eval
+import litereason
+from eval import evaluate, flops, latent_of, run_controls
 from lib import kv_cache
-from lib.display import read_out, readable, table
+from lib.display import listed, read_out, readable, table
 from lib.page import answer, number, section, whole
-
+from lib.stats import holm
+from litereason import LATENT, generate, insert_latents, load, logprobs, save
 from results import plots
 
 TASK = types.SimpleNamespace(prompt=lambda e, latent: e, reward=lambda e, text: float(len(text) % 2))
 GOLD = types.SimpleNamespace(answer=lambda e: "\\boxed{ gold & co }", reward=lambda e, text: float(e))
+OTHERS = [torch.randn(n, 32, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+          for n in (2, 7, 1, 4)]
+
+
+def decoded(model, tok, name="projector", seed=0, **settings):
+    """The rows of TEXTS with the latent step of that name."""
+    latent = latent_of(name, model, OTHERS, seed)
+    return write(model, tok, PROMPTS, TEXTS, LIMIT, samples=2, latent=latent, **settings)
+
+
+# ---------------------------------------------------------------- what a latent step feeds
+@pytest.mark.parametrize("name", ["zeros", "noise", "mean", "shuffled", "warm"])
+def test_a_control_changes_what_a_latent_is_and_nothing_of_where_it_stands_in_any_batch(
+        model, tok, rollouts, name):
+    rows = decoded(model, tok, name)
+    for a, b in zip(rows, decoded(model, tok, name, gen_batch_size=3), strict=True):
+        same(a, b)
+    for r, plain, row, mask in zip(rows, rollouts, *logprobs(model, rows)):
+        assert r.slots == plain.slots and r.text == plain.text  # the texts are scripted
+        close(row[mask], r.logprobs[r.logprobs != 0])  # decoding as usual: scored, it has the same log-probs
+        assert not r.n_latents or (r.latents - plain.latents).abs().max() > 1e-3
+
+
+def test_noise_has_the_projectors_length_and_a_direction_of_its_own_and_warm_is_the_last_mlp_again(
+        model, tok):
+    h = z = torch.randn(200, 32, dtype=torch.float64)
+    u, k = torch.rand(200, dtype=torch.float64), torch.arange(200) % 5
+    noise, made = latent_of("noise", model, seed=1)(h, u, k), project(model, h)
+    close(noise.norm(dim=-1), made.norm(dim=-1))
+    cosines = torch.nn.functional.cosine_similarity(noise, made, dim=-1)
+    assert abs(cosines.mean()) < 0.05 and cosines.abs().max() < 0.8  # of 32 dimensions: 0.18 is typical
+    block = torch.nn.functional.normalize(decoded(model, tok, "noise")[2].latents, dim=-1)
+    assert (block @ block.T - torch.eye(10)).max() < 0.9  # ten latents of one row
+    for _ in range(3):
+        z = model.model.layers[-1].mlp(z)
+    close(latent_of("warm", model)(h), z)
+
+
+def test_mean_is_the_mean_of_all_latents_and_shuffled_those_of_one_story_in_their_order(model, tok):
+    for r in decoded(model, tok, "mean"):
+        close(r.latents, torch.cat(OTHERS).mean(0).expand_as(r.latents))
+    found = set()
+    for seed in range(4):
+        for r in decoded(model, tok, "shuffled", seed=seed):
+            if r.n_latents:
+                story, = [i for i, z in enumerate(OTHERS) if torch.equal(z[0], r.latents[0])]
+                close(r.latents, OTHERS[story].repeat(10, 1)[: r.n_latents])
+                found.add(story)
+    assert found == {0, 1, 2, 3}
+    for name in ("mean", "shuffled"):
+        one_line("ran none", latent_of, name, model)
+
+
+@pytest.mark.parametrize("k", [0, 1, 8])
+def test_every_tag_runs_k_latents_whatever_it_says_the_cap_or_the_text(model, tok, k):
+    for r, text in zip(decoded(model, tok, tag=k), TEXTS):
+        filler = [] if text.endswith("<eos>") else tok.encode("x") * LIMIT
+        plain = insert_latents(model, tok, tok.encode(text) + filler)
+        slots = []
+        for is_latent, block in itertools.groupby(plain, LATENT.__eq__):
+            slots += [LATENT] * k if is_latent else list(block)
+        assert r.slots == slots[:LIMIT] and len(r.latents) == r.slots.count(LATENT)
+    # k as the tags say it: the plain run
+    same(*(write(model, tok, ["abc"], [f"a{tag(3)}b{tag(3)}c<eos>"], tag=k)[0] for k in (None, 3)))
+
+
+@pytest.mark.parametrize("text, without", [
+    (f"ab{tag(3)}c", ["implicit_"]), (f"a<{tag(2)}", ["implicit_"]),
+    ("a <b> < i </p> <i>implicit_thought 3>", []), (f".{tag(1)}><imp", ["implicit_", "m"])])
+def test_forbidden_lets_no_tag_begin_and_leaves_all_other_text_alone(model, tok, monkeypatch, text, without):
+    banned, script, x = [], iter(tok.encode(text)), tok.encode("x")[0]
+
+    def sample(logits, *_):
+        """Writes the text, but x where a token is not allowed."""
+        token = next(script, x)
+        if logits[0, token] == -torch.inf:
+            banned.append(tok.decode([token]))
+            token = x
+        return torch.tensor([token]), logits.log_softmax(-1)[:, token]
+
+    monkeypatch.setattr(litereason, "sample", sample)
+    r, = generate(model, tok, ["abc"], max_new_tokens=LIMIT, tag="forbidden")
+    assert r.n_latents == 0 and banned == without and "<im" not in r.text
+    assert without or r.text.startswith(text)
+
+
+def test_a_vocabulary_of_whole_words_and_the_real_one_are_covered(real_tok):
+    tiny = litereason.load("tiny", "cpu")[1]
+    watch = table_of(tiny)
+    starts = watch.starts[watch.classes, 0].nonzero()[:, 0]
+    assert [tiny.decode([i]) for i in starts] == ["<implicit_thought>"]
+    watch = table_of(real_tok)
+    after, _ = watch.step(torch.tensor([0]), torch.tensor(real_tok.encode("<")))
+    # No token of Qwen2 begins with "<im" and continues like the tag.
+    assert not watch.starts[watch.classes, 0].any()
+    starts = {real_tok.decode([i]) for i in watch.starts[watch.classes, after].nonzero()[:, 0]}
+    assert starts == {"im", "imp", "impl", "implicit"}
+
+
+# ---------------------------------------------------------------- all controls
+def test_all_controls_run_on_the_same_examples_and_without_tags_only_the_forced_answer_differs(model, tok):
+    task = types.SimpleNamespace(**vars(TASK), ANSWER="answer")
+    rows = run_controls(model, tok, task, PROMPTS, PROMPTS[:2], max_new_tokens=12)
+    without = ("latents: mean", "latents: shuffled")  # nothing to take them from
+    assert [name for name, _ in rows] == [n for n, _ in evaluation.CONTROLS if n not in without]
+    for name, r in rows:
+        d, scores, tokens = r["against_plain"], r["per_example"]["score"], r["per_example"]["tokens"]
+        assert len(scores) == len(tokens) == r["n_examples"] == 4
+        assert sum(scores) / 4 == r["accuracy"] and sum(tokens) / 4 == r["tokens"]
+        if name != "answer forced at once":
+            assert d["accuracy"] == 0 and d["accuracy_p"] == 1 and d["tokens_ci95"] == [0, 0]
+            assert name == "plain" or not (d["accuracy_differs"] or d["tokens_differs"])
+    tests, corrected = ([row["against_plain"][f"{what}_{which}"] for _, row in rows[1:]
+                         for what in ("accuracy", "tokens")] for which in ("p", "holm"))
+    assert corrected == holm(tests)
+    said = table(rows)
+    lines = said.split("\n\n")[0].splitlines()
+    assert len(lines) == 2 + len(rows) and {line.count("|") for line in lines} == {16}
+    assert f"corrected for all {len(tests)} tests" in said and "| nothing |" in said
+    assert table(rows, "reward") == said.replace("accuracy", "reward")
+
+
+def test_the_nearest_words_of_an_embedding_are_that_word_first_and_what_the_head_says_of_it(model, tok):
+    z = model.get_input_embeddings().weight[tok.encode("q")].detach()
+    (words, length, said), = read_out(model, tok, z)
+    assert listed(words).startswith("'q' 1.00, ") and 0.3 < length < 3 and len(said) == 3
+    best = model.lm_head(model.model.norm(z)).softmax(-1).max(-1)
+    assert said[0][0] == tok.decode(best.indices) and said[0][1] == pytest.approx(best.values.item(), 1e-4)
+
+
+def test_the_command_runs_them_all_and_writes_them_down(tmp_path, capsys):
+    model, tokenizer = load("tiny", "cpu")
+    model.projector_trained = True
+    save(model, tokenizer, str(tmp_path / "m"))
+    run(evaluation, "--controls", "--model", tmp_path / "m", "--n", 2, "--max-new-tokens", 24,
+        "--json", tmp_path / "c")
+    printed, by = capsys.readouterr().out, {row["control"]: row for row in json.load(open(tmp_path / "c"))}
+    assert list(by) == [name for name, _ in evaluation.CONTROLS] and all(name in printed for name in by)
+    assert by["plain"]["latent_steps"] > 0 == by["latents: none"]["latent_steps"]
+    assert by["tag forbidden"]["latent_steps"] == by["tag forbidden"]["tags"] == 0
+    assert by["plain"]["against_plain"]["accuracy_p"] == 1 and by["answer forced at once"]["tokens"] < 10
 
 
 # ---------------------------------------------------------------- what an answer costs
@@ -71,7 +218,7 @@ def test_costs_stand_in_the_result_before_the_tasks_own_figures_and_the_table_sh
 def test_the_papers_sampling_is_the_default_and_two_stand_in_one_table_under_two_names(
         tmp_path, monkeypatch, capsys, words, numbers, named):
     seen = []
-    monkeypatch.setattr(evaluation, "generate", lambda *a, **k: seen.append(k) or generate_of_eval(*a, **k))
+    monkeypatch.setattr(evaluation, "generate", lambda *a, **k: seen.append(k) or generate(*a, **k))
     run(evaluation, "--n", 2, "--max-new-tokens", 5, "--json", tmp_path / "r.json", *words)
     assert [[k[name] for name in ("temperature", "top_p", "top_k")] for k in seen] == numbers
     rows = json.load(open(tmp_path / "r.json"))

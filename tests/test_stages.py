@@ -1,19 +1,83 @@
-"""What stage 2 begins with: latents as long as embeddings, and a base that writes tags."""
+"""What stage 1 keeps, and what stage 2 begins with: latents as long as embeddings, and a base that writes
+tags."""
 import json
 import math
+import types
 
 import pytest
 import torch
 from conftest import close, random_qwen2, tag
-from test_resume import run, same_weights, stopped
+from test_real_tasks import one_line, run
+from test_resume import same_weights, stopped
 
+import data
 import litereason
-from lib import checkpoint, run as runs
 import train_projector
+from lib import checkpoint, run as runs
 from litereason import (LATENT, NormedProjector, Rollout, attach, embedding_size, insert_latents,
                         load, save, start_projector, without_latents, z_size)
 from results import starts
 from train_projector import fit_projector, imitate
+
+
+# ---------------------------------------------------------------- what stage 1 keeps
+ANSWERS = [("He left. box right", True), ("He left. box right", False), ("cut", False), ("No", True),
+           ("Yes", True), ("It is. \\boxed{no}", True), ("box no, because", False)]
+
+
+@pytest.fixture
+def collect(monkeypatch, tmp_path):
+    """collect() -> what stage 1 samples for three examples, each with ANSWERS in a line of the file.
+    collect.sampled: how often there was something to sample; collect.weights: of the model."""
+    made = [Rollout([1], [2], torch.zeros(0, 4), text=text, finished=whole) for text, whole in ANSWERS]
+    monkeypatch.setattr(train_projector, "AT_ONCE", 1)
+    monkeypatch.setattr(data, "score", lambda task, examples, texts: ["right" in text for text in texts])
+    config = types.SimpleNamespace(_name_or_path="m")
+    model = types.SimpleNamespace(config=config, named_parameters=lambda: [("w", collect.weights)])
+
+    def generate(*_, **__):
+        collect.sampled += 1
+        return made
+
+    def collect(question="q"):
+        task = types.SimpleNamespace(__name__="task", prompt=lambda example, latent: question + example)
+        return train_projector.collect_traces(model, None, task, list("012"), str(collect.path), len(ANSWERS),
+                                              5, 0)
+
+    collect.sampled, collect.path, collect.weights = 0, tmp_path / "traces.jsonl", torch.zeros(3)
+    monkeypatch.setattr(train_projector, "generate", generate)
+    return collect
+
+
+def test_rewarded_whole_samples_are_kept_and_it_is_said_why_others_are_not(collect, capsys):
+    traces = [sample for sample in collect() if "left out" not in sample]
+    assert [(trace["example"], trace["prompt"], trace["text"]) for trace in traces] == [
+        (i, f"q{i}", "He left. box right") for i in range(3)]
+    assert (f"kept 3 of 21 traces (reward > 0), in {collect.path}; 9 were cut by --max-new-tokens, "
+            "6 without an answer, 3 wrong") in capsys.readouterr().out
+    assert train_projector.kept(train_projector.lines_of(collect.path)[1:]) == traces
+
+
+def test_traces_of_other_prompts_or_other_weights_are_not_taken_for_ones_own(collect):
+    for question, weights, sampled in (("q", 0, 3), ("q", 0, 3), ("another q", 0, 6), ("another q", 1, 9)):
+        collect.weights = torch.full((3,), float(weights))
+        collect(question)
+        assert collect.sampled == sampled
+
+
+@pytest.mark.parametrize("texts", [[], ["It is so. \\boxed{Yes}"], ["\\boxed{Yes}", "\\boxed{No}"]])
+def test_too_few_traces_are_said_in_one_line_with_what_helps(model, tok, monkeypatch, capsys, texts):
+    samples = [{"example": i, "prompt": "q", "text": text} for i, text in enumerate(texts)]
+    monkeypatch.setattr(train_projector, "collect_traces", lambda *_: samples)
+    task = types.SimpleNamespace(examples=lambda split: [])
+    settings = train_projector.settings_of(model, targets="none")
+    one_line("too few traces: .*; .* higher --max-new-tokens", train_projector.run_stage_1,
+             model, tok, task, "", settings)
+    # --smoke takes what was left out, too
+    samples[:] = [{"example": i, "prompt": "q", "text": "It is.", "left out": "cut"} for i in (0, 1)]
+    train, held, _ = train_projector.run_stage_1(model, tok, task, "", settings, smoke=True)
+    assert train and held and all(r.n_latents for r in train + held)
+    assert "warning: too few traces were kept; --smoke goes on with all samples" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- the normed start
