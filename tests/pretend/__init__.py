@@ -50,6 +50,7 @@ def compiled_guard():
     source = os.path.join(HERE, "guard.cpp")
     library = os.path.join(HERE, "__pycache__", f"guard-{importlib.metadata.version('torch')}.so")
     if not os.path.exists(library) or os.path.getmtime(library) < os.path.getmtime(source):
+        os.makedirs(os.path.dirname(library), exist_ok=True)  # Python may have been told to write no bytecode
         new = f"{library}.{os.getpid()}"
         command = ["g++", "-std=c++20", "-shared", "-fPIC", "-I", f"{torch_at}/include", source, "-o", new,
                    "-L", f"{torch_at}/lib", "-lc10", "-ltorch_cpu"]
