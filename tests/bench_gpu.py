@@ -53,7 +53,8 @@ def decode(device, steps=64):
         return min(clock(run, device) for _ in range(repeats))
 
     def seconds_of_a_step():
-        first, last = (seconds(lambda: generate(model, tok, prompts, G, n, latent="none"), 3) for n in (1, steps + 1))
+        first, last = (seconds(lambda: generate(model, tok, prompts, G, n, latent="none"), 3)
+                       for n in (1, steps + 1))
         return (last - first) / steps
 
     step = seconds_of_a_step()
