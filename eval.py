@@ -340,7 +340,7 @@ def check_flags(args):
     for name in args.model:
         if name.partition(":")[2] not in ("", "plain"):
             raise UserError(f"--model {name}: behind a colon may stand plain, for the prompt without tags")
-        if run.settings_of_model(name.partition(":")[0]).get("script") == "results/baselines.py":
+        if run.run_settings(name.partition(":")[0]).get("script") == "results/baselines.py":
             raise UserError(f"{name} is a run of results/baselines.py: read the table in its results.json")
     if args.html and not args.show:
         raise UserError("--html needs --show N: that many answers go onto the page")
@@ -349,7 +349,7 @@ def check_flags(args):
 def take_settings_of_runs(args):
     """What the command line leaves open is taken from the config.json of the runs among the models: the task,
     its reward and its scorer. UserError if they differ: one table has one task."""
-    runs = {path: run.settings_of_model(path) for path in (name.partition(":")[0] for name in args.model)}
+    runs = {path: run.run_settings(path) for path in (name.partition(":")[0] for name in args.model)}
     for flag in ("task", "reward", "scorer"):
         found = {made.get(flag): path for path, made in runs.items()  # another task's reward is another
                  if made.get("script") in ("train_rl.py", "train_projector.py")
@@ -389,7 +389,7 @@ def what_was_asked(args, n, samplings):
 def settings_of(args, name, model):
     """What all evaluations of a model share, as arguments of evaluate."""
     path, _, suffix = name.partition(":")
-    made = run.settings_of_model(path)
+    made = run.run_settings(path)
     slots = run.SLOTS[not checkpoint.is_small(model)]
     return {"latent_prompt": suffix != "plain" and made.get("method") != "grpo", "seed": args.seed,
             "progress": name, "gen_batch_size": args.gen_batch_size,
@@ -399,12 +399,12 @@ def settings_of(args, name, model):
 def runs_latents(name, model):
     """Whether a model's tags run latents. Not if its projector was never trained, and not in a run of another
     method: there tags have always been text (its checkpoint carries a projector all the same)."""
-    method = run.settings_of_model(name.partition(":")[0]).get("method", "litereason")
+    method = run.run_settings(name.partition(":")[0]).get("method", "litereason")
     return model.projector_trained and method == "litereason"
 
 
 def heading(args, title, name, sampling, settings):
-    """What a row of results belongs to. Its name in tables says the sampling where there are two."""
+    """What a row of results belongs to. Its name in tables says the sampling where there are several."""
     named = f"{title} ({sampling})" if len(args.sampling) > 1 else title
     return {"name": named, "model": name, "task": args.task, "split": args.split, "sampling": sampling,
             "prompt": "tag" if settings["latent_prompt"] else "plain"}

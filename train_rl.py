@@ -44,7 +44,7 @@ SETTINGS = {
     "how much [small model | any other, as released]": {
         "steps": (BySize(24, 2880), 0, "optimiser steps"),
         "prompts": (BySize(16, 48), 1, "prompts per rollout batch"),
-        "num_generations": (16, 2, "rollouts per prompt"),
+        "num_generations": (BySize(16, 16), 2, "rollouts per prompt"),
         "minibatches": (BySize(1, 16), 1, "optimiser steps per rollout batch"),
         "max_new_tokens": (run.SLOTS, 1, "slots per rollout, latents included"),
         "train_prompts": (None, 1, "train prompts of RL; one pass over them is an epoch [all]"),
@@ -62,7 +62,7 @@ SETTINGS = {
         "projector": SHARED["projector"],
         "trace_prompts": (None, 1, "train prompts of stage 1 [as in train_projector.py]"),
         "projector_steps": (None, 0, "optimiser steps of stage 2 [as in train_projector.py]"),
-        "refresh_every": (0, -1, "rollout batches between refreshes; 0: epochs' ends; -1: never")},
+        "refresh_every": (BySize(0, 0), -1, "rollout batches between refreshes; 0: epochs' ends; -1: never")},
     MEMORY: {  # None: as lib/memory.py plans it
         "gen_batch_size": (BySize(512, None), 1, "rollouts decoded at once, whole groups"),
         "micro_batch_tokens": (BySize(12_000, None), 1, "positions per forward pass of the update"),
@@ -491,7 +491,7 @@ def main():
 def settle(args, model, n_examples):
     """Gives each setting that no flag gave its value."""
     # A run of stages 1 and 2 has decided what a latent holds.
-    made = run.settings_of_model(args.out if args.resume else args.model)
+    made = run.run_settings(args.out if args.resume else args.model)
     of_latents = settings_of(model, targets=args.targets or made.get("targets"), noise=made.get("noise"))
     args.targets, args.noise = of_latents.targets, of_latents.noise
     if args.method != "litereason" or args.targets == "none":
@@ -518,14 +518,14 @@ def settle_memory(args, model, task, longest):
 
 def copy_traces(args):
     """Those of the run that --model is, into --out: so a run can be continued without that one."""
-    theirs = os.path.join(args.model, "traces.jsonl")
+    theirs = os.path.join(run.directory_of_run(args.model), "traces.jsonl")
     if not os.path.exists(theirs):
         raise UserError(f"there is no {theirs}, from which --targets words learns in RL: say --targets none")
     shutil.copyfile(theirs, os.path.join(args.out, "traces.jsonl"))
 
 
 def say_what_runs(args, model, prompts, plan):
-    """What is trained, on how much. plan: of memory."""
+    """What is trained, on how much, and what differs from the released settings. plan: of memory."""
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     weights = "bf16 weights, fp32 masters on the host" if args.offload else "fp32 weights"
     print(f"{args.method} on {args.task}: {args.model}, {millions:.1f} M parameters, {model.device}, "

@@ -4,7 +4,7 @@ A task is a module with three functions; `--task NAME` is data/NAME/__init__.py 
 data/tiny/next_chapter.py).
 
     examples(split)                  the examples of "train", "val" or "test": a list of dicts, the same at
-                                     every call; ValueError for another split
+                                     every call
     prompt(example, latent)          what the policy reads, as text without a chat template; with `latent`
                                      it offers the tag
     reward(example, completion)      what a completion (text) earns, a number; above 0 it is good enough to
@@ -174,10 +174,7 @@ def folder(task):  # where its prepared files are
 
 
 def read_split(task, split):
-    """The examples of a prepared split, dicts. ValueError: there is no such split. UserError: it is not
-    prepared yet, or damaged."""
-    if split not in SPLITS:
-        raise ValueError(f"the {task} task has the splits {', '.join(SPLITS)}, not {split!r}")
+    """The examples of a prepared split, dicts. UserError: it is not prepared yet, or damaged."""
     path = os.path.join(folder(task), f"{split}.jsonl")
     if not os.path.exists(path):
         raise UserError(f"{path} is not there yet; make it with: python data/{task}/prepare.py (see --help)")

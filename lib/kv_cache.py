@@ -104,7 +104,7 @@ class PromptCache:
         self.pad = pad_mask(lengths, device)
 
     def update(self, keys, values, layer, *_, **__):
-        """New keys (after rotary, which leaves them in fp32) and values, (rows, K, S, d) each."""
+        """New keys (after rotary, which leaves them in fp32) and values, packed, (1, K, T, d) each."""
         keys, values = self.packing.heads(keys.to(values.dtype)), self.packing.heads(values)
         # Contiguous, as matrix products need them: otherwise every later step would copy the prompt.
         self.layers[layer] = (keys.contiguous(), values.contiguous())

@@ -246,8 +246,8 @@ def parse_resumable(parser, script, free=("device",)):
             if path not in (None, "tiny") and os.path.exists(path):
                 setattr(args, name, os.path.abspath(path))  # --resume may be said from elsewhere
         return args
-    out = os.path.normpath(args.resume)
-    made = run_settings(out) | {"out": out, "resume": out, "overwrite": False}
+    out = directory_of_run(args.resume)
+    made = settings_in(out) | {"out": out, "resume": out, "overwrite": False}
     if made.get("script") != script or vars(args).keys() - made.keys():
         raise UserError(f"nothing to resume in {out!r}: it has no config.json of this version's {script}")
     settings = {name: made[name] for name in vars(args)}
@@ -277,7 +277,7 @@ def take_directory(out, model, resumes=False, overwrite=False):
         raise UserError(f"another process is writing to {out}; wait for it, or choose another --out") from e
     if resumes:
         return file
-    made, top = run_settings(out), os.path.abspath(out)
+    made, top = settings_in(out), os.path.abspath(out)
     is_foreign = "script" not in made and os.path.exists(os.path.join(out, "config.json"))
     if is_foreign or os.path.commonpath([top, os.path.abspath(model)]) == top:
         raise UserError(f"--out {out} holds --model {model}, or what no run wrote: choose another --out")
@@ -291,7 +291,7 @@ def take_directory(out, model, resumes=False, overwrite=False):
 def begin(out, script, settings):
     """Writes config.json, which --resume and the other scripts read. settings: vars(args). A new run deletes
     what an earlier one has WRITTEN."""
-    made = run_settings(out)
+    made = settings_in(out)
     if settings.get("resume") and made["examples"] != settings["examples"]:
         raise UserError(f"the examples of {settings['task']} are not those that the run in {out} began with: "
                         "set LITEREASON_DATA as then, prepare those again, or choose another --out")
@@ -310,16 +310,20 @@ def digest(examples):
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
 
 
+def directory_of_run(path):
+    """Of a run directory, or of the model/ in it."""
+    parent, name = os.path.split(os.path.normpath(path))
+    return parent if name == "model" and "script" in settings_in(parent) else os.path.normpath(path)
+
+
+def settings_in(directory):
+    """What its config.json says; {} without one."""
+    return read_json(os.path.join(directory, "config.json"), {})
+
+
 def run_settings(path):
-    """What a run directory was made with; {} if it is none."""
-    return read_json(os.path.join(path, "config.json"), {})
-
-
-def settings_of_model(path):
-    """What made a model: the settings of its run, also if the path is the model/ in that run's directory."""
-    made, above = run_settings(path), run_settings(os.path.join(path, os.pardir))
-    is_part = os.path.basename(os.path.normpath(path)) == "model" and "script" in above
-    return above if is_part and "script" not in made else made
+    """What a run directory, or the model/ in it, was made with; {} if it is none."""
+    return settings_in(directory_of_run(path))
 
 
 def base_of(name):
