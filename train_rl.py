@@ -6,7 +6,7 @@ epoch's own rewarded rollouts. Ours, with targets: `add_anchor` in the update, a
 
 Every difference from the released code: results/differences.md.
 
-    python train_rl.py                               # the tiny model, all stages, a table: 3 minutes, 2 cores
+    python train_rl.py                               # the tiny model, all stages, a table: 4 minutes
     python train_rl.py --resume out/tiny-litereason  # continue a stopped run: on a CPU bit for bit
     python train_rl.py --model Qwen2.5-1.5B          # plot holes; first data/flawed_fictions/prepare.py
 """
