@@ -253,6 +253,7 @@ def parse_resumable(parser, script, free=("device",)):
     settings = {name: made[name] for name in vars(args)}
     # What is in the namespace already takes no default.
     args = parser.parse_args(namespace=argparse.Namespace(**settings))
+    args.resume = out  # the model/ in it may have been named
     changed = [name for name in settings if getattr(args, name) != settings[name] and name not in free]
     if changed:
         raise UserError(f"{flag(changed[0])}: a resumed run keeps the settings of {out}/config.json, save "

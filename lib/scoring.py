@@ -138,7 +138,7 @@ def pack(rollouts, budget, unrolled=False):
         real += len(rollout.slots) + (0 if prompt in prompts else len(prompt))
         prompts.add(prompt)
         rows = len(parts[-1]) + 1
-        if parts[-1] and real + rows * pieces * (L + 3 * S) // COPIED > budget:
+        if parts[-1] and real + rows * pieces * (L + 2 * S) // COPIED > budget:
             parts.append([])
             prompts, real = {prompt}, len(prompt) + len(rollout.slots)
             L, S, pieces = own

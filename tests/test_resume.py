@@ -115,7 +115,7 @@ def test_a_run_stopped_within_a_batch_and_in_the_last_step_continues_bit_for_bit
     said = stopped(train_rl, "learning_rate", 1, signal.SIGTERM, train_rl, "--resume", half)
     assert said.startswith("go on with") and runs.saved_states(half) == [3, 4]
     assert not (half / "results.json").exists() and "state-3.pt" in capsys.readouterr().out
-    run(train_rl, "--resume", half)
+    run(train_rl, "--resume", half / "model")  # the run that it is in
     assert same(whole, half)
 
 
