@@ -58,20 +58,23 @@ def forward(model, x, positions, cache):
     return packing.unpack(out.last_hidden_state) if packing else out.last_hidden_state
 
 
+def is_real(lengths):
+    """(B, S), on the host, so that no device is waited for: where rows of these lengths have no padding."""
+    return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+
+
 class Packing:
     """Only real positions, (1, T, ..), go through the layers; attention alone sees padded rows, (B, S, ..).
     Where lengths differ as much as those of rollouts do, padding would be most of the work."""
 
     def __init__(self, lengths, device, order=None):
-        """lengths: real positions of each row, a list: known on the host, so no device is waited for. order:
-        of the rows in (1, T, ..), by default as they stand."""
-        B, S = self.shape = torch.Size((len(lengths), max(lengths)))
-        is_real = torch.arange(S) < torch.tensor(lengths)[:, None]  # (B, S)
-        rows = torch.arange(B) if order is None else torch.tensor(order)
-        place = torch.arange(B * S).view(B, S)[rows][is_real[rows]]
-        self.valid = is_real.to(device)
+        """lengths: of the rows, a list. order: of the rows in (1, T, ..), by default as they stand."""
+        self.is_real = is_real(lengths)
+        self.shape = self.is_real.shape  # (B, S)
+        rows = torch.arange(len(lengths)) if order is None else torch.tensor(order)
+        place = torch.arange(self.shape.numel()).view(self.shape)[rows][self.is_real[rows]]
         # (T,) where they stand in the padded grid; None: nothing is padded.
-        self.place = None if order is None and len(place) == B * S else place.to(device)
+        self.place = None if order is None and self.is_real.all() else place.to(device)
 
     def pack(self, t):
         """(B, S, ..) -> (1, T, ..)"""
@@ -188,7 +191,7 @@ class Groups:
 
     def __init__(self, owners, n_prompts, device):
         """owners: which prompt each row belongs to, a list."""
-        self.sizes = [owners.count(prompt) for prompt in range(n_prompts)]  # rows per prompt
+        self.sizes = torch.tensor(owners).bincount(minlength=n_prompts).tolist()  # rows per prompt
         self.size = max(self.sizes)  # G
         self.place = None  # (B,) where in the padded grid a row stands; None: nothing is padded
         if min(self.sizes) < self.size:
@@ -215,9 +218,7 @@ class Groups:
 
 def pad_mask(lengths, device):
     """True where a prompt has ended, (P, 1, 1, L); None if all, lengths a list, are equally long."""
-    if min(lengths) == max(lengths):
-        return None
-    return (torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None])[:, None, None].to(device)
+    return None if min(lengths) == max(lengths) else ~is_real(lengths)[:, None, None].to(device)
 
 
 def unseen(cache, window, L):
@@ -303,7 +304,7 @@ class ScoringCache:
         """Before a forward pass of new slots, so many of each row."""
         self.packing = Packing(counts, self.valid.device)
         B, S = self.packing.shape
-        self.valid = torch.cat([self.valid, self.packing.valid], 1)  # (B, n)
+        self.valid = torch.cat([self.valid, self.packing.is_real.to(self.valid.device)], 1)  # (B, n)
         self.bias = {}
         hidden = (~self.valid[:, None]).repeat(1, S, 1)  # (B, S, n)
         hidden[:, :, -S:] |= torch.ones(S, S, dtype=torch.bool, device=hidden.device).triu(1)  # later slots

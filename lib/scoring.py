@@ -11,6 +11,7 @@ import dataclasses
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from lib import kv_cache
@@ -42,10 +43,8 @@ class Batch:
 
 def slot_table(rollouts, device, padding):
     """The slots of rollouts, padded on the right -> slots (B, S), valid (B, S)."""
-    S = max(len(r.slots) for r in rollouts)
-    slots = [r.slots + [padding] * (S - len(r.slots)) for r in rollouts]
-    lengths = torch.tensor([[len(r.slots)] for r in rollouts], device=device)  # (B, 1)
-    return torch.tensor(slots, device=device), torch.arange(S, device=device) < lengths
+    slots = pad_sequence([torch.tensor(r.slots) for r in rollouts], batch_first=True, padding_value=padding)
+    return slots.to(device), kv_cache.is_real([len(r.slots) for r in rollouts]).to(device)
 
 
 @dataclasses.dataclass
