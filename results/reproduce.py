@@ -482,12 +482,14 @@ def tables_of(table, records, seeds):
     return {mark: text for mark, text in texts.items() if text}, found
 
 
-def into_pages(name, text):
-    """Puts text between the marks <!-- NAME --> and <!-- /NAME --> wherever they stand."""
-    block = re.compile(rf"(?s)(<!-- {re.escape(name)} -->\n).*?(<!-- /{re.escape(name)} -->)")
+def into_pages(texts):
+    """Puts each text between its marks <!-- NAME --> and <!-- /NAME --> wherever they stand."""
     for path in (os.path.join(ROOT, "README.md"), *glob.glob(os.path.join(HERE, "*.md"))):
         page = pathlib.Path(path).read_text(encoding="utf-8")
-        run.write_text(path, block.sub(lambda marks: f"{marks[1]}{text}\n{marks[2]}", page))
+        for name, text in texts.items():
+            block = rf"(?s)(<!-- {re.escape(name)} -->\n).*?(<!-- /{re.escape(name)} -->)"
+            page = re.sub(block, lambda marks: f"{marks[1]}{text}\n{marks[2]}", page)
+        run.write_text(path, page)
 
 
 def write_tables(table, seeds):
@@ -497,9 +499,8 @@ def write_tables(table, seeds):
     if not found:
         return
     keep(table, records)
-    for name, text in texts.items():
-        into_pages(name, text)
-        print(f"{text}\n")
+    into_pages(texts)
+    print(*texts.values(), sep="\n\n", end="\n\n")
     names = [name for name in HEADLINE if name in found] if table.startswith("tiny") else found
     drawn = {name: [found[name]["paper"]] for name in names}
     draw(plots.curve, drawn, f"curve-{table}", TABLES[table].score)
@@ -533,7 +534,7 @@ def main():
     for name in names:
         write_tables(name, seeds[name])
     if rows := run.read_json(os.path.join(HERE, "starts-real.json")):
-        into_pages("starts-real", starts.table(rows))
+        into_pages({"starts-real": starts.table(rows)})
         draw(plots.chains, rows, "starts-real")
 
 
