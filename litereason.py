@@ -373,7 +373,6 @@ def attach(model, weights=None, tokenizer=None):
                                                             pad_token_id=config.pad_token_id)
     model.bf16 = model.device.type == "cuda" and model.dtype == torch.float32  # see kv_cache.autocast
     model.graphs = False  # see decoder.Decoder
-    decoder.use_few_rows(model)
     kv_cache.mask_no_words(model, checkpoint.no_words(model, tokenizer) if tokenizer else [])
     model.set_attn_implementation("litereason")  # for our caches; all else goes through sdpa
     return model.eval()  # no dropout anywhere: sampling and scoring must see the same network
@@ -582,14 +581,13 @@ def states(model, rollouts):
     Latents are constants: gradients reach the base, also through its attention over the latents, never the
     projector."""
     batch = scoring.Batch(rollouts, model.device, padding=LATENT)
-    # Each prompt is read once, with its graph: the gradients of its rows meet there.
-    prompts, h_prompt, x = kv_cache.prefill(model, batch.prompts, batch.slots.clamp(min=0))
-    cache = kv_cache.WholeCache(prompts, batch.owners, [len(r.slots) for r in batch.rows])
+    x_prompts, x = kv_cache.embed(model, batch.prompts, batch.slots)  # (P, L, D), (B, S, D)
     latents = torch.cat([r.latents.detach() for r in batch.rows])  # (all latents, D), row by row
     is_latent = (batch.slots == LATENT) & batch.valid
-    x = x.masked_scatter(is_latent[..., None], latents.to(model.device, x.dtype))  # (B, S, D)
-    positions = cache.start[:, None] + torch.arange(x.shape[1], device=model.device)
-    h = kv_cache.forward(model, x, positions, cache)
+    x = x.masked_scatter(is_latent[..., None], latents.to(model.device, x.dtype))
+    # Each prompt is read once, with its graph: the gradients of its rows meet there.
+    cache = kv_cache.WholeCache(model, batch)
+    h_prompt, h = kv_cache.forward_whole(model, x_prompts, x, cache)  # (P, D), (B, S, D)
     h = torch.cat([h_prompt[batch.owner, None], h[:, :-1]], 1)  # the output at slot s - 1 predicts slot s
     return h[batch.back], batch.slots[batch.back], batch.valid[batch.back]
 
@@ -616,7 +614,7 @@ def unroll(model, rollouts, latent="projector"):
     costs one position; in the released code it costs a whole prefix."""
     batch = scoring.Batch(rollouts, model.device, padding=LATENT)
     plan, column = scoring.plan_rounds([[slot == LATENT for slot in r.slots] for r in batch.rows])
-    prompts, h_prompt, embedded = kv_cache.prefill(model, batch.prompts, batch.slots.clamp(min=0))
+    prompts, h_prompt, embedded = kv_cache.prefill(model, batch.prompts, batch.slots)
     cache = kv_cache.ScoringCache(prompts, batch.owners)
     rows = torch.arange(len(batch.rows), device=model.device)
     last = h_prompt[batch.owner]  # (B, D): the output at each row's last slot so far

@@ -3,7 +3,6 @@
     once_more_in_halves   what to do when memory runs out
     Decoder               which rows are decoded: ended ones leave, waiting prompts join
     record                a step as a CUDA graph
-    FewRows               a few rows times a large matrix, on a CPU
     TagFSM                the grammar of the tag as a table over token ids
 
 Letters in the shape comments are those of litereason.py.
@@ -209,25 +208,6 @@ def record(step, *inputs):
         return out
 
     return replay
-
-
-# ============================================================ a few rows times a large matrix
-class FewRows(torch.nn.Linear):
-    """On a CPU, W x^T for 2 to 8 rows: torch's library takes up to three times as long for x W^T."""
-
-    def forward(self, x):
-        rows = x.shape[:-1].numel()
-        if not 1 < rows <= 8:
-            return super().forward(x)
-        y = (self.weight @ x.reshape(rows, -1).T).T.contiguous().view(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias
-
-
-def use_few_rows(model):
-    """All matrices that do not stay in the cache, of a model on a CPU."""
-    for module in model.modules():
-        if type(module) is torch.nn.Linear and module.weight.is_cpu and module.weight.numel() >= 2**16:
-            module.__class__ = FewRows
 
 
 # ============================================================ where tags end

@@ -5,7 +5,7 @@
     PromptCache, prefill   each prompt is read once
     attend_shared          the rows of a group attend to one copy of their prompt
     ScoringCache           slots that are given, in pieces, with their gradients
-    WholeCache             the same all at once
+    WholeCache             prompts and slots in one pass
     DecodingCache          one new slot per row and step, written in place
     mask_no_words          ids that no text has are never sampled
 
@@ -48,14 +48,30 @@ def with_autocast(function):
 def forward(model, x, positions, cache):
     """Embeddings x (rows, S, D) at positions (rows, S) -> states after the final norm (rows, S, D), what the
     LM head reads."""
-    # transformers passes a 4-D mask through as it is. Nobody reads it: the cache knows who attends to whom.
-    unread = x.new_empty(1, 1, 1, 1)
     packing = cache.packing  # None while decoding: every row has one new slot
-    if packing:
-        x, positions = packing.pack(x), packing.pack(positions)
-    out = model.model(inputs_embeds=x, position_ids=positions, attention_mask=unread, past_key_values=cache,
-                      use_cache=True)
-    return packing.unpack(out.last_hidden_state) if packing else out.last_hidden_state
+    if packing is None:
+        return _layers(model, x, positions, cache)
+    return packing.unpack(_layers(model, packing.pack(x), packing.pack(positions), cache))
+
+
+def forward_whole(model, x_prompts, x, cache):
+    """Prompts (P, L, D) and the slots of their rows (B, S, D) in one pass -> the prompts' last states (P, D),
+    states of the slots (B, S, D). cache: a WholeCache.
+
+    Two passes would make the gradient of every weight twice and add them up."""
+    prompts, rows = cache.prompts, cache.packing
+    of_prompts = torch.arange(x_prompts.shape[1], device=x.device).expand(len(x_prompts), -1)  # positions
+    of_rows = cache.start[:, None] + torch.arange(x.shape[1], device=x.device)
+    packed = torch.cat([prompts.packing.pack(x_prompts), rows.pack(x)], 1)  # (1, T, D)
+    positions = torch.cat([prompts.packing.pack(of_prompts), rows.pack(of_rows)], 1)  # (1, T)
+    h = _layers(model, packed, positions, cache)
+    return h[0, prompts.lengths.cumsum(0) - 1], rows.unpack(h[:, cache.sizes[0] :])
+
+
+def _layers(model, x, positions, cache):
+    # transformers passes a 4-D mask through as it is. Nobody reads it: the cache knows who attends to whom.
+    return model.model(inputs_embeds=x, position_ids=positions, past_key_values=cache, use_cache=True,
+                       attention_mask=x.new_empty(1, 1, 1, 1)).last_hidden_state
 
 
 def is_real(lengths):
@@ -100,11 +116,12 @@ class Packing:
 class PromptCache:
     """P prompts while they are read: causal attention. Padding stands on the right: no token sees it."""
 
-    def __init__(self, n_layers, lengths, device):
-        self.layers = [()] * n_layers  # (keys, values), (P, K, L, d) each
-        self.lengths = torch.tensor(lengths, device=device)  # (P,) tokens of each prompt
-        self.packing = Packing(lengths, device)
-        self.pad = pad_mask(lengths, device)
+    def __init__(self, model, prompts):
+        lengths = list(map(len, prompts))
+        self.layers = [()] * model.config.num_hidden_layers  # (keys, values), (P, K, L, d) each
+        self.lengths = torch.tensor(lengths, device=model.device)  # (P,) tokens of each prompt
+        self.packing = Packing(lengths, model.device)
+        self.pad = pad_mask(lengths, model.device)
 
     def update(self, keys, values, layer, *_, **__):
         """New keys (after rotary, which leaves them in fp32) and values, packed, (1, K, T, d) each."""
@@ -114,13 +131,17 @@ class PromptCache:
         return self, layer
 
     def attend(self, layer, q, scale, window=None):
-        """q (1, H, T, d) -> (1, T, H, d). window: the layer sees only so many positions, its own included."""
-        q = self.packing.heads(q)  # (P, H, L, d)
-        keys, values = self.layers[layer]
-        near, L = None, q.shape[2]
-        if window and window < L:  # else no mask is needed
-            near = torch.ones(L, L, dtype=torch.bool, device=q.device).tril().triu(1 - window)
-        return self.packing.pack(fused(q.to(values.dtype), keys, values, near, scale))
+        """q (1, H, T, d) -> (1, T, H, d). window: see causal."""
+        return self.packing.pack(causal(self.packing.heads(q), *self.layers[layer], scale, window))
+
+
+def causal(q, keys, values, scale, window):
+    """Texts that attend to themselves: q (P, H, L, d), keys and values (P, K, L, d) -> (P, L, H, d).
+    window: the layer sees only so many positions, its own included."""
+    near, L = None, q.shape[2]
+    if window and window < L:  # else no mask is needed
+        near = torch.ones(L, L, dtype=torch.bool, device=q.device).tril().triu(1 - window)
+    return fused(q.to(values.dtype), keys, values, near, scale)
 
 
 def fused(q, keys, values, bias, scale):
@@ -136,22 +157,24 @@ def fused(q, keys, values, bias, scale):
     return out.transpose(1, 2)
 
 
+def embed(model, prompts, slots=None):
+    """Token ids -> embeddings of prompts, lists, padded on the right (P, L, D), and of slots (B, S), with -1
+    for none, (B, S, D). One look-up: the gradient of each is as large as the whole table."""
+    ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True).to(model.device)
+    slots = ids[:0] if slots is None else slots.clamp(min=0)
+    x = model.get_input_embeddings()(torch.cat([ids.flatten(), slots.flatten()]))  # (P * L + B * S, D)
+    x_prompts, x = x.split([ids.numel(), slots.numel()])
+    return x_prompts.unflatten(0, ids.shape), x.unflatten(0, slots.shape)
+
+
 def prefill(model, prompts, slots=None):
     """Reads each prompt (a list of token ids) once -> (PromptCache, last states (P, D), embeddings of slots
-    (B, S, D)).
-
-    slots: None or (B, S) ids, looked up together with the prompts: the gradient of a look-up is as large as
-    the whole table."""
-    ids = [torch.tensor(prompt) for prompt in prompts]
-    ids = pad_sequence(ids, batch_first=True).to(model.device)  # (P, L), padded on the right
-    slots = ids[:0] if slots is None else slots
-    both = model.get_input_embeddings()(torch.cat([ids.flatten(), slots.flatten()]))  # (P * L + B * S, D)
-    x, x_slots = both.split([ids.numel(), slots.numel()])
-    cache = PromptCache(model.config.num_hidden_layers, list(map(len, prompts)), model.device)
-    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)  # (P, L)
-    h = forward(model, x.view(*ids.shape, -1), positions, cache)  # (P, L, D)
-    last = h[torch.arange(len(prompts), device=ids.device), cache.lengths - 1]  # (P, D)
-    return cache, last, x_slots.unflatten(0, slots.shape)
+    (B, S, D))."""
+    x, x_slots = embed(model, prompts, slots)
+    cache = PromptCache(model, prompts)
+    rows = torch.arange(len(prompts), device=x.device)
+    h = forward(model, x, torch.arange(x.shape[1], device=x.device).expand(len(rows), -1), cache)  # (P, L, D)
+    return cache, h[rows, cache.lengths - 1], x_slots
 
 
 def prefill_in_chunks(model, prompts):
@@ -164,7 +187,7 @@ def prefill_in_chunks(model, prompts):
         cache, h, _ = prefill(model, prompts[start : start + at_once])
         caches.append(cache)
         last.append(h)
-    whole = PromptCache(len(caches[0].layers), list(map(len, prompts)), model.device)
+    whole = PromptCache(model, prompts)
     for i in range(len(whole.layers)):
         chunks = [cache.layers[i] for cache in caches]
         whole.layers[i] = tuple(torch.cat([_widened(t, longest) for t in same]) for same in zip(*chunks))
@@ -354,38 +377,38 @@ class ScoringCache:
 
 
 class WholeCache:
-    """Own slots that are given all at once. Rows of like lengths (within a factor of two) attend together:
-    so little of that, too, is padding."""
+    """Prompts and own slots that are given all at once, for forward_whole. Rows of like lengths (within a
+    factor of two) attend together: so little of that, too, is padding."""
 
-    def __init__(self, prompts, owners, lengths):
-        """prompts: a PromptCache; of each row: the prompt that it belongs to, and its slots; lists."""
-        device = prompts.lengths.device
-        self.prompts = prompts.layers
-        self.layers = [()] * len(prompts.layers)  # (keys, values), (1, K, T, d) each, part by part
-        self.start = prompts.lengths[torch.tensor(owners, device=device)]  # (B,) see ScoringCache
+    def __init__(self, model, batch):
+        """batch: a scoring.Batch."""
+        lengths = [len(row.slots) for row in batch.rows]
+        self.prompts = PromptCache(model, batch.prompts)  # its layers stay empty
+        self.layers = [()] * len(self.prompts.layers)  # (keys, values), (1, K, T, d) each
+        self.start = self.prompts.lengths[batch.owner]  # (B,) see ScoringCache
         of_length = {}  # bits of a length -> rows
         for row, length in enumerate(lengths):
             of_length.setdefault(length.bit_length(), []).append(row)
-        self.packing = Packing(lengths, device, [row for rows in of_length.values() for row in rows])
+        self.packing = Packing(lengths, model.device, [row for rows in of_length.values() for row in rows])
         self.parts = []  # a ScoringCache each
+        self.sizes = [sum(map(len, batch.prompts))]  # positions: of the prompts, of each part
         for rows in of_length.values():
-            part = ScoringCache(prompts, [owners[row] for row in rows])
+            part = ScoringCache(self.prompts, [batch.owners[row] for row in rows])
             part.begin([lengths[row] for row in rows])
             self.parts.append(part)
-        self.sizes = [sum(lengths[row] for row in rows) for rows in of_length.values()]
+            self.sizes.append(sum(lengths[row] for row in rows))
 
     def update(self, keys, values, layer, *_, **__):
         self.layers[layer] = (keys.to(values.dtype), values)
         return self, layer
 
     def attend(self, layer, q, scale, window=None):
-        """q (1, H, T, d) -> (1, T, H, d)."""
-        outs = []
-        packed = (t.split(self.sizes, 2) for t in (q, *self.layers[layer]))
-        for part, *qkv in zip(self.parts, *packed):
-            q, keys, values = map(part.packing.heads, qkv)  # (b, H or K, S, d)
-            out = part.attend_fused(q, scale, self.prompts[layer], (keys, values), window)
-            outs.append(part.packing.pack(out))
+        of_prompts, *of_parts = zip(*(t.split(self.sizes, 2) for t in (q, *self.layers[layer])))
+        q, *prompt = map(self.prompts.packing.heads, of_prompts)  # (P, H or K, L, d)
+        outs = [self.prompts.packing.pack(causal(q, *prompt, scale, window))]
+        for part, qkv in zip(self.parts, of_parts):
+            q, *own = map(part.packing.heads, qkv)  # (b, H or K, S, d)
+            outs.append(part.packing.pack(part.attend_fused(q, scale, prompt, own, window)))
         return torch.cat(outs, 1)
 
 

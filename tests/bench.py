@@ -8,7 +8,7 @@
                                                     against transformers' generate
 (u) update on a prompt of 300 x 8 samples of 12 to 180 tokens
                                                     against rows padded, each with its own prompt
-(p) stage 2 on a trace: a prompt of 300 and 120 tokens, in it three tags of 5 latents
+(p) stage 2 on four traces: prompts of 300, 60 to 180 tokens, in them one to four tags of 5 latents
                                                     against one pass over the prefix per latent, as released
 (s) a GRPO step: a prompt of 300 x 8 samples x 24 tokens, and the process' peak memory
                                                     against TRL's GRPOTrainer
@@ -99,34 +99,38 @@ def update(path, device):
 
 def stage_2(path, device):
     ours, theirs, _ = models(path, device)
-    slots = random_ids(120, seed=1)
-    for i in range(3):
-        at = 20 + 37 * i
-        slots[at:at] = [LATENT] * 5
-    rollout = Rollout(random_ids(300), slots, torch.zeros(0, ours.config.hidden_size))
+    rollouts = []
+    for i in range(4):
+        slots = random_ids(60 + 40 * i, seed=i)
+        for tag in range(1 + i):
+            at = 20 + 37 * tag
+            slots[at:at] = [LATENT] * 5
+        rollouts.append(Rollout(random_ids(300, seed=i), slots, torch.zeros(0, ours.config.hidden_size)))
     for p in [*memory.base_parameters(ours), *theirs.parameters()]:  # the LM is frozen
         p.requires_grad_(False)
-    ids = torch.tensor([rollout.prompt_ids + [max(slot, 0) for slot in slots]], device=device)
-    first = slots.index(LATENT)
-    after = torch.tensor(slots[first:], device=device)
+    embed = theirs.get_input_embeddings()
 
     def their_side():
-        """As released: the text before a latent goes through the whole model for each."""
-        x = theirs.get_input_embeddings()(ids)
-        for t, slot in enumerate(slots, 300):
-            if slot == LATENT:
-                states = theirs.model(inputs_embeds=x[:, :t], use_cache=False).last_hidden_state
-                x = torch.cat([x[:, :t], ours.reasoning_projector(states[:, -1:]), x[:, t + 1 :]], 1)
-        h = theirs.model(inputs_embeds=x, use_cache=False).last_hidden_state[0, 300 + first - 1 : -1]
-        logits = theirs.lm_head(h[after != LATENT])
-        torch.nn.functional.cross_entropy(logits, after[after != LATENT], reduction="sum").backward()
+        """As released: trace by trace; the text before a latent goes through the whole model for each."""
+        for rollout in rollouts:
+            fed = rollout.prompt_ids + rollout.slots
+            x = embed(torch.tensor([fed], device=device).clamp(min=0))
+            for t, slot in enumerate(fed):
+                if slot == LATENT:
+                    states = theirs.model(inputs_embeds=x[:, :t], use_cache=False).last_hidden_state
+                    x = torch.cat([x[:, :t], ours.reasoning_projector(states[:, -1:]), x[:, t + 1 :]], 1)
+            first = fed.index(LATENT)
+            after = torch.tensor(fed[first:], device=device)
+            h = theirs.model(inputs_embeds=x, use_cache=False).last_hidden_state[0, first - 1 : -1]
+            logits = theirs.lm_head(h[after != LATENT])
+            torch.nn.functional.cross_entropy(logits, after[after != LATENT], reduction="sum").backward()
 
-    return lambda: projector_loss(ours, [rollout])[0].backward(), their_side
+    return lambda: projector_loss(ours, rollouts)[0].backward(), their_side
 
 
 ROWS = {"g": ("decode, 300 x 8", decode(1, 300, 8)), "h": ("decode, 1,200 x 16", decode(1, 1200, 16)),
         "l": ("decode, four of 300 x 1", decode(4, 300, 1)), "u": ("update, unequal lengths", update),
-        "p": ("stage 2, a trace", stage_2), "s": ("GRPO step", None)}  # see pairs_with_trl
+        "p": ("stage 2, four traces", stage_2), "s": ("GRPO step", None)}  # see pairs_with_trl
 
 
 # ============================================================ (s) TRL's trainer

@@ -76,12 +76,14 @@ def test_sampler_scorer_and_definition_agree_on_real_weights(real):
     _, latents = unroll(model, rollouts)
     for row, made, r in zip(logp, latents, rollouts):
         close(row[: len(r.slots)], r.logprobs, 1e-4)
-        close(made, r.latents, 1e-4)
+        # Where an MLP's output is small, the norm behind it magnifies rounding (Gemma: 2.5e-4 in one latent,
+        # 1e-5 in the next one and in the log-probs).
+        close(made, r.latents, 1e-3)
     with scripted(tok, scripts, LIMIT) as draws:
         slow = naive_generate(model, tok, prompts[0], draws[1])
     assert (slow.slots, slow.text, slow.finished) == (rollouts[1].slots, rollouts[1].text, False)
     close(slow.logprobs, rollouts[1].logprobs, 1e-4)
-    close(slow.latents, rollouts[1].latents, 1e-4)
+    close(slow.latents, rollouts[1].latents, 1e-3)
     # If latents did not matter, this would prove little.
     zeros = [dataclasses.replace(r, latents=torch.zeros_like(r.latents)) for r in rollouts[:3]]
     for row, r in zip(logprobs(model, zeros)[0], rollouts):
