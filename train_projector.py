@@ -232,7 +232,7 @@ def run_stage_1(model, tokenizer, task, out, settings, smoke=False):
     train = [row for story, row in rows if story not in held_out]
     held = [row for story, row in rows if story in held_out]
     counts = {"kept": len(traces), "sampled": 0 if settings.traces else len(samples)}
-    return train, rng.sample(held, min(256, len(held))), counts
+    return train, rng.sample(held, min(8 if smoke else 256, len(held))), counts
 
 
 # ======================================================= stage 2: the projector learns, the base is frozen
