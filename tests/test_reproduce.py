@@ -11,8 +11,9 @@ from data.tiny import next_chapter as tiny_chapters
 from lib import UserError
 from results import reproduce, starts, stats
 
-README, RESULTS, REAL = (open(os.path.join(reproduce.ROOT, *path), encoding="utf-8").read() for path in (
-    ["README.md"], ["results", "README.md"], ["results", "real_models.md"]))
+README, RESULTS, REAL, SPEED = (
+    open(os.path.join(reproduce.ROOT, path), encoding="utf-8").read()
+    for path in ("README.md", "results/README.md", "results/real_models.md", "results/speed.md"))
 
 
 def blocks_of(page):
@@ -46,8 +47,7 @@ def test_the_tables_of_starts_on_both_pages_have_the_kept_numbers():
 def test_the_gpus_table_has_the_numbers_that_were_measured():
     with open(os.path.join(reproduce.HERE, "gpu.json")) as file:
         decoding, step = map(json.load(file).get, "fg")
-    section = RESULTS.split("### On a GPU")[1].split("###")[0]
-    rows = dict(re.findall(r"\| (.*) \| (.*) \|", section))
+    rows = dict(re.findall(r"\| (.*) \| (.*) \|", SPEED.split("## On a GPU")[1]))
     hours = [f"{step['hours_of_the_papers_run'][slots]:.1f}" for slots in ("256", "115", "34")]
     assert rows.items() >= {
         "the same, recorded as a CUDA graph": f"{decoding['ms_per_step_graphs']:.1f} ms",
@@ -56,6 +56,14 @@ def test_the_gpus_table_has_the_numbers_that_were_measured():
         "its update (share of the card's peak)":
             f"{step['update_s']:.1f} s ({100 * step['utilisation']:.0f} %)",
         "hours of the paper's plot-hole run at 256, 115 or 34 slots an answer": ", ".join(hours)}.items()
+
+
+def test_the_table_of_speed_has_the_numbers_that_were_measured():
+    with open(os.path.join(reproduce.HERE, "bench.json")) as file:
+        for row in json.load(file)["rows"].values():
+            low, *_, high = row["ratios"]
+            ratio = f"**{row['ratio']:.1f}x** ({low:.1f}, {high:.1f})"
+            assert f" | {row['ours_s']:.1f} | {row['theirs_s']:.1f} | {ratio} | " in SPEED, row["what"]
 
 
 # Of results/README.md: (words with a {} for each number, mark of a table, what only one of its rows begins
@@ -105,7 +113,7 @@ def test_a_sentence_has_the_numbers_of_a_table(said):
 
 def test_no_other_result_stands_in_a_sentence_unless_it_was_measured_by_hand():
     """Which is a paragraph with its date and command."""
-    for paragraph in re.sub(r"(?s)```.*?```", "", RESULTS).split("\n\n"):
+    for paragraph in re.sub(r"(?s)```.*?```", "", RESULTS + SPEED).split("\n\n"):
         by_hand = re.search(r"20\d\d-\d\d-\d\d", paragraph) and "`python " in paragraph
         if not by_hand and not paragraph.startswith(("|", "<!--", "#", "![")):
             text = " ".join(paragraph.split())
