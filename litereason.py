@@ -238,8 +238,8 @@ class ReasoningProjector(torch.nn.ModuleList):
 
 class NormedProjector(ReasoningProjector):
     """Ours, what a real model begins with: the same copies, a norm behind each, an output as long as an
-    embedding. The MLPs are quadratic in their input: with SmolLM2's weights three in a row make a latent of
-    norm 2e18 from a state of norm 43, and the next token is then uniform (results/starts.py)."""
+    embedding. The MLPs are quadratic in their input: with SmolLM2's weights three in a row make latents
+    that are 0 or not finite (results/starts.py)."""
 
     def __init__(self, mlps=(), size=1.0):
         super().__init__(mlps)

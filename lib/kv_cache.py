@@ -5,7 +5,7 @@
     PromptCache, prefill   each prompt is read once
     attend_shared          the rows of a group attend to one copy of their prompt
     ScoringCache           slots that are given, in pieces, with their gradients
-    WholeCache             prompts and slots in one pass
+    WholeCache             prompts and slots in one pass (forward_whole)
     DecodingCache          one new slot per row and step, written in place
     mask_no_words          ids that no text has are never sampled
 

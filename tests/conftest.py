@@ -182,7 +182,7 @@ def rollouts(model, tok):
 
 @pytest.fixture
 def forwards(monkeypatch):
-    """A list that fills with (rows, columns) of each forward pass."""
+    """A list that fills with (rows, columns) of each forward pass but those of scoring."""
     shapes, forward = [], kv_cache.forward
     monkeypatch.setattr(kv_cache, "forward",
                         lambda m, x, *rest: shapes.append(tuple(x.shape[:2])) or forward(m, x, *rest))
