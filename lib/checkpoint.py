@@ -53,8 +53,8 @@ def checkpoint_path(name_or_path):
         path = os.path.join(path, "model")  # a run's output directory
     is_hub_name = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path) and not os.path.exists(path)
     if not is_hub_name and not os.path.exists(os.path.join(path, "config.json")):
-        raise UserError(f"no model directory at {path!r} (a directory with config.json and *.safetensors; a "
-                        "save that was killed has left the former one beside it, as *.replaced)")
+        raise UserError(f"no model directory at {path!r} (a directory with config.json and *.safetensors; if "
+                        "a save was killed, the former one is beside it, as *.replaced)")
     return f"Qwen/{path}" if is_hub_name and re.match("Qwen[^/]*$", path) else path
 
 
