@@ -103,8 +103,7 @@ def stage_2(path, device):
     for i in range(4):
         slots = random_ids(60 + 40 * i, seed=i)
         for tag in range(1 + i):
-            at = 20 + 37 * tag
-            slots[at:at] = [LATENT] * 5
+            slots[20 + 37 * tag : 20 + 37 * tag] = [LATENT] * 5
         rollouts.append(Rollout(random_ids(300, seed=i), slots, torch.zeros(0, ours.config.hidden_size)))
     for p in [*memory.base_parameters(ours), *theirs.parameters()]:  # the LM is frozen
         p.requires_grad_(False)

@@ -99,8 +99,7 @@ def main():
             is_there = (killed / "config.json").exists()
             words = ["--resume", killed] if is_there else [*sizes, "--out", killed]
             disk = rng.random() < 0.5 and wanted(stage(killed))
-            calls = 4 if stage(killed) == "traces" else 50  # stage 1 makes five
-            n = rng.randint(1, calls) if disk else 0
+            n = rng.randint(1, 4 if stage(killed) == "traces" else 50) if disk else 0  # stage 1 calls 5 times
             child = start(words, log, n, rng.random() < 0.5)
             child.join(None if disk else rng.uniform(0.1, 2))
             while child.is_alive():
