@@ -390,13 +390,13 @@ class WholeCache:
         for row, length in enumerate(lengths):
             of_length.setdefault(length.bit_length(), []).append(row)
         self.packing = Packing(lengths, model.device, [row for rows in of_length.values() for row in rows])
-        self.parts = []  # a ScoringCache each
-        self.sizes = [sum(map(len, batch.prompts))]  # positions: of the prompts, of each part
+        self.parts, self.sizes = [], [sum(map(len, batch.prompts))]  # ScoringCaches; positions, prompts first
         for rows in of_length.values():
+            counts = [lengths[row] for row in rows]
             part = ScoringCache(self.prompts, [batch.owners[row] for row in rows])
-            part.begin([lengths[row] for row in rows])
+            part.begin(counts)
             self.parts.append(part)
-            self.sizes.append(sum(lengths[row] for row in rows))
+            self.sizes.append(sum(counts))
 
     def update(self, keys, values, layer, *_, **__):
         self.layers[layer] = (keys.to(values.dtype), values)
